@@ -1,0 +1,106 @@
+"""Every error that Shoal raises on purpose; whatever else escapes from it is a bug in Shoal.
+
+::
+
+    ShoalError
+    ├── UsageError                      the caller's mistake
+    │   ├── InvalidValueError           (also ValueError)  names the parameter, the value and what is allowed
+    │   ├── InvalidTypeError            (also TypeError)
+    │   └── InvalidStateError           (also RuntimeError)  e.g. used after shutdown, in a forked child, pickled
+    ├── ProtocolViolation               a remote peer broke the protocol: it is disconnected with this reason
+    ├── DeadlineExceeded                (also TimeoutError)
+    ├── PeerUnreachable                 (also ConnectionError)  no address of a peer could be dialed; lists each
+    ├── ConnectionLost                  (also ConnectionError)  an established connection ended; says why
+    ├── RemoteError                     the other side's handler failed; carries its code and message
+    ├── BootstrapError                  no initial peer of a DHT answered; lists each address and why
+    ├── RecordRejected                  a DHT record failed validation where it was stored
+    ├── AllreduceException              a round of averaging failed; its tensors are as they were
+    │   └── MatchmakingException        no group was found; says what the search saw
+    └── PeerProcessDied                 the background process ended; carries exit status and the end of its log
+"""
+
+from __future__ import annotations
+
+
+class ShoalError(Exception):
+    """Base of every error that Shoal raises on purpose."""
+
+
+class UsageError(ShoalError):
+    """The caller's mistake."""
+
+
+class InvalidValueError(UsageError, ValueError):
+    """A value that is not allowed; the message names the parameter, the value and what is allowed."""
+
+
+class InvalidTypeError(UsageError, TypeError):
+    """An object of the wrong type, or one that cannot be sent to the background process."""
+
+
+class InvalidStateError(UsageError, RuntimeError):
+    """A call that is not possible now: after shutdown, before start, in a forked child, under the lock."""
+
+
+class ProtocolViolation(ShoalError):
+    """A remote peer broke the protocol; its connection is closed with this reason."""
+
+
+class DeadlineExceeded(ShoalError, TimeoutError):
+    """Something took longer than it was allowed to."""
+
+
+class PeerUnreachable(ShoalError, ConnectionError):
+    """No address of a peer could be dialed; ``failures`` maps each address that was tried to the reason."""
+
+    def __init__(self, message: str, failures: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.failures = dict(failures or {})
+
+
+class ConnectionLost(ShoalError, ConnectionError):
+    """An established connection ended; the message says why, as far as it is known."""
+
+
+class RemoteError(ShoalError):
+    """The handler at the other side failed; ``code`` is one of the closed set of the wire protocol."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{message} [{code}]")
+        self.code = code
+        self.message = message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.code, self.message))
+
+
+class BootstrapError(ShoalError):
+    """No initial peer of a DHT answered; ``failures`` maps each address to the reason."""
+
+    def __init__(self, message: str, failures: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.failures = dict(failures or {})
+
+
+class RecordRejected(ShoalError):
+    """A DHT record failed validation at the node that was asked to store it."""
+
+
+class AllreduceException(ShoalError):
+    """A round of averaging failed; the averaged tensors are as they were before it."""
+
+
+class MatchmakingException(AllreduceException):
+    """No group was found; the message says what the search saw."""
+
+
+class PeerProcessDied(ShoalError):
+    """The background process ended; ``exit_status`` as in :mod:`subprocess`, ``log_tail`` its last log lines."""
+
+    def __init__(self, message: str, exit_status: int | None = None, log_tail: str = "") -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+        self.log_tail = log_tail
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (str(self), self.exit_status, self.log_tail))
