@@ -164,7 +164,7 @@ def _is_unseen(task: asyncio.Task[Any]) -> bool:
 def run(main: Callable[[], Awaitable[T]] | Awaitable[T], *, limit: float = 3600.0) -> T:
     """Run a coroutine (or a function that returns one) on a fresh :class:`VirtualClockLoop`.
 
-    Returns its result. Raises :class:`Deadlock` or :class:`VirtualTimeLimitExceeded` with the list of tasks and
+    Returns its result. Raises :class:`Deadlock` or :class:`VirtualTimeLimitExceeded` with a list of tasks and
     where each of them waits, and ``AssertionError`` if a task was left behind or a failure that nobody saw.
     """
     loop = VirtualClockLoop()

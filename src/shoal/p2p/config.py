@@ -1,0 +1,77 @@
+"""The settings of a :class:`~shoal.p2p.host.Host`, in one frozen dataclass that is validated where it is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from shoal.errors import InvalidValueError
+from shoal.p2p.multiaddr import Multiaddr
+
+KIB = 1024
+MIB = 1024 * KIB
+
+INITIAL_WINDOW = 256 * KIB
+"""The credit that each side of every stream starts with, in bytes. Part of the wire protocol: both sides know it."""
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """Times are in seconds, sizes in bytes."""
+
+    client_mode: bool = False
+    """Never listens and announces nothing; is called over the connections that it opens."""
+    announce: Sequence[Multiaddr] = ()
+    """What other peers are told instead of the addresses that the host listens on."""
+    agent: str = "shoal"
+    """Free text that names the program to other peers, at most 64 characters."""
+
+    dial_timeout: float = 10.0
+    """For one address: connecting, handshake and HELLO."""
+    dial_stagger: float = 0.25
+    """How long one address is tried before the next is tried beside it."""
+    handshake_timeout: float = 10.0
+    """How long an incoming connection may take to prove who it is."""
+    close_timeout: float = 1.0
+    """How long a closing connection may take to hand over what it still has to send."""
+
+    bulk_lanes: int = 1
+    """How many connections for bulk data are opened to one peer."""
+    max_connections: int = 1024
+    """Incoming ones over this are refused once no idle one can be closed in their favour."""
+    idle_timeout: float = 600.0
+    """An unused control connection is closed after this, if its peer can be dialed again."""
+    idle_lane_timeout: float = 60.0
+    """An unused bulk lane is closed after this."""
+    max_inbound_streams: int = 256
+    """Calls and streams that one connection serves at a time; more are refused as ``busy``."""
+    max_stream_timeout: float = 86400.0
+    """A longer deadline than this is cut to it; a stream opened without one has none."""
+
+    max_known_peers: int = 4096
+    max_addresses_per_peer: int = 16
+
+    probe_after: float = 1.5
+    """Silence on a connection in use after which its peer is asked for a sign of life."""
+    idle_probe_after: float = 30.0
+    """The same on a connection that nothing waits for."""
+    min_answer_time: float = 3.0
+    """How long a peer may take for a sign of life at least, where the round-trip time is short."""
+    max_answer_time: float = 13.0
+    """How long a peer may take for a sign of life at most."""
+
+    skew_warning: float = 3.0
+    """Clock difference to a peer above which one warning is logged."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("float", "int") and not (value >= 0 and math.isfinite(value)):
+                raise InvalidValueError(f"{field.name}: {value!r} is not a finite number >= 0")
+        for name in ("bulk_lanes", "max_connections", "max_inbound_streams", "max_addresses_per_peer"):
+            if getattr(self, name) < 1:
+                raise InvalidValueError(f"{name}: {getattr(self, name)!r} is not at least 1")
+        if len(self.agent) > 64:
+            raise InvalidValueError(f"agent: {self.agent!r} is longer than 64 characters")
+        object.__setattr__(self, "announce", tuple(address.without_peer_id() for address in self.announce))
