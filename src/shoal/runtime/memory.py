@@ -1,0 +1,132 @@
+"""Anonymous memory that the host and its background process both map: no name, no file, gone with its last user."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import sys
+from types import TracebackType
+
+from shoal.errors import InvalidStateError, InvalidValueError
+
+# Linux 5.14; not in every Python's mmap module.
+_MADV_POPULATE_WRITE = 23
+
+
+class SharedMemory:
+    """A block of zeroed memory behind a file descriptor that can be sent to the other process.
+
+    One side creates it and sends :attr:`fd` with a command (``descriptors=[memory.fd]``); the other side maps what it
+    received by :meth:`from_descriptor`. The memory lives until both sides have closed it or ended, however they end.
+    """
+
+    def __init__(self, fd: int, nbytes: int) -> None:
+        self._fd = fd
+        self._nbytes = nbytes
+        self._map: mmap.mmap | None = mmap.mmap(fd, nbytes)
+        self._buffer: memoryview | None = memoryview(self._map)
+
+    @classmethod
+    def create(cls, nbytes: int) -> SharedMemory:
+        """New memory of ``nbytes`` zero bytes (at least 1).
+
+        :raises InvalidValueError: ``nbytes`` is not positive
+        :raises OSError: the system has no room for it
+        """
+        if nbytes <= 0:
+            raise InvalidValueError(f"nbytes must be a positive number of bytes, not {nbytes!r}")
+        fd = _anonymous_file()
+        try:
+            os.ftruncate(fd, nbytes)
+            return cls(fd, nbytes)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def from_descriptor(cls, fd: int, nbytes: int) -> SharedMemory:
+        """Map memory that the other side created. Takes over ``fd``: it is closed by :meth:`close`, or here on failure.
+
+        :raises InvalidValueError: the memory behind ``fd`` is smaller than ``nbytes``
+        """
+        try:
+            size = os.fstat(fd).st_size
+            # Touching a page past the end would be a SIGBUS, not an exception.
+            if not 0 < nbytes <= size:
+                raise InvalidValueError(f"nbytes must be between 1 and {size}, the size of the memory, not {nbytes!r}")
+            return cls(fd, nbytes)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @property
+    def fd(self) -> int:
+        """The descriptor to send to the other side; stays this object's own."""
+        if self._fd < 0:
+            raise InvalidStateError("this shared memory is closed")
+        return self._fd
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    @property
+    def buffer(self) -> memoryview:
+        """All of the memory, writable."""
+        if self._buffer is None:
+            raise InvalidStateError("this shared memory is closed")
+        return self._buffer
+
+    def populate(self) -> None:
+        """Give every page of the mapping memory now, so that its first use takes no page faults. Contents stay as they are."""
+        view = self.buffer
+        assert self._map is not None
+        try:
+            self._map.madvise(_MADV_POPULATE_WRITE)
+        except (OSError, ValueError, AttributeError):
+            # Older kernels and macOS: reading maps the pages, and never races with a writer on the other side.
+            bytes(view[:: mmap.PAGESIZE])
+
+    def close(self) -> None:
+        """Give the memory back; idempotent.
+
+        Safe while others still hold views of :attr:`buffer` (NumPy arrays, tensors, slices): those stay valid, and the
+        memory is unmapped when the last of them is gone.
+        """
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+        buffer, self._buffer = self._buffer, None
+        mapping, self._map = self._map, None
+        if buffer is None or mapping is None:
+            return
+        try:
+            buffer.release()
+            mapping.close()
+        except BufferError:
+            pass  # a view is still alive; it owns the mapping from here on
+
+    def __enter__(self) -> SharedMemory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _anonymous_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("shoal", os.MFD_CLOEXEC)
+    if sys.platform == "win32":
+        raise OSError("shared memory is supported on Linux and macOS only")
+    import _posixshmem
+
+    name = f"/shoal-{secrets.token_hex(8)}"  # macOS allows 31 characters
+    fd: int = _posixshmem.shm_open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode=0o600)
+    _posixshmem.shm_unlink(name)  # from here on it has no name, and lives as long as the descriptors and mappings
+    return fd

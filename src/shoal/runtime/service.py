@@ -1,0 +1,62 @@
+"""What a service in the background process is, and what it is given. Imported by both sides; imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+
+class Service(Protocol):
+    """Something that lives in the background process and answers commands from the host.
+
+    Both methods run on the process's only event loop.
+    """
+
+    async def handle(self, command: object, descriptors: Sequence[int]) -> object:
+        """Carry out one command and return its result, which has to be picklable.
+
+        Any number of commands run at the same time. The task is cancelled when the host cancels the call, and when
+        the service closes. The service owns ``descriptors`` from now on and closes them. Whatever it raises is
+        raised in the host by the call's future.
+        """
+
+    async def close(self) -> None:
+        """End everything that the service does, in order (say goodbye to peers). Called once, after its commands ended.
+
+        It has about as many seconds as the host allowed for the shutdown; 1.5 s when the host itself is gone.
+        """
+
+
+class ServiceContext(Protocol):
+    """What the factory of a service receives: its place in the background process."""
+
+    @property
+    def service_id(self) -> int:
+        """The service's number in this process, never used again."""
+
+    @property
+    def services(self) -> Mapping[int, Service]:
+        """Every open service of the process by its number, itself included once its factory has returned."""
+
+    @property
+    def host_loaded_torch(self) -> bool:
+        """Whether the host had imported torch when the process was started."""
+
+    def find(self, name: str) -> Service:
+        """The open service that was created under this name.
+
+        :raises InvalidStateError: there is none (any more)
+        """
+
+    async def call_host(self, command: object) -> object:
+        """Have the host's handler of this service run with ``command``; returns or raises what it returns or raises.
+
+        Handlers of one service run one after the other, in the order of the calls, on a thread of that service.
+        Cancelling drops a call that has not begun; one that runs is left to finish and its result is dropped.
+        """
+
+    async def modules_ready(self) -> None:
+        """Wait until the modules to be preloaded are imported (starts that if it has not begun); at once if there are none."""
+
+    def set_log_fields(self, **fields: str) -> None:
+        """From now on every log record of the process carries these attributes, unless it has its own."""
