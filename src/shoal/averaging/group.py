@@ -1,0 +1,211 @@
+"""What a group is: its key in the DHT, what each member says of itself, and the checks that make members agree.
+
+Pure: no I/O, no clock, no randomness; ``now`` is an argument. A member describes itself in a :class:`MemberInfo` and
+signs it with its identity key, so nobody vouches for somebody else: the leader only passes on what each member signed.
+The info names the leader that it was given to, so that it cannot be replayed to form a group under another leader.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from shoal.errors import InvalidValueError, ProtocolViolation
+from shoal.p2p.identity import Identity, PeerID, verify
+
+MEMBER_DOMAIN = b"shoal.averaging.member.v1"
+SCHEMA_HASH_BYTES = 32
+NONCE_BYTES = 16
+GROUP_ID_BYTES = 16
+MAX_GATHER_BYTES = 512 * 1024
+"""One member's own data; below the transport's limit of a message with room for the rest of the info."""
+MAX_GROUP_GATHER_BYTES = 64 * 1024 * 1024
+"""All members' data together, as much as a member accepts from a leader."""
+MAX_GROUP_SIZE = 4096
+MAX_ADDRESSES = 32
+MAX_ADDRESS_CHARS = 300
+MAX_MEMBER_AGE = 600.0
+"""Seconds: a member signs its info when it asks, and the leader may keep it for as long as it collects followers."""
+CLOCK_SKEW = 60.0
+"""Seconds by which another peer's clock may be ahead of ours."""
+
+
+class PeerMode(enum.StrEnum):
+    """What a peer does in a group; wire values."""
+
+    FULL = "full"
+    """Contributes tensors, can be dialed, may lead."""
+    CLIENT = "client"
+    """Contributes tensors, cannot be dialed, never leads and reduces nothing for others."""
+    AUXILIARY = "auxiliary"
+    """Contributes nothing but helps with the reduction; never leads, so that no group lacks a contributor."""
+
+    @property
+    def can_lead(self) -> bool:
+        return self is PeerMode.FULL
+
+
+class MemberInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one member says of itself to one leader."""
+
+    peer_id: bytes
+    leader: bytes
+    """The peer that is asked to lead; the leader itself in its own info."""
+    key: str
+    schema_hash: bytes
+    mode: PeerMode
+    bandwidth: float | None
+    addresses: tuple[str, ...]
+    gather: bytes
+    start_time: float
+    """DHT time at which the member wanted to start when its search began: its place in the order."""
+    signed_at: float
+    """DHT time of the member when it signed this."""
+    nonce: bytes
+    """Fresh for every request."""
+
+
+class SignedMemberInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An encoded :class:`MemberInfo` and its member's signature over exactly these bytes."""
+
+    info: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True)
+class GroupInfo:
+    """A group that was agreed on; equal at all members.
+
+    ``members`` are in the agreed order: the leader first, then by peer id.
+    """
+
+    group_id: bytes
+    key: str
+    members: tuple[MemberInfo, ...]
+
+    @property
+    def leader(self) -> PeerID:
+        return PeerID.from_bytes(self.members[0].peer_id)
+
+    @property
+    def peer_ids(self) -> tuple[PeerID, ...]:
+        return tuple(PeerID.from_bytes(member.peer_id) for member in self.members)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(MemberInfo)
+
+
+def group_key(prefix: str, bits: str = "") -> str:
+    """The name under which the peers of ``prefix`` whose group bits are ``bits`` declare themselves."""
+    if not prefix or len(prefix) > 256:
+        raise InvalidValueError(f"prefix={prefix!r}: 1 to 256 characters are allowed")
+    if any(bit not in "01" for bit in bits) or len(bits) > 64:
+        raise InvalidValueError(f"bits={bits!r}: a string of at most 64 characters 0 and 1 is allowed")
+    return f"{prefix}.0b{bits}"
+
+
+def sign_member(identity: Identity, info: MemberInfo) -> SignedMemberInfo:
+    """Encode and sign ``info``; its limits are checked here, so that the mistake shows where it was made.
+
+    :raises InvalidValueError: a field is outside what other peers accept
+    """
+    problem = _field_problem(info)
+    if problem:
+        raise InvalidValueError(problem)
+    encoded = _encoder.encode(info)
+    return SignedMemberInfo(encoded, identity.sign(MEMBER_DOMAIN, encoded))
+
+
+def verify_member(signed: SignedMemberInfo, *, now: float) -> MemberInfo:
+    """Decode one member's info; it is well-formed, fresh, and signed by the peer that it names.
+
+    :raises ProtocolViolation: naming what is wrong
+    """
+    try:
+        info = _decoder.decode(signed.info)
+        peer_id = PeerID.from_bytes(info.peer_id)
+        PeerID.from_bytes(info.leader)
+    except (msgspec.DecodeError, InvalidValueError) as e:
+        raise ProtocolViolation(f"member info cannot be read: {e}") from e
+    problem = _field_problem(info)
+    if problem:
+        raise ProtocolViolation(f"member info of {peer_id}: {problem}")
+    if not now - MAX_MEMBER_AGE <= info.signed_at <= now + CLOCK_SKEW:
+        raise ProtocolViolation(
+            f"member info of {peer_id} was signed at {info.signed_at:.3f}, now is {now:.3f}: it is not fresh"
+        )
+    if not verify(peer_id, MEMBER_DOMAIN, signed.info, signed.signature):
+        raise ProtocolViolation(f"member info of {peer_id}: wrong signature")
+    return info
+
+
+def order_members(leader: PeerID, infos: Sequence[MemberInfo]) -> tuple[MemberInfo, ...]:
+    """The order on which all members agree: the leader first, the others by peer id."""
+    first = leader.to_bytes()
+    return tuple(sorted(infos, key=lambda info: (info.peer_id != first, info.peer_id)))
+
+
+def verify_group(
+    group_id: bytes, members: Sequence[SignedMemberInfo], *, leader: PeerID, own: SignedMemberInfo, now: float
+) -> GroupInfo:
+    """Check what a leader sent when it began a group, as seen by the member that had sent it ``own``.
+
+    :raises ProtocolViolation: a signature, key, schema, leader or age is wrong, a member occurs twice, the leader
+        is missing or not allowed to lead, or this member is not included exactly as it sent itself
+    """
+    if len(group_id) != GROUP_ID_BYTES:
+        raise ProtocolViolation(f"group id of {len(group_id)} bytes instead of {GROUP_ID_BYTES}")
+    if not 1 <= len(members) <= MAX_GROUP_SIZE:
+        raise ProtocolViolation(f"a group of {len(members)} members; 1 to {MAX_GROUP_SIZE} are allowed")
+    if own not in members:
+        raise ProtocolViolation("the leader does not include this member as it sent itself")
+    mine = _decoder.decode(own.info)
+    infos = [verify_member(signed, now=now) for signed in members]
+    _check_agreement(infos, mine, leader)
+    return GroupInfo(group_id, mine.key, order_members(leader, infos))
+
+
+def _check_agreement(infos: Sequence[MemberInfo], mine: MemberInfo, leader: PeerID) -> None:
+    seen: set[bytes] = set()
+    for info in infos:
+        peer_id = PeerID.from_bytes(info.peer_id)
+        if info.peer_id in seen:
+            raise ProtocolViolation(f"member {peer_id} occurs twice in the group")
+        seen.add(info.peer_id)
+        if info.key != mine.key:
+            raise ProtocolViolation(f"member {peer_id} belongs to group key {info.key!r}, not {mine.key!r}")
+        if info.schema_hash != mine.schema_hash:
+            raise ProtocolViolation(f"member {peer_id} averages tensors of another schema")
+        if info.leader != leader.to_bytes():
+            raise ProtocolViolation(f"member {peer_id} has not asked {leader} to lead it")
+        if peer_id == leader and not info.mode.can_lead:
+            raise ProtocolViolation(f"leader {leader} is in mode {info.mode}, which never leads")
+    if leader.to_bytes() not in seen:
+        raise ProtocolViolation(f"leader {leader} is not a member of its own group")
+
+
+def _field_problem(info: MemberInfo) -> str | None:
+    """What is wrong with the fields of ``info``, if anything: one check for our own infos and those of others."""
+    bandwidth = info.bandwidth
+    checks = (
+        (len(info.schema_hash) == SCHEMA_HASH_BYTES, f"schema_hash must be {SCHEMA_HASH_BYTES} bytes"),
+        (len(info.nonce) == NONCE_BYTES, f"nonce must be {NONCE_BYTES} bytes"),
+        (
+            len(info.gather) <= MAX_GATHER_BYTES,
+            f"gather of {len(info.gather)} bytes; limit {MAX_GATHER_BYTES}",
+        ),
+        (len(info.key) <= 400, "key is too long"),
+        (len(info.addresses) <= MAX_ADDRESSES, f"more than {MAX_ADDRESSES} addresses"),
+        (all(len(address) <= MAX_ADDRESS_CHARS for address in info.addresses), "an address is too long"),
+        (bandwidth is None or (math.isfinite(bandwidth) and bandwidth >= 0), f"bandwidth={bandwidth}"),
+        (math.isfinite(info.start_time) and math.isfinite(info.signed_at), "a time is not finite"),
+    )
+    return next((problem for holds, problem in checks if not holds), None)

@@ -1,0 +1,163 @@
+"""Messages by which peers join a group, and what a peer declares of itself in the DHT.
+
+One stream per request: the follower sends a :class:`JoinRequest`, the leader answers once; if it accepted, the stream
+stays open until the leader begins the group or dismisses the follower, or until either side goes away.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+
+import msgspec
+
+from shoal.averaging.group import MAX_ADDRESSES, MAX_GROUP_SIZE, SCHEMA_HASH_BYTES, PeerMode, SignedMemberInfo
+from shoal.errors import InvalidValueError, ProtocolViolation
+from shoal.p2p.identity import PeerID
+from shoal.p2p.rpc import Method
+
+
+class RejectReason(enum.StrEnum):
+    """Why a peer does not lead the one that asks it; wire values."""
+
+    FULL = "full"
+    BEGUN = "begun"
+    OTHER_SCHEMA = "other_schema"
+    OTHER_KEY = "other_key"
+    NOT_LOOKING = "not_looking"
+    CANNOT_LEAD = "cannot_lead"
+    WRONG_ORDER = "wrong_order"
+
+
+class DismissReason(enum.StrEnum):
+    """Why a leader lets a follower go before the group begins; wire values."""
+
+    JOINED_ANOTHER = "joined_another"
+    BETTER_CUT = "better_cut"
+    REPLACED = "replaced"
+    SEARCH_ENDED = "search_ended"
+
+
+class Search(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """One search of one peer: a later search of that peer starts later."""
+
+    peer_id: bytes
+    start_time: float
+
+
+class JoinRequest(msgspec.Struct, frozen=True, tag=True):
+    """The first message of the stream; ``prefix`` finds the averager among those that share the connection."""
+
+    prefix: str
+    member: SignedMemberInfo
+
+
+class Accepted(msgspec.Struct, frozen=True, tag=True):
+    """The asker is a follower now; the group begins when it is full or in ``begins_in`` seconds."""
+
+    begins_in: float
+
+
+class Postponed(msgspec.Struct, frozen=True, tag=True):
+    """To followers: there are too few members, the group begins in ``begins_in`` seconds at the latest."""
+
+    begins_in: float
+
+
+class Redirect(msgspec.Struct, frozen=True, tag=True):
+    """Ask ``leader`` instead: it leads the peer that was asked, or the asker's place is in its group."""
+
+    leader: bytes
+    addresses: tuple[str, ...]
+
+
+class Rejected(msgspec.Struct, frozen=True, tag=True):
+    """``members``: the group that is full or has begun, for the asker to leave all of it out of its plans."""
+
+    reason: RejectReason
+    members: tuple[Search, ...] = ()
+
+
+class Dismissed(msgspec.Struct, frozen=True, tag=True):
+    """No longer a follower. ``leader`` is whom to ask next, if the sender knows; ``members`` as in :class:`Rejected`."""
+
+    reason: DismissReason
+    leader: bytes | None = None
+    addresses: tuple[str, ...] = ()
+    members: tuple[Search, ...] = ()
+
+
+class Begin(msgspec.Struct, frozen=True, tag=True):
+    """The group begins; ``size`` messages :class:`Member` follow, one for each member, the receiver included."""
+
+    group_id: bytes
+    size: int
+
+
+class Member(msgspec.Struct, frozen=True, tag=True):
+    """One member of a group that begins: a message of its own, so that a group's size is not bound by a message's."""
+
+    member: SignedMemberInfo
+
+
+LeaderMessage = Accepted | Postponed | Redirect | Rejected | Dismissed | Begin | Member
+
+JOIN: Method[JoinRequest, LeaderMessage] = Method(
+    name="averaging.join",
+    request=JoinRequest,
+    response=LeaderMessage,  # type: ignore[arg-type]  # a union is a valid message type, but no type[...]
+)
+
+
+class DeclaredState(enum.StrEnum):
+    """Whether a peer that declared itself can still be planned with; stored values."""
+
+    LOOKING = "looking"
+    TAKEN = "taken"
+
+
+class Declaration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A peer under its group key; stored with the peer's id as sub-key, so that the DHT checks its signature."""
+
+    start_time: float
+    """Its place in the order: the time at which it wanted to start when its search began; never changes in a search."""
+    state: DeclaredState
+    schema_hash: bytes
+    mode: PeerMode
+    addresses: tuple[str, ...]
+    group: tuple[Search, ...] = ()
+    """If taken: everybody in its group. One record that is seen takes the whole group out of a plan at once."""
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Declaration)
+
+
+def encode_declaration(declaration: Declaration) -> bytes:
+    return _encoder.encode(declaration)
+
+
+def decode_declaration(raw: object) -> Declaration:
+    """:raises InvalidValueError: ``raw`` is no declaration; records come from strangers"""
+    if not isinstance(raw, bytes):
+        raise InvalidValueError(f"a declaration is bytes, not {type(raw).__name__}")
+    try:
+        declaration = _decoder.decode(raw)
+    except msgspec.DecodeError as e:
+        raise InvalidValueError(f"not a declaration: {e}") from e
+    if not (
+        math.isfinite(declaration.start_time)
+        and len(declaration.schema_hash) == SCHEMA_HASH_BYTES
+        and len(declaration.addresses) <= MAX_ADDRESSES
+        and len(declaration.group) <= MAX_GROUP_SIZE
+    ):
+        raise InvalidValueError("a declaration with a field out of bounds")
+    return declaration
+
+
+def peer_id_of(raw: bytes) -> PeerID:
+    """:raises ProtocolViolation: a message names a peer by bytes that are no peer id"""
+    try:
+        return PeerID.from_bytes(raw)
+    except InvalidValueError as e:
+        raise ProtocolViolation(f"not a peer id: {e}") from e
