@@ -1,0 +1,118 @@
+"""What a caller of ``step(wait=False)`` holds: a future of the round, and a handle to steer it until it
+begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from shoal.runtime.futures import MPFuture
+
+if TYPE_CHECKING:
+    from shoal.averaging.report import RoundReport
+
+
+class AveragingStage(Enum):
+    """How far a step has come."""
+
+    IDLE = "idle"
+    """Still queued behind an earlier step."""
+    LOOKING_FOR_GROUP = "looking for group"
+    AWAITING_TRIGGER = "awaiting trigger"
+    """The group stands; ``allow_allreduce()`` lets it begin."""
+    RUNNING_ALLREDUCE = "running all-reduce"
+    FINISHED = "finished"
+
+
+class StepControl(MPFuture[Any]):
+    """A step of averaging that runs in the background.
+
+    It is a :class:`concurrent.futures.Future` that can be awaited too. Its result is the dictionary of
+    gathered data,
+    ``{PeerID: data}``; a step that failed raises :class:`~shoal.errors.AllreduceException` with the reason,
+    and leaves the averaged tensors as they were. Whatever waits for it is woken after the averages have been
+    written to the tensors.
+
+    :param scheduled_time: when all-reduce is expected to begin, in :func:`~shoal.utils.get_dht_time` seconds
+    :param deadline: when the search for a group ends, in the same seconds; None: never
+    :param weight: this peer's weight in the average
+    :param trigger: tells the background process that all-reduce may begin
+    :param cancel_step: tells it that the step is no longer wanted
+    """
+
+    def __init__(
+        self,
+        *,
+        scheduled_time: float,
+        deadline: float | None,
+        weight: float,
+        needs_trigger: bool,
+        trigger: Callable[[], None],
+        cancel_step: Callable[[], None],
+    ) -> None:
+        super().__init__()
+        self._stage = AveragingStage.IDLE
+        self._scheduled_time = scheduled_time
+        self._deadline = deadline
+        self._weight = weight
+        self._triggered = not needs_trigger
+        self._trigger = trigger
+        self._cancel_step = cancel_step
+        self._report: RoundReport | None = None
+
+    @property
+    def stage(self) -> AveragingStage:
+        return AveragingStage.FINISHED if self.done() else self._stage
+
+    @property
+    def scheduled_time(self) -> float:
+        return self._scheduled_time
+
+    @property
+    def deadline(self) -> float | None:
+        return self._deadline
+
+    @property
+    def weight(self) -> float:
+        return self._weight
+
+    @property
+    def triggered(self) -> bool:
+        """Whether all-reduce may begin as soon as the group stands."""
+        return self._triggered
+
+    @property
+    def began_allreduce(self) -> bool:
+        return self.done() or self._stage is AveragingStage.RUNNING_ALLREDUCE
+
+    @property
+    def report(self) -> RoundReport | None:
+        """What happened; None until the step has finished."""
+        return self._report
+
+    def allow_allreduce(self) -> None:
+        """Let all-reduce begin as soon as the group stands. Calling it again is harmless."""
+        if not self._triggered:
+            self._triggered = True
+            self._trigger()
+
+    def cancel(self) -> bool:
+        """Withdraw from the step, at any time until its round is decided; groupmates learn it at once.
+
+        :returns: False if the step has finished already
+        """
+        if not super().cancel():
+            return False
+        self._cancel_step()
+        return True
+
+    def get_timeout(self) -> float | None:
+        """Seconds until the search ends, at least 0; None: it has no end."""
+        from shoal.utils.timed import get_dht_time  # the same clock as the deadline's
+
+        return None if self._deadline is None else max(0.0, self._deadline - get_dht_time())
+
+    def __repr__(self) -> str:
+        return f"<StepControl {self.stage.value}, weight {self._weight:g}>"

@@ -1,0 +1,80 @@
+"""What happened in a round of averaging, and why: made in the background process, read by people and programs
+in the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+BITS_PER_BYTE = 8
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Seconds that a step spent in each phase; 0 for those that it did not reach.
+
+    ``search``: finding a group, tries that failed included; ``trigger``: waiting for ``allow_allreduce()``;
+    ``snapshot``: copying the user's tensors; ``allreduce``: from the snapshot to the decision; ``apply``:
+    writing the result.
+    """
+
+    search: float = 0.0
+    trigger: float = 0.0
+    snapshot: float = 0.0
+    allreduce: float = 0.0
+    apply: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.search + self.trigger + self.snapshot + self.allreduce + self.apply
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What happened in one step of averaging.
+
+    :param step: number of the step in this averager, from 0
+    :param group_id: hexadecimal id of the last group, empty if none was found
+    :param members: PeerIDs (base58) of its members, the leader first
+    :param modes: what each member does: "full", "client" or "auxiliary"
+    :param failure: why the step failed; None: it succeeded
+    :param attempts: groups that were tried, the last one included
+    :param bytes_sent: tensor bytes sent, as encoded on the wire, in the last attempt
+    :param bytes_received: likewise received
+    :param parts: parts of the flat vector that were averaged
+    :param weight: sum of the weights of the members that were averaged
+    """
+
+    step: int
+    group_id: str = ""
+    members: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ()
+    failure: str | None = None
+    attempts: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    parts: int = 0
+    weight: float = 0.0
+    phases: Phases = field(default_factory=Phases)
+
+    @property
+    def succeeded(self) -> bool:
+        return self.failure is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dictionaries, lists, strings and numbers."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if self.failure is not None:
+            return f"round {self.step}: failed after {self.phases.total:.1f} s: {self.failure}"
+        moved = self.bytes_sent + self.bytes_received
+        seconds = self.phases.allreduce
+        rate = moved * BITS_PER_BYTE / seconds / 1e6 if seconds > 0 else 0.0
+        work = self.phases.snapshot + self.phases.allreduce + self.phases.apply
+        return (
+            f"round {self.step}: {len(self.members)} peers in {self.phases.total:.1f} s "
+            f"(search {self.phases.search:.1f}, all-reduce {work:.1f}), "
+            f"{moved / 1e6:.3g} MB at {rate:.0f} Mbit/s, excluded: none"
+        )
