@@ -1,0 +1,253 @@
+"""Tensors as one flat vector in an arena, the vector as spans of owners, the spans as parts. Pure.
+
+The arena is a stretch of bytes that holds all tensors one after another. Consecutive tensors with the same
+dtype and codec form a *section*, within which there are no gaps, so that a part may reach over the border of
+two tensors; each section begins at a multiple of 64 bytes. Elements are numbered through all sections. Each
+member owns one contiguous *span* of elements (possibly none), and a *part* never crosses the border of a
+section or a span. All of this follows from the schema, the members' sizes and ``part_size_bytes`` alone, so
+that every member computes the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from shoal.averaging.schema import TensorSchema
+from shoal.compression.base import CompressionBase
+from shoal.compression.registry import get_codec
+from shoal.errors import InvalidValueError
+
+ALIGNMENT = 64
+MAX_PARTS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A maximal run of consecutive tensors of one dtype and codec.
+
+    ``first_element`` counts elements of the flat vector, ``offset`` bytes of the arena, ``data_offset`` bytes
+    of the vector's data (the arena without its gaps).
+    """
+
+    index: int
+    dtype: torch.dtype
+    codec: CompressionBase
+    first_element: int
+    count: int
+    offset: int
+    data_offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+    @property
+    def end_element(self) -> int:
+        return self.first_element + self.count
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSlot:
+    """Where one tensor lies in the arena: ``count`` elements from byte ``offset`` on."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    count: int
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each tensor lies in the arena."""
+
+    slots: tuple[TensorSlot, ...]
+    sections: tuple[Section, ...]
+
+    @classmethod
+    def from_schema(cls, schema: TensorSchema) -> Layout:
+        slots: list[TensorSlot] = []
+        sections: list[Section] = []
+        element = data_offset = end = 0
+        groups = itertools.groupby(schema.specs, key=lambda spec: (spec.dtype, spec.codec))
+        for (dtype, wire_id), specs in groups:
+            start = end = -(-end // ALIGNMENT) * ALIGNMENT
+            for spec in specs:
+                slots.append(TensorSlot(spec.shape, dtype, math.prod(spec.shape), end))
+                end += slots[-1].nbytes
+            count = (end - start) // dtype.itemsize
+            sections.append(
+                Section(len(sections), dtype, get_codec(wire_id), element, count, start, data_offset)
+            )
+            element, data_offset = element + count, data_offset + end - start
+        return cls(tuple(slots), tuple(sections))
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Sequence[torch.Tensor], codecs: Sequence[CompressionBase] | None = None
+    ) -> Layout:
+        return cls.from_schema(TensorSchema.from_tensors(tensors, codecs))
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Size of an arena, a multiple of 64."""
+        end = self.sections[-1].offset + self.sections[-1].nbytes if self.sections else 0
+        return -(-end // ALIGNMENT) * ALIGNMENT
+
+    @cached_property
+    def data_nbytes(self) -> int:
+        """Bytes of the tensors alone: what :func:`load_balance_peers` divides."""
+        return sum(section.nbytes for section in self.sections)
+
+    @cached_property
+    def numel(self) -> int:
+        return sum(section.count for section in self.sections)
+
+    def tensor_view(self, area: torch.Tensor, index: int) -> torch.Tensor:
+        """Tensor ``index`` in an arena (one-dimensional, uint8, ``nbytes`` long): a flat view of it."""
+        slot = self.slots[index]
+        return area[slot.offset : slot.offset + slot.nbytes].view(slot.dtype)
+
+    def part_view(self, area: torch.Tensor, part: Part) -> torch.Tensor:
+        """A part's elements in an arena: a flat view of its dtype."""
+        return area[part.offset : part.offset + part.memory_nbytes].view(self.sections[part.section].dtype)
+
+    def dtype_of(self, part: Part) -> torch.dtype:
+        return self.sections[part.section].dtype
+
+    def codec_of(self, part: Part) -> CompressionBase:
+        return self.sections[part.section].codec
+
+    def element_at(self, data_offset: int) -> int:
+        """The element of the flat vector in which a byte of its data lies (``numel`` for the byte after the
+        last).
+        """
+        starts = [section.data_offset for section in self.sections]
+        section = self.sections[bisect_right(starts, data_offset) - 1]
+        inside = min((data_offset - section.data_offset) // section.dtype.itemsize, section.count)
+        return section.first_element + inside
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Elements ``start`` to ``stop`` (exclusive) of the flat vector; ``owner`` is a member's index in the
+    group.
+    """
+
+    owner: int
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What travels as one piece.
+
+    :param index: its number, the same for every member; numbers follow the flat vector
+    :param owner: index in the group of the member that averages it
+    :param start: first element in the flat vector, ``count`` elements
+    :param nbytes: on the wire, after the codec
+    :param offset: first byte in the arena, ``memory_nbytes`` bytes
+    """
+
+    index: int
+    owner: int
+    section: int
+    start: int
+    count: int
+    nbytes: int
+    offset: int
+    memory_nbytes: int
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The flat vector divided among the members of one group."""
+
+    layout: Layout
+    spans: tuple[Span, ...]
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def create(cls, layout: Layout, owned_nbytes: Sequence[int], part_size_bytes: int) -> Partition:
+        """Divide a vector.
+
+        :param owned_nbytes: for each member, the bytes that it owns: ``load_balance_peers(layout.data_nbytes,
+          ...)``; borders are moved to the beginning of an element
+        :param part_size_bytes: largest size of a part on the wire (a part has at least one element all the
+          same)
+        :raises InvalidValueError: the sizes do not sum to the vector's, or there would be more than 2^20
+          parts
+        """
+        if sum(owned_nbytes) != layout.data_nbytes or any(size < 0 for size in owned_nbytes):
+            raise InvalidValueError(
+                f"owned_nbytes sum to {sum(owned_nbytes)}; they must sum to {layout.data_nbytes}"
+                " and none may be negative"
+            )
+        if part_size_bytes < 1:
+            raise InvalidValueError(f"part_size_bytes is {part_size_bytes}; it must be at least 1")
+        ends = [layout.element_at(end) for end in itertools.accumulate(owned_nbytes)] if layout.numel else []
+        spans = tuple(
+            Span(owner, start, stop) for owner, (start, stop) in enumerate(itertools.pairwise([0, *ends]))
+        ) or tuple(Span(owner, 0, 0) for owner in range(len(owned_nbytes)))
+        return cls(layout, spans, _cut(layout, spans, part_size_bytes))
+
+    def parts_of(self, owner: int) -> tuple[Part, ...]:
+        """The parts that a member averages, in order."""
+        return self._by_owner[owner]
+
+    @cached_property
+    def _by_owner(self) -> tuple[tuple[Part, ...], ...]:
+        lists: list[list[Part]] = [[] for _ in self.spans]
+        for part in self.parts:
+            lists[part.owner].append(part)
+        return tuple(map(tuple, lists))
+
+
+def _cut(layout: Layout, spans: Sequence[Span], part_size_bytes: int) -> tuple[Part, ...]:
+    largest = [max(1, section.codec.max_count(section.dtype, part_size_bytes)) for section in layout.sections]
+    parts: list[Part] = []
+    for span in spans:
+        for section in layout.sections:
+            start, stop = max(span.start, section.first_element), min(span.stop, section.end_element)
+            if start >= stop:
+                continue
+            step = largest[section.index]
+            if len(parts) + (stop - start) // step > MAX_PARTS:
+                raise InvalidValueError(
+                    f"part_size_bytes is {part_size_bytes}: too small for {layout.data_nbytes} bytes of"
+                    f" tensors; there may be at most {MAX_PARTS} parts"
+                )
+            parts.extend(
+                _part(section, span.owner, len(parts) + number, first, min(step, stop - first))
+                for number, first in enumerate(range(start, stop, step))
+            )
+    return tuple(parts)
+
+
+def _part(section: Section, owner: int, index: int, start: int, count: int) -> Part:
+    itemsize = section.dtype.itemsize
+    return Part(
+        index=index,
+        owner=owner,
+        section=section.index,
+        start=start,
+        count=count,
+        nbytes=section.codec.encoded_nbytes(section.dtype, count),
+        offset=section.offset + (start - section.first_element) * itemsize,
+        memory_nbytes=count * itemsize,
+    )

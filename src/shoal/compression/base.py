@@ -1,0 +1,253 @@
+"""What a tensor codec is, the codec that changes nothing, and the memory of tensors as bytes.
+
+A codec turns a one-dimensional piece of a tensor (a *part*) into bytes and back; averaging streams such
+parts. Whole tensors (:meth:`CompressionBase.compress`) are one part and a description of their shape. Codecs
+are stateless: one object serves any number of threads. This file may touch tensors on the CPU only; it knows
+no sockets and no peers.
+
+The wire is little-endian, as is every machine that torch supports.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeAlias
+
+import msgspec
+import torch
+
+from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
+
+Bytes: TypeAlias = bytes | bytearray | memoryview
+
+FLOATING_DTYPES: dict[str, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+"""The dtypes that can be averaged, by their name on the wire."""
+
+DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in FLOATING_DTYPES.items()}
+
+
+class TensorRole(enum.Enum):
+    """What a tensor is for; adaptive codecs choose by it."""
+
+    ACTIVATION = "activation"
+    PARAMETER = "parameter"
+    GRADIENT = "gradient"
+    OPTIMIZER = "optimizer"
+    UNSPECIFIED = "unspecified"
+
+
+@dataclass(frozen=True)
+class CompressionInfo:
+    """What a codec may know about a tensor, or about one part of it, before it sees the values.
+
+    :param key: the tensor's name or number in its collection
+    :param shape: of the whole tensor
+    :param part_index: number of the part, and ``part_size`` its elements (None: the whole tensor)
+    """
+
+    key: Any = None
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+    role: TensorRole = TensorRole.UNSPECIFIED
+    part_index: int = 0
+    part_size: int | None = None
+
+    @classmethod
+    def from_tensor(
+        cls, tensor: torch.Tensor, key: Any = None, role: TensorRole = TensorRole.UNSPECIFIED
+    ) -> CompressionInfo:
+        return cls(key=key, shape=tuple(tensor.shape), dtype=tensor.dtype, role=role)
+
+    def get_part(self, part_index: int, part_size: int | None) -> CompressionInfo:
+        return replace(self, part_index=part_index, part_size=part_size)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape) if self.part_size is None else self.part_size
+
+
+class SerializedTensor(msgspec.Struct, frozen=True, array_like=True):
+    """A whole tensor as it travels; :func:`shoal.compression.deserialize_tensor` restores it."""
+
+    compression_type: int
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class CompressionBase(ABC):
+    """A tensor codec. Subclasses define ``compression_type``, ``lossless``, ``encoded_nbytes``, ``encode``
+    and ``_decode``.
+
+    The size of an encoded part follows from its dtype and count alone, so that a receiver knows it
+    beforehand.
+    """
+
+    compression_type: ClassVar[int]
+    """The codec's wire id; see :mod:`shoal.compression.registry`."""
+
+    @abstractmethod
+    def lossless(self, dtype: torch.dtype) -> bool:
+        """Whether finite values of ``dtype`` come back bit for bit."""
+
+    @abstractmethod
+    def encoded_nbytes(self, dtype: torch.dtype, count: int) -> int:
+        """Exact size in bytes of ``count`` encoded elements of ``dtype``; never falls as ``count`` grows."""
+
+    @abstractmethod
+    def encode(self, part: torch.Tensor) -> memoryview:
+        """Encode a one-dimensional contiguous CPU tensor; the result may share its memory, and reads it until
+        it is sent.
+        """
+
+    @abstractmethod
+    def _decode(
+        self, data: memoryview, dtype: torch.dtype, count: int, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As :meth:`decode`, with everything checked; ``data`` is one-dimensional and of unsigned bytes."""
+
+    def decode(
+        self, data: Bytes, dtype: torch.dtype, count: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Decode ``count`` elements of ``dtype`` from what another peer sent.
+
+        Returns ``out`` (one-dimensional, contiguous, of that dtype and count) if it was given, else a tensor
+        that may share the memory of a writable ``data``. Raises :class:`ProtocolViolation` if ``data`` can't
+        be such a part; nothing is allocated then.
+        """
+        expected = self.encoded_nbytes(dtype, count)
+        view = memoryview(data).cast("B")
+        if len(view) != expected:
+            raise ProtocolViolation(
+                f"{type(self).__name__}: {count} elements of {DTYPE_NAMES[dtype]} take {expected} bytes,"
+                f" not {len(view)}"
+            )
+        if out is not None:
+            assert out.dtype == dtype, out.dtype
+            assert out.shape == (count,), out.shape
+            assert out.is_contiguous()
+        return self._decode(view, dtype, count, out)
+
+    def is_raw(self, dtype: torch.dtype) -> bool:
+        """Whether an encoded part is the memory of the part itself, so that it can be received in place
+        (:func:`tensor_bytes`).
+        """
+        return False
+
+    def max_count(self, dtype: torch.dtype, nbytes: int) -> int:
+        """The largest number of elements whose encoding takes at most ``nbytes`` bytes (0 if not even one
+        fits).
+        """
+        low, high = 0, 1
+        while self.encoded_nbytes(dtype, high) <= nbytes:
+            low, high = high, high * 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.encoded_nbytes(dtype, middle) <= nbytes else (low, middle)
+        return low
+
+    def choose(self, info: CompressionInfo) -> CompressionBase:
+        """The plain codec for this tensor: itself, unless the codec adapts to what it is told about the
+        tensor.
+        """
+        return self
+
+    def estimate_compression_ratio(self, info: CompressionInfo) -> float:
+        """Encoded size over original size: below 1 if the codec saves bytes; 1 for an empty tensor."""
+        if info.numel == 0:
+            return 1.0
+        codec = self.choose(info)
+        return codec.encoded_nbytes(info.dtype, info.numel) / (info.dtype.itemsize * info.numel)
+
+    def compress(
+        self, tensor: torch.Tensor, info: CompressionInfo | None = None, allow_inplace: bool = False
+    ) -> SerializedTensor:
+        """Encode a whole floating tensor on any device, of any shape and strides.
+
+        :param allow_inplace: the codec may use the tensor's own memory as scratch space
+        """
+        if tensor.dtype not in DTYPE_NAMES:
+            raise InvalidTypeError(
+                f"tensor has dtype {tensor.dtype}; codecs take {', '.join(FLOATING_DTYPES)}"
+            )
+        codec = self.choose(info if info is not None else CompressionInfo.from_tensor(tensor))
+        flat = tensor.detach().to("cpu").reshape(-1).contiguous()
+        return SerializedTensor(
+            codec.compression_type, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), bytes(codec.encode(flat))
+        )
+
+    def extract(self, serialized: SerializedTensor, *, max_elements: int | None = None) -> torch.Tensor:
+        """Restore a tensor from a message of another peer; the result owns its memory.
+
+        Raises :class:`ProtocolViolation` before any memory is taken if the message contradicts itself or
+        exceeds ``max_elements``.
+        """
+        dtype = FLOATING_DTYPES.get(serialized.dtype)
+        if dtype is None:
+            raise ProtocolViolation(f"unknown dtype {serialized.dtype[:32]!r} of a tensor")
+        if len(serialized.shape) > 64 or any(size < 0 for size in serialized.shape):
+            raise ProtocolViolation("impossible shape of a tensor")
+        count = math.prod(serialized.shape)
+        if max_elements is not None and count > max_elements:
+            raise ProtocolViolation(f"a tensor of {count} elements where at most {max_elements} are allowed")
+        if count == 0 and max(serialized.shape) >= 1 << 62:
+            raise ProtocolViolation("impossible shape of a tensor")
+        flat = self.decode(serialized.data, dtype, count)
+        return flat.reshape(serialized.shape)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class NoCompression(CompressionBase):
+    """The tensor's own bytes: nothing is lost, and nothing is copied on the way to the socket."""
+
+    compression_type = 0
+
+    def lossless(self, dtype: torch.dtype) -> bool:
+        return True
+
+    def is_raw(self, dtype: torch.dtype) -> bool:
+        return True
+
+    def encoded_nbytes(self, dtype: torch.dtype, count: int) -> int:
+        return dtype.itemsize * count
+
+    def encode(self, part: torch.Tensor) -> memoryview:
+        return tensor_bytes(part)
+
+    def _decode(
+        self, data: memoryview, dtype: torch.dtype, count: int, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        return decode_raw(data, dtype, count, out)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as writable bytes; it lives as long as the view does."""
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise InvalidValueError("tensor must be contiguous and on the CPU")
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def decode_raw(data: memoryview, dtype: torch.dtype, count: int, out: torch.Tensor | None) -> torch.Tensor:
+    """Elements in the memory form of their own dtype; not copied where ``data`` already is the memory of
+    ``out``.
+    """
+    if count == 0:
+        return torch.empty(0, dtype=dtype) if out is None else out
+    if data.readonly:
+        data = memoryview(bytearray(data))
+    values = torch.frombuffer(data, dtype=dtype, count=count)
+    if out is None:
+        return values
+    if values.data_ptr() != out.data_ptr():
+        out.copy_(values)
+    return out

@@ -1,0 +1,87 @@
+"""Which codec a wire id means. The set is closed: an id that nobody registered in this process is a protocol
+violation.
+
+Ids 0 to 63 belong to Shoal (0 none, 1 float16; the next ones are kept for further codecs of its own), 64 to
+255 to users, who must agree on them among their peers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from shoal.compression.base import CompressionBase, CompressionInfo, NoCompression, SerializedTensor
+from shoal.compression.floating import Float16Compression
+from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
+
+USER_IDS = range(64, 256)
+
+
+class CodecRegistry:
+    """Codecs by wire id; each id means one class for as long as the registry lives."""
+
+    def __init__(self, codecs: Iterable[CompressionBase] = ()) -> None:
+        self._codecs: dict[int, CompressionBase] = {codec.compression_type: codec for codec in codecs}
+
+    def register(self, codec: CompressionBase) -> None:
+        """Add a user's codec; registering its class again is harmless. Raises UsageError for a bad or taken
+        id.
+        """
+        if not isinstance(codec, CompressionBase):
+            raise InvalidTypeError(f"codec must be a CompressionBase object, not {codec!r}")
+        wire_id = getattr(codec, "compression_type", None)
+        known = self._codecs.get(wire_id) if isinstance(wire_id, int) else None
+        if known is not None and type(known) is type(codec):
+            return
+        if not isinstance(wire_id, int) or isinstance(wire_id, bool) or wire_id not in USER_IDS:
+            raise InvalidValueError(
+                f"{type(codec).__name__}.compression_type is {wire_id!r};"
+                f" codecs of users take {USER_IDS[0]} to {USER_IDS[-1]}"
+            )
+        if known is not None:
+            raise InvalidValueError(
+                f"compression_type {wire_id} of {type(codec).__name__} is taken by {type(known).__name__}"
+            )
+        self._codecs[wire_id] = codec
+
+    def codec(self, wire_id: int) -> CompressionBase:
+        """The codec of an id that came from another peer; :class:`ProtocolViolation` if it is unknown."""
+        codec = self._codecs.get(wire_id)
+        if codec is None:
+            raise ProtocolViolation(f"unknown codec {wire_id}; known here: {sorted(self._codecs)}")
+        return codec
+
+    def __contains__(self, wire_id: object) -> bool:
+        return wire_id in self._codecs
+
+
+CODECS = CodecRegistry([NoCompression(), Float16Compression()])
+"""The registry of this process."""
+
+
+def register_codec(codec: CompressionBase) -> None:
+    """Make a codec of the user's own known in this process; see :meth:`CodecRegistry.register`."""
+    CODECS.register(codec)
+
+
+def get_codec(wire_id: int) -> CompressionBase:
+    """The codec with this wire id; :class:`ProtocolViolation` if there is none."""
+    return CODECS.codec(wire_id)
+
+
+def serialize_tensor(
+    tensor: torch.Tensor,
+    codec: CompressionBase | None = None,
+    info: CompressionInfo | None = None,
+    allow_inplace: bool = False,
+) -> SerializedTensor:
+    """Encode a whole tensor, by default without compression."""
+    return (codec if codec is not None else NoCompression()).compress(tensor, info, allow_inplace)
+
+
+def deserialize_tensor(serialized: SerializedTensor, *, max_elements: int | None = None) -> torch.Tensor:
+    """Restore a tensor that another peer encoded with any registered codec; raises
+    :class:`ProtocolViolation`.
+    """
+    return get_codec(serialized.compression_type).extract(serialized, max_elements=max_elements)
