@@ -1,0 +1,91 @@
+"""The DHT's calls and the messages that they carry. msgspec checks every limit stated here while decoding.
+
+Requests for nodes near an id say in ``known`` which nodes the caller has heard of (8 bytes of each id), so
+that in a settled DHT the answers carry no contacts at all.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from shoal.dht.ids import ID_BYTES
+from shoal.p2p.rpc import Method
+
+MAX_CONTACTS = 64
+MAX_ENTRIES = 8192
+MAX_KNOWN_BYTES = 64 * 8
+
+IdBytes = Annotated[bytes, Meta(min_length=ID_BYTES, max_length=ID_BYTES)]
+PeerBytes = Annotated[bytes, Meta(max_length=64)]
+Address = Annotated[str, Meta(max_length=300)]
+KnownNodes = Annotated[bytes, Meta(max_length=MAX_KNOWN_BYTES)]
+KeyBytes = Annotated[bytes, Meta(min_length=1, max_length=4096)]
+SubkeyBytes = Annotated[bytes, Meta(max_length=4096)]
+Reason = Annotated[str, Meta(max_length=500)]
+
+
+class Contact(msgspec.Struct, array_like=True, frozen=True):
+    """A peer and where it can be dialed."""
+
+    peer: PeerBytes
+    addresses: Annotated[list[Address], Meta(max_length=16)]
+
+
+Contacts = Annotated[list[Contact], Meta(max_length=MAX_CONTACTS)]
+
+
+class StoredEntry(msgspec.Struct, array_like=True, frozen=True):
+    """One value of a record; an empty ``subkey`` for a record without sub-keys."""
+
+    subkey: SubkeyBytes
+    value: bytes
+    expiration: float
+
+
+class FindRequest(msgspec.Struct, array_like=True, frozen=True):
+    """Which nodes are nearest to ``target``, and what is stored there?"""
+
+    target: IdBytes
+    listening: bool
+    """Whether the caller is a node that others may call and put into their tables."""
+    known: KnownNodes = b""
+    count: Annotated[int, Meta(ge=0, le=MAX_CONTACTS)] = 0
+    """How many nodes at most are wanted."""
+    want_record: bool = False
+    after: int = 0
+    """Only entries that were put after this change (of an earlier answer of the same node)."""
+
+
+class FindResponse(msgspec.Struct, array_like=True, frozen=True):
+    """The nearest nodes that are not ``known`` to the caller, and the record's new entries."""
+
+    nodes: Contacts = []
+    entries: Annotated[list[StoredEntry], Meta(max_length=MAX_ENTRIES)] = []
+    sequence: int = 0
+    """The latest change of the record: the next request's ``after``. 0 where there is no record."""
+
+
+class StoreRequest(msgspec.Struct, array_like=True, frozen=True):
+    """Keep these entries of one key."""
+
+    key: KeyBytes
+    listening: bool
+    entries: Annotated[list[StoredEntry], Meta(min_length=1, max_length=MAX_ENTRIES)]
+    known: KnownNodes = b""
+    count: Annotated[int, Meta(ge=0, le=MAX_CONTACTS)] = 0
+
+
+class StoreResponse(msgspec.Struct, array_like=True, frozen=True):
+    """For each entry the reason why it was refused, or "" if it was accepted; nodes as in
+    :class:`FindResponse`.
+    """
+
+    refused: Annotated[list[Reason], Meta(max_length=MAX_ENTRIES)]
+    nodes: Contacts = []
+
+
+FIND = Method("dht.find", FindRequest, FindResponse)
+STORE = Method("dht.store", StoreRequest, StoreResponse)
