@@ -122,7 +122,7 @@ def _validate(index: int, tensor: object) -> None:
     if tensor.grad_fn is not None:
         raise InvalidValueError(
             f"{name} was computed by autograd (grad_fn={tensor.grad_fn.name()});"
-            " averaged tensors must be leaves, such as parameters: pass the parameter itself, or tensor.detach()"
+            " averaged tensors must be leaves, such as parameters: pass the leaf, or tensor.detach()"
         )
     if _overlaps_itself(tensor):
         raise InvalidValueError(

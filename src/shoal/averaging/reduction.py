@@ -1,0 +1,195 @@
+"""The arithmetic of one part: weighted averages, and differences for lossy codecs. Pure; CPU tensors only.
+
+Precision. For float32, |error| <= 1e-6 x the mean of the |inputs|, for up to any number of senders and any
+weights. With equal weights and at most 16 senders the parts are summed in float32, with one rounding for each
+sender (n x 2^-24 <= 0.96e-6, relative to the mean of the |inputs|, the division included). That bound does
+not hold for unequal weights, where one input may count for nearly all of the result and be 16 times the mean;
+there the sums are in float64, and the only rounding that matters is the last one. float16 and bfloat16 are
+summed in float32, float64 in itself. Sums are taken in the order of the members, never in that of arrival,
+and each operation rounds once (no fused multiply-add), so that the same parts give the same bits on every
+machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from shoal.compression.base import CompressionBase
+from shoal.errors import InvalidStateError, InvalidValueError
+
+CHUNK = 1 << 17
+"""Elements that are worked on at a time, so that all operations after the first find them in the cache."""
+
+MAX_FLOAT32_SENDERS = 16
+
+
+class PartReducer:
+    """Collects the senders' versions of one part; averages them when each has arrived or was excluded.
+
+    Senders are positions in the group, ``weights`` one finite number >= 0 for each; those with weight 0 send
+    nothing and are not waited for. A tensor that was added is read by :meth:`average` only, and must not
+    change before.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        _check_weights(weights)
+        self._weights = tuple(weights)
+        self._parts: dict[int, torch.Tensor] = {}
+        self._excluded: set[int] = set()
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """The senders that are still waited for."""
+        return tuple(
+            sender
+            for sender, weight in enumerate(self._weights)
+            if weight > 0 and sender not in self._parts and sender not in self._excluded
+        )
+
+    @property
+    def complete(self) -> bool:
+        return not self.missing
+
+    @property
+    def arrived(self) -> tuple[int, ...]:
+        """The senders whose parts count, in member order."""
+        return tuple(sorted(self._parts))
+
+    @property
+    def weight(self) -> float:
+        """The sum of the weights that arrived."""
+        return math.fsum(self._weights[sender] for sender in self.arrived)
+
+    def add(self, sender: int, part: torch.Tensor) -> None:
+        """A decoded part has arrived. Raises InvalidStateError if this sender is not waited for."""
+        if sender not in self.missing:
+            raise InvalidStateError(f"sender {sender} is not waited for; missing are {self.missing}")
+        self._parts[sender] = part
+
+    def exclude(self, sender: int) -> None:
+        """Stop waiting for a sender; a part that has arrived from it still counts."""
+        self._excluded.add(sender)
+
+    def average(self, out: torch.Tensor) -> torch.Tensor:
+        """Write the average of what arrived to ``out`` and let go of the parts; returns ``out``.
+
+        Raises InvalidStateError if senders are missing, or nothing arrived.
+        """
+        if self.missing or not self._parts:
+            raise InvalidStateError(f"nothing to average yet: {self.missing} missing, {self.arrived} arrived")
+        arrived = self.arrived
+        reduce_part([self._parts[s] for s in arrived], [self._weights[s] for s in arrived], out)
+        self._parts.clear()
+        self._excluded.update(arrived)
+        return out
+
+
+def reduce_part(parts: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor) -> torch.Tensor:
+    """The weighted average of ``parts``, in the order given, into ``out``; returns ``out``.
+
+    All are one-dimensional, contiguous and of one dtype and count; ``out`` may be one of the parts. Inputs
+    are finite; the result is too unless the sum of the inputs, each times its weight over the largest weight,
+    exceeds the range of the type that sums are in.
+    """
+    _check_weights(weights)
+    if len(parts) != len(weights):
+        raise InvalidValueError(f"{len(parts)} parts were given with {len(weights)} weights")
+    terms = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight > 0]
+    largest = max(weight for _, weight in terms)
+    scales = [weight / largest for _, weight in terms]
+    divisor = math.fsum(scales)
+    wide = _sum_dtype(out.dtype, scales)
+    # The sum may be built in `out` itself unless that would overwrite a part that is read later.
+    in_place = wide == out.dtype and all(part.data_ptr() != out.data_ptr() for part, _ in terms[1:])
+    total, term = torch.empty(2, min(CHUNK, len(out)), dtype=wide)
+    for start in range(0, len(out), CHUNK):
+        target = out[start : start + CHUNK]
+        chunk_total = target if in_place else total[: len(target)]
+        chunks = [part[start : start + CHUNK] for part, _ in terms]
+        _sum(chunks, scales, chunk_total, term[: len(target)])
+        if divisor != 1:
+            chunk_total.div_(divisor)
+        if not in_place:
+            target.copy_(chunk_total)
+    return out
+
+
+def _sum(
+    chunks: Sequence[torch.Tensor], scales: Sequence[float], total: torch.Tensor, term: torch.Tensor
+) -> None:
+    """``total`` = the sum of the chunks times their scales, computed in the dtype of ``total`` and ``term``."""
+    native = total.dtype == chunks[0].dtype
+    if native and scales[0] == 1 and len(chunks) > 1 and scales[1] == 1:
+        torch.add(chunks[0], chunks[1], out=total)
+        chunks, scales = chunks[2:], scales[2:]
+    else:
+        _scale(chunks[0], scales[0], total)
+        chunks, scales = chunks[1:], scales[1:]
+    for chunk, scale in zip(chunks, scales, strict=True):
+        if native and scale == 1:
+            total.add_(chunk)
+        else:
+            _scale(chunk, scale, term)
+            total.add_(term)
+
+
+def _scale(chunk: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    out.copy_(chunk)
+    if scale != 1:
+        out.mul_(scale)
+
+
+def _sum_dtype(dtype: torch.dtype, scales: Sequence[float]) -> torch.dtype:
+    """The dtype in which sums of ``dtype`` are taken; see the module's docstring."""
+    if dtype == torch.float64:
+        return torch.float64
+    unequal = any(scale != 1 for scale in scales)
+    if dtype == torch.float32 and (unequal or len(scales) > MAX_FLOAT32_SENDERS):
+        return torch.float64
+    return torch.float32
+
+
+def _check_weights(weights: Sequence[float]) -> None:
+    for index, weight in enumerate(weights):
+        if not (math.isfinite(weight) and weight >= 0):
+            raise InvalidValueError(f"weights[{index}] is {weight}; it must be a finite number of at least 0")
+    if not any(weight > 0 for weight in weights):
+        raise InvalidValueError("all weights are 0; at least one must be positive")
+
+
+def is_finite(part: torch.Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinities.
+
+    One cheap pass as a rule: a sum that is finite has only finite terms. A sum that is not may have
+    overflowed, and only then each element is looked at.
+    """
+    wide = torch.float64 if part.dtype == torch.float64 else torch.float32
+    if math.isfinite(part.sum(dtype=wide).item()):
+        return True
+    return bool(torch.isfinite(part).all())
+
+
+def encode_difference(codec: CompressionBase, average: torch.Tensor, decoded: torch.Tensor) -> memoryview:
+    """What an owner sends a member under a lossy codec: the encoded difference between the average and that
+    member's part, as the owner decoded it.
+
+    The member adds it to its *exact* part (:func:`apply_difference`). With ``a`` the average of the decoded
+    parts ``d_i`` of exact parts ``x_i``, the members end up with ``x_i + (a - d_i)``, whose weighted mean is
+    that of the ``x_i``: what the codec lost on the way to the owner cancels. A member that took the decoded
+    average, or added the difference to its decoded part, would let the mean drift by the codec's errors in
+    every round. Differences also shrink as the members agree, and with them what the codec loses on the way
+    back.
+    """
+    return codec.encode(torch.sub(average, decoded))
+
+
+def apply_difference(local: torch.Tensor, difference: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """A member's result: its exact part plus the decoded difference, rounded once, into ``out``.
+
+    ``out`` may be ``local`` or ``difference``. Where the member's part never reached the owner there is no
+    difference; the owner sends the encoded average itself, and that is the result.
+    """
+    return torch.add(local, difference, out=out)

@@ -1,0 +1,297 @@
+"""The user's tensors and the lock around them: the only file that reads and writes their values.
+
+A round takes a *snapshot* of the tensors into an arena (:class:`~.partition.Layout`), and, when it commits,
+*applies* the average that came of it. Both run in the host process, under the lock, for as long as copying
+takes. Between them the trainer may change the tensors; what it adds is kept.
+
+Neither uses torch's intra-op thread pool for tensors on the CPU (numpy's copies, and pieces too small for the
+pool), so that the trainer keeps its cores. Writes go through ``tensor.data``, which has a version counter of
+its own: autograd does not see them, and a round may land between forward and backward.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from shoal.averaging.partition import Layout
+from shoal.averaging.reduction import is_finite
+from shoal.compression.base import DTYPE_NAMES
+from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidValueError
+
+Area: TypeAlias = torch.Tensor | memoryview | bytearray
+"""An arena of ``layout.nbytes`` bytes: a one-dimensional uint8 CPU tensor, or writable memory."""
+
+CHUNK_NBYTES = 1 << 20
+MERGE_ELEMENTS = 1 << 15
+"""The largest piece for which torch does not wake its intra-op threads."""
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class TensorStore:
+    """The averaged tensors of one averager, referred to as objects: their storage may be replaced between
+    rounds.
+
+    :param tensors: as returned by :func:`~.schema.validate_tensors`
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], layout: Layout) -> None:
+        self.tensors = tuple(tensors)
+        self.layout = layout
+        self._lock = threading.RLock()
+        self._holder: int | None = None
+        self._holder_name = ""
+        self._held_since = 0.0
+        self._depth = 0
+        self._cuda: dict[torch.device, CudaCopier] = {}
+        for device in {tensor.device for tensor in self.tensors}:
+            self._cuda_copier(device)
+
+    @contextmanager
+    def hold(self, timeout: float | None = None) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Hold the lock (re-entrant) and yield the tensors.
+
+        Raises :class:`DeadlineExceeded` saying who has held it for how long if it is not free within
+        ``timeout`` seconds.
+        """
+        if not self._lock.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
+            held = time.monotonic() - self._held_since
+            raise DeadlineExceeded(
+                f"the lock of the averaged tensors was not free within {timeout:g} s:"
+                f" thread {self._holder_name!r} has held it for {held:.1f} s"
+            )
+        try:
+            if self._depth == 0:
+                self._holder = threading.get_ident()
+                self._holder_name = threading.current_thread().name
+                self._held_since = time.monotonic()
+            self._depth += 1
+            yield self.tensors
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self._holder = None
+            self._lock.release()
+
+    @property
+    def held_by_this_thread(self) -> bool:
+        return self._holder == threading.get_ident()
+
+    def mark_stream(self) -> None:
+        """Remember this thread's current CUDA streams as the trainer's: copies are ordered after what it has
+        enqueued there.
+
+        Call it on the trainer's thread whenever a step is triggered and when the lock was held by it; without
+        it, each device's default stream counts.
+        """
+        for copier in self._cuda.values():
+            copier.mark_stream()
+
+    def snapshot(self, area: Area, *, timeout: float | None = None) -> None:
+        """Copy every tensor into the arena under the lock.
+
+        Raises :class:`DeadlineExceeded` if the lock is not free in time, :class:`InvalidStateError` naming
+        the tensor if one has changed its shape or dtype. Says nothing of NaN: see :func:`first_non_finite`.
+        """
+        target = self._area(area)
+        with self.hold(timeout):
+            self._check_unchanged()
+            for index, tensor in enumerate(self.tensors):
+                view = self.layout.tensor_view(target, index)
+                copier = self._cuda_copier(tensor.device)
+                if copier is not None:
+                    copier.read(tensor.data, view)
+                elif _is_plain(tensor):
+                    np.copyto(_bytes(view), _bytes(tensor.data.view(-1)))
+                else:
+                    view.view(tensor.shape).copy_(tensor.data)
+
+    def apply(
+        self, snapshot: Area, average: Area, alpha: float = 1.0, *, timeout: float | None = None
+    ) -> None:
+        """Move every tensor by ``alpha`` times what the round changed, under the lock.
+
+        Where ``alpha`` is 1 and an element still has the bits that it had in the snapshot (so that a NaN
+        equals itself, and 0.0 is not -0.0), the average itself is written. Elsewhere the element becomes
+        ``element + alpha * (average - snapshot)``, computed in float32 or wider. Raises as :meth:`snapshot`
+        does, before anything was written.
+        """
+        before, after = self._area(snapshot), self._area(average)
+        with self.hold(timeout):
+            self._check_unchanged()
+            for index, tensor in enumerate(self.tensors):
+                old, new = self.layout.tensor_view(before, index), self.layout.tensor_view(after, index)
+                copier = self._cuda_copier(tensor.device)
+                if copier is not None:
+                    copier.merge(tensor.data, old, new, alpha)
+                elif _is_plain(tensor):
+                    _merge_flat(tensor.data.view(-1), old, new, alpha)
+                else:
+                    flat = tensor.data.to("cpu", copy=True).reshape(-1)
+                    _merge_flat(flat, old, new, alpha)
+                    tensor.data.copy_(flat.view(tensor.shape))
+
+    def _area(self, area: Area) -> torch.Tensor:
+        tensor = area if isinstance(area, torch.Tensor) else _as_tensor(area)
+        if tensor.dtype != torch.uint8 or tensor.shape != (self.layout.nbytes,):
+            raise InvalidValueError(
+                f"an arena must have {self.layout.nbytes} bytes; this one is"
+                f" {list(tensor.shape)} {tensor.dtype}"
+            )
+        return tensor
+
+    def _check_unchanged(self) -> None:
+        for index, (tensor, slot) in enumerate(zip(self.tensors, self.layout.slots, strict=True)):
+            if tuple(tensor.shape) != slot.shape or tensor.dtype != slot.dtype:
+                raise InvalidStateError(
+                    f"averaged_tensors[{index}] was {DTYPE_NAMES[slot.dtype]} {list(slot.shape)} when the"
+                    f" averager was made, and is {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} now; shapes and dtypes can't change"
+                )
+            if tensor.layout != torch.strided:
+                raise InvalidStateError(f"averaged_tensors[{index}] is no longer dense, but {tensor.layout}")
+
+    def _cuda_copier(self, device: torch.device) -> CudaCopier | None:
+        if device.type != "cuda":
+            return None
+        if device not in self._cuda:
+            self._cuda[device] = CudaCopier(device)
+        return self._cuda[device]
+
+
+class CudaCopier:
+    """Copies between the tensors of one CUDA device and arenas, through pinned memory, in chunks."""
+
+    CHUNK_NBYTES = 4 << 20
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._trainer_stream: torch.cuda.Stream = torch.cuda.default_stream(device)
+        self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pinned: list[torch.Tensor] = []
+
+    def mark_stream(self) -> None:
+        self._trainer_stream = torch.cuda.current_stream(self._device)
+
+    def read(self, tensor: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy a tensor to flat CPU memory; back when it is there."""
+        # A stream of our own, so that the trainer's next kernels need not wait for the bus. It waits for an event
+        # that is recorded on the trainer's stream now.
+        self._copy_stream.wait_stream(self._trainer_stream)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._copy_stream):
+            source = tensor.contiguous().view(-1)
+            arrived: tuple[torch.cuda.Event, torch.Tensor, torch.Tensor] | None = None
+            for number, (piece, goal) in enumerate(
+                zip(self._split(source), self._split(target), strict=True)
+            ):
+                staged = self._staging(number % 2, piece)
+                staged.copy_(piece, non_blocking=True)
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record(self._copy_stream)
+                self._unload(arrived)
+                arrived = (event, staged, goal)
+            self._unload(arrived)
+
+    def merge(self, tensor: torch.Tensor, old: torch.Tensor, new: torch.Tensor, alpha: float) -> None:
+        """As :func:`_merge` for the whole tensor; back when it is done."""
+        # On the trainer's own stream: each element is read and written between two of the trainer's kernels.
+        stream = self._trainer_stream
+        used: list[torch.cuda.Event | None] = [None, None]
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            flat = tensor.contiguous().view(-1)
+            pieces = zip(self._split(flat), self._split(old), self._split(new), strict=True)
+            for number, (piece, old_piece, new_piece) in enumerate(pieces):
+                turn = number % 2
+                previous = used[turn]
+                if previous is not None:
+                    previous.synchronize()
+                moved = []
+                for slot, source in ((turn, old_piece), (2 + turn, new_piece)):
+                    staged = self._staging(slot, source)
+                    np.copyto(_bytes(staged), _bytes(source))
+                    moved.append(staged.to(self._device, non_blocking=True))
+                event = used[turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record(stream)
+                _merge(piece, moved[0], moved[1], alpha)
+            if flat.data_ptr() != tensor.data_ptr():
+                tensor.copy_(flat.view(tensor.shape))
+            stream.synchronize()
+
+    def _split(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
+        return _pieces(flat, self.CHUNK_NBYTES // flat.itemsize)
+
+    def _staging(self, slot: int, like: torch.Tensor) -> torch.Tensor:
+        while len(self._pinned) <= slot:
+            self._pinned.append(torch.empty(self.CHUNK_NBYTES, dtype=torch.uint8, pin_memory=True))
+        return self._pinned[slot][: like.numel() * like.itemsize].view(like.dtype)
+
+    @staticmethod
+    def _unload(arrived: tuple[torch.cuda.Event, torch.Tensor, torch.Tensor] | None) -> None:
+        if arrived is not None:
+            event, staged, goal = arrived
+            event.synchronize()
+            np.copyto(_bytes(goal), _bytes(staged))
+
+
+def first_non_finite(layout: Layout, area: Area) -> int | None:
+    """Index of the first tensor of a snapshot that has NaN or infinite elements; needs no lock."""
+    source = area if isinstance(area, torch.Tensor) else _as_tensor(area)
+    for index in range(len(layout.slots)):
+        view = layout.tensor_view(source, index)
+        if not all(map(is_finite, _pieces(view, MERGE_ELEMENTS))):
+            return index
+    return None
+
+
+def _merge_flat(flat: torch.Tensor, old: torch.Tensor, new: torch.Tensor, alpha: float) -> None:
+    """:func:`_merge` on the CPU, with a fast path for chunks that the trainer did not touch."""
+    step = CHUNK_NBYTES // flat.itemsize
+    for start in range(0, flat.numel(), step):
+        piece, old_piece, new_piece = (t[start : start + step] for t in (flat, old, new))
+        if alpha == 1 and np.array_equal(_integers(piece), _integers(old_piece)):
+            np.copyto(_bytes(piece), _bytes(new_piece))
+            continue
+        triples = zip(*(_pieces(t, MERGE_ELEMENTS) for t in (piece, old_piece, new_piece)), strict=True)
+        for current, before, after in triples:
+            _merge(current, before, after, alpha)
+
+
+def _merge(current: torch.Tensor, old: torch.Tensor, new: torch.Tensor, alpha: float) -> None:
+    """The rule of :meth:`TensorStore.apply` for flat tensors on one device; writes to ``current``."""
+    wide = torch.float64 if current.dtype == torch.float64 else torch.float32
+    moved = torch.sub(new.to(wide), old.to(wide)).mul_(alpha).add_(current)
+    if alpha != 1:
+        current.copy_(moved)
+        return
+    integers = _INTEGERS[current.itemsize]
+    untouched = torch.eq(current.view(integers), old.view(integers))
+    current.copy_(torch.where(untouched, new, moved.to(current.dtype)))
+
+
+def _pieces(flat: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+    return (flat[start : start + size] for start in range(0, flat.numel(), size))
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's memory is its elements in order, readable by the CPU."""
+    return tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def _as_tensor(area: memoryview | bytearray) -> torch.Tensor:
+    view = memoryview(area)
+    return torch.frombuffer(view, dtype=torch.uint8) if len(view) else torch.empty(0, dtype=torch.uint8)
+
+
+def _bytes(flat: torch.Tensor) -> npt.NDArray[Any]:
+    return flat.view(torch.uint8).numpy()
+
+
+def _integers(flat: torch.Tensor) -> npt.NDArray[Any]:
+    return flat.view(_INTEGERS[flat.itemsize]).numpy()
