@@ -21,11 +21,17 @@ class SharedMemory:
     received by :meth:`from_descriptor`. The memory lives until both sides have closed it or ended, however they end.
     """
 
+    # An object whose mapping failed owns nothing: its maker closes the descriptor.
+    _fd = -1
+    _map: mmap.mmap | None = None
+    _buffer: memoryview | None = None
+
     def __init__(self, fd: int, nbytes: int) -> None:
+        mapping = mmap.mmap(fd, nbytes)
         self._fd = fd
         self._nbytes = nbytes
-        self._map: mmap.mmap | None = mmap.mmap(fd, nbytes)
-        self._buffer: memoryview | None = memoryview(self._map)
+        self._map = mapping
+        self._buffer = memoryview(mapping)
 
     @classmethod
     def create(cls, nbytes: int) -> SharedMemory:
@@ -54,7 +60,9 @@ class SharedMemory:
             size = os.fstat(fd).st_size
             # Touching a page past the end would be a SIGBUS, not an exception.
             if not 0 < nbytes <= size:
-                raise InvalidValueError(f"nbytes must be between 1 and {size}, the size of the memory, not {nbytes!r}")
+                raise InvalidValueError(
+                    f"nbytes must be between 1 and {size}, the size of the memory, not {nbytes!r}"
+                )
             return cls(fd, nbytes)
         except BaseException:
             os.close(fd)
@@ -128,5 +136,7 @@ def _anonymous_file() -> int:
 
     name = f"/shoal-{secrets.token_hex(8)}"  # macOS allows 31 characters
     fd: int = _posixshmem.shm_open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode=0o600)
-    _posixshmem.shm_unlink(name)  # from here on it has no name, and lives as long as the descriptors and mappings
+    _posixshmem.shm_unlink(
+        name
+    )  # from here on it has no name, and lives as long as the descriptors and mappings
     return fd

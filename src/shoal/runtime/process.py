@@ -1,53 +1,193 @@
-"""The host's side of a background process: start it, call services in it, and end it."""
+"""The host's side of a background process: start it, call the services in it, and end it.
+
+Changes no signal handler, and works on any thread, in a notebook and after any import. A process ends with the last
+reference to it, with the interpreter, or by :meth:`BackgroundProcess.shutdown`; a forked child can neither use nor end it.
+"""
 
 from __future__ import annotations
 
-import concurrent.futures
+import contextlib
+import logging
+import os
+import sys
+import threading
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
+from shoal.errors import DeadlineExceeded, InvalidTypeError
+from shoal.runtime import lifetime, pickling
+from shoal.runtime.channel import Kind
+from shoal.runtime.connection import Connection
 from shoal.runtime.futures import MPFuture
+from shoal.runtime.messages import HostState, Setup
 from shoal.runtime.service import Service, ServiceContext
+from shoal.runtime.workers import SerialThread
 
 ServiceFactory = Callable[[ServiceContext], Awaitable[Service]]
 
 
 class BackgroundProcess:
-    """A Python process of our own beside the host's, on whose event loop services live."""
+    """A Python process of our own beside the host's, on whose event loop services live. Made by :meth:`start`."""
+
+    def __init__(self, connection: Connection, *, daemon: bool) -> None:
+        self._connection = connection
+        self._daemon = daemon
+        self._finalizer: Callable[[], object] = lambda: None
+        if daemon:
+            finalizer = weakref.finalize(self, lifetime.end_in_background, connection)
+            finalizer.atexit = False  # lifetime.py ends all processes then, and waits for them together
 
     @classmethod
     def start(
         cls, name: str, *, daemon: bool = True, preload: tuple[str, ...] = (), timeout: float = 30
     ) -> BackgroundProcess:
-        raise NotImplementedError
+        """Start a process and wait until it runs.
+
+        :param name: names the process in logs, errors and the system's list of processes
+        :param daemon: if false, the host's interpreter waits at its end until the process is shut down or Ctrl+C is
+            pressed, and losing the last reference does not end it (as with :mod:`multiprocessing`)
+        :param preload: modules that the process imports on a thread when its first service is ready
+        :param timeout: seconds to wait
+        :raises PeerProcessDied: the process ended at once; shows what it printed
+        :raises DeadlineExceeded: it did not start in time, and was killed
+        """
+        state = _host_state()
+        # Put back in the process: it is there to let its interpreter find this package, not for its own children.
+        environment = (("PYTHONPATH", os.environ.get("PYTHONPATH")),)
+        setup = Setup(state, preload, "torch" in sys.modules, environment)
+        connection = Connection.spawn(name, _python_path(), pickling.dumps(setup))
+        connection.state = state
+        lifetime.add(connection, daemon=daemon)
+        if not connection.ready.wait(timeout):
+            connection.shutdown(0.0)
+            raise DeadlineExceeded(f"the background process {name!r} did not start within {timeout:g} s")
+        connection.raise_if_dead()
+        return cls(connection, daemon=daemon)
 
     def create_service(
         self, factory: ServiceFactory, *, name: str = "", handler: Callable[[Any], Any] | None = None
     ) -> MPFuture[ServiceHandle]:
-        """Make a service in the process by ``factory`` (picklable; functools.partial for arguments)."""
-        raise NotImplementedError
+        """Make a service in the process.
+
+        :param factory: called there with a :class:`~shoal.runtime.service.ServiceContext`; imported there (functions
+            of ``__main__``, lambdas and closures go by value), with arguments by :func:`functools.partial`
+        :param name: by which other services of the process find this one
+        :param handler: answers the service's own calls (``context.call_host``), in order, on a thread for this service
+        :raises InvalidTypeError: the factory cannot be sent
+        """
+        connection = self._usable()
+        body = pickling.dumps((name, factory), "the service's factory")
+        service_id = connection.new_service(handler, name)
+
+        def make_handle(_: object) -> ServiceHandle:
+            return ServiceHandle(self, service_id)
+
+        return connection.call(Kind.CREATE, service_id, body, convert=make_handle)
+
+    @property
+    def name(self) -> str:
+        return self._connection.name
+
+    @property
+    def daemon(self) -> bool:
+        return self._daemon
 
     @property
     def is_alive(self) -> bool:
-        raise NotImplementedError
+        """Whether the process runs; false in a forked child, which has no part in it."""
+        return self._connection.is_alive
 
     @property
     def pid(self) -> int:
-        raise NotImplementedError
+        return self._connection.pid
+
+    @property
+    def exit_status(self) -> int | None:
+        """None while it runs; as in :mod:`subprocess`, negative for a signal."""
+        return self._connection.exit_status
 
     @property
     def log_tail(self) -> str:
-        raise NotImplementedError
+        """The last lines that the process logged or printed."""
+        return self._connection.log_tail
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the process has ended; false if it still runs after ``timeout`` seconds."""
+        return self._connection.ended.wait(timeout)
 
     def shutdown(self, timeout: float = 3.0) -> None:
-        raise NotImplementedError
+        """End the process: in order within ``timeout`` seconds, by force after that. Idempotent, on any thread.
+
+        In a forked child this does nothing: the process belongs to the parent.
+        """
+        self._connection.shutdown(timeout)
+
+    def _usable(self) -> Connection:
+        connection = self._connection
+        connection.check_usable()
+        state = _host_state()
+        if state != connection.state:
+            connection.state = state
+            with contextlib.suppress(BrokenPipeError):  # then the call that follows says what happened
+                connection.send(Kind.STATE, pickling.dumps(state))
+        return connection
+
+    def __reduce__(self) -> NoReturn:
+        raise InvalidTypeError(
+            "a background process cannot be pickled or copied: it belongs to the process that started it"
+        )
 
 
 class ServiceHandle:
-    """A service in the background process, as the host sees it."""
+    """A service in the background process, as the host sees it. Keeps the process alive."""
+
+    def __init__(self, process: BackgroundProcess, service_id: int) -> None:
+        self.process = process
+        self.service_id = service_id
 
     def call(self, command: object, *, descriptors: Sequence[int] = ()) -> MPFuture[Any]:
-        raise NotImplementedError
+        """Send a command to the service; any number may be under way. Cancelling the future cancels it there.
 
-    def close(self) -> concurrent.futures.Future[None]:
-        raise NotImplementedError
+        The future raises what the service raised, or :class:`~shoal.errors.PeerProcessDied`.
+
+        :param descriptors: file descriptors that the service receives copies of
+        :raises InvalidTypeError: the command cannot be sent; the message says because of what
+        :raises InvalidStateError: the process was shut down, or belongs to the parent of this one
+        """
+        connection = self.process._usable()
+        return connection.call(
+            Kind.CALL, self.service_id, pickling.dumps(command, "the command"), descriptors
+        )
+
+    def close(self) -> MPFuture[None]:
+        """Close the service alone: its commands are cancelled, then its ``close()`` runs. Idempotent."""
+        connection = self.process._usable()
+        future: MPFuture[None] = connection.call(Kind.CLOSE, self.service_id, b"")
+        future.add_done_callback(lambda _: connection.forget_service(self.service_id))
+        return future
+
+    def __reduce__(self) -> NoReturn:
+        raise InvalidTypeError(
+            "a service cannot be pickled or copied: it belongs to the process that started it"
+        )
+
+
+def _host_state() -> HostState:
+    # An empty entry means the current folder, which is the host's; it may change later.
+    path = tuple(entry if entry else os.getcwd() for entry in sys.path if isinstance(entry, str))
+    shoal = logging.getLogger("shoal").getEffectiveLevel()
+    return HostState(path, (("", logging.getLogger().getEffectiveLevel()), ("shoal", shoal)))
+
+
+def _python_path() -> str | None:
+    """PYTHONPATH with which a new interpreter finds this package, or None if it does without."""
+    import site
+
+    where = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    given = os.environ.get("PYTHONPATH")
+    folders = [*site.getsitepackages(), site.getusersitepackages()]
+    if where in map(os.path.abspath, folders):
+        return given  # in front of the standard library it could shadow parts of that
+    return os.pathsep.join([where, given]) if given else where

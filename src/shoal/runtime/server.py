@@ -1,0 +1,372 @@
+"""The background process's own side: one event loop, the services on it, and the channel to the host.
+
+Imports only what every such process needs: its start-up time and memory are measured, and a DHT alone must not load
+torch or NumPy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import importlib
+import itertools
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NoReturn
+
+from shoal.errors import InvalidStateError, InvalidTypeError, ShoalError
+from shoal.runtime import pickling
+from shoal.runtime.channel import Channel, Frame, Kind, close_descriptors
+from shoal.runtime.hostwatch import watch_host
+from shoal.runtime.logs import ForwardingHandler, OutputWriter
+from shoal.runtime.messages import HostState, Setup
+from shoal.runtime.service import Service
+
+logger = logging.getLogger(__name__)
+
+HOST_GONE_SECONDS = 1.5
+"""How long services may take to say goodbye when there is no host any more."""
+
+_HARD_LIMIT_SECONDS = 0.3  # after which the process ends even if its event loop is stuck
+_TERMINATED_SECONDS = 2.0
+_FLUSH_SECONDS = 0.2
+
+
+class Context:
+    """The :class:`~shoal.runtime.service.ServiceContext` of one service."""
+
+    def __init__(self, server: Server, service_id: int, name: str) -> None:
+        self._server = server
+        self.service_id = service_id
+        self.name = name
+
+    @property
+    def services(self) -> Mapping[int, Service]:
+        return self._server.services
+
+    @property
+    def host_loaded_torch(self) -> bool:
+        return self._server.host_loaded_torch
+
+    def find(self, name: str) -> Service:
+        for service_id, context in self._server.contexts.items():
+            if context.name == name and service_id in self._server.services:
+                return self._server.services[service_id]
+        raise InvalidStateError(f"no service named {name!r} is open in this process")
+
+    async def call_host(self, command: object) -> object:
+        return await self._server.call_host(self.service_id, command)
+
+    async def modules_ready(self) -> None:
+        await self._server.modules_ready()
+
+    def set_log_fields(self, **fields: str) -> None:
+        self._server.log_handler.fields.update(fields)
+
+
+class Server:
+    """Reads frames from the host, runs services and their commands, and ends everything in order."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+        self.services: dict[int, Service] = {}
+        self.contexts: dict[int, Context] = {}
+        self.host_loaded_torch = False
+        self._loop = loop
+        self._channel = Channel(sock, self._watch_writable)
+        self.log_handler = ForwardingHandler(self._send_log, lambda: self._channel.unsent_bytes)
+        self._calls: dict[int, asyncio.Task[None]] = {}
+        self._calls_of: dict[int, set[int]] = {}
+        self._untaken: dict[
+            int, tuple[int, ...]
+        ] = {}  # descriptors of calls whose service has not got them yet
+        self._host_calls: dict[int, asyncio.Future[object]] = {}
+        self._host_call_numbers = itertools.count(1)
+        self._preload: tuple[str, ...] = ()
+        self._preloading: asyncio.Future[None] | None = None
+        self._stop_within: asyncio.Future[float] = loop.create_future()
+        self._all_sent = asyncio.Event()
+        self._all_sent.set()
+        self._handlers: dict[Kind, Callable[[Frame], None]] = {
+            Kind.STATE: self._receive_state,
+            Kind.CREATE: lambda frame: self._begin(frame, self._create),
+            Kind.CLOSE: lambda frame: self._begin(frame, self._close),
+            Kind.CALL: lambda frame: self._begin(frame, self._call),
+            Kind.CANCEL: self._receive_cancel,
+            Kind.RESULT: self._receive_result,
+            Kind.ERROR: self._receive_result,
+            Kind.SHUTDOWN: lambda frame: self.stop(pickling.loads(frame.body)),
+        }
+
+    async def run(self) -> None:
+        """Serve until the host says stop or is gone; returns when everything is closed."""
+        self._loop.add_reader(self._channel.fileno(), self._on_readable)
+        self._channel.send(Kind.READY)
+        seconds = await self._stop_within
+        deadline = self._loop.time() + seconds
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._close_all()
+        except TimeoutError:
+            logger.warning("%d services did not close within %.1f s", len(self.services), seconds)
+        await self._flush()
+
+    def stop(self, seconds: float) -> None:
+        """Begin to end the process in order, within this many seconds; only the first call counts."""
+        if not self._stop_within.done():
+            self._stop_within.set_result(seconds)
+
+    def host_is_gone(self) -> None:
+        """Runs on the watching thread: ends the process in order, or, if its loop is stuck, at once after that."""
+        self._loop.call_soon_threadsafe(self.stop, HOST_GONE_SECONDS)
+        time.sleep(HOST_GONE_SECONDS + _HARD_LIMIT_SECONDS)
+        os._exit(1)
+
+    async def call_host(self, service_id: int, command: object) -> object:
+        number = next(self._host_call_numbers)
+        body = pickling.dumps(command, "a command for the host")
+        future: asyncio.Future[object] = self._loop.create_future()
+        self._host_calls[number] = future
+        try:
+            self._channel.send(Kind.CALL, call=number, service=service_id, body=body)
+            return await future
+        except asyncio.CancelledError:
+            if not self._channel.closed:
+                self._channel.send(Kind.CANCEL, call=number, service=service_id)
+            raise
+        finally:
+            del self._host_calls[number]
+
+    async def modules_ready(self) -> None:
+        if (preloading := self._start_preload()) is not None:
+            await asyncio.shield(preloading)
+
+    # What the host sends
+
+    def _on_readable(self) -> None:
+        try:
+            frames = self._channel.receive()
+        except EOFError:
+            self._loop.remove_reader(self._channel.fileno())
+            self.stop(HOST_GONE_SECONDS)
+            return
+        for frame in frames:
+            self._handlers[frame.kind](frame)
+
+    def _receive_state(self, frame: Frame) -> None:
+        message = pickling.loads(frame.body)
+        if isinstance(message, Setup):
+            self.host_loaded_torch = message.host_loaded_torch
+            self._preload = message.preload
+            for name, value in message.environment:
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+            message = message.state
+        assert isinstance(message, HostState)
+        sys.path[:] = message.path
+        for name, level in message.levels:
+            logging.getLogger(name or None).setLevel(level)
+
+    def _receive_cancel(self, frame: Frame) -> None:
+        if (task := self._calls.get(frame.call)) is not None:
+            task.cancel()
+
+    def _receive_result(self, frame: Frame) -> None:
+        future = self._host_calls.get(frame.call)
+        if future is None or future.done():
+            return  # cancelled meanwhile
+        if frame.kind is Kind.ERROR:
+            future.set_exception(pickling.load_error(frame.body))
+        else:
+            future.set_result(pickling.loads(frame.body))
+
+    # Calls from the host
+
+    def _begin(self, frame: Frame, method: Callable[[Frame], Awaitable[object]]) -> None:
+        task = self._loop.create_task(self._answer(frame, method))
+        self._calls[frame.call] = task
+        self._calls_of.setdefault(frame.service, set()).add(frame.call)
+
+        self._untaken[frame.call] = frame.descriptors
+
+        def forget(task: asyncio.Task[None]) -> None:
+            del self._calls[frame.call]
+            self._calls_of[frame.service].discard(frame.call)
+            close_descriptors(self._untaken.pop(frame.call, ()))
+            if task.cancelled():
+                self._reply(Kind.CANCELLED, frame.call, b"")
+            elif (error := task.exception()) is not None:
+                logger.error("a command could not be answered", exc_info=error)
+
+        task.add_done_callback(forget)
+
+    async def _answer(self, frame: Frame, method: Callable[[Frame], Awaitable[object]]) -> None:
+        try:
+            result = await method(frame)
+            kind, body = Kind.RESULT, pickling.dumps(result, "the result")
+        except (SystemExit, KeyboardInterrupt) as error:
+            # Raised by code of users; it must not end the process under everybody else.
+            kind, body = Kind.ERROR, pickling.dump_error(ShoalError(f"the command raised {error!r}"))
+        except Exception as error:  # noqa: BLE001 - the task's outer edge: the host raises it again
+            kind, body = Kind.ERROR, pickling.dump_error(error)
+        self._reply(kind, frame.call, body)
+
+    def _reply(self, kind: Kind, call: int, body: bytes) -> None:
+        try:
+            self._channel.send(kind, call=call, body=body)
+        except BrokenPipeError:
+            self.stop(HOST_GONE_SECONDS)
+
+    async def _create(self, frame: Frame) -> None:
+        # On a thread: the factory's module may import torch.
+        name, factory = await self._loop.run_in_executor(None, _load, frame.body, "the service's factory")
+        context = Context(self, frame.service, name)
+        try:
+            self.services[frame.service] = await factory(context)
+            self.contexts[frame.service] = context
+        finally:
+            self._start_preload()
+
+    async def _call(self, frame: Frame) -> object:
+        service = self.services.get(frame.service)
+        if service is None:
+            raise InvalidStateError("the service in the background process is closed")
+        command = _load(frame.body, "a command")
+        return await service.handle(command, self._untaken.pop(frame.call))
+
+    async def _close(self, frame: Frame) -> None:
+        service = self.services.pop(frame.service, None)
+        self.contexts.pop(frame.service, None)
+        if service is None:
+            return
+        await self._cancel_calls(self._calls_of.get(frame.service, set()) - {frame.call})
+        await service.close()
+
+    async def _cancel_calls(self, numbers: set[int]) -> None:
+        tasks = [self._calls[number] for number in numbers if number in self._calls]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    # The end
+
+    async def _close_all(self) -> None:
+        await self._cancel_calls(set(self._calls))
+        # The last made first: an averager before the DHT that it uses.
+        for service_id in reversed(list(self.services)):
+            service = self.services[service_id]
+            try:
+                await service.close()
+            except Exception:  # one service's failure must not keep the others from closing
+                logger.exception("%s failed to close", type(service).__name__)
+            del self.services[service_id]
+
+    async def _flush(self) -> None:
+        try:
+            async with asyncio.timeout(_FLUSH_SECONDS):
+                await self._all_sent.wait()
+        except TimeoutError:
+            pass  # the host does not read: nobody will miss the rest
+
+    # Helpers
+
+    def _send_log(self, record: bytes) -> None:
+        self._channel.send(Kind.LOG, body=record)
+
+    def _watch_writable(self, wanted: bool) -> None:
+        self._loop.call_soon_threadsafe(self._set_writer, wanted)
+
+    def _set_writer(self, wanted: bool) -> None:
+        if self._channel.closed:
+            return
+        if wanted:
+            self._all_sent.clear()
+            self._loop.add_writer(self._channel.fileno(), self._on_writable)
+        else:
+            self._all_sent.set()
+            self._loop.remove_writer(self._channel.fileno())
+
+    def _on_writable(self) -> None:
+        try:
+            self._channel.flush()
+        except BrokenPipeError:
+            self._set_writer(False)
+            self.stop(HOST_GONE_SECONDS)
+
+    def _start_preload(self) -> asyncio.Future[None] | None:
+        if self._preloading is None and self._preload:
+            self._preloading = self._loop.create_future()
+            threading.Thread(
+                target=_preload,
+                args=(self._preload, self._loop, self._preloading),
+                name="shoal-preload",
+                daemon=True,
+            ).start()
+        return self._preloading
+
+
+def _load(data: bytes, what: str) -> Any:
+    try:
+        return pickling.loads(data)
+    except Exception as error:  # anything may be raised by a module that is imported here
+        raise InvalidTypeError(f"{what} could not be loaded in the background process: {error!r}") from error
+
+
+def _preload(names: tuple[str, ...], loop: asyncio.AbstractEventLoop, done: asyncio.Future[None]) -> None:
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception:  # whoever needs the module will raise it again
+            logger.exception("could not import %s ahead of need", name)
+    loop.call_soon_threadsafe(done.set_result, None)
+
+
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def main() -> NoReturn:
+    """Run the process: ``shoal.runtime.child DESCRIPTOR HOST_PID NAME``."""
+    descriptor, host_pid = int(sys.argv[1]), int(sys.argv[2])
+    faulthandler.enable(file=2)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the host decides what Ctrl+C means
+    os.set_inheritable(descriptor, False)
+    loop = _new_event_loop()
+    asyncio.set_event_loop(loop)
+    server = Server(loop, socket.socket(fileno=descriptor))
+    terminated = False
+
+    def terminate() -> None:
+        nonlocal terminated
+        terminated = True
+        logger.warning("received SIGTERM")
+        server.stop(_TERMINATED_SECONDS)
+
+    try:
+        logging.getLogger().addHandler(server.log_handler)
+        sys.stdout, sys.stderr = OutputWriter(logging.INFO), OutputWriter(logging.WARNING)
+        loop.add_signal_handler(signal.SIGTERM, terminate)
+        watch_host(host_pid, server.host_is_gone)
+        loop.run_until_complete(server.run())
+    except BaseException:  # noqa: BLE001 - the process's outer edge: the host shows what is written to descriptor 2
+        os.write(2, traceback.format_exc().encode())
+        os._exit(1)
+    if terminated:
+        loop.remove_signal_handler(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+    # Not sys.exit: threads of users, or an import that goes on, must not hold the process.
+    os._exit(0)

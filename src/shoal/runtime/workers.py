@@ -1,0 +1,53 @@
+"""A thread that runs what it is given, one after the other."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+
+class SerialThread:
+    """Runs callables in order on one daemon thread of its own, which starts by :meth:`start` or with the first of them."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        # SimpleQueue may be used from signal handlers and garbage collection, on the same thread.
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock = threading.RLock()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def backlog(self) -> int:
+        """How many callables have not begun yet."""
+        return self._queue.qsize()
+
+    def start(self) -> None:
+        """Start the thread now: once the interpreter is ending, no thread can be started any more."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        self._queue.put(work)
+        if self._thread is None:
+            self.start()
+
+    def stop(self, timeout: float = 0.0) -> None:
+        """End the thread after what it was given before; wait for that for ``timeout`` seconds at most."""
+        self._queue.put(None)
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+
+    def _run(self) -> None:
+        while (work := self._queue.get()) is not None:
+            try:
+                work()
+            except Exception:  # the thread's outer edge: what it runs are callables of users, too
+                logger.exception("%s failed", self._name)
+            del work
