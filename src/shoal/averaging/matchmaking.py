@@ -1,12 +1,100 @@
-"""Who leads, who follows, when a group is complete: matchmaking as a pure state machine."""
+"""Who leads, who follows, and when a group is complete: one search for a group as a pure state machine.
+
+Theory of operation. Every peer that searches declares itself under the group key and reads who else is declared there.
+Sorted by (start time, peer id) and cut by :func:`~shoal.averaging.grouping.cut_groups`, the same view gives the same
+plan at everybody: who leads, and whom the others ask. A peer asks only leaders that are earlier than itself in this
+order, which does not change during a search, and leaders accept only later ones: no two peers wait for each other.
+
+Views differ, for a while. Therefore leaders accept whoever asks while there is room; a peer that finds an earlier
+leader joins it and sends its own followers there; a leader that turns out to have more followers than its slice of the
+plan dismisses some; and one that is full tells who its members are, so that the asker plans without them. A follower
+does not plan: its leader does, until the group begins, the leader dismisses it or the leader is gone.
+
+A full group begins at once if no newcomer could change the plan. Otherwise its leader first makes sure that its view
+is settled: a poll that began a few declaration times after the last newcomer appeared has shown nobody else. When its
+start time comes, a leader begins with what it has, or postpones the start if that is less than the minimum size.
+
+:meth:`Matchmaking.handle` is the only way to change a search: an event and the time in, effects out. What a state
+lets happen is a table; anything else raises :class:`IllegalTransition` with the history of events.
+"""
 
 from __future__ import annotations
 
+import enum
 import math
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from shoal.averaging.group import MAX_GROUP_SIZE
+from shoal.averaging.group import MAX_GROUP_SIZE, MemberInfo, PeerMode
+from shoal.averaging.grouping import Candidate, Cut, EarlyBegin, cut_groups, may_begin_early
+from shoal.averaging.join_messages import (
+    Accepted,
+    Declaration,
+    DeclaredState,
+    Dismissed,
+    DismissReason,
+    Redirect,
+    Rejected,
+    RejectReason,
+    Search,
+)
+from shoal.averaging.matchmaking_events import (
+    AnswerRequest,
+    AskToJoin,
+    BeginGroup,
+    Cancelled,
+    Declare,
+    Declared,
+    DeclareFailed,
+    DismissFollower,
+    Effect,
+    Event,
+    FinishWithGroup,
+    FinishWithout,
+    FollowerLost,
+    JoinRequested,
+    LeaderAccepted,
+    LeaderBegan,
+    LeaderDismissed,
+    LeaderLost,
+    LeaderPostponed,
+    LeaderRedirected,
+    LeaderRejected,
+    LeaveLeader,
+    Log,
+    Poll,
+    Polled,
+    PollFailed,
+    PostponeFollower,
+    SearchStarted,
+    SetTimer,
+    TimerFired,
+)
+from shoal.averaging.matchmaking_story import SearchStory
 from shoal.errors import InvalidValueError
+from shoal.p2p.identity import PeerID
+
+FASTEST_POLL = 0.01
+SLOWEST_POLL = 0.5
+"""Seconds between polls: the period doubles from the first to the second, and starts anew when somebody appears."""
+SETTLE_FACTOR = 3.0
+"""A view is settled this many declaration times after the last newcomer appeared. Peers that start in one instant
+become visible within about one declaration time of each other, of the slower peer."""
+DECLARATION_PERIOD = 10.0
+"""Seconds after which a declaration is renewed; the shell lets it expire after three of these."""
+RETRY_AFTER = 0.2
+"""Seconds, at least, for which a leader that turned this peer down is left out of its plans."""
+AVOID_AFTER_LOSS = 10.0
+"""Seconds for which a leader that could not be reached or was lost is left out."""
+MAX_REDIRECTS = 5
+STATUS_PERIOD = 10.0
+HISTORY_LENGTH = 40
+
+
+class IllegalTransition(AssertionError):
+    """An event that cannot happen in this state, or a change of state that is not allowed: a bug in Shoal."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +114,631 @@ class MatchmakingConfig:
         if not 1 <= minimum <= MAX_GROUP_SIZE:
             raise InvalidValueError(f"min_group_size={minimum}: 1 to {MAX_GROUP_SIZE} are allowed")
         if target is not None and not minimum <= target <= MAX_GROUP_SIZE:
-            raise InvalidValueError(
-                f"target_group_size={target}: None or {minimum} (min_group_size) to {MAX_GROUP_SIZE} are allowed"
-            )
+            allowed = f"None or {minimum} (min_group_size) to {MAX_GROUP_SIZE}"
+            raise InvalidValueError(f"target_group_size={target}: {allowed} are allowed")
         for name in ("min_matchmaking_time", "request_timeout"):
             seconds = getattr(self, name)
             if not (math.isfinite(seconds) and seconds > 0):
                 raise InvalidValueError(f"{name}={seconds}: a positive number of seconds is allowed")
+
+
+class State(enum.Enum):
+    NEW = "new"
+    LOOKING = "looking"
+    """Follows nobody; may have followers."""
+    ASKING = "asking"
+    """Waits for a leader's answer; may have followers, until it is accepted."""
+    FOLLOWING = "following"
+    GROUPED = "grouped"
+    """Over: in a group."""
+    ENDED = "ended"
+    """Over: without a group."""
+
+
+_MOVES: dict[State, set[State]] = {
+    State.NEW: {State.LOOKING},
+    State.LOOKING: {State.ASKING, State.GROUPED, State.ENDED},
+    State.ASKING: {State.ASKING, State.LOOKING, State.FOLLOWING, State.GROUPED, State.ENDED},
+    State.FOLLOWING: {State.LOOKING, State.ASKING, State.GROUPED, State.ENDED},
+    State.GROUPED: set(),
+    State.ENDED: set(),
+}
+
+
+@dataclass(frozen=True)
+class _Ask:
+    number: int
+    leader: PeerID
+    addresses: tuple[str, ...]
+    asked_at: float
+    redirects: int
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """A peer whose searches up to ``start_time`` are not planned with until ``until``."""
+
+    start_time: float
+    until: float
+
+
+@dataclass
+class _Timing:
+    """When what is due; infinite: not at all."""
+
+    begins_at: float
+    deadline: float
+    next_poll: float = math.inf
+    polls_every: float = FASTEST_POLL
+    declare_again: float = math.inf
+    leader_begins_at: float = math.inf
+    next_status: float = math.inf
+    last_newcomer: float = -math.inf
+    settled_view: float = -math.inf
+    """When the last finished poll began."""
+    latency: float = 0.0
+    """The longest time, lately, that the DHT took for a declaration or a poll."""
+    is_polling: bool = False
+
+
+@dataclass
+class _Peers:
+    """Who is known of this search's key and schema."""
+
+    declared: dict[PeerID, tuple[Candidate, Declaration]] = field(default_factory=dict)
+    followers: dict[int, Candidate] = field(default_factory=dict)
+    left_out: dict[PeerID, _LeftOut] = field(default_factory=dict)
+    ever_seen: dict[PeerID, float] = field(default_factory=dict)
+    """The latest start time with which a peer was seen."""
+
+
+class Matchmaking:
+    """One search of one peer. Times are DHT time, in seconds."""
+
+    def __init__(
+        self,
+        config: MatchmakingConfig,
+        *,
+        peer_id: PeerID,
+        mode: PeerMode,
+        schema_hash: bytes,
+        key: str,
+        start_time: float,
+        deadline: float | None,
+    ) -> None:
+        self.state = State.NEW
+        self.config = config
+        self.key = key
+        self.me = Candidate(start_time, peer_id, mode.can_lead)
+        self.story = SearchStory(key, config.target_group_size, config.min_group_size)
+        self._schema_hash = schema_hash
+        self._peers = _Peers()
+        self._time = _Timing(begins_at=start_time, deadline=math.inf if deadline is None else deadline)
+        self._ask: _Ask | None = None
+        self._asks = 0
+        self._group: tuple[Search, ...] = ()
+        self._effects: list[Effect] = []
+        self._history: deque[str] = deque(maxlen=HISTORY_LENGTH)
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take in one event at time ``now``; return what the shell has to do, in order."""
+        self._history.append(f"{now:.3f} {self.state.value}: {event}")
+        handler = self._HANDLERS[self.state].get(type(event))
+        if handler is None:
+            self._raise_illegal(f"{type(event).__name__} cannot happen while {self.state.value}")
+        handler(self, event, now)
+        self._act(now)
+        effects, self._effects = self._effects, []
+        return effects
+
+    @property
+    def members(self) -> list[PeerID]:
+        """This peer and its followers."""
+        return [self.me.peer_id, *(follower.peer_id for follower in self._peers.followers.values())]
+
+    # ---- events of this peer's own search
+
+    def _on_started(self, event: SearchStarted, now: float) -> None:
+        self._move(State.LOOKING)
+        self.story.begin(now)
+        self._time.last_newcomer = now
+        self._time.next_status = now + STATUS_PERIOD
+        self._declare(now)
+        self._poll()
+
+    def _on_declared(self, event: Declared, now: float) -> None:
+        self._note_latency(event.seconds)
+
+    def _on_declare_failed(self, event: DeclareFailed, now: float) -> None:
+        self.story.note(now, f"could not declare itself: {event.reason}")
+        self._time.declare_again = now + SLOWEST_POLL
+
+    def _on_polled(self, event: Polled, now: float) -> None:
+        self._note_latency(now - event.began_at)
+        self._time.is_polling = False
+        self._time.settled_view = event.began_at
+        self._peers.declared.clear()
+        for peer_id, declaration in event.peers:
+            if peer_id != self.me.peer_id:
+                self._take_in(peer_id, declaration, now)
+        self.story.saw(len(event.peers), len(self._peers.declared))
+        self._schedule_poll(now)
+
+    def _on_poll_failed(self, event: PollFailed, now: float) -> None:
+        self.story.note(now, f"could not read who is declared: {event.reason}")
+        self._time.is_polling = False
+        self._schedule_poll(now)
+
+    def _on_timer(self, event: TimerFired, now: float) -> None:
+        time = self._time
+        if now >= time.deadline:
+            self._end(now)
+            return
+        if now >= time.next_status:
+            time.next_status = now + STATUS_PERIOD
+            self._effects.append(Log(self.story.status(now, self._candidates(now), self.me.peer_id)))
+        if now >= time.declare_again:
+            self._declare(now)
+        if now >= time.next_poll:
+            self._poll()
+        ask = self._ask
+        if self.state is State.ASKING and ask and now >= ask.asked_at + self.config.request_timeout:
+            self._effects.append(LeaveLeader(ask.number))
+            self._drop_leader(f"no answer in {self.config.request_timeout:g} s", now)
+        elif self.state is State.FOLLOWING and ask and now >= self._patience_ends():
+            self._effects.append(LeaveLeader(ask.number))
+            self._drop_leader("neither began nor postponed when its start time had come", now)
+
+    def _on_cancelled(self, event: Cancelled, now: float) -> None:
+        self._end(now)
+
+    # ---- others ask this peer to lead them
+
+    def _on_request(self, event: JoinRequested, now: float) -> None:
+        info = event.info
+        asker = Candidate(info.start_time, PeerID.from_bytes(info.peer_id), info.mode.can_lead)
+        answer = self._answer(asker, info, now)
+        self._effects.append(AnswerRequest(event.token, answer))
+        if isinstance(answer, Accepted):
+            self._drop_follower_of(asker.peer_id)
+            self._peers.followers[event.token] = asker
+            self.story.note(now, f"{asker.peer_id} joined")
+
+    def _answer(self, asker: Candidate, info: MemberInfo, now: float) -> Accepted | Redirect | Rejected:
+        if info.schema_hash != self._schema_hash:
+            self.story.saw_other_schema(asker.peer_id)
+            return Rejected(RejectReason.OTHER_SCHEMA)
+        if info.key != self.key:
+            return Rejected(RejectReason.OTHER_KEY)
+        if not self.me.can_lead:
+            return Rejected(RejectReason.CANNOT_LEAD)
+        if asker.can_lead and asker[:2] <= self.me[:2]:
+            return Rejected(RejectReason.WRONG_ORDER)
+        if self.state is State.FOLLOWING:
+            assert self._ask is not None
+            return Redirect(self._ask.leader.to_bytes(), self._ask.addresses)
+        self._peers.left_out.pop(asker.peer_id, None)  # it lives
+        self._note_seen(asker, now)
+        return self._offer_place(asker, now)
+
+    def _offer_place(self, asker: Candidate, now: float) -> Accepted | Redirect | Rejected:
+        members = set(self.members) | {asker.peer_id}
+        room, cut = self._room(now, asker)
+        if len(members) <= room and not self._is_needed_elsewhere(asker.peer_id, cut, now):
+            return Accepted(begins_in=max(0.0, self._time.begins_at - now))
+        planned = cut.group_of(asker.peer_id)
+        if planned and planned.leader not in (self.me.peer_id, asker.peer_id):
+            return Redirect(planned.leader.to_bytes(), self._addresses_of(planned.leader))
+        return Rejected(RejectReason.FULL, self._searches())
+
+    def _room(self, now: float, asker: Candidate | None = None) -> tuple[int, Cut]:
+        """How many members this peer may have now, itself included, and the plan that says so."""
+        cut = self._cut(now, asker)
+        room = self.config.target_group_size or MAX_GROUP_SIZE
+        planned = cut.group_of(self.me.peer_id)
+        if planned and planned.leader == self.me.peer_id and planned.is_complete and self._is_settled():
+            room = min(room, len(planned.members))
+        return room, cut
+
+    def _on_request_too_late(self, event: JoinRequested, now: float) -> None:
+        if self.state is State.GROUPED:
+            answer = Rejected(RejectReason.BEGUN, self._group)
+        else:
+            answer = Rejected(RejectReason.NOT_LOOKING)
+        self._effects.append(AnswerRequest(event.token, answer))
+
+    def _on_follower_lost(self, event: FollowerLost, now: float) -> None:
+        follower = self._peers.followers.pop(event.token, None)
+        if follower is not None:
+            self.story.note(now, f"lost follower {follower.peer_id}: {event.reason}")
+            # It may live and ask again, which puts it back; what is declared of it until then is not to be relied on.
+            self._leave_out(follower.peer_id, now + self._retry_time())
+
+    # ---- what leaders answer
+
+    def _on_accepted(self, event: LeaderAccepted, now: float) -> None:
+        ask = self._current(event.ask)
+        if ask is None:
+            return
+        self._move(State.FOLLOWING)
+        self.story.answered(ask.leader, "accepted", now)
+        self._time.leader_begins_at = now + event.begins_in
+        message = Dismissed(DismissReason.JOINED_ANOTHER, ask.leader.to_bytes(), ask.addresses)
+        self._dismiss_all(message)
+
+    def _on_redirected(self, event: LeaderRedirected, now: float) -> None:
+        ask = self._current(event.ask)
+        if ask is None:
+            return
+        self.story.answered(ask.leader, f"redirected to {event.leader}", now)
+        if ask.redirects < MAX_REDIRECTS and self._may_ask(event.leader, now):
+            self._ask_to_join(event.leader, event.addresses, now, redirects=ask.redirects + 1)
+        else:
+            self._leave_out(ask.leader, now + self._retry_time())
+            self._go_on_looking()
+
+    def _on_rejected(self, event: LeaderRejected, now: float) -> None:
+        ask = self._current(event.ask)
+        if ask is None:
+            return
+        reason = event.answer.reason
+        self.story.answered(ask.leader, f"rejected ({reason})", now)
+        forever = reason in (RejectReason.BEGUN, RejectReason.NOT_LOOKING, RejectReason.OTHER_SCHEMA)
+        until = math.inf if forever else now + self._retry_time()
+        self._leave_out(ask.leader, until)
+        self._leave_out_group(event.answer.members, until)
+        self._go_on_looking()
+
+    def _on_dismissed(self, event: LeaderDismissed, now: float) -> None:
+        ask = self._current(event.ask)
+        if ask is None:
+            return
+        answer = event.answer
+        self.story.answered(ask.leader, f"dismissed ({answer.reason})", now)
+        self._leave_out(ask.leader, now + self._retry_time())
+        self._leave_out_group(answer.members, now + self._retry_time())
+        suggested = PeerID.from_bytes(answer.leader) if answer.leader else None
+        if suggested is not None and self._may_ask(suggested, now):
+            self._ask_to_join(suggested, answer.addresses, now, redirects=0)
+        else:
+            self._go_on_looking()
+
+    def _on_postponed(self, event: LeaderPostponed, now: float) -> None:
+        if self._current(event.ask):
+            self._time.leader_begins_at = now + event.begins_in
+
+    def _on_began(self, event: LeaderBegan, now: float) -> None:
+        if self._current(event.ask) is None:
+            return
+        self._group = tuple(Search(member.peer_id, member.start_time) for member in event.group.members)
+        self._move(State.GROUPED)
+        self._effects.append(Declare(DeclaredState.TAKEN, self._group))
+        self._effects.append(FinishWithGroup(event.group))
+
+    def _on_leader_lost(self, event: LeaderLost, now: float) -> None:
+        if self._current(event.ask):
+            self._drop_leader(event.reason, now)
+
+    def _ignore(self, event: Event, now: float) -> None:
+        """The event belongs to something that is over."""
+
+    # ---- decisions
+
+    def _act(self, now: float) -> None:
+        """After every event: do what the view and the time now ask for, then set the timer."""
+        if self.state in (State.LOOKING, State.ASKING):
+            self._follow_plan(now)
+        if self.state in (State.LOOKING, State.ASKING):
+            self._consider_beginning(now)
+        if self.state not in (State.GROUPED, State.ENDED):
+            self._effects.append(SetTimer(self._next_timer(now)))
+
+    def _follow_plan(self, now: float) -> None:
+        room, cut = self._room(now)
+        planned = cut.group_of(self.me.peer_id)
+        self.story.plan = cut.reason
+        if planned is None:
+            return
+        if planned.leader != self.me.peer_id:
+            if self.state is State.LOOKING:
+                self._ask_to_join(planned.leader, self._addresses_of(planned.leader), now, redirects=0)
+            return
+        places = {member.peer_id for member in planned.members}
+        outside = sorted(
+            (token for token, peer in self._peers.followers.items() if peer.peer_id not in places),
+            key=lambda token: self._peers.followers[token],
+            reverse=True,
+        )
+        surplus = outside[: max(0, len(self.members) - room)]
+        for token in outside:
+            if token in surplus or self._is_needed_elsewhere(self._peers.followers[token].peer_id, cut, now):
+                self._dismiss_to_plan(token, cut)
+
+    def _is_needed_elsewhere(self, peer_id: PeerID, cut: Cut, now: float) -> bool:
+        """Whether ``peer_id`` has to lead another group, because too few others there could.
+
+        Matters where most peers are in client mode: sizes alone do not show that a group takes away the leaders.
+        """
+        group = cut.group_of(peer_id)
+        if group is None or group.leader != peer_id or not group.is_complete or not self._is_settled():
+            return False
+        members = {*self.members, peer_id}
+        left = sum(peer.can_lead and peer.peer_id not in members for peer in self._candidates(now))
+        return left < sum(group.is_complete for group in cut.groups) - 1
+
+    def _dismiss_to_plan(self, token: int, cut: Cut) -> None:
+        follower = self._peers.followers.pop(token)
+        group = cut.group_of(follower.peer_id)
+        suggested = group.leader if group and group.leader not in (follower.peer_id, self.me.peer_id) else None
+        message = Dismissed(
+            DismissReason.BETTER_CUT,
+            suggested.to_bytes() if suggested else None,
+            self._addresses_of(suggested) if suggested else (),
+            self._searches(),
+        )
+        self._effects.append(DismissFollower(token, message))
+
+    def _consider_beginning(self, now: float) -> None:
+        members = self.members
+        if not self.me.can_lead:
+            return
+        if now >= self._time.begins_at:
+            self._begin_or_postpone(now)
+            return
+        if self.state is not State.LOOKING:
+            return
+        config = self.config
+        decision = may_begin_early(
+            self._candidates(now), members, self.me.peer_id, config.target_group_size, config.min_group_size
+        )
+        self.story.plan = decision.reason
+        if decision.verdict is EarlyBegin.YES or (
+            decision.verdict is EarlyBegin.IF_SETTLED and self._is_settled()
+        ):
+            self._begin(now)
+        elif decision.verdict is EarlyBegin.IF_SETTLED and not self._time.is_polling:
+            self._time.next_poll = max(now, self._settles_at())
+
+    def _begin_or_postpone(self, now: float) -> None:
+        if len(self.members) >= self.config.min_group_size:
+            self._begin(now)
+            return
+        self._time.begins_at = now + self.config.min_matchmaking_time
+        self.story.note(now, f"{len(self.members)} members at the start time: postponed")
+        for token in self._peers.followers:
+            self._effects.append(PostponeFollower(token, self.config.min_matchmaking_time))
+
+    def _begin(self, now: float) -> None:
+        if self._ask is not None:
+            self._effects.append(LeaveLeader(self._ask.number))
+        self._group = self._searches()
+        self._move(State.GROUPED)
+        self._effects.append(BeginGroup(tuple(self._peers.followers)))
+        self._effects.append(Declare(DeclaredState.TAKEN, self._group))
+
+    def _end(self, now: float) -> None:
+        if self._ask is not None:
+            self._effects.append(LeaveLeader(self._ask.number))
+        self._dismiss_all(Dismissed(DismissReason.SEARCH_ENDED))
+        explanation = self.story.explain(now, self._candidates(now), self.me.peer_id)
+        self._move(State.ENDED)
+        self._effects.append(Declare(DeclaredState.TAKEN))
+        self._effects.append(FinishWithout(explanation))
+
+    # ---- views
+
+    def _take_in(self, peer_id: PeerID, declaration: Declaration, now: float) -> None:
+        if declaration.schema_hash != self._schema_hash:
+            self.story.saw_other_schema(peer_id)
+            return
+        if declaration.state is DeclaredState.TAKEN:
+            self._leave_out_group(declaration.group, math.inf)
+            self._leave_out(peer_id, math.inf, declaration.start_time)
+            return
+        candidate = Candidate(declaration.start_time, peer_id, declaration.mode.can_lead)
+        self._peers.declared[peer_id] = (candidate, declaration)
+        self._note_seen(candidate, now)
+
+    def _note_seen(self, candidate: Candidate, now: float) -> None:
+        if self._peers.ever_seen.get(candidate.peer_id, -math.inf) < candidate.start_time:
+            self._peers.ever_seen[candidate.peer_id] = candidate.start_time
+            self._time.last_newcomer = now
+            self._time.polls_every = FASTEST_POLL
+
+    def _candidates(self, now: float, asker: Candidate | None = None) -> list[Candidate]:
+        """Everybody to plan with, in order: declared and not left out, followers, this peer."""
+        found = {
+            peer_id: candidate
+            for peer_id, (candidate, _) in self._peers.declared.items()
+            if not self._is_left_out(candidate, now)
+        }
+        found.update((follower.peer_id, follower) for follower in self._peers.followers.values())
+        if asker is not None:
+            found[asker.peer_id] = asker
+        found[self.me.peer_id] = self.me
+        return sorted(found.values())
+
+    def _cut(self, now: float, asker: Candidate | None = None) -> Cut:
+        return cut_groups(
+            self._candidates(now, asker), self.config.target_group_size, self.config.min_group_size
+        )
+
+    def _is_left_out(self, candidate: Candidate, now: float) -> bool:
+        left_out = self._peers.left_out.get(candidate.peer_id)
+        return left_out is not None and now < left_out.until and candidate.start_time <= left_out.start_time
+
+    def _leave_out(self, peer_id: PeerID, until: float, start_time: float | None = None) -> None:
+        """Plan without the searches of ``peer_id`` up to ``start_time`` (default: the latest one seen)."""
+        if start_time is None:
+            start_time = self._peers.ever_seen.get(peer_id, -math.inf)
+        before = self._peers.left_out.get(peer_id)
+        if before is None or (start_time, until) > (before.start_time, before.until):
+            self._peers.left_out[peer_id] = _LeftOut(start_time, until)
+
+    def _leave_out_group(self, members: tuple[Search, ...], until: float) -> None:
+        for member in members:
+            peer_id = PeerID.from_bytes(member.peer_id)
+            if peer_id != self.me.peer_id:
+                self._leave_out(peer_id, until, member.start_time)
+
+    def _is_settled(self) -> bool:
+        return self._time.settled_view >= self._settles_at()
+
+    def _settles_at(self) -> float:
+        return self._time.last_newcomer + SETTLE_FACTOR * self._time.latency
+
+    def _addresses_of(self, peer_id: PeerID) -> tuple[str, ...]:
+        known = self._peers.declared.get(peer_id)
+        return known[1].addresses if known else ()
+
+    def _searches(self) -> tuple[Search, ...]:
+        members = [self.me, *self._peers.followers.values()]
+        return tuple(Search(member.peer_id.to_bytes(), member.start_time) for member in members)
+
+    # ---- leaders and followers
+
+    def _may_ask(self, leader: PeerID, now: float) -> bool:
+        if leader == self.me.peer_id or leader in self.members:
+            return False
+        left_out = self._peers.left_out.get(leader)
+        return left_out is None or now >= left_out.until
+
+    def _ask_to_join(self, leader: PeerID, addresses: tuple[str, ...], now: float, redirects: int) -> None:
+        self._asks += 1
+        self._ask = _Ask(self._asks, leader, addresses, now, redirects)
+        self._move(State.ASKING)
+        self._effects.append(AskToJoin(self._ask.number, leader, addresses))
+        self.story.asked(leader, now)
+
+    def _current(self, ask: int) -> _Ask | None:
+        """The request ``ask`` if it still counts: answers may cross with our leaving."""
+        return self._ask if self._ask is not None and self._ask.number == ask else None
+
+    def _go_on_looking(self) -> None:
+        self._ask = None
+        self._time.leader_begins_at = math.inf
+        self._move(State.LOOKING)
+        self._poll()
+
+    def _drop_leader(self, reason: str, now: float) -> None:
+        assert self._ask is not None
+        self.story.answered(self._ask.leader, f"lost ({reason})", now)
+        self._leave_out(self._ask.leader, now + AVOID_AFTER_LOSS)
+        self._go_on_looking()
+
+    def _drop_follower_of(self, peer_id: PeerID) -> None:
+        """A peer that asks again has given up its earlier request."""
+        for token, follower in list(self._peers.followers.items()):
+            if follower.peer_id == peer_id:
+                del self._peers.followers[token]
+                self._effects.append(DismissFollower(token, Dismissed(DismissReason.REPLACED)))
+
+    def _dismiss_all(self, message: Dismissed) -> None:
+        for token in self._peers.followers:
+            self._effects.append(DismissFollower(token, message))
+        self._peers.followers.clear()
+
+    # ---- time
+
+    def _declare(self, now: float) -> None:
+        self._time.declare_again = now + DECLARATION_PERIOD
+        self._effects.append(Declare(DeclaredState.LOOKING))
+
+    def _poll(self) -> None:
+        self._time.next_poll = math.inf
+        if not self._time.is_polling:
+            self._time.is_polling = True
+            self._effects.append(Poll())
+
+    def _schedule_poll(self, now: float) -> None:
+        time = self._time
+        time.next_poll = now + max(time.polls_every, min(time.latency, SLOWEST_POLL))
+        time.polls_every = min(2 * time.polls_every, SLOWEST_POLL)
+
+    def _note_latency(self, seconds: float) -> None:
+        # The longest counts, but a single slow answer of the past must not count for ever.
+        self._time.latency = max(seconds, 0.8 * self._time.latency)
+
+    def _retry_time(self) -> float:
+        return max(RETRY_AFTER, 2 * self._time.latency)
+
+    def _patience_ends(self) -> float:
+        return self._time.leader_begins_at + self.config.request_timeout
+
+    def _next_timer(self, now: float) -> float:
+        time = self._time
+        due = [time.deadline, time.next_status, time.declare_again]
+        if self.state is State.FOLLOWING:
+            due.append(self._patience_ends())
+        else:
+            due.append(time.next_poll)
+            if self.me.can_lead:
+                due.append(time.begins_at)
+            if self._ask is not None:
+                due.append(self._ask.asked_at + self.config.request_timeout)
+        return max(now, min(due))
+
+    # ---- states
+
+    def _move(self, to: State) -> None:
+        if to not in _MOVES[self.state]:
+            self._raise_illegal(f"a search that is {self.state.value} cannot become {to.value}")
+        self.state = to
+        if to in (State.GROUPED, State.ENDED):
+            self._ask = None
+
+    def _raise_illegal(self, what: str) -> Any:
+        history = "\n  ".join(self._history)
+        raise IllegalTransition(f"{what}; what led there:\n  {history}")
+
+    _ALWAYS: ClassVar[dict[type, Callable[..., None]]] = {
+        Declared: _on_declared,
+        DeclareFailed: _on_declare_failed,
+        Polled: _on_polled,
+        PollFailed: _on_poll_failed,
+        JoinRequested: _on_request,
+        FollowerLost: _on_follower_lost,
+        TimerFired: _on_timer,
+        Cancelled: _on_cancelled,
+    }
+    # Answers of leaders that this peer has left meanwhile.
+    _LATE_ANSWERS: ClassVar[dict[type, Callable[..., None]]] = dict.fromkeys(
+        (
+            LeaderAccepted,
+            LeaderRedirected,
+            LeaderRejected,
+            LeaderPostponed,
+            LeaderDismissed,
+            LeaderBegan,
+            LeaderLost,
+        ),
+        _ignore,
+    )
+    _OVER: ClassVar[dict[type, Callable[..., None]]] = {
+        **dict.fromkeys((Declared, DeclareFailed, Polled, PollFailed, FollowerLost, TimerFired), _ignore),
+        **_LATE_ANSWERS,
+        JoinRequested: _on_request_too_late,
+        Cancelled: _ignore,
+    }
+    _HANDLERS: ClassVar[dict[State, dict[type, Callable[..., None]]]] = {
+        State.NEW: {SearchStarted: _on_started},
+        State.LOOKING: {**_ALWAYS, **_LATE_ANSWERS},
+        State.ASKING: {
+            **_ALWAYS,
+            **_LATE_ANSWERS,
+            LeaderAccepted: _on_accepted,
+            LeaderRedirected: _on_redirected,
+            LeaderRejected: _on_rejected,
+            LeaderLost: _on_leader_lost,
+        },
+        State.FOLLOWING: {
+            **_ALWAYS,
+            **_LATE_ANSWERS,
+            LeaderPostponed: _on_postponed,
+            LeaderDismissed: _on_dismissed,
+            LeaderBegan: _on_began,
+            LeaderLost: _on_leader_lost,
+        },
+        State.GROUPED: _OVER,
+        State.ENDED: _OVER,
+    }

@@ -1,0 +1,180 @@
+"""How peers that look for a group are cut into groups: pure functions over sorted peers, each with its reason.
+
+Peers with equal views cut them equally, without a word between them. Sizes come first (:func:`plan_groups`), then who
+leads and who follows whom (:func:`cut_groups`), then whether a full group may begin without waiting for its start time
+(:func:`may_begin_early`).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from shoal.p2p.identity import PeerID
+
+
+class Candidate(NamedTuple):
+    """A peer that looks for a group. Candidates are ordered by start time, then peer id."""
+
+    start_time: float
+    peer_id: PeerID
+    can_lead: bool
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """A slice of the candidates: its leader first, then the others in order."""
+
+    members: tuple[Candidate, ...]
+    is_complete: bool
+    """Has at least the minimum size; others only gather behind a leader in the hope that more will come."""
+    newcomers_cannot_change_it: bool
+    """However many later peers appear, this slice keeps the target size."""
+
+    @property
+    def leader(self) -> PeerID:
+        return self.members[0].peer_id
+
+
+@dataclass(frozen=True)
+class Cut:
+    """All candidates as groups; ``left_over`` are those in no complete group."""
+
+    groups: tuple[PlannedGroup, ...]
+    left_over: tuple[Candidate, ...]
+    reason: str
+
+    def group_of(self, peer_id: PeerID) -> PlannedGroup | None:
+        """The group that ``peer_id`` is planned for; None if nobody can lead it."""
+        for group in self.groups:
+            if any(member.peer_id == peer_id for member in group.members):
+                return group
+        return None
+
+
+def plan_groups(n: int, target: int | None, minimum: int, leaders: int | None = None) -> tuple[int, ...]:
+    """Sizes of the groups into which ``n`` peers are cut, of whom ``leaders`` (default: all) can lead.
+
+    As few peers as possible are left over; among such plans, as many groups as possible have the target size, and
+    these come first. Every size is from ``minimum`` to ``target``.
+    """
+    leaders = n if leaders is None else min(leaders, n)
+    if leaders == 0 or n < minimum:
+        return ()
+    if target is None:
+        return (n,)
+    count = min(-(-n // target), leaders)
+    if count * minimum > n:  # one group more would take in everybody, but somewhere below the minimum
+        count -= 1
+    sizes: list[int] = []
+    rest = n
+    for later_groups in reversed(range(count)):
+        sizes.append(min(target, rest - later_groups * minimum))
+        rest -= sizes[-1]
+    return tuple(sizes)
+
+
+def stays_full(index: int, n: int, target: int | None, minimum: int) -> bool:
+    """Whether group ``index`` (from 0) of the plan has the target size for ``n`` peers and for any larger number.
+
+    The last groups are the smaller ones. In a plan of ``count`` groups that takes in everybody, the groups up to
+    ``index`` are full if ``n >= (index + 1) * target + (count - 1 - index) * minimum``; so it is enough to look at the
+    smallest number of peers for each count. Fewer than ``target`` places are empty, so no more than the last
+    ``target - 1`` groups are ever smaller.
+    """
+    if target is None:
+        return False
+    smallest_count = -(-n // target)
+    for count in range(smallest_count, max(smallest_count, index + target) + 1):
+        peers = max(n, (count - 1) * target + 1, count * minimum)
+        takes_in_everybody = peers <= count * target
+        if takes_in_everybody and peers < (index + 1) * target + (count - 1 - index) * minimum:
+            return False
+    return n >= (index + 1) * target
+
+
+def cut_groups(candidates: Sequence[Candidate], target: int | None, minimum: int) -> Cut:
+    """Cut ``candidates`` (sorted, each peer once) into groups. The first of a slice that can lead, leads it.
+
+    So a peer that can lead only ever follows one that is earlier in the order: no two peers wait for each other.
+    What is left over gathers in one incomplete group, if anybody there can lead.
+    """
+    leaders = sum(candidate.can_lead for candidate in candidates)
+    sizes = plan_groups(len(candidates), target, minimum, leaders)
+    waiting = list(candidates)
+    groups: list[PlannedGroup] = []
+    for index, size in enumerate(sizes):
+        members = _take_slice(waiting, size, later_groups=len(sizes) - index - 1)
+        fixed = stays_full(index, len(candidates), target, minimum)
+        groups.append(PlannedGroup(members, is_complete=True, newcomers_cannot_change_it=fixed))
+    left_over = tuple(waiting)
+    if any(candidate.can_lead for candidate in waiting):
+        members = _take_slice(waiting, len(waiting), later_groups=0)
+        groups.append(PlannedGroup(members, is_complete=False, newcomers_cannot_change_it=False))
+    shown = ", ".join(map(str, sizes)) or "none"
+    reason = (
+        f"{len(candidates)} peers of which {leaders} can lead make groups of {shown}; {len(left_over)} left over"
+    )
+    return Cut(tuple(groups), left_over, reason)
+
+
+def _take_slice(waiting: list[Candidate], size: int, *, later_groups: int) -> tuple[Candidate, ...]:
+    """Remove the next ``size`` candidates from ``waiting``, leaving a leader for each later group."""
+    leader = next(candidate for candidate in waiting if candidate.can_lead)
+    spare_leaders = sum(candidate.can_lead for candidate in waiting) - 1 - later_groups
+    members = [leader]
+    for candidate in waiting:
+        if len(members) == size:
+            break
+        if candidate is leader or (candidate.can_lead and spare_leaders == 0):
+            continue
+        spare_leaders -= candidate.can_lead
+        members.append(candidate)
+    taken = {member.peer_id for member in members}
+    waiting[:] = [candidate for candidate in waiting if candidate.peer_id not in taken]
+    return tuple(members)
+
+
+class EarlyBegin(enum.Enum):
+    """Whether a leader may begin before its start time."""
+
+    NO = "no"
+    IF_SETTLED = "if settled"
+    """Peers that are not visible yet could change the plan: make sure first that there are none."""
+    YES = "yes"
+
+
+class EarlyBeginDecision(NamedTuple):
+    verdict: EarlyBegin
+    reason: str
+
+
+def may_begin_early(
+    candidates: Sequence[Candidate],
+    members: Collection[PeerID],
+    leader: PeerID,
+    target: int | None,
+    minimum: int,
+) -> EarlyBeginDecision:
+    """Whether ``leader`` may begin at once with ``members`` (itself included), given all visible ``candidates``.
+
+    Only a full group may, and only if no more peers are left over than by the plan. Several leaders decide this at the
+    same time: each fills no more than its own planned slice, so their decisions add up to the plan.
+    """
+    if target is None or len(members) < target:
+        return EarlyBeginDecision(EarlyBegin.NO, f"{len(members)} of {target or 'any number of'} members")
+    cut = cut_groups(candidates, target, minimum)
+    group = cut.group_of(leader)
+    if group is None or group.leader != leader:
+        return EarlyBeginDecision(EarlyBegin.NO, f"the plan has this peer follow another: {cut.reason}")
+    if len(group.members) < target:
+        return EarlyBeginDecision(EarlyBegin.NO, f"a full group would strand others: {cut.reason}")
+    rest = [candidate for candidate in candidates if candidate.peer_id not in members]
+    left_over = cut_groups(rest, target, minimum).left_over
+    if len(left_over) > len(cut.left_over):
+        return EarlyBeginDecision(EarlyBegin.NO, f"beginning would strand {len(left_over)}: {cut.reason}")
+    if group.newcomers_cannot_change_it:
+        return EarlyBeginDecision(EarlyBegin.YES, f"full, and newcomers change nothing: {cut.reason}")
+    return EarlyBeginDecision(EarlyBegin.IF_SETTLED, f"full: {cut.reason}")

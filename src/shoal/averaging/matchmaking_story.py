@@ -1,0 +1,88 @@
+"""What a search for a group saw and did, in words: for log lines and for the error of a search that failed. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from shoal.averaging.grouping import Candidate
+from shoal.p2p.identity import PeerID
+
+MAX_NOTES = 12
+MAX_PEERS_NAMED = 8
+
+
+class SearchStory:
+    """Collects facts while the search goes on; bounded, whatever others declare."""
+
+    def __init__(self, key: str, target: int | None, minimum: int) -> None:
+        self.plan = "nothing was planned yet"
+        """The reason of the latest decision."""
+        self._key = key
+        self._sizes = f"{minimum} to {target}" if target is not None else f"{minimum} or more"
+        self._began_at = 0.0
+        self._polls = 0
+        self._records = 0
+        self._looking = 0
+        self._other_schema: dict[PeerID, None] = {}
+        self._answers: dict[PeerID, str] = {}
+        self._notes: deque[str] = deque(maxlen=MAX_NOTES)
+
+    def begin(self, now: float) -> None:
+        self._began_at = now
+
+    def saw(self, records: int, looking: int) -> None:
+        """The latest poll: ``looking`` other peers of this schema look for a group, of ``records`` under the key."""
+        self._polls += 1
+        self._records = records
+        self._looking = looking
+
+    def saw_other_schema(self, peer_id: PeerID) -> None:
+        if len(self._other_schema) < MAX_PEERS_NAMED:
+            self._other_schema[peer_id] = None
+
+    def asked(self, leader: PeerID, now: float) -> None:
+        self._answers[leader] = "no answer yet"
+        while len(self._answers) > MAX_PEERS_NAMED:
+            del self._answers[next(iter(self._answers))]
+
+    def answered(self, leader: PeerID, answer: str, now: float) -> None:
+        self._answers[leader] = answer
+        self.note(now, f"{leader}: {answer}")
+
+    def note(self, now: float, text: str) -> None:
+        self._notes.append(f"{now - self._began_at:.2f} s: {text}")
+
+    def status(self, now: float, candidates: Sequence[Candidate], me: PeerID) -> str:
+        """One line for a search that goes on."""
+        return (
+            f"looking for a group under {self._key!r} for {now - self._began_at:.0f} s: "
+            f"{self._seen(candidates, me)}; {self.plan}{self._asked()}"
+        )
+
+    def explain(self, now: float, candidates: Sequence[Candidate], me: PeerID) -> str:
+        """The text of the error when the search has failed."""
+        text = (
+            f"found no group of {self._sizes} under key {self._key!r} in {now - self._began_at:.1f} s: "
+            f"{self._seen(candidates, me)}; {self.plan}{self._asked()}"
+        )
+        if self._notes:
+            text += f"; latest events: {'; '.join(self._notes)}"
+        return text
+
+    def _seen(self, candidates: Sequence[Candidate], me: PeerID) -> str:
+        if self._polls == 0:
+            return "the DHT never answered who else is declared there"
+        others = sum(candidate.peer_id != me for candidate in candidates)
+        text = (
+            f"{self._records} peers are declared there, {self._looking} others look for a group, {others} can be planned"
+        )
+        if self._other_schema:
+            shown = ", ".join(map(str, self._other_schema))
+            text += f", peers that average tensors of another schema: {shown}"
+        return text
+
+    def _asked(self) -> str:
+        if not self._answers:
+            return "; asked nobody"
+        return "; asked " + ", ".join(f"{leader} ({answer})" for leader, answer in self._answers.items())
