@@ -4,7 +4,9 @@ begins.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from shoal.runtime.futures import MPFuture
 
 if TYPE_CHECKING:
     from shoal.averaging.report import RoundReport
+    from shoal.p2p.identity import PeerID
 
 
 class AveragingStage(Enum):
@@ -39,7 +42,6 @@ class StepControl(MPFuture[Any]):
     :param deadline: when the search for a group ends, in the same seconds; None: never
     :param weight: this peer's weight in the average
     :param trigger: tells the background process that all-reduce may begin
-    :param cancel_step: tells it that the step is no longer wanted
     """
 
     def __init__(
@@ -49,8 +51,7 @@ class StepControl(MPFuture[Any]):
         deadline: float | None,
         weight: float,
         needs_trigger: bool,
-        trigger: Callable[[], None],
-        cancel_step: Callable[[], None],
+        trigger: Callable[[], object],
     ) -> None:
         super().__init__()
         self._stage = AveragingStage.IDLE
@@ -59,7 +60,7 @@ class StepControl(MPFuture[Any]):
         self._weight = weight
         self._triggered = not needs_trigger
         self._trigger = trigger
-        self._cancel_step = cancel_step
+        self._call: Future[Any] | None = None
         self._report: RoundReport | None = None
 
     @property
@@ -105,7 +106,9 @@ class StepControl(MPFuture[Any]):
         """
         if not super().cancel():
             return False
-        self._cancel_step()
+        self.set_running_or_notify_cancel()
+        if self._call is not None:
+            self._call.cancel()
         return True
 
     def get_timeout(self) -> float | None:
@@ -113,6 +116,25 @@ class StepControl(MPFuture[Any]):
         from shoal.utils.timed import get_dht_time  # the same clock as the deadline's
 
         return None if self._deadline is None else max(0.0, self._deadline - get_dht_time())
+
+    # for the averager
+
+    def follow(self, call: Future[Any]) -> None:
+        """``call`` runs the step in the background process; cancelling the step cancels it."""
+        self._call = call
+
+    def reach(self, stage: AveragingStage) -> None:
+        self._stage = stage
+
+    def succeed(self, report: RoundReport, gathered: dict[PeerID, Any]) -> None:
+        self._report = report
+        with contextlib.suppress(InvalidStateError):  # cancelled in the same moment
+            self.set_result(gathered)
+
+    def fail(self, error: BaseException, report: RoundReport | None = None) -> None:
+        self._report = report
+        with contextlib.suppress(InvalidStateError):  # cancelled in the same moment
+            self.set_exception(error)
 
     def __repr__(self) -> str:
         return f"<StepControl {self.stage.value}, weight {self._weight:g}>"

@@ -1,0 +1,441 @@
+"""What users hold: :class:`DecentralizedAverager`, which averages tensors with other peers, in place."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from shoal.averaging.background import create_averager_service
+from shoal.averaging.commands import AllowAllreduce, AttachArena, RunStep, StepOutcome
+from shoal.averaging.config import (
+    DEFAULT_PART_SIZE_BYTES,
+    AveragerConfig,
+    check_flag,
+    check_number,
+    matchmaking_config,
+)
+from shoal.averaging.control import StepControl
+from shoal.averaging.group import MAX_GATHER_BYTES
+from shoal.averaging.hostside import TensorKeeper
+from shoal.averaging.partition import Layout
+from shoal.averaging.schema import TensorSchema, validate_tensors
+from shoal.averaging.tensors import TensorStore
+from shoal.compression import CompressionBase, NoCompression
+from shoal.dht.dht import DHT
+from shoal.errors import (
+    AllreduceException,
+    InvalidStateError,
+    InvalidTypeError,
+    InvalidValueError,
+    MatchmakingException,
+)
+from shoal.p2p.identity import PeerID
+from shoal.utils.serializer import MSGPackSerializer
+from shoal.utils.timed import get_dht_time
+
+if TYPE_CHECKING:
+    from shoal.averaging.report import RoundReport
+    from shoal.runtime.futures import MPFuture
+    from shoal.runtime.process import ServiceHandle
+
+logger = logging.getLogger(__name__)
+
+
+class DecentralizedAverager:
+    """Averages tensors with the other peers that run an averager under the same prefix, in groups, in place.
+
+    A group that reaches ``target_group_size`` begins at once. With the default, None, a group is never full,
+    so that **each step takes** ``min_matchmaking_time``: give a size if you know how many peers there are.
+
+    The averager runs in the background process of its ``dht``, and the trainer is never blocked by the
+    network: when a group stands, the tensors are copied under the lock of :meth:`get_tensors`; when its round
+    has committed, the average is written under the same lock. What the trainer has added in between is kept.
+    A round that fails leaves every tensor as it was.
+
+    :param averaged_tensors: any iterable of dense tensors in float16, bfloat16, float32 or float64, of any
+    shape and on any device;
+      parameters that require grad are fine. All peers need the same shapes, dtypes and order.
+    :param dht: a started :class:`~shoal.dht.DHT`, through which peers find each other
+    :param start: start at once; otherwise call :meth:`run_in_background`
+    :param prefix: peers with the same prefix average together; no dots. An averager's prefix is its own on
+    its ``dht``. :param target_group_size: a group of this many peers is full
+    :param min_group_size: a smaller group does not begin
+    :param min_matchmaking_time: seconds that a group that is not full waits for further peers
+    :param request_timeout: seconds to wait for a leader's first answer; smaller than ``min_matchmaking_time``
+    :param averaging_alpha: tensors move by this fraction of the way to the average; 1: they become the
+    average :param part_size_bytes: tensors travel in parts of at most this many bytes, after compression (1
+    KiB to 64 MiB) :param allreduce_timeout: seconds for the exchange of tensors once a group has begun; None:
+    no limit :param compression: the codec of the parts: ``NoCompression()`` or ``Float16Compression()``; the
+    same at all peers :param bandwidth: of this peer, in Mbit/s; faster peers average a larger share. None: as
+    the mean of those that gave theirs;
+      0: averages nothing.
+    :param client_mode: this peer cannot be dialed; it only joins groups that others lead. None: as the DHT.
+    :param daemon: False is allowed only if the DHT, whose process the averager shares, was made so
+    :param shutdown_timeout: seconds that :meth:`shutdown` waits for the service to end
+
+    ``initial_group_bits``, ``next_chunk_timeout``, ``sender_timeout``, ``reducer_timeout``,
+    ``state_compression``, ``tensor_infos``, ``min_vector_size``, ``auxiliary``, ``allow_state_sharing`` and
+    ``declare_state_period`` are not implemented yet: anything but their default raises
+    :class:`NotImplementedError`.
+
+    :raises InvalidValueError: (a ValueError) a value out of range, or a prefix that is in use on this ``dht``
+    :raises InvalidTypeError: (a TypeError) tensors that cannot be averaged, or a parameter of the wrong type
+    """
+
+    serializer = MSGPackSerializer
+    """Encodes what is given to ``step(gather=...)``."""
+
+    def __init__(
+        self,
+        averaged_tensors: Iterable[torch.Tensor],
+        dht: DHT,
+        *,
+        start: bool,
+        prefix: str,
+        target_group_size: int | None = None,
+        min_group_size: int = 2,
+        initial_group_bits: str = "",
+        min_matchmaking_time: float = 5.0,
+        request_timeout: float = 3.0,
+        averaging_alpha: float = 1.0,
+        part_size_bytes: int = DEFAULT_PART_SIZE_BYTES,
+        allreduce_timeout: float | None = None,
+        next_chunk_timeout: float | None = None,
+        sender_timeout: float | None = None,
+        reducer_timeout: float | None = None,
+        compression: CompressionBase = NoCompression(),
+        state_compression: CompressionBase = NoCompression(),
+        tensor_infos: Sequence[Any] | None = None,
+        bandwidth: float | None = None,
+        min_vector_size: int = 0,
+        auxiliary: bool = False,
+        allow_state_sharing: bool | None = None,
+        declare_state_period: float = 30,
+        client_mode: bool | None = None,
+        daemon: bool = True,
+        shutdown_timeout: float = 5,
+    ) -> None:
+        _reject_what_is_not_implemented(
+            initial_group_bits=(initial_group_bits, ""),
+            next_chunk_timeout=(next_chunk_timeout, None),
+            sender_timeout=(sender_timeout, None),
+            reducer_timeout=(reducer_timeout, None),
+            tensor_infos=(tensor_infos, None),
+            min_vector_size=(min_vector_size, 0),
+            auxiliary=(auxiliary, False),
+            allow_state_sharing=(bool(allow_state_sharing), False),
+            declare_state_period=(declare_state_period, 30),
+            state_compression=(type(state_compression), NoCompression),
+        )
+        if not isinstance(dht, DHT):
+            raise InvalidTypeError(f"dht={dht!r}: a shoal.DHT is allowed, not {type(dht).__name__}")
+        for name, flag in (("start", start), ("daemon", daemon)):
+            check_flag(name, flag)
+        check_number("averaging_alpha", averaging_alpha, above=0)
+        check_number("shutdown_timeout", shutdown_timeout, minimum=0)
+        self._config = AveragerConfig(
+            prefix=prefix,
+            matchmaking=matchmaking_config(
+                target_group_size, min_group_size, min_matchmaking_time, request_timeout
+            ),
+            client_mode=_resolve_client_mode(client_mode, dht),
+            part_size_bytes=part_size_bytes,
+            allreduce_timeout=allreduce_timeout,
+            bandwidth=bandwidth,
+            compression=compression,
+        )
+        if not daemon and dht.daemon:
+            raise InvalidValueError(
+                "daemon=False: the averager lives in the background process of its DHT, which was made with daemon=True"
+            )
+        if request_timeout >= min_matchmaking_time:
+            logger.warning(
+                "request_timeout=%g should be smaller than min_matchmaking_time=%g: a leader that does not answer "
+                "costs a whole search",
+                request_timeout,
+                min_matchmaking_time,
+            )
+        tensors = validate_tensors(averaged_tensors)
+        self.dht = dht
+        self._schema = TensorSchema.from_tensors(tensors, [compression] * len(tensors))
+        layout = Layout.from_schema(self._schema)
+        self._keeper = TensorKeeper(TensorStore(tensors, layout), layout, float(averaging_alpha))
+        self._shutdown_timeout = shutdown_timeout
+        self._steps = 0
+        self._handle: ServiceHandle | None = None
+        self._finalizer: weakref.finalize[..., Any] | None = None
+        if start:
+            self.run_in_background()
+
+    # life
+
+    def run_in_background(self, await_ready: bool = True, timeout: float | None = None) -> None:
+        """Start the averager in the background process of its DHT.
+
+        :param await_ready: wait until it can take steps, for up to ``timeout`` seconds
+        :raises InvalidStateError: it was started before, or the DHT is not running
+        :raises TimeoutError: it was not ready in time; it is shut down
+        """
+        if self._handle is not None:
+            raise InvalidStateError("this averager was started already")
+        setup = pickle.dumps((self._config, self._schema))
+        factory = partial(create_averager_service, setup, self.dht.service_name)
+        handle = self.dht.background.create_service(
+            factory, name=f"averager {self._config.prefix}", handler=self._keeper.handle
+        )
+        self._handle = handle
+        self._finalizer = weakref.finalize(self, _close, handle, self._keeper)
+        memory = self._keeper.create_memory()
+        ready = handle.call(AttachArena(memory.nbytes), descriptors=[memory.fd])
+        if await_ready:
+            try:
+                ready.result(timeout)
+            except BaseException:
+                self.shutdown()
+                raise
+
+    def shutdown(self) -> None:
+        """End the averager: steps that run are cancelled, groupmates learn it at once. Idempotent; the DHT
+        runs on.
+        """
+        if self._finalizer is None or not self._finalizer.alive:
+            return
+        self._finalizer.detach()
+        assert self._handle is not None
+        _close(self._handle, self._keeper, self._shutdown_timeout)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether steps can be taken."""
+        return self._finalizer is not None and self._finalizer.alive and self.dht.is_alive()
+
+    def __enter__(self) -> DecentralizedAverager:
+        if self._handle is None:
+            self.run_in_background()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise InvalidTypeError(
+            "a DecentralizedAverager can't be pickled or copied: it belongs to this process; make one in each process"
+        )
+
+    # properties
+
+    @property
+    def peer_id(self) -> PeerID:
+        return self.dht.peer_id
+
+    @property
+    def prefix(self) -> str:
+        return self._config.prefix
+
+    @property
+    def client_mode(self) -> bool:
+        return self._config.client_mode
+
+    @property
+    def total_size(self) -> int:
+        """Number of elements that are averaged."""
+        return self._keeper.layout.numel
+
+    @property
+    def last_report(self) -> RoundReport | None:
+        """What happened in the last step that has finished."""
+        return self._keeper.last_report
+
+    # averaging
+
+    @contextmanager
+    def get_tensors(self) -> Iterator[Sequence[torch.Tensor]]:
+        """Hold the averager's lock (re-entrant) and yield the averaged tensors: the very objects that were
+        given.
+
+        Waits for a copy that is under way at most, never for the network. While the lock is held no round
+        takes or writes the tensors; hold it shortly. Do not call ``step(wait=True)`` inside.
+        """
+        store = self._keeper.store
+        with store.hold() as tensors:
+            yield tensors
+            store.mark_stream()
+
+    def step(
+        self,
+        gather: Any = None,
+        scheduled_time: float | None = None,
+        weight: float | None = None,
+        timeout: float | None = None,
+        allow_retries: bool = True,
+        require_trigger: bool = False,
+        wait: bool = True,
+    ) -> dict[PeerID, Any] | StepControl | None:
+        """Find a group and average with it once.
+
+        :param gather: sent to every member of the group; anything that :attr:`serializer` encodes, at most
+        512 KiB :param scheduled_time: when all-reduce is expected to begin (:func:`~shoal.utils.get_dht_time`
+        seconds); a group that
+          is not full waits for further peers until then. Default: in ``min_matchmaking_time`` seconds.
+        :param weight: of this peer in the average, > 0; default: 1
+        :param timeout: seconds for finding a group; None: search until one is found
+        :param allow_retries: look for another group within ``timeout`` if the round fails
+        :param require_trigger: let the group wait until :meth:`StepControl.allow_allreduce` is called; needs
+        ``wait=False`` :param wait: return when finished; otherwise return a :class:`StepControl` at once
+        :returns: with ``wait=True`` what each member gathered, ``{PeerID: data}``, or None if the step
+        failed: then the tensors are as
+          they were, a warning says why, and so does :attr:`last_report`
+        :raises InvalidValueError: a parameter out of range; :raises InvalidTypeError: ``gather`` can't be
+        encoded :raises InvalidStateError: not started, shut down, or ``wait=True`` inside :meth:`get_tensors`
+        :raises PeerProcessDied: the background process has ended
+        """
+        if wait and require_trigger:
+            raise InvalidValueError(
+                "require_trigger=True needs wait=False: with wait=True nobody could trigger it"
+            )
+        if wait and self._keeper.store.held_by_this_thread:
+            raise InvalidStateError(
+                "step(wait=True) inside get_tensors() would wait for a lock that this thread holds; "
+                "leave the block first or use wait=False"
+            )
+        control = self._begin_step(gather, scheduled_time, weight, timeout, allow_retries, require_trigger)
+        if not wait:
+            return control
+        try:
+            gathered: dict[PeerID, Any] = control.result()
+        except AllreduceException as e:
+            logger.warning("averaging failed, tensors are unchanged: %s", e)
+            return None
+        except BaseException:
+            control.cancel()  # Ctrl+C: groupmates need not wait
+            raise
+        return gathered
+
+    def _begin_step(
+        self,
+        gather: Any,
+        scheduled_time: float | None,
+        weight: float | None,
+        timeout: float | None,
+        allow_retries: bool,
+        require_trigger: bool,
+    ) -> StepControl:
+        handle = self._handle
+        if handle is None:
+            raise InvalidStateError("this averager is not started; call run_in_background() first")
+        now = get_dht_time()
+        if timeout is not None:
+            check_number("timeout", timeout, above=0)
+        deadline = None if timeout is None else now + timeout
+        if scheduled_time is None:
+            scheduled_time = now + self._config.matchmaking.min_matchmaking_time
+        else:
+            check_number("scheduled_time", scheduled_time)
+            if deadline is not None and scheduled_time > deadline:
+                raise InvalidValueError(
+                    f"scheduled_time={scheduled_time}: it is {scheduled_time - now:.1f} s ahead, and timeout={timeout} s "
+                    "ends the search before"
+                )
+        if weight is None:
+            weight = 1.0
+        check_number("weight", weight, above=0)
+        check_flag("allow_retries", allow_retries)
+        check_flag("require_trigger", require_trigger)
+        command = RunStep(
+            self._steps,
+            float(weight),
+            self._encode(gather),
+            scheduled_time,
+            deadline,
+            allow_retries,
+            require_trigger,
+        )
+        self._steps += 1
+        self._keeper.store.mark_stream()
+        control = StepControl(
+            scheduled_time=scheduled_time,
+            deadline=deadline,
+            weight=float(weight),
+            needs_trigger=require_trigger,
+            trigger=lambda: handle.call(AllowAllreduce(command.step)),
+        )
+        self._keeper.controls[command.step] = control
+        call: MPFuture[StepOutcome] = handle.call(command)
+        control.follow(call)
+        call.add_done_callback(partial(_finish_step, control, command.step, self._keeper, self.serializer))
+        return control
+
+    def _encode(self, gather: Any) -> bytes:
+        encoded: bytes = self.serializer.dumps(gather)
+        if len(encoded) > MAX_GATHER_BYTES:
+            raise InvalidValueError(
+                f"gather takes {len(encoded)} bytes when encoded; at most {MAX_GATHER_BYTES} are allowed"
+            )
+        return encoded
+
+
+def _finish_step(control: StepControl, step: int, keeper: TensorKeeper, serializer: Any, call: Any) -> None:
+    """The call of a step is done: hand its result on. Runs on a thread that callbacks may block."""
+    keeper.controls.pop(step, None)
+    if call.cancelled():
+        if not control.cancelled():
+            control.fail(AllreduceException("the averager was shut down during the step"))
+        return
+    error = call.exception()
+    if error is not None:
+        control.fail(error)
+        return
+    outcome: StepOutcome = call.result()
+    keeper.last_report = outcome.report
+    failure = outcome.report.failure
+    if failure is None:
+        control.succeed(
+            outcome.report,
+            {PeerID.from_bytes(peer): serializer.loads(data) for peer, data in outcome.gathered},
+        )
+    else:
+        kind = AllreduceException if outcome.found_group else MatchmakingException
+        control.fail(kind(failure), outcome.report)
+
+
+def _close(handle: ServiceHandle, keeper: TensorKeeper, timeout: float = 5.0) -> None:
+    """End the service in the background process, if that still runs."""
+    closed = handle.close()
+    try:
+        closed.result(timeout)
+    except TimeoutError:
+        logger.warning(
+            "the averager did not end within %g s; it ends with its background process at the latest", timeout
+        )
+    finally:
+        keeper.close()
+
+
+def _resolve_client_mode(client_mode: bool | None, dht: DHT) -> bool:
+    if client_mode is None:
+        return dht.client_mode
+    check_flag("client_mode", client_mode)
+    if dht.client_mode and not client_mode:
+        raise InvalidValueError(
+            "client_mode=False: the averager's DHT is in client mode, so other peers can't dial it; "
+            "True or None is allowed"
+        )
+    return client_mode
+
+
+def _reject_what_is_not_implemented(**parameters: tuple[Any, Any]) -> None:
+    for name, (value, default) in parameters.items():
+        if value != default:
+            raise NotImplementedError(
+                f"{name} is not implemented yet; only its default, {default!r}, is allowed"
+            )

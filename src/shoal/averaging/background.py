@@ -1,0 +1,29 @@
+"""Makes an averager's service in the background process. Light: torch is imported without holding up the
+event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import pickle
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shoal.averaging.service import AveragerService
+    from shoal.runtime.service import ServiceContext
+
+
+async def create_averager_service(setup: bytes, dht_service: str, context: ServiceContext) -> AveragerService:
+    """The factory that the host sends by reference.
+
+    :param setup: the pickled ``(AveragerConfig, TensorSchema)``; opaque, since unpickling them imports torch
+    :param dht_service: name of the service that owns the DHT's node
+    """
+    await context.modules_ready()
+    service_module = await asyncio.to_thread(importlib.import_module, "shoal.averaging.service")
+    config, schema = await asyncio.to_thread(
+        pickle.loads, setup
+    )  # from our own host, over the private channel
+    service: AveragerService = service_module.AveragerService(context, config, schema, dht_service)
+    return service

@@ -1,0 +1,76 @@
+"""What the host and the averager's service in the background process say to each other. Data only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shoal.averaging.control import AveragingStage
+from shoal.averaging.report import RoundReport
+
+# From the host to the service.
+
+
+@dataclass(frozen=True)
+class AttachArena:
+    """The shared memory of snapshot and average follows as a descriptor; ``nbytes`` is its size."""
+
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class RunStep:
+    """Run one step of averaging; answered by a :class:`StepOutcome` after the averages have been written.
+
+    Times are in DHT seconds; ``deadline`` ends the search for a group (None: never).
+    """
+
+    step: int
+    weight: float
+    gather: bytes
+    scheduled_time: float
+    deadline: float | None
+    allow_retries: bool
+    needs_trigger: bool
+
+
+@dataclass(frozen=True)
+class AllowAllreduce:
+    """All-reduce of this step may begin as soon as its group stands."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """How a step ended. ``gathered``: PeerID bytes and data of every member, the leader first; empty on
+    failure.
+    """
+
+    report: RoundReport
+    found_group: bool
+    gathered: tuple[tuple[bytes, bytes], ...] = ()
+
+
+# From the service to the host.
+
+
+@dataclass(frozen=True)
+class ReachStage:
+    """The step has come so far."""
+
+    step: int
+    stage: AveragingStage
+
+
+@dataclass(frozen=True)
+class TakeSnapshot:
+    """Copy the user's tensors to the arena."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class ApplyAverage:
+    """The round has committed: write the average to the user's tensors."""
+
+    step: int

@@ -1,0 +1,270 @@
+"""The averager in the background process: takes steps from the host one after the other, finds groups, runs
+rounds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from shoal.averaging.commands import (
+    AllowAllreduce,
+    ApplyAverage,
+    AttachArena,
+    ReachStage,
+    RunStep,
+    StepOutcome,
+    TakeSnapshot,
+)
+from shoal.averaging.config import AveragerConfig
+from shoal.averaging.control import AveragingStage
+from shoal.averaging.exchange import Arena
+from shoal.averaging.group import GroupInfo, PeerMode
+from shoal.averaging.load_balancing import load_balance_peers
+from shoal.averaging.matchmaker import Matchmaker
+from shoal.averaging.partition import Layout, Partition
+from shoal.averaging.report import RoundReport
+from shoal.averaging.round import Round, RoundResult
+from shoal.averaging.rounds import Rounds
+from shoal.averaging.router import Router
+from shoal.averaging.schema import TensorSchema
+from shoal.dht.service import DHTService
+from shoal.errors import AllreduceException, InvalidStateError, MatchmakingException
+from shoal.runtime.memory import SharedMemory
+from shoal.runtime.service import ServiceContext
+from shoal.utils.timed import get_dht_time
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Step:
+    """One step while it runs: what was asked, and what has happened so far."""
+
+    command: RunStep
+    triggered: asyncio.Event = field(default_factory=asyncio.Event)
+    report: RoundReport = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.report = RoundReport(self.command.step)
+        if not self.command.needs_trigger:
+            self.triggered.set()
+
+    def spend(self, **seconds: float) -> None:
+        """Add seconds to phases of the report."""
+        phases = self.report.phases
+        total = {name: getattr(phases, name) + value for name, value in seconds.items()}
+        self.report = replace(self.report, phases=replace(phases, **total))
+
+
+class AveragerService:
+    """Carries out the commands of one averager; see :mod:`.commands`."""
+
+    def __init__(
+        self, context: ServiceContext, config: AveragerConfig, schema: TensorSchema, dht_service: str
+    ) -> None:
+        dht = context.find(dht_service)
+        if not isinstance(dht, DHTService):
+            raise InvalidStateError(f"service {dht_service!r} is no DHT")
+        self._context = context
+        self._config = config
+        self._layout = Layout.from_schema(schema)
+        self._host = dht.node.host
+        router = Router.of(self._host)
+        self._rounds = Rounds(router, config.prefix)
+        mode = PeerMode.CLIENT if config.client_mode else PeerMode.FULL
+        self._matchmaker = Matchmaker(
+            dht.node,
+            router,
+            prefix=config.prefix,
+            schema_hash=schema.digest,
+            config=config.matchmaking,
+            mode=mode,
+            bandwidth=config.bandwidth,
+        )
+        self._memory: SharedMemory | None = None
+        self._arena: Arena | None = None
+        self._steps: dict[int, Step] = {}
+        self._turn = asyncio.Lock()
+
+    async def handle(self, command: object, descriptors: Sequence[int]) -> object:
+        match command:
+            case AttachArena(nbytes):
+                self._attach(nbytes, descriptors)
+                return None
+            case RunStep():
+                return await self._run_step(command)
+            case AllowAllreduce(step):
+                if step in self._steps:
+                    self._steps[step].triggered.set()
+                return None
+        raise InvalidStateError(f"an averager has no command {type(command).__name__}")
+
+    async def close(self) -> None:
+        self._rounds.close()
+        await self._matchmaker.close()
+        self._arena = None
+        if self._memory is not None:
+            self._memory.close()
+
+    def _attach(self, nbytes: int, descriptors: Sequence[int]) -> None:
+        (descriptor,) = descriptors
+        self._memory = SharedMemory.from_descriptor(descriptor, nbytes)
+        self._arena = map_arena(self._memory, self._layout)
+
+    # steps
+
+    async def _run_step(self, command: RunStep) -> StepOutcome:
+        step = self._steps[command.step] = Step(command)
+        try:
+            async with self._turn:  # first come, first served
+                return await self._try_until_deadline(step)
+        finally:
+            del self._steps[command.step]
+
+    async def _try_until_deadline(self, step: Step) -> StepOutcome:
+        command, start_time, found = step.command, step.command.scheduled_time, False
+        while True:
+            try:
+                group = await self._find_group(step, start_time)
+                found = True
+                await self._run_round(step, group)
+            except MatchmakingException as e:
+                # what ended the groups that were found says more than that no further one came
+                reason = f"{step.report.failure}; then {e}" if found else str(e)
+                return self._finish(step, found, reason)
+            except AllreduceException as e:
+                step.report = replace(step.report, failure=str(e))
+                now = get_dht_time()
+                time_is_up = command.deadline is not None and now >= command.deadline
+                if not command.allow_retries or time_is_up:
+                    return self._finish(step, found, str(e))
+                logger.info("round %d: attempt %d failed: %s", command.step, step.report.attempts, e)
+                start_time = now + self._config.matchmaking.min_matchmaking_time
+                continue
+            gathered = tuple((member.peer_id, member.gather) for member in group.members)
+            return replace(self._finish(step, found, None), gathered=gathered)
+
+    def _finish(self, step: Step, found_group: bool, failure: str | None) -> StepOutcome:
+        step.report = replace(step.report, failure=failure)
+        logger.info("%s", step.report)
+        return StepOutcome(step.report, found_group)
+
+    async def _find_group(self, step: Step, start_time: float) -> GroupInfo:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await self._reach(step, AveragingStage.LOOKING_FOR_GROUP)
+        try:
+            return await self._matchmaker.find_group(
+                start_time=start_time, deadline=step.command.deadline, gather=step.command.gather
+            )
+        finally:
+            step.spend(search=loop.time() - began)
+
+    async def _reach(self, step: Step, stage: AveragingStage) -> None:
+        await self._context.call_host(ReachStage(step.command.step, stage))
+
+    async def _run_round(self, step: Step, group: GroupInfo) -> None:
+        """Run one round in ``group`` and, if it commits, have the average applied.
+
+        :raises AllreduceException: it did not commit
+        """
+        arena = self._arena
+        if arena is None:
+            raise InvalidStateError("no arena is attached")
+        partition = self._divide(group)
+        waited = 0.0
+
+        async def take_snapshot() -> None:
+            nonlocal waited
+            loop = asyncio.get_running_loop()
+            began = loop.time()
+            if not step.triggered.is_set():
+                await self._reach(step, AveragingStage.AWAITING_TRIGGER)
+                await step.triggered.wait()
+            waited = loop.time() - began
+            await self._reach(step, AveragingStage.RUNNING_ALLREDUCE)
+            await self._context.call_host(TakeSnapshot(step.command.step))
+
+        current = Round(
+            self._host,
+            self._config.prefix,
+            group,
+            partition,
+            arena,
+            weight=step.command.weight,
+            take_snapshot=take_snapshot,
+            timeout=self._config.allreduce_timeout,
+        )
+        step.report = replace(
+            step.report,
+            attempts=step.report.attempts + 1,
+            group_id=group.group_id.hex(),
+            members=tuple(str(peer) for peer in group.peer_ids),
+            modes=tuple(str(member.mode) for member in group.members),
+        )
+        self._rounds.begin(current)
+        try:
+            result, cancelled = await _run_to_the_end(current)
+        finally:
+            self._rounds.end(current)
+        self._record(step, result, waited, len(partition.parts))
+        if result.failure is not None and cancelled is None:
+            raise AllreduceException(result.failure)
+        if result.failure is None:
+            await self._apply(step)
+        if cancelled is not None:
+            raise cancelled
+
+    def _record(self, step: Step, result: RoundResult, waited: float, parts: int) -> None:
+        step.spend(
+            trigger=waited, snapshot=result.snapshot_seconds - waited, allreduce=result.allreduce_seconds
+        )
+        step.report = replace(
+            step.report,
+            bytes_sent=result.bytes_sent,
+            bytes_received=result.bytes_received,
+            weight=result.weight,
+            parts=parts,
+        )
+
+    async def _apply(self, step: Step) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await self._context.call_host(ApplyAverage(step.command.step))
+        step.spend(apply=loop.time() - began)
+
+    def _divide(self, group: GroupInfo) -> Partition:
+        modes = [member.mode for member in group.members]
+        owned = load_balance_peers(
+            self._layout.data_nbytes,
+            [member.bandwidth for member in group.members],
+            can_own=[mode is not PeerMode.CLIENT for mode in modes],
+            contributes=[mode is not PeerMode.AUXILIARY for mode in modes],
+        )
+        return Partition.create(self._layout, owned, self._config.part_size_bytes)
+
+
+async def _run_to_the_end(current: Round) -> tuple[RoundResult, asyncio.CancelledError | None]:
+    """Run a round; being cancelled withdraws from it, and is reported once the round is decided for this
+    member.
+    """
+    running = asyncio.ensure_future(current.run())
+    cancelled: asyncio.CancelledError | None = None
+    while not running.done():
+        try:
+            await asyncio.wait({running})
+        except asyncio.CancelledError as e:
+            cancelled = e
+            current.withdraw("its user cancelled the step")
+    return running.result(), cancelled
+
+
+def map_arena(memory: SharedMemory, layout: Layout) -> Arena:
+    """Both areas of the shared memory: the snapshot, and the average behind it."""
+    both = torch.frombuffer(memory.buffer, dtype=torch.uint8)
+    return Arena(both[: layout.nbytes], both[layout.nbytes : 2 * layout.nbytes])

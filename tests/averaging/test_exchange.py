@@ -1,0 +1,138 @@
+"""The tensor bytes of a whole group, moved from hand to hand: exact averages, the same bits at everybody."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shoal.averaging.exchange import Arena, ForeignSpan, NotFiniteError, OwnSpan
+from shoal.averaging.load_balancing import load_balance_peers
+from shoal.averaging.partition import Layout, Partition
+from shoal.compression import CompressionBase, Float16Compression, NoCompression
+from shoal.errors import ProtocolViolation
+
+SHAPES = [(300, 7), (), (0,), (1000,)]
+
+
+class Group:
+    """Members that hold random tensors, and their spans."""
+
+    def __init__(
+        self,
+        size: int,
+        codec: CompressionBase,
+        dtype: torch.dtype = torch.float32,
+        weights: list[float] | None = None,
+    ) -> None:
+        generator = torch.Generator().manual_seed(size)
+        self.tensors = [
+            [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
+            for _ in range(size)
+        ]
+        self.layout = Layout.from_tensors(self.tensors[0], [codec] * len(SHAPES))
+        owned = load_balance_peers(self.layout.data_nbytes, [None] * size)
+        self.partition = Partition.create(self.layout, owned, part_size_bytes=1024)
+        self.weights = weights or [1.0] * size
+        self.arenas = [self._arena(tensors) for tensors in self.tensors]
+        members = tuple(range(size))
+        self.own = [OwnSpan(self.partition, me, self.arenas[me], members) for me in members]
+        for span in self.own:
+            span.weights.update(enumerate(self.weights))
+
+    def _arena(self, tensors: list[torch.Tensor]) -> Arena:
+        arena = Arena(*(torch.zeros(self.layout.nbytes, dtype=torch.uint8) for _ in range(2)))
+        for index, tensor in enumerate(tensors):
+            self.layout.tensor_view(arena.snapshot, index).copy_(tensor.reshape(-1))
+        return arena
+
+    def exchange(self) -> None:
+        members = range(len(self.own))
+        foreign = {(me, owner): ForeignSpan(self.partition, owner, self.arenas[me]) for me in members for owner in members}
+        for owner in members:
+            for index in range(len(self.own[owner].parts)):
+                for sender in reversed(members):  # the order of arrival must not matter
+                    if sender != owner:
+                        self.send(foreign[sender, owner].to_send(index), owner, sender, index)
+                self.own[owner].average(index)
+                for receiver in members:
+                    if receiver != owner:
+                        data = bytes(self.own[owner].to_return(receiver, index))
+                        memory = foreign[receiver, owner].receive_into(index, len(data))
+                        memory[:] = data
+                        foreign[receiver, owner].deliver(index, memory)
+
+    def send(self, data: object, owner: int, sender: int, index: int) -> None:
+        raw = bytes(data)  # type: ignore[call-overload]
+        memory = self.own[owner].receive_into(sender, index, len(raw))
+        memory[:] = raw
+        self.own[owner].deliver(sender, index, memory)
+
+    def results(self, me: int) -> list[torch.Tensor]:
+        return [self.layout.tensor_view(self.arenas[me].average, index) for index in range(len(SHAPES))]
+
+    def references(self) -> list[torch.Tensor]:
+        total = sum(self.weights)
+        pairs = [list(zip(self.weights, tensors, strict=True)) for tensors in zip(*self.tensors, strict=True)]
+        return [sum(w * t.double() for w, t in pair).reshape(-1) / total for pair in pairs]
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_lossless_averages_are_exact_and_equal_at_everybody(size: int, dtype: torch.dtype):
+    group = Group(size, NoCompression(), dtype, weights=[0.5 + member for member in range(size)])
+    group.exchange()
+    for me in range(size):
+        assert torch.equal(group.arenas[me].average, group.arenas[0].average)
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-14}.get(dtype, torch.finfo(dtype).eps)
+    for index, reference in enumerate(group.references()):
+        scale = torch.stack([tensors[index].double().abs().reshape(-1) for tensors in group.tensors]).mean(0)
+        error = (group.results(0)[index].double() - reference).abs()
+        assert bool((error <= tolerance * scale).all())
+
+
+def test_float16_keeps_the_mean_of_all_members_and_comes_close_to_the_average():
+    group = Group(4, Float16Compression())
+    group.exchange()
+    for index, reference in enumerate(group.references()):
+        results = torch.stack([group.results(me)[index].double() for me in range(4)])
+        assert torch.allclose(results, reference.expand_as(results), atol=5e-3)
+        # owners take the average itself, so that their part of the mean moves by what the codec lost of the others'
+        assert torch.allclose(results.mean(0), reference, atol=1e-3)
+
+
+def test_float16_bounds_the_error_by_its_resolution():
+    group = Group(2, Float16Compression())
+    group.exchange()
+    largest = max(tensor.abs().max().item() for tensors in group.tensors for tensor in tensors if tensor.numel())
+    for index, reference in enumerate(group.references()):
+        for me in range(2):
+            error = (group.results(me)[index].double() - reference).abs()
+            assert bool((error <= 3 * largest * 2**-11).all())
+
+
+def test_values_that_are_not_finite_name_their_sender():
+    group = Group(2, NoCompression())
+    part = group.own[0].parts[0]
+    bad = torch.full((part.count,), float("nan"))
+    group.send(bad.numpy().tobytes(), owner=0, sender=1, index=0)
+    with pytest.raises(NotFiniteError) as caught:
+        group.own[0].average(0)
+    assert caught.value.member == 1
+
+
+@pytest.mark.parametrize(("tag", "extra"), [(1, 0), (0, 1), (0, -1)])
+def test_a_payload_that_is_not_the_next_part_is_a_violation(tag: int, extra: int):
+    group = Group(2, NoCompression())
+    nbytes = group.own[0].parts[0].nbytes
+    with pytest.raises(ProtocolViolation, match="expected 0 of"):
+        group.own[0].receive_into(1, tag, nbytes + extra)
+    with pytest.raises(ProtocolViolation, match="expected 0 of"):
+        ForeignSpan(group.partition, 0, group.arenas[1]).receive_into(tag, nbytes + extra)
+
+
+def test_payloads_after_the_last_part_are_a_violation():
+    group = Group(2, NoCompression())
+    for index, part in enumerate(group.own[0].parts):
+        group.own[0].receive_into(1, index, part.nbytes)
+    with pytest.raises(ProtocolViolation, match="after the last part"):
+        group.own[0].receive_into(1, len(group.own[0].parts), 8)
