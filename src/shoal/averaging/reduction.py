@@ -20,7 +20,7 @@ import torch
 from shoal.compression.base import CompressionBase
 from shoal.errors import InvalidStateError, InvalidValueError
 
-CHUNK = 1 << 17
+CHUNK = 1 << 16
 """Elements that are worked on at a time, so that all operations after the first find them in the cache."""
 
 MAX_FLOAT32_SENDERS = 16
@@ -120,7 +120,7 @@ def reduce_part(parts: Sequence[torch.Tensor], weights: Sequence[float], out: to
 def _sum(
     chunks: Sequence[torch.Tensor], scales: Sequence[float], total: torch.Tensor, term: torch.Tensor
 ) -> None:
-    """``total`` = the sum of the chunks times their scales, computed in the dtype of ``total`` and ``term``."""
+    """``total`` = the sum of the chunks times their scales, in the dtype of ``total`` and ``term``."""
     native = total.dtype == chunks[0].dtype
     if native and scales[0] == 1 and len(chunks) > 1 and scales[1] == 1:
         torch.add(chunks[0], chunks[1], out=total)
@@ -129,8 +129,8 @@ def _sum(
         _scale(chunks[0], scales[0], total)
         chunks, scales = chunks[1:], scales[1:]
     for chunk, scale in zip(chunks, scales, strict=True):
-        if native and scale == 1:
-            total.add_(chunk)
+        if scale == 1:
+            total.add_(chunk)  # widened on the way, which is exact
         else:
             _scale(chunk, scale, term)
             total.add_(term)

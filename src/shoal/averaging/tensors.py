@@ -31,7 +31,7 @@ Area: TypeAlias = torch.Tensor | memoryview | bytearray
 
 CHUNK_NBYTES = 1 << 20
 MERGE_ELEMENTS = 1 << 15
-"""The largest piece for which torch does not wake its intra-op threads."""
+"""What is computed on at a time: the most elements for which torch does not wake its intra-op threads."""
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -153,7 +153,8 @@ class TensorStore:
             if tuple(tensor.shape) != slot.shape or tensor.dtype != slot.dtype:
                 raise InvalidStateError(
                     f"averaged_tensors[{index}] was {DTYPE_NAMES[slot.dtype]} {list(slot.shape)} when the"
-                    f" averager was made, and is {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} now; shapes and dtypes can't change"
+                    f" averager was made, and is {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} now;"
+                    " shapes and dtypes can't change"
                 )
             if tensor.layout != torch.strided:
                 raise InvalidStateError(f"averaged_tensors[{index}] is no longer dense, but {tensor.layout}")
@@ -251,16 +252,46 @@ def first_non_finite(layout: Layout, area: Area) -> int | None:
 
 
 def _merge_flat(flat: torch.Tensor, old: torch.Tensor, new: torch.Tensor, alpha: float) -> None:
-    """:func:`_merge` on the CPU, with a fast path for chunks that the trainer did not touch."""
+    """:func:`_merge` on the CPU, in chunks; those that the trainer did not touch are only copied."""
     step = CHUNK_NBYTES // flat.itemsize
-    for start in range(0, flat.numel(), step):
-        piece, old_piece, new_piece = (t[start : start + step] for t in (flat, old, new))
-        if alpha == 1 and np.array_equal(_integers(piece), _integers(old_piece)):
-            np.copyto(_bytes(piece), _bytes(new_piece))
+    scratch = np.empty(MERGE_ELEMENTS, dtype=f"f{flat.itemsize}")
+    chunks = zip(_pieces(flat, step), _pieces(old, step), _pieces(new, step), strict=True)
+    for chunk, old_chunk, new_chunk in chunks:
+        if alpha == 1 and _same_bits(_integers(chunk), _integers(old_chunk)):
+            np.copyto(_bytes(chunk), _bytes(new_chunk))
             continue
-        triples = zip(*(_pieces(t, MERGE_ELEMENTS) for t in (piece, old_piece, new_piece)), strict=True)
-        for current, before, after in triples:
-            _merge(current, before, after, alpha)
+        for start in range(0, len(chunk), MERGE_ELEMENTS):
+            triple = [t[start : start + MERGE_ELEMENTS] for t in (chunk, old_chunk, new_chunk)]
+            if flat.itemsize == 2:
+                _merge(triple[0], triple[1], triple[2], alpha)
+            else:
+                arrays = [t.numpy() for t in triple]
+                _merge_numpy(arrays[0], arrays[1], arrays[2], alpha, scratch[: len(triple[0])])
+
+
+def _same_bits(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> bool:
+    head = 256  # an optimizer's step changes nearly every element: seldom is more than this looked at in vain
+    return np.array_equal(first[:head], second[:head]) and np.array_equal(first, second)
+
+
+def _merge_numpy(
+    current: npt.NDArray[Any],
+    old: npt.NDArray[Any],
+    new: npt.NDArray[Any],
+    alpha: float,
+    scratch: npt.NDArray[Any],
+) -> None:
+    """:func:`_merge` for float32 and float64 on the CPU, where numpy takes half the time."""
+    with np.errstate(all="ignore"):  # the trainer's own infinities are none of our business
+        np.subtract(new, old, out=scratch)
+        if alpha != 1:
+            np.multiply(scratch, alpha, out=scratch)
+            np.add(current, scratch, out=current)
+            return
+        np.add(scratch, current, out=scratch)
+    integers = np.dtype(f"i{current.itemsize}")
+    np.copyto(scratch, new, where=np.equal(current.view(integers), old.view(integers)))
+    np.copyto(current, scratch)
 
 
 def _merge(current: torch.Tensor, old: torch.Tensor, new: torch.Tensor, alpha: float) -> None:

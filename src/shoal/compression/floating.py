@@ -31,7 +31,8 @@ class Float16Compression(CompressionBase):
     def encode(self, part: torch.Tensor) -> memoryview:
         if part.dtype == torch.float16:
             return tensor_bytes(part)
-        return tensor_bytes(part.detach().clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16))
+        # Clipping after rounding gives the same values as before it (what overflowed is infinite), and needs no copy.
+        return tensor_bytes(part.detach().to(torch.float16).clamp_(-FLOAT16_MAX, FLOAT16_MAX))
 
     def _decode(
         self, data: memoryview, dtype: torch.dtype, count: int, out: torch.Tensor | None
