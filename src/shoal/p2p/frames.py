@@ -1,0 +1,274 @@
+"""Frames: what a connection carries once it is encrypted. Messages of plaintext in, frames out.
+
+A frame is a header and a body. It begins at the start of a Noise message. If it fits, it is that message,
+alone; else its header is, and its body fills the following messages, each but the last with ``CHUNK_BYTES``.
+So every message but the first of a frame holds nothing but body, and a payload is decrypted straight into the
+memory that its receiver gave for it.
+
+Header, big-endian: kind (1 byte), flags (1 byte, zero), stream (4 bytes), length of the body (4 bytes);
+PAYLOAD frames have a tag (8 bytes) besides. Every length is checked against :class:`Limits` before memory is
+taken.
+
+Pure.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Final, NamedTuple
+
+from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
+from shoal.p2p.noise import MAX_MESSAGE_BYTES, TAG_BYTES
+
+MAX_PLAINTEXT_BYTES: Final = MAX_MESSAGE_BYTES - TAG_BYTES
+# The most that is a multiple of a cache line, so that an aligned payload is decrypted in aligned pieces.
+CHUNK_BYTES: Final = MAX_PLAINTEXT_BYTES // 64 * 64
+MAX_STREAM_ID: Final = 2**31 - 1
+MAX_TAG: Final = 2**64 - 1
+
+_HEADER = struct.Struct(">BBII")
+_PAYLOAD_HEADER = struct.Struct(">BBIIQ")
+
+
+class FrameKind(IntEnum):
+    """Every kind of frame. Those without a stream concern the connection: their stream id is 0."""
+
+    OPEN = 1
+    MESSAGE = 2
+    PAYLOAD = 3
+    END = 4
+    RESET = 5
+    CREDIT = 6
+    PING = 7
+    PONG = 8
+    HELLO = 9
+    GOODBYE = 10
+
+
+_KINDS = {kind.value: kind for kind in FrameKind}
+_OF_CONNECTION = frozenset({FrameKind.PING, FrameKind.PONG, FrameKind.HELLO, FrameKind.GOODBYE})
+_WITH_MESSAGE = frozenset({FrameKind.OPEN, FrameKind.MESSAGE, FrameKind.END})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one session takes, all in bytes. Both sides must allow what either sends.
+
+    ``max_message_body``: OPEN, MESSAGE and END frames, which carry messages. ``max_payload``: PAYLOAD frames.
+    ``max_control_body``: all others.
+    ``max_receive_buffer``: ciphertext that waits to be decrypted; it begins small and grows with the traffic.
+    """
+
+    max_message_body: int = 2**20
+    max_payload: int = 64 * 2**20
+    max_control_body: int = 16 * 2**10
+    max_receive_buffer: int = 512 * 2**10
+
+    def __post_init__(self) -> None:
+        least = {"max_receive_buffer": MAX_MESSAGE_BYTES + 2}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not int:
+                raise InvalidTypeError(f"{field.name}: must be an int, not {type(value).__name__}")
+            if not least.get(field.name, 0) <= value < 2**32:
+                raise InvalidValueError(
+                    f"{field.name}: {value} is not between {least.get(field.name, 0)} and {2**32 - 1}"
+                )
+
+    @property
+    def max_bytes_held(self) -> int:
+        """The most that a session holds for its peer: full buffer, and the largest frame under way."""
+        return self.max_receive_buffer + max(self.max_message_body, self.max_payload, self.max_control_body)
+
+    def of(self, kind: FrameKind) -> int:
+        """The longest body of a frame of this kind."""
+        if kind is FrameKind.PAYLOAD:
+            return self.max_payload
+        return self.max_message_body if kind in _WITH_MESSAGE else self.max_control_body
+
+
+DEFAULT_LIMITS: Final = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class FrameReceived:
+    """A whole frame of any kind but PAYLOAD."""
+
+    kind: FrameKind
+    stream_id: int
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadReceived:
+    """A whole payload, every byte of it verified, in the memory that the sink gave."""
+
+    stream_id: int
+    tag: int
+    data: memoryview
+
+
+# Given (stream id, tag, length) of a payload that begins, returns writable memory of exactly that many bytes.
+PayloadSink = Callable[[int, int, int], memoryview]
+
+
+class _Header(NamedTuple):
+    kind: FrameKind
+    stream_id: int
+    length: int
+    tag: int
+
+
+def encode_header(kind: FrameKind, stream_id: int, length: int, limits: Limits, tag: int = 0) -> bytes:
+    """The header of a frame to send; :class:`InvalidValueError` for one that no receiver would take."""
+    problem = _find_problem(kind, stream_id, length, limits)
+    if problem is not None:
+        raise InvalidValueError(problem)
+    if kind is not FrameKind.PAYLOAD:
+        return _HEADER.pack(kind, 0, stream_id, length)
+    if not 0 <= tag <= MAX_TAG:
+        raise InvalidValueError(f"tag: {tag} is not between 0 and {MAX_TAG}")
+    return _PAYLOAD_HEADER.pack(kind, 0, stream_id, length, tag)
+
+
+def fits_beside(header: bytes, length: int) -> bool:
+    """Whether a body of ``length`` bytes goes into the same message as its header."""
+    return len(header) + length <= MAX_PLAINTEXT_BYTES
+
+
+def _find_problem(kind: FrameKind, stream_id: int, length: int, limits: Limits) -> str | None:
+    """What is wrong with a header, if anything."""
+    if kind in _OF_CONNECTION:
+        if stream_id != 0:
+            return f"a {kind.name} frame belongs to the connection, not to stream {stream_id}"
+    elif not 1 <= stream_id <= MAX_STREAM_ID:
+        return f"a {kind.name} frame cannot belong to stream {stream_id}"
+    limit = limits.of(kind)
+    if not 0 <= length <= limit:
+        return f"a {kind.name} frame of {length} bytes is longer than the limit of {limit} bytes"
+    return None
+
+
+def _decode_header(message: bytes, limits: Limits) -> tuple[_Header, int]:
+    """The header at the start of ``message``, checked, and where the body begins."""
+    if len(message) < _HEADER.size:
+        raise ProtocolViolation(f"a message of {len(message)} bytes is too short for a frame")
+    number, flags, stream_id, length = _HEADER.unpack_from(message)
+    kind = _KINDS.get(number)
+    if kind is None:
+        raise ProtocolViolation(f"{number} is not a kind of frame")
+    if flags != 0:
+        raise ProtocolViolation(f"a {kind.name} frame has unknown flags {flags:#04x}")
+    problem = _find_problem(kind, stream_id, length, limits)
+    if problem is not None:
+        raise ProtocolViolation(problem)
+    if kind is not FrameKind.PAYLOAD:
+        return _Header(kind, stream_id, length, 0), _HEADER.size
+    if len(message) < _PAYLOAD_HEADER.size:
+        raise ProtocolViolation(f"a message of {len(message)} bytes is too short for a PAYLOAD frame")
+    tag = _PAYLOAD_HEADER.unpack_from(message)[4]
+    return _Header(kind, stream_id, length, tag), _PAYLOAD_HEADER.size
+
+
+class FrameDecoder:
+    """Turns the plaintexts of one direction's messages into frames.
+
+    While :attr:`payload` is None, give each plaintext to :meth:`receive_message`. Otherwise a payload is
+    under way: ask :meth:`next_chunk` where the next message's plaintext belongs, decrypt it there, and tell
+    :meth:`chunk_received`. All raise :class:`ProtocolViolation`; after that the decoder is of no use.
+    """
+
+    def __init__(self, limits: Limits, payload_sink: PayloadSink, *, remote_is_initiator: bool) -> None:
+        self._limits = limits
+        self._remote_parity = int(remote_is_initiator)
+        self.payload_sink = payload_sink
+        self.payload: memoryview | None = None
+        self._header = _Header(FrameKind.PING, 0, 0, 0)
+        self._received = 0
+        self._pieces: list[bytes] = []
+
+    @property
+    def in_frame(self) -> bool:
+        """Whether a frame has begun and not ended."""
+        return self.payload is not None or self._received < self._header.length
+
+    @property
+    def bytes_held(self) -> int:
+        """Memory held for the frame under way."""
+        if self.payload is not None:
+            return self._header.length
+        return self._received if self.in_frame else 0
+
+    def receive_message(self, message: bytes) -> FrameReceived | PayloadReceived | None:
+        """Take a message that is no part of a payload; return the frame that it completes."""
+        if self._received < self._header.length:
+            return self._receive_piece(message)
+        header, begin = _decode_header(message, self._limits)
+        kind, stream_id, length, tag = header
+        if length == len(message) - begin:
+            if kind is FrameKind.OPEN and stream_id % 2 != self._remote_parity:
+                raise ProtocolViolation(f"stream {stream_id} was opened by the wrong side")
+            if kind is not FrameKind.PAYLOAD:
+                return FrameReceived(kind, stream_id, message[begin:])
+            data = self._take_memory(header)
+            data[:] = memoryview(message)[begin:]
+            return PayloadReceived(stream_id, tag, data)
+        # A frame that would fit into one message must come in one: else a peer could make us hold many.
+        if begin != len(message) or begin + length <= MAX_PLAINTEXT_BYTES:
+            raise ProtocolViolation(
+                f"a {kind.name} frame of {length} bytes comes with {len(message) - begin} of them"
+            )
+        if kind is FrameKind.PAYLOAD:
+            self.payload = self._take_memory(header)
+        self._header = header
+        self._received = 0
+        return None
+
+    def next_chunk(self, size: int) -> memoryview:
+        """Where the next ``size`` bytes of the payload belong."""
+        assert self.payload is not None
+        self._check_chunk(size)
+        return self.payload[self._received : self._received + size]
+
+    def chunk_received(self, size: int) -> PayloadReceived | None:
+        """The bytes asked for are in place and verified; return the payload if it is complete."""
+        self._received += size
+        if self._received < self._header.length:
+            return None
+        assert self.payload is not None
+        data, self.payload = self.payload, None
+        return PayloadReceived(self._header.stream_id, self._header.tag, data)
+
+    def _receive_piece(self, message: bytes) -> FrameReceived | None:
+        self._check_chunk(len(message))
+        self._pieces.append(message)
+        self._received += len(message)
+        if self._received < self._header.length:
+            return None
+        body = b"".join(self._pieces)
+        self._pieces = []
+        return FrameReceived(self._header.kind, self._header.stream_id, body)
+
+    def _check_chunk(self, size: int) -> None:
+        expected = min(CHUNK_BYTES, self._header.length - self._received)
+        if size != expected:
+            raise ProtocolViolation(
+                f"a message of {size} bytes, not {expected}, continues a {self._header.kind.name} frame"
+            )
+
+    def _take_memory(self, header: _Header) -> memoryview:
+        memory = self.payload_sink(header.stream_id, header.tag, header.length)
+        if memory.nbytes != header.length or memory.readonly or not memory.c_contiguous:
+            raise InvalidValueError(
+                f"payload_sink: gave {memory.nbytes} bytes (read-only: {memory.readonly}) for a payload of "
+                f"{header.length} bytes; it must be writable, contiguous memory of exactly that size"
+            )
+        return memory if memory.format == "B" and memory.ndim == 1 else memory.cast("B")
+
+
+def allocate_payload(stream_id: int, tag: int, length: int) -> memoryview:
+    """The sink that is used until another is set: new memory for each payload."""
+    return memoryview(bytearray(length))
