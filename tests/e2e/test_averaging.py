@@ -1,0 +1,309 @@
+"""Averaging through real background processes and sockets, as a user would do it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import shoal
+from shoal.averaging.control import AveragingStage
+from shoal.errors import AllreduceException, InvalidStateError, MatchmakingException, PeerProcessDied
+
+STEP_TIMEOUT = 30.0
+
+
+class Swarm:
+    """DHTs and averagers of one test, each DHT with a background process of its own."""
+
+    def __init__(self) -> None:
+        self.dhts: list[shoal.DHT] = []
+        self.averagers: list[shoal.DecentralizedAverager] = []
+
+    def dht(self, **options: Any) -> shoal.DHT:
+        initial = self.dhts[0].get_visible_maddrs() if self.dhts else None
+        self.dhts.append(shoal.DHT(initial_peers=initial, start=True, **options))
+        return self.dhts[-1]
+
+    def peer(self, tensors: list[torch.Tensor], size: int, *, dht: shoal.DHT | None = None, **options: Any):
+        settings: dict[str, Any] = {
+            "prefix": "test",
+            "target_group_size": size,
+            "min_group_size": size,
+            "min_matchmaking_time": 2.0,
+            "request_timeout": 1.0,
+            "start": True,
+            **options,
+        }
+        averager = shoal.DecentralizedAverager(tensors, dht or self.dht(), **settings)
+        self.averagers.append(averager)
+        return averager
+
+    def close(self) -> None:
+        for averager in self.averagers:
+            averager.shutdown()
+        for dht in self.dhts:
+            dht.shutdown()
+
+
+@pytest.fixture
+def swarm() -> Iterator[Swarm]:
+    with contextlib.closing(Swarm()) as made:
+        yield made
+
+
+def step_all(averagers: list[Any], **options: Any) -> list[Any]:
+    controls = [averager.step(wait=False, timeout=STEP_TIMEOUT, **options) for averager in averagers]
+    return [control.result(60) for control in controls]
+
+
+def random_tensors(seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in [(1000, 300), (), (7,), (0, 3)]]
+
+
+def test_a_group_of_four_ends_with_the_exact_average_bit_for_bit_equal(swarm: Swarm):
+    tensors = [random_tensors(seed) for seed in range(4)]
+    inputs = [[tensor.double() for tensor in own] for own in tensors]
+    averagers = [swarm.peer(own, size=4) for own in tensors]
+    weights = [1.0, 2.0, 0.5, 3.0]
+    controls = [
+        averager.step(
+            wait=False, timeout=STEP_TIMEOUT, weight=weight, gather={"number": index, "pair": (1, 2)}
+        )
+        for index, (averager, weight) in enumerate(zip(averagers, weights, strict=True))
+    ]
+    gathered = [control.result(60) for control in controls]
+
+    for own in tensors[1:]:
+        assert all(torch.equal(mine, first) for mine, first in zip(own, tensors[0], strict=True))
+    for index, result in enumerate(tensors[0]):
+        stack = torch.stack([own[index] for own in inputs])
+        reference = (stack * torch.tensor(weights).view(-1, *[1] * result.dim())).sum(0) / sum(weights)
+        assert bool(((result.double() - reference).abs() <= 1e-6 * stack.abs().mean(0)).all())
+    expected = {
+        averager.peer_id: {"number": index, "pair": (1, 2)} for index, averager in enumerate(averagers)
+    }
+    assert gathered == [expected] * 4
+    report = averagers[0].last_report
+    assert report is not None
+    assert len(report.members) == 4
+    assert report.bytes_sent > 0
+    assert report.succeeded
+
+
+def test_tensors_of_every_floating_type_average_together(swarm: Swarm):
+    types = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+    tensors = [[torch.full((50, 3), float(seed + 1)).to(dtype) for dtype in types] for seed in range(2)]
+    tensors[1][0] = tensors[1][0].t().contiguous().t()  # strides are each peer's own business
+    step_all([swarm.peer(own, size=2) for own in tensors])
+    for own in tensors:
+        for tensor in own:
+            assert torch.equal(tensor, torch.full_like(tensor, 1.5))
+
+
+def test_float16_compression_comes_within_its_resolution(swarm: Swarm):
+    tensors = [random_tensors(seed) for seed in range(2)]
+    reference = [(a.double() + b.double()) / 2 for a, b in zip(*tensors, strict=True)]
+    largest = max(tensor.abs().max().item() for own in tensors for tensor in own if tensor.numel())
+    step_all([swarm.peer(own, size=2, compression=shoal.Float16Compression()) for own in tensors])
+    for own in tensors:
+        for tensor, expected in zip(own, reference, strict=True):
+            assert bool(((tensor.double() - expected).abs() <= 3 * largest * 2**-11).all())
+
+
+def test_alpha_moves_tensors_a_part_of_the_way(swarm: Swarm):
+    tensors = [[torch.zeros(10)], [torch.full((10,), 4.0)]]
+    step_all([swarm.peer(own, size=2, averaging_alpha=0.25) for own in tensors])
+    assert torch.equal(tensors[0][0], torch.full((10,), 0.5))
+    assert torch.equal(tensors[1][0], torch.full((10,), 3.5))
+
+
+def test_a_round_between_forward_and_backward_does_not_disturb_autograd_and_keeps_what_the_trainer_adds(
+    swarm: Swarm,
+):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    other = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    averagers = [swarm.peer(list(model.parameters()), size=2), swarm.peer(other, size=2)]
+    with torch.no_grad():
+        before = [parameter.clone() for parameter in model.parameters()]
+    steps = [averager.step(wait=False, timeout=STEP_TIMEOUT, require_trigger=True) for averager in averagers]
+
+    loss = model(torch.ones(4, 8)).square().sum()
+    for step in steps:
+        step.allow_allreduce()
+    for step in steps:
+        step.result(60)  # the round has landed: parameters have changed after forward
+    loss.backward()
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.data, old / 2)
+
+
+def test_a_training_loop_averages_in_the_background_without_losing_its_own_updates(swarm: Swarm):
+    tensors = [[torch.zeros(100_000)] for _ in range(2)]
+    averagers = [swarm.peer(own, size=2) for own in tensors]
+    added = [0, 0]
+    for _ in range(3):
+        steps = [averager.step(wait=False, timeout=STEP_TIMEOUT) for averager in averagers]
+        while not all(step.done() for step in steps):
+            for index, averager in enumerate(averagers):
+                with averager.get_tensors() as (tensor,):
+                    tensor += index + 1
+                    added[index] += index + 1
+        for step in steps:
+            step.result()
+    # whatever was added anywhere is still there, spread over both
+    total = tensors[0][0].double() + tensors[1][0].double()
+    assert torch.allclose(total, torch.full_like(total, float(sum(added))), rtol=1e-5)
+
+
+def test_a_step_can_be_awaited(swarm: Swarm):
+    averagers = [swarm.peer([torch.full((3,), float(index))], size=2) for index in range(2)]
+
+    async def both() -> list[Any]:
+        return await asyncio.gather(*(a.step(wait=False, timeout=STEP_TIMEOUT, gather=1) for a in averagers))
+
+    assert [set(result.values()) for result in asyncio.run(both())] == [{1}, {1}]
+
+
+def test_two_averagers_share_a_dht_under_different_prefixes(swarm: Swarm):
+    dhts = [swarm.dht(), swarm.dht()]
+    tensors = {prefix: [[torch.full((5,), float(i))] for i in range(2)] for prefix in ("weights", "moments")}
+    averagers = [
+        swarm.peer(tensors[prefix][index], size=2, dht=dht, prefix=prefix)
+        for prefix in tensors
+        for index, dht in enumerate(dhts)
+    ]
+    step_all(averagers)
+    for own in tensors.values():
+        assert all(torch.equal(tensor, torch.full((5,), 0.5)) for (tensor,) in own)
+    with pytest.raises(ValueError, match=r"prefix='weights' is in use"):
+        swarm.peer([torch.zeros(5)], size=2, dht=dhts[0], prefix="weights")
+
+
+def test_more_peers_than_the_target_form_several_groups(swarm: Swarm):
+    root = swarm.dht()
+    tensors = [[torch.full((4,), float(index))] for index in range(6)]
+    averagers = [swarm.peer(own, size=2) for own in tensors]
+    del root
+    results = step_all(averagers, gather=True)
+    assert sorted(len(result) for result in results) == [2] * 6
+
+
+def test_a_search_that_finds_nobody_says_so_and_changes_nothing(
+    swarm: Swarm, caplog: pytest.LogCaptureFixture
+):
+    tensor = torch.ones(3)
+    averager = swarm.peer([tensor], size=2, min_matchmaking_time=0.5, request_timeout=0.2)
+    with caplog.at_level(logging.WARNING):
+        assert averager.step(timeout=1.0) is None
+    assert "averaging failed, tensors are unchanged" in caplog.text
+    with pytest.raises(MatchmakingException, match="test"):
+        averager.step(wait=False, timeout=1.0).result(30)
+    assert torch.equal(tensor, torch.ones(3))
+
+
+def test_peers_with_other_tensors_never_group_and_the_error_says_that_they_were_seen(swarm: Swarm):
+    averagers = [
+        swarm.peer([torch.zeros(size)], size=2, min_matchmaking_time=0.5, request_timeout=0.2)
+        for size in (3, 4)
+    ]
+    steps = [averager.step(wait=False, timeout=2.0) for averager in averagers]
+    for step in steps:
+        with pytest.raises(MatchmakingException, match="schema"):
+            step.result(30)
+
+
+def test_not_a_number_fails_the_own_step_only_with_the_tensor_named(swarm: Swarm):
+    tensors = [[torch.zeros(3), torch.tensor([1.0, float("nan")])], [torch.zeros(3), torch.zeros(2)]]
+    averagers = [swarm.peer(own, size=2) for own in tensors]
+    steps = [averager.step(wait=False, timeout=3.0, allow_retries=False) for averager in averagers]
+    with pytest.raises(AllreduceException, match=r"averaged_tensors\[1\] has NaN"):
+        steps[0].result(30)
+    with pytest.raises(AllreduceException):
+        steps[1].result(30)
+    assert torch.equal(tensors[1][1], torch.zeros(2))
+
+
+def test_a_killed_peer_fails_the_round_for_all_and_the_retry_succeeds_without_it(swarm: Swarm):
+    tensors = [[torch.full((1_000_000,), float(index))] for index in range(3)]
+    root = swarm.dht()
+    averagers = [
+        swarm.peer(own, size=3, min_group_size=2, min_matchmaking_time=1.0, request_timeout=0.5)
+        for own in tensors
+    ]
+    del root
+    steps = [averager.step(wait=False, timeout=STEP_TIMEOUT, require_trigger=True) for averager in averagers]
+    wait_for_stage(steps, AveragingStage.AWAITING_TRIGGER)
+    os.kill(averagers[2].dht.background.pid, signal.SIGKILL)
+    with pytest.raises(PeerProcessDied):
+        steps[2].result(30)
+    for step in steps[:2]:
+        step.allow_allreduce()
+    for step in steps[:2]:
+        assert len(step.result(60)) == 2
+    assert torch.equal(tensors[0][0], torch.full((1_000_000,), 0.5))
+    assert torch.equal(tensors[1][0], tensors[0][0])
+    assert torch.equal(tensors[2][0], torch.full((1_000_000,), 2.0))
+    assert steps[0].report.attempts == 2
+
+
+def wait_for_stage(steps: list[Any], stage: AveragingStage, limit: float = 30.0) -> None:
+    deadline = time.monotonic() + limit
+    while any(step.stage is not stage for step in steps):
+        assert time.monotonic() < deadline, [step.stage for step in steps]
+        assert not any(step.done() for step in steps), steps
+        threading.Event().wait(0.002)
+
+
+def test_cancelling_frees_the_groupmates_at_once(swarm: Swarm):
+    tensors = [[torch.full((10,), float(index))] for index in range(2)]
+    averagers = [swarm.peer(own, size=2) for own in tensors]
+    steps = [
+        averager.step(wait=False, timeout=STEP_TIMEOUT, require_trigger=True, allow_retries=False)
+        for averager in averagers
+    ]
+    wait_for_stage(steps, AveragingStage.AWAITING_TRIGGER)
+    assert steps[0].cancel()
+    with pytest.raises(AllreduceException, match="cancelled"):
+        steps[1].result(30)
+    assert steps[0].cancelled()
+    assert not steps[0].cancel() or steps[0].cancelled()
+    assert torch.equal(tensors[1][0], torch.ones(10))
+    # and both can go on
+    step_all(averagers)
+    assert torch.equal(tensors[0][0], torch.full((10,), 0.5))
+
+
+def test_waiting_for_a_step_inside_get_tensors_is_an_error(swarm: Swarm):
+    averager = swarm.peer([torch.zeros(2)], size=2)
+    with averager.get_tensors(), pytest.raises(InvalidStateError, match="get_tensors"):
+        averager.step()
+
+
+def test_calls_after_shutdown_say_so(swarm: Swarm):
+    averager = swarm.peer([torch.zeros(2)], size=2)
+    step = averager.step(wait=False)
+    averager.shutdown()
+    averager.shutdown()
+    with pytest.raises(AllreduceException, match="shut down"):
+        step.result(30)
+    with pytest.raises(InvalidStateError):
+        averager.step()
+
+
+def test_the_dht_may_be_shut_down_first(swarm: Swarm):
+    averager = swarm.peer([torch.zeros(2)], size=2)
+    averager.dht.shutdown()
+    assert not averager.is_alive
+    averager.shutdown()
