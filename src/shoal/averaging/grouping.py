@@ -175,6 +175,8 @@ def may_begin_early(
     left_over = cut_groups(rest, target, minimum).left_over
     if len(left_over) > len(cut.left_over):
         return EarlyBeginDecision(EarlyBegin.NO, f"beginning would strand {len(left_over)}: {cut.reason}")
-    if group.newcomers_cannot_change_it:
+    takes_leaders = sum(candidate.can_lead for candidate in candidates if candidate.peer_id in members) > 1
+    leaders_may_be_scarce = takes_leaders and not all(candidate.can_lead for candidate in candidates)
+    if group.newcomers_cannot_change_it and not leaders_may_be_scarce:
         return EarlyBeginDecision(EarlyBegin.YES, f"full, and newcomers change nothing: {cut.reason}")
     return EarlyBeginDecision(EarlyBegin.IF_SETTLED, f"full: {cut.reason}")

@@ -327,16 +327,20 @@ class Matchmaking:
         if len(members) <= room and not self._is_needed_elsewhere(asker.peer_id, cut, now):
             return Accepted(begins_in=max(0.0, self._time.begins_at - now))
         planned = cut.group_of(asker.peer_id)
-        if planned and planned.leader not in (self.me.peer_id, asker.peer_id):
+        if planned and planned.leader not in (asker.peer_id, *self.members):
             return Redirect(planned.leader.to_bytes(), self._addresses_of(planned.leader))
         return Rejected(RejectReason.FULL, self._searches())
 
     def _room(self, now: float, asker: Candidate | None = None) -> tuple[int, Cut]:
-        """How many members this peer may have now, itself included, and the plan that says so."""
+        """How many members this peer may have now, itself included, and the plan that says so.
+
+        As long as more peers may appear, as many as the target; then as many as its slice of the plan.
+        """
         cut = self._cut(now, asker)
         room = self.config.target_group_size or MAX_GROUP_SIZE
         planned = cut.group_of(self.me.peer_id)
-        if planned and planned.leader == self.me.peer_id and planned.is_complete and self._is_settled():
+        is_final = self._is_settled() or now >= self._begins_at_latest()
+        if planned and planned.leader == self.me.peer_id and planned.is_complete and is_final:
             room = min(room, len(planned.members))
         return room, cut
 
@@ -496,17 +500,25 @@ class Matchmaking:
             decision.verdict is EarlyBegin.IF_SETTLED and self._is_settled()
         ):
             self._begin(now)
-        elif decision.verdict is EarlyBegin.IF_SETTLED and not self._time.is_polling:
-            self._time.next_poll = max(now, self._settles_at())
+        elif decision.verdict is EarlyBegin.IF_SETTLED:
+            self._poll_when_settled(now)
 
     def _begin_or_postpone(self, now: float) -> None:
+        if now < self._begins_at_latest() and self._expects_somebody(now):
+            self._poll_when_settled(now)
+            return
         if len(self.members) >= self.config.min_group_size:
             self._begin(now)
             return
         self._time.begins_at = now + self.config.min_matchmaking_time
         self.story.note(now, f"{len(self.members)} members at the start time: postponed")
-        for token in self._peers.followers:
-            self._effects.append(PostponeFollower(token, self.config.min_matchmaking_time))
+        cut = self._cut(now)
+        for token, follower in list(self._peers.followers.items()):
+            planned = cut.group_of(follower.peer_id)
+            if planned and planned.is_complete and planned.leader != self.me.peer_id:
+                self._dismiss_to_plan(token, cut)  # it can be in a group elsewhere
+            else:
+                self._effects.append(PostponeFollower(token, self.config.min_matchmaking_time))
 
     def _begin(self, now: float) -> None:
         if self._ask is not None:
@@ -581,11 +593,24 @@ class Matchmaking:
             if peer_id != self.me.peer_id:
                 self._leave_out(peer_id, until, member.start_time)
 
+    def _expects_somebody(self, now: float) -> bool:
+        """Whether somebody may be on the way here: has just appeared, or is planned here and elsewhere until now."""
+        planned = self._cut(now).group_of(self.me.peer_id)
+        is_missing = planned is not None and len(self.members) < len(planned.members)
+        return is_missing or not self._is_settled()
+
     def _is_settled(self) -> bool:
         return self._time.settled_view >= self._settles_at()
 
     def _settles_at(self) -> float:
         return self._time.last_newcomer + SETTLE_FACTOR * self._time.latency
+
+    def _begins_at_latest(self) -> float:
+        return self._time.begins_at + SETTLE_FACTOR * self._time.latency
+
+    def _poll_when_settled(self, now: float) -> None:
+        if not self._time.is_polling:
+            self._time.next_poll = max(now, self._settles_at())
 
     def _addresses_of(self, peer_id: PeerID) -> tuple[str, ...]:
         known = self._peers.declared.get(peer_id)
@@ -663,7 +688,7 @@ class Matchmaking:
         return max(RETRY_AFTER, 2 * self._time.latency)
 
     def _patience_ends(self) -> float:
-        return self._time.leader_begins_at + self.config.request_timeout
+        return self._time.leader_begins_at + self.config.request_timeout + SETTLE_FACTOR * self._time.latency
 
     def _next_timer(self, now: float) -> float:
         time = self._time
@@ -673,7 +698,7 @@ class Matchmaking:
         else:
             due.append(time.next_poll)
             if self.me.can_lead:
-                due.append(time.begins_at)
+                due.append(time.begins_at if now < time.begins_at else self._begins_at_latest())
             if self._ask is not None:
                 due.append(self._ask.asked_at + self.config.request_timeout)
         return max(now, min(due))
