@@ -2,17 +2,63 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import Any
 
+import msgspec
+
+from shoal.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    InvalidStateError,
+    InvalidValueError,
+    PeerUnreachable,
+    ShoalError,
+)
+from shoal.p2p import wire
+from shoal.p2p.calls import Served
 from shoal.p2p.config import HostConfig
+from shoal.p2p.connection import Connection
+from shoal.p2p.connections import Connections
+from shoal.p2p.dialback import (
+    DIAL_BACK,
+    DialBackHelper,
+    DialBackRequest,
+    DialBackResponse,
+    Reachability,
+    check_outcomes,
+    judge,
+)
 from shoal.p2p.identity import Identity, PeerID
 from shoal.p2p.multiaddr import Multiaddr
-from shoal.p2p.network import Network
+from shoal.p2p.network import Listener, Network
 from shoal.p2p.rpc import Lane, Method, RequestT, ResponseT, Stream
+from shoal.p2p.streams import StreamState
+from shoal.utils.timed import get_dht_time
 
 __all__ = ["Host"]
+
+logger = logging.getLogger(__name__)
+
+_DIAL_BACK_TIMEOUT = 5.0
+
+
+class _OpenLane(msgspec.Struct, array_like=True, frozen=True):
+    """Please dial me once more, for bulk data."""
+
+
+class _LaneOpened(msgspec.Struct, array_like=True, frozen=True):
+    """Whether the lane was opened."""
+
+    opened: bool
+
+
+_OPEN_LANE = Method("shoal.host.open_lane", _OpenLane, _LaneOpened)
 
 
 class Host:
@@ -22,47 +68,102 @@ class Host:
     that a peer that cannot be dialed is called over the connection that it opened.
     """
 
-    identity: Identity
-    peer_id: PeerID
-
     def __init__(
         self,
         identity: Identity,
         network: Network,
         config: HostConfig = HostConfig(),
         *,
-        clock: Callable[[], float],
+        clock: Callable[[], float] = get_dht_time,
         rng: random.Random | None = None,
     ) -> None:
-        raise NotImplementedError
+        self.identity = identity
+        self.peer_id = identity.peer_id
+        self.config = config
+        self.rng = rng if rng is not None else random.Random()  # noqa: S311 - decides order, keeps no secret
+        self._network = network
+        self._clock = clock
+        self._listeners: list[Listener] = []
+        self._served: dict[str, Served] = {}
+        self._is_reachable = True
+        self._on_disconnect: dict[int, Callable[[PeerID, str], None]] = {}
+        self._subscriptions = 0
+        self._state = "new"
+        self._connections = Connections(
+            identity,
+            network,
+            config,
+            find_served=lambda name: self._served.get(name),
+            make_hello=self._make_hello,
+            ask_for_lane=self._ask_for_lane,
+            peer_lost=self._peer_lost,
+            clock=clock,
+        )
+        helper = DialBackHelper(
+            ips_of=self._ips_of, probe=self._probe, now=lambda: asyncio.get_running_loop().time()
+        )
+        self.serve(DIAL_BACK, helper.handle)
+        self.serve(_OPEN_LANE, self._open_lane)
 
     async def start(self, listen_on: Sequence[Multiaddr] = ()) -> None:
-        """Listen at each address (port 0: any free one). Without addresses the host can only dial."""
+        """Listen at each address (port 0: any free one). Without addresses the host can only dial.
+
+        :class:`OSError` if an address cannot be had; the host is closed then.
+        """
+        if self._state != "new":
+            raise InvalidStateError(f"start: the host is {self._state}")
+        self._state = "running"
+        if self.config.client_mode and listen_on:
+            raise InvalidValueError("listen_on: a host in client mode does not listen")
+        try:
+            for address in listen_on:
+                self._listeners.append(await self._network.listen(self._connections.accept, address))
+        except BaseException:
+            await self.close()
+            raise
 
     async def close(self) -> None:
         """Say goodbye to everybody, cancel all handlers, close everything. Idempotent."""
+        self._state = "closed"
+        for listener in self._listeners:
+            listener.close()
+        await self._connections.close()
+        for listener in self._listeners:
+            await listener.wait_closed()
 
     @property
     def listen_addresses(self) -> list[Multiaddr]:
         """Where the host listens, with real ports, without ``/p2p``."""
-        raise NotImplementedError
+        return [listener.address for listener in self._listeners]
 
     @property
     def announced_addresses(self) -> list[Multiaddr]:
-        """What peers are told: ``config.announce``, or else where it listens; nothing if it cannot be dialed."""
-        raise NotImplementedError
+        """What peers are told: ``config.announce``, or else where it listens; nothing if it cannot be dialed.
+
+        For a listener on all interfaces these are the addresses that the host's own connections have shown.
+        """
+        if not self.can_be_dialed:
+            return []
+        if self.config.announce:
+            return list(self.config.announce)
+        addresses: list[Multiaddr] = []
+        for address in self.listen_addresses:
+            addresses += self._specific(address) if address.is_unspecified else [address]
+        return addresses[: wire.MAX_ADDRESSES]
 
     @property
     def can_be_dialed(self) -> bool:
         """False in client mode, and after :meth:`check_reachability` found that nobody gets through."""
-        raise NotImplementedError
+        return bool(self._listeners) and not self.config.client_mode and self._is_reachable
 
     def add_addresses(self, peer: PeerID, addresses: Iterable[Multiaddr]) -> None:
         """Remember where ``peer`` may be dialed; the newest are kept and are tried first."""
+        if peer != self.peer_id:
+            self._connections.addresses.add(peer, addresses)
 
     def addresses_of(self, peer: PeerID) -> list[Multiaddr]:
         """Where ``peer`` may be dialed, as far as known, without ``/p2p``."""
-        raise NotImplementedError
+        return self._connections.addresses.get(peer)
 
     async def connect(self, peer_or_address: PeerID | Multiaddr, *, timeout: float) -> PeerID:
         """Make sure that there is a connection, and return who is at its other end.
@@ -71,19 +172,35 @@ class Host:
         reason (refused, timed out, other identity, other version, not a Shoal peer, this host itself);
         :class:`DeadlineExceeded`; :class:`InvalidValueError` for the host's own PeerID.
         """
-        raise NotImplementedError
+        deadline = asyncio.get_running_loop().time() + timeout
+        if isinstance(peer_or_address, PeerID):
+            return (await self._connections.control(peer_or_address, deadline)).peer
+        address = peer_or_address
+        expected = None if address.peer_id is None else PeerID.from_base58(address.peer_id)
+        if expected == self.peer_id:
+            raise InvalidValueError(f"peer_or_address: {address} is this host itself")
+        if expected is not None and self.is_connected(expected):
+            return expected
+        outcome = await self._connections.dial_address(address, expected, Lane.CONTROL, deadline)
+        if isinstance(outcome, PeerUnreachable):
+            raise outcome
+        self._connections.addresses.prefer(outcome.peer, address)
+        return outcome.peer
 
     def is_connected(self, peer: PeerID) -> bool:
         """Whether a connection to ``peer`` stands."""
-        raise NotImplementedError
+        connections = self._connections.to(peer)
+        return connections is not None and connections.is_connected
 
     def connected_peers(self) -> list[PeerID]:
         """Everybody to whom a connection stands, in the order in which they came."""
-        raise NotImplementedError
+        return self._connections.connected()
 
     def rtt(self, peer: PeerID) -> float | None:
         """The smoothed round-trip time to ``peer`` in seconds, if it was measured."""
-        raise NotImplementedError
+        connections = self._connections.to(peer)
+        connection = None if connections is None else connections.control()
+        return None if connection is None else connection.rtt
 
     def serve(
         self, method: Method[RequestT, ResponseT], handler: Callable[[PeerID, RequestT], Awaitable[ResponseT]]
@@ -91,17 +208,23 @@ class Host:
         """Answer calls of ``method``. :class:`InvalidValueError` if its name is served already.
 
         The handler's task is cancelled when the caller cancels, disconnects or its deadline passes. A handler that
-        raises ``RemoteError(code, message)`` sends that; another :class:`ShoalError` is sent as code ``failed`` with its
-        text; anything else as ``internal``, and is logged here with its traceback.
+        raises ``RemoteError(code, message)`` sends that; another :class:`ShoalError` is sent as code ``failed``
+        with its text; anything else as ``internal``, and is logged here with its traceback.
         """
+        self._register(Served(method, unary=handler))
 
     def serve_stream(
         self, method: Method[RequestT, ResponseT], handler: Callable[[Stream], Awaitable[None]]
     ) -> None:
-        """Serve streams of ``method``; errors as in :meth:`serve`. When the handler returns, the stream is finished."""
+        """Serve streams of ``method``; errors as in :meth:`serve`.
+
+        When the handler returns, the stream is finished, and the peer may send no more on it.
+        """
+        self._register(Served(method, stream=handler))
 
     def stop_serving(self, method: Method[RequestT, ResponseT]) -> None:
         """Serve ``method`` no more; calls in progress go on. Does nothing if it is not served."""
+        self._served.pop(method.name, None)
 
     async def call(
         self, peer: PeerID, method: Method[RequestT, ResponseT], request: RequestT, *, timeout: float
@@ -111,7 +234,12 @@ class Host:
         Raises :class:`DeadlineExceeded`, :class:`PeerUnreachable`, :class:`ConnectionLost`, :class:`RemoteError`
         (codes: see :mod:`shoal.p2p.wire`), :class:`ProtocolViolation`. Cancelling cancels the handler too.
         """
-        raise NotImplementedError
+        deadline = asyncio.get_running_loop().time() + timeout
+        body = wire.encode(request)
+        connection = await self._connections.control(peer, deadline)
+        wire.check_message_size(body, connection.max_message)
+        response: ResponseT = await connection.calls.call(method, body, deadline, timeout)
+        return response
 
     def open_stream(
         self,
@@ -126,8 +254,149 @@ class Host:
         ``timeout`` covers the whole life of the stream. Leaving the block by an exception resets the stream; leaving
         it normally finishes it, and resets it if the other side has not finished.
         """
-        raise NotImplementedError
+        return _StreamContext(self._connections, peer, method, timeout, lane)
 
     def on_disconnect(self, callback: Callable[[PeerID, str], None]) -> Callable[[], None]:
         """Call ``callback(peer, reason)`` when the last connection to a peer ends; returns an unsubscriber."""
-        raise NotImplementedError
+        self._subscriptions += 1
+        number = self._subscriptions
+        self._on_disconnect[number] = callback
+        return lambda: self._on_disconnect.pop(number, None) and None
+
+    async def check_reachability(self, helpers: Sequence[PeerID], *, timeout: float = 10.0) -> Reachability:
+        """Ask ``helpers`` to dial back the announced addresses, and draw the conclusions.
+
+        If helpers tried and none got through, one warning says what can be done, nothing is announced any more, and
+        the host acts as a client; what it listens on goes on. If no helper could tell, nothing changes.
+        """
+        announced = self.announced_addresses
+        if not announced:
+            return Reachability(False if not self.can_be_dialed else None)
+        answers = await asyncio.gather(*(self._ask_back(helper, announced, timeout) for helper in helpers))
+        result = judge(list(zip(helpers, answers, strict=True)))
+        if result.reachable is False and self._is_reachable:
+            self._is_reachable = False
+            tried = "; ".join(f"{address}: {reason}" for address, reason in result.failures.items())
+            logger.warning(
+                "no peer could connect back to this one (%s). It works as a client only: it averages, but serves "
+                "nobody. If it should be reachable, give host_maddrs that other machines can dial (the default is "
+                "loopback), or announce_maddrs behind a port forwarding; client_mode=True says that this is "
+                "intended",
+                tried,
+            )
+        return result
+
+    # ---- inside ----
+
+    def _register(self, served: Served) -> None:
+        if served.method.name in self._served:
+            raise InvalidValueError(f"method: {served.method.name!r} is served already")
+        self._served[served.method.name] = served
+
+    def _make_hello(self, connection: Connection) -> wire.Hello:
+        return wire.Hello(
+            lane=int(connection.lane),
+            agent=self.config.agent,
+            client_mode=not self.can_be_dialed,
+            addresses=[str(address) for address in self.announced_addresses],
+            clock=self._clock(),
+        )
+
+    def _specific(self, address: Multiaddr) -> list[Multiaddr]:
+        """The addresses that a listener on all interfaces is known to have; loopback only if there is no other."""
+        known = [
+            Multiaddr(address.protocol, ip, address.port)
+            for ip in self._connections.local_ips
+            if (":" in ip) == (address.protocol == "ip6")
+        ]
+        loopback = Multiaddr(
+            address.protocol, "::1" if address.protocol == "ip6" else "127.0.0.1", address.port
+        )
+        return [specific for specific in known if not specific.is_loopback] or [loopback]
+
+    def _peer_lost(self, peer: PeerID, reason: str) -> None:
+        for callback in list(self._on_disconnect.values()):
+            callback(peer, reason)
+
+    async def _ask_for_lane(self, peer: PeerID, deadline: float) -> bool:
+        if not self.can_be_dialed:
+            return False
+        remaining = deadline - asyncio.get_running_loop().time()
+        return (await self.call(peer, _OPEN_LANE, _OpenLane(), timeout=remaining)).opened
+
+    async def _open_lane(self, peer: PeerID, request: _OpenLane) -> _LaneOpened:
+        return _LaneOpened(await self._connections.open_lane_to(peer))
+
+    def _ips_of(self, peer: PeerID) -> list[str]:
+        connections = self._connections.to(peer)
+        seen = [] if connections is None else [connection.remote_ip for connection in connections.all()]
+        return [ip for ip in seen if ip is not None]
+
+    async def _probe(self, peer: PeerID, address: Multiaddr) -> str:
+        """Whether ``peer`` answers at ``address``: the reason why not, or nothing."""
+        deadline = asyncio.get_running_loop().time() + _DIAL_BACK_TIMEOUT
+        try:
+            outcome = await self._connections.dial_address(address, peer, Lane.PROBE, deadline)
+        except DeadlineExceeded:
+            return f"timed out after {_DIAL_BACK_TIMEOUT:g} s"
+        if isinstance(outcome, PeerUnreachable):
+            return next(iter(outcome.failures.values()), str(outcome))
+        outcome.close("the address can be dialed")
+        return ""
+
+    async def _ask_back(
+        self, helper: PeerID, announced: Sequence[Multiaddr], timeout: float
+    ) -> DialBackResponse | str:
+        request = DialBackRequest([str(address) for address in announced])
+        try:
+            response = await self.call(helper, DIAL_BACK, request, timeout=timeout)
+            check_outcomes(announced, response)
+        except ShoalError as error:
+            return str(error)
+        return response
+
+
+class _StreamContext(AbstractAsyncContextManager[Stream]):
+    """The ``async with`` block of one stream."""
+
+    def __init__(
+        self,
+        connections: Connections,
+        peer: PeerID,
+        method: Method[Any, Any],
+        timeout: float | None,
+        lane: Lane,
+    ) -> None:
+        self._connections = connections
+        self._peer = peer
+        self._method = method
+        self._timeout = timeout
+        self._lane = lane
+        self._stream: Stream | None = None
+        self._state: StreamState | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> Stream:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        deadline = None if self._timeout is None else now + self._timeout
+        get = self._connections.lane if self._lane is Lane.BULK else self._connections.control
+        limit = now + 2 * self._connections.config.dial_timeout if deadline is None else deadline
+        connection = await get(self._peer, limit)
+        if not connection.is_open:
+            raise ConnectionLost(f"connection to {self._peer}: {connection.close_reason}")
+        self._stream, self._state = connection.calls.open_stream(self._method, deadline)
+        if deadline is not None and self._timeout is not None:
+            self._timer = loop.call_at(deadline, self._stream.expire, self._timeout)
+        return self._stream
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._stream is not None
+        assert self._state is not None
+        if self._timer is not None:
+            self._timer.cancel()
+        if kind is None:
+            self._state.finish()
+        self._stream.reset("cancelled", "the opener has left the stream")

@@ -1,0 +1,499 @@
+"""One authenticated connection: the asyncio shell around :class:`~shoal.p2p.session.Session` and the streams.
+
+It moves bytes between the transport and the session, hands frames to the multiplexer, runs the handlers of what the
+peer calls, and keeps the time: handshake, deadlines, keep-alive, the end. Which connections exist, and to whom, is
+the business of :class:`~shoal.p2p.host.Host`, which is the ``owner`` here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import ipaddress
+import logging
+import struct
+import sys
+import termios
+from collections import deque
+from typing import Any, Protocol, cast
+
+from shoal.errors import ConnectionLost, DeadlineExceeded, ProtocolViolation, ShoalError
+from shoal.p2p import wire
+from shoal.p2p.calls import Calls, Served
+from shoal.p2p.config import KIB, MIB, HostConfig
+from shoal.p2p.frames import FrameKind
+from shoal.p2p.identity import Identity, PeerID
+from shoal.p2p.keepalive import KeepAlive, Verdict
+from shoal.p2p.rpc import Lane
+from shoal.p2p.session import FrameReceived, HandshakeCompleted, PayloadReceived, Role, Session
+from shoal.p2p.streams import Multiplexer, StreamState
+
+logger = logging.getLogger(__name__)
+
+WRITE_HIGH = 1 * MIB
+WRITE_LOW = 256 * KIB
+PAYLOAD_CHUNK = 1 * MIB
+"""A longer payload is encrypted in pieces of this size, each when the transport has room."""
+MAX_UNREAD_ANSWERS = 4096
+"""Frames that may be queued for a peer that does not read; more is an attempt to make us hold memory."""
+
+
+CONNECTION_FRAMES = frozenset({FrameKind.HELLO, FrameKind.GOODBYE, FrameKind.PING, FrameKind.PONG})
+
+
+class ConnectionOwner(Protocol):
+    """What a connection needs of the host."""
+
+    identity: Identity
+    config: HostConfig
+
+    def make_hello(self, connection: Connection) -> wire.Hello:
+        """What this host says of itself."""
+
+    def find_served(self, method: str) -> Served | None:
+        """What answers calls of ``method``."""
+
+    def connection_made(self, connection: Connection) -> str | None:
+        """The transport is connected. A text refuses the connection, with that reason."""
+
+    def connection_opened(self, connection: Connection) -> str | None:
+        """A peer is known and has said HELLO. A text refuses the connection, with that reason."""
+
+    def connection_closed(self, connection: Connection) -> None:
+        """The transport is closed; called once for every connection that was made."""
+
+    def may_close_idle(self, connection: Connection) -> bool:
+        """Whether an unused connection can be spared."""
+
+
+class Connection(asyncio.BufferedProtocol):
+    """See the module. ``lane`` is what the dialing side wants it to be; the other side learns it from HELLO."""
+
+    def __init__(
+        self,
+        owner: ConnectionOwner,
+        role: Role,
+        *,
+        expected_peer: PeerID | None = None,
+        lane: Lane = Lane.CONTROL,
+    ) -> None:
+        self.lane = lane
+        self.role = role
+        self.remote: PeerID | None = None
+        self.hello: wire.Hello | None = None
+        self.remote_ip: str | None = None
+        self.local_ip: str | None = None
+        self.close_reason: str | None = None
+        self.last_used = 0.0
+        self._loop = asyncio.get_running_loop()
+        self.opened: asyncio.Future[None] = self._loop.create_future()
+        """Done when HELLO has arrived; fails with :class:`ProtocolViolation`, :class:`ConnectionLost` or
+        :class:`DeadlineExceeded`."""
+        self.opened.add_done_callback(_mark_retrieved)
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+        self._owner = owner
+        self._config = owner.config
+        self._session = Session(role, owner.identity, expected_peer=expected_peer)
+        self._session.payload_sink = self._place_payload
+        self._streams = Multiplexer(
+            is_initiator=role is Role.INITIATOR,
+            send_frame=self._send_frame,
+            max_inbound=owner.config.max_inbound_streams,
+        )
+        self.calls = Calls(self, self._streams, owner.find_served, owner.config.max_stream_timeout)
+        """Opens streams on this connection, and serves those of the peer."""
+        self._keepalive = KeepAlive(owner.config, self._loop.time())
+        self._transport: asyncio.Transport | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._paused = False
+        self._payload_under_way = False
+        self._held_frames: deque[tuple[FrameKind, int, bytes]] = deque()
+        self._unread_answers = 0
+        self._batching = False
+        self._write_waiters: list[asyncio.Future[None]] = []
+        self._ping_count = 0
+        self._began: float | None = None
+
+    # Who, and in which state.
+
+    @property
+    def peer(self) -> PeerID:
+        """Who is at the other end; known once the connection is opened."""
+        assert self.remote is not None
+        return self.remote
+
+    @property
+    def is_open(self) -> bool:
+        """Whether streams can be opened on it."""
+        return self.hello is not None and self.close_reason is None
+
+    @property
+    def rtt(self) -> float | None:
+        """Smoothed round-trip time in seconds, once measured."""
+        return self._keepalive.rtt
+
+    @property
+    def load(self) -> int:
+        """Streams in use here: the least loaded lane gets the next one."""
+        return self._streams.open_streams
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing goes on here."""
+        return self._streams.open_streams == 0 and not self.calls.handlers
+
+    @property
+    def max_message(self) -> int:
+        """The longest message body that peers accept."""
+        return self._session.limits.max_message_body - 1 * KIB
+
+    # Transport -> session.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=WRITE_HIGH, low=WRITE_LOW)
+        self.remote_ip = _ip_of(transport.get_extra_info("peername"))
+        self.local_ip = _ip_of(transport.get_extra_info("sockname"))
+        refusal = self._owner.connection_made(self) or self.close_reason
+        if refusal is not None:
+            self.abort(refusal)
+            return
+        self._set_timer(self._loop.time() + self._config.handshake_timeout)
+        if self.role is Role.INITIATOR:
+            self._began = self._loop.time()
+        self._session.start()
+        self._flush()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._session.get_buffer(sizehint)
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self.close_reason is not None:
+            return
+        now = self._loop.time()
+        self._keepalive.receive_bytes(now)
+        if self._began is None:
+            self._began = now
+        self._batching = True
+        try:
+            for event in self._session.buffer_updated(nbytes):
+                self._receive_event(event)
+        except ProtocolViolation as error:
+            self.violate(error)
+        finally:
+            self._batching = False
+        self._flush()
+
+    def eof_received(self) -> bool:
+        if self.close_reason is None:
+            try:
+                self._session.receive_eof()
+            except ProtocolViolation as error:
+                self._end(f"ended by the peer: {error}", ConnectionLost(str(error)))
+            else:
+                self._end("closed by the peer", ConnectionLost(self._where("closed by the peer")))
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        reason = f"lost: {exc}" if exc is not None else "closed by the peer"
+        self._end(reason, ConnectionLost(self._where(reason)))
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self.closed.done():
+            self.closed.set_result(None)
+        self._owner.connection_closed(self)
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._unread_answers = 0
+        self._wake_writers()
+
+    # Frames.
+
+    def _receive_event(self, event: object) -> None:
+        if self.close_reason is not None:
+            return
+        if isinstance(event, FrameReceived):
+            self._receive_frame(event.kind, event.stream_id, event.body)
+        elif isinstance(event, PayloadReceived):
+            self._streams.receive_payload(event.stream_id, event.tag, event.data)
+        elif isinstance(event, HandshakeCompleted):
+            self.remote = event.remote
+            # Between our first handshake message and this one lies one round trip, at either side.
+            now = self._loop.time()
+            self._keepalive.measure(now - (now if self._began is None else self._began))
+            if event.remote == self._owner.identity.peer_id:
+                self.abort("this host itself answers there")
+            elif self.role is Role.INITIATOR:
+                self._send_hello()
+
+    def _receive_frame(self, kind: FrameKind, stream_id: int, body: bytes) -> None:
+        if kind in CONNECTION_FRAMES:
+            if stream_id != 0:
+                raise ProtocolViolation(f"{kind.name} on stream {stream_id}")
+            self._receive_connection_frame(kind, body)
+        elif self.hello is None:
+            raise ProtocolViolation(f"{kind.name} before HELLO")
+        elif kind is FrameKind.OPEN:
+            self.last_used = self._loop.time()
+            self.calls.receive_open(stream_id, body)
+        else:
+            self._streams.receive_frame(kind, stream_id, body)
+
+    def _receive_connection_frame(self, kind: FrameKind, body: bytes) -> None:
+        if kind is FrameKind.GOODBYE:
+            reason = f"the peer said goodbye: {wire.decode_goodbye(body)}"
+            self._end(reason, ConnectionLost(self._where(reason)))
+        elif kind is FrameKind.HELLO:
+            self._receive_hello(wire.decode_hello(body))
+        elif len(body) != wire.PING_BYTES:
+            raise ProtocolViolation(f"{kind.name} with a body of {len(body)} bytes")
+        elif kind is FrameKind.PING:
+            self._send_frame(FrameKind.PONG, 0, body)
+        elif self._keepalive.awaits_pong and int.from_bytes(body) == self._ping_count:
+            self._keepalive.receive_pong(self._loop.time())
+
+    def _receive_hello(self, hello: wire.Hello) -> None:
+        if self.hello is not None:
+            raise ProtocolViolation("a second HELLO")
+        if self.role is Role.RESPONDER:
+            if hello.lane not in Lane.__members__.values():
+                raise ProtocolViolation(f"HELLO for an unknown kind of lane: {hello.lane}")
+            self.lane = Lane(hello.lane)
+        self.hello = hello
+        self.last_used = self._loop.time()
+        refusal = self._owner.connection_opened(self)
+        if refusal is not None:
+            self.opened.set_exception(ConnectionLost(refusal))
+            self.close(refusal)
+            return
+        if self.role is Role.RESPONDER:
+            # Only now, so that a dialer who gets HELLO knows that it was not refused.
+            self._send_hello()
+        if not self.opened.done():
+            self.opened.set_result(None)
+        self._set_timer(self._loop.time() + self._config.probe_after)
+
+    def _send_hello(self) -> None:
+        self._send_frame(FrameKind.HELLO, 0, wire.encode(self._owner.make_hello(self)))
+
+    def _place_payload(self, stream_id: int, tag: int, length: int) -> memoryview:
+        if self.hello is None:
+            raise ProtocolViolation("PAYLOAD before HELLO")
+        return self._streams.payload_memory(stream_id, tag, length)
+
+    def _send_frame(self, kind: FrameKind, stream_id: int, body: bytes) -> None:
+        if self.close_reason is not None:
+            return
+        if self._payload_under_way:
+            self._held_frames.append((kind, stream_id, body))
+        else:
+            self._session.send_frame(kind, stream_id, body)
+            if not self._batching:
+                self._flush()
+        if self._paused or self._payload_under_way:
+            self._unread_answers += 1
+            if self._unread_answers > MAX_UNREAD_ANSWERS:
+                self._end("the peer does not read", ConnectionLost(self._where("the peer does not read")))
+
+    def _flush(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            pieces = self._session.data_to_send()
+            if pieces:
+                self._transport.writelines(pieces)
+
+    # Writing, for streams.
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the socket takes more now; true on a closed connection, where streams have failed."""
+        return not (self._paused or self._payload_under_way) or self.close_reason is not None
+
+    def add_write_waiter(self, waiter: asyncio.Future[None]) -> None:
+        """Resolve ``waiter`` when :attr:`is_writable` may have become true."""
+        self._write_waiters.append(waiter)
+
+    def _wake_writers(self) -> None:
+        waiters, self._write_waiters = self._write_waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def writable(self) -> None:
+        """Wait until the socket takes more."""
+        while not self.is_writable:
+            waiter: asyncio.Future[None] = self._loop.create_future()
+            self._write_waiters.append(waiter)
+            await waiter
+
+    async def send_payload(self, state: StreamState, tag: int, data: memoryview) -> None:
+        """Send a payload whole; one of several MB in pieces, so that little ciphertext is queued at a time.
+
+        Once it has begun, its frame is completed whatever happens, or else the connection would be of no use: when
+        the stream fails or the caller is cancelled, the rest is queued at once.
+        """
+        pieces = self._session.send_payload_pieces(state.id, tag, data, PAYLOAD_CHUNK)
+        self._payload_under_way = True
+        try:
+            for _ in pieces:
+                self._flush()
+                if self._paused and self.close_reason is None and state.failure is None:
+                    await self._drained(state)
+        finally:
+            if self.close_reason is None:
+                for _ in pieces:
+                    pass
+            self._payload_under_way = False
+            self._send_held_frames()
+            self._wake_writers()
+
+    async def _drained(self, state: StreamState) -> None:
+        while self._paused and self.close_reason is None and state.failure is None:
+            waiter: asyncio.Future[None] = self._loop.create_future()
+            self._write_waiters.append(waiter)
+            await waiter
+
+    def _send_held_frames(self) -> None:
+        held, self._held_frames = self._held_frames, deque()
+        if self.close_reason is not None:
+            return
+        for kind, stream_id, body in held:
+            self._session.send_frame(kind, stream_id, body)
+        self._flush()
+        if not self._paused:
+            self._unread_answers = 0
+
+    # Time.
+
+    def note_use(self) -> None:
+        """A stream was opened: from now on somebody waits for this peer."""
+        now = self._loop.time()
+        self.last_used = now
+        if self._keepalive.set_in_use(True, now):
+            due = now + self._config.probe_after
+            if due < self._timer_at:
+                self._set_timer(due)
+
+    def _set_timer(self, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = when
+        self._timer = self._loop.call_at(when, self._on_timer)
+
+    def _on_timer(self) -> None:
+        assert self._transport is not None
+        now = self._loop.time()
+        if self.close_reason is not None:
+            self._transport.abort()
+        elif self.hello is None:
+            reason = f"no proof of identity within {self._config.handshake_timeout:g} s"
+            self._end(reason, DeadlineExceeded(self._where(reason)))
+            self._transport.abort()
+        else:
+            self._check_life(now)
+
+    def _check_life(self, now: float) -> None:
+        if self.is_idle:
+            self._keepalive.set_in_use(False, now)
+            if self._owner.may_close_idle(self):
+                self.close("not used")
+                return
+        else:
+            self.last_used = now
+            self._keepalive.set_in_use(True, now)
+        verdict, again = self._keepalive.check(now, _unsent_bytes(cast("asyncio.Transport", self._transport)))
+        if verdict is Verdict.DEAD:
+            silence = now - self._keepalive.last_sign
+            reason = f"no sign of life for {silence:.1f} s"
+            logger.info("%s", self._where(reason))
+            self._end(reason, ConnectionLost(self._where(reason)))
+            cast("asyncio.Transport", self._transport).abort()
+            return
+        if verdict is Verdict.PROBE:
+            self._ping_count += 1
+            self._send_frame(FrameKind.PING, 0, self._ping_count.to_bytes(wire.PING_BYTES))
+        self._set_timer(max(again, now + 0.01))
+
+    # The end.
+
+    def violate(self, error: ProtocolViolation) -> None:
+        """End the connection: the peer broke the protocol."""
+        if self.close_reason is not None:
+            return
+        logger.warning("%s", self._where(f"broke the protocol: {error}"))
+        self._say_goodbye(f"protocol violation: {error}")
+        self._end(f"broke the protocol: {error}", error)
+
+    def close(self, reason: str) -> None:
+        """Say goodbye and close; what is queued is still sent, within ``close_timeout``."""
+        if self.close_reason is None:
+            self._say_goodbye(reason)
+            self._end(
+                f"closed by this side: {reason}",
+                ConnectionLost(self._where(f"closed by this side: {reason}")),
+            )
+
+    def abort(self, reason: str) -> None:
+        """Close at once; what is queued is lost."""
+        self._end(reason, ConnectionLost(reason))
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _say_goodbye(self, reason: str) -> None:
+        # In the middle of a payload there is no place for a frame, before the end of the handshake no key for it.
+        if self.remote is not None and not self._payload_under_way:
+            self._send_frame(FrameKind.GOODBYE, 0, wire.encode_goodbye(reason))
+            self._flush()
+
+    def _end(self, reason: str, failure: ShoalError) -> None:
+        if self.close_reason is not None:
+            return
+        self.close_reason = reason
+        if not self.opened.done():
+            self.opened.set_exception(failure)
+        self._streams.fail_all(lambda: type(failure)(str(failure)))
+        self.calls.cancel_handlers()
+        self._wake_writers()
+        if self._transport is not None:
+            self._transport.close()
+            self._set_timer(self._loop.time() + self._config.close_timeout)
+
+    def _where(self, what: str) -> str:
+        who = str(self.remote) if self.remote is not None else f"unknown peer at {self.remote_ip}"
+        return f"connection to {who}: {what}"
+
+
+def _mark_retrieved(future: asyncio.Future[None]) -> None:
+    # Nobody may be waiting for it: an incoming connection that fails is logged, not raised.
+    if not future.cancelled():
+        future.exception()
+
+
+def _unsent_bytes(transport: asyncio.Transport) -> int:
+    """What the peer's machine has not taken yet: in the transport's buffer, and in the kernel's where it tells."""
+    count = transport.get_write_buffer_size()
+    sock = transport.get_extra_info("socket")
+    if sock is not None and sys.platform == "linux":
+        try:
+            (queued,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))
+        except OSError:  # the socket is being closed
+            return count
+        count += queued
+    return count
+
+
+def _ip_of(name: Any) -> str | None:
+    """The IP address in a socket's name, in canonical form."""
+    if not isinstance(name, tuple) or not name:
+        return None
+    try:
+        address = ipaddress.ip_address(str(name[0]).partition("%")[0])
+    except ValueError:
+        return None
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(address)

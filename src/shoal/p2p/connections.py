@@ -1,0 +1,336 @@
+"""All connections of a host: who is dialed when, which connection carries what, and how many there may be.
+
+One control connection per peer carries the small calls of both sides; bulk lanes are opened on demand. When both
+sides dial at once, both connections stand for a while, both sides prefer the same one, and the other falls idle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from shoal.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    InvalidStateError,
+    InvalidValueError,
+    PeerUnreachable,
+    ProtocolViolation,
+    ShoalError,
+)
+from shoal.p2p import wire
+from shoal.p2p.addresses import AddressBook
+from shoal.p2p.calls import Served
+from shoal.p2p.config import HostConfig
+from shoal.p2p.connection import Connection
+from shoal.p2p.dialing import Dialer
+from shoal.p2p.identity import Identity, PeerID
+from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.network import Network
+from shoal.p2p.pool import PeerConnections
+from shoal.p2p.rpc import Lane
+from shoal.p2p.session import Role
+
+logger = logging.getLogger(__name__)
+
+MAX_HANDSHAKES = 256
+"""Incoming connections, beyond those allowed, that may be proving who they are."""
+REDUNDANT_TIMEOUT = 10.0
+LANE_RETRY_PAUSE = 30.0
+MAX_LOCAL_IPS = 8
+
+
+class Connections:
+    """The owner of every connection of a host. ``find_served`` and ``make_hello`` are the host's."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        network: Network,
+        config: HostConfig,
+        *,
+        find_served: Callable[[str], Served | None],
+        make_hello: Callable[[Connection], wire.Hello],
+        ask_for_lane: Callable[[PeerID, float], Awaitable[bool]],
+        peer_lost: Callable[[PeerID, str], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.identity = identity
+        self.config = config
+        self.addresses = AddressBook(
+            max_peers=config.max_known_peers, max_addresses=config.max_addresses_per_peer
+        )
+        self.local_ips: dict[str, None] = {}
+        self.find_served = find_served
+        self.make_hello = make_hello
+        self._ask_for_lane = ask_for_lane
+        self._peer_lost = peer_lost
+        self._clock = clock
+        self._dialer = Dialer(network, self._make, timeout=config.dial_timeout, stagger=config.dial_stagger)
+        self._peers: dict[PeerID, PeerConnections] = {}
+        self._connections: dict[Connection, None] = {}
+        self._dials: dict[tuple[PeerID, Lane], asyncio.Task[Connection | PeerUnreachable]] = {}
+        self._lane_failures: dict[PeerID, float] = {}
+        self._skew_warned: dict[PeerID, None] = {}
+        self._is_closing = False
+
+    # What is there.
+
+    def to(self, peer: PeerID) -> PeerConnections | None:
+        """The connections to ``peer``, if any."""
+        return self._peers.get(peer)
+
+    def connected(self) -> list[PeerID]:
+        """Everybody to whom a connection stands."""
+        return [peer for peer, connections in self._peers.items() if connections.is_connected]
+
+    def is_dialable(self, peer: PeerID) -> bool:
+        """Whether it makes sense to dial ``peer``."""
+        connections = self._peers.get(peer)
+        hellos = [] if connections is None else [connection.hello for connection in connections.all()]
+        in_client_mode = any(hello is not None and hello.client_mode for hello in hellos)
+        return not in_client_mode and bool(self.addresses.get(peer))
+
+    # Getting one.
+
+    async def control(self, peer: PeerID, deadline: float) -> Connection:
+        """The control connection to ``peer``, dialed if need be."""
+        if peer == self.identity.peer_id:
+            raise InvalidValueError(f"peer: {peer} is this host itself")
+        while True:
+            self._check_not_closing()
+            connections = self._peers.get(peer)
+            connection = None if connections is None else connections.control()
+            if connection is not None:
+                return connection
+            outcome = await self._dial(peer, Lane.CONTROL, deadline)
+            if isinstance(outcome, Connection) and not outcome.is_open:
+                raise ConnectionLost(f"connection to {peer}: {outcome.close_reason}")
+            connections = self._peers.get(peer)
+            if isinstance(outcome, PeerUnreachable) and (connections is None or not connections.control()):
+                raise PeerUnreachable(str(outcome), outcome.failures)
+
+    async def lane(self, peer: PeerID, deadline: float) -> Connection:
+        """The bulk lane to ``peer`` for the next stream; the control connection if none can be had."""
+        control = await self.control(peer, deadline)
+        lanes = self._bulk(peer)
+        now = asyncio.get_running_loop().time()
+        may_open = len(lanes) < self.config.bulk_lanes and now >= self._lane_failures.get(peer, now)
+        if may_open and (not lanes or lanes[0].load > 0):
+            if not await self._open_lane(peer, deadline):
+                self._lane_failures[peer] = now + LANE_RETRY_PAUSE
+            lanes = self._bulk(peer)
+        if lanes:
+            return lanes[0]
+        return control if control.is_open else await self.control(peer, deadline)
+
+    async def open_lane_to(self, peer: PeerID) -> bool:
+        """``peer`` asks for one more lane, because it cannot dial this host."""
+        loop = asyncio.get_running_loop()
+        if len(self._bulk(peer)) >= self.config.bulk_lanes or not self.is_dialable(peer):
+            return False
+        outcome = await self._dial(peer, Lane.BULK, loop.time() + self.config.dial_timeout)
+        return not isinstance(outcome, PeerUnreachable)
+
+    async def dial_address(
+        self, address: Multiaddr, expected: PeerID | None, lane: Lane, deadline: float
+    ) -> Connection | PeerUnreachable:
+        """A fresh connection to one address."""
+        self._check_not_closing()
+        try:
+            async with asyncio.timeout_at(deadline):
+                outcome = await self._dialer.dial([address.without_peer_id()], expected, lane)
+        except TimeoutError:
+            raise DeadlineExceeded(f"{address} could not be connected in time") from None
+        return outcome if isinstance(outcome, PeerUnreachable) else outcome[0]
+
+    def _bulk(self, peer: PeerID) -> list[Connection]:
+        connections = self._peers.get(peer)
+        return [] if connections is None else connections.bulk()
+
+    async def _open_lane(self, peer: PeerID, deadline: float) -> bool:
+        if self.is_dialable(peer) and not isinstance(
+            await self._dial(peer, Lane.BULK, deadline), PeerUnreachable
+        ):
+            return True
+        arrival = self._entry(peer).next_arrival(Lane.BULK)
+        try:
+            return await self._ask_for_lane(peer, deadline) and await self._arrives(arrival, deadline)
+        except ShoalError as error:
+            logger.debug("%s opens no lane: %s", peer, error)
+            return False
+        finally:
+            self._forget_arrival(peer, Lane.BULK, arrival)
+
+    async def _arrives(self, arrival: asyncio.Future[None], deadline: float) -> bool:
+        timeout = deadline - asyncio.get_running_loop().time()
+        await asyncio.wait((arrival,), timeout=max(timeout, 0.0))
+        return arrival.done()
+
+    async def _dial(self, peer: PeerID, lane: Lane, deadline: float) -> Connection | PeerUnreachable | None:
+        """Share the dial that is under way, or begin one; None if the peer has come by itself meanwhile."""
+        loop = asyncio.get_running_loop()
+        task = self._dials.get((peer, lane))
+        if task is None:
+            task = loop.create_task(self._run_dial(peer, lane))
+            self._dials[peer, lane] = task
+            task.add_done_callback(lambda _: self._dials.pop((peer, lane), None))
+        arrival = self._entry(peer).next_arrival(lane)
+        try:
+            await asyncio.wait(
+                (task, arrival), timeout=max(deadline - loop.time(), 0.0), return_when=asyncio.FIRST_COMPLETED
+            )
+            if task.done():
+                if task.cancelled():
+                    raise InvalidStateError("the host is closed")
+                return task.result()
+            if arrival.done():
+                return None
+            raise DeadlineExceeded(f"{peer} could not be connected in time")
+        finally:
+            self._forget_arrival(peer, lane, arrival)
+
+    async def _run_dial(self, peer: PeerID, lane: Lane) -> Connection | PeerUnreachable:
+        outcome = await self._dialer.dial(self.addresses.get(peer), peer, lane)
+        if isinstance(outcome, PeerUnreachable):
+            return outcome
+        connection, address = outcome
+        self.addresses.prefer(peer, address)
+        return connection
+
+    # What connections tell their owner.
+
+    def accept(self) -> Connection:
+        """A connection for somebody who dials this host."""
+        return Connection(self, Role.RESPONDER)
+
+    def _make(self, expected: PeerID | None, lane: Lane) -> Connection:
+        return Connection(self, Role.INITIATOR, expected_peer=expected, lane=lane)
+
+    def connection_made(self, connection: Connection) -> str | None:
+        """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
+        self._connections[connection] = None
+        if self._is_closing:
+            return "the host is closed"
+        is_incoming = connection.role is Role.RESPONDER
+        if is_incoming and len(self._connections) > self.config.max_connections + MAX_HANDSHAKES:
+            return "too many connections"
+        return None
+
+    def connection_opened(self, connection: Connection) -> str | None:
+        """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
+        peer, hello = connection.peer, connection.hello
+        assert hello is not None
+        try:
+            announced = [Multiaddr.parse(text) for text in hello.addresses]
+        except InvalidValueError as error:
+            raise ProtocolViolation(f"HELLO with a bad address: {error}") from error
+        if self._is_closing:
+            return "the host is closed"
+        if connection.role is Role.RESPONDER and not self._make_room():
+            return "too many connections"
+        self._note_skew(connection, hello)
+        self._note_local_ip(connection)
+        if connection.lane is Lane.PROBE:
+            return None
+        self.addresses.add(peer, announced)
+        self._lane_failures.pop(peer, None)
+        self._entry(peer).add(connection)
+        logger.debug("connected to %s (%s, %s lane)", peer, hello.agent, connection.lane.name.lower())
+        return None
+
+    def connection_closed(self, connection: Connection) -> None:
+        """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
+        self._connections.pop(connection, None)
+        if connection.remote is None or connection.hello is None:
+            logger.debug("%s connection: %s", connection.role.value, connection.close_reason)
+            return
+        connections = self._peers.get(connection.remote)
+        if connections is None or connection not in connections.all():
+            return
+        connections.remove(connection)
+        if not connections.all():
+            self._drop_if_empty(connection.remote)
+            self._peer_lost(connection.remote, connection.close_reason or "closed")
+
+    def may_close_idle(self, connection: Connection) -> bool:
+        """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
+        assert connection.remote is not None
+        idle = asyncio.get_running_loop().time() - connection.last_used
+        if connection.lane is not Lane.CONTROL:
+            return idle >= self.config.idle_lane_timeout
+        connections = self._peers.get(connection.remote)
+        if connections is not None and connections.is_redundant(connection):
+            return idle >= REDUNDANT_TIMEOUT
+        return idle >= self.config.idle_timeout and self._can_be_had_again(connection)
+
+    def _can_be_had_again(self, connection: Connection) -> bool:
+        # A peer that cannot be dialed could not be called any more, and neither could this host by that peer.
+        return self.is_dialable(connection.peer) and not self.config.client_mode
+
+    def _make_room(self) -> bool:
+        """Close the connection that was not used for longest, if there are too many; False if all are in use."""
+        opened = [connection for connection in self._connections if connection.is_open]
+        if len(opened) <= self.config.max_connections:
+            return True
+        idle = [connection for connection in opened if connection.is_idle and connection.last_used > 0]
+        spare = [connection for connection in idle if self._can_be_had_again(connection)]
+        if not spare:
+            return False
+        min(spare, key=lambda connection: connection.last_used).close("too many connections")
+        return True
+
+    def _note_skew(self, connection: Connection, hello: wire.Hello) -> None:
+        skew = hello.clock - self._clock()
+        peer = connection.peer
+        if abs(skew) > self.config.skew_warning + (connection.rtt or 0.0) and peer not in self._skew_warned:
+            if len(self._skew_warned) >= self.config.max_known_peers:
+                del self._skew_warned[next(iter(self._skew_warned))]
+            self._skew_warned[peer] = None
+            direction = "ahead of" if skew > 0 else "behind"
+            logger.warning("the clock of %s is %.1f s %s this one", peer, abs(skew), direction)
+
+    def _note_local_ip(self, connection: Connection) -> None:
+        if connection.local_ip is not None and len(self.local_ips) < MAX_LOCAL_IPS:
+            self.local_ips[connection.local_ip] = None
+
+    # Entries of peers.
+
+    def _entry(self, peer: PeerID) -> PeerConnections:
+        connections = self._peers.get(peer)
+        if connections is None:
+            connections = self._peers[peer] = PeerConnections(self.identity.peer_id, peer)
+        return connections
+
+    def _forget_arrival(self, peer: PeerID, lane: Lane, arrival: asyncio.Future[None]) -> None:
+        self._entry(peer).forget_arrival(lane, arrival)
+        self._drop_if_empty(peer)
+
+    def _drop_if_empty(self, peer: PeerID) -> None:
+        connections = self._peers.get(peer)
+        if connections is not None and connections.is_empty:
+            del self._peers[peer]
+
+    # The end.
+
+    def _check_not_closing(self) -> None:
+        if self._is_closing:
+            raise InvalidStateError("the host is closed")
+
+    async def close(self) -> None:
+        """Say goodbye to everybody; when this returns, no transport, handler or dial is left."""
+        self._is_closing = True
+        dials = list(self._dials.values())
+        for dial in dials:
+            dial.cancel()
+        connections = list(self._connections)
+        here = asyncio.current_task()
+        handlers = [
+            task for connection in connections for task in connection.calls.handlers if task is not here
+        ]
+        for connection in connections:
+            connection.close("the host is closing")
+        await asyncio.gather(*dials, *handlers, return_exceptions=True)
+        # Each is aborted by its own timer when the peer does not take what is queued.
+        await asyncio.gather(*(connection.closed for connection in connections))

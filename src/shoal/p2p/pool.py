@@ -1,0 +1,83 @@
+"""The connections to one peer, and which of them carries the next stream. Pure bookkeeping; dials nothing."""
+
+from __future__ import annotations
+
+import asyncio
+
+from shoal.p2p.connection import Connection
+from shoal.p2p.identity import PeerID
+from shoal.p2p.rpc import Lane
+from shoal.p2p.session import Role
+
+
+class PeerConnections:
+    """All open connections to one peer, and who waits for the next one."""
+
+    def __init__(self, own: PeerID, peer: PeerID) -> None:
+        self._own = own
+        self._peer = peer
+        self._lanes: dict[Lane, list[Connection]] = {Lane.CONTROL: [], Lane.BULK: []}
+        self._arrivals: dict[Lane, list[asyncio.Future[None]]] = {Lane.CONTROL: [], Lane.BULK: []}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no connection stands and nobody waits for one."""
+        return not any(self._lanes.values()) and not any(self._arrivals.values())
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a connection of any kind stands."""
+        return any(connection.is_open for connection in self.all())
+
+    def all(self) -> list[Connection]:
+        """Every connection, the best one for control first."""
+        return self._lanes[Lane.CONTROL] + self._lanes[Lane.BULK]
+
+    def add(self, connection: Connection) -> None:
+        """A connection has opened."""
+        lane = self._lanes[connection.lane]
+        lane.append(connection)
+        # When both sides have dialed at once, both prefer the same connection, and the other one falls idle.
+        lane.sort(key=self._is_dialed_by_greater)
+        waiting, self._arrivals[connection.lane] = self._arrivals[connection.lane], []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    def remove(self, connection: Connection) -> None:
+        """A connection has ended."""
+        lane = self._lanes[connection.lane]
+        if connection in lane:
+            lane.remove(connection)
+
+    def control(self) -> Connection | None:
+        """The connection for small calls."""
+        for connection in self._lanes[Lane.CONTROL]:
+            if connection.is_open:
+                return connection
+        return None
+
+    def bulk(self) -> list[Connection]:
+        """The bulk lanes, the least loaded one first."""
+        return sorted(
+            (lane for lane in self._lanes[Lane.BULK] if lane.is_open), key=lambda connection: connection.load
+        )
+
+    def is_redundant(self, connection: Connection) -> bool:
+        """Whether a control connection has fallen out of use because another one is preferred."""
+        return connection.lane is Lane.CONTROL and self.control() not in (None, connection)
+
+    def next_arrival(self, lane: Lane) -> asyncio.Future[None]:
+        """Resolved when a connection of this kind opens, dialed by whichever side."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._arrivals[lane].append(future)
+        return future
+
+    def forget_arrival(self, lane: Lane, future: asyncio.Future[None]) -> None:
+        """Nobody waits for ``future`` any more."""
+        if future in self._arrivals[lane]:
+            self._arrivals[lane].remove(future)
+
+    def _is_dialed_by_greater(self, connection: Connection) -> bool:
+        dialed_by_us = connection.role is Role.INITIATOR
+        return dialed_by_us == (self._own > self._peer)

@@ -1,0 +1,365 @@
+"""The protocol of calls and streams on one connection, sans I/O: frames in, state and frames out.
+
+Theory of operation. Each side opens streams with ids of its own parity, in rising order. A stream has two
+directions, each of which ends with END (the last message may ride on it) or, both at once, with RESET. A
+:class:`StreamState` leaves the table when both directions have ended; frames for ids that were used before are late
+and are ignored, frames for ids that were never used break the protocol.
+
+Flow control. Each direction starts with a credit of ``INITIAL_WINDOW``. An item (message or payload) costs its
+length plus ``ITEM_COST``, so that empty items are not free. A message may be sent while the credit is positive, and
+may overdraw it, so that the receiver's memory is bounded by its window plus one message. A payload needs credit
+for all of it: it may be large, and it must not arrive before its receiver has given it a place. The receiver gives
+credit back when the application has taken items, once that makes half a window.
+
+Everything that a peer can do wrong raises :class:`ProtocolViolation` here, which ends the connection.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shoal.errors import ProtocolViolation, RemoteError, ShoalError
+from shoal.p2p import wire
+from shoal.p2p.config import INITIAL_WINDOW
+from shoal.p2p.frames import FrameKind
+
+ITEM_COST = 64
+MAX_CREDIT = 1 << 40
+MAX_STREAM_ID = (1 << 31) - 1
+
+Sink = Callable[[int, int], memoryview]
+SendFrame = Callable[[FrameKind, int, bytes], None]
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Raw bytes with a tag (64 bits) that the application chose."""
+
+    tag: int
+    data: memoryview
+
+
+class _Unsunk(Payload):
+    """A payload that came before the application said where payloads go."""
+
+
+Item = wire.Body | Payload
+
+
+def _nobody_listens() -> None:
+    """Stands for the observer of a stream that has none."""
+
+
+class StreamState:
+    """One stream as one side sees it. Changed by its :class:`Multiplexer` and by the methods here only."""
+
+    __slots__ = (
+        "_blocked_grant",
+        "_pending_grant",
+        "_receive_credit",
+        "_send_frame",
+        "_sink",
+        "_window",
+        "failure",
+        "id",
+        "local_finished",
+        "on_change",
+        "on_closed",
+        "received",
+        "remote_finished",
+        "send_credit",
+    )
+
+    def __init__(
+        self, stream_id: int, send_frame: SendFrame, on_closed: Callable[[StreamState], None]
+    ) -> None:
+        self.id = stream_id
+        self.send_credit = INITIAL_WINDOW
+        self.local_finished = False
+        self.remote_finished = False
+        self.failure: ShoalError | None = None
+        self.received: deque[Item] = deque()
+        self.on_change: Callable[[], None] = _nobody_listens
+        """Called after everything that somebody may wait for: items, credit, the end."""
+        self.on_closed = on_closed
+        self._send_frame = send_frame
+        self._sink: Sink | None = None
+        self._window = INITIAL_WINDOW
+        self._receive_credit = INITIAL_WINDOW
+        self._pending_grant = 0
+        self._blocked_grant = False
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing more can happen on this stream."""
+        return self.failure is not None or (self.local_finished and self.remote_finished)
+
+    # Sending. The caller has made sure that the stream has not failed and that there is credit.
+
+    def can_send_message(self) -> bool:
+        """Whether there is credit for a message."""
+        return self.send_credit > 0
+
+    def can_send_payload(self, length: int) -> bool:
+        """Whether there is credit for a payload of ``length`` bytes."""
+        return self.send_credit >= length + ITEM_COST
+
+    def charge(self, length: int) -> None:
+        """Take the credit for an item that is about to be sent."""
+        self.send_credit -= length + ITEM_COST
+
+    def send_message(self, body: bytes) -> None:
+        """Send a message."""
+        self.charge(len(body))
+        self._send_frame(FrameKind.MESSAGE, self.id, body)
+
+    def finish(self, last_message: bytes = b"") -> None:
+        """Send END, with the last message on it if there is one."""
+        if self.is_closed or self.local_finished:
+            return
+        self.local_finished = True
+        self._send_frame(FrameKind.END, self.id, last_message)
+        if self.remote_finished:
+            self.on_closed(self)
+
+    def reset(self, code: str, message: str, failure: ShoalError) -> None:
+        """End the stream from this side: the peer gets RESET, whoever uses the stream here gets ``failure``."""
+        if not self.is_closed:
+            self._send_frame(FrameKind.RESET, self.id, wire.encode_reset(code, message))
+            self.received.clear()
+            self.fail(failure)
+
+    def fail(self, failure: ShoalError) -> None:
+        """End the stream without telling the peer; what was received can still be taken."""
+        if not self.is_closed:
+            self.failure = failure
+            self._sink = None
+            self.on_closed(self)
+            self.on_change()
+
+    # Receiving, application side.
+
+    def take(self) -> Item | None:
+        """The next item, whose credit goes back to the sender; None if there is none."""
+        if not self.received:
+            return None
+        item = self.received.popleft()
+        self._pending_grant += ITEM_COST + (len(item.data) if isinstance(item, Payload) else len(item))
+        if self._pending_grant * 2 >= self._window:
+            self._grant()
+        return item
+
+    def is_waiting(self) -> None:
+        """Note that the application waits for an item: a payload may need all the credit that there is."""
+        if self._blocked_grant and self._pending_grant > 0:
+            self._grant()
+
+    def accept_payloads(self, sink: Sink | None, window: int) -> None:
+        """See :meth:`shoal.p2p.rpc.Stream.accept_payloads`."""
+        window += ITEM_COST
+        self._sink = None if self.is_closed else sink
+        self._blocked_grant = True
+        # A larger window is open at once; a smaller one by giving back less.
+        self._pending_grant += window - self._window
+        self._window = window
+        if sink is not None:
+            self.received = deque(_placed(item, sink) for item in self.received)
+        if self._pending_grant > 0:
+            self._grant()
+
+    def _grant(self) -> None:
+        count, self._pending_grant = self._pending_grant, 0
+        if not self.remote_finished and self.failure is None:
+            self._receive_credit += count
+            self._send_frame(FrameKind.CREDIT, self.id, wire.encode_credit(count))
+
+    # Receiving, peer side.
+
+    def payload_memory(self, tag: int, length: int) -> memoryview:
+        """Where the payload goes that is about to arrive; raises before anything is allocated."""
+        self._check_open("payload")
+        cost = length + ITEM_COST
+        if cost > self._receive_credit:
+            raise ProtocolViolation(
+                f"payload of {length} bytes on stream {self.id}, which has credit for {self._receive_credit}"
+            )
+        self._receive_credit -= cost
+        if self._sink is None:
+            return memoryview(bytearray(length))
+        return _memory_of(self._sink, tag, length)
+
+    def receive_payload(self, tag: int, data: memoryview, placed: bool) -> None:
+        """A payload has arrived whole; ``placed`` if in memory that a sink gave."""
+        self._check_open("payload")
+        item = Payload(tag, data) if placed else _Unsunk(tag, data)
+        # A sink that came while the payload was under way wants it in its own memory.
+        self.received.append(item if self._sink is None else _placed(item, self._sink))
+        self.on_change()
+
+    def receive_message(self, body: bytes) -> None:
+        """A message has arrived."""
+        self._check_open("message")
+        if self._receive_credit <= 0:
+            raise ProtocolViolation(f"message on stream {self.id}, which has no credit")
+        self._receive_credit -= len(body) + ITEM_COST
+        self.received.append(body)
+        self.on_change()
+
+    def receive_end(self, last_message: bytes) -> None:
+        """The peer has finished."""
+        self._check_open("END")
+        if last_message:
+            if self._receive_credit <= 0:
+                raise ProtocolViolation(f"message on stream {self.id}, which has no credit")
+            self.received.append(last_message)
+        self.remote_finished = True
+        if self.local_finished:
+            self.on_closed(self)
+        self.on_change()
+
+    def receive_credit(self, count: int) -> None:
+        """The peer has given credit."""
+        self.send_credit += count
+        if self.send_credit > MAX_CREDIT:
+            raise ProtocolViolation(f"credit of {self.send_credit} bytes on stream {self.id}")
+        self.on_change()
+
+    @property
+    def has_sink(self) -> bool:
+        """Whether payloads go to memory that the application gives."""
+        return self._sink is not None
+
+    def _check_open(self, what: str) -> None:
+        if self.remote_finished:
+            raise ProtocolViolation(f"{what} on stream {self.id} after its END")
+
+
+def _memory_of(sink: Sink, tag: int, length: int) -> memoryview:
+    memory = memoryview(sink(tag, length)).cast("B")
+    if len(memory) != length or memory.readonly:
+        raise ValueError(
+            f"the sink gave {len(memory)} bytes of memory for a payload of {length}, or read-only ones"
+        )
+    return memory
+
+
+def _placed(item: Item, sink: Sink) -> Item:
+    if not isinstance(item, _Unsunk):
+        return item
+    memory = _memory_of(sink, item.tag, len(item.data))
+    memory[:] = item.data
+    return Payload(item.tag, memory)
+
+
+class Multiplexer:
+    """All streams of one connection. ``send_frame`` puts a frame on its way; it is called in the frames' order."""
+
+    def __init__(self, *, is_initiator: bool, send_frame: SendFrame, max_inbound: int) -> None:
+        self._send_frame = send_frame
+        self._next_id = 1 if is_initiator else 2
+        self._last_peer_id = 0 if is_initiator else -1
+        self._max_inbound = max_inbound
+        self._streams: dict[int, StreamState] = {}
+        self._inbound = 0
+        self._payload: tuple[StreamState | None, bool] = (None, False)
+
+    @property
+    def open_streams(self) -> int:
+        """Streams that have not ended."""
+        return len(self._streams)
+
+    def open(self, method: str, timeout: float | None, message: bytes | None, *, final: bool) -> StreamState:
+        """Begin a stream; with a message and ``final`` it is a unary call."""
+        if self._next_id > MAX_STREAM_ID:
+            raise OverflowError("all stream ids of this connection are used")
+        body = wire.encode_open(method, timeout, final, message)
+        state = StreamState(self._next_id, self._send_frame, self._forget)
+        self._next_id += 2
+        state.local_finished = final
+        if message is not None:
+            state.charge(len(message))
+        self._streams[state.id] = state
+        self._send_frame(FrameKind.OPEN, state.id, body)
+        return state
+
+    def receive_open(self, stream_id: int, body: bytes) -> tuple[StreamState, wire.Open] | None:
+        """The stream that the peer begins, or None if it was refused because there are too many.
+
+        Whoever serves it calls :meth:`release` when done with it.
+        """
+        if stream_id == 0 or stream_id % 2 == self._next_id % 2:
+            raise ProtocolViolation(f"OPEN with stream id {stream_id}, which is not the peer's to give")
+        if stream_id <= self._last_peer_id:
+            raise ProtocolViolation(f"OPEN with stream id {stream_id} after {self._last_peer_id}")
+        self._last_peer_id = stream_id
+        opened = wire.decode_open(body)
+        if self._inbound >= self._max_inbound:
+            refusal = wire.encode_reset(
+                "busy", f"{self._max_inbound} streams are being served on this connection"
+            )
+            self._send_frame(FrameKind.RESET, stream_id, refusal)
+            return None
+        state = StreamState(stream_id, self._send_frame, self._forget)
+        if opened.has_message:
+            state.receive_message(bytes(opened.message))
+        state.remote_finished = opened.final
+        self._streams[stream_id] = state
+        self._inbound += 1
+        return state, opened
+
+    def release(self) -> None:
+        """A stream that :meth:`receive_open` returned is served no more."""
+        self._inbound -= 1
+
+    def receive_frame(self, kind: FrameKind, stream_id: int, body: bytes) -> None:
+        """MESSAGE, END, RESET or CREDIT."""
+        state = self._find(kind.name, stream_id)
+        if kind is FrameKind.CREDIT:
+            count = wire.decode_credit(body)
+            if state is not None:
+                state.receive_credit(count)
+        elif kind is FrameKind.RESET:
+            reset = wire.decode_reset(body)
+            if state is not None:
+                state.fail(RemoteError(reset.code, reset.message or "the peer reset the stream"))
+        elif state is not None:
+            if kind is FrameKind.MESSAGE:
+                state.receive_message(body)
+            else:
+                state.receive_end(body)
+
+    def payload_memory(self, stream_id: int, tag: int, length: int) -> memoryview:
+        """Where the payload goes whose header has arrived."""
+        state = self._find("PAYLOAD", stream_id)
+        if state is None:
+            self._payload = (None, False)
+            return memoryview(bytearray(length))
+        memory = state.payload_memory(tag, length)
+        self._payload = (state, state.has_sink)
+        return memory
+
+    def receive_payload(self, stream_id: int, tag: int, data: memoryview) -> None:
+        """The payload has arrived whole."""
+        state, placed = self._payload
+        self._payload = (None, False)
+        if state is not None and not state.is_closed:
+            state.receive_payload(tag, data, placed)
+
+    def fail_all(self, failure: Callable[[], ShoalError]) -> None:
+        """The connection has ended: every stream fails, each with an error of its own."""
+        for state in list(self._streams.values()):
+            state.fail(failure())
+
+    def _find(self, what: str, stream_id: int) -> StreamState | None:
+        state = self._streams.get(stream_id)
+        if state is None:
+            is_own = stream_id % 2 == self._next_id % 2
+            known = stream_id < self._next_id if is_own else stream_id <= self._last_peer_id
+            if stream_id == 0 or not known:
+                raise ProtocolViolation(f"{what} for stream {stream_id}, which was never opened")
+        return state
+
+    def _forget(self, state: StreamState) -> None:
+        self._streams.pop(state.id, None)

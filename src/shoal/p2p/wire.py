@@ -1,0 +1,173 @@
+"""The bodies of frames: how they are encoded, and the only place where a peer's bytes become objects. Pure.
+
+Bodies of OPEN, RESET, HELLO and GOODBYE are msgpack arrays (fields may be added at their end); CREDIT is a
+64-bit number; PING and PONG carry 8 bytes of the asker's choice; MESSAGE and END carry a message of the method
+(END without a body is a half close without a last message).
+
+Codes of RESET, and so of :class:`~shoal.errors.RemoteError`, that the protocol itself uses:
+
+================== =============================================================================
+``cancelled``      the other side lost interest
+``deadline``       the deadline of the call has passed
+``busy``           too many streams at a time on this connection
+``unknown_method`` the peer does not serve that method
+``failed``         the handler failed on purpose; the message says why
+``internal``       the handler failed by a mistake, which is logged at its side
+``finished``       the handler is done and reads no more
+================== =============================================================================
+
+Applications may use codes of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from functools import lru_cache
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
+
+T = TypeVar("T")
+
+MAX_METHOD_NAME = 128
+MAX_CODE = 32
+MAX_REASON = 512
+MAX_ADDRESSES = 16
+MAX_ADDRESS = 512
+PING_BYTES = 8
+
+Body = bytes | bytearray | memoryview
+
+_NO_MESSAGE = msgspec.Raw(b"\xc0")
+_CREDIT = struct.Struct("!Q")
+_encoder = msgspec.msgpack.Encoder()
+
+
+class Open(msgspec.Struct, array_like=True, frozen=True):
+    """Body of OPEN: begins a stream."""
+
+    method: Annotated[str, msgspec.Meta(max_length=MAX_METHOD_NAME)]
+    timeout: float | None
+    """Seconds that the opener still waits."""
+    final: bool
+    """Whether the opener sends nothing after ``message``: with a message, that is a unary call."""
+    message: msgspec.Raw = _NO_MESSAGE
+
+    @property
+    def has_message(self) -> bool:
+        return bytes(self.message) != b"\xc0"
+
+
+class Reset(msgspec.Struct, array_like=True, frozen=True):
+    """Body of RESET: ends a stream in both directions."""
+
+    code: Annotated[str, msgspec.Meta(max_length=MAX_CODE)]
+    message: Annotated[str, msgspec.Meta(max_length=MAX_REASON)]
+
+
+class Hello(msgspec.Struct, array_like=True, frozen=True):
+    """Body of HELLO: the first frame in each direction, says who speaks."""
+
+    lane: Annotated[int, msgspec.Meta(ge=0, le=255)]
+    agent: Annotated[str, msgspec.Meta(max_length=64)]
+    client_mode: bool
+    addresses: Annotated[
+        list[Annotated[str, msgspec.Meta(max_length=MAX_ADDRESS)]], msgspec.Meta(max_length=MAX_ADDRESSES)
+    ]
+    clock: float
+    """The sender's wall clock, to measure its skew."""
+
+
+class Goodbye(msgspec.Struct, array_like=True, frozen=True):
+    """Body of GOODBYE: the last frame of a connection that is closed in order."""
+
+    reason: Annotated[str, msgspec.Meta(max_length=MAX_REASON)]
+
+
+@lru_cache(maxsize=1024)
+def _decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
+    return msgspec.msgpack.Decoder(kind)
+
+
+def encode(message: object) -> bytes:
+    """The body of a message; :class:`InvalidTypeError` if it cannot be sent."""
+    try:
+        return _encoder.encode(message)
+    except (TypeError, OverflowError, RecursionError) as error:
+        raise InvalidTypeError(f"message: {type(message).__name__} cannot be encoded: {error}") from error
+
+
+def decode(body: Body | msgspec.Raw, kind: type[T], what: str) -> T:
+    """The object in ``body``; :class:`ProtocolViolation` that names ``what`` if there is none of that kind."""
+    try:
+        value: T = _decoder(kind).decode(body)  # type: ignore[arg-type]
+    except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
+        # MsgspecError: malformed, or of another type. ValueError: not UTF-8. RecursionError: nested too deeply.
+        raise ProtocolViolation(f"{what} does not decode: {error}") from error
+    return value
+
+
+def encode_open(method: str, timeout: float | None, final: bool, message: bytes | None) -> bytes:
+    """Body of OPEN."""
+    raw = _NO_MESSAGE if message is None else msgspec.Raw(message)
+    return _encoder.encode(Open(method, timeout, final, raw))
+
+
+def decode_open(body: Body) -> Open:
+    """Body of OPEN; its timeout is checked to be a number >= 0."""
+    opened = decode(body, Open, "OPEN")
+    if opened.timeout is not None and not (opened.timeout >= 0 and math.isfinite(opened.timeout)):
+        raise ProtocolViolation(f"OPEN with a timeout of {opened.timeout} s")
+    return opened
+
+
+def encode_reset(code: str, message: str) -> bytes:
+    """Body of RESET; texts are cut to their limits."""
+    return _encoder.encode(Reset(code[:MAX_CODE], message[:MAX_REASON]))
+
+
+def decode_reset(body: Body) -> Reset:
+    """Body of RESET."""
+    return decode(body, Reset, "RESET")
+
+
+def encode_goodbye(reason: str) -> bytes:
+    """Body of GOODBYE; the reason is cut to its limit."""
+    return _encoder.encode(Goodbye(reason[:MAX_REASON]))
+
+
+def decode_goodbye(body: Body) -> str:
+    """The reason in the body of GOODBYE."""
+    return decode(body, Goodbye, "GOODBYE").reason
+
+
+def decode_hello(body: Body) -> Hello:
+    """Body of HELLO; its clock is checked to be a number."""
+    hello = decode(body, Hello, "HELLO")
+    if not math.isfinite(hello.clock):
+        raise ProtocolViolation("HELLO with a clock that is not a number")
+    return hello
+
+
+def encode_credit(count: int) -> bytes:
+    """Body of CREDIT."""
+    return _CREDIT.pack(count)
+
+
+def decode_credit(body: Body) -> int:
+    """Body of CREDIT: bytes that the receiver may send in addition."""
+    if len(body) != _CREDIT.size:
+        raise ProtocolViolation(f"CREDIT with a body of {len(body)} bytes")
+    count: int = _CREDIT.unpack(body)[0]
+    if count == 0:
+        raise ProtocolViolation("CREDIT of 0 bytes")
+    return count
+
+
+def check_message_size(body: bytes, limit: int) -> None:
+    """:class:`InvalidValueError` if an own message is longer than what peers accept."""
+    if len(body) > limit:
+        raise InvalidValueError(f"message: {len(body)} bytes when encoded, at most {limit} are allowed")
