@@ -179,6 +179,7 @@ class _Timing:
     latency: float = 0.0
     """The longest time, lately, that the DHT took for a declaration or a poll."""
     is_polling: bool = False
+    started_at: float = -math.inf
 
 
 @dataclass
@@ -241,7 +242,7 @@ class Matchmaking:
     def _on_started(self, event: SearchStarted, now: float) -> None:
         self._move(State.LOOKING)
         self.story.begin(now)
-        self._time.last_newcomer = now
+        self._time.started_at = self._time.last_newcomer = now
         self._time.next_status = now + STATUS_PERIOD
         self._declare(now)
         self._poll()
@@ -339,8 +340,8 @@ class Matchmaking:
         cut = self._cut(now, asker)
         room = self.config.target_group_size or MAX_GROUP_SIZE
         planned = cut.group_of(self.me.peer_id)
-        is_final = self._is_settled() or now >= self._begins_at_latest()
-        if planned and planned.leader == self.me.peer_id and planned.is_complete and is_final:
+        leads = planned is not None and planned.leader == self.me.peer_id and planned.is_complete
+        if planned and leads and self._is_final(now):
             room = min(room, len(planned.members))
         return room, cut
 
@@ -464,7 +465,7 @@ class Matchmaking:
         Matters where most peers are in client mode: sizes alone do not show that a group takes away the leaders.
         """
         group = cut.group_of(peer_id)
-        if group is None or group.leader != peer_id or not group.is_complete or not self._is_settled():
+        if group is None or group.leader != peer_id or not group.is_complete or not self._is_final(now):
             return False
         members = {*self.members, peer_id}
         left = sum(peer.can_lead and peer.peer_id not in members for peer in self._candidates(now))
@@ -496,16 +497,18 @@ class Matchmaking:
             self._candidates(now), members, self.me.peer_id, config.target_group_size, config.min_group_size
         )
         self.story.plan = decision.reason
-        if decision.verdict is EarlyBegin.YES or (
-            decision.verdict is EarlyBegin.IF_SETTLED and self._is_settled()
-        ):
+        if decision.verdict is EarlyBegin.NO:
+            return
+        # Newcomers may come without end, but those that started in the same instant as this peer do not.
+        newest = self._time.started_at if decision.verdict is EarlyBegin.YES else self._time.last_newcomer
+        if self._time.settled_view >= self._settles_at(newest):
             self._begin(now)
-        elif decision.verdict is EarlyBegin.IF_SETTLED:
-            self._poll_when_settled(now)
+        else:
+            self._poll_when_settled(now, newest)
 
     def _begin_or_postpone(self, now: float) -> None:
         if now < self._begins_at_latest() and self._expects_somebody(now):
-            self._poll_when_settled(now)
+            self._poll_when_settled(now, self._time.last_newcomer)
             return
         if len(self.members) >= self.config.min_group_size:
             self._begin(now)
@@ -600,17 +603,22 @@ class Matchmaking:
         return is_missing or not self._is_settled()
 
     def _is_settled(self) -> bool:
-        return self._time.settled_view >= self._settles_at()
+        return self._time.settled_view >= self._settles_at(self._time.last_newcomer)
 
-    def _settles_at(self) -> float:
-        return self._time.last_newcomer + SETTLE_FACTOR * self._time.latency
+    def _is_final(self, now: float) -> bool:
+        """Whether the plan of the view now is the one to keep to: nobody else has to be waited for, or can be."""
+        return self._is_settled() or now >= self._begins_at_latest()
+
+    def _settles_at(self, newest: float) -> float:
+        """From when on a poll shows everybody who became visible about as late as somebody at time ``newest``."""
+        return newest + SETTLE_FACTOR * self._time.latency
 
     def _begins_at_latest(self) -> float:
         return self._time.begins_at + SETTLE_FACTOR * self._time.latency
 
-    def _poll_when_settled(self, now: float) -> None:
+    def _poll_when_settled(self, now: float, newest: float) -> None:
         if not self._time.is_polling:
-            self._time.next_poll = max(now, self._settles_at())
+            self._time.next_poll = max(now, self._settles_at(newest))
 
     def _addresses_of(self, peer_id: PeerID) -> tuple[str, ...]:
         known = self._peers.declared.get(peer_id)
