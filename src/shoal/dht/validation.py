@@ -96,10 +96,13 @@ class CompositeValidator(RecordValidatorBase):
 
     def explain(self, record: DHTRecord) -> str | None:
         for validator in reversed(self._validators):
-            reason = validator.explain(record)
-            if reason is not None:
-                return reason
-            record = replace(record, value=validator.strip_value(record))
+            try:
+                reason = validator.explain(record)
+                if reason is not None:
+                    return reason
+                record = replace(record, value=validator.strip_value(record))
+            except Exception as error:  # noqa: BLE001 - users' validators run on bytes from strangers
+                return f"{type(validator).__name__} raised {type(error).__name__}: {error}"
         return None
 
     def sign_value(self, record: DHTRecord) -> bytes:

@@ -1,0 +1,329 @@
+"""A node of the DHT: puts its parts together, and is what the rest of Shoal calls.
+
+The parts: :mod:`~shoal.dht.neighbours` knows and calls other nodes, :mod:`~shoal.dht.bootstrap` finds the first of
+them, :mod:`~shoal.dht.upkeep` keeps them, :mod:`~shoal.dht.server` answers them, :mod:`~shoal.dht.records` stores and
+gets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from shoal.dht.bootstrap import InitialPeers
+from shoal.dht.cache import RecordCache
+from shoal.dht.config import DHTConfig
+from shoal.dht.ids import key_id
+from shoal.dht.messages import StoredEntry
+from shoal.dht.neighbours import Neighbours
+from shoal.dht.records import Records
+from shoal.dht.replication import records_after_loss, records_for_newcomer
+from shoal.dht.server import Server
+from shoal.dht.storage import PLAIN, Entry, Record, Storage
+from shoal.dht.tasks import TaskSet
+from shoal.dht.types import ValueWithExpiration
+from shoal.dht.upkeep import Upkeep
+from shoal.dht.validation import CompositeValidator, DHTRecord, ProtectedKeyValidator, RecordValidatorBase
+from shoal.errors import BootstrapError, InvalidStateError, InvalidValueError
+from shoal.p2p.host import Host
+from shoal.p2p.identity import PeerID
+from shoal.p2p.multiaddr import Multiaddr
+from shoal.utils.serializer import MSGPackSerializer
+from shoal.utils.timed import get_dht_time
+
+logger = logging.getLogger(__name__)
+
+REACHABILITY_HELPERS = 2
+HAND_OVER_DELAY = 1.0
+"""Wait this long before handing records over: who comes or goes seldom does so alone."""
+
+
+class DHTNode:
+    """Made by :meth:`create`; lives on one event loop. Nothing here is thread-safe."""
+
+    host: Host
+    peer_id: PeerID
+
+    @classmethod
+    async def create(
+        cls,
+        host: Host,
+        config: DHTConfig = DHTConfig(),
+        *,
+        initial_peers: Sequence[Multiaddr] = (),
+        validators: Sequence[RecordValidatorBase] = (),
+        clock: Callable[[], float] = get_dht_time,
+        rng: random.Random | None = None,
+    ) -> DHTNode:
+        """Join the DHT of the initial peers, or start one if there are none besides this node itself.
+
+        ``host`` must have been started, and stays the caller's. Raises BootstrapError, with each address and why it
+        failed, if no initial peer answered within ``config.bootstrap_timeout``, unless
+        ``config.ensure_bootstrap_success`` is False: then the node goes on looking for them in the background.
+        """
+        node = cls(host, config, initial_peers, validators, clock, rng or random.Random())  # noqa: S311
+        try:
+            await node._join()
+        except BaseException:
+            await node.shutdown()
+            raise
+        return node
+
+    def __init__(
+        self,
+        host: Host,
+        config: DHTConfig,
+        initial_peers: Sequence[Multiaddr],
+        validators: Sequence[RecordValidatorBase],
+        clock: Callable[[], float],
+        rng: random.Random,
+    ) -> None:
+        """Use :meth:`create`."""
+        self.host = host
+        self.peer_id = host.peer_id
+        self.config = config
+        self._clock = clock
+        self._tasks = TaskSet()
+        self._closed = False
+        self._joined = False
+        self._entered = False
+        # Ordered, as sets are not: who joined and who left since records were last handed over.
+        self._newcomers: dict[PeerID, None] = {}
+        self._leavers: dict[PeerID, None] = {}
+        self._handing_over: asyncio.Task[None] | None = None
+        self._validator = CompositeValidator([ProtectedKeyValidator(host.identity), *validators])
+        self._storage = Storage(config.storage_limits(), first_sequence=1 + rng.getrandbits(60))
+        self._neighbours = Neighbours(host, config, self._tasks, rng)
+        self._server = Server(self._neighbours, self._storage, self._validator, clock)
+        self._cache = RecordCache(config.cache_size, self._validator)
+        self._records = Records(self._neighbours, self._storage, self._cache, config, clock, self._tasks)
+        self._initial = InitialPeers(
+            self._neighbours, initial_peers, self._tasks, rng, self._found_initial_peer
+        )
+        self._upkeep = Upkeep(self._neighbours, self._initial, self._records.find_nodes, clock, rng)
+        self._gets: dict[tuple[int, bool], asyncio.Task[ValueWithExpiration | None]] = {}
+        self._neighbours.on_joined.append(self._neighbour_joined)
+        self._neighbours.on_left.append(self._neighbour_left)
+
+    # What users see.
+
+    @property
+    def client_mode(self) -> bool:
+        """Whether this node keeps no records and is in nobody's routing table."""
+        return self.config.client_mode or not self.host.can_be_dialed
+
+    @property
+    def neighbours(self) -> list[PeerID]:
+        """The nodes in the routing table."""
+        return list(self._neighbours.table)
+
+    @property
+    def num_records(self) -> int:
+        """How many keys this node keeps records of."""
+        return len(self._storage)
+
+    async def store(self, key: Any, value: Any, expiration_time: float, subkey: Any = None) -> bool:
+        """Store a value (any that MSGPackSerializer takes) until ``expiration_time``, seconds since the epoch.
+
+        With a ``subkey`` the key holds a dictionary, into which the value is merged. True if at least one of the nodes
+        nearest to the key accepted it; the reasons of those that did not are in the log. InvalidValueError for
+        an expiration further ahead than ``config.max_expiration``.
+        """
+        serialized_subkey = None if subkey is None else MSGPackSerializer.dumps(subkey)
+        return await self.store_serialized(
+            MSGPackSerializer.dumps(key), MSGPackSerializer.dumps(value), expiration_time, serialized_subkey
+        )
+
+    async def store_serialized(
+        self, key: bytes, value: bytes, expiration_time: float, subkey: bytes | None = None
+    ) -> bool:
+        """As :meth:`store`, for a key, value and sub-key that were serialized by MSGPackSerializer already."""
+        self._check_open()
+        if expiration_time > self._clock() + self.config.max_expiration:
+            raise InvalidValueError(
+                f"expiration_time: {expiration_time} is more than {self.config.max_expiration:g} s from now, "
+                "the most that this DHT allows (max_expiration)"
+            )
+        record = DHTRecord(key, subkey, value, float(expiration_time))
+        value = self._validator.sign_value(record)
+        record = DHTRecord(key, subkey, value, record.expiration_time)
+        reason = self._validator.explain(record)
+        if reason is not None:
+            logger.warning("this node's own validators refuse what it should store: %s", reason)
+            return False
+        identifier, entry = key_id(key), Entry(value, record.expiration_time)
+        try:
+            stored = await self._records.store(identifier, key, subkey or PLAIN, entry)
+        finally:
+            # A search that is under way may have asked too early to see this value.
+            self._gets.pop((identifier, True), None)
+            self._gets.pop((identifier, False), None)
+        if stored and self.config.cache_on_store:
+            self._records.note_stored(identifier, subkey or PLAIN, entry)
+        return stored
+
+    async def get(self, key: Any, latest: bool = False) -> ValueWithExpiration | None:
+        """The value stored under a key, or None.
+
+        ``latest=False``: the first valid value that is found, here or elsewhere; it may be a few seconds old.
+        ``latest=True``: the freshest of those that the nodes nearest to the key have, dictionaries merged; asking
+        the same key again and again costs little. Values are shared between callers: do not change them.
+        """
+        return await self.get_serialized(MSGPackSerializer.dumps(key), latest)
+
+    async def get_serialized(self, key: bytes, latest: bool = False) -> ValueWithExpiration | None:
+        """As :meth:`get`, for a key that was serialized by MSGPackSerializer already."""
+        self._check_open()
+        identifier = key_id(key)
+        if not latest and self.config.cache_locally:
+            cached = self._records.cached(identifier)
+            if cached is not None:
+                expires_soon = (
+                    cached.expiration_time - self._clock() < self.config.cache_refresh_before_expiry
+                )
+                if expires_soon and self.config.cache_refresh_before_expiry:
+                    self._start_get(identifier, key, latest=True)
+                return cached
+        if not self.config.reuse_get_requests:
+            return await self._records.get(identifier, key, latest=latest)
+        task = self._start_get(identifier, key, latest)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled() and self._closed:
+                raise InvalidStateError("the DHT node was shut down while it searched") from None
+            raise
+
+    def add_validators(self, validators: Iterable[RecordValidatorBase]) -> None:
+        """Check records by these too from now on, both what is stored here and what is got."""
+        self._validator.extend(validators)
+        self._cache.clear()
+
+    async def shutdown(self) -> None:
+        """Stop serving, searching and all upkeep. Idempotent. The host lives on."""
+        if self._closed:
+            return
+        self._closed = True
+        self._server.stop(self.host)
+        self._neighbours.close()
+        await self._tasks.close()
+
+    # Joining.
+
+    async def _join(self) -> None:
+        if not self.client_mode:
+            self._server.start(self.host)
+        found = await self._initial.find_first(self.config.bootstrap_timeout)
+        if not found and self._initial.others and not self._initial.includes_self:
+            if self.config.ensure_bootstrap_success:
+                raise self._bootstrap_error()
+            logger.warning("%s; going on in the background", self._bootstrap_error())
+        if found:
+            await self._enter()
+        else:
+            self._neighbours.listening = not self.client_mode
+        self._joined = True
+        self._upkeep.hurry()
+        self._tasks.start(self._upkeep.run(), "dht-upkeep")
+
+    def _found_initial_peer(self, peer: PeerID) -> None:
+        self._upkeep.hurry()
+        if self._joined and not self._entered:
+            self._tasks.start(self._enter(), "dht-enter")
+
+    async def _enter(self) -> None:
+        """The first initial peer has answered: meet the nodes near this one, and become one of them."""
+        self._entered = True
+        check = self.config.check_reachability and not self.client_mode
+        self._neighbours.listening = not self.client_mode and not check
+        await self._records.find_nodes(self._neighbours.own_id)
+        if not check:
+            return
+        helpers = list(dict.fromkeys([*self._initial.found.values(), *self._neighbours.table]))
+        await self.host.check_reachability(helpers[:REACHABILITY_HELPERS])
+        self._neighbours.listening = self.host.can_be_dialed
+        if not self._neighbours.listening:
+            self._server.stop(self.host)
+            return
+        # Now that it is known to be reachable, present this node to those whose table it belongs into.
+        nearest = self._neighbours.table.nearest(self._neighbours.own_id, self.config.bucket_size)
+        await self._neighbours.greet_all([entry.peer for entry in nearest])
+
+    def _bootstrap_error(self) -> BootstrapError:
+        failures = {text: self._initial.failures.get(text, "no answer yet") for text in self._initial.others}
+        listed = "".join(f"\n  {text}: {reason}" for text, reason in failures.items())
+        return BootstrapError(
+            f"no initial peer answered within {self.config.bootstrap_timeout:g} s:{listed}", failures
+        )
+
+    # Upkeep of records.
+
+    def _neighbour_joined(self, peer: PeerID) -> None:
+        self._upkeep.hurry()
+        self._newcomers[peer] = None
+        self._hand_over_soon()
+
+    def _neighbour_left(self, peer: PeerID) -> None:
+        self._newcomers.pop(peer, None)
+        self._leavers[peer] = None
+        self._hand_over_soon()
+
+    def _hand_over_soon(self) -> None:
+        if len(self._storage) and self._handing_over is None:
+            self._handing_over = self._tasks.start(self._hand_over(), "dht-hand-over")
+
+    async def _hand_over(self) -> None:
+        """Give records to the nodes that now belong to the nearest, one record after the other."""
+        try:
+            await asyncio.sleep(HAND_OVER_DELAY)
+            newcomers, leavers = list(self._newcomers), list(self._leavers)
+            self._newcomers.clear()
+            self._leavers.clear()
+        finally:
+            self._handing_over = None
+        table, num_replicas = self._neighbours.table, self.config.num_replicas
+        for peer in newcomers:
+            for record in records_for_newcomer(
+                self._storage.records(), table, self.peer_id, peer, num_replicas
+            ):
+                await self._give(peer, record)
+        for peer in leavers:
+            for successor, record in records_after_loss(
+                self._storage.records(), table, self.peer_id, peer, num_replicas
+            ):
+                await self._give(successor, record)
+
+    async def _give(self, peer: PeerID, record: Record) -> None:
+        now = self._clock()
+        entries = [
+            StoredEntry(subkey, entry.value, entry.expiration)
+            for subkey, entry in record.entries.items()
+            if entry.expiration > now
+        ]
+        if entries and peer in self._neighbours.table:
+            await self._records.hand_over(peer, record.key, entries)
+
+    # Helpers.
+
+    def _start_get(
+        self, identifier: int, key: bytes, latest: bool
+    ) -> asyncio.Task[ValueWithExpiration | None]:
+        """The search for this key that is under way, or a new one."""
+        place = (identifier, latest)
+        task = self._gets.get(place)
+        if task is None:
+            task = self._tasks.start(self._records.get(identifier, key, latest=latest), "dht-get")
+            self._gets[place] = task
+            task.add_done_callback(lambda done: self._get_done(place, done))
+        return task
+
+    def _get_done(self, place: tuple[int, bool], task: asyncio.Task[ValueWithExpiration | None]) -> None:
+        if self._gets.get(place) is task:
+            del self._gets[place]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InvalidStateError("the DHT node was shut down")

@@ -1,0 +1,242 @@
+"""Storing and getting records: which nodes are asked, in which order, and what is made of their answers.
+
+In a DHT of fewer nodes than a k-bucket holds, every node knows all others, so the nodes nearest to a key are known
+without a search; in a larger one they are searched for, and remembered for a while. Either way the nodes that are asked
+to store or to give a record also say which nodes nearer to it they know, and those are asked in turn: what was
+remembered only saves time, and need not be right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+
+from shoal.dht.cache import KnownRecord, RecordCache
+from shoal.dht.config import DHTConfig
+from shoal.dht.ids import id_to_bytes, node_id
+from shoal.dht.lookup import Lookup
+from shoal.dht.messages import FIND, STORE, FindRequest, StoredEntry, StoreRequest
+from shoal.dht.neighbours import Neighbours
+from shoal.dht.search import Answer, Search
+from shoal.dht.storage import Entry, Storage
+from shoal.dht.tasks import TaskSet
+from shoal.dht.types import ValueWithExpiration
+from shoal.p2p.identity import PeerID
+
+logger = logging.getLogger(__name__)
+
+ROUTE_MAX_AGE = 30.0
+MAX_ROUTES = 1024
+
+
+class Records:
+    """The node as a client of the DHT. Keys, sub-keys and values are serialized here, and values signed."""
+
+    def __init__(
+        self,
+        neighbours: Neighbours,
+        storage: Storage,
+        cache: RecordCache,
+        config: DHTConfig,
+        clock: Callable[[], float],
+        tasks: TaskSet,
+    ) -> None:
+        self._neighbours = neighbours
+        self._storage = storage
+        self._cache = cache
+        self._config = config
+        self._clock = clock
+        self._tasks = tasks
+        self._loop = asyncio.get_running_loop()
+        self._own = neighbours.host.peer_id
+        # the nodes that were found nearest to a key, and when
+        self._routes: OrderedDict[int, tuple[float, list[PeerID]]] = OrderedDict()
+
+    async def find_nodes(self, target: int, width: int | None = None) -> list[PeerID]:
+        """The nodes nearest to an id, by a search over the network."""
+        seeds = [entry.peer for entry in self._neighbours.table.nearest(target, self._config.bucket_size)]
+        lookup = self._make_lookup(
+            target, seeds, width or self._config.bucket_size, self._config.parallel_rpc
+        )
+
+        async def ask(peer: PeerID) -> Answer:
+            response = await self._neighbours.call(peer, FIND, self._find_request(lookup))
+            return None if response is None else self._neighbours.learn(response.nodes)
+
+        await Search(lookup, ask, self._config.stall_timeout).run()
+        return lookup.nearest_answered()
+
+    async def store(self, identifier: int, key: bytes, subkey: bytes, entry: Entry) -> bool:
+        """Store at the nearest nodes that answer; whether one of them accepted."""
+        reasons: dict[str, str] = {}
+        accepted = 0
+        seeds = await self._nearest(identifier)
+        lookup = self._make_lookup(identifier, seeds, self._config.num_replicas, self._config.num_replicas)
+        if self._own in self._nearest_of([self._own, *seeds], identifier):
+            reason = self._storage.store(key, subkey, entry.value, entry.expiration, self._clock())
+            accepted += self._note_outcome(reasons, self._own, reason or "")
+        stored = [StoredEntry(subkey, entry.value, entry.expiration)]
+
+        async def ask(peer: PeerID) -> Answer:
+            nonlocal accepted
+            request = StoreRequest(
+                key,
+                self._neighbours.listening,
+                stored,
+                self._known_prefixes(lookup),
+                self._config.bucket_size,
+            )
+            response = await self._neighbours.call(peer, STORE, request)
+            if response is None:
+                return None
+            accepted += self._note_outcome(reasons, peer, response.refused[0] if response.refused else "")
+            return self._neighbours.learn(response.nodes)
+
+        await Search(lookup, ask, self._config.stall_timeout, self._tasks).run()
+        self._remember_route(identifier, lookup)
+        if not accepted:
+            refusals = "; ".join(f"{peer}: {reason}" for peer, reason in reasons.items())
+            logger.warning("a record was stored nowhere: %s", refusals or "no node answered")
+        return accepted > 0
+
+    async def get(self, identifier: int, key: bytes, *, latest: bool) -> ValueWithExpiration | None:
+        """The first valid value that is found; or, if ``latest``, the freshest of all nearest nodes, merged."""
+        known = self._cache.open(identifier, key)
+        found = self._merge_own(identifier, known)
+        if found and not latest:
+            value = known.value(self._clock())
+            if value is not None:
+                return value
+        seeds, settled = self._remembered(identifier)
+        parallel = self._config.num_replicas if latest else min(2, self._config.parallel_rpc)
+        if not settled:
+            parallel = self._config.parallel_rpc
+        lookup = self._make_lookup(identifier, seeds, self._config.num_replicas, parallel)
+        lacking: list[PeerID] = []
+
+        async def ask(peer: PeerID) -> Answer:
+            nonlocal found
+            request = self._find_request(lookup, want_record=True, after=known.known_of(peer))
+            response = await self._neighbours.call(peer, FIND, request)
+            if response is None:
+                return None
+            if response.sequence:
+                entries = [(e.subkey, Entry(e.value, e.expiration)) for e in response.entries]
+                self._cache.merge(identifier, known, peer, entries, response.sequence)
+                found = True
+                if not latest and known.value(self._clock()) is not None:
+                    search.stop()
+            else:
+                lacking.append(peer)
+            return self._neighbours.learn(response.nodes)
+
+        search = Search(lookup, ask, self._config.stall_timeout)
+        await search.run()
+        value = known.value(self._clock()) if found else None
+        if lookup.finished:
+            self._remember_route(identifier, lookup)
+        if value is not None:
+            known.fetched_at = self._loop.time()
+            if not latest:
+                self._leave_copies(
+                    key, known, [peer for peer in lookup.nearest_answered() if peer in lacking]
+                )
+        return value
+
+    def cached(self, identifier: int) -> ValueWithExpiration | None:
+        """A recent answer, if there is one that is still valid."""
+        known = self._cache.get(identifier)
+        if known is None or known.fetched_at + self._config.cache_max_age <= self._loop.time():
+            return None
+        return known.value(self._clock())
+
+    def note_stored(self, identifier: int, subkey: bytes, entry: Entry) -> None:
+        """Bring a cached answer up to date by what this node has stored."""
+        known = self._cache.get(identifier)
+        if known is not None:
+            self._cache.merge(identifier, known, self._own, [(subkey, entry)], known.known_of(self._own))
+
+    async def hand_over(self, peer: PeerID, key: bytes, entries: list[StoredEntry]) -> None:
+        """Give one record to one node."""
+        request = StoreRequest(key, self._neighbours.listening, entries)
+        await self._neighbours.call(peer, STORE, request)
+
+    # Helpers.
+
+    def _make_lookup(self, target: int, seeds: list[PeerID], width: int, parallel: int) -> Lookup:
+        return Lookup(
+            target,
+            width=width,
+            parallel=parallel,
+            seeds=seeds,
+            answered=[self._own] if self._neighbours.listening else [],
+            max_nodes_per_answer=self._config.bucket_size,
+        )
+
+    def _find_request(self, lookup: Lookup, want_record: bool = False, after: int = 0) -> FindRequest:
+        return FindRequest(
+            id_to_bytes(lookup.target),
+            self._neighbours.listening,
+            self._known_prefixes(lookup),
+            self._config.bucket_size,
+            want_record,
+            after,
+        )
+
+    def _known_prefixes(self, lookup: Lookup) -> bytes:
+        return self._neighbours.known_prefixes(lookup.known(self._config.bucket_size))
+
+    def _merge_own(self, identifier: int, known: KnownRecord) -> bool:
+        """Take in what this node keeps itself; whether it keeps anything."""
+        record = self._storage.get(identifier, self._clock())
+        if record is None:
+            return False
+        self._cache.merge(
+            identifier, known, self._own, record.changes_since(known.known_of(self._own)), record.sequence
+        )
+        return True
+
+    async def _nearest(self, identifier: int) -> list[PeerID]:
+        """Nodes among which the nearest to a key are, most probably."""
+        peers, settled = self._remembered(identifier)
+        return peers if settled else await self.find_nodes(identifier, self._config.num_replicas)
+
+    def _remembered(self, identifier: int) -> tuple[list[PeerID], bool]:
+        """The nearest nodes that are known, and whether no search is needed to find nearer ones."""
+        table = self._neighbours.table
+        peers = [entry.peer for entry in table.nearest(identifier, self._config.bucket_size)]
+        if len(table) < self._config.bucket_size:
+            return peers, True
+        route = self._routes.get(identifier)
+        if route is None or route[0] + ROUTE_MAX_AGE <= self._loop.time():
+            return peers, False
+        return [*route[1], *peers], True
+
+    def _remember_route(self, identifier: int, lookup: Lookup) -> None:
+        if len(self._neighbours.table) < self._config.bucket_size:
+            return
+        self._routes[identifier] = (
+            self._loop.time(),
+            [peer for peer in lookup.nearest_answered() if peer != self._own],
+        )
+        self._routes.move_to_end(identifier)
+        while len(self._routes) > MAX_ROUTES:
+            self._routes.popitem(last=False)
+
+    def _nearest_of(self, peers: list[PeerID], identifier: int) -> list[PeerID]:
+        if not self._neighbours.listening:
+            peers = [peer for peer in peers if peer != self._own]
+        return sorted(peers, key=lambda peer: node_id(peer) ^ identifier)[: self._config.num_replicas]
+
+    def _note_outcome(self, reasons: dict[str, str], peer: PeerID, reason: str) -> bool:
+        if reason:
+            reasons[str(peer)] = reason
+            logger.debug("%s refused a record: %s", peer, reason)
+        return not reason
+
+    def _leave_copies(self, key: bytes, known: KnownRecord, lacking: list[PeerID]) -> None:
+        entries = [StoredEntry(subkey, e.value, e.expiration) for subkey, e in known.record.entries.items()]
+        for peer in lacking[: self._config.cache_nearest]:
+            self._tasks.start(self.hand_over(peer, key, entries), f"dht-copy-to-{peer}")
