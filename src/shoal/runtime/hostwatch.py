@@ -1,6 +1,6 @@
 """Notices that the host process has ended, however it ended; runs on a thread of the background process.
 
-A pidfd where the kernel has it, kqueue on macOS and BSD, else the number of the parent. Not ``PR_SET_PDEATHSIG``, which
+A pidfd where the kernel has it, kqueue on macOS, else the number of the parent. Not ``PR_SET_PDEATHSIG``, which
 follows the thread that started the process, not the host.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import select
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -39,7 +40,7 @@ def _waiter(host_pid: int) -> Callable[[], None]:
 
 
 def _pidfd_waiter(host_pid: int) -> Callable[[], None] | None:
-    if not hasattr(os, "pidfd_open"):
+    if sys.platform != "linux":
         return None
     try:
         descriptor = os.pidfd_open(host_pid)
@@ -56,19 +57,19 @@ def _pidfd_waiter(host_pid: int) -> Callable[[], None] | None:
 
 
 def _kqueue_waiter(host_pid: int) -> Callable[[], None] | None:
-    if not hasattr(select, "kqueue"):
-        return None
-    queue = select.kqueue()
-    event = select.kevent(
-        host_pid, filter=select.KQ_FILTER_PROC, flags=select.KQ_EV_ADD, fflags=select.KQ_NOTE_EXIT
-    )
-    try:
-        queue.control([event], 0)
-    except OSError:
-        return None
+    if sys.platform == "darwin":
+        queue = select.kqueue()
+        event = select.kevent(
+            host_pid, filter=select.KQ_FILTER_PROC, flags=select.KQ_EV_ADD, fflags=select.KQ_NOTE_EXIT
+        )
+        try:
+            queue.control([event], 0)
+        except OSError:
+            return None
 
-    def wait() -> None:
-        while not queue.control(None, 1):
-            pass
+        def wait() -> None:
+            while not queue.control(None, 1):
+                pass
 
-    return wait
+        return wait
+    return None

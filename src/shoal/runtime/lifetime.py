@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 import threading
@@ -32,10 +33,8 @@ def end_in_background(connection: Connection) -> None:
     """End a process that nobody refers to any more; called by garbage collection, so it must not wait."""
     if not connection.is_alive:
         return
-    try:
+    with contextlib.suppress(RuntimeError):  # the interpreter is ending: _end_all has its turn
         threading.Thread(target=connection.shutdown, args=(_EXIT_SECONDS,), daemon=True).start()
-    except RuntimeError:
-        pass  # the interpreter is ending, and _end_all has had its turn
 
 
 def _forget(connection: Connection) -> None:

@@ -116,7 +116,7 @@ class Reemitter:
 
     def record_from(self, data: bytes) -> logging.LogRecord:
         """The record, with its own time, level, logger, thread and process."""
-        attributes = pickle.loads(data)  # from our own process, over the private channel
+        attributes = pickle.loads(data)  # noqa: S301 - from our own process, over the private channel
         attributes["processName"] = self._process_name
         attributes["relativeCreated"] = (attributes["created"] - self._started) * 1000
         return logging.makeLogRecord(attributes)

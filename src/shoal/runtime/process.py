@@ -10,10 +10,8 @@ import contextlib
 import logging
 import os
 import sys
-import threading
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from typing import Any, NoReturn
 
 from shoal.errors import DeadlineExceeded, InvalidTypeError
@@ -23,7 +21,6 @@ from shoal.runtime.connection import Connection
 from shoal.runtime.futures import MPFuture
 from shoal.runtime.messages import HostState, Setup
 from shoal.runtime.service import Service, ServiceContext
-from shoal.runtime.workers import SerialThread
 
 ServiceFactory = Callable[[ServiceContext], Awaitable[Service]]
 
@@ -176,7 +173,7 @@ class ServiceHandle:
 
 def _host_state() -> HostState:
     # An empty entry means the current folder, which is the host's; it may change later.
-    path = tuple(entry if entry else os.getcwd() for entry in sys.path if isinstance(entry, str))
+    path = tuple(entry if entry else os.getcwd() for entry in sys.path)
     shoal = logging.getLogger("shoal").getEffectiveLevel()
     return HostState(path, (("", logging.getLogger().getEffectiveLevel()), ("shoal", shoal)))
 

@@ -1,0 +1,400 @@
+"""The DHT as users hold it: a node in a background process, and a synchronous or awaitable view of it here."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal, NoReturn, TypeVar, overload
+
+from shoal.dht import options
+from shoal.dht.commands import (
+    AddValidators,
+    DescribeNode,
+    DHTSetup,
+    GetRecord,
+    NodeDescription,
+    RunCoroutine,
+    StoreRecord,
+)
+from shoal.dht.types import ValueWithExpiration
+from shoal.dht.validation import RecordValidatorBase
+from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidTypeError, InvalidValueError
+from shoal.p2p.identity import PeerID
+from shoal.p2p.multiaddr import Multiaddr
+from shoal.runtime import pickling
+from shoal.runtime.futures import MPFuture
+from shoal.runtime.process import BackgroundProcess, ServiceHandle
+from shoal.utils.logging import show_logs
+from shoal.utils.serializer import MSGPackSerializer
+
+T = TypeVar("T")
+Address = str | Multiaddr
+
+_PRELOAD = ("torch",)
+
+
+class DHT:
+    """A node of a distributed hash table, running in a background process of its own.
+
+    Two DHTs that were given each other's addresses, or the same third one's, are one DHT: what is stored through any of them
+    is found through all of them. Averagers made with this ``dht`` live in the same process and share its identity and port.
+
+    May be used on any thread and as a context manager. It ends by :meth:`shutdown`, with the last reference to it, or with
+    the interpreter, whichever comes first; a forked child process can neither use nor end it.
+
+    :param initial_peers: addresses of some peers of an existing DHT, as text or Multiaddr; none: begin a new DHT
+    :param start: start at once; otherwise call :meth:`run_in_background`
+    :param daemon: if false, the DHT does not end with the last reference to it, and the interpreter waits at its end until
+        it is shut down by another thread, Ctrl+C is pressed, or a signal ends the program
+    :param record_validators: checks on all records that this node keeps or gets, see :mod:`shoal.dht.validation`
+    :param shutdown_timeout: seconds that :meth:`shutdown` gives the node to say goodbye before it uses force
+    :param await_ready: with ``start``: return when the node has joined the DHT, and raise if it cannot
+    :param host_maddrs: where to listen; loopback by default. ``/ip4/0.0.0.0/tcp/0``: any interface, any free port
+    :param announce_maddrs: what others are told instead, e.g. the outer address of a forwarded port
+    :param identity_path: file with the key that makes this node's PeerID; created if it is missing. Without it the node
+        gets a new PeerID each time
+    :param client_mode: neither listen nor keep records of others; also what becomes of a node that nobody can dial
+    :param bootstrap_timeout: for how many seconds the initial peers are retried
+    :param ensure_bootstrap_success: raise BootstrapError if none of them answered by then, instead of retrying for ever
+    :param options: the other fields of :class:`~shoal.dht.config.DHTConfig`, in which all of them, and those that follow here,
+        are described; None stands for the default. Options of hivemind that make no sense here are accepted with a warning
+    :raises InvalidTypeError: (a TypeError) an option is unknown or of the wrong type
+    :raises InvalidValueError: (a ValueError) a value is not allowed, or an address cannot be listened on
+    :raises BootstrapError: no initial peer answered; lists each address with the reason
+    """
+
+    service_name = "dht"
+    """The name under which other services of the background process find the node's."""
+
+    def __init__(
+        self,
+        initial_peers: Sequence[Address] | None = None,
+        *,
+        start: bool,
+        daemon: bool = True,
+        record_validators: Iterable[RecordValidatorBase] = (),
+        shutdown_timeout: float = 3,
+        await_ready: bool = True,
+        host_maddrs: Sequence[Address] = ("/ip4/127.0.0.1/tcp/0",),
+        announce_maddrs: Sequence[Address] | None = None,
+        identity_path: str | os.PathLike[str] | None = None,
+        client_mode: bool = False,
+        bootstrap_timeout: float | None = None,
+        ensure_bootstrap_success: bool = True,
+        num_replicas: int | None = None,
+        bucket_size: int | None = None,
+        parallel_rpc: int | None = None,
+        wait_timeout: float | None = None,
+        refresh_timeout: float | None = None,
+        cache_locally: bool | None = None,
+        cache_nearest: int | None = None,
+        cache_size: int | None = None,
+        cache_on_store: bool | None = None,
+        cache_refresh_before_expiry: float | None = None,
+        reuse_get_requests: bool | None = None,
+        **options_: Any,
+    ) -> None:
+        self._process: BackgroundProcess | None = None
+        self._creation: MPFuture[ServiceHandle] | None = None
+        self._peer_id: PeerID | None = None
+        for name, flag in (("start", start), ("daemon", daemon), ("await_ready", await_ready)):
+            options.check_number(name, flag, "bool")
+        options.check_seconds("shutdown_timeout", shutdown_timeout)
+        config = options.make_config(
+            {
+                "client_mode": client_mode,
+                "bootstrap_timeout": bootstrap_timeout,
+                "ensure_bootstrap_success": ensure_bootstrap_success,
+                "num_replicas": num_replicas,
+                "bucket_size": bucket_size,
+                "parallel_rpc": parallel_rpc,
+                "wait_timeout": wait_timeout,
+                "refresh_timeout": refresh_timeout,
+                "cache_locally": cache_locally,
+                "cache_nearest": cache_nearest,
+                "cache_size": cache_size,
+                "cache_on_store": cache_on_store,
+                "cache_refresh_before_expiry": cache_refresh_before_expiry,
+                "reuse_get_requests": reuse_get_requests,
+            },
+            options_,
+        )
+        listen = options.parse_listen_addresses(host_maddrs)
+        self._daemon = daemon
+        self._shutdown_timeout = float(shutdown_timeout)
+        self._initial_peers = options.parse_addresses("initial_peers", initial_peers)
+        validators = options.check_validators(record_validators)
+        self._setup = DHTSetup(
+            listen=() if client_mode else listen,
+            announce=options.parse_announced_addresses(announce_maddrs),
+            initial_peers=self._initial_peers,
+            config=config,
+            validators=pickling.dumps(validators, "record_validators"),
+            identity_path=options.check_identity_path(identity_path),
+        )
+        if start:
+            self.run_in_background(await_ready=await_ready)
+
+    # Life
+
+    def run_in_background(self, await_ready: bool = True, timeout: float | None = None) -> None:
+        """Start the node; for a DHT made with ``start=False``.
+
+        :param await_ready: wait until the node has joined the DHT, for ``timeout`` seconds at most
+        :raises InvalidStateError: it was started before
+        :raises DeadlineExceeded: (a TimeoutError) it was not ready in time; it is shut down then
+        """
+        if self._process is not None:
+            raise InvalidStateError("this DHT was started before; make a new one to start again")
+        show_logs()
+        process = BackgroundProcess.start("shoal-dht", daemon=self._daemon, preload=_loaded(_PRELOAD))
+        self._process = process
+        try:
+            from shoal.dht.factory import make_service  # imports nothing of the node here
+
+            self._creation = process.create_service(
+                partial(make_service, self._setup), name=self.service_name
+            )
+            if await_ready:
+                self.wait_until_ready(timeout)
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def wait_until_ready(self, timeout: float | None = None) -> None:
+        """Wait until the node has joined the DHT, and raise what :class:`DHT` raises if it could not.
+
+        :raises DeadlineExceeded: it is not ready after ``timeout`` seconds; it goes on
+        """
+        self._ready(timeout)
+
+    def is_alive(self) -> bool:
+        """Whether the background process runs."""
+        return self._process is not None and self._process.is_alive
+
+    def shutdown(self) -> None:
+        """End the node, and the averagers that live with it, in order. Idempotent, on any thread.
+
+        Waits for ``shutdown_timeout`` seconds at most and then uses force.
+        """
+        if self._process is not None:
+            self._process.shutdown(self._shutdown_timeout)
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until the background process has ended, for ``timeout`` seconds at most."""
+        self.background.wait(timeout)
+
+    def __enter__(self) -> DHT:
+        if self._process is None:
+            self.run_in_background()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def __reduce__(self) -> NoReturn:
+        raise InvalidTypeError(
+            "a DHT cannot be pickled or copied: it belongs to the process that made it. Make another DHT in the other process "
+            "with initial_peers=[str(address) for address in dht.get_visible_maddrs()]"
+        )
+
+    def __repr__(self) -> str:
+        state = "alive" if self.is_alive() else "not started" if self._process is None else "ended"
+        return f"<DHT {self._peer_id or 'of unknown peer id'}, {state}>"
+
+    # Properties
+
+    @property
+    def background(self) -> BackgroundProcess:
+        """The process in which the node and the averagers made with this DHT live.
+
+        :raises InvalidStateError: it was not started
+        """
+        if self._process is None:
+            raise InvalidStateError(
+                "this DHT was not started: use start=True, run_in_background() or a with block"
+            )
+        return self._process
+
+    @property
+    def daemon(self) -> bool:
+        """As given to the constructor."""
+        return self._daemon
+
+    @property
+    def peer_id(self) -> PeerID:
+        """This node's identity; waits until the node is ready."""
+        if self._peer_id is None:
+            self._peer_id = PeerID.from_bytes(self._describe().peer_id)
+        return self._peer_id
+
+    @property
+    def client_mode(self) -> bool:
+        """Whether this node is a client now: it was told to be one, or nobody can dial it."""
+        return self._describe().client_mode
+
+    @property
+    def initial_peers(self) -> tuple[Multiaddr, ...]:
+        """As given to the constructor."""
+        return self._initial_peers
+
+    def get_visible_maddrs(self, latest: bool = False) -> list[Multiaddr]:
+        """Addresses with ``/p2p/PEERID``, at which others can dial this node: their ``initial_peers``. None in client mode.
+
+        :param latest: of no effect: they are always those of this moment
+        """
+        return list(self._describe().visible_addresses)
+
+    # Records
+
+    @overload
+    def get(
+        self, key: Any, latest: bool = ..., return_future: Literal[False] = ...
+    ) -> ValueWithExpiration | None: ...
+    @overload
+    def get(
+        self, key: Any, latest: bool = ..., *, return_future: Literal[True]
+    ) -> MPFuture[ValueWithExpiration | None]: ...
+    @overload
+    def get(
+        self, key: Any, latest: bool, return_future: Literal[True]
+    ) -> MPFuture[ValueWithExpiration | None]: ...
+
+    def get(
+        self, key: Any, latest: bool = False, return_future: bool = False
+    ) -> ValueWithExpiration | None | MPFuture[ValueWithExpiration | None]:
+        """The value that was stored under ``key`` with the latest expiration time, and that time; None if there is none.
+
+        For a key with sub-keys the value is a dictionary of sub-keys to their own ValueWithExpiration.
+
+        :param latest: ask the whole DHT for the record that expires last, instead of taking the first good one
+        :param return_future: return a future at once, which can be waited for or awaited
+        :raises InvalidTypeError: the key cannot be serialized
+        """
+        command = GetRecord(_serialize("key", key), bool(latest))
+        future: MPFuture[ValueWithExpiration | None] = self._ready().call(command)
+        return future if return_future else future.result()
+
+    @overload
+    def store(
+        self,
+        key: Any,
+        value: Any,
+        expiration_time: float,
+        subkey: Any = ...,
+        return_future: Literal[False] = ...,
+    ) -> bool: ...
+    @overload
+    def store(
+        self, key: Any, value: Any, expiration_time: float, subkey: Any = ..., *, return_future: Literal[True]
+    ) -> MPFuture[bool]: ...
+    @overload
+    def store(
+        self, key: Any, value: Any, expiration_time: float, subkey: Any, return_future: Literal[True]
+    ) -> MPFuture[bool]: ...
+
+    def store(
+        self, key: Any, value: Any, expiration_time: float, subkey: Any = None, return_future: bool = False
+    ) -> bool | MPFuture[bool]:
+        """Store ``value`` under ``key`` until ``expiration_time``, in place of one that expires earlier.
+
+        :param expiration_time: seconds as :func:`shoal.get_dht_time` counts them; at most an hour ahead, unless configured
+        :param subkey: makes the record a dictionary, in which each sub-key has a value and an expiration time of its own
+        :param return_future: return a future at once, which can be waited for or awaited
+        :returns: whether it was stored; false if a later record is there, or the record was refused
+        :raises InvalidTypeError: key, sub-key or value cannot be serialized, see :class:`~shoal.utils.MSGPackSerializer`
+        """
+        options.check_number("expiration_time", expiration_time)
+        if not math.isfinite(expiration_time):
+            raise InvalidValueError(
+                f"expiration_time must be a finite number of seconds, not {expiration_time!r}"
+            )
+        command = StoreRecord(
+            key=_serialize("key", key),
+            value=_serialize("value", value),
+            expiration_time=float(expiration_time),
+            subkey=None if subkey is None else _serialize("subkey", subkey),
+        )
+        future: MPFuture[bool] = self._ready().call(command)
+        return future if return_future else future.result()
+
+    # Code of users in the background process
+
+    @overload
+    def run_coroutine(
+        self, coro: Callable[[Any, Any], Awaitable[T]], return_future: Literal[False] = ...
+    ) -> T: ...
+    @overload
+    def run_coroutine(
+        self, coro: Callable[[Any, Any], Awaitable[T]], return_future: Literal[True]
+    ) -> MPFuture[T]: ...
+
+    def run_coroutine(
+        self, coro: Callable[[Any, Any], Awaitable[T]], return_future: bool = False
+    ) -> T | MPFuture[T]:
+        """Run ``await coro(dht, node)`` in the background process, and return its result.
+
+        There ``node`` is the :class:`~shoal.dht.node.DHTNode` itself, and ``dht`` a view with ``peer_id``, ``client_mode`` and
+        ``get_visible_maddrs()``. Other calls go on meanwhile, so it must not block. Cancelling the future cancels it.
+
+        :param coro: an ``async def`` function. One of ``__main__`` or a notebook, a lambda or a closure is sent by value
+            with what it refers to; others by reference, their modules are imported there
+        :raises InvalidTypeError: it cannot be sent; the message names what is to blame
+        """
+        if not callable(coro):
+            raise InvalidTypeError(
+                f"run_coroutine needs an `async def` function of (dht, node), not {coro!r}"
+            )
+        command = RunCoroutine(pickling.dumps(coro, f"the coroutine function {_name_of(coro)}"))
+        future: MPFuture[T] = self._ready().call(command)
+        return future if return_future else future.result()
+
+    def add_validators(self, record_validators: Iterable[RecordValidatorBase]) -> None:
+        """Check records with these as well from now on. Classes from ``__main__`` are sent by value.
+
+        :raises InvalidTypeError: one of them is no validator, or cannot be sent
+        """
+        validators = options.check_validators(record_validators)
+        self._ready().call(AddValidators(pickling.dumps(validators, "record_validators"))).result()
+
+    def _ready(self, timeout: float | None = None) -> ServiceHandle:
+        """The node's service, once it is there."""
+        self.background  # noqa: B018 - raises if it was not started
+        if self._creation is None:
+            raise InvalidStateError("this DHT could not be started")
+        try:
+            return self._creation.result(timeout)
+        except TimeoutError as error:
+            if self._creation.done():
+                raise  # the node's own failure
+            raise DeadlineExceeded(f"the DHT was not ready after {timeout:g} s") from error
+
+    def _describe(self) -> NodeDescription:
+        description = self._ready().call(DescribeNode()).result()
+        assert isinstance(description, NodeDescription)
+        return description
+
+
+def _serialize(name: str, value: object) -> bytes:
+    try:
+        return MSGPackSerializer.dumps(value)
+    except InvalidTypeError as error:
+        raise InvalidTypeError(f"{name}: {error}") from None
+    except InvalidValueError as error:
+        raise InvalidValueError(f"{name}: {error}") from None
+
+
+def _loaded(names: Sequence[str]) -> tuple[str, ...]:
+    """Those modules that this process has imported: an averager is likely to follow."""
+    import sys
+
+    return tuple(name for name in names if name in sys.modules)
+
+
+def _name_of(function: object) -> str:
+    return str(getattr(function, "__qualname__", repr(function)))

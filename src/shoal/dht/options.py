@@ -1,0 +1,191 @@
+"""Checks everything that a user gives to :class:`~shoal.dht.dht.DHT`, before any process is started."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from shoal.dht.config import DHTConfig
+from shoal.dht.validation import RecordValidatorBase
+from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.p2p.multiaddr import Multiaddr
+
+LIBP2P_OPTIONS = frozenset(
+    {
+        "auto_nat", "check_if_identity_free", "conn_manager", "dht_mode", "force_reachability", "idle_timeout",
+        "nat_port_map", "no_listen", "persistent_conn_max_msg_size", "quic", "relay_hop_limit", "startup_timeout",
+        "tls", "trusted_relays", "use_auto_relay", "use_ipfs", "use_relay", "use_relay_discovery", "use_relay_hop",
+    }
+)  # fmt: skip
+"""Options of hivemind that its libp2p daemon had; Shoal has no such daemon."""
+
+HIVEMIND_TUNING = frozenset(
+    {"backoff_rate", "blacklist_time", "chunk_size", "depth_modulo", "num_workers", "strict"}
+)  # fmt: skip
+"""Options of hivemind that tune its own implementation, and have no counterpart here."""
+
+_REFUSED = {
+    "authorizer": "Shoal has no authorizers yet, and will not start a DHT without one that was asked for",
+    "node_id": "a node's id follows from its identity; use identity_path to keep it",
+    "p2p": "the DHT makes its own host",
+    "protocol": "the DHT makes its own",
+    "record_validator": "it is called record_validators, and takes several",
+    "listen": "use client_mode=True instead of listen=False",
+    "listen_on": "use host_maddrs",
+}
+
+
+def make_config(given: Mapping[str, Any], extra: Mapping[str, Any]) -> DHTConfig:
+    """The configuration of a node; None stands for the default.
+
+    :param given: options of DHT's signature
+    :param extra: what was given besides, misspelt or meant for another library perhaps
+    :raises InvalidTypeError: an option is unknown (names the nearest known one), or of the wrong type
+    :raises InvalidValueError: a value is not allowed
+    """
+    types = {field.name: str(field.type) for field in fields(DHTConfig)}
+    values = {name: value for name, value in given.items() if value is not None}
+    for name, value in extra.items():
+        if name in types:
+            values[name] = value
+        elif name in LIBP2P_OPTIONS:
+            _warn(
+                f"DHT option {name!r} is ignored: it belongs to hivemind's libp2p daemon, and Shoal needs none"
+            )
+        elif name in HIVEMIND_TUNING:
+            _warn(
+                f"DHT option {name!r} is ignored: it tunes hivemind's implementation, and has no counterpart here"
+            )
+        else:
+            raise InvalidTypeError(_unknown(name, [*given, *types]))
+    for name, value in values.items():
+        check_number(name, value, types[name])
+    return DHTConfig(**values)
+
+
+def check_number(name: str, value: object, kind: str = "float") -> None:
+    """Raise InvalidTypeError unless ``value`` is of the ``kind`` "bool", "int" or "float"."""
+    if kind == "bool":
+        if not isinstance(value, bool):
+            raise InvalidTypeError(f"{name} must be True or False, not {value!r}")
+        return
+    allowed = (int,) if kind == "int" else (int, float)
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        what = "a whole number" if kind == "int" else "a number"
+        raise InvalidTypeError(f"{name} must be {what}, not {value!r}")
+
+
+def check_seconds(name: str, value: float | None) -> None:
+    """Raise InvalidTypeError or InvalidValueError unless ``value`` is None or a number of seconds >= 0."""
+    if value is None:
+        return
+    check_number(name, value)
+    if not (value >= 0 and math.isfinite(value)):
+        raise InvalidValueError(f"{name} must be a number of seconds >= 0, not {value!r}")
+
+
+def parse_addresses(name: str, addresses: object) -> tuple[Multiaddr, ...]:
+    """Addresses given as text or Multiaddr.
+
+    :raises InvalidValueError: one of them is malformed, or a single string was given in place of a list
+    :raises InvalidTypeError: it is no list
+    """
+    if addresses is None:
+        return ()
+    if isinstance(addresses, str | Multiaddr):
+        raise InvalidValueError(
+            f"{name} must be a list of addresses, not one: use {name}=[{str(addresses)!r}]"
+        )
+    if not isinstance(addresses, Iterable):
+        raise InvalidTypeError(f"{name} must be a list of addresses, not {addresses!r}")
+    parsed = []
+    for address in addresses:
+        if not isinstance(address, str | Multiaddr):
+            raise InvalidTypeError(f"{name} must hold addresses as str or Multiaddr, not {address!r}")
+        try:
+            parsed.append(Multiaddr.parse(address))
+        except InvalidValueError as error:
+            raise InvalidValueError(f"{name}: {error}") from None
+    return tuple(parsed)
+
+
+def parse_listen_addresses(addresses: object) -> tuple[Multiaddr, ...]:
+    """``host_maddrs``; an identity in them would be meaningless, and is most likely somebody else's."""
+    parsed = parse_addresses("host_maddrs", addresses)
+    for address in parsed:
+        if address.peer_id is not None:
+            raise InvalidValueError(
+                f"host_maddrs: {address} names a peer; give the address alone, without /p2p"
+            )
+    if not parsed:
+        raise InvalidValueError(
+            "host_maddrs must hold an address; for a node that does not listen use client_mode=True"
+        )
+    return parsed
+
+
+def parse_announced_addresses(addresses: object) -> tuple[Multiaddr, ...]:
+    """``announce_maddrs``: others have to be able to dial them."""
+    parsed = parse_addresses("announce_maddrs", addresses)
+    for address in parsed:
+        if address.port == 0 or address.is_unspecified:
+            raise InvalidValueError(
+                f"announce_maddrs: nobody can dial {address}; give the real host and port"
+            )
+    return parsed
+
+
+def check_identity_path(path: object) -> str | None:
+    """``identity_path`` as text; its file is loaded, or created, so that a bad one is found out here.
+
+    :raises InvalidValueError: the file is damaged, or others may read it
+    """
+    if path is None:
+        return None
+    if not isinstance(path, str | os.PathLike):
+        raise InvalidTypeError(f"identity_path must be a path, not {path!r}")
+    from shoal.p2p.identity import Identity
+
+    # The process may have another folder as its current one.
+    absolute = os.path.abspath(os.fspath(path))
+    Identity.load_or_create(absolute)
+    return str(absolute)
+
+
+def check_validators(validators: object) -> tuple[RecordValidatorBase, ...]:
+    """``record_validators`` as a tuple."""
+    if isinstance(validators, RecordValidatorBase) or not isinstance(validators, Iterable):
+        raise InvalidTypeError(f"record_validators must be a list of validators, not {validators!r}")
+    checked = tuple(validators)
+    for validator in checked:
+        if not isinstance(validator, RecordValidatorBase):
+            raise InvalidTypeError(
+                f"record_validators: {validator!r} is not an instance of RecordValidatorBase"
+            )
+    return checked
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    if name in _REFUSED:
+        return f"DHT option {name!r} is not supported: {_REFUSED[name]}"
+    signature: tuple[str, ...] = (
+        "initial_peers",
+        "host_maddrs",
+        "announce_maddrs",
+        "identity_path",
+        "record_validators",
+    )
+    signature += ("start", "daemon", "shutdown_timeout", "await_ready")
+    nearest = difflib.get_close_matches(name, [*known, *signature], n=1, cutoff=0.5)
+    advice = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"DHT got an unknown option {name!r}{advice}"
+
+
+def _warn(message: str) -> None:
+    # Past this function, make_config and DHT.__init__, to the line that made the DHT.
+    warnings.warn(message, UserWarning, stacklevel=4)

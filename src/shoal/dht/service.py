@@ -1,0 +1,146 @@
+"""The DHT's service in the background process: one host, one node, and a method for each command from the user's side."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shoal.dht.commands import (
+    AddValidators,
+    DescribeNode,
+    DHTSetup,
+    GetRecord,
+    NodeDescription,
+    RunCoroutine,
+    StoreRecord,
+)
+from shoal.dht.node import DHTNode
+from shoal.dht.types import ValueWithExpiration
+from shoal.dht.validation import RecordValidatorBase
+from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.p2p.config import HostConfig
+from shoal.p2p.host import Host
+from shoal.p2p.identity import Identity, PeerID
+from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.network import TcpNetwork
+from shoal.runtime import pickling
+from shoal.runtime.channel import close_descriptors
+from shoal.runtime.service import ServiceContext
+from shoal.utils.serializer import MSGPackSerializer
+from shoal.utils.timed import get_dht_time
+
+
+@dataclass(frozen=True)
+class DHTView:
+    """What ``run_coroutine`` passes as ``dht`` to a coroutine in the background process.
+
+    There the node itself does the work: ``await node.get(...)``, ``await node.store(...)``.
+    """
+
+    node: DHTNode
+
+    @property
+    def peer_id(self) -> PeerID:
+        return self.node.peer_id
+
+    @property
+    def client_mode(self) -> bool:
+        return self.node.client_mode
+
+    def get_visible_maddrs(self) -> list[Multiaddr]:
+        """Where others can dial this node; usable as their ``initial_peers``."""
+        host = self.node.host
+        return [address.with_peer_id(host.peer_id) for address in host.announced_addresses]
+
+
+class DHTService:
+    """See :class:`shoal.runtime.service.Service`. Other services of the process find the node here."""
+
+    def __init__(self, node: DHTNode) -> None:
+        self.node = node
+        self._view = DHTView(node)
+        self._methods: dict[type[object], Callable[[Any], Awaitable[object]]] = {
+            StoreRecord: self._store,
+            GetRecord: self._get,
+            RunCoroutine: self._run_coroutine,
+            AddValidators: self._add_validators,
+            DescribeNode: self._describe,
+        }
+
+    async def handle(self, command: object, descriptors: Sequence[int]) -> object:
+        close_descriptors(descriptors)  # no command of the DHT comes with any
+        return await self._methods[type(command)](command)
+
+    async def close(self) -> None:
+        """Say goodbye to everybody and stop listening."""
+        try:
+            await self.node.shutdown()
+        finally:
+            await self.node.host.close()
+
+    async def _store(self, command: StoreRecord) -> bool:
+        subkey = None if command.subkey is None else MSGPackSerializer.loads(command.subkey)
+        key, value = MSGPackSerializer.loads(command.key), MSGPackSerializer.loads(command.value)
+        return await self.node.store(key, value, command.expiration_time, subkey)
+
+    async def _get(self, command: GetRecord) -> ValueWithExpiration | None:
+        return await self.node.get(MSGPackSerializer.loads(command.key), latest=command.latest)
+
+    async def _run_coroutine(self, command: RunCoroutine) -> object:
+        # On a thread: loading it imports the modules that it needs.
+        function = await asyncio.to_thread(pickling.loads, command.function)
+        coroutine = function(self._view, self.node)
+        if not asyncio.iscoroutine(coroutine):
+            raise InvalidTypeError(
+                f"run_coroutine needs an `async def` function, but {function!r} returned {coroutine!r}"
+            )
+        return await coroutine
+
+    async def _add_validators(self, command: AddValidators) -> None:
+        self.node.add_validators(await asyncio.to_thread(pickling.loads, command.validators))
+
+    async def _describe(self, _: DescribeNode) -> NodeDescription:
+        addresses = tuple(self._view.get_visible_maddrs())
+        return NodeDescription(self.node.peer_id.to_bytes(), self.node.client_mode, addresses)
+
+
+async def create_dht_service(setup: DHTSetup, context: ServiceContext) -> DHTService:
+    """The factory that the host sends by reference.
+
+    :raises InvalidValueError: an address cannot be listened on (in use, not of this machine, not allowed)
+    :raises BootstrapError: no initial peer answered
+    """
+    path = setup.identity_path
+    identity = Identity.generate() if path is None else Identity.load_or_create(path)
+    context.set_log_fields(peer=str(identity.peer_id))
+    validators: Iterable[RecordValidatorBase] = await asyncio.to_thread(pickling.loads, setup.validators)
+    host_config = HostConfig(client_mode=setup.config.client_mode, announce=setup.announce)
+    host = Host(identity, TcpNetwork(), host_config, clock=get_dht_time)
+    try:
+        await _listen(host, setup.listen)
+        node = await DHTNode.create(
+            host,
+            setup.config,
+            initial_peers=setup.initial_peers,
+            validators=list(validators),
+            clock=get_dht_time,
+        )
+    except BaseException:
+        await host.close()
+        raise
+    return DHTService(node)
+
+
+async def _listen(host: Host, addresses: Sequence[Multiaddr]) -> None:
+    try:
+        await host.start(addresses)
+    except OSError as error:
+        listing = ", ".join(map(str, addresses))
+        number = error.errno
+        reason = os.strerror(number) if number is not None else str(error)
+        advice = "; choose another port, or 0 for any free one" if number == errno.EADDRINUSE else ""
+        raise InvalidValueError(f"host_maddrs: cannot listen on {listing}: {reason}{advice}") from error

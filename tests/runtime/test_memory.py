@@ -1,0 +1,73 @@
+"""Anonymous shared memory."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from shoal.errors import InvalidStateError, InvalidValueError
+from shoal.runtime.memory import SharedMemory
+
+
+def test_both_mappings_are_the_same_memory():
+    with SharedMemory.create(10_000) as ours:
+        theirs = SharedMemory.from_descriptor(os.dup(ours.fd), 10_000)
+        assert bytes(ours.buffer) == bytes(10_000)
+        ours.buffer[9_999] = 7
+        assert theirs.buffer[9_999] == 7
+        theirs.close()
+        assert ours.buffer[9_999] == 7
+
+
+def test_nothing_has_a_name():
+    before = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    with SharedMemory.create(1 << 20) as memory:
+        memory.buffer[0] = 1
+        assert not os.get_inheritable(memory.fd)
+        if os.path.isdir("/dev/shm"):
+            assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_views_survive_closing():
+    memory = SharedMemory.create(4096)
+    view = memory.buffer[10:20]
+    view[0] = 5
+    memory.close()
+    memory.close()
+    assert view[0] == 5
+    view[1] = 6
+    with pytest.raises(InvalidStateError, match="closed"):
+        _ = memory.buffer
+    with pytest.raises(InvalidStateError, match="closed"):
+        _ = memory.fd
+
+
+def test_closing_gives_the_descriptor_back():
+    memory = SharedMemory.create(4096)
+    fd = memory.fd
+    memory.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+def test_a_descriptor_of_less_memory_is_refused_and_closed():
+    with SharedMemory.create(4096) as memory:
+        fd = os.dup(memory.fd)
+        with pytest.raises(InvalidValueError, match="4096"):
+            SharedMemory.from_descriptor(fd, 4097)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+
+
+@pytest.mark.parametrize("nbytes", [0, -1])
+def test_no_memory_is_refused(nbytes):
+    with pytest.raises(InvalidValueError, match=str(nbytes)):
+        SharedMemory.create(nbytes)
+
+
+def test_populating_keeps_the_contents():
+    with SharedMemory.create(3 * 65536) as memory:
+        memory.buffer[70_000] = 9
+        memory.populate()
+        assert memory.buffer[70_000] == 9
