@@ -232,10 +232,8 @@ def _cut(layout: Layout, spans: Sequence[Span], part_size_bytes: int) -> tuple[P
                     f"part_size_bytes is {part_size_bytes}: too small for {layout.data_nbytes} bytes of"
                     f" tensors; there may be at most {MAX_PARTS} parts"
                 )
-            parts.extend(
-                _part(section, span.owner, len(parts) + number, first, min(step, stop - first))
-                for number, first in enumerate(range(start, stop, step))
-            )
+            for first in range(start, stop, step):
+                parts.append(_part(section, span.owner, len(parts), first, min(step, stop - first)))  # noqa: PERF401
     return tuple(parts)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from shoal.compression.base import CompressionBase
-from shoal.errors import InvalidStateError, InvalidValueError
+from shoal.errors import InvalidValueError
 
 CHUNK = 1 << 16
 """Elements that are worked on at a time, so that all operations after the first find them in the cache."""
@@ -26,69 +26,11 @@ CHUNK = 1 << 16
 MAX_FLOAT32_SENDERS = 16
 
 
-class PartReducer:
-    """Collects the senders' versions of one part; averages them when each has arrived or was excluded.
-
-    Senders are positions in the group, ``weights`` one finite number >= 0 for each; those with weight 0 send
-    nothing and are not waited for. A tensor that was added is read by :meth:`average` only, and must not
-    change before.
-    """
-
-    def __init__(self, weights: Sequence[float]) -> None:
-        _check_weights(weights)
-        self._weights = tuple(weights)
-        self._parts: dict[int, torch.Tensor] = {}
-        self._excluded: set[int] = set()
-
-    @property
-    def missing(self) -> tuple[int, ...]:
-        """The senders that are still waited for."""
-        return tuple(
-            sender
-            for sender, weight in enumerate(self._weights)
-            if weight > 0 and sender not in self._parts and sender not in self._excluded
-        )
-
-    @property
-    def complete(self) -> bool:
-        return not self.missing
-
-    @property
-    def arrived(self) -> tuple[int, ...]:
-        """The senders whose parts count, in member order."""
-        return tuple(sorted(self._parts))
-
-    @property
-    def weight(self) -> float:
-        """The sum of the weights that arrived."""
-        return math.fsum(self._weights[sender] for sender in self.arrived)
-
-    def add(self, sender: int, part: torch.Tensor) -> None:
-        """A decoded part has arrived. Raises InvalidStateError if this sender is not waited for."""
-        if sender not in self.missing:
-            raise InvalidStateError(f"sender {sender} is not waited for; missing are {self.missing}")
-        self._parts[sender] = part
-
-    def exclude(self, sender: int) -> None:
-        """Stop waiting for a sender; a part that has arrived from it still counts."""
-        self._excluded.add(sender)
-
-    def average(self, out: torch.Tensor) -> torch.Tensor:
-        """Write the average of what arrived to ``out`` and let go of the parts; returns ``out``.
-
-        Raises InvalidStateError if senders are missing, or nothing arrived.
-        """
-        if self.missing or not self._parts:
-            raise InvalidStateError(f"nothing to average yet: {self.missing} missing, {self.arrived} arrived")
-        arrived = self.arrived
-        reduce_part([self._parts[s] for s in arrived], [self._weights[s] for s in arrived], out)
-        self._parts.clear()
-        self._excluded.update(arrived)
-        return out
-
-
 def reduce_part(parts: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor) -> torch.Tensor:
-    """The weighted average of ``parts``, in the order given, into ``out``; returns ``out``.
+    """The weighted average of the senders' versions of one part, into ``out``; returns ``out``.
+
+    Both sequences are in the order of the members, without those that did not arrive: the weights are divided
+    by their own sum. A weight of 0 leaves its part out.
 
     All are one-dimensional, contiguous and of one dtype and count; ``out`` may be one of the parts. Inputs
     are finite; the result is too unless the sum of the inputs, each times its weight over the largest weight,

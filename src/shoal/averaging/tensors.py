@@ -253,45 +253,43 @@ def first_non_finite(layout: Layout, area: Area) -> int | None:
 
 def _merge_flat(flat: torch.Tensor, old: torch.Tensor, new: torch.Tensor, alpha: float) -> None:
     """:func:`_merge` on the CPU, in chunks; those that the trainer did not touch are only copied."""
-    step = CHUNK_NBYTES // flat.itemsize
-    scratch = np.empty(MERGE_ELEMENTS, dtype=f"f{flat.itemsize}")
-    chunks = zip(_pieces(flat, step), _pieces(old, step), _pieces(new, step), strict=True)
-    for chunk, old_chunk, new_chunk in chunks:
-        if alpha == 1 and _same_bits(_integers(chunk), _integers(old_chunk)):
-            np.copyto(_bytes(chunk), _bytes(new_chunk))
+    size = flat.itemsize
+    bits, old_bits, new_bits = (t.view(_INTEGERS[size]).numpy() for t in (flat, old, new))
+    scratch = np.empty(MERGE_ELEMENTS, dtype=f"f{size}")
+    for chunk in _slices(flat.numel(), CHUNK_NBYTES // size):
+        if alpha == 1 and _equal(bits[chunk], old_bits[chunk]):
+            np.copyto(bits[chunk], new_bits[chunk])
             continue
-        for start in range(0, len(chunk), MERGE_ELEMENTS):
-            triple = [t[start : start + MERGE_ELEMENTS] for t in (chunk, old_chunk, new_chunk)]
-            if flat.itemsize == 2:
-                _merge(triple[0], triple[1], triple[2], alpha)
+        for piece in _slices(chunk.stop, MERGE_ELEMENTS, chunk.start):
+            if size == 2:
+                _merge(flat[piece], old[piece], new[piece], alpha)
             else:
-                arrays = [t.numpy() for t in triple]
-                _merge_numpy(arrays[0], arrays[1], arrays[2], alpha, scratch[: len(triple[0])])
+                _merge_numpy(bits[piece], old_bits[piece], new_bits[piece], alpha, scratch)
 
 
-def _same_bits(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> bool:
+def _equal(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> bool:
     head = 256  # an optimizer's step changes nearly every element: seldom is more than this looked at in vain
     return np.array_equal(first[:head], second[:head]) and np.array_equal(first, second)
 
 
 def _merge_numpy(
-    current: npt.NDArray[Any],
-    old: npt.NDArray[Any],
-    new: npt.NDArray[Any],
+    bits: npt.NDArray[Any],
+    old_bits: npt.NDArray[Any],
+    new_bits: npt.NDArray[Any],
     alpha: float,
     scratch: npt.NDArray[Any],
 ) -> None:
     """:func:`_merge` for float32 and float64 on the CPU, where numpy takes half the time."""
+    moved = scratch[: len(bits)]
+    current, old, new = (array.view(moved.dtype) for array in (bits, old_bits, new_bits))
     with np.errstate(all="ignore"):  # the trainer's own infinities are none of our business
-        np.subtract(new, old, out=scratch)
+        np.subtract(new, old, out=moved)
         if alpha != 1:
-            np.multiply(scratch, alpha, out=scratch)
-            np.add(current, scratch, out=current)
-            return
-        np.add(scratch, current, out=scratch)
-    integers = np.dtype(f"i{current.itemsize}")
-    np.copyto(scratch, new, where=np.equal(current.view(integers), old.view(integers)))
-    np.copyto(current, scratch)
+            np.multiply(moved, alpha, out=moved)
+        np.add(moved, current, out=moved)
+    if alpha == 1:
+        np.copyto(moved, new, where=np.equal(bits, old_bits))
+    np.copyto(current, moved)
 
 
 def _merge(current: torch.Tensor, old: torch.Tensor, new: torch.Tensor, alpha: float) -> None:
@@ -306,8 +304,12 @@ def _merge(current: torch.Tensor, old: torch.Tensor, new: torch.Tensor, alpha: f
     current.copy_(torch.where(untouched, new, moved.to(current.dtype)))
 
 
+def _slices(stop: int, step: int, start: int = 0) -> Iterator[slice]:
+    return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
+
+
 def _pieces(flat: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
-    return (flat[start : start + size] for start in range(0, flat.numel(), size))
+    return (flat[piece] for piece in _slices(flat.numel(), size))
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -322,7 +324,3 @@ def _as_tensor(area: memoryview | bytearray) -> torch.Tensor:
 
 def _bytes(flat: torch.Tensor) -> npt.NDArray[Any]:
     return flat.view(torch.uint8).numpy()
-
-
-def _integers(flat: torch.Tensor) -> npt.NDArray[Any]:
-    return flat.view(_INTEGERS[flat.itemsize]).numpy()

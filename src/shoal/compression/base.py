@@ -193,13 +193,13 @@ class CompressionBase(ABC):
         dtype = FLOATING_DTYPES.get(serialized.dtype)
         if dtype is None:
             raise ProtocolViolation(f"unknown dtype {serialized.dtype[:32]!r} of a tensor")
-        if len(serialized.shape) > 64 or any(size < 0 for size in serialized.shape):
+        # Torch multiplies the sizes other than 0, for the strides, even of an empty tensor.
+        largest = math.prod(max(1, size) for size in serialized.shape[:64])
+        if len(serialized.shape) > 64 or min(serialized.shape, default=0) < 0 or largest >= 1 << 63:
             raise ProtocolViolation("impossible shape of a tensor")
         count = math.prod(serialized.shape)
         if max_elements is not None and count > max_elements:
             raise ProtocolViolation(f"a tensor of {count} elements where at most {max_elements} are allowed")
-        if count == 0 and max(serialized.shape) >= 1 << 62:
-            raise ProtocolViolation("impossible shape of a tensor")
         flat = self.decode(serialized.data, dtype, count)
         return flat.reshape(serialized.shape)
 

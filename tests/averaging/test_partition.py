@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.averaging.load_balancing import load_balance_peers
+from shoal.averaging.partition import ALIGNMENT, MAX_PARTS, Layout, Partition
+from shoal.averaging.schema import TensorSchema, TensorSpec
+from shoal.compression import Float16Compression, NoCompression
+from shoal.compression.base import DTYPE_NAMES
+from shoal.errors import InvalidValueError
+
+specs = st.builds(
+    TensorSpec,
+    st.lists(st.integers(0, 9), max_size=3).map(tuple),
+    st.sampled_from(list(DTYPE_NAMES)),
+    st.sampled_from([0, 1]),
+)
+schemas = st.lists(specs, min_size=1, max_size=8).map(lambda s: TensorSchema(tuple(s)))
+
+
+@st.composite
+def partitions(draw):
+    layout = Layout.from_schema(draw(schemas))
+    peers = draw(st.lists(st.none() | st.integers(0, 100), min_size=1, max_size=6))
+    owned = load_balance_peers(layout.data_nbytes, peers)
+    return Partition.create(layout, owned, draw(st.integers(1, 300)))
+
+
+@given(schemas)
+def test_tensors_lie_one_after_another(schema):
+    layout = Layout.from_schema(schema)
+    assert layout.nbytes % ALIGNMENT == 0
+    assert layout.numel == sum(math.prod(spec.shape) for spec in schema.specs)
+    assert layout.data_nbytes == sum(math.prod(s.shape) * s.dtype.itemsize for s in schema.specs)
+    end = 0
+    for spec, slot in zip(schema.specs, layout.slots, strict=True):
+        assert (slot.shape, slot.dtype) == (spec.shape, spec.dtype)
+        assert end <= slot.offset < end + ALIGNMENT
+        assert slot.offset % slot.dtype.itemsize == 0
+        end = slot.offset + slot.nbytes
+    assert layout.nbytes - ALIGNMENT < end <= layout.nbytes
+
+
+@given(schemas)
+def test_sections_are_maximal_runs(schema):
+    sections = Layout.from_schema(schema).sections
+    kinds = [(section.dtype, section.codec.compression_type) for section in sections]
+    assert kinds == [kind for kind, _ in itertools.groupby((spec.dtype, spec.codec) for spec in schema.specs)]
+    for before, after in itertools.pairwise(sections):
+        assert before.end_element == after.first_element
+        assert after.offset % ALIGNMENT == 0
+
+
+@given(partitions())
+def test_parts_cover_every_element_once(partition):
+    end = 0
+    for index, part in enumerate(partition.parts):
+        assert part.index == index
+        assert part.start == end
+        assert part.count > 0
+        end += part.count
+    assert end == partition.layout.numel
+    end = 0
+    for owner, span in enumerate(partition.spans):
+        assert span.owner == owner
+        assert span.start == end
+        end = span.stop
+    assert end == partition.layout.numel
+
+
+@given(partitions())
+def test_parts_cross_no_border(partition):
+    for part in partition.parts:
+        span, section = partition.spans[part.owner], partition.layout.sections[part.section]
+        assert max(span.start, section.first_element) <= part.start
+        assert part.start + part.count <= min(span.stop, section.end_element)
+        assert part.nbytes == section.codec.encoded_nbytes(section.dtype, part.count)
+
+
+@given(partitions())
+def test_parts_of_owners(partition):
+    owned = [partition.parts_of(owner) for owner in range(len(partition.spans))]
+    assert tuple(itertools.chain.from_iterable(owned)) == partition.parts
+    for span, parts in zip(partition.spans, owned, strict=True):
+        assert sum(part.count for part in parts) == span.count
+
+
+@given(schemas, st.data())
+def test_parts_and_tensors_see_the_same_memory(schema, data):
+    layout = Layout.from_schema(schema)
+    partition = Partition.create(layout, [layout.data_nbytes], data.draw(st.integers(1, 100)))
+    area = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    for index in range(len(layout.slots)):
+        layout.tensor_view(area, index).fill_(index + 1)
+    through_parts = [value for part in partition.parts for value in layout.part_view(area, part).tolist()]
+    expected = [index + 1 for index, slot in enumerate(layout.slots) for _ in range(slot.count)]
+    assert through_parts == expected
+
+
+def layout_of(*tensors, codecs=None):
+    return Layout.from_tensors(tensors, codecs)
+
+
+def test_part_size_is_after_compression():
+    layout = layout_of(torch.zeros(100), torch.zeros(100), codecs=[NoCompression(), Float16Compression()])
+    parts = Partition.create(layout, [layout.data_nbytes], 80).parts
+    assert [part.count for part in parts] == [20] * 5 + [40, 40, 20]
+    assert [part.nbytes for part in parts] == [80] * 7 + [40]
+
+
+def test_small_tensors_share_a_part():
+    layout = layout_of(*(torch.zeros(3) for _ in range(10)))
+    assert len(Partition.create(layout, [120], 1 << 19).parts) == 1
+
+
+def test_part_of_one_element_at_least():
+    layout = layout_of(torch.zeros(3, dtype=torch.float64))
+    assert [part.count for part in Partition.create(layout, [24], 1).parts] == [1, 1, 1]
+
+
+def test_spans_are_in_bytes():
+    # 64 bytes of float64 are half of the vector's bytes, but a third of its elements.
+    layout = layout_of(torch.zeros(8, dtype=torch.float64), torch.zeros(16))
+    assert [span.count for span in Partition.create(layout, [64, 64], 1 << 19).spans] == [8, 16]
+
+
+def test_borders_inside_an_element_move_to_its_beginning():
+    layout = layout_of(torch.zeros(3))
+    assert [span.count for span in Partition.create(layout, [7, 0, 5], 100).spans] == [1, 0, 2]
+
+
+def test_nothing_to_average():
+    layout = layout_of(torch.zeros(0), torch.zeros(3, 0, dtype=torch.float64))
+    partition = Partition.create(layout, [0, 0], 100)
+    assert layout.nbytes == 0
+    assert partition.parts == ()
+    assert partition.parts_of(1) == ()
+    assert [span.count for span in partition.spans] == [0, 0]
+
+
+def test_a_model_of_4_gb():
+    layout = Layout.from_schema(TensorSchema((TensorSpec((1 << 30,), torch.float32),)))
+    partition = Partition.create(layout, load_balance_peers(layout.data_nbytes, [None] * 4), 1 << 19)
+    assert len(partition.parts) == 8192
+
+
+def test_too_many_parts_are_refused_before_they_are_made():
+    layout = Layout.from_schema(TensorSchema((TensorSpec((1 << 40,), torch.float32),)))
+    with pytest.raises(InvalidValueError, match=f"at most {MAX_PARTS} parts"):
+        Partition.create(layout, [layout.data_nbytes], 1024)
+
+
+@pytest.mark.parametrize(("owned", "part_size"), [([11], 10), ([13, -1], 10), ([12], 0)])
+def test_bad_arguments(owned, part_size):
+    with pytest.raises(InvalidValueError):
+        Partition.create(layout_of(torch.zeros(3)), owned, part_size)
