@@ -7,6 +7,7 @@ import pickle
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -36,14 +37,15 @@ from shoal.errors import (
     InvalidTypeError,
     InvalidValueError,
     MatchmakingException,
+    PeerProcessDied,
 )
 from shoal.p2p.identity import PeerID
+from shoal.runtime.futures import MPFuture
 from shoal.utils.serializer import MSGPackSerializer
 from shoal.utils.timed import get_dht_time
 
 if TYPE_CHECKING:
     from shoal.averaging.report import RoundReport
-    from shoal.runtime.futures import MPFuture
     from shoal.runtime.process import ServiceHandle
 
 logger = logging.getLogger(__name__)
@@ -146,7 +148,7 @@ class DecentralizedAverager:
             matchmaking=matchmaking_config(
                 target_group_size, min_group_size, min_matchmaking_time, request_timeout
             ),
-            client_mode=_resolve_client_mode(client_mode, dht),
+            client_mode=client_mode,
             part_size_bytes=part_size_bytes,
             allreduce_timeout=allreduce_timeout,
             bandwidth=bandwidth,
@@ -170,7 +172,7 @@ class DecentralizedAverager:
         self._keeper = TensorKeeper(TensorStore(tensors, layout), layout, float(averaging_alpha))
         self._shutdown_timeout = shutdown_timeout
         self._steps = 0
-        self._handle: ServiceHandle | None = None
+        self._started: MPFuture[ServiceHandle] | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
         if start:
             self.run_in_background()
@@ -184,33 +186,34 @@ class DecentralizedAverager:
         :raises InvalidStateError: it was started before, or the DHT is not running
         :raises TimeoutError: it was not ready in time; it is shut down
         """
-        if self._handle is not None:
+        if self._started is not None:
             raise InvalidStateError("this averager was started already")
+        self._config = replace(
+            self._config, client_mode=_resolve_client_mode(self._config.client_mode, self.dht)
+        )
         setup = pickle.dumps((self._config, self._schema))
         factory = partial(create_averager_service, setup, self.dht.service_name)
-        handle = self.dht.background.create_service(
+        creation = self.dht.background.create_service(
             factory, name=f"averager {self._config.prefix}", handler=self._keeper.handle
         )
-        self._handle = handle
-        self._finalizer = weakref.finalize(self, _close, handle, self._keeper)
-        memory = self._keeper.create_memory()
-        ready = handle.call(AttachArena(memory.nbytes), descriptors=[memory.fd])
+        self._started = MPFuture()
+        self._finalizer = weakref.finalize(self, _close, creation, self._keeper)
+        creation.add_done_callback(partial(_attach_arena, self._started, self._keeper))
         if await_ready:
             try:
-                ready.result(timeout)
+                self._started.result(timeout)
             except BaseException:
                 self.shutdown()
                 raise
 
     def shutdown(self) -> None:
-        """End the averager: steps that run are cancelled, groupmates learn it at once. Idempotent; the DHT
-        runs on.
-        """
-        if self._finalizer is None or not self._finalizer.alive:
+        """End the averager: steps that run are cancelled, groupmates learn it at once. Idempotent; the DHT runs on."""
+        if self._finalizer is None:
             return
-        self._finalizer.detach()
-        assert self._handle is not None
-        _close(self._handle, self._keeper, self._shutdown_timeout)
+        registered = self._finalizer.detach()
+        if registered is not None:
+            _, close, (creation, keeper), _ = registered
+            close(creation, keeper, self._shutdown_timeout)
 
     @property
     def is_alive(self) -> bool:
@@ -218,7 +221,7 @@ class DecentralizedAverager:
         return self._finalizer is not None and self._finalizer.alive and self.dht.is_alive()
 
     def __enter__(self) -> DecentralizedAverager:
-        if self._handle is None:
+        if self._started is None:
             self.run_in_background()
         return self
 
@@ -244,7 +247,8 @@ class DecentralizedAverager:
 
     @property
     def client_mode(self) -> bool:
-        return self._config.client_mode
+        """Whether this averager only joins groups that others lead."""
+        return _resolve_client_mode(self._config.client_mode, self.dht)
 
     @property
     def total_size(self) -> int:
@@ -330,9 +334,7 @@ class DecentralizedAverager:
         allow_retries: bool,
         require_trigger: bool,
     ) -> StepControl:
-        handle = self._handle
-        if handle is None:
-            raise InvalidStateError("this averager is not started; call run_in_background() first")
+        handle = self._ready()
         now = get_dht_time()
         if timeout is not None:
             check_number("timeout", timeout, above=0)
@@ -343,8 +345,8 @@ class DecentralizedAverager:
             check_number("scheduled_time", scheduled_time)
             if deadline is not None and scheduled_time > deadline:
                 raise InvalidValueError(
-                    f"scheduled_time={scheduled_time}: it is {scheduled_time - now:.1f} s ahead, and timeout={timeout} s "
-                    "ends the search before"
+                    f"scheduled_time={scheduled_time}: it is {scheduled_time - now:.1f} s ahead, "
+                    f"and timeout={timeout} s ends the search before"
                 )
         if weight is None:
             weight = 1.0
@@ -374,6 +376,11 @@ class DecentralizedAverager:
         control.follow(call)
         call.add_done_callback(partial(_finish_step, control, command.step, self._keeper, self.serializer))
         return control
+
+    def _ready(self) -> ServiceHandle:
+        if self._started is None:
+            raise InvalidStateError("this averager is not started; call run_in_background() first")
+        return self._started.result()
 
     def _encode(self, gather: Any) -> bytes:
         encoded: bytes = self.serializer.dumps(gather)
@@ -408,15 +415,29 @@ def _finish_step(control: StepControl, step: int, keeper: TensorKeeper, serializ
         control.fail(kind(failure), outcome.report)
 
 
-def _close(handle: ServiceHandle, keeper: TensorKeeper, timeout: float = 5.0) -> None:
-    """End the service in the background process, if that still runs."""
-    closed = handle.close()
+def _attach_arena(started: MPFuture[ServiceHandle], keeper: TensorKeeper, creation: Any) -> None:
+    """The service was made: give it the shared memory, and then the averager has started."""
     try:
-        closed.result(timeout)
+        handle: ServiceHandle = creation.result()
+        memory = keeper.create_memory()
+        handle.call(AttachArena(memory.nbytes), descriptors=[memory.fd]).result()
+    except BaseException as e:  # noqa: BLE001 - whoever waits for the start gets it
+        started.set_exception(e)
+    else:
+        started.set_result(handle)
+
+
+def _close(creation: MPFuture[ServiceHandle], keeper: TensorKeeper, timeout: float = 5.0) -> None:
+    """End the service in the background process, if it came to be and that still runs."""
+    try:
+        if not creation.cancel() and creation.exception(timeout) is None:
+            creation.result().close().result(timeout)
     except TimeoutError:
         logger.warning(
             "the averager did not end within %g s; it ends with its background process at the latest", timeout
         )
+    except PeerProcessDied as e:
+        logger.debug("the averager's background process had ended before: %s", e)
     finally:
         keeper.close()
 
@@ -424,7 +445,6 @@ def _close(handle: ServiceHandle, keeper: TensorKeeper, timeout: float = 5.0) ->
 def _resolve_client_mode(client_mode: bool | None, dht: DHT) -> bool:
     if client_mode is None:
         return dht.client_mode
-    check_flag("client_mode", client_mode)
     if dht.client_mode and not client_mode:
         raise InvalidValueError(
             "client_mode=False: the averager's DHT is in client mode, so other peers can't dial it; "

@@ -23,7 +23,8 @@ class AveragerConfig:
 
     prefix: str
     matchmaking: MatchmakingConfig
-    client_mode: bool
+    client_mode: bool | None
+    """None: as the DHT, which is known when the averager starts."""
     part_size_bytes: int = DEFAULT_PART_SIZE_BYTES
     allreduce_timeout: float | None = None
     bandwidth: float | None = None
@@ -37,7 +38,8 @@ class AveragerConfig:
                 f"prefix={self.prefix!r}: a dot separates the prefix from the group bits; use another character"
             )
         group_key(self.prefix)
-        check_flag("client_mode", self.client_mode)
+        if self.client_mode is not None:
+            check_flag("client_mode", self.client_mode)
         check_count("part_size_bytes", self.part_size_bytes, MIN_PART_SIZE_BYTES, MAX_PART_SIZE_BYTES)
         if self.allreduce_timeout is not None:
             check_number("allreduce_timeout", self.allreduce_timeout, above=0)

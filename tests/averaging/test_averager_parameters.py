@@ -1,0 +1,167 @@
+"""Every parameter of the averager is checked before anything starts; what is not implemented says so."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import shoal
+from shoal.averaging import DecentralizedAverager
+
+SIGNATURE = [
+    "averaged_tensors",
+    "dht",
+    "start",
+    "prefix",
+    "target_group_size",
+    "min_group_size",
+    "initial_group_bits",
+    "min_matchmaking_time",
+    "request_timeout",
+    "averaging_alpha",
+    "part_size_bytes",
+    "allreduce_timeout",
+    "next_chunk_timeout",
+    "sender_timeout",
+    "reducer_timeout",
+    "compression",
+    "state_compression",
+    "tensor_infos",
+    "bandwidth",
+    "min_vector_size",
+    "auxiliary",
+    "allow_state_sharing",
+    "declare_state_period",
+    "client_mode",
+    "daemon",
+    "shutdown_timeout",
+]
+
+
+def make(**options: Any) -> DecentralizedAverager:
+    dht = shoal.DHT(start=False)
+    settings: dict[str, Any] = {
+        "averaged_tensors": [torch.zeros(3)],
+        "dht": dht,
+        "start": False,
+        "prefix": "p",
+    }
+    return DecentralizedAverager(**(settings | options))
+
+
+def test_the_signature_is_that_of_the_reference():
+    parameters = inspect.signature(DecentralizedAverager).parameters
+    assert sorted(parameters) == sorted(SIGNATURE)
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    assert (defaults["min_group_size"], defaults["min_matchmaking_time"], defaults["request_timeout"]) == (
+        2,
+        5,
+        3,
+    )
+    assert (defaults["part_size_bytes"], defaults["averaging_alpha"], defaults["shutdown_timeout"]) == (
+        524288,
+        1,
+        5,
+    )
+
+
+def test_the_defaults_make_an_averager():
+    averager = make()
+    assert averager.prefix == "p"
+    assert averager.total_size == 3
+    assert not averager.is_alive
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefix": ""}, "prefix=''"),
+        ({"prefix": "a.b"}, "prefix='a.b'"),
+        ({"target_group_size": 0}, "target_group_size=0"),
+        ({"target_group_size": 2, "min_group_size": 3}, "target_group_size=2"),
+        ({"min_group_size": 0}, "min_group_size=0"),
+        ({"min_matchmaking_time": 0}, "min_matchmaking_time=0"),
+        ({"min_matchmaking_time": math.inf}, "min_matchmaking_time=inf"),
+        ({"request_timeout": -1}, "request_timeout=-1"),
+        ({"averaging_alpha": math.nan}, "averaging_alpha=nan"),
+        ({"averaging_alpha": 0}, "averaging_alpha=0"),
+        ({"part_size_bytes": 10}, "part_size_bytes=10"),
+        ({"part_size_bytes": 1 << 40}, "part_size_bytes="),
+        ({"allreduce_timeout": 0}, "allreduce_timeout=0"),
+        ({"bandwidth": -1.0}, "bandwidth=-1.0"),
+        ({"bandwidth": math.inf}, "bandwidth=inf"),
+        ({"shutdown_timeout": -1}, "shutdown_timeout=-1"),
+        ({"daemon": False}, "daemon=False"),
+        ({"averaged_tensors": []}, "averaged_tensors is empty"),
+    ],
+)
+def test_a_value_out_of_range_is_a_value_error_that_names_it(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError) as caught:
+        make(**options)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefix": 3}, "prefix=3"),
+        ({"target_group_size": "4"}, "target_group_size='4'"),
+        ({"min_group_size": 2.5}, "min_group_size=2.5"),
+        ({"min_matchmaking_time": "5"}, "min_matchmaking_time='5'"),
+        ({"client_mode": 1}, "client_mode=1"),
+        ({"start": "yes"}, "start='yes'"),
+        ({"compression": "fp16"}, "compression='fp16'"),
+        ({"dht": "dht"}, "dht='dht'"),
+        ({"averaged_tensors": torch.zeros(3)}, "averaged_tensors is a single tensor"),
+        (
+            {"averaged_tensors": [torch.zeros(3, dtype=torch.int64)]},
+            "averaged_tensors[0] has dtype torch.int64",
+        ),
+        ({"averaged_tensors": [torch.zeros(3).to_sparse()]}, "averaged_tensors[0]"),
+        ({"averaged_tensors": [1.0]}, "averaged_tensors[0] is float"),
+    ],
+)
+def test_a_wrong_type_is_a_type_error_that_names_it(options: dict[str, Any], message: str):
+    with pytest.raises(TypeError) as caught:
+        make(**options)
+    assert message in str(caught.value)
+
+
+def test_a_tensor_computed_by_autograd_is_refused():
+    with pytest.raises(ValueError, match=r"averaged_tensors\[0\] was computed by autograd"):
+        make(averaged_tensors=[torch.zeros(3, requires_grad=True) * 2])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"initial_group_bits": "01"},
+        {"next_chunk_timeout": 1.0},
+        {"sender_timeout": 1.0},
+        {"reducer_timeout": 1.0},
+        {"tensor_infos": []},
+        {"min_vector_size": 5},
+        {"auxiliary": True},
+        {"allow_state_sharing": True},
+        {"declare_state_period": 10},
+        {"state_compression": shoal.Float16Compression()},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_is_not_implemented_is_never_silently_ignored(options: dict[str, Any]):
+    with pytest.raises(NotImplementedError, match=next(iter(options))):
+        make(**options)
+
+
+def test_a_step_before_the_start_says_so():
+    with pytest.raises(RuntimeError, match="not started"):
+        make().step(wait=False)
+
+
+def test_a_request_timeout_that_is_too_long_is_a_warning(caplog: pytest.LogCaptureFixture):
+    make(request_timeout=6.0)
+    assert "request_timeout=6" in caplog.text
