@@ -215,6 +215,8 @@ class HostNetwork:
         except asyncio.CancelledError:
             far.lose(ConnectionResetError("the dialer has gone"))
             raise
+        if near._is_lost:
+            raise ConnectionResetError(104, f"the connection to {address} broke while it was made")
         near.begin(factory())
         return near
 
