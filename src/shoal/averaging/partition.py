@@ -233,7 +233,7 @@ def _cut(layout: Layout, spans: Sequence[Span], part_size_bytes: int) -> tuple[P
                     f" tensors; there may be at most {MAX_PARTS} parts"
                 )
             for first in range(start, stop, step):
-                parts.append(_part(section, span.owner, len(parts), first, min(step, stop - first)))  # noqa: PERF401
+                parts.append(_part(section, span.owner, len(parts), first, min(step, stop - first)))
     return tuple(parts)
 
 
