@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import inspect
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,6 @@ from shoal.p2p.network import TcpNetwork
 from shoal.runtime import pickling
 from shoal.runtime.channel import close_descriptors
 from shoal.runtime.service import ServiceContext
-from shoal.utils.serializer import MSGPackSerializer
 from shoal.utils.timed import get_dht_time
 
 
@@ -83,18 +83,18 @@ class DHTService:
             await self.node.host.close()
 
     async def _store(self, command: StoreRecord) -> bool:
-        subkey = None if command.subkey is None else MSGPackSerializer.loads(command.subkey)
-        key, value = MSGPackSerializer.loads(command.key), MSGPackSerializer.loads(command.value)
-        return await self.node.store(key, value, command.expiration_time, subkey)
+        return await self.node.store_serialized(
+            command.key, command.value, command.expiration_time, command.subkey
+        )
 
     async def _get(self, command: GetRecord) -> ValueWithExpiration | None:
-        return await self.node.get(MSGPackSerializer.loads(command.key), latest=command.latest)
+        return await self.node.get_serialized(command.key, command.latest)
 
     async def _run_coroutine(self, command: RunCoroutine) -> object:
         # On a thread: loading it imports the modules that it needs.
         function = await asyncio.to_thread(pickling.loads, command.function)
         coroutine = function(self._view, self.node)
-        if not asyncio.iscoroutine(coroutine):
+        if not inspect.isawaitable(coroutine):
             raise InvalidTypeError(
                 f"run_coroutine needs an `async def` function, but {function!r} returned {coroutine!r}"
             )

@@ -1,0 +1,149 @@
+"""Services that the tests start in background processes. Imports nothing that such a process does not have anyway."""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import inspect
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from shoal.runtime.memory import SharedMemory
+
+
+class Runner:
+    """Runs what it is told: ``(function, *arguments)``; ``async`` functions get the service first."""
+
+    def __init__(self, context: Any, farewell: str | None = None) -> None:
+        self.context = context
+        self.notes: list[str] = []
+        self.events: dict[str, asyncio.Event] = {}
+        self._farewell = farewell
+        self.descriptors: Sequence[int] = ()
+
+    def event(self, name: str) -> asyncio.Event:
+        return self.events.setdefault(name, asyncio.Event())
+
+    async def handle(self, command: Any, descriptors: Sequence[int]) -> object:
+        function, *arguments = command
+        self.descriptors = descriptors
+        result = function(self, *arguments)
+        return await result if inspect.iscoroutine(result) else result
+
+    async def close(self) -> None:
+        if self._farewell is not None:
+            with open(self._farewell, "a") as file:
+                file.write(f"{self.context.service_id}\n")
+
+
+async def make_runner(context: Any) -> Runner:
+    return Runner(context)
+
+
+async def make_runner_with_farewell(path: str, context: Any) -> Runner:
+    return Runner(context, path)
+
+
+async def make_failing(context: Any) -> Runner:
+    raise ConnectionRefusedError("nobody there")
+
+
+async def make_stubborn(context: Any) -> Runner:
+    class Stubborn(Runner):
+        async def close(self) -> None:
+            await asyncio.sleep(3600)
+
+    return Stubborn(context)
+
+
+def echo(service: Runner, value: object) -> object:
+    return value
+
+
+async def wait_for(service: Runner, name: str) -> str:
+    await service.event(name).wait()
+    return name
+
+
+def set_event(service: Runner, name: str) -> None:
+    service.event(name).set()
+
+
+async def wait_for_cancellation(service: Runner) -> None:
+    set_event(service, "waiting")
+    try:
+        await asyncio.sleep(3600)
+    except asyncio.CancelledError:
+        set_event(service, "cancelled")
+        raise
+
+
+def fail(service: Runner, error: BaseException) -> None:
+    raise error
+
+
+async def call_host(service: Runner, *commands: object) -> list[object]:
+    return list(await asyncio.gather(*map(service.context.call_host, commands)))
+
+
+async def call_host_and_cancel(service: Runner, command: object) -> str:
+    task = asyncio.ensure_future(service.context.call_host(command))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    return "cancelled" if task.cancelled() else "not cancelled"
+
+
+def evaluate(service: Runner, expression: str) -> object:
+    return eval(expression, {**globals(), "service": service})
+
+
+def add_one_to_memory(service: Runner, nbytes: int) -> None:
+    with SharedMemory.from_descriptor(service.descriptors[0], nbytes) as memory:
+        memory.buffer[nbytes - 1] += 1
+
+
+def log(service: Runner, name: str, level: int, message: str, *arguments: object, **rest: Any) -> None:
+    logging.getLogger(name).log(level, message, *arguments, **rest)
+
+
+def log_with_traceback(service: Runner) -> None:
+    try:
+        raise LookupError("looked up")
+    except LookupError:
+        logging.getLogger("shoal.tests").exception("it failed")
+
+
+def log_much(service: Runner, count: int) -> int:
+    began = time.monotonic()
+    for number in range(count):
+        logging.getLogger("shoal.tests").info("%d %s", number, "x" * 1000)
+    return round(time.monotonic() - began)
+
+
+def print_lines(service: Runner) -> None:
+    print("printed\nand more")
+    print("complained", file=sys.stderr)
+    os.write(2, b"from below Python\n")
+
+
+def die(service: Runner, how: str) -> None:
+    logging.getLogger("shoal.tests").warning("last words")
+    if how == "exit":
+        os._exit(3)
+    if how == "segfault":
+        faulthandler._sigsegv()  # type: ignore[attr-defined]
+    os.kill(os.getpid(), 9)
+
+
+def block_loop(service: Runner) -> None:
+    while True:
+        time.sleep(0.01)
+
+
+async def call_function(service: Runner, function: Callable[[], object]) -> object:
+    return function()
