@@ -149,10 +149,23 @@ def decode_declaration(raw: object) -> Declaration:
         math.isfinite(declaration.start_time)
         and len(declaration.schema_hash) == SCHEMA_HASH_BYTES
         and len(declaration.addresses) <= MAX_ADDRESSES
-        and len(declaration.group) <= MAX_GROUP_SIZE
     ):
         raise InvalidValueError("a declaration with a field out of bounds")
+    try:
+        check_searches(declaration.group)
+    except ProtocolViolation as e:
+        raise InvalidValueError(f"a declaration of a group: {e}") from e
     return declaration
+
+
+def check_searches(members: tuple[Search, ...]) -> None:
+    """:raises ProtocolViolation: they cannot be the members of a group"""
+    if len(members) > MAX_GROUP_SIZE:
+        raise ProtocolViolation(f"a group of {len(members)} members; at most {MAX_GROUP_SIZE} are allowed")
+    for member in members:
+        peer_id_of(member.peer_id)
+        if not math.isfinite(member.start_time):
+            raise ProtocolViolation(f"a member with start time {member.start_time}")
 
 
 def peer_id_of(raw: bytes) -> PeerID:

@@ -205,12 +205,14 @@ class Matchmaking:
         schema_hash: bytes,
         key: str,
         start_time: float,
+        order_time: float | None = None,
         deadline: float | None,
     ) -> None:
+        """``start_time``: when to begin, if not full before; ``order_time``: the place in the order, if not the same."""
         self.state = State.NEW
         self.config = config
         self.key = key
-        self.me = Candidate(start_time, peer_id, mode.can_lead)
+        self.me = Candidate(start_time if order_time is None else order_time, peer_id, mode.can_lead)
         self.story = SearchStory(key, config.target_group_size, config.min_group_size)
         self._schema_hash = schema_hash
         self._peers = _Peers()
