@@ -231,6 +231,7 @@ class AllReduce:
     _received: list[int] = field(default_factory=list)
     _averaged: int = 0
     _snapshot_taken: bool = False
+    _reported_loss: bool = False
     _ready: list[bool] = field(default_factory=list)
     _answers: dict[int, Phase | None] = field(default_factory=dict)
     _history: deque[str] = field(default_factory=lambda: deque(maxlen=HISTORY_LENGTH))
@@ -360,13 +361,22 @@ class AllReduce:
         story = f"lost {self.roles.name(member)}: {reason}"
         if self.roles.me == self.roles.leader:
             return [] if self._ready[member] else self._decide(story)
-        if self.phase is Phase.EXCHANGING:
+        if self.phase is Phase.EXCHANGING and member == self.roles.leader:
             return self._give_up(story)
+        if self.phase is Phase.EXCHANGING:
+            return self._report_loss(story)
         if self.phase is Phase.READY and member == self.roles.leader:
             self._move_to(Phase.ORPHANED)
             self.failure = story
             return [AskForOutcome(self.roles.others)]
         return []
+
+    def _report_loss(self, story: str) -> list[Effect]:
+        """The round cannot commit any more; the leader, who may know better why, fails it for everybody alike."""
+        if self._reported_loss:
+            return []
+        self._reported_loss = True
+        return [ReportToLeader(story)]
 
     def _on_withdrawn(self, reason: str) -> list[Effect]:
         if self.phase is Phase.EXCHANGING and self.roles.me == self.roles.leader:

@@ -353,8 +353,6 @@ class Round:
                     if not outcome.done():
                         reason = self._report.result()
                         await stream.send(MemberReport(reason and reason[:MAX_REASON_CHARS]))
-                        if reason is not None:
-                            return
                     self._feed_from(leader, OutcomeReceived((await outcome).reason))
                 finally:
                     outcome.cancel()
