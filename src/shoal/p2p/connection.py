@@ -341,8 +341,10 @@ class Connection(asyncio.BufferedProtocol):
         try:
             for _ in pieces:
                 self._flush()
-                if self._paused and self.close_reason is None and state.failure is None:
+                if self._paused and state.failure is None:
                     await self._drained(state)
+                if self.close_reason is not None:
+                    return
         finally:
             if self.close_reason is None:
                 for _ in pieces:

@@ -7,6 +7,7 @@ sides dial at once, both connections stand for a while, both sides prefer the sa
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -128,10 +129,15 @@ class Connections:
     async def open_lane_to(self, peer: PeerID) -> bool:
         """``peer`` asks for one more lane, because it cannot dial this host."""
         loop = asyncio.get_running_loop()
-        if len(self._bulk(peer)) >= self.config.bulk_lanes or not self.is_dialable(peer):
+        before = len(self._bulk(peer))
+        if before >= self.config.bulk_lanes or not self.is_dialable(peer):
             return False
-        outcome = await self._dial(peer, Lane.BULK, loop.time() + self.config.dial_timeout)
-        return not isinstance(outcome, PeerUnreachable)
+        deadline = loop.time() + self.config.dial_timeout
+        # More than once, if the dial that was joined had just led to the lane before.
+        while len(self._bulk(peer)) <= before:
+            if isinstance(await self._dial(peer, Lane.BULK, deadline), PeerUnreachable):
+                return False
+        return True
 
     async def dial_address(
         self, address: Multiaddr, expected: PeerID | None, lane: Lane, deadline: float
@@ -164,18 +170,19 @@ class Connections:
             self._forget_arrival(peer, Lane.BULK, arrival)
 
     async def _arrives(self, arrival: asyncio.Future[None], deadline: float) -> bool:
-        timeout = deadline - asyncio.get_running_loop().time()
+        timeout = min(deadline - asyncio.get_running_loop().time(), self.config.dial_timeout)
         await asyncio.wait((arrival,), timeout=max(timeout, 0.0))
         return arrival.done()
 
     async def _dial(self, peer: PeerID, lane: Lane, deadline: float) -> Connection | PeerUnreachable | None:
-        """Share the dial that is under way, or begin one; None if the peer has come by itself meanwhile."""
+        """Share the dial that is under way, or begin one; None to look again at what there is."""
         loop = asyncio.get_running_loop()
         task = self._dials.get((peer, lane))
-        if task is None:
+        is_joined = task is not None and not task.done()
+        if task is None or not is_joined:
             task = loop.create_task(self._run_dial(peer, lane))
             self._dials[peer, lane] = task
-            task.add_done_callback(lambda _: self._dials.pop((peer, lane), None))
+            task.add_done_callback(functools.partial(self._dial_done, peer, lane))
         arrival = self._entry(peer).next_arrival(lane)
         try:
             await asyncio.wait(
@@ -184,12 +191,22 @@ class Connections:
             if task.done():
                 if task.cancelled():
                     raise InvalidStateError("the host is closed")
-                return task.result()
+                outcome = task.result()
+                # One that was under way may have led to a connection that has ended already: dial afresh.
+                is_stale = is_joined and isinstance(outcome, Connection) and not outcome.is_open
+                return None if is_stale else outcome
             if arrival.done():
                 return None
             raise DeadlineExceeded(f"{peer} could not be connected in time")
         finally:
             self._forget_arrival(peer, lane, arrival)
+
+    def _dial_done(self, peer: PeerID, lane: Lane, task: asyncio.Task[Connection | PeerUnreachable]) -> None:
+        if self._dials.get((peer, lane)) is task:
+            del self._dials[peer, lane]
+        if not task.cancelled() and task.exception() is not None:
+            # Failures to reach a peer are results; this is a mistake of ours, which those who wait see too.
+            logger.error("dialing %s failed unexpectedly", peer, exc_info=task.exception())
 
     async def _run_dial(self, peer: PeerID, lane: Lane) -> Connection | PeerUnreachable:
         outcome = await self._dialer.dial(self.addresses.get(peer), peer, lane)
@@ -317,6 +334,12 @@ class Connections:
     def _check_not_closing(self) -> None:
         if self._is_closing:
             raise InvalidStateError("the host is closed")
+
+    def abort(self) -> None:
+        """Reset all connections."""
+        self._is_closing = True
+        for connection in list(self._connections):
+            connection.abort("aborted by this side")
 
     async def close(self) -> None:
         """Say goodbye to everybody; when this returns, no transport, handler or dial is left."""

@@ -131,6 +131,13 @@ class Host:
         for listener in self._listeners:
             await listener.wait_closed()
 
+    def abort(self) -> None:
+        """Drop everything at once without a word, as the death of the process would; :meth:`close` it then."""
+        self._state = "closed"
+        for listener in self._listeners:
+            listener.close()
+        self._connections.abort()
+
     @property
     def listen_addresses(self) -> list[Multiaddr]:
         """Where the host listens, with real ports, without ``/p2p``."""
@@ -195,6 +202,12 @@ class Host:
     def connected_peers(self) -> list[PeerID]:
         """Everybody to whom a connection stands, in the order in which they came."""
         return self._connections.connected()
+
+    def count_connections(self, peer: PeerID) -> dict[Lane, int]:
+        """How many connections to ``peer`` stand, by kind."""
+        connections = self._connections.to(peer)
+        lanes = [] if connections is None else [one.lane for one in connections.all() if one.is_open]
+        return {lane: lanes.count(lane) for lane in (Lane.CONTROL, Lane.BULK)}
 
     def rtt(self, peer: PeerID) -> float | None:
         """The smoothed round-trip time to ``peer`` in seconds, if it was measured."""

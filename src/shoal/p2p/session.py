@@ -7,7 +7,8 @@ the bytes; once both PeerIDs are proven, each Noise message is opened in place: 
 buffer, plaintext goes to a new ``bytes`` or, in a payload, to the memory that its receiver gave, and nowhere
 between. Outgoing payloads are sealed straight into large batches of wire bytes (:mod:`shoal.p2p.sealing`).
 
-The first error ends a session: every later call raises it again. Time limits are the shell's business.
+The first error ends a session: every later call raises it again, but for sending GOODBYE, which tells the
+peer. Time limits are the shell's business.
 """
 
 from __future__ import annotations
@@ -174,6 +175,11 @@ class Session:
                 return
             yield event
 
+    def discard_payload(self) -> None:
+        """Take the rest of the payload under way elsewhere: its memory is not touched after this."""
+        if self._decoder.payload is not None:
+            self._decoder.payload = memoryview(bytearray(self._decoder.payload.nbytes))
+
     def receive_eof(self) -> None:
         """The other side sends no more: :class:`~shoal.p2p.violations.TruncatedStream` unless it was done.
 
@@ -234,8 +240,11 @@ class Session:
     # ---- sending ----
 
     def send_frame(self, kind: FrameKind, stream_id: int, body: Buffer = b"") -> None:
-        """Queue a frame of any kind but PAYLOAD. :class:`InvalidValueError` for one that no peer would take."""
-        sender = self._check_open()
+        """Queue a frame of any kind but PAYLOAD. :class:`InvalidValueError` for one that no peer would take.
+
+        GOODBYE can be sent even after the other side has broken the protocol, to tell it how.
+        """
+        sender = self._check_open(even_failed=kind is FrameKind.GOODBYE)
         if kind is FrameKind.PAYLOAD:
             raise InvalidValueError("kind: payloads are sent with send_payload")
         if kind is FrameKind.OPEN and stream_id % 2 != (self.role is Role.INITIATOR):
@@ -295,8 +304,9 @@ class Session:
         if self._failure is not None:
             raise self._failure.with_traceback(None)
 
-    def _check_open(self) -> CipherState:
-        self._check_alive()
+    def _check_open(self, *, even_failed: bool = False) -> CipherState:
+        if not even_failed:
+            self._check_alive()
         if self._sender is None:
             raise InvalidStateError("nothing can be sent before the handshake is completed")
         if self._frame_unfinished:
