@@ -1,0 +1,1 @@
+"""The command line: ``shoal demo`` and ``shoal peer``. Uses the public API of Shoal alone."""
