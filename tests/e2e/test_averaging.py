@@ -21,22 +21,39 @@ from shoal.errors import AllreduceException, InvalidStateError, MatchmakingExcep
 
 STEP_TIMEOUT = 30.0
 
+pytestmark = pytest.mark.xdist_group("averaging")  # one worker, so that the background processes are shared
+
 
 class Swarm:
-    """DHTs and averagers of one test, each DHT with a background process of its own."""
+    """The averagers of one test, under a prefix of its own, on DHTs that all tests of this file share.
 
-    def __init__(self) -> None:
-        self.dhts: list[shoal.DHT] = []
+    Each DHT has a background process of its own, which imports torch: that takes longer than most tests.
+    """
+
+    def __init__(self, shared: list[shoal.DHT], prefix: str) -> None:
+        self.prefix = prefix
         self.averagers: list[shoal.DecentralizedAverager] = []
+        self.own: list[shoal.DHT] = []
+        self._shared = shared
+        self._free = list(shared)
 
-    def dht(self, **options: Any) -> shoal.DHT:
-        initial = self.dhts[0].get_visible_maddrs() if self.dhts else None
-        self.dhts.append(shoal.DHT(initial_peers=initial, start=True, **options))
-        return self.dhts[-1]
+    def dht(self) -> shoal.DHT:
+        """A DHT that no other averager of this test lives with."""
+        if not self._free:
+            self._shared.append(new_dht(self._shared))
+            return self._shared[-1]
+        return self._free.pop(0)
 
-    def peer(self, tensors: list[torch.Tensor], size: int, *, dht: shoal.DHT | None = None, **options: Any):
+    def own_dht(self) -> shoal.DHT:
+        """A DHT that the test may kill or shut down."""
+        self.own.append(new_dht(self._shared))
+        return self.own[-1]
+
+    def peer(
+        self, tensors: list[torch.Tensor], size: int, *, dht: shoal.DHT | None = None, **options: Any
+    ) -> shoal.DecentralizedAverager:
         settings: dict[str, Any] = {
-            "prefix": "test",
+            "prefix": self.prefix,
             "target_group_size": size,
             "min_group_size": size,
             "min_matchmaking_time": 2.0,
@@ -51,13 +68,25 @@ class Swarm:
     def close(self) -> None:
         for averager in self.averagers:
             averager.shutdown()
-        for dht in self.dhts:
+        for dht in self.own:
             dht.shutdown()
 
 
+def new_dht(others: list[shoal.DHT]) -> shoal.DHT:
+    return shoal.DHT(initial_peers=others[0].get_visible_maddrs() if others else None, start=True)
+
+
+@pytest.fixture(scope="module")
+def shared_dhts() -> Iterator[list[shoal.DHT]]:
+    dhts: list[shoal.DHT] = []
+    yield dhts
+    for dht in dhts:
+        dht.shutdown()
+
+
 @pytest.fixture
-def swarm() -> Iterator[Swarm]:
-    with contextlib.closing(Swarm()) as made:
+def swarm(shared_dhts: list[shoal.DHT], request: pytest.FixtureRequest) -> Iterator[Swarm]:
+    with contextlib.closing(Swarm(shared_dhts, request.node.name)) as made:
         yield made
 
 
@@ -192,12 +221,10 @@ def test_two_averagers_share_a_dht_under_different_prefixes(swarm: Swarm):
 
 
 def test_more_peers_than_the_target_form_several_groups(swarm: Swarm):
-    root = swarm.dht()
-    tensors = [[torch.full((4,), float(index))] for index in range(6)]
+    tensors = [[torch.full((4,), float(index))] for index in range(4)]
     averagers = [swarm.peer(own, size=2) for own in tensors]
-    del root
     results = step_all(averagers, gather=True)
-    assert sorted(len(result) for result in results) == [2] * 6
+    assert [len(result) for result in results] == [2] * 4
 
 
 def test_a_search_that_finds_nobody_says_so_and_changes_nothing(
@@ -208,7 +235,7 @@ def test_a_search_that_finds_nobody_says_so_and_changes_nothing(
     with caplog.at_level(logging.WARNING):
         assert averager.step(timeout=1.0) is None
     assert "averaging failed, tensors are unchanged" in caplog.text
-    with pytest.raises(MatchmakingException, match="test"):
+    with pytest.raises(MatchmakingException, match=swarm.prefix):
         averager.step(wait=False, timeout=1.0).result(30)
     assert torch.equal(tensor, torch.ones(3))
 
@@ -237,12 +264,10 @@ def test_not_a_number_fails_the_own_step_only_with_the_tensor_named(swarm: Swarm
 
 def test_a_killed_peer_fails_the_round_for_all_and_the_retry_succeeds_without_it(swarm: Swarm):
     tensors = [[torch.full((1_000_000,), float(index))] for index in range(3)]
-    root = swarm.dht()
     averagers = [
-        swarm.peer(own, size=3, min_group_size=2, min_matchmaking_time=1.0, request_timeout=0.5)
-        for own in tensors
+        swarm.peer(own, 3, dht=dht, min_group_size=2, min_matchmaking_time=1.0, request_timeout=0.5)
+        for own, dht in zip(tensors, [swarm.dht(), swarm.dht(), swarm.own_dht()], strict=True)
     ]
-    del root
     steps = [averager.step(wait=False, timeout=STEP_TIMEOUT, require_trigger=True) for averager in averagers]
     wait_for_stage(steps, AveragingStage.AWAITING_TRIGGER)
     os.kill(averagers[2].dht.background.pid, signal.SIGKILL)
@@ -303,7 +328,7 @@ def test_calls_after_shutdown_say_so(swarm: Swarm):
 
 
 def test_the_dht_may_be_shut_down_first(swarm: Swarm):
-    averager = swarm.peer([torch.zeros(2)], size=2)
+    averager = swarm.peer([torch.zeros(2)], size=2, dht=swarm.own_dht())
     averager.dht.shutdown()
     assert not averager.is_alive
     averager.shutdown()

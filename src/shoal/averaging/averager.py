@@ -436,7 +436,7 @@ def _close(creation: MPFuture[ServiceHandle], keeper: TensorKeeper, timeout: flo
         logger.warning(
             "the averager did not end within %g s; it ends with its background process at the latest", timeout
         )
-    except PeerProcessDied as e:
+    except (PeerProcessDied, InvalidStateError) as e:
         logger.debug("the averager's background process had ended before: %s", e)
     finally:
         keeper.close()

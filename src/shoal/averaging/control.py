@@ -104,6 +104,8 @@ class StepControl(MPFuture[Any]):
 
         :returns: False if the step has finished already
         """
+        if self.cancelled():
+            return True
         if not super().cancel():
             return False
         self.set_running_or_notify_cancel()

@@ -13,7 +13,7 @@ import torch
 from shoal.averaging.partition import Part, Partition
 from shoal.averaging.reduction import apply_difference, encode_difference, is_finite, reduce_part
 from shoal.compression.base import Bytes, tensor_bytes
-from shoal.errors import ProtocolViolation
+from shoal.errors import AllreduceException, ProtocolViolation
 
 MAX_HELD_PARTS = 16
 """Parts of one sender that may wait for those of slower senders; its next ones then stay on the wire."""
@@ -82,6 +82,7 @@ class OwnSpan:
         """Average a part that every contributor has delivered; the average lies in the arena from then on.
 
         :raises NotFiniteError: a sender's values are not finite
+        :raises AllreduceException: they are, but their sum is not
         """
         part = self.parts[index]
         codec, dtype = self._layout.codec_of(part), self._layout.dtype_of(part)
@@ -95,6 +96,8 @@ class OwnSpan:
         inputs = {**decoded, self._me: self._layout.part_view(self._arena.snapshot, part)}
         senders = [member for member in self._contributors if member in inputs]
         reduce_part([inputs[sender] for sender in senders], [self.weights[sender] for sender in senders], out)
+        if not is_finite(out):
+            raise AllreduceException("the sum of the members' values exceeds the range of their dtype")
         if not codec.lossless(dtype):
             for sender, values in decoded.items():
                 self._differences[sender, index] = encode_difference(codec, out, values)

@@ -68,13 +68,17 @@ class RoundReport:
 
     def __str__(self) -> str:
         if self.failure is not None:
-            return f"round {self.step}: failed after {self.phases.total:.1f} s: {self.failure}"
+            return f"round {self.step}: failed after {_seconds(self.phases.total)} s: {self.failure}"
         moved = self.bytes_sent + self.bytes_received
         seconds = self.phases.allreduce
         rate = moved * BITS_PER_BYTE / seconds / 1e6 if seconds > 0 else 0.0
         work = self.phases.snapshot + self.phases.allreduce + self.phases.apply
         return (
-            f"round {self.step}: {len(self.members)} peers in {self.phases.total:.1f} s "
-            f"(search {self.phases.search:.1f}, all-reduce {work:.1f}), "
+            f"round {self.step}: {len(self.members)} peers in {_seconds(self.phases.total)} s "
+            f"(search {_seconds(self.phases.search)}, all-reduce {_seconds(work)}), "
             f"{moved / 1e6:.3g} MB at {rate:.0f} Mbit/s, excluded: none"
         )
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f}" if value >= 1 else f"{value:.2f}"

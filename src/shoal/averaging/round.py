@@ -231,6 +231,8 @@ class Round:
             self._own.average(index)
         except NotFiniteError as e:
             return [Withdrawn(f"{self.core.roles.name(e.member)} {e}")]
+        except AllreduceException as e:
+            return [Withdrawn(str(e))]
         return [PartAveraged(index)]
 
     def _wake(self) -> None:
