@@ -7,6 +7,7 @@ itself.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 from shoal.errors import InvalidValueError
@@ -16,6 +17,7 @@ ID_BYTES = 20
 ID_BITS = 8 * ID_BYTES
 
 
+@functools.lru_cache(maxsize=16384)
 def node_id(peer: PeerID) -> int:
     """The id of a peer: the first 160 bits of SHA-256 over its PeerID."""
     return _hash(peer.to_bytes())

@@ -43,7 +43,7 @@ CALL_ERRORS = (ConnectionLost, DeadlineExceeded, PeerUnreachable, ProtocolViolat
 MAX_GREETINGS = 32
 """Peers greeted at the same time; who comes in addition will be heard of again."""
 MAX_LOST = 64
-FIRST_RETRY, LAST_RETRY = 1.0, 60.0
+FIRST_RETRY, LAST_RETRY = 1.0, 20.0
 FORGET_AFTER = 1800.0
 MAX_ADDRESSES = 8
 
@@ -66,6 +66,8 @@ class Neighbours:
         self.own_id = node_id(host.peer_id)
         self.table = RoutingTable(self.own_id, config.bucket_size)
         self.listening = False
+        self.heard_of: dict[PeerID, None] | None = {}
+        """While this node does not know yet whether it can be reached: peers that it will call when it knows."""
         self.on_joined: list[Callable[[PeerID], None]] = []
         self.on_left: list[Callable[[PeerID], None]] = []
         self._tasks = tasks
@@ -100,8 +102,8 @@ class Neighbours:
                 return response
         return None
 
-    def learn(self, contacts: Sequence[Contact]) -> list[PeerID]:
-        """Take in the nodes that a peer named; returns those that are worth calling.
+    def learn(self, contacts: Sequence[Contact], *, greet: bool = True) -> list[PeerID]:
+        """Take in the nodes that a peer named; returns those that are worth calling, and greets those that are new.
 
         Their addresses are remembered for peers to which no connection stands; what cannot be parsed is left out.
         """
@@ -118,7 +120,8 @@ class Neighbours:
             if not self.host.is_connected(peer):
                 self.host.add_addresses(peer, addresses)
             peers.append(peer)
-            self.greet_if_new(peer)
+            if greet:
+                self.greet_if_new(peer)
         return peers
 
     def contacts_near(self, target: int, known: bytes, count: int, asker: PeerID) -> list[Contact]:
@@ -153,7 +156,9 @@ class Neighbours:
 
     def greet_if_new(self, peer: PeerID) -> None:
         """Greet a peer in the background unless it is known, or was lost a moment ago."""
-        if peer not in self.table and not self._is_resting(peer) and len(self._greetings) < MAX_GREETINGS:
+        if self.heard_of is not None:
+            self.heard_of[peer] = None
+        elif peer not in self.table and not self._is_resting(peer) and len(self._greetings) < MAX_GREETINGS:
             self.greet_in_background(peer)
 
     def greet_in_background(self, peer: PeerID) -> asyncio.Task[bool]:

@@ -224,7 +224,7 @@ class DHTNode:
         if found:
             await self._enter()
         else:
-            self._neighbours.listening = not self.client_mode
+            self._present()
         self._joined = True
         self._upkeep.hurry()
         self._tasks.start(self._upkeep.run(), "dht-upkeep")
@@ -237,20 +237,21 @@ class DHTNode:
     async def _enter(self) -> None:
         """The first initial peer has answered: meet the nodes near this one, and become one of them."""
         self._entered = True
-        check = self.config.check_reachability and not self.client_mode
-        self._neighbours.listening = not self.client_mode and not check
-        await self._records.find_nodes(self._neighbours.own_id)
-        if not check:
-            return
-        helpers = list(dict.fromkeys([*self._initial.found.values(), *self._neighbours.table]))
-        await self.host.check_reachability(helpers[:REACHABILITY_HELPERS])
-        self._neighbours.listening = self.host.can_be_dialed
-        if not self._neighbours.listening:
+        neighbours = self._neighbours
+        if self.config.check_reachability and not self.client_mode:
+            known = [*self._initial.found.values(), *neighbours.table, *(neighbours.heard_of or ())]
+            await self.host.check_reachability(list(dict.fromkeys(known))[:REACHABILITY_HELPERS])
+        if not self.host.can_be_dialed:
             self._server.stop(self.host)
-            return
-        # Now that it is known to be reachable, present this node to those whose table it belongs into.
-        nearest = self._neighbours.table.nearest(self._neighbours.own_id, self.config.bucket_size)
-        await self._neighbours.greet_all([entry.peer for entry in nearest])
+        self._present()
+        await self._records.find_nodes(neighbours.own_id)
+
+    def _present(self) -> None:
+        """From now on others may know whether to put this node into their tables."""
+        heard_of, self._neighbours.heard_of = self._neighbours.heard_of or {}, None
+        self._neighbours.listening = not self.client_mode
+        for peer in heard_of:
+            self._neighbours.greet_if_new(peer)
 
     def _bootstrap_error(self) -> BootstrapError:
         failures = {text: self._initial.failures.get(text, "no answer yet") for text in self._initial.others}

@@ -63,7 +63,8 @@ class Records:
 
         async def ask(peer: PeerID) -> Answer:
             response = await self._neighbours.call(peer, FIND, self._find_request(lookup))
-            return None if response is None else self._neighbours.learn(response.nodes)
+            # Those that are near enough will be asked, which is a greeting too.
+            return None if response is None else self._neighbours.learn(response.nodes, greet=False)
 
         await Search(lookup, ask, self._config.stall_timeout).run()
         return lookup.nearest_answered()

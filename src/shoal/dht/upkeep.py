@@ -13,12 +13,12 @@ from shoal.dht.neighbours import Neighbours
 
 logger = logging.getLogger(__name__)
 
-FIRST_EXCHANGE = 0.5
+FIRST_EXCHANGE = 1.0
 LONGEST_PAUSE = 5.0
 """Seconds between two rounds of upkeep at most; bounds how late a sleep of the machine is noticed."""
 SLEEP_NOTICED = 10.0
 """A jump of the clocks by more than this means that the machine, or this process, was asleep."""
-EXCHANGE_WITH = 3
+EXCHANGE_WITH = 2
 MAX_PROBES = 8
 
 
@@ -45,7 +45,7 @@ class Upkeep:
     def hurry(self) -> None:
         """The neighbourhood has changed: exchange sooner again."""
         self._interval = FIRST_EXCHANGE
-        self._next_exchange = min(self._next_exchange, self._loop.time() + 2 * FIRST_EXCHANGE)
+        self._next_exchange = min(self._next_exchange, self._loop.time() + FIRST_EXCHANGE)
 
     async def run(self) -> None:
         """For ever."""

@@ -95,7 +95,7 @@ class SimulatedDHT:
         nodes = [first, *await asyncio.gather(*others)]
         wanted = min(count - 1, config.bucket_size)
         async with asyncio.timeout(120):
-            while any(len(node.neighbours) < wanted for node in nodes):
+            while any(len(node.neighbours) < wanted for node in nodes):  # noqa: ASYNC110 - virtual time
                 await asyncio.sleep(0.5)
         return nodes
 
