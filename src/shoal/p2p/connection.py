@@ -35,10 +35,12 @@ WRITE_LOW = 256 * KIB
 PAYLOAD_CHUNK = 1 * MIB
 """A longer payload is encrypted in pieces of this size, each when the transport has room."""
 MAX_UNREAD_ANSWERS = 4096
-"""Frames that may be queued for a peer that does not read; more is an attempt to make us hold memory."""
+"""Answers that may be queued for a peer that does not read; more is an attempt to make us hold memory."""
 
 
 CONNECTION_FRAMES = frozenset({FrameKind.HELLO, FrameKind.GOODBYE, FrameKind.PING, FrameKind.PONG})
+
+ANSWERS = frozenset({FrameKind.PONG, FrameKind.RESET})
 
 
 class ConnectionOwner(Protocol):
@@ -99,6 +101,7 @@ class Connection(asyncio.BufferedProtocol):
             is_initiator=role is Role.INITIATOR,
             send_frame=self._send_frame,
             max_inbound=owner.config.max_inbound_streams,
+            discard_payload=self._session.discard_payload,
         )
         self.calls = Calls(self, self._streams, owner.find_served, owner.config.max_stream_timeout)
         """Opens streams on this connection, and serves those of the peer."""
@@ -295,7 +298,7 @@ class Connection(asyncio.BufferedProtocol):
             self._session.send_frame(kind, stream_id, body)
             if not self._batching:
                 self._flush()
-        if self._paused or self._payload_under_way:
+        if kind in ANSWERS and (self._paused or self._payload_under_way):
             self._unread_answers += 1
             if self._unread_answers > MAX_UNREAD_ANSWERS:
                 self._end("the peer does not read", ConnectionLost(self._where("the peer does not read")))

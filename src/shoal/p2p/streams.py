@@ -254,10 +254,22 @@ def _placed(item: Item, sink: Sink) -> Item:
 
 
 class Multiplexer:
-    """All streams of one connection. ``send_frame`` puts a frame on its way; it is called in the frames' order."""
+    """All streams of one connection.
 
-    def __init__(self, *, is_initiator: bool, send_frame: SendFrame, max_inbound: int) -> None:
+    ``send_frame`` puts a frame on its way; it is called in the frames' order. ``discard_payload`` makes the rest of
+    the payload that is arriving go elsewhere than into the memory that was given for it.
+    """
+
+    def __init__(
+        self,
+        *,
+        is_initiator: bool,
+        send_frame: SendFrame,
+        max_inbound: int,
+        discard_payload: Callable[[], None] = _nobody_listens,
+    ) -> None:
         self._send_frame = send_frame
+        self._discard_payload = discard_payload
         self._next_id = 1 if is_initiator else 2
         self._last_peer_id = 0 if is_initiator else -1
         self._max_inbound = max_inbound
@@ -363,3 +375,7 @@ class Multiplexer:
 
     def _forget(self, state: StreamState) -> None:
         self._streams.pop(state.id, None)
+        if self._payload[0] is state:
+            # The application has taken back the memory into which a payload was arriving.
+            self._payload = (None, False)
+            self._discard_payload()
