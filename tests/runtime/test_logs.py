@@ -72,7 +72,9 @@ def test_records_keep_what_they_say(process, runner, collector):
     assert (record.process, record.processName) == (process.pid, "shared")
     assert record.filename == "background_services.py"
     assert record.funcName == "log"
-    runner.call((services.evaluate, f"logging.getLogger('shoal').info('with fields', extra={extra})")).result(LIMIT)
+    runner.call((services.evaluate, f"logging.getLogger('shoal').info('with fields', extra={extra})")).result(
+        LIMIT
+    )
     record = collector.wait_for("with fields")
     assert (record.peer, record.round, record.reason) == ("12D3KooWx", 7, "['a list']")
 

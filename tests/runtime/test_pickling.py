@@ -33,7 +33,11 @@ def run_elsewhere(data: bytes, tmp_path) -> str:
     file.write_bytes(data)
     code = "import sys; from shoal.runtime import pickling; print(pickling.loads(open(sys.argv[1], 'rb').read())())"
     return subprocess.run(
-        [sys.executable, "-P", "-c", code, str(file)], check=True, capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-P", "-c", code, str(file)],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     ).stdout.strip()
 
 
@@ -47,7 +51,9 @@ def outside(tmp_path):
     """A module that was loaded from a file which no ``sys.path`` leads to."""
     file = tmp_path / "outside" / "made_by_hand.py"
     file.parent.mkdir()
-    file.write_text("WORD = 'by value'\ndef function():\n    return helper()\ndef helper():\n    return WORD\n")
+    file.write_text(
+        "WORD = 'by value'\ndef function():\n    return helper()\ndef helper():\n    return WORD\n"
+    )
     spec = importlib.util.spec_from_file_location("made_by_hand", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules["made_by_hand"] = module

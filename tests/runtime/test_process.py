@@ -139,7 +139,9 @@ def test_services_find_each_other_by_name(process, runner):
     named = process.create_service(services.make_runner, name="node").result(LIMIT)
     find = "service.context.find('node').context.service_id"
     assert runner.call((services.evaluate, find)).result(LIMIT) == named.service_id
-    assert named.service_id in runner.call((services.evaluate, "list(service.context.services)")).result(LIMIT)
+    assert named.service_id in runner.call((services.evaluate, "list(service.context.services)")).result(
+        LIMIT
+    )
     named.close().result(LIMIT)
     with pytest.raises(InvalidStateError, match="'node'"):
         runner.call((services.evaluate, find)).result(LIMIT)
@@ -241,7 +243,9 @@ def test_it_inherits_no_descriptor_of_the_host():
 
 
 def test_the_environment_is_the_host_s(runner):
-    assert runner.call((services.evaluate, "os.environ.get('PYTHONPATH')")).result(LIMIT) == os.environ.get("PYTHONPATH")
+    assert runner.call((services.evaluate, "os.environ.get('PYTHONPATH')")).result(LIMIT) == os.environ.get(
+        "PYTHONPATH"
+    )
 
 
 def test_modules_on_a_path_added_later_are_found(runner, tmp_path, monkeypatch):
@@ -249,7 +253,9 @@ def test_modules_on_a_path_added_later_are_found(runner, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     import added_later
 
-    assert runner.call((services.call_function, added_later.where)).result(LIMIT) == str(tmp_path / "added_later.py")
+    assert runner.call((services.call_function, added_later.where)).result(LIMIT) == str(
+        tmp_path / "added_later.py"
+    )
 
 
 def test_the_current_folder_shadows_no_module(tmp_path):
@@ -260,7 +266,9 @@ def test_the_current_folder_shadows_no_module(tmp_path):
         "from shoal.runtime.process import BackgroundProcess\n"
         "BackgroundProcess.start('x').shutdown()\nprint('fine')\n"
     )
-    result = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT)
+    result = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT
+    )
     assert (result.stdout, result.stderr) == ("fine\n", "")
 
 

@@ -56,6 +56,13 @@ class AddValidators:
 
 
 @dataclass(frozen=True)
+class RegisterClasses:
+    """Answered by None. ``classes``: a pickled dictionary of type codes to classes, for MSGPackSerializer."""
+
+    classes: bytes
+
+
+@dataclass(frozen=True)
 class DescribeNode:
     """Answered by a :class:`NodeDescription`."""
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import sys
+import weakref
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, NoReturn, TypeVar, overload
@@ -16,6 +19,7 @@ from shoal.dht.commands import (
     DHTSetup,
     GetRecord,
     NodeDescription,
+    RegisterClasses,
     RunCoroutine,
     StoreRecord,
 )
@@ -100,6 +104,7 @@ class DHT:
         self._process: BackgroundProcess | None = None
         self._creation: MPFuture[ServiceHandle] | None = None
         self._peer_id: PeerID | None = None
+        self._shared_classes: dict[int, type[Any]] = {}
         for name, flag in (("start", start), ("daemon", daemon), ("await_ready", await_ready)):
             options.check_number(name, flag, "bool")
         options.check_seconds("shutdown_timeout", shutdown_timeout)
@@ -158,6 +163,7 @@ class DHT:
             self._creation = process.create_service(
                 partial(make_service, self._setup), name=self.service_name
             )
+            self._creation.add_done_callback(partial(_end_after_failure, weakref.ref(process)))
             if await_ready:
                 self.wait_until_ready(timeout)
         except BaseException:
@@ -277,6 +283,7 @@ class DHT:
         :raises InvalidTypeError: the key cannot be serialized
         """
         command = GetRecord(_serialize("key", key), bool(latest))
+        self._share_classes()
         future: MPFuture[ValueWithExpiration | None] = self._ready().call(command)
         return future if return_future else future.result()
 
@@ -320,6 +327,7 @@ class DHT:
             expiration_time=float(expiration_time),
             subkey=None if subkey is None else _serialize("subkey", subkey),
         )
+        self._share_classes()
         future: MPFuture[bool] = self._ready().call(command)
         return future if return_future else future.result()
 
@@ -374,6 +382,15 @@ class DHT:
                 raise  # the node's own failure
             raise DeadlineExceeded(f"the DHT was not ready after {timeout:g} s") from error
 
+    def _share_classes(self) -> None:
+        """Make classes known there that were registered with MSGPackSerializer here."""
+        classes = MSGPackSerializer._class_of
+        if classes != self._shared_classes:
+            self._shared_classes = dict(classes)
+            self._ready().call(
+                RegisterClasses(pickling.dumps(self._shared_classes, "a registered class"))
+            ).result()
+
     def _describe(self) -> NodeDescription:
         description = self._ready().call(DescribeNode()).result()
         assert isinstance(description, NodeDescription)
@@ -391,9 +408,15 @@ def _serialize(name: str, value: object) -> bytes:
 
 def _loaded(names: Sequence[str]) -> tuple[str, ...]:
     """Those modules that this process has imported: an averager is likely to follow."""
-    import sys
 
     return tuple(name for name in names if name in sys.modules)
+
+
+def _end_after_failure(process: weakref.ref[BackgroundProcess], creation: Future[ServiceHandle]) -> None:
+    """A process whose node could not be made is of no use to anybody."""
+    alive = process()
+    if alive is not None and (creation.cancelled() or creation.exception() is not None):
+        alive.shutdown(0.0)
 
 
 def _name_of(function: object) -> str:

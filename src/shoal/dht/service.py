@@ -16,6 +16,7 @@ from shoal.dht.commands import (
     DHTSetup,
     GetRecord,
     NodeDescription,
+    RegisterClasses,
     RunCoroutine,
     StoreRecord,
 )
@@ -31,6 +32,7 @@ from shoal.p2p.network import TcpNetwork
 from shoal.runtime import pickling
 from shoal.runtime.channel import close_descriptors
 from shoal.runtime.service import ServiceContext
+from shoal.utils.serializer import MSGPackSerializer
 from shoal.utils.timed import get_dht_time
 
 
@@ -68,6 +70,7 @@ class DHTService:
             GetRecord: self._get,
             RunCoroutine: self._run_coroutine,
             AddValidators: self._add_validators,
+            RegisterClasses: self._register_classes,
             DescribeNode: self._describe,
         }
 
@@ -102,6 +105,11 @@ class DHTService:
 
     async def _add_validators(self, command: AddValidators) -> None:
         self.node.add_validators(await asyncio.to_thread(pickling.loads, command.validators))
+
+    async def _register_classes(self, command: RegisterClasses) -> None:
+        classes: dict[int, type[Any]] = await asyncio.to_thread(pickling.loads, command.classes)
+        for code, target in classes.items():
+            MSGPackSerializer.ext_serializable(code)(target)
 
     async def _describe(self, _: DescribeNode) -> NodeDescription:
         addresses = tuple(self._view.get_visible_maddrs())

@@ -36,16 +36,15 @@ class _ReferencePickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, (type, FunctionType)):
-            name = obj.__qualname__
-            if "<" in name or not _is_importable(obj.__module__):
+            if not (_is_importable(obj.__module__) and _find(obj.__module__, obj.__qualname__) is obj):
                 raise _NeedsValue
         return NotImplemented
 
 
-def dumps(value: object, what: str = "this object") -> bytes:
+def dumps(value: object, what: str = "this object", to: str = "the background process") -> bytes:
     """Bytes from which :func:`loads` makes an equal object in the other process.
 
-    :param what: names ``value`` in an error
+    :param what: names ``value`` in an error, and ``to`` where it should have gone
     :raises InvalidTypeError: ``value``, or something that it refers to, cannot be sent; the message names it
     """
     try:
@@ -61,7 +60,7 @@ def dumps(value: object, what: str = "this object") -> bytes:
         culprit = _find_culprit(value)
         because = f" because of {culprit}" if culprit else ""
         raise InvalidTypeError(
-            f"{what} cannot be sent to the background process{because}: {error}"
+            f"{what} cannot be sent to {to}{because}: {error}"
         ) from error
 
 
@@ -147,13 +146,21 @@ def _modules_by_value(value: object) -> set[str]:
     return found - {"__main__"}
 
 
+def _find(module: str, name: str) -> object:
+    """What ``name`` leads to in a module of this process, or None."""
+    found: object = sys.modules[module]
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
 def _is_importable(name: str | None) -> bool:
     """Whether a new interpreter with our ``sys.path`` finds the module ``name`` in the same place as we did."""
     if name is None or name == "__main__":
         return False
     module = sys.modules.get(name)
     if module is None:
-        return True  # e.g. "builtins" under another name: let pickle say what it thinks
+        return False  # it came by value from a process that could import it
     return _finds(name, getattr(module, "__file__", None), tuple(sys.path))
 
 

@@ -130,7 +130,7 @@ class Server:
 
     async def call_host(self, service_id: int, command: object) -> object:
         number = next(self._host_call_numbers)
-        body = pickling.dumps(command, "a command for the host")
+        body = pickling.dumps(command, "the command", "the host")
         future: asyncio.Future[object] = self._loop.create_future()
         self._host_calls[number] = future
         try:
@@ -211,7 +211,7 @@ class Server:
     async def _answer(self, frame: Frame, method: Callable[[Frame], Awaitable[object]]) -> None:
         try:
             result = await method(frame)
-            kind, body = Kind.RESULT, pickling.dumps(result, "the result")
+            kind, body = Kind.RESULT, pickling.dumps(result, "the result", "the host")
         except (SystemExit, KeyboardInterrupt) as error:
             # Raised by code of users; it must not end the process under everybody else.
             kind, body = Kind.ERROR, pickling.dump_error(ShoalError(f"the command raised {error!r}"))
