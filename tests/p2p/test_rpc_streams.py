@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -95,10 +97,10 @@ def test_credit_runs_out_and_comes_back_when_items_are_taken(sides):
         sent += 1
     assert sent == -(-INITIAL_WINDOW // (1000 + ITEM_COST))
     move(left, right)
-    for taken in range(sent):
+    taken = 0
+    while not right.frames:
         assert far.take() is not None
-        if right.frames:
-            break
+        taken += 1
     assert sent // 2 - 1 <= taken <= sent // 2 + 1
     move(right, left)
     assert near.can_send_message()
@@ -312,7 +314,5 @@ def test_any_bytes_as_a_body_break_the_protocol_at_most(body):
         wire.decode_goodbye,
         wire.decode_credit,
     ):
-        try:
+        with contextlib.suppress(ProtocolViolation):
             decode(body)
-        except ProtocolViolation:
-            pass

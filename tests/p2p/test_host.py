@@ -1,0 +1,502 @@
+"""Hosts on the simulated network: dialing, keep-alive, limits, dial-back, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+
+import msgspec
+import pytest
+
+from shoal.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    InvalidStateError,
+    InvalidValueError,
+    PeerUnreachable,
+    RemoteError,
+)
+from shoal.p2p.config import HostConfig
+from shoal.p2p.dialback import DIAL_BACK, DialBackRequest
+from shoal.p2p.host import Host
+from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.rpc import Lane, Method
+from shoal.testing import clock
+from shoal.testing.network import SimulatedNetwork
+from shoal.testing.peers import make_host, make_identity
+
+
+class Number(msgspec.Struct):
+    value: int
+
+
+ECHO = Method("test.echo", Number, Number)
+STREAM = Method("test.stream", Number, Number)
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def echo(peer, request):
+    return request
+
+
+class Swarm:
+    """A simulated network whose hosts are closed at the end."""
+
+    def __init__(self, **options):
+        self.network = SimulatedNetwork(random.Random(3), **{"latency": (0.02, 0.02), **options})
+        self.hosts = []
+
+    async def host(self, name, config=HostConfig(), **options):
+        host = await make_host(self.network, name, config, **options)
+        host.serve(ECHO, echo)
+        self.hosts.append(host)
+        return host
+
+    async def pair(self, config=HostConfig()):
+        a, b = await self.host("a", config), await self.host("b", config)
+        b.add_addresses(a.peer_id, a.listen_addresses)
+        await b.call(a.peer_id, ECHO, Number(1), timeout=10)
+        return a, b
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *exc):
+        for host in self.hosts:
+            await host.close()
+
+
+def simulated(**options):
+    """Run a test's coroutine on a fresh swarm and virtual time."""
+
+    def decorate(test):
+        def run(caplog):
+            async def main():
+                async with Swarm(**options) as swarm:
+                    await test(swarm, caplog)
+
+            clock.run(main)
+
+        run.__name__ = test.__name__
+        return run
+
+    return decorate
+
+
+async def wait_for_ever(peer, request):
+    await asyncio.Event().wait()
+
+
+# ---- dialing ----
+
+
+@simulated()
+async def test_a_silent_address_holds_up_the_next_one_only_shortly(swarm, caplog):
+    a, b = await swarm.host("a"), await swarm.host("b")
+    b.add_addresses(a.peer_id, [Multiaddr.parse("/ip4/10.9.9.9/tcp/1"), *a.listen_addresses])
+    await b.connect(a.peer_id, timeout=5)
+    assert now() < 0.6
+    # What worked comes first the next time.
+    assert b.addresses_of(a.peer_id)[0] == a.listen_addresses[0]
+
+
+@simulated()
+async def test_every_address_is_listed_with_its_reason(swarm, caplog):
+    a, b, other = await swarm.host("a"), await swarm.host("b"), await swarm.host("other")
+    addresses = [
+        Multiaddr.parse("/ip4/10.9.9.9/tcp/1"),
+        swarm.network.host("a").address(1),
+        *other.listen_addresses,
+    ]
+    b.add_addresses(a.peer_id, addresses)
+    with pytest.raises(PeerUnreachable) as caught:
+        await b.call(a.peer_id, ECHO, Number(1), timeout=60)
+    failures = caught.value.failures
+    assert set(failures) == {str(address) for address in addresses}
+    assert failures[str(addresses[0])] == "timed out"
+    assert failures[str(addresses[1])] == "refused"
+    assert str(other.peer_id) in failures[str(addresses[2])]
+    assert all(reason in str(caught.value) for reason in failures.values())
+
+
+@simulated()
+async def test_a_deadline_shorter_than_the_dial(swarm, caplog):
+    a, b = await swarm.host("a"), await swarm.host("b")
+    b.add_addresses(a.peer_id, [Multiaddr.parse("/ip4/10.9.9.9/tcp/1")])
+    for dial in (a.peer_id, Multiaddr.parse("/ip4/10.9.9.9/tcp/1")):
+        begin = now()
+        with pytest.raises(DeadlineExceeded):
+            await b.connect(dial, timeout=1)
+        assert now() - begin == pytest.approx(1)
+
+
+@simulated()
+async def test_whoever_does_not_speak_the_protocol_is_named_so(swarm, caplog):
+    class Web(asyncio.BufferedProtocol):
+        def connection_made(self, transport):
+            self.transport = transport
+            transport.write(b"HTTP/1.1 400 Bad Request\r\n\r\n" + b" " * 100)
+
+        def get_buffer(self, hint):
+            return memoryview(bytearray(1000))
+
+        def buffer_updated(self, count):
+            pass
+
+        def eof_received(self):
+            return False
+
+    b = await swarm.host("b")
+    listener = await swarm.network.host("web").listen(Web, swarm.network.host("web").address(80))
+    with pytest.raises(PeerUnreachable, match="HTTP"):
+        await b.connect(listener.address, timeout=5)
+
+
+@simulated()
+async def test_a_silent_dialer_is_cut_within_the_handshakes_time(swarm, caplog):
+    class Silent(asyncio.BufferedProtocol):
+        def __init__(self):
+            self.ended = asyncio.get_running_loop().create_future()
+
+        def get_buffer(self, hint):
+            return memoryview(bytearray(1000))
+
+        def buffer_updated(self, count):
+            pass
+
+        def eof_received(self):
+            return False
+
+        def connection_lost(self, error):
+            self.ended.set_result(now())
+
+    a = await swarm.host("a")
+    silent = Silent()
+    await swarm.network.host("x").connect(lambda: silent, a.listen_addresses[0])
+    assert await silent.ended == pytest.approx(10, abs=0.2)
+
+
+@simulated()
+async def test_unknown_peers_and_oneself(swarm, caplog):
+    a, b = await swarm.host("a"), await swarm.host("b")
+    with pytest.raises(PeerUnreachable, match="no address is known"):
+        await a.call(b.peer_id, ECHO, Number(1), timeout=5)
+    with pytest.raises(InvalidValueError, match="this host itself"):
+        await a.call(a.peer_id, ECHO, Number(1), timeout=5)
+    a.add_addresses(a.peer_id, a.listen_addresses)
+    assert a.addresses_of(a.peer_id) == []
+
+
+@simulated()
+async def test_addresses_travel_with_hello(swarm, caplog):
+    a, b = await swarm.pair()
+    assert a.addresses_of(b.peer_id) == b.listen_addresses
+    assert a.connected_peers() == [b.peer_id]
+
+
+@simulated()
+async def test_a_lost_connection_is_dialed_again(swarm, caplog):
+    a, b = await swarm.pair()
+    lost = []
+    unsubscribe = b.on_disconnect(lambda peer, reason: lost.append((peer, reason)))
+    assert swarm.network.drop_connections("a", "b") == 1
+    await asyncio.sleep(0.1)
+    assert [peer for peer, _ in lost] == [a.peer_id]
+    assert not b.is_connected(a.peer_id)
+    assert (await b.call(a.peer_id, ECHO, Number(2), timeout=5)).value == 2
+    unsubscribe()
+    swarm.network.drop_connections("a", "b")
+    await asyncio.sleep(0.1)
+    assert len(lost) == 1
+
+
+# ---- keep-alive ----
+
+
+@simulated()
+async def test_a_silent_peer_is_found_within_five_seconds(swarm, caplog):
+    a, b = await swarm.pair()
+    a.stop_serving(ECHO)
+    a.serve(ECHO, wait_for_ever)
+    call = asyncio.ensure_future(b.call(a.peer_id, ECHO, Number(1), timeout=100))
+    await asyncio.sleep(1)
+    begin = now()
+    swarm.network.silence("a", "b")
+    with pytest.raises(ConnectionLost, match="no sign of life"):
+        await call
+    assert now() - begin <= 5.0
+
+
+@simulated()
+async def test_a_silent_peer_is_found_by_a_call_on_a_connection_that_was_idle(swarm, caplog):
+    a, b = await swarm.pair()
+    await asyncio.sleep(100)
+    assert b.is_connected(a.peer_id)
+    swarm.network.silence("a", "b")
+    begin = now()
+    with pytest.raises(ConnectionLost, match="no sign of life"):
+        await b.call(a.peer_id, ECHO, Number(1), timeout=100)
+    assert now() - begin <= 5.0
+
+
+@simulated(latency=(0.6, 0.6))
+async def test_a_silent_peer_behind_a_long_path_is_found_within_fifteen_seconds(swarm, caplog):
+    a, b = await swarm.pair()
+    a.stop_serving(ECHO)
+    a.serve(ECHO, wait_for_ever)
+    call = asyncio.ensure_future(b.call(a.peer_id, ECHO, Number(1), timeout=100))
+    await asyncio.sleep(60)
+    assert not call.done()
+    begin = now()
+    swarm.network.silence("a", "b")
+    with pytest.raises(ConnectionLost):
+        await call
+    assert now() - begin <= 15.0
+
+
+@simulated()
+async def test_an_idle_connection_to_a_silent_peer_ends_too(swarm, caplog):
+    a, b = await swarm.pair()
+    swarm.network.kill("a", silently=True)
+    await asyncio.sleep(60)
+    assert not b.is_connected(a.peer_id)
+
+
+@simulated(bandwidth=50_000.0)
+async def test_a_slow_full_link_is_no_reason_to_give_a_peer_up(swarm, caplog):
+    a, b = await swarm.pair()
+    received = []
+
+    async def receive(stream):
+        stream.accept_payloads(None, 3_000_000)
+        payload = await stream.receive()
+        received.append(len(payload.data))
+
+    a.serve_stream(STREAM, receive)
+    async with b.open_stream(a.peer_id, STREAM, timeout=1000) as stream:
+        begin = now()
+        await stream.send_payload(1, bytes(2_000_000))
+        # 40 s of data go through one pipe; a sign of life of either side waits behind them.
+        assert (await b.call(a.peer_id, ECHO, Number(5), timeout=100)).value == 5
+    assert received == [2_000_000]
+    assert 40 <= now() - begin < 60
+    assert b.count_connections(a.peer_id)[Lane.CONTROL] == 1
+
+
+@simulated(bandwidth=50_000.0)
+async def test_a_full_link_that_falls_silent_is_found(swarm, caplog):
+    a, b = await swarm.pair()
+
+    async def receive(stream):
+        stream.accept_payloads(None, 3_000_000)
+        await stream.receive()
+
+    a.serve_stream(STREAM, receive)
+    async with b.open_stream(a.peer_id, STREAM, timeout=1000) as stream:
+        sending = asyncio.ensure_future(stream.send_payload(1, bytes(2_000_000)))
+        await asyncio.sleep(10)
+        swarm.network.silence("a", "b")
+        begin = now()
+        with pytest.raises(ConnectionLost):
+            await sending
+        assert now() - begin <= 15.0
+
+
+# ---- limits and the end ----
+
+
+@simulated()
+async def test_unused_connections_are_closed_after_a_while(swarm, caplog):
+    a, b = await swarm.pair(HostConfig(idle_timeout=100, idle_lane_timeout=20))
+
+    async def nothing(stream):
+        pass
+
+    a.serve_stream(STREAM, nothing)
+    async with b.open_stream(a.peer_id, STREAM, lane=Lane.BULK):
+        pass
+    assert b.count_connections(a.peer_id) == {Lane.CONTROL: 1, Lane.BULK: 1}
+    await asyncio.sleep(70)
+    assert b.count_connections(a.peer_id) == {Lane.CONTROL: 1, Lane.BULK: 0}
+    await asyncio.sleep(100)
+    assert not b.is_connected(a.peer_id)
+
+
+@simulated()
+async def test_the_connection_of_a_peer_that_cannot_be_dialed_is_kept(swarm, caplog):
+    a = await swarm.host("a", HostConfig(idle_timeout=100))
+    b = await swarm.host("b", HostConfig(client_mode=True, idle_timeout=100))
+    await b.connect(a.listen_addresses[0], timeout=5)
+    await asyncio.sleep(1000)
+    assert (await a.call(b.peer_id, ECHO, Number(1), timeout=5)).value == 1
+
+
+@simulated()
+async def test_the_connection_unused_for_longest_makes_room(swarm, caplog):
+    a = await swarm.host("a", HostConfig(max_connections=2))
+    others = [await swarm.host(f"other{n}") for n in range(3)]
+    for other in others:
+        await other.connect(a.listen_addresses[0], timeout=5)
+        await asyncio.sleep(1)
+    assert a.connected_peers() == [others[1].peer_id, others[2].peer_id]
+
+
+@simulated()
+async def test_connections_over_the_limit_are_refused_while_all_are_in_use(swarm, caplog):
+    a = await swarm.host("a", HostConfig(max_connections=2))
+    a.stop_serving(ECHO)
+    a.serve(ECHO, wait_for_ever)
+    others = [await swarm.host(f"other{n}") for n in range(3)]
+    calls = []
+    for other in others[:2]:
+        await other.connect(a.listen_addresses[0], timeout=5)
+        calls.append(asyncio.ensure_future(other.call(a.peer_id, ECHO, Number(1), timeout=50)))
+    await asyncio.sleep(1)
+    with pytest.raises(PeerUnreachable, match="too many connections"):
+        await others[2].connect(a.listen_addresses[0], timeout=5)
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+
+
+@simulated()
+async def test_a_closed_host_is_of_no_use(swarm, caplog):
+    a, b = await swarm.pair()
+    await b.close()
+    with pytest.raises(InvalidStateError, match="closed"):
+        await b.call(a.peer_id, ECHO, Number(1), timeout=5)
+    with pytest.raises(InvalidStateError, match="closed"):
+        await b.start()
+
+
+@simulated()
+async def test_closing_does_not_wait_for_a_dial_or_a_silent_peer(swarm, caplog):
+    _, b = await swarm.pair()
+    c = await swarm.host("c")
+    b.add_addresses(c.peer_id, [Multiaddr.parse("/ip4/10.9.9.9/tcp/1")])
+    call = asyncio.ensure_future(b.call(c.peer_id, ECHO, Number(1), timeout=100))
+    await asyncio.sleep(0.5)
+    swarm.network.silence("a", "b")
+    begin = now()
+    await b.close()
+    assert now() - begin <= 2.0
+    with pytest.raises(InvalidStateError):
+        await call
+
+
+@simulated()
+async def test_methods_are_served_once(swarm, caplog):
+    a = await swarm.host("a")
+    with pytest.raises(InvalidValueError, match="served already"):
+        a.serve(ECHO, echo)
+    place = swarm.network.host("c")
+    client = Host(make_identity("c"), place, HostConfig(client_mode=True))
+    with pytest.raises(InvalidValueError, match="client mode"):
+        await client.start([place.address(1)])
+    await client.close()
+
+
+@simulated()
+async def test_a_wrong_clock_is_reported_once(swarm, caplog):
+    a = await swarm.host("a")
+    late = await swarm.host("late", skew=-60.0)
+    for _ in range(2):
+        await late.connect(a.listen_addresses[0], timeout=5)
+        swarm.network.drop_connections("a", "late")
+        await asyncio.sleep(1)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 2
+    assert f"the clock of {late.peer_id} is 60.0 s behind" in warnings[0] + warnings[1]
+    assert f"the clock of {a.peer_id} is 60.0 s ahead" in warnings[0] + warnings[1]
+
+
+# ---- who can be reached ----
+
+
+def nat(swarm, port=4000):
+    """A config that announces where nobody listens."""
+    return HostConfig(announce=[swarm.network.host("b").address(port + 1)])
+
+
+@simulated()
+async def test_a_host_that_nobody_can_dial_becomes_a_client(swarm, caplog):
+    a = await swarm.host("a")
+    b = await swarm.host("b", nat(swarm))
+    await b.connect(a.listen_addresses[0], timeout=5)
+    result = await b.check_reachability([a.peer_id])
+    assert result.reachable is False
+    assert list(result.failures.values()) == ["refused"]
+    assert not b.can_be_dialed
+    assert b.announced_addresses == []
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert all(name in warnings[0] for name in ("host_maddrs", "announce_maddrs", "client_mode=True"))
+    assert (await b.check_reachability([a.peer_id])).reachable is False
+    assert len(warnings) == 1
+    c = await swarm.host("c")
+    await b.connect(c.listen_addresses[0], timeout=5)
+    assert c.addresses_of(b.peer_id) == []
+
+
+@simulated()
+async def test_helpers_dial_the_askers_own_address_only(swarm, caplog):
+    a, b = await swarm.pair()
+    victim = await swarm.host("victim")
+    seen = len(swarm.network._connections)
+    request = DialBackRequest([str(address) for address in victim.listen_addresses])
+    assert (await b.call(a.peer_id, DIAL_BACK, request, timeout=20)).outcomes == {}
+    assert len(swarm.network._connections) == seen
+    with pytest.raises(RemoteError, match="bad_address"):
+        await b.call(a.peer_id, DIAL_BACK, DialBackRequest(["/ip4/1.2.3/tcp/1"]), timeout=20)
+
+
+@simulated()
+async def test_helpers_are_not_asked_too_often(swarm, caplog):
+    a, b = await swarm.pair()
+    request = DialBackRequest([str(address) for address in b.listen_addresses])
+    for _ in range(3):
+        assert list((await b.call(a.peer_id, DIAL_BACK, request, timeout=20)).outcomes.values()) == [""]
+        with pytest.raises(RemoteError, match="rate_limited"):
+            await b.call(a.peer_id, DIAL_BACK, request, timeout=20)
+        assert (await b.check_reachability([a.peer_id])).reachable is None
+        await asyncio.sleep(6)
+    assert b.can_be_dialed
+
+
+@simulated()
+async def test_helpers_that_do_not_answer_change_nothing(swarm, caplog):
+    a, b = await swarm.pair()
+    swarm.network.silence("a", "b")
+    result = await b.check_reachability([a.peer_id], timeout=3)
+    assert result.reachable is None
+    assert b.can_be_dialed
+
+
+def test_everything_is_the_same_in_every_run():
+    async def main():
+        trace = []
+        async with Swarm(latency=(0.005, 0.05)) as swarm:
+            hosts = [await swarm.host(f"h{n}") for n in range(4)]
+            for host in hosts:
+                for other in hosts:
+                    host.add_addresses(other.peer_id, other.listen_addresses)
+                host.on_disconnect(lambda peer, reason: trace.append((now(), str(peer), reason)))
+
+            async def talk(host, other):
+                await host.call(other.peer_id, ECHO, Number(1), timeout=5)
+                trace.append((now(), str(host.peer_id), str(other.peer_id)))
+
+            await asyncio.gather(*(talk(x, y) for x in hosts for y in hosts if x is not y))
+            swarm.network.partition(["h0", "h1"], ["h2", "h3"])
+            await asyncio.sleep(60)
+            swarm.network.heal()
+            await asyncio.gather(*(talk(x, y) for x in hosts for y in hosts if x is not y))
+        return trace
+
+    first = clock.run(main)
+    assert len(first) > 24
+    assert clock.run(main) == first

@@ -1,0 +1,253 @@
+"""The simulated network itself: bytes in order, back-pressure, bandwidth, and faults that do what they say."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from shoal.testing.clock import run
+from shoal.testing.network import CONNECT_TIMEOUT, SimulatedNetwork
+
+
+class Recorder(asyncio.BufferedProtocol):
+    """Notes everything that happens to a connection."""
+
+    def __init__(self):
+        self.data = bytearray()
+        self.events = []
+        self.ended = asyncio.get_running_loop().create_future()
+        self._memory = memoryview(bytearray(1000))
+
+    def connection_made(self, transport):
+        self.transport = transport
+        transport.set_write_buffer_limits(high=100_000, low=10_000)
+
+    def get_buffer(self, hint):
+        return self._memory
+
+    def buffer_updated(self, count):
+        self.data += self._memory[:count]
+        self.events.append(("data", now()))
+
+    def eof_received(self):
+        self.events.append(("eof", now()))
+        return False
+
+    def pause_writing(self):
+        self.events.append(("pause", now()))
+
+    def resume_writing(self):
+        self.events.append(("resume", now()))
+
+    def connection_lost(self, error):
+        self.events.append(("lost", now()))
+        self.ended.set_result(error)
+
+
+def now():
+    return asyncio.get_running_loop().time()
+
+
+def make_network(**options):
+    return SimulatedNetwork(random.Random(1), **{"latency": (0.5, 0.5), **options})
+
+
+async def connect(network, a="a", b="b"):
+    accepted = []
+
+    def accept():
+        accepted.append(Recorder())
+        return accepted[0]
+
+    listener = await network.host(b).listen(accept, network.host(b).address())
+    transport = await network.host(a).connect(Recorder, listener.address)
+    listener.close()
+    await listener.wait_closed()
+    return transport._protocol, accepted[0]
+
+
+def test_bytes_arrive_whole_in_order_and_after_the_latency():
+    async def main():
+        near, far = await connect(make_network())
+        assert now() == 1.0
+        sent = bytes(range(256)) * 1000
+        near.transport.writelines([sent[:10], sent[10:200_000]])
+        near.transport.write(sent[200_000:])
+        await asyncio.sleep(0.4)
+        assert not far.data
+        await asyncio.sleep(10)
+        assert far.data == sent
+        near.transport.close()
+        assert await far.ended is None
+        assert far.events[-2][0] == "eof"
+        assert near.transport.is_closing()
+
+    run(main)
+
+
+def test_pairs_draw_their_latency_from_the_seed():
+    async def connect_time(seed):
+        network = SimulatedNetwork(random.Random(seed), latency=(0.01, 1.0))
+        begin = now()
+        near, far = await connect(network)
+        near.transport.abort()
+        await far.ended
+        return now() - begin
+
+    async def main():
+        return [await connect_time(seed) for seed in (1, 1, 2)]
+
+    first, again, other = run(main)
+    assert first == pytest.approx(again)
+    assert first != pytest.approx(other)
+
+
+def test_bandwidth_is_shared_and_a_full_path_pauses_the_writer():
+    async def main():
+        near, far = await connect(make_network(bandwidth=100_000.0))
+        begin = now()
+        near.transport.write(bytes(1_000_000))
+        assert near.events == [("pause", begin)]
+        await asyncio.sleep(9.9)
+        assert len(far.data) < 1_000_000
+        await asyncio.sleep(5)
+        assert len(far.data) == 1_000_000
+        assert [kind for kind, _ in near.events] == ["pause", "resume"]
+        assert near.transport.get_write_buffer_size() == 0
+        near.transport.abort()
+        await far.ended
+
+    run(main)
+
+
+def test_a_reader_that_pauses_holds_back_the_writer():
+    async def main():
+        near, far = await connect(make_network())
+        far.transport.pause_reading()
+        near.transport.write(bytes(500_000))
+        await asyncio.sleep(100)
+        assert near.transport.get_write_buffer_size() == 500_000
+        assert not far.data
+        far.transport.resume_reading()
+        await asyncio.sleep(10)
+        assert len(far.data) == 500_000
+        near.transport.abort()
+        assert isinstance(await far.ended, ConnectionResetError)
+        await near.ended
+
+    run(main)
+
+
+def test_nobody_listens_nobody_is_there():
+    async def main():
+        network = make_network()
+        address = network.host("b").address(5)
+        with pytest.raises(ConnectionRefusedError):
+            await network.host("a").connect(Recorder, address)
+        network.silence("a", "b")
+        begin = now()
+        with pytest.raises(TimeoutError):
+            await network.host("a").connect(Recorder, address)
+        assert now() - begin == CONNECT_TIMEOUT
+        listener = await network.host("b").listen(Recorder, address)
+        with pytest.raises(OSError, match="in use"):
+            await network.host("b").listen(Recorder, address)
+        with pytest.raises(OSError, match="not an address"):
+            await network.host("a").listen(Recorder, address)
+        listener.close()
+
+    run(main)
+
+
+def test_a_dialer_that_gives_up_leaves_nothing_behind():
+    async def main():
+        network = make_network()
+        accepted = []
+
+        def accept():
+            accepted.append(Recorder())
+            return accepted[-1]
+
+        listener = await network.host("b").listen(accept, network.host("b").address())
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.7):
+                await network.host("a").connect(Recorder, listener.address)
+        assert isinstance(await accepted[0].ended, ConnectionResetError)
+        assert not network._connections
+
+    run(main)
+
+
+def test_dropped_connections_end_for_both():
+    async def main():
+        network = make_network()
+        near, far = await connect(network)
+        assert network.drop_connections("b", "a") == 1
+        assert isinstance(await near.ended, ConnectionResetError)
+        assert isinstance(await far.ended, ConnectionResetError)
+
+    run(main)
+
+
+@pytest.mark.parametrize("fault", ["silence", "partition"])
+def test_bytes_vanish_without_a_sign_until_healed(fault):
+    async def main():
+        network = make_network()
+        near, far = await connect(network)
+        if fault == "silence":
+            network.silence("a", "b")
+        else:
+            network.partition(["a"], ["b", "c"])
+        near.transport.write(b"lost")
+        await asyncio.sleep(1000)
+        assert not near.ended.done()
+        assert not far.data
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(50):
+                await network.host("a").connect(Recorder, network.host("b").address(1))
+        network.heal()
+        # What was lost cannot be delivered any more, so the connection cannot go on.
+        assert isinstance(await near.ended, ConnectionResetError)
+        assert isinstance(await far.ended, ConnectionResetError)
+
+    run(main)
+
+
+def test_a_partition_in_which_nothing_was_sent_leaves_no_trace():
+    async def main():
+        network = make_network()
+        near, far = await connect(network)
+        network.partition(["a"], ["b"])
+        await asyncio.sleep(10)
+        network.heal()
+        near.transport.write(b"hello")
+        await asyncio.sleep(1)
+        assert far.data == b"hello"
+        near.transport.abort()
+        await far.ended
+
+    run(main)
+
+
+def test_a_killed_host_is_gone_and_may_come_back():
+    async def main():
+        network = make_network()
+        near, far = await connect(network)
+        network.kill("b")
+        assert isinstance(await near.ended, ConnectionResetError)
+        with pytest.raises(ConnectionRefusedError):
+            await network.host("a").connect(Recorder, network.host("b").address(1))
+        with pytest.raises(OSError, match="killed"):
+            await network.host("b").listen(Recorder, network.host("b").address(1))
+        network.revive("b")
+        near, far = await connect(network)
+        network.kill("b", silently=True)
+        await far.ended
+        await asyncio.sleep(1000)
+        assert not near.ended.done()
+        near.transport.abort()
+        await near.ended
+
+    run(main)
