@@ -22,6 +22,10 @@ async def create_averager_service(setup: bytes, dht_service: str, context: Servi
     """
     await context.modules_ready()
     service_module = await asyncio.to_thread(importlib.import_module, "shoal.averaging.service")
+    # Parts fit into the cache and are worked on as they come: handing them to other threads costs more than it
+    # gains, and far more where the trainer keeps every core busy.
+    torch = importlib.import_module("torch")
+    torch.set_num_threads(1)
     config, schema = await asyncio.to_thread(
         pickle.loads, setup
     )  # from our own host, over the private channel
