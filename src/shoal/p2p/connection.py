@@ -8,14 +8,9 @@ the business of :class:`~shoal.p2p.host.Host`, which is the ``owner`` here.
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import ipaddress
 import logging
-import struct
-import sys
-import termios
 from collections import deque
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from shoal.errors import ConnectionLost, DeadlineExceeded, ProtocolViolation, ShoalError
 from shoal.p2p import wire
@@ -26,6 +21,7 @@ from shoal.p2p.identity import Identity, PeerID
 from shoal.p2p.keepalive import KeepAlive, Verdict
 from shoal.p2p.rpc import Lane
 from shoal.p2p.session import FrameReceived, HandshakeCompleted, PayloadReceived, Role, Session
+from shoal.p2p.sockets import ip_of, unsent_bytes
 from shoal.p2p.streams import Multiplexer, StreamState
 
 logger = logging.getLogger(__name__)
@@ -156,8 +152,8 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=WRITE_HIGH, low=WRITE_LOW)
-        self.remote_ip = _ip_of(transport.get_extra_info("peername"))
-        self.local_ip = _ip_of(transport.get_extra_info("sockname"))
+        self.remote_ip = ip_of(transport.get_extra_info("peername"))
+        self.local_ip = ip_of(transport.get_extra_info("sockname"))
         refusal = self._owner.connection_made(self) or self.close_reason
         if refusal is not None:
             self.abort(refusal)
@@ -410,7 +406,7 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self.last_used = now
             self._keepalive.set_in_use(True, now)
-        verdict, again = self._keepalive.check(now, _unsent_bytes(cast("asyncio.Transport", self._transport)))
+        verdict, again = self._keepalive.check(now, unsent_bytes(cast("asyncio.Transport", self._transport)))
         if verdict is Verdict.DEAD:
             silence = now - self._keepalive.last_sign
             reason = f"no sign of life for {silence:.1f} s"
@@ -476,29 +472,3 @@ def _mark_retrieved(future: asyncio.Future[None]) -> None:
     # Nobody may be waiting for it: an incoming connection that fails is logged, not raised.
     if not future.cancelled():
         future.exception()
-
-
-def _unsent_bytes(transport: asyncio.Transport) -> int:
-    """What the peer's machine has not taken yet: in the transport's buffer, and in the kernel's where it tells."""
-    count = transport.get_write_buffer_size()
-    sock = transport.get_extra_info("socket")
-    if sock is not None and sys.platform == "linux":
-        try:
-            (queued,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))
-        except OSError:  # the socket is being closed
-            return count
-        count += queued
-    return count
-
-
-def _ip_of(name: Any) -> str | None:
-    """The IP address in a socket's name, in canonical form."""
-    if not isinstance(name, tuple) or not name:
-        return None
-    try:
-        address = ipaddress.ip_address(str(name[0]).partition("%")[0])
-    except ValueError:
-        return None
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
-    return str(address)

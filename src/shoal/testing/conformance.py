@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
@@ -60,18 +61,18 @@ ECHO = Method("test.echo", Number, Number)
 STREAM = Method("test.stream", Number, Number)
 
 
-def on_world(check: Callable[[World], Awaitable[None]]) -> Callable[[Any, World], None]:
+def on_world(check: Callable[[Any, World], Awaitable[None]]) -> Callable[[Any, World], None]:
     """Make a test method of a coroutine function."""
 
     @functools.wraps(check)
     def test(self: Any, world: World) -> None:
-        world.run(lambda: asyncio.wait_for(check(world), 60))
+        world.run(lambda: asyncio.wait_for(check(self, world), 60))
 
-    del test.__wrapped__  # type: ignore[attr-defined] # or pytest would look at the parameters of ``check``
+    del test.__wrapped__  # or pytest would look at the parameters of ``check``
     return test
 
 
-async def failure_of(awaitable: Awaitable[object], kind: type[ErrorT]) -> ErrorT:
+async def failure_of(awaitable: Awaitable[Any], kind: type[ErrorT]) -> ErrorT:
     """The error of ``kind`` that ``awaitable`` must raise."""
     try:
         result = await awaitable
@@ -100,7 +101,7 @@ class _Handler:
         self.started = asyncio.Event()
         self.cancelled = asyncio.Event()
 
-    async def __call__(self, *args: Any) -> Number:
+    async def __call__(self, *args: Any) -> Any:
         self.started.set()
         try:
             await asyncio.Event().wait()
@@ -114,7 +115,7 @@ class HostConformance:
     """Every test runs on a fresh world."""
 
     @on_world
-    async def test_calls(world: World) -> None:
+    async def test_calls(self, world: World) -> None:
         server, client = await pair(world)
         server.serve(ECHO, double)
         assert (await client.call(server.peer_id, ECHO, Number(21), timeout=10)).value == 42
@@ -125,7 +126,7 @@ class HostConformance:
         assert client.rtt(server.peer_id) is not None
 
     @on_world
-    async def test_failures_of_handlers_arrive_with_their_codes(world: World) -> None:
+    async def test_failures_of_handlers_arrive_with_their_codes(self, world: World) -> None:
         server, client = await pair(world)
         error: Exception = RemoteError("full", "no room")
 
@@ -149,7 +150,7 @@ class HostConformance:
         assert client.is_connected(server.peer_id)
 
     @on_world
-    async def test_streams_in_all_directions(world: World) -> None:
+    async def test_streams_in_all_directions(self, world: World) -> None:
         server, client = await pair(world)
 
         async def total(stream: Stream) -> None:
@@ -182,11 +183,11 @@ class HostConformance:
                 assert (await stream.receive()).value == value
 
     @on_world
-    async def test_deadlines_end_both_sides(world: World) -> None:
+    async def test_deadlines_end_both_sides(self, world: World) -> None:
         server, client = await pair(world)
         for method, serve in ((ECHO, server.serve), (STREAM, server.serve_stream)):
             handler = _Handler()
-            serve(method, handler)  # type: ignore[operator]
+            serve(method, handler)
             if method is ECHO:
                 await failure_of(client.call(server.peer_id, ECHO, Number(1), timeout=0.2), DeadlineExceeded)
             else:
@@ -196,7 +197,7 @@ class HostConformance:
         assert client.is_connected(server.peer_id)
 
     @on_world
-    async def test_cancelling_the_caller_cancels_the_handler(world: World) -> None:
+    async def test_cancelling_the_caller_cancels_the_handler(self, world: World) -> None:
         server, client = await pair(world)
         handler = _Handler()
         server.serve(ECHO, handler)
@@ -217,7 +218,7 @@ class HostConformance:
             await in_stream.cancelled.wait()
 
     @on_world
-    async def test_a_handler_that_ends_stops_its_sender(world: World) -> None:
+    async def test_a_handler_that_ends_stops_its_sender(self, world: World) -> None:
         server, client = await pair(world)
 
         async def take_one(stream: Stream) -> None:
@@ -235,7 +236,7 @@ class HostConformance:
             await failure_of(stream.receive(), EndOfStream)
 
     @on_world
-    async def test_a_slow_reader_holds_back_its_own_sender_alone(world: World) -> None:
+    async def test_a_slow_reader_holds_back_its_own_sender_alone(self, world: World) -> None:
         server, client = await pair(world)
         texts = Method("test.texts", Text, Number)
         may_read = asyncio.Event()
@@ -266,7 +267,7 @@ class HostConformance:
             assert (await stream.receive()).value == 200
 
     @on_world
-    async def test_payloads_arrive_in_the_memory_given_for_them(world: World) -> None:
+    async def test_payloads_arrive_in_the_memory_given_for_them(self, world: World) -> None:
         server, client = await pair(world)
         memory = bytearray(5_000_000)
         tags: list[int] = []
@@ -287,7 +288,7 @@ class HostConformance:
         async with client.open_stream(server.peer_id, STREAM, timeout=30, lane=Lane.BULK) as stream:
             await stream.send(Number(1))
             # The first ones may arrive before the receiver has said where they belong.
-            for begin, end in zip(cuts, cuts[1:], strict=False):
+            for begin, end in itertools.pairwise(cuts):
                 await stream.send_payload(begin, memoryview(data)[begin:end])
             await stream.finish()
             assert (await stream.receive()).value == 5_000_000
@@ -295,7 +296,7 @@ class HostConformance:
         assert tags == cuts[:-1]
 
     @on_world
-    async def test_payloads_without_a_sink_get_memory_of_their_own(world: World) -> None:
+    async def test_payloads_without_a_sink_get_memory_of_their_own(self, world: World) -> None:
         server, client = await pair(world)
 
         async def answer(stream: Stream) -> None:
@@ -312,7 +313,7 @@ class HostConformance:
             assert bytes(payload.data) == b"z" * 100_000
 
     @on_world
-    async def test_a_refused_payload_ends_the_connection(world: World) -> None:
+    async def test_a_refused_payload_ends_the_connection(self, world: World) -> None:
         server, client = await pair(world)
 
         def refuse(tag: int, length: int) -> memoryview:
@@ -333,7 +334,7 @@ class HostConformance:
         assert "tag 77" in (await lost)[1]
 
     @on_world
-    async def test_a_body_that_does_not_decode_ends_the_connection(world: World) -> None:
+    async def test_a_body_that_does_not_decode_ends_the_connection(self, world: World) -> None:
         server, client = await pair(world)
         server.serve(ECHO, double)
         lost = _lost(server)
@@ -346,7 +347,7 @@ class HostConformance:
         assert (await client.call(server.peer_id, ECHO, Number(1), timeout=10)).value == 2
 
     @on_world
-    async def test_more_streams_than_allowed_are_refused(world: World) -> None:
+    async def test_more_streams_than_allowed_are_refused(self, world: World) -> None:
         server, client = await pair(world, HostConfig(max_inbound_streams=3))
         handler = _Handler()
         server.serve(ECHO, handler)
@@ -366,7 +367,7 @@ class HostConformance:
         assert (await client.call(server.peer_id, ECHO, Number(3), timeout=30)).value == 6
 
     @on_world
-    async def test_goodbye(world: World) -> None:
+    async def test_goodbye(self, world: World) -> None:
         server, client = await pair(world)
         handler = _Handler()
         server.serve(ECHO, handler)
@@ -386,7 +387,7 @@ class HostConformance:
         await failure_of(server.call(client.peer_id, ECHO, Number(1), timeout=30), InvalidStateError)
 
     @on_world
-    async def test_the_death_of_a_peer_ends_its_calls(world: World) -> None:
+    async def test_the_death_of_a_peer_ends_its_calls(self, world: World) -> None:
         server, client = await pair(world)
         handler = _Handler()
         server.serve(ECHO, handler)
@@ -396,7 +397,7 @@ class HostConformance:
         await failure_of(call, ConnectionLost)
 
     @on_world
-    async def test_a_peer_in_client_mode_is_called_over_its_own_connection(world: World) -> None:
+    async def test_a_peer_in_client_mode_is_called_over_its_own_connection(self, world: World) -> None:
         server = await world.host("server")
         client = await world.host("client", HostConfig(client_mode=True))
         assert client.listen_addresses == client.announced_addresses == []
@@ -409,7 +410,7 @@ class HostConformance:
         assert server.connected_peers() == [client.peer_id]
 
     @on_world
-    async def test_bulk_lanes_are_separate_and_are_opened_by_whoever_can_dial(world: World) -> None:
+    async def test_bulk_lanes_are_separate_and_are_opened_by_whoever_can_dial(self, world: World) -> None:
         server = await world.host("server", HostConfig(bulk_lanes=2))
         client = await world.host("client", HostConfig(bulk_lanes=2, client_mode=True))
 
@@ -429,7 +430,7 @@ class HostConformance:
             await stream_context.__aexit__(None, None, None)
 
     @on_world
-    async def test_whoever_answers_must_be_the_one_expected(world: World) -> None:
+    async def test_whoever_answers_must_be_the_one_expected(self, world: World) -> None:
         server, client = await world.host("server"), await world.host("client")
         other = await world.host("other")
         address = server.listen_addresses[0]
@@ -444,7 +445,7 @@ class HostConformance:
         assert server.connected_peers() == client.connected_peers() == []
 
     @on_world
-    async def test_dials_are_shared_and_may_cross(world: World) -> None:
+    async def test_dials_are_shared_and_may_cross(self, world: World) -> None:
         left, right = await world.host("left"), await world.host("right")
         left.add_addresses(right.peer_id, right.listen_addresses)
         right.add_addresses(left.peer_id, left.listen_addresses)
@@ -456,7 +457,7 @@ class HostConformance:
         assert sum(left.count_connections(right.peer_id).values()) <= 2
 
     @on_world
-    async def test_messages_have_a_limit(world: World) -> None:
+    async def test_messages_have_a_limit(self, world: World) -> None:
         server, client = await pair(world)
         texts = Method("test.text", Text, Text)
 
@@ -471,7 +472,7 @@ class HostConformance:
         )
 
     @on_world
-    async def test_addresses_that_can_be_dialed_back_stay_announced(world: World) -> None:
+    async def test_addresses_that_can_be_dialed_back_stay_announced(self, world: World) -> None:
         server, client = await pair(world)
         found = await client.check_reachability([server.peer_id])
         assert found.reachable is True

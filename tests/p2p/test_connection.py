@@ -1,0 +1,235 @@
+"""A connection against a peer that speaks the encrypted protocol, but sends any frames that it likes."""
+
+from __future__ import annotations
+
+import asyncio
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.p2p import wire
+from shoal.p2p.config import HostConfig
+from shoal.p2p.connection import Connection
+from shoal.p2p.frames import FrameKind
+from shoal.p2p.rpc import Lane
+from shoal.p2p.session import FrameReceived, Role, Session
+from shoal.testing import clock
+from shoal.testing.peers import make_identity
+
+HELLO = wire.encode(wire.Hello(lane=0, agent="x", client_mode=True, addresses=[], clock=0.0))
+
+
+class Owner:
+    """A host that serves nothing."""
+
+    def __init__(self, config=HostConfig()):
+        self.identity = make_identity("owner")
+        self.config = config
+        self.closed = []
+
+    def make_hello(self, connection):
+        return wire.Hello(lane=int(connection.lane), agent="o", client_mode=False, addresses=[], clock=0.0)
+
+    def find_served(self, name):
+        return None
+
+    def connection_made(self, connection):
+        return None
+
+    def connection_opened(self, connection):
+        return None
+
+    def connection_closed(self, connection):
+        self.closed.append(connection)
+
+    def may_close_idle(self, connection):
+        return False
+
+
+class Wire(asyncio.Transport):
+    """A transport that keeps what was written, and takes as much as it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.written = bytearray()
+        self.protocol = None
+        self.closing = False
+
+    def set_write_buffer_limits(self, high=None, low=None):
+        pass
+
+    def get_write_buffer_size(self):
+        return 0
+
+    def writelines(self, pieces):
+        for piece in pieces:
+            self.written += piece
+
+    def is_closing(self):
+        return self.closing
+
+    def close(self):
+        if not self.closing:
+            self.closing = True
+            asyncio.get_running_loop().call_soon(self.protocol.connection_lost, None)
+
+    abort = close
+
+
+class Stranger:
+    """The other side: a bare session."""
+
+    def __init__(self, owner):
+        self.connection = Connection(owner, Role.RESPONDER)
+        self.transport = Wire()
+        self.transport.protocol = self.connection
+        self.session = Session(Role.INITIATOR, make_identity("stranger"))
+        self.received = []
+        self.session.start()
+        self.connection.connection_made(self.transport)
+        for _ in range(3):
+            self.exchange()
+
+    def exchange(self):
+        """Move all bytes that either side has for the other."""
+        incoming = bytes(self.transport.written)
+        self.transport.written.clear()
+        while incoming:
+            room = self.session.get_buffer(-1)
+            count = min(len(room), len(incoming))
+            room[:count] = incoming[:count]
+            incoming = incoming[count:]
+            self.received += list(self.session.buffer_updated(count))
+        self.give(b"".join(self.session.data_to_send()))
+
+    def give(self, outgoing):
+        while outgoing and not self.transport.closing:
+            room = memoryview(self.connection.get_buffer(-1))
+            count = min(len(room), len(outgoing))
+            room[:count] = outgoing[:count]
+            outgoing = outgoing[count:]
+            self.connection.buffer_updated(count)
+
+    def send(self, kind, stream_id, body):
+        if kind is FrameKind.PAYLOAD:
+            self.session.send_payload(stream_id, 0, body)
+        else:
+            self.session.send_frame(kind, stream_id, body)
+        self.exchange()
+
+    def frames(self, kind):
+        return [
+            event.body for event in self.received if isinstance(event, FrameReceived) and event.kind is kind
+        ]
+
+
+def with_stranger(check, config=HostConfig()):
+    async def main():
+        owner = Owner(config)
+        stranger = Stranger(owner)
+        check(stranger)
+        stranger.connection.abort("the test is over")
+        await stranger.connection.closed
+        assert owner.closed == [stranger.connection]
+
+    clock.run(main)
+
+
+def test_hello_comes_first():
+    def check(stranger):
+        stranger.send(FrameKind.OPEN, 1, wire.encode_open("m", None, True, b"\x01"))
+        assert "OPEN before HELLO" in stranger.connection.close_reason
+        stranger.exchange()
+        (goodbye,) = stranger.frames(FrameKind.GOODBYE)
+        assert "OPEN before HELLO" in wire.decode_goodbye(goodbye)
+
+    with_stranger(check)
+
+
+def test_a_dialer_is_answered_only_after_its_hello():
+    def check(stranger):
+        assert not stranger.frames(FrameKind.HELLO)
+        stranger.send(FrameKind.HELLO, 0, HELLO)
+        stranger.exchange()
+        assert stranger.frames(FrameKind.HELLO)
+        assert stranger.connection.is_open
+        stranger.send(FrameKind.HELLO, 0, HELLO)
+        assert "second HELLO" in stranger.connection.close_reason
+
+    with_stranger(check)
+
+
+def test_pings_are_answered_and_lanes_must_be_known():
+    def check(stranger):
+        stranger.send(FrameKind.HELLO, 0, HELLO)
+        stranger.send(FrameKind.PING, 0, b"12345678")
+        stranger.exchange()
+        assert stranger.frames(FrameKind.PONG) == [b"12345678"]
+        assert stranger.connection.lane is Lane.CONTROL
+
+    with_stranger(check)
+
+    def check_lane(stranger):
+        stranger.send(FrameKind.HELLO, 0, wire.encode(wire.Hello(77, "x", True, [], 0.0)))
+        assert "unknown kind of lane: 77" in stranger.connection.close_reason
+
+    with_stranger(check_lane)
+
+
+def test_a_peer_that_asks_but_does_not_read_is_cut():
+    def check(stranger):
+        stranger.send(FrameKind.HELLO, 0, HELLO)
+        stranger.connection.pause_writing()
+        for _ in range(5000):
+            stranger.session.send_frame(FrameKind.PING, 0, b"12345678")
+        stranger.give(b"".join(stranger.session.data_to_send()))
+        assert "does not read" in stranger.connection.close_reason
+
+    with_stranger(check)
+
+
+BODIES = st.one_of(
+    st.binary(max_size=40),
+    st.just(HELLO),
+    st.just(b"12345678"),
+    st.builds(
+        wire.encode_open,
+        st.text(max_size=5),
+        st.none() | st.floats(),
+        st.booleans(),
+        st.none() | st.just(b"\x01"),
+    ),
+    st.builds(wire.encode_reset, st.text(max_size=5), st.text(max_size=5)),
+    st.builds(wire.encode_credit, st.integers(0, 2**64 - 1)),
+    st.builds(wire.encode_goodbye, st.text(max_size=5)),
+)
+CONNECTION_FRAMES = st.sampled_from([FrameKind.HELLO, FrameKind.PING, FrameKind.PONG, FrameKind.GOODBYE])
+STREAM_FRAMES = st.sampled_from(
+    [FrameKind.OPEN, FrameKind.MESSAGE, FrameKind.END, FrameKind.RESET, FrameKind.CREDIT, FrameKind.PAYLOAD]
+)
+FRAMES = st.tuples(STREAM_FRAMES, st.integers(1, 9), BODIES) | st.tuples(
+    CONNECTION_FRAMES, st.just(0), BODIES
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.booleans(), st.lists(FRAMES, max_size=30))
+def test_any_frames_close_the_connection_at_most(says_hello, frames):
+    def check(stranger):
+        if says_hello:
+            stranger.send(FrameKind.HELLO, 0, HELLO)
+        for kind, stream_id, body in frames:
+            if stranger.transport.closing:
+                break
+            if kind is not FrameKind.OPEN or stream_id % 2:
+                stranger.send(kind, stream_id, body)
+        if stranger.connection.close_reason is not None:
+            stranger.exchange()
+            reason = stranger.connection.close_reason
+            if "the peer said goodbye" not in reason:
+                told = wire.decode_goodbye(stranger.frames(FrameKind.GOODBYE)[0])
+                assert told.removeprefix("protocol violation: ") == reason.removeprefix(
+                    "broke the protocol: "
+                )
+
+    with_stranger(check)
