@@ -1,5 +1,4 @@
-"""Averaging of tensors between peers. Names are loaded when they are first used, so that the import is free of torch.
-"""
+"""Averaging of tensors between peers. Names are loaded when first used, so that the import is free of torch."""
 
 from __future__ import annotations
 
