@@ -1,7 +1,7 @@
 """What the peers of a demo tell each other through the DHT: its settings, and how each peer gets on.
 
-All records are protected: each peer writes under its own PeerID, signed. What others wrote is validated, and ignored if it
-is not as it should be.
+All records are protected: each peer writes under its own PeerID, signed. What others wrote is validated, and
+ignored if it is not as it should be.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_KEY = protected_key("demo/settings")
 SETTINGS_LIFETIME = 1800.0
-STATUS_LIFETIME = 30.0
+STATUS_LIFETIME = 20.0
 """Seconds after which a peer that writes no more is taken off the board."""
 
 

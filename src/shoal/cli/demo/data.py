@@ -56,6 +56,13 @@ class Digits:
     reserve: tuple[Samples, ...]
     """For those who join from another terminal."""
 
+    def part(self, index: int, *, reserve: bool) -> Samples:
+        """:raises InvalidValueError: there is no such part"""
+        parts = self.reserve if reserve else self.parts
+        if not 0 <= index < len(parts):
+            raise InvalidValueError(f"part={index}: 0 to {len(parts) - 1} is allowed")
+        return parts[index]
+
 
 def require_demo_packages() -> None:
     """:raises UsageError: a package of the extra ``demo`` is missing"""

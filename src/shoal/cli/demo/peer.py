@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
-import torch
 from msgspec import Meta, Struct
 
 from shoal.averaging.averager import DecentralizedAverager
 from shoal.averaging.control import AveragingStage, StepControl
 from shoal.cli.demo.board import Board
-from shoal.cli.demo.data import Digits, Samples
+from shoal.cli.demo.data import Digits
 from shoal.cli.demo.protocol import Assignment, Finished, Holding, Report, State, Status
 from shoal.cli.demo.settings import Settings
 from shoal.cli.demo.training import FOUNDERS_SEED, Trainer
@@ -59,14 +58,19 @@ class Peer:
     """
 
     def __init__(
-        self, assignment: Assignment, digits: Digits, dht: DHT, orders: Orders, report: Callable[[Report], None]
+        self,
+        assignment: Assignment,
+        digits: Digits,
+        dht: DHT,
+        orders: Orders,
+        report: Callable[[Report], None],
     ) -> None:
         self._settings: Settings = assignment.settings
         self._orders = orders
         self._report = report
         self._board = Board(dht)
         self._held_out = digits.held_out
-        self.samples = part_of(digits, assignment)
+        self.samples = digits.part(assignment.part.index, reserve=assignment.part.reserve)
         self._trainer = Trainer(
             self.samples,
             assignment.settings,
@@ -85,7 +89,9 @@ class Peer:
         self._newcomer = assignment.newcomer
         self._rounds_averaged = 0
         self._next_publication = 0.0
-        self.status = Status(assignment.name, str(dht.peer_id), assignment.part, State.READY)
+        self.status = Status(
+            assignment.name, str(dht.peer_id), assignment.part, self.samples.classes, State.READY
+        )
 
     def close(self) -> None:
         self._averager.shutdown()
@@ -99,6 +105,8 @@ class Peer:
         self._show(accuracy=self._trainer.accuracy(self._held_out))
         while self.status.round < self._settings.rounds and self._run_round():
             pass
+        if self._newcomer:
+            raise ShoalError("the others did all their rounds before this peer could average with them")
         self._show(state=State.FINISHED)
         accuracy = self._trainer.accuracy(self._held_out)
         return Finished(accuracy, self._rounds_averaged)
@@ -109,7 +117,7 @@ class Peer:
         :returns: False if the others have done all rounds without this peer, so that nobody is left to average with
         """
         round_ = self.status.round
-        # What was learnt since the last average is biased to the peer's own images: it is given up if nobody averages it.
+        # What was learnt since the last average is biased to the peer's own images: given up if nobody averages it.
         averaged = self._trainer.copy_tensors()
         loss = None
         if self._newcomer:
@@ -196,17 +204,6 @@ class Peer:
                 published.result()
 
 
-def part_of(digits: Digits, assignment: Assignment) -> Samples:
-    """The images that the peer has.
-
-    :raises ShoalError: there is no such part
-    """
-    parts = digits.reserve if assignment.part.reserve else digits.parts
-    if assignment.part.index >= len(parts):
-        raise ShoalError(f"there is no part {assignment.part.index}; there are {len(parts)}")
-    return parts[assignment.part.index]
-
-
 def latest_round(gathered: dict[Any, Any], rounds: int) -> int | None:
     """The round that a group has done, by the most advanced of its members that train; None: all are newcomers.
 
@@ -228,8 +225,3 @@ def _check_failure(control: StepControl) -> None:
     error = control.exception()
     if error is not None and not isinstance(error, AllreduceException):
         raise error
-
-
-def set_threads() -> None:
-    """One thread a process: the model is small, and all peers share this machine."""
-    torch.set_num_threads(1)

@@ -7,6 +7,7 @@ validate what they read.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 from typing import Annotated
 
@@ -87,6 +88,7 @@ Command = Begin | Hold | Stop
 class Status(Struct, frozen=True, tag="status"):
     """What a peer shows of itself.
 
+    :param classes: the digits that its images show
     :param round: rounds of the swarm that are behind it
     :param group: members of its last group, itself included; 0: none yet
     :param loss: mean training loss on its own images in the last round
@@ -98,6 +100,7 @@ class Status(Struct, frozen=True, tag="status"):
     name: Name
     peer_id: Annotated[str, Meta(max_length=64)]
     part: Part
+    classes: Annotated[tuple[Count, ...], Meta(max_length=10)]
     state: State
     round: Count = 0
     group: Count = 0
@@ -108,11 +111,10 @@ class Status(Struct, frozen=True, tag="status"):
 
 
 class Ready(Struct, frozen=True, tag="ready"):
-    """The worker has loaded its images and joined the DHT."""
+    """The worker has loaded its images and joined the DHT; it waits for :class:`Begin`."""
 
-    peer_id: str
-    classes: tuple[int, ...]
-    samples: int
+    status: Status
+    samples: Count
 
 
 class Holding(Struct, frozen=True, tag="holding"):
@@ -132,8 +134,8 @@ class Finished(Struct, frozen=True, tag="finished"):
 Report = Status | Ready | Holding | Finished
 
 _decode_assignment = msgspec.json.Decoder(Assignment).decode
-_decode_command = msgspec.json.Decoder(Command).decode
-_decode_report = msgspec.json.Decoder(Report).decode
+_decode_command: Callable[[bytes], Command] = msgspec.json.Decoder(Command).decode
+_decode_report: Callable[[bytes], Report] = msgspec.json.Decoder(Report).decode
 
 
 def encode(message: Assignment | Command | Report) -> bytes:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
-from shoal.cli.demo.data import CLASSES, PIXELS, Digits, Samples
+from shoal.cli.demo.data import CLASSES, PIXELS, Digits, Samples, deal, load_samples
+from shoal.cli.demo.protocol import Part
 from shoal.cli.demo.settings import Settings
 
 HIDDEN = 64
@@ -75,36 +78,48 @@ def _make_model(seed: int) -> nn.Sequential:
 
 
 class References:
-    """What the swarm is measured against: each founder's part trained alone, and all images trained centrally.
+    """What the swarm is measured against: each of ``parts`` trained alone, and all images trained centrally.
 
     A model trained alone does as many steps a round as a peer of the swarm; the central one as many as all founders
     together, so that it sees as many images.
     """
 
-    def __init__(self, digits: Digits, settings: Settings) -> None:
+    def __init__(self, digits: Digits, settings: Settings, parts: Sequence[Samples]) -> None:
         self._held_out = digits.held_out
         self._settings = settings
-        self._alone = [
-            Trainer(part, settings, model_seed=FOUNDERS_SEED, data_seed=index)
-            for index, part in enumerate(digits.parts)
-        ]
-        self._central = Trainer(
-            digits.training, settings, model_seed=FOUNDERS_SEED, data_seed=len(digits.parts)
-        )
+        self._alone = {
+            f"alone: digits {' '.join(map(str, part.classes))}": Trainer(
+                part, settings, model_seed=FOUNDERS_SEED, data_seed=index
+            )
+            for index, part in enumerate(parts)
+        }
+        self._central = Trainer(digits.training, settings, model_seed=FOUNDERS_SEED, data_seed=settings.peers)
         self.rounds = 0
 
     def advance(self, rounds: int) -> None:
         """Train until ``rounds`` rounds are done, at most those of the settings."""
         steps = self._settings.local_steps
         for round_ in range(self.rounds, min(rounds, self._settings.rounds)):
-            for trainer in self._alone:
+            for trainer in self._alone.values():
                 trainer.train(round_, steps)
-            self._central.train(round_, steps * len(self._alone))
+            self._central.train(round_, steps * self._settings.peers)
             self.rounds = round_ + 1
 
-    def alone(self) -> list[float]:
-        """The accuracy of each founder's part trained alone, so far."""
-        return [trainer.accuracy(self._held_out) for trainer in self._alone]
+    def alone(self) -> dict[str, float]:
+        """The held-out accuracy of each part trained alone, so far."""
+        return {name: trainer.accuracy(self._held_out) for name, trainer in self._alone.items()}
 
     def central(self) -> float:
         return self._central.accuracy(self._held_out)
+
+
+def load_references(settings: Settings, parts: Sequence[Part]) -> References:
+    """Load the images and make the models that these parts of them are compared with."""
+    set_threads()
+    digits = deal(load_samples(), settings.peers)
+    return References(digits, settings, [digits.part(part.index, reserve=part.reserve) for part in parts])
+
+
+def set_threads() -> None:
+    """One thread a process: the models are small, and all peers share this machine."""
+    torch.set_num_threads(1)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from typing import BinaryIO
+from typing import IO
 
 from shoal.cli.demo import protocol
-from shoal.cli.demo.peer import Orders, Peer, Stopped, set_threads
+from shoal.cli.demo.peer import Orders, Peer, Stopped
+from shoal.cli.demo.training import set_threads
 from shoal.errors import ProtocolViolation, ShoalError
 
 SECONDS_TO_LEAVE = 8.0
@@ -35,7 +36,7 @@ class Reports:
 class Listener:
     """Follows the terminal's commands on a thread of its own."""
 
-    def __init__(self, commands: BinaryIO) -> None:
+    def __init__(self, commands: IO[bytes]) -> None:
         self._commands = commands
         self.begin = threading.Event()
         self.orders = Orders(stop=threading.Event(), hold=threading.Event())
@@ -64,8 +65,10 @@ class Listener:
 def main() -> int:
     """Be the peer that the first line of the standard input describes; returns the exit status."""
     reports = Reports()
-    assignment = protocol.decode_assignment(sys.stdin.buffer.readline(protocol.MAX_LINE_BYTES))
-    listener = Listener(sys.stdin.buffer)
+    # Unbuffered: the interpreter could not end while a thread reads sys.stdin.
+    commands = open(0, "rb", buffering=0, closefd=False)  # noqa: SIM115 - until the process ends
+    assignment = protocol.decode_assignment(commands.readline(protocol.MAX_LINE_BYTES))
+    listener = Listener(commands)
     try:
         run(assignment, listener, reports)
     except Stopped:
@@ -87,12 +90,10 @@ def run(assignment: protocol.Assignment, listener: Listener, reports: Reports) -
 
     set_threads()
     digits = deal(load_samples(), assignment.settings.peers)
-    with DHT(
-        assignment.initial_peers, start=True, host_maddrs=[f"/ip4/{assignment.host}/tcp/0"]
-    ) as dht:
+    with DHT(assignment.initial_peers, start=True, host_maddrs=[f"/ip4/{assignment.host}/tcp/0"]) as dht:
         peer = Peer(assignment, digits, dht, listener.orders, reports.send)
         try:
-            reports.send(protocol.Ready(str(dht.peer_id), peer.samples.classes, len(peer.samples)))
+            reports.send(protocol.Ready(peer.status, len(peer.samples)))
             listener.begin.wait()
             if listener.orders.stop.is_set():
                 raise Stopped

@@ -1,0 +1,133 @@
+"""The command ``shoal``. Imports little, so that ``shoal --help`` is quick: commands import what they need."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import shoal
+from shoal.errors import ShoalError, UsageError
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+
+CommandLineMistake: type[Exception] = typer.BadParameter.__mro__[1]
+"""Unknown options and values of the wrong type; Typer has no public name for this base class."""
+
+app = typer.Typer(name="shoal", add_completion=False, rich_markup_mode=None)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"shoal {shoal.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def shoal_command(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Average PyTorch tensors between machines that come, go and fail."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def demo(
+    peers: Annotated[int, typer.Option(help="Training processes to start, 2 to 8.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Rounds of training and averaging.")] = 60,
+    output: Annotated[Path, typer.Option(help="Where to write the plot (PNG).")] = Path("shoal-demo.png"),
+    host: Annotated[str, typer.Option(help="IP address to listen on.")] = "127.0.0.1",
+    join: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Take part in the demo of another terminal.")
+    ] = None,
+) -> None:
+    """Train on handwritten digits in several processes, one of which is killed and replaced.
+
+    Each process has images of other digits. At the end their accuracy is compared with that of each process
+    alone and of central training.
+    """
+    from shoal.cli.demo.command import join_demo, run_demo
+
+    console = Console()
+    if join is None:
+        status = run_demo(peers=peers, rounds=rounds, output=output, host=host, console=console)
+    else:
+        status = join_demo(address=join, output=output, host=host, console=console)
+    raise typer.Exit(status)
+
+
+@app.command()
+def peer(
+    host: Annotated[
+        str, typer.Option(help="IP address to listen on; 0.0.0.0 for every interface.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="TCP port; 0: any free one.")] = 0,
+    identity: Annotated[
+        Path | None, typer.Option(help="File with the peer's key, created if missing; keeps the address.")
+    ] = None,
+    initial_peers: Annotated[
+        list[str] | None, typer.Option(metavar="ADDRESS", help="A peer of the DHT to join; may be repeated.")
+    ] = None,
+    announce: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ADDRESS", help="Where others can dial this peer, if not where it listens."),
+    ] = None,
+    interval: Annotated[float, typer.Option(help="Seconds between the lines on peers and keys.")] = 30.0,
+) -> None:
+    """Run a peer through which others find each other, until Ctrl+C or SIGTERM."""
+    from shoal.cli.peer import run_peer
+
+    status = run_peer(
+        host=host,
+        port=port,
+        identity=identity,
+        initial_peers=initial_peers or [],
+        announce=announce or [],
+        interval=interval,
+        console=Console(),
+    )
+    raise typer.Exit(status)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; whatever goes wrong is one line on the standard error."""
+    if "SHOAL_LOGLEVEL" not in os.environ:
+        logging.getLogger("shoal").setLevel(logging.WARNING)
+    try:
+        status = app(args=arguments, standalone_mode=False)
+    except CommandLineMistake as error:
+        return _complain(str(getattr(error, "format_message", error.__str__)()), EXIT_USAGE)
+    except UsageError as error:
+        return _complain(str(error), EXIT_USAGE)
+    except ShoalError as error:
+        return _complain(str(error), EXIT_FAILURE)
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain("interrupted", EXIT_INTERRUPTED)
+    return status if isinstance(status, int) else 0
+
+
+def main() -> None:
+    """The entry point of the command."""
+    sys.exit(run())
+
+
+def _complain(text: str, status: int) -> int:
+    typer.echo(f"shoal: {' '.join(text.split())}", err=True)
+    return status
+
+
+if __name__ == "__main__":
+    main()
