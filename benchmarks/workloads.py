@@ -100,7 +100,8 @@ def averaging(library: Any, name: str, peers: int, floats: int, codec: str, roun
 
 def dht(library: Any, name: str, peers: int, operations: int) -> None:
     """A DHT of ``peers`` nodes, each in its background process."""
-    nodes, start_seconds = [], []
+    nodes: list[Any] = []
+    start_seconds: list[float] = []
     for _ in range(peers):
         initial = nodes[0].get_visible_maddrs() if nodes else None
         began = time.perf_counter()
