@@ -1,7 +1,7 @@
 """Decentralized averaging of PyTorch tensors between machines that come, go and fail.
 
-The names are those of hivemind's averaging API. They load their modules on first use, so that ``import shoal`` is free
-and a process that only runs a DHT never imports torch.
+The names are those of hivemind's averaging API. They load their modules on first use, so that ``import
+shoal`` is free and a process that only runs a DHT never imports torch.
 """
 
 from __future__ import annotations

@@ -216,7 +216,7 @@ def test_run_coroutine_says_what_cannot_be_sent(pair):
     with pytest.raises(TypeError, match="async def"):
         pair[0].run_coroutine(lambda dht, node: 1)
     own = pair[0]
-    with pytest.raises(TypeError, match="a DHT cannot be pickled or copied.*initial_peers"):
+    with pytest.raises(TypeError, match=r"a DHT cannot be pickled or copied.*initial_peers"):
         pair[0].run_coroutine(lambda dht, node: own)
 
 
@@ -242,7 +242,7 @@ def test_validators_of_the_user(pair):
 
 def test_the_signature_is_the_promised_one():
     parameters = inspect.signature(DHT).parameters
-    assert list(parameters)[0] == "initial_peers"
+    assert next(iter(parameters)) == "initial_peers"
     keywords = "start daemon record_validators shutdown_timeout await_ready host_maddrs announce_maddrs identity_path "
     keywords += (
         "client_mode bootstrap_timeout ensure_bootstrap_success num_replicas bucket_size parallel_rpc "
@@ -394,13 +394,13 @@ def test_waiting_has_an_end_and_failures_come_later_too():
 
 def test_it_may_start_without_the_others():
     address = f"/ip4/127.0.0.1/tcp/{closed_port()}"
-    with DHT([address], start=True, bootstrap_timeout=0.2, ensure_bootstrap_success=False) as early:
-        with DHT(start=True, host_maddrs=[address]) as late:
-            assert late.store("k", 1, soon())
-            deadline = time.monotonic() + LIMIT
-            while early.get("k", latest=True) is None:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+    options = {"bootstrap_timeout": 0.2, "ensure_bootstrap_success": False}
+    with DHT([address], start=True, **options) as early, DHT(start=True, host_maddrs=[address]) as late:
+        assert late.store("k", 1, soon())
+        deadline = time.monotonic() + LIMIT
+        while early.get("k", latest=True) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_death_of_its_process(pair):

@@ -36,7 +36,7 @@ class Runner:
 
     async def close(self) -> None:
         if self._farewell is not None:
-            with open(self._farewell, "a") as file:
+            with open(self._farewell, "a") as file:  # noqa: ASYNC230
                 file.write(f"{self.context.service_id}\n")
 
 

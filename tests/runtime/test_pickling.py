@@ -117,7 +117,7 @@ def test_the_list_of_modules_by_value_is_left_as_it_was(outside):
 def crossed(error: BaseException) -> BaseException:
     try:
         raise error
-    except BaseException as raised:
+    except BaseException as raised:  # noqa: BLE001
         return pickling.load_error(pickling.dump_error(raised))
 
 

@@ -20,8 +20,8 @@ import pytest
 
 from shoal.errors import InvalidStateError, InvalidTypeError, PeerProcessDied, ShoalError
 from shoal.runtime.memory import SharedMemory
-from shoal.runtime.process import BackgroundProcess
 from shoal.runtime.pickling import RemoteTraceback
+from shoal.runtime.process import BackgroundProcess
 
 LIMIT = 20  # seconds, against hanging only
 
@@ -116,7 +116,7 @@ def test_a_command_cannot_end_the_process(process, runner, error):
 
 
 def test_results_that_cannot_be_sent_are_named(runner):
-    with pytest.raises(InvalidTypeError, match="the result cannot be sent.*generator"):
+    with pytest.raises(InvalidTypeError, match=r"the result cannot be sent to the host.*generator"):
         runner.call((services.evaluate, "(x for x in ())")).result(LIMIT)
 
 

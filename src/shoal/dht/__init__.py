@@ -1,4 +1,4 @@
-"""The distributed hash table through which peers find each other: Kademlia with expiring records and sub-keys."""
+"""The distributed hash table through which peers find each other: Kademlia with expiring records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the host asks of the DHT in its background process: a closed set of commands. Keys and values are serialized."""
+"""What the host process asks of the DHT in its background process: a closed set of commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from shoal.p2p.multiaddr import Multiaddr
 class DHTSetup:
     """All that a DHT node starts with.
 
-    :param validators: pickled by :mod:`shoal.runtime.pickling`: their modules may be heavy, or of the user's making
+    :param validators: pickled by :mod:`shoal.runtime.pickling`: their modules may be heavy, or of the user's
+        making
     """
 
     listen: tuple[Multiaddr, ...]
@@ -43,7 +44,7 @@ class GetRecord:
 
 @dataclass(frozen=True)
 class RunCoroutine:
-    """Answered by what ``function(dht, node)`` returned; ``function`` is pickled by :mod:`shoal.runtime.pickling`."""
+    """Answered by what ``function(dht, node)`` returned; pickled by :mod:`shoal.runtime.pickling`."""
 
     function: bytes
 

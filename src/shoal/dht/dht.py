@@ -43,28 +43,35 @@ _PRELOAD = ("torch",)
 class DHT:
     """A node of a distributed hash table, running in a background process of its own.
 
-    Two DHTs that were given each other's addresses, or the same third one's, are one DHT: what is stored through any of them
-    is found through all of them. Averagers made with this ``dht`` live in the same process and share its identity and port.
+    Two DHTs that were given each other's addresses, or the same third one's, are one DHT: what is stored
+    through any of them is found through all of them. Averagers made with this ``dht`` live in the same
+    process and share its identity and port.
 
-    May be used on any thread and as a context manager. It ends by :meth:`shutdown`, with the last reference to it, or with
-    the interpreter, whichever comes first; a forked child process can neither use nor end it.
+    May be used on any thread and as a context manager. It ends by :meth:`shutdown`, with the last reference
+    to it, or with the interpreter, whichever comes first; a forked child process can neither use nor end it.
 
-    :param initial_peers: addresses of some peers of an existing DHT, as text or Multiaddr; none: begin a new DHT
+    :param initial_peers: addresses of some peers of an existing DHT, as text or Multiaddr; none: begin a new
+        DHT
     :param start: start at once; otherwise call :meth:`run_in_background`
-    :param daemon: if false, the DHT does not end with the last reference to it, and the interpreter waits at its end until
-        it is shut down by another thread, Ctrl+C is pressed, or a signal ends the program
-    :param record_validators: checks on all records that this node keeps or gets, see :mod:`shoal.dht.validation`
+    :param daemon: if false, the DHT does not end with the last reference to it, and the interpreter waits at
+        its end until it is shut down by another thread, Ctrl+C is pressed, or a signal ends the program
+    :param record_validators: checks on all records that this node keeps or gets, see
+        :mod:`shoal.dht.validation`
     :param shutdown_timeout: seconds that :meth:`shutdown` gives the node to say goodbye before it uses force
     :param await_ready: with ``start``: return when the node has joined the DHT, and raise if it cannot
-    :param host_maddrs: where to listen; loopback by default. ``/ip4/0.0.0.0/tcp/0``: any interface, any free port
+    :param host_maddrs: where to listen; loopback by default. ``/ip4/0.0.0.0/tcp/0``: any interface, any free
+        port
     :param announce_maddrs: what others are told instead, e.g. the outer address of a forwarded port
-    :param identity_path: file with the key that makes this node's PeerID; created if it is missing. Without it the node
-        gets a new PeerID each time
-    :param client_mode: neither listen nor keep records of others; also what becomes of a node that nobody can dial
+    :param identity_path: file with the key that makes this node's PeerID; created if it is missing. Without
+        it the node gets a new PeerID each time
+    :param client_mode: neither listen nor keep records of others; also what becomes of a node that nobody can
+        dial
     :param bootstrap_timeout: for how many seconds the initial peers are retried
-    :param ensure_bootstrap_success: raise BootstrapError if none of them answered by then, instead of retrying for ever
-    :param options: the other fields of :class:`~shoal.dht.config.DHTConfig`, in which all of them, and those that follow here,
-        are described; None stands for the default. Options of hivemind that make no sense here are accepted with a warning
+    :param ensure_bootstrap_success: raise BootstrapError if none of them answered by then, instead of
+        retrying for ever
+    :param options: the other fields of :class:`~shoal.dht.config.DHTConfig`, in which all of them, and those
+        that follow here, are described; None stands for the default. Options of hivemind that make no sense
+        here are accepted with a warning
     :raises InvalidTypeError: (a TypeError) an option is unknown or of the wrong type
     :raises InvalidValueError: (a ValueError) a value is not allowed, or an address cannot be listened on
     :raises BootstrapError: no initial peer answered; lists each address with the reason
@@ -205,8 +212,8 @@ class DHT:
 
     def __reduce__(self) -> NoReturn:
         raise InvalidTypeError(
-            "a DHT cannot be pickled or copied: it belongs to the process that made it. Make another DHT in the other process "
-            "with initial_peers=[str(address) for address in dht.get_visible_maddrs()]"
+            "a DHT cannot be pickled or copied: it belongs to the process that made it. "
+            "Make another one there, with initial_peers=[str(address) for address in dht.get_visible_maddrs()]"
         )
 
     def __repr__(self) -> str:
@@ -250,7 +257,7 @@ class DHT:
         return self._initial_peers
 
     def get_visible_maddrs(self, latest: bool = False) -> list[Multiaddr]:
-        """Addresses with ``/p2p/PEERID``, at which others can dial this node: their ``initial_peers``. None in client mode.
+        """Where others can dial this node: their ``initial_peers``. An empty list in client mode.
 
         :param latest: of no effect: they are always those of this moment
         """
@@ -273,12 +280,13 @@ class DHT:
 
     def get(
         self, key: Any, latest: bool = False, return_future: bool = False
-    ) -> ValueWithExpiration | None | MPFuture[ValueWithExpiration | None]:
-        """The value that was stored under ``key`` with the latest expiration time, and that time; None if there is none.
+    ) -> ValueWithExpiration | MPFuture[ValueWithExpiration | None] | None:
+        """The value under ``key`` that expires last, with its expiration time; None if there is none.
 
         For a key with sub-keys the value is a dictionary of sub-keys to their own ValueWithExpiration.
 
-        :param latest: ask the whole DHT for the record that expires last, instead of taking the first good one
+        :param latest: ask the whole DHT for the record that expires last, instead of taking the first good
+            one
         :param return_future: return a future at once, which can be waited for or awaited
         :raises InvalidTypeError: the key cannot be serialized
         """
@@ -310,11 +318,14 @@ class DHT:
     ) -> bool | MPFuture[bool]:
         """Store ``value`` under ``key`` until ``expiration_time``, in place of one that expires earlier.
 
-        :param expiration_time: seconds as :func:`shoal.get_dht_time` counts them; at most an hour ahead, unless configured
-        :param subkey: makes the record a dictionary, in which each sub-key has a value and an expiration time of its own
+        :param expiration_time: seconds as :func:`shoal.get_dht_time` counts them; at most an hour ahead,
+            unless configured
+        :param subkey: makes the record a dictionary, in which each sub-key has a value and an expiration time
+            of its own
         :param return_future: return a future at once, which can be waited for or awaited
         :returns: whether it was stored; false if a later record is there, or the record was refused
-        :raises InvalidTypeError: key, sub-key or value cannot be serialized, see :class:`~shoal.utils.MSGPackSerializer`
+        :raises InvalidTypeError: key, sub-key or value cannot be serialized, see
+            :class:`~shoal.utils.MSGPackSerializer`
         """
         options.check_number("expiration_time", expiration_time)
         if not math.isfinite(expiration_time):
@@ -347,11 +358,12 @@ class DHT:
     ) -> T | MPFuture[T]:
         """Run ``await coro(dht, node)`` in the background process, and return its result.
 
-        There ``node`` is the :class:`~shoal.dht.node.DHTNode` itself, and ``dht`` a view with ``peer_id``, ``client_mode`` and
-        ``get_visible_maddrs()``. Other calls go on meanwhile, so it must not block. Cancelling the future cancels it.
+        There ``node`` is the :class:`~shoal.dht.node.DHTNode` itself, and ``dht`` a view with ``peer_id``,
+        ``client_mode`` and ``get_visible_maddrs()``. Other calls go on meanwhile, so it must not block.
+        Cancelling the future cancels it.
 
-        :param coro: an ``async def`` function. One of ``__main__`` or a notebook, a lambda or a closure is sent by value
-            with what it refers to; others by reference, their modules are imported there
+        :param coro: an ``async def`` function. One of ``__main__`` or a notebook, a lambda or a closure is
+            sent by value with what it refers to; others by reference, their modules are imported there
         :raises InvalidTypeError: it cannot be sent; the message names what is to blame
         """
         if not callable(coro):

@@ -1,4 +1,4 @@
-"""The DHT's service in the background process: one host, one node, and a method for each command from the user's side."""
+"""The DHT's service in the background process: a host, a node, and a method for each command."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Frames and file descriptors over the private socket pair between a host and its background process.
 
-Used by both sides, on any thread; never blocks. Trusts its other end: only these two processes hold the socket.
+Used by both sides, on any thread; never blocks. Trusts its other end: only these two processes hold the
+socket.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 
 class Kind(IntEnum):
-    """What a frame is. Calls have numbers of their own in each direction; RESULT, ERROR and CANCELLED answer one."""
+    """What a frame is. Each direction counts its calls; RESULT, ERROR and CANCELLED answer one."""
 
     READY = 1  # the process runs its event loop
     STATE = 2  # what the process has to know of its host: sys.path, log levels
@@ -50,8 +51,8 @@ class Frame(NamedTuple):
 class Channel:
     """One end of the socket pair.
 
-    :param watch_writable: called with true when bytes wait for room in the socket (then call :meth:`flush` when it is
-        writable), with false when all are sent. May be called on any thread that sends.
+    :param watch_writable: called with true when bytes wait for room in the socket (then call :meth:`flush`
+        when it is writable), with false when all are sent. May be called on any thread that sends.
     """
 
     def __init__(self, sock: socket.socket, watch_writable: Callable[[bool], None]) -> None:
@@ -160,7 +161,7 @@ class Channel:
             os.close(self._descriptors.popleft())
 
     def abandon(self) -> None:
-        """Drop this end in a forked child, where it must neither send nor take the lock (a thread that is gone may hold it)."""
+        """Drop this end in a forked child, without the lock, which a lost thread may hold."""
         self.closed = True
         self._socket.close()
 

@@ -1,4 +1,4 @@
-"""What ``python -P -m shoal.runtime.child`` runs: the background process. Started by :mod:`shoal.runtime.process` only."""
+"""The background process: what :mod:`shoal.runtime.connection` starts, and nobody else."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """One background process as the host's threads see it: its channel, calls under way, its output and its end.
 
-Not referred to by the objects that users hold alone: the receiving thread keeps it until the process has ended.
+Not referred to by the objects that users hold alone: the receiving thread keeps it until the process has
+ended.
 """
 
 from __future__ import annotations
@@ -120,8 +121,8 @@ class Connection:
         """Raise InvalidStateError where no call can be made because of what the caller did."""
         if self._forked:
             raise InvalidStateError(
-                f"the background process {self.name!r} belongs to the parent of this process, which was forked from it; "
-                "make a new object here, or use it in the parent only"
+                f"the background process {self.name!r} belongs to the parent of this process, "
+                "which was forked from it; use it in the parent only, or make a new one here"
             )
         if self._shutdown_begun:
             raise InvalidStateError(f"the background process {self.name!r} was shut down")
@@ -176,7 +177,7 @@ class Connection:
             self.send(Kind.SHUTDOWN, pickling.dumps(timeout))
 
     def shutdown(self, timeout: float) -> None:
-        """End the process: in order if it takes no longer than ``timeout`` seconds, then by SIGTERM, then by SIGKILL."""
+        """End the process: in order within ``timeout`` seconds, then by SIGTERM, then by SIGKILL."""
         if self._forked:
             return
         self.begin_shutdown(timeout)
@@ -191,7 +192,7 @@ class Connection:
         self._process.kill()
 
     def abandon(self) -> None:
-        """In a forked child: drop everything that is the parent's. Takes no lock: a thread that is gone may hold it."""
+        """In a forked child: drop what is the parent's, without locks that lost threads may hold."""
         self._forked = True
         self._channel.abandon()
         for descriptor in (self._output, self._exit_watch):

@@ -1,4 +1,4 @@
-"""A future that threads can wait for and coroutines can await; what every call to the background process returns."""
+"""A future that threads can wait for and coroutines can await: what calls return."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ T = TypeVar("T")
 class MPFuture(concurrent.futures.Future[T]):
     """A :class:`concurrent.futures.Future` that can also be awaited in any event loop.
 
-    Cancelling a future of a call cancels the call itself in the background process; so does cancelling a task that
-    awaits it. Callbacks of a call's future may block and may make further calls: they do not run on the thread
-    that receives results. In a forked child process a future that was not finished yet raises
+    Cancelling a future of a call cancels the call itself in the background process; so does cancelling a task
+    that awaits it. Callbacks of a call's future may block and may make further calls: they do not run on the
+    thread that receives results. In a forked child process a future that was not finished yet raises
     :class:`~shoal.errors.InvalidStateError`, since its result will arrive in the parent only.
 
-    :param on_cancel: called when the future was cancelled; true if nobody else will notify those who wait for it
+    :param on_cancel: called when the future was cancelled; true if nobody else will notify those who wait for
+        it
     :param dispatch: given a callable, runs it now or on another thread; for done-callbacks
     """
 

@@ -1,7 +1,7 @@
 """Notices that the host process has ended, however it ended; runs on a thread of the background process.
 
-A pidfd where the kernel has it, kqueue on macOS, else the number of the parent. Not ``PR_SET_PDEATHSIG``, which
-follows the thread that started the process, not the host.
+A pidfd where the kernel has it, kqueue on macOS, else the number of the parent. Not ``PR_SET_PDEATHSIG``,
+which follows the thread that started the process, not the host.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""All background processes of this interpreter: what happens to them at its end, in forked children and by collection."""
+"""The ends of background processes: at the interpreter's, in forked children, by garbage collection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Anonymous memory that the host and its background process both map: no name, no file, gone with its last user."""
+"""Anonymous memory for the host and its background process: no name, no file, gone with its last user."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ _MADV_POPULATE_WRITE = 23
 class SharedMemory:
     """A block of zeroed memory behind a file descriptor that can be sent to the other process.
 
-    One side creates it and sends :attr:`fd` with a command (``descriptors=[memory.fd]``); the other side maps what it
-    received by :meth:`from_descriptor`. The memory lives until both sides have closed it or ended, however they end.
+    One side creates it and sends :attr:`fd` with a command (``descriptors=[memory.fd]``); the other side maps
+    what it received by :meth:`from_descriptor`. The memory lives until both sides have closed it or ended,
+    however they end.
     """
 
     # An object whose mapping failed owns nothing: its maker closes the descriptor.
@@ -52,7 +53,7 @@ class SharedMemory:
 
     @classmethod
     def from_descriptor(cls, fd: int, nbytes: int) -> SharedMemory:
-        """Map memory that the other side created. Takes over ``fd``: it is closed by :meth:`close`, or here on failure.
+        """Map memory that the other side created. ``fd`` is taken over: closed by :meth:`close`, or on failure.
 
         :raises InvalidValueError: the memory behind ``fd`` is smaller than ``nbytes``
         """
@@ -87,7 +88,7 @@ class SharedMemory:
         return self._buffer
 
     def populate(self) -> None:
-        """Give every page of the mapping memory now, so that its first use takes no page faults. Contents stay as they are."""
+        """Give every page its memory now, so that its first use takes no faults. Contents stay."""
         view = self.buffer
         assert self._map is not None
         try:
@@ -99,8 +100,8 @@ class SharedMemory:
     def close(self) -> None:
         """Give the memory back; idempotent.
 
-        Safe while others still hold views of :attr:`buffer` (NumPy arrays, tensors, slices): those stay valid, and the
-        memory is unmapped when the last of them is gone.
+        Safe while others still hold views of :attr:`buffer` (NumPy arrays, tensors, slices): those stay
+        valid, and the memory is unmapped when the last of them is gone.
         """
         fd, self._fd = self._fd, -1
         if fd >= 0:

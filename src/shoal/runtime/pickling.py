@@ -35,9 +35,8 @@ class _ReferencePickler(pickle.Pickler):
     """Pickles functions and classes by reference, and stops at one that cannot be imported by its name."""
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, (type, FunctionType)):
-            if not (_is_importable(obj.__module__) and _find(obj.__module__, obj.__qualname__) is obj):
-                raise _NeedsValue
+        if isinstance(obj, (type, FunctionType)) and not _has_a_name(obj):
+            raise _NeedsValue
         return NotImplemented
 
 
@@ -59,9 +58,7 @@ def dumps(value: object, what: str = "this object", to: str = "the background pr
     except (pickle.PicklingError, TypeError, AttributeError, ValueError, RecursionError) as error:
         culprit = _find_culprit(value)
         because = f" because of {culprit}" if culprit else ""
-        raise InvalidTypeError(
-            f"{what} cannot be sent to {to}{because}: {error}"
-        ) from error
+        raise InvalidTypeError(f"{what} cannot be sent to {to}{because}: {error}") from error
 
 
 def loads(data: bytes) -> Any:
@@ -146,12 +143,14 @@ def _modules_by_value(value: object) -> set[str]:
     return found - {"__main__"}
 
 
-def _find(module: str, name: str) -> object:
-    """What ``name`` leads to in a module of this process, or None."""
-    found: object = sys.modules[module]
-    for part in name.split("."):
+def _has_a_name(thing: type | FunctionType) -> bool:
+    """Whether the other process finds a function or class under its module and name."""
+    if not _is_importable(thing.__module__):
+        return False
+    found: object = sys.modules[thing.__module__]
+    for part in thing.__qualname__.split("."):
         found = getattr(found, part, None)
-    return found
+    return found is thing
 
 
 def _is_importable(name: str | None) -> bool:

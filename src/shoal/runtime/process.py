@@ -1,7 +1,8 @@
 """The host's side of a background process: start it, call the services in it, and end it.
 
-Changes no signal handler, and works on any thread, in a notebook and after any import. A process ends with the last
-reference to it, with the interpreter, or by :meth:`BackgroundProcess.shutdown`; a forked child can neither use nor end it.
+Changes no signal handler, and works on any thread, in a notebook and after any import. A process ends with
+the last reference to it, with the interpreter, or by :meth:`BackgroundProcess.shutdown`; a forked child can
+neither use nor end it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ServiceFactory = Callable[[ServiceContext], Awaitable[Service]]
 
 
 class BackgroundProcess:
-    """A Python process of our own beside the host's, on whose event loop services live. Made by :meth:`start`."""
+    """A Python process beside the host's, on whose event loop services live. Made by :meth:`start`."""
 
     def __init__(self, connection: Connection, *, daemon: bool) -> None:
         self._connection = connection
@@ -43,8 +44,8 @@ class BackgroundProcess:
         """Start a process and wait until it runs.
 
         :param name: names the process in logs, errors and the system's list of processes
-        :param daemon: if false, the host's interpreter waits at its end until the process is shut down or Ctrl+C is
-            pressed, and losing the last reference does not end it (as with :mod:`multiprocessing`)
+        :param daemon: if false, the host's interpreter waits at its end until the process is shut down or
+            Ctrl+C is pressed, and losing the last reference does not end it (as with :mod:`multiprocessing`)
         :param preload: modules that the process imports on a thread when its first service is ready
         :param timeout: seconds to wait
         :raises PeerProcessDied: the process ended at once; shows what it printed
@@ -68,10 +69,12 @@ class BackgroundProcess:
     ) -> MPFuture[ServiceHandle]:
         """Make a service in the process.
 
-        :param factory: called there with a :class:`~shoal.runtime.service.ServiceContext`; imported there (functions
-            of ``__main__``, lambdas and closures go by value), with arguments by :func:`functools.partial`
+        :param factory: called there with a :class:`~shoal.runtime.service.ServiceContext`; imported there
+            (functions of ``__main__``, lambdas and closures go by value), with arguments by
+            :func:`functools.partial`
         :param name: by which other services of the process find this one
-        :param handler: answers the service's own calls (``context.call_host``), in order, on a thread for this service
+        :param handler: answers the service's own calls (``context.call_host``), in order, on a thread for
+            this service
         :raises InvalidTypeError: the factory cannot be sent
         """
         connection = self._usable()
@@ -115,7 +118,7 @@ class BackgroundProcess:
         return self._connection.ended.wait(timeout)
 
     def shutdown(self, timeout: float = 3.0) -> None:
-        """End the process: in order within ``timeout`` seconds, by force after that. Idempotent, on any thread.
+        """End the process: in order within ``timeout`` seconds, else by force. Idempotent, on any thread.
 
         In a forked child this does nothing: the process belongs to the parent.
         """

@@ -1,7 +1,7 @@
 """The background process's own side: one event loop, the services on it, and the channel to the host.
 
-Imports only what every such process needs: its start-up time and memory are measured, and a DHT alone must not load
-torch or NumPy.
+Imports only what every such process needs: its start-up time and memory are measured, and a DHT alone must
+not load torch or NumPy.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Server:
             self._stop_within.set_result(seconds)
 
     def host_is_gone(self) -> None:
-        """Runs on the watching thread: ends the process in order, or, if its loop is stuck, at once after that."""
+        """Runs on the watching thread: ends the process in order, or by force if its loop is stuck."""
         self._loop.call_soon_threadsafe(self.stop, HOST_GONE_SECONDS)
         time.sleep(HOST_GONE_SECONDS + _HARD_LIMIT_SECONDS)
         os._exit(1)

@@ -1,4 +1,4 @@
-"""What a service in the background process is, and what it is given. Imported by both sides; imports nothing heavy."""
+"""What a service in the background process is, and what it is given. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Service(Protocol):
     async def handle(self, command: object, descriptors: Sequence[int]) -> object:
         """Carry out one command and return its result, which has to be picklable.
 
-        Any number of commands run at the same time. The task is cancelled when the host cancels the call, and when
-        the service closes. The service owns ``descriptors`` from now on and closes them. Whatever it raises is
-        raised in the host by the call's future.
+        Any number of commands run at the same time. The task is cancelled when the host cancels the call, and
+        when the service closes. The service owns ``descriptors`` from now on and closes them. Whatever it
+        raises is raised in the host by the call's future.
         """
 
     async def close(self) -> None:
-        """End everything that the service does, in order (say goodbye to peers). Called once, after its commands ended.
+        """End everything that the service does, in order. Called once, after its commands ended.
 
         It has about as many seconds as the host allowed for the shutdown; 1.5 s when the host itself is gone.
         """
@@ -49,14 +49,15 @@ class ServiceContext(Protocol):
         """
 
     async def call_host(self, command: object) -> object:
-        """Have the host's handler of this service run with ``command``; returns or raises what it returns or raises.
+        """Have the host's handler of this service run with ``command``; its outcome is this call's.
 
-        Handlers of one service run one after the other, in the order of the calls, on a thread of that service.
-        Cancelling drops a call that has not begun; one that runs is left to finish and its result is dropped.
+        Handlers of one service run one after the other, in the order of the calls, on a thread of that
+        service. Cancelling drops a call that has not begun; one that runs is left to finish and its result is
+        dropped.
         """
 
     async def modules_ready(self) -> None:
-        """Wait until the modules to be preloaded are imported (starts that if it has not begun); at once if there are none."""
+        """Wait until the modules to be preloaded are imported; begins with that if need be."""
 
     def set_log_fields(self, **fields: str) -> None:
         """From now on every log record of the process carries these attributes, unless it has its own."""

@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class SerialThread:
-    """Runs callables in order on one daemon thread of its own, which starts by :meth:`start` or with the first of them."""
+    """Runs callables in order on one daemon thread, which starts with the first of them if not before."""
 
     def __init__(self, name: str) -> None:
         self._name = name

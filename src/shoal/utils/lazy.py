@@ -1,4 +1,4 @@
-"""Public names of a package that load their modules on first use (PEP 562), so that importing the package is free."""
+"""Public names of a package that load their modules on first use (PEP 562)."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 """What Shoal logs, and when it is seen.
 
-Shoal logs to loggers named ``shoal...`` and leaves everybody else's alone. A program that configures logging (the root
-logger has a handler) gets the records there, at its own levels. In one that does not, as in a notebook or a short script,
-Shoal's records from INFO up go to standard error, by a handler that gives way as soon as the program brings its own.
+Shoal logs to loggers named ``shoal...`` and leaves everybody else's alone. A program that configures logging
+(the root logger has a handler) gets the records there, at its own levels. In one that does not, as in a
+notebook or a short script, Shoal's records from INFO up go to standard error, by a handler that gives way as
+soon as the program brings its own.
 
-The environment variable ``SHOAL_LOGLEVEL`` is a level's name or number, and holds for the background processes as well;
-``off`` leaves everything to the program.
+The environment variable ``SHOAL_LOGLEVEL`` is a level's name or number, and holds for the background
+processes as well; ``off`` leaves everything to the program.
 """
 
 from __future__ import annotations
