@@ -306,7 +306,54 @@ async def test_a_full_link_that_falls_silent_is_found(swarm, caplog):
         assert now() - begin <= 15.0
 
 
+@simulated(bandwidth=50_000.0)
+async def test_cancelling_in_the_middle_of_a_payload_leaves_the_connection_usable(swarm, caplog):
+    a, b = await swarm.pair()
+    ended = []
+
+    async def receive(stream):
+        stream.accept_payloads(None, 3_000_000)
+        try:
+            await stream.receive()
+            await stream.receive()
+        except asyncio.CancelledError:
+            ended.append(now())
+            raise
+
+    a.serve_stream(STREAM, receive)
+
+    async def send():
+        async with b.open_stream(a.peer_id, STREAM, timeout=1000) as stream:
+            await stream.send_payload(1, bytes(2_000_000))
+
+    sending = asyncio.ensure_future(send())
+    await asyncio.sleep(2)
+    sending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+    assert now() < 4
+    assert (await b.call(a.peer_id, ECHO, Number(5), timeout=100)).value == 5
+    assert len(ended) == 1
+    assert b.count_connections(a.peer_id)[Lane.CONTROL] == 1
+
+
 # ---- limits and the end ----
+
+
+@simulated()
+async def test_of_two_crossing_connections_both_sides_keep_the_same(swarm, caplog):
+    a, b = await swarm.host("a"), await swarm.host("b")
+    a.add_addresses(b.peer_id, b.listen_addresses)
+    b.add_addresses(a.peer_id, a.listen_addresses)
+    await asyncio.gather(a.connect(b.peer_id, timeout=5), b.connect(a.peer_id, timeout=5))
+    await asyncio.sleep(1)
+    assert a.count_connections(b.peer_id)[Lane.CONTROL] == 2
+    for _ in range(60):
+        await asyncio.gather(
+            a.call(b.peer_id, ECHO, Number(1), timeout=5), b.call(a.peer_id, ECHO, Number(1), timeout=5)
+        )
+        await asyncio.sleep(1)
+    assert a.count_connections(b.peer_id)[Lane.CONTROL] == 1
 
 
 @simulated()

@@ -205,7 +205,8 @@ class HostConformance:
         await handler.started.wait()
         call.cancel()
         await failure_of(call, asyncio.CancelledError)
-        await handler.cancelled.wait()
+        # Well before the deadline, which would cancel it too.
+        await asyncio.wait_for(handler.cancelled.wait(), 10)
 
         in_stream = _Handler()
         server.serve_stream(STREAM, in_stream)
@@ -361,7 +362,7 @@ class HostConformance:
         for call in calls:
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
-        await handler.cancelled.wait()
+        await asyncio.wait_for(handler.cancelled.wait(), 10)
         server.stop_serving(ECHO)
         server.serve(ECHO, double)
         assert (await client.call(server.peer_id, ECHO, Number(3), timeout=30)).value == 6
