@@ -258,7 +258,7 @@ def make_swarm(seed: int, *, jitter: bool) -> Swarm:
     config = MatchmakingConfig(
         target_group_size=target,
         min_group_size=minimum,
-        min_matchmaking_time=rng.uniform(2.0, 5.0),
+        min_matchmaking_time=rng.uniform(3.0, 6.0),
         request_timeout=rng.uniform(1.0, 6.0),
     )
     peers = rng.randint(2, 12)

@@ -100,7 +100,9 @@ class Story:
             if number not in self.killed and isinstance(self.results[number], MatchmakingException)
         ]
         if self.kind == "one instant":
-            assert len(left_over) == len(self.modes) - sum(self.plan(self.modes)), "more are left over than need be"
+            assert len(left_over) == len(self.modes) - sum(self.plan(self.modes)), (
+                "more are left over than need be"
+            )
         else:
             assert self.plan(left_over) == (), f"{len(left_over)} left over could have made groups"
 
@@ -113,7 +115,9 @@ class Story:
         groups = {number: result for number, result in self.results.items() if isinstance(result, GroupInfo)}
         for number, group in groups.items():
             assert agreed.setdefault(group.group_id, group) == group, "members disagree"
-            assert self.config.min_group_size <= len(group) <= (self.config.target_group_size or len(self.modes))
+            assert (
+                self.config.min_group_size <= len(group) <= (self.config.target_group_size or len(self.modes))
+            )
             assert self.sim.dht.identity(number).peer_id in group.peer_ids
             assert group.members[0].mode is PeerMode.FULL
         if self.kind != "with faults":  # else a member may not have heard that its group has begun

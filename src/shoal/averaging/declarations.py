@@ -74,7 +74,8 @@ class Declarations:
             del self._storing[key]
 
     async def _store(self, key: str, declaration: Declaration) -> str | None:
-        # Of two records of one sub-key the DHT keeps the one that expires later: each must outlast the one before.
+        # Of two records of one sub-key the DHT keeps the one that expires later: each must outlast the one
+        # before.
         expiration = max(self._clock() + DECLARATION_LIFETIME, self._last_expiration + 0.001)
         self._last_expiration = expiration
         try:

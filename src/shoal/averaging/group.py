@@ -1,8 +1,10 @@
-"""What a group is: its key in the DHT, what each member says of itself, and the checks that make members agree.
+"""What a group is: its key in the DHT, what each member says of itself, and the checks that make members
+agree.
 
-Pure: no I/O, no clock, no randomness; ``now`` is an argument. A member describes itself in a :class:`MemberInfo` and
-signs it with its identity key, so nobody vouches for somebody else: the leader only passes on what each member signed.
-The info names the leader that it was given to, so that it cannot be replayed to form a group under another leader.
+Pure: no I/O, no clock, no randomness; ``now`` is an argument. A member describes itself in a
+:class:`MemberInfo` and signs it with its identity key, so nobody vouches for somebody else: the leader only
+passes on what each member signed. The info names the leader that it was given to, so that it cannot be
+replayed to form a group under another leader.
 """
 
 from __future__ import annotations
@@ -158,7 +160,8 @@ def verify_group(
 ) -> GroupInfo:
     """Check what a leader sent when it began a group, as seen by the member that had sent it ``own``.
 
-    :raises ProtocolViolation: a signature, key, schema, leader or age is wrong, a member occurs twice, the leader
+    :raises ProtocolViolation: a signature, key, schema, leader or age is wrong, a member occurs twice, the
+    leader
         is missing or not allowed to lead, or this member is not included exactly as it sent itself
     """
     if len(group_id) != GROUP_ID_BYTES:

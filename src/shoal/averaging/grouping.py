@@ -1,8 +1,9 @@
-"""How peers that look for a group are cut into groups: pure functions over sorted peers, each with its reason.
+"""How peers that look for a group are cut into groups: pure functions over sorted peers, each with its
+reason.
 
-Peers with equal views cut them equally, without a word between them. Sizes come first (:func:`plan_groups`), then who
-leads and who follows whom (:func:`cut_groups`), then whether a full group may begin without waiting for its start time
-(:func:`may_begin_early`).
+Peers with equal views cut them equally, without a word between them. Sizes come first (:func:`plan_groups`),
+then who leads and who follows whom (:func:`cut_groups`), then whether a full group may begin without waiting
+for its start time (:func:`may_begin_early`).
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class Cut:
 def plan_groups(n: int, target: int | None, minimum: int, leaders: int | None = None) -> tuple[int, ...]:
     """Sizes of the groups into which ``n`` peers are cut, of whom ``leaders`` (default: all) can lead.
 
-    As few peers as possible are left over; among such plans, as many groups as possible have the target size, and
-    these come first. Every size is from ``minimum`` to ``target``.
+    As few peers as possible are left over; among such plans, as many groups as possible have the target size,
+    and these come first. Every size is from ``minimum`` to ``target``.
     """
     leaders = n if leaders is None else min(leaders, n)
     if leaders == 0 or n < minimum:
@@ -77,12 +78,13 @@ def plan_groups(n: int, target: int | None, minimum: int, leaders: int | None = 
 
 
 def stays_full(index: int, n: int, target: int | None, minimum: int) -> bool:
-    """Whether group ``index`` (from 0) of the plan has the target size for ``n`` peers and for any larger number.
+    """Whether group ``index`` (from 0) of the plan has the target size for ``n`` peers and for any larger
+    number.
 
-    The last groups are the smaller ones. In a plan of ``count`` groups that takes in everybody, the groups up to
-    ``index`` are full if ``n >= (index + 1) * target + (count - 1 - index) * minimum``; so it is enough to look at the
-    smallest number of peers for each count. Fewer than ``target`` places are empty, so no more than the last
-    ``target - 1`` groups are ever smaller.
+    The last groups are the smaller ones. In a plan of ``count`` groups that takes in everybody, the groups up
+    to ``index`` are full if ``n >= (index + 1) * target + (count - 1 - index) * minimum``; so it is enough to
+    look at the smallest number of peers for each count. Fewer than ``target`` places are empty, so no more
+    than the last ``target - 1`` groups are ever smaller.
     """
     if target is None:
         return False
@@ -98,8 +100,8 @@ def stays_full(index: int, n: int, target: int | None, minimum: int) -> bool:
 def cut_groups(candidates: Sequence[Candidate], target: int | None, minimum: int) -> Cut:
     """Cut ``candidates`` (sorted, each peer once) into groups. The first of a slice that can lead, leads it.
 
-    So a peer that can lead only ever follows one that is earlier in the order: no two peers wait for each other.
-    What is left over gathers in one incomplete group, if anybody there can lead.
+    So a peer that can lead only ever follows one that is earlier in the order: no two peers wait for each
+    other. What is left over gathers in one incomplete group, if anybody there can lead.
     """
     leaders = sum(candidate.can_lead for candidate in candidates)
     sizes = plan_groups(len(candidates), target, minimum, leaders)
@@ -114,9 +116,7 @@ def cut_groups(candidates: Sequence[Candidate], target: int | None, minimum: int
         members = _take_slice(waiting, len(waiting), later_groups=0)
         groups.append(PlannedGroup(members, is_complete=False, newcomers_cannot_change_it=False))
     shown = ", ".join(map(str, sizes)) or "none"
-    reason = (
-        f"{len(candidates)} peers of which {leaders} can lead make groups of {shown}; {len(left_over)} left over"
-    )
+    reason = f"{len(candidates)} peers of which {leaders} can lead make groups of {shown}; {len(left_over)} left over"
     return Cut(tuple(groups), left_over, reason)
 
 
@@ -157,11 +157,15 @@ def may_begin_early(
     leader: PeerID,
     target: int | None,
     minimum: int,
+    everybody: Sequence[Candidate] | None = None,
 ) -> EarlyBeginDecision:
-    """Whether ``leader`` may begin at once with ``members`` (itself included), given all visible ``candidates``.
+    """Whether ``leader`` may begin at once with ``members`` (itself included), given all visible
+    ``candidates``.
 
-    Only a full group may, and only if no more peers are left over than by the plan. Several leaders decide this at the
-    same time: each fills no more than its own planned slice, so their decisions add up to the plan.
+    ``everybody``: the candidates and those who have full groups elsewhere, which can still become smaller.
+    Only a full group may, and only if no more peers are left over than by the plan. Several leaders decide
+    this at the same time: each fills no more than its own planned slice, so their decisions add up to the
+    plan.
     """
     if target is None or len(members) < target:
         return EarlyBeginDecision(EarlyBegin.NO, f"{len(members)} of {target or 'any number of'} members")
@@ -171,10 +175,11 @@ def may_begin_early(
         return EarlyBeginDecision(EarlyBegin.NO, f"the plan has this peer follow another: {cut.reason}")
     if len(group.members) < target:
         return EarlyBeginDecision(EarlyBegin.NO, f"a full group would strand others: {cut.reason}")
-    rest = [candidate for candidate in candidates if candidate.peer_id not in members]
-    left_over = cut_groups(rest, target, minimum).left_over
-    if len(left_over) > len(cut.left_over):
-        return EarlyBeginDecision(EarlyBegin.NO, f"beginning would strand {len(left_over)}: {cut.reason}")
+    for peers in (candidates, everybody or candidates):
+        rest = [candidate for candidate in peers if candidate.peer_id not in members]
+        stranded = len(cut_groups(rest, target, minimum).left_over)
+        if stranded > len(cut_groups(peers, target, minimum).left_over):
+            return EarlyBeginDecision(EarlyBegin.NO, f"beginning would strand {stranded}: {cut.reason}")
     takes_leaders = sum(candidate.can_lead for candidate in candidates if candidate.peer_id in members) > 1
     leaders_may_be_scarce = takes_leaders and not all(candidate.can_lead for candidate in candidates)
     if group.newcomers_cannot_change_it and not leaders_may_be_scarce:

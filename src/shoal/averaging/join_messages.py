@@ -1,7 +1,8 @@
 """Messages by which peers join a group, and what a peer declares of itself in the DHT.
 
-One stream per request: the follower sends a :class:`JoinRequest`, the leader answers once; if it accepted, the stream
-stays open until the leader begins the group or dismisses the follower, or until either side goes away.
+One stream per request: the follower sends a :class:`JoinRequest`, the leader answers once; if it accepted,
+the stream stays open until the leader begins the group or dismisses the follower, or until either side goes
+away.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Rejected(msgspec.Struct, frozen=True, tag=True):
 
 
 class Dismissed(msgspec.Struct, frozen=True, tag=True):
-    """No longer a follower. ``leader`` is whom to ask next, if the sender knows; ``members`` as in :class:`Rejected`."""
+    """No longer a follower. ``leader``: whom to ask next, if the sender knows; ``members``: as in :class:`Rejected`."""
 
     reason: DismissReason
     leader: bytes | None = None

@@ -1,7 +1,8 @@
-"""The asyncio shell of matchmaking: turns the effects of a :class:`.Matchmaking` into I/O, and I/O into events.
+"""The asyncio shell of matchmaking: turns the effects of a :class:`.Matchmaking` into I/O, and I/O into
+events.
 
-:class:`Matchmaker` is what an averager holds; :class:`_Search` is one search: its core, its timer, the stream to the
-leader that it asks and the streams of its followers.
+:class:`Matchmaker` is what an averager holds; :class:`_Search` is one search: its core, its timer, the stream
+to the leader that it asks and the streams of its followers.
 """
 
 from __future__ import annotations
@@ -200,8 +201,8 @@ class Matchmaker:
         return sign_member(self.node.host.identity, info)
 
     def _next_order_time(self, start_time: float) -> float:
-        # Others tell a peer's searches apart by their times, so each must be later than the one before, even if
-        # that one was scheduled far ahead and its group was full early.
+        # Others tell a peer's searches apart by their times, so each must be later than the one before, even
+        # if that one was scheduled far ahead and its group was full early.
         self._last_order_time = max(start_time, self._last_order_time + 0.001)
         return self._last_order_time
 
@@ -460,7 +461,9 @@ async def _receive_members(stream: Stream, size: int) -> list[SignedMemberInfo]:
             raise ProtocolViolation(f"{stream.remote} sends {type(message).__name__} among the members")
         total += len(message.member.info)
         if total > MAX_GROUP_GATHER_BYTES:
-            raise ProtocolViolation(f"{stream.remote} sends members of more than {MAX_GROUP_GATHER_BYTES} bytes")
+            raise ProtocolViolation(
+                f"{stream.remote} sends members of more than {MAX_GROUP_GATHER_BYTES} bytes"
+            )
         members.append(message.member)
     return members
 

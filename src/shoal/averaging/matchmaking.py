@@ -1,21 +1,24 @@
 """Who leads, who follows, and when a group is complete: one search for a group as a pure state machine.
 
-Theory of operation. Every peer that searches declares itself under the group key and reads who else is declared there.
-Sorted by (start time, peer id) and cut by :func:`~shoal.averaging.grouping.cut_groups`, the same view gives the same
-plan at everybody: who leads, and whom the others ask. A peer asks only leaders that are earlier than itself in this
-order, which does not change during a search, and leaders accept only later ones: no two peers wait for each other.
+Theory of operation. Every peer that searches declares itself under the group key and reads who else is
+declared there. Sorted by (start time, peer id) and cut by :func:`~shoal.averaging.grouping.cut_groups`, the
+same view gives the same plan at everybody: who leads, and whom the others ask. A peer asks only leaders that
+are earlier than itself in this order, which does not change during a search, and leaders accept only later
+ones: no two peers wait for each other.
 
-Views differ, for a while. Therefore leaders accept whoever asks while there is room; a peer that finds an earlier
-leader joins it and sends its own followers there; a leader that turns out to have more followers than its slice of the
-plan dismisses some; and one that is full tells who its members are, so that the asker plans without them. A follower
-does not plan: its leader does, until the group begins, the leader dismisses it or the leader is gone.
+Views differ, for a while. Therefore leaders accept whoever asks while there is room; a peer that finds an
+earlier leader joins it and sends its own followers there; a leader that turns out to have more followers than
+its slice of the plan dismisses some; and one that is full tells who its members are, so that the asker plans
+without them. A follower does not plan: its leader does, until the group begins, the leader dismisses it or
+the leader is gone.
 
-A full group begins at once if no newcomer could change the plan. Otherwise its leader first makes sure that its view
-is settled: a poll that began a few declaration times after the last newcomer appeared has shown nobody else. When its
-start time comes, a leader begins with what it has, or postpones the start if that is less than the minimum size.
+A full group begins at once if no newcomer could change the plan. Otherwise its leader first makes sure that
+its view is settled: a poll that began a few declaration times after the last newcomer appeared has shown
+nobody else. When its start time comes, a leader begins with what it has, or postpones the start if that is
+less than the minimum size.
 
-:meth:`Matchmaking.handle` is the only way to change a search: an event and the time in, effects out. What a state
-lets happen is a table; anything else raises :class:`IllegalTransition` with the history of events.
+:meth:`Matchmaking.handle` is the only way to change a search: an event and the time in, effects out. What a
+state lets happen is a table; anything else raises :class:`IllegalTransition` with the history of events.
 """
 
 from __future__ import annotations
@@ -24,14 +27,13 @@ import enum
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, NoReturn
 
 from shoal.averaging.group import MAX_GROUP_SIZE, MemberInfo, PeerMode
 from shoal.averaging.grouping import Candidate, Cut, EarlyBegin, cut_groups, may_begin_early
 from shoal.averaging.join_messages import (
     Accepted,
-    Declaration,
     DeclaredState,
     Dismissed,
     DismissReason,
@@ -73,17 +75,16 @@ from shoal.averaging.matchmaking_events import (
     TimerFired,
 )
 from shoal.averaging.matchmaking_story import SearchStory
+from shoal.averaging.matchmaking_view import View
 from shoal.errors import InvalidValueError
 from shoal.p2p.identity import PeerID
 
-FASTEST_POLL = 0.01
-SLOWEST_POLL = 0.5
-"""Seconds between polls: the period doubles from the first to the second, and starts anew when somebody appears."""
-SETTLE_FACTOR = 3.0
-"""A view is settled this many declaration times after the last newcomer appeared. Peers that start in one instant
-become visible within about one declaration time of each other, of the slower peer."""
+BEGIN_GRACE = 3.0
+"""A leader waits this many declaration times longer at its start time, if somebody may be on the way to it."""
 DECLARATION_PERIOD = 10.0
 """Seconds after which a declaration is renewed; the shell lets it expire after three of these."""
+DECLARE_RETRY = 0.5
+"""Seconds after which a declaration that failed is tried again."""
 RETRY_AFTER = 0.2
 """Seconds, at least, for which a leader that turned this peer down is left out of its plans."""
 AVOID_AFTER_LOSS = 10.0
@@ -154,43 +155,15 @@ class _Ask:
     redirects: int
 
 
-@dataclass(frozen=True)
-class _LeftOut:
-    """A peer whose searches up to ``start_time`` are not planned with until ``until``."""
-
-    start_time: float
-    until: float
-
-
 @dataclass
-class _Timing:
+class _Times:
     """When what is due; infinite: not at all."""
 
     begins_at: float
     deadline: float
-    next_poll: float = math.inf
-    polls_every: float = FASTEST_POLL
     declare_again: float = math.inf
     leader_begins_at: float = math.inf
     next_status: float = math.inf
-    last_newcomer: float = -math.inf
-    settled_view: float = -math.inf
-    """When the last finished poll began."""
-    latency: float = 0.0
-    """The longest time, lately, that the DHT took for a declaration or a poll."""
-    is_polling: bool = False
-    started_at: float = -math.inf
-
-
-@dataclass
-class _Peers:
-    """Who is known of this search's key and schema."""
-
-    declared: dict[PeerID, tuple[Candidate, Declaration]] = field(default_factory=dict)
-    followers: dict[int, Candidate] = field(default_factory=dict)
-    left_out: dict[PeerID, _LeftOut] = field(default_factory=dict)
-    ever_seen: dict[PeerID, float] = field(default_factory=dict)
-    """The latest start time with which a peer was seen."""
 
 
 class Matchmaking:
@@ -208,15 +181,15 @@ class Matchmaking:
         order_time: float | None = None,
         deadline: float | None,
     ) -> None:
-        """``start_time``: when to begin, if not full before; ``order_time``: the place in the order, if not the same."""
+        """``start_time``: when to begin if not full; ``order_time``: the place in the order, if not the same."""
         self.state = State.NEW
         self.config = config
         self.key = key
         self.me = Candidate(start_time if order_time is None else order_time, peer_id, mode.can_lead)
         self.story = SearchStory(key, config.target_group_size, config.min_group_size)
         self._schema_hash = schema_hash
-        self._peers = _Peers()
-        self._time = _Timing(begins_at=start_time, deadline=math.inf if deadline is None else deadline)
+        self._view = View(self.me, schema_hash)
+        self._times = _Times(begins_at=start_time, deadline=math.inf if deadline is None else deadline)
         self._ask: _Ask | None = None
         self._asks = 0
         self._group: tuple[Search, ...] = ()
@@ -234,55 +207,43 @@ class Matchmaking:
         effects, self._effects = self._effects, []
         return effects
 
-    @property
-    def members(self) -> list[PeerID]:
-        """This peer and its followers."""
-        return [self.me.peer_id, *(follower.peer_id for follower in self._peers.followers.values())]
-
     # ---- events of this peer's own search
 
     def _on_started(self, event: SearchStarted, now: float) -> None:
         self._move(State.LOOKING)
         self.story.begin(now)
-        self._time.started_at = self._time.last_newcomer = now
-        self._time.next_status = now + STATUS_PERIOD
+        self._view.start(now)
+        self._times.next_status = now + STATUS_PERIOD
         self._declare(now)
         self._poll()
 
     def _on_declared(self, event: Declared, now: float) -> None:
-        self._note_latency(event.seconds)
+        self._view.note_latency(event.seconds)
 
     def _on_declare_failed(self, event: DeclareFailed, now: float) -> None:
         self.story.note(now, f"could not declare itself: {event.reason}")
-        self._time.declare_again = now + SLOWEST_POLL
+        self._times.declare_again = now + DECLARE_RETRY
 
     def _on_polled(self, event: Polled, now: float) -> None:
-        self._note_latency(now - event.began_at)
-        self._time.is_polling = False
-        self._time.settled_view = event.began_at
-        self._peers.declared.clear()
-        for peer_id, declaration in event.peers:
-            if peer_id != self.me.peer_id:
-                self._take_in(peer_id, declaration, now)
-        self.story.saw(len(event.peers), len(self._peers.declared))
-        self._schedule_poll(now)
+        for peer_id in self._view.take_in(event.peers, event.began_at, now):
+            self.story.saw_other_schema(peer_id)
+        self.story.saw(len(event.peers), self._view.others_looking)
 
     def _on_poll_failed(self, event: PollFailed, now: float) -> None:
         self.story.note(now, f"could not read who is declared: {event.reason}")
-        self._time.is_polling = False
-        self._schedule_poll(now)
+        self._view.schedule_poll(now)
 
     def _on_timer(self, event: TimerFired, now: float) -> None:
-        time = self._time
+        time = self._times
         if now >= time.deadline:
             self._end(now)
             return
         if now >= time.next_status:
             time.next_status = now + STATUS_PERIOD
-            self._effects.append(Log(self.story.status(now, self._candidates(now), self.me.peer_id)))
+            self._effects.append(Log(self.story.status(now, self._view.candidates(now), self.me.peer_id)))
         if now >= time.declare_again:
             self._declare(now)
-        if now >= time.next_poll:
+        if now >= self._view.next_poll:
             self._poll()
         ask = self._ask
         if self.state is State.ASKING and ask and now >= ask.asked_at + self.config.request_timeout:
@@ -304,7 +265,7 @@ class Matchmaking:
         self._effects.append(AnswerRequest(event.token, answer))
         if isinstance(answer, Accepted):
             self._drop_follower_of(asker.peer_id)
-            self._peers.followers[event.token] = asker
+            self._view.followers[event.token] = asker
             self.story.note(now, f"{asker.peer_id} joined")
 
     def _answer(self, asker: Candidate, info: MemberInfo, now: float) -> Accepted | Redirect | Rejected:
@@ -320,19 +281,19 @@ class Matchmaking:
         if self.state is State.FOLLOWING:
             assert self._ask is not None
             return Redirect(self._ask.leader.to_bytes(), self._ask.addresses)
-        self._peers.left_out.pop(asker.peer_id, None)  # it lives
-        self._note_seen(asker, now)
+        self._view.take_back(asker.peer_id)  # it lives
+        self._view.note_seen(asker, now)
         return self._offer_place(asker, now)
 
     def _offer_place(self, asker: Candidate, now: float) -> Accepted | Redirect | Rejected:
-        members = set(self.members) | {asker.peer_id}
+        members = set(self._view.members) | {asker.peer_id}
         room, cut = self._room(now, asker)
         if len(members) <= room and not self._is_needed_elsewhere(asker.peer_id, cut, now):
-            return Accepted(begins_in=max(0.0, self._time.begins_at - now))
+            return Accepted(begins_in=max(0.0, self._times.begins_at - now))
         planned = cut.group_of(asker.peer_id)
-        if planned and planned.leader not in (asker.peer_id, *self.members):
-            return Redirect(planned.leader.to_bytes(), self._addresses_of(planned.leader))
-        return Rejected(RejectReason.FULL, self._searches())
+        if planned and planned.leader not in (asker.peer_id, *self._view.members):
+            return Redirect(planned.leader.to_bytes(), self._view.addresses_of(planned.leader))
+        return Rejected(RejectReason.FULL, self._view.searches)
 
     def _room(self, now: float, asker: Candidate | None = None) -> tuple[int, Cut]:
         """How many members this peer may have now, itself included, and the plan that says so.
@@ -355,11 +316,12 @@ class Matchmaking:
         self._effects.append(AnswerRequest(event.token, answer))
 
     def _on_follower_lost(self, event: FollowerLost, now: float) -> None:
-        follower = self._peers.followers.pop(event.token, None)
+        follower = self._view.followers.pop(event.token, None)
         if follower is not None:
             self.story.note(now, f"lost follower {follower.peer_id}: {event.reason}")
-            # It may live and ask again, which puts it back; what is declared of it until then is not to be relied on.
-            self._leave_out(follower.peer_id, now + self._retry_time())
+            # It may live and ask again, which puts it back; what is declared of it until then is not to be
+            # relied on.
+            self._view.leave_out(follower.peer_id, now + self._retry_time())
 
     # ---- what leaders answer
 
@@ -369,7 +331,7 @@ class Matchmaking:
             return
         self._move(State.FOLLOWING)
         self.story.answered(ask.leader, "accepted", now)
-        self._time.leader_begins_at = now + event.begins_in
+        self._times.leader_begins_at = now + event.begins_in
         message = Dismissed(DismissReason.JOINED_ANOTHER, ask.leader.to_bytes(), ask.addresses)
         self._dismiss_all(message)
 
@@ -378,10 +340,10 @@ class Matchmaking:
         if ask is None:
             return
         self.story.answered(ask.leader, f"redirected to {event.leader}", now)
-        if ask.redirects < MAX_REDIRECTS and self._may_ask(event.leader, now):
+        if ask.redirects < MAX_REDIRECTS and self._view.may_ask(event.leader, now):
             self._ask_to_join(event.leader, event.addresses, now, redirects=ask.redirects + 1)
         else:
-            self._leave_out(ask.leader, now + self._retry_time())
+            self._view.leave_out(ask.leader, now + self._retry_time())
             self._go_on_looking()
 
     def _on_rejected(self, event: LeaderRejected, now: float) -> None:
@@ -392,8 +354,9 @@ class Matchmaking:
         self.story.answered(ask.leader, f"rejected ({reason})", now)
         forever = reason in (RejectReason.BEGUN, RejectReason.NOT_LOOKING, RejectReason.OTHER_SCHEMA)
         until = math.inf if forever else now + self._retry_time()
-        self._leave_out(ask.leader, until)
-        self._leave_out_group(event.answer.members, until)
+        is_looking = reason is RejectReason.FULL
+        self._view.leave_out(ask.leader, until, is_looking=is_looking)
+        self._view.leave_out_group(event.answer.members, until)
         self._go_on_looking()
 
     def _on_dismissed(self, event: LeaderDismissed, now: float) -> None:
@@ -402,17 +365,18 @@ class Matchmaking:
             return
         answer = event.answer
         self.story.answered(ask.leader, f"dismissed ({answer.reason})", now)
-        self._leave_out(ask.leader, now + self._retry_time())
-        self._leave_out_group(answer.members, now + self._retry_time())
+        is_looking = answer.reason is DismissReason.BETTER_CUT
+        self._view.leave_out(ask.leader, now + self._retry_time(), is_looking=is_looking)
+        self._view.leave_out_group(answer.members, now + self._retry_time())
         suggested = PeerID.from_bytes(answer.leader) if answer.leader else None
-        if suggested is not None and self._may_ask(suggested, now):
+        if suggested is not None and self._view.may_ask(suggested, now):
             self._ask_to_join(suggested, answer.addresses, now, redirects=0)
         else:
             self._go_on_looking()
 
     def _on_postponed(self, event: LeaderPostponed, now: float) -> None:
         if self._current(event.ask):
-            self._time.leader_begins_at = now + event.begins_in
+            self._times.leader_begins_at = now + event.begins_in
 
     def _on_began(self, event: LeaderBegan, now: float) -> None:
         if self._current(event.ask) is None:
@@ -448,77 +412,87 @@ class Matchmaking:
             return
         if planned.leader != self.me.peer_id:
             if self.state is State.LOOKING:
-                self._ask_to_join(planned.leader, self._addresses_of(planned.leader), now, redirects=0)
+                self._ask_to_join(planned.leader, self._view.addresses_of(planned.leader), now, redirects=0)
             return
         places = {member.peer_id for member in planned.members}
         outside = sorted(
-            (token for token, peer in self._peers.followers.items() if peer.peer_id not in places),
-            key=lambda token: self._peers.followers[token],
+            (token for token, peer in self._view.followers.items() if peer.peer_id not in places),
+            key=lambda token: self._view.followers[token],
             reverse=True,
         )
-        surplus = outside[: max(0, len(self.members) - room)]
+        surplus = outside[: max(0, len(self._view.members) - room)]
         for token in outside:
-            if token in surplus or self._is_needed_elsewhere(self._peers.followers[token].peer_id, cut, now):
+            if token in surplus or self._is_needed_elsewhere(self._view.followers[token].peer_id, cut, now):
                 self._dismiss_to_plan(token, cut)
 
     def _is_needed_elsewhere(self, peer_id: PeerID, cut: Cut, now: float) -> bool:
         """Whether ``peer_id`` has to lead another group, because too few others there could.
 
-        Matters where most peers are in client mode: sizes alone do not show that a group takes away the leaders.
+        Matters where most peers are in client mode: sizes alone do not show that a group takes away the
+        leaders.
         """
         group = cut.group_of(peer_id)
         if group is None or group.leader != peer_id or not group.is_complete or not self._is_final(now):
             return False
-        members = {*self.members, peer_id}
-        left = sum(peer.can_lead and peer.peer_id not in members for peer in self._candidates(now))
+        members = {*self._view.members, peer_id}
+        left = sum(peer.can_lead and peer.peer_id not in members for peer in self._view.candidates(now))
         return left < sum(group.is_complete for group in cut.groups) - 1
 
     def _dismiss_to_plan(self, token: int, cut: Cut) -> None:
-        follower = self._peers.followers.pop(token)
+        follower = self._view.followers.pop(token)
         group = cut.group_of(follower.peer_id)
-        suggested = group.leader if group and group.leader not in (follower.peer_id, self.me.peer_id) else None
+        suggested = (
+            group.leader if group and group.leader not in (follower.peer_id, self.me.peer_id) else None
+        )
         message = Dismissed(
             DismissReason.BETTER_CUT,
             suggested.to_bytes() if suggested else None,
-            self._addresses_of(suggested) if suggested else (),
-            self._searches(),
+            self._view.addresses_of(suggested) if suggested else (),
+            self._view.searches,
         )
         self._effects.append(DismissFollower(token, message))
 
     def _consider_beginning(self, now: float) -> None:
-        members = self.members
+        members = self._view.members
         if not self.me.can_lead:
             return
-        if now >= self._time.begins_at:
+        if now >= self._times.begins_at:
             self._begin_or_postpone(now)
             return
         if self.state is not State.LOOKING:
             return
-        config = self.config
         decision = may_begin_early(
-            self._candidates(now), members, self.me.peer_id, config.target_group_size, config.min_group_size
+            self._view.candidates(now),
+            members,
+            self.me.peer_id,
+            self.config.target_group_size,
+            self.config.min_group_size,
+            self._view.candidates(now, with_full_groups=True),
         )
         self.story.plan = decision.reason
         if decision.verdict is EarlyBegin.NO:
             return
         # Newcomers may come without end, but those that started in the same instant as this peer do not.
-        newest = self._time.started_at if decision.verdict is EarlyBegin.YES else self._time.last_newcomer
-        if self._time.settled_view >= self._settles_at(newest):
-            self._begin(now)
+        if decision.verdict is EarlyBegin.YES:
+            is_sure = self._view.shows_start
+            self._view.poll_when_starters_visible(now)
         else:
-            self._poll_when_settled(now, newest)
+            is_sure = self._view.is_settled
+            self._view.poll_when_settled(now)
+        if is_sure:
+            self._begin(now)
 
     def _begin_or_postpone(self, now: float) -> None:
         if now < self._begins_at_latest() and self._expects_somebody(now):
-            self._poll_when_settled(now, self._time.last_newcomer)
+            self._view.poll_when_settled(now)
             return
-        if len(self.members) >= self.config.min_group_size:
+        if len(self._view.members) >= self.config.min_group_size:
             self._begin(now)
             return
-        self._time.begins_at = now + self.config.min_matchmaking_time
-        self.story.note(now, f"{len(self.members)} members at the start time: postponed")
+        self._times.begins_at = now + self.config.min_matchmaking_time
+        self.story.note(now, f"{len(self._view.members)} members at the start time: postponed")
         cut = self._cut(now)
-        for token, follower in list(self._peers.followers.items()):
+        for token, follower in list(self._view.followers.items()):
             planned = cut.group_of(follower.peer_id)
             if planned and planned.is_complete and planned.leader != self.me.peer_id:
                 self._dismiss_to_plan(token, cut)  # it can be in a group elsewhere
@@ -528,115 +502,39 @@ class Matchmaking:
     def _begin(self, now: float) -> None:
         if self._ask is not None:
             self._effects.append(LeaveLeader(self._ask.number))
-        self._group = self._searches()
+        self._group = self._view.searches
         self._move(State.GROUPED)
-        self._effects.append(BeginGroup(tuple(self._peers.followers)))
+        self._effects.append(BeginGroup(tuple(self._view.followers)))
         self._effects.append(Declare(DeclaredState.TAKEN, self._group))
 
     def _end(self, now: float) -> None:
         if self._ask is not None:
             self._effects.append(LeaveLeader(self._ask.number))
         self._dismiss_all(Dismissed(DismissReason.SEARCH_ENDED))
-        explanation = self.story.explain(now, self._candidates(now), self.me.peer_id)
+        explanation = self.story.explain(now, self._view.candidates(now), self.me.peer_id)
         self._move(State.ENDED)
         self._effects.append(Declare(DeclaredState.TAKEN))
         self._effects.append(FinishWithout(explanation))
 
-    # ---- views
-
-    def _take_in(self, peer_id: PeerID, declaration: Declaration, now: float) -> None:
-        if declaration.schema_hash != self._schema_hash:
-            self.story.saw_other_schema(peer_id)
-            return
-        if declaration.state is DeclaredState.TAKEN:
-            self._leave_out_group(declaration.group, math.inf)
-            self._leave_out(peer_id, math.inf, declaration.start_time)
-            return
-        candidate = Candidate(declaration.start_time, peer_id, declaration.mode.can_lead)
-        self._peers.declared[peer_id] = (candidate, declaration)
-        self._note_seen(candidate, now)
-
-    def _note_seen(self, candidate: Candidate, now: float) -> None:
-        if self._peers.ever_seen.get(candidate.peer_id, -math.inf) < candidate.start_time:
-            self._peers.ever_seen[candidate.peer_id] = candidate.start_time
-            self._time.last_newcomer = now
-            self._time.polls_every = FASTEST_POLL
-
-    def _candidates(self, now: float, asker: Candidate | None = None) -> list[Candidate]:
-        """Everybody to plan with, in order: declared and not left out, followers, this peer."""
-        found = {
-            peer_id: candidate
-            for peer_id, (candidate, _) in self._peers.declared.items()
-            if not self._is_left_out(candidate, now)
-        }
-        found.update((follower.peer_id, follower) for follower in self._peers.followers.values())
-        if asker is not None:
-            found[asker.peer_id] = asker
-        found[self.me.peer_id] = self.me
-        return sorted(found.values())
-
     def _cut(self, now: float, asker: Candidate | None = None) -> Cut:
         return cut_groups(
-            self._candidates(now, asker), self.config.target_group_size, self.config.min_group_size
+            self._view.candidates(now, asker), self.config.target_group_size, self.config.min_group_size
         )
-
-    def _is_left_out(self, candidate: Candidate, now: float) -> bool:
-        left_out = self._peers.left_out.get(candidate.peer_id)
-        return left_out is not None and now < left_out.until and candidate.start_time <= left_out.start_time
-
-    def _leave_out(self, peer_id: PeerID, until: float, start_time: float | None = None) -> None:
-        """Plan without the searches of ``peer_id`` up to ``start_time`` (default: the latest one seen)."""
-        if start_time is None:
-            start_time = self._peers.ever_seen.get(peer_id, -math.inf)
-        before = self._peers.left_out.get(peer_id)
-        if before is None or (start_time, until) > (before.start_time, before.until):
-            self._peers.left_out[peer_id] = _LeftOut(start_time, until)
-
-    def _leave_out_group(self, members: tuple[Search, ...], until: float) -> None:
-        for member in members:
-            peer_id = PeerID.from_bytes(member.peer_id)
-            if peer_id != self.me.peer_id:
-                self._leave_out(peer_id, until, member.start_time)
 
     def _expects_somebody(self, now: float) -> bool:
         """Whether somebody may be on the way here: has just appeared, or is planned here and elsewhere until now."""
         planned = self._cut(now).group_of(self.me.peer_id)
-        is_missing = planned is not None and len(self.members) < len(planned.members)
-        return is_missing or not self._is_settled()
-
-    def _is_settled(self) -> bool:
-        return self._time.settled_view >= self._settles_at(self._time.last_newcomer)
+        is_missing = planned is not None and len(self._view.members) < len(planned.members)
+        return is_missing or not self._view.is_settled
 
     def _is_final(self, now: float) -> bool:
         """Whether the plan of the view now is the one to keep to: nobody else has to be waited for, or can be."""
-        return self._is_settled() or now >= self._begins_at_latest()
-
-    def _settles_at(self, newest: float) -> float:
-        """From when on a poll shows everybody who became visible about as late as somebody at time ``newest``."""
-        return newest + SETTLE_FACTOR * self._time.latency
+        return self._view.is_settled or now >= self._begins_at_latest()
 
     def _begins_at_latest(self) -> float:
-        return self._time.begins_at + SETTLE_FACTOR * self._time.latency
-
-    def _poll_when_settled(self, now: float, newest: float) -> None:
-        if not self._time.is_polling:
-            self._time.next_poll = max(now, self._settles_at(newest))
-
-    def _addresses_of(self, peer_id: PeerID) -> tuple[str, ...]:
-        known = self._peers.declared.get(peer_id)
-        return known[1].addresses if known else ()
-
-    def _searches(self) -> tuple[Search, ...]:
-        members = [self.me, *self._peers.followers.values()]
-        return tuple(Search(member.peer_id.to_bytes(), member.start_time) for member in members)
+        return self._times.begins_at + BEGIN_GRACE * self._view.latency
 
     # ---- leaders and followers
-
-    def _may_ask(self, leader: PeerID, now: float) -> bool:
-        if leader == self.me.peer_id or leader in self.members:
-            return False
-        left_out = self._peers.left_out.get(leader)
-        return left_out is None or now >= left_out.until
 
     def _ask_to_join(self, leader: PeerID, addresses: tuple[str, ...], now: float, redirects: int) -> None:
         self._asks += 1
@@ -651,62 +549,53 @@ class Matchmaking:
 
     def _go_on_looking(self) -> None:
         self._ask = None
-        self._time.leader_begins_at = math.inf
+        self._times.leader_begins_at = math.inf
         self._move(State.LOOKING)
         self._poll()
 
     def _drop_leader(self, reason: str, now: float) -> None:
         assert self._ask is not None
         self.story.answered(self._ask.leader, f"lost ({reason})", now)
-        self._leave_out(self._ask.leader, now + AVOID_AFTER_LOSS)
+        self._view.leave_out(self._ask.leader, now + AVOID_AFTER_LOSS)
         self._go_on_looking()
 
     def _drop_follower_of(self, peer_id: PeerID) -> None:
         """A peer that asks again has given up its earlier request."""
-        for token, follower in list(self._peers.followers.items()):
+        for token, follower in list(self._view.followers.items()):
             if follower.peer_id == peer_id:
-                del self._peers.followers[token]
+                del self._view.followers[token]
                 self._effects.append(DismissFollower(token, Dismissed(DismissReason.REPLACED)))
 
     def _dismiss_all(self, message: Dismissed) -> None:
-        for token in self._peers.followers:
+        for token in self._view.followers:
             self._effects.append(DismissFollower(token, message))
-        self._peers.followers.clear()
+        self._view.followers.clear()
 
     # ---- time
 
     def _declare(self, now: float) -> None:
-        self._time.declare_again = now + DECLARATION_PERIOD
+        self._times.declare_again = now + DECLARATION_PERIOD
         self._effects.append(Declare(DeclaredState.LOOKING))
 
     def _poll(self) -> None:
-        self._time.next_poll = math.inf
-        if not self._time.is_polling:
-            self._time.is_polling = True
+        self._view.next_poll = math.inf
+        if not self._view.is_polling:
+            self._view.is_polling = True
             self._effects.append(Poll())
 
-    def _schedule_poll(self, now: float) -> None:
-        time = self._time
-        time.next_poll = now + max(time.polls_every, min(time.latency, SLOWEST_POLL))
-        time.polls_every = min(2 * time.polls_every, SLOWEST_POLL)
-
-    def _note_latency(self, seconds: float) -> None:
-        # The longest counts, but a single slow answer of the past must not count for ever.
-        self._time.latency = max(seconds, 0.8 * self._time.latency)
-
     def _retry_time(self) -> float:
-        return max(RETRY_AFTER, 2 * self._time.latency)
+        return max(RETRY_AFTER, 2 * self._view.latency)
 
     def _patience_ends(self) -> float:
-        return self._time.leader_begins_at + self.config.request_timeout + SETTLE_FACTOR * self._time.latency
+        return self._times.leader_begins_at + self.config.request_timeout + BEGIN_GRACE * self._view.latency
 
     def _next_timer(self, now: float) -> float:
-        time = self._time
+        time = self._times
         due = [time.deadline, time.next_status, time.declare_again]
         if self.state is State.FOLLOWING:
             due.append(self._patience_ends())
         else:
-            due.append(time.next_poll)
+            due.append(self._view.next_poll)
             if self.me.can_lead:
                 due.append(time.begins_at if now < time.begins_at else self._begins_at_latest())
             if self._ask is not None:
@@ -722,7 +611,7 @@ class Matchmaking:
         if to in (State.GROUPED, State.ENDED):
             self._ask = None
 
-    def _raise_illegal(self, what: str) -> Any:
+    def _raise_illegal(self, what: str) -> NoReturn:
         history = "\n  ".join(self._history)
         raise IllegalTransition(f"{what}; what led there:\n  {history}")
 

@@ -1,7 +1,8 @@
-"""What happens to a search for a group (events, past tense) and what it asks its shell to do (effects, imperative).
+"""What happens to a search for a group (events, past tense) and what it asks its shell to do (effects,
+imperative).
 
-``ask`` numbers this peer's requests to leaders, ``token`` the requests of others to it: a late event of a request that
-is no longer of interest is recognised by its number.
+``ask`` numbers this peer's requests to leaders, ``token`` the requests of others to it: a late event of a
+request that is no longer of interest is recognised by its number.
 """
 
 from __future__ import annotations

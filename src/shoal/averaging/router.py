@@ -1,6 +1,7 @@
 """Several averagers live on one host, but a method is served once: streams find their averager by prefix.
 
-The first message of every routed stream has a field ``prefix``. May touch the host's registry of methods, nothing else.
+The first message of every routed stream has a field ``prefix``. May touch the host's registry of methods,
+nothing else.
 """
 
 from __future__ import annotations

@@ -1,0 +1,201 @@
+"""What a search knows of other peers, and how sure it may be that it knows them all. Pure: ``now`` is an argument."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from shoal.averaging.grouping import Candidate
+from shoal.averaging.join_messages import Declaration, DeclaredState, Search
+from shoal.p2p.identity import PeerID
+
+FASTEST_POLL = 0.01
+SLOWEST_POLL = 0.5
+"""Seconds between polls: the period doubles from the first to the second, and starts anew when somebody appears."""
+SETTLE_AFTER_START = 2.5
+"""A view is not settled before this many declaration times after this search started: peers that start in one
+instant are all visible then, unless the DHT takes several times longer for them than for this peer."""
+SETTLE_AFTER_NEWCOMER = 1.0
+"""... nor before this many declaration times after somebody appeared: peers seldom come alone."""
+LATENCY_DECAY = 0.8
+"""The longest time that the DHT took counts, but not for ever: with each later answer it counts this much less."""
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """A peer whose searches up to ``start_time`` are not planned with until ``until``."""
+
+    start_time: float
+    until: float
+    is_looking: bool
+    """It has a full group that has not begun: not to be asked, but to be counted."""
+
+
+class View:
+    """The peers of this search's key and schema, as far as they are visible, and when to look again."""
+
+    def __init__(self, me: Candidate, schema_hash: bytes) -> None:
+        self.followers: dict[int, Candidate] = {}
+        """By the token of their request, in the order in which they came."""
+        self.latency = 0.0
+        """The longest time, lately, that the DHT took for a declaration or a poll, in seconds."""
+        self.next_poll = math.inf
+        self.is_polling = False
+        self._me = me
+        self._schema_hash = schema_hash
+        self._declared: dict[PeerID, tuple[Candidate, Declaration]] = {}
+        self._left_out: dict[PeerID, _LeftOut] = {}
+        self._last_seen: dict[PeerID, float] = {}
+        """The latest start time with which a peer was seen."""
+        self._polls_every = FASTEST_POLL
+        self._started_at = -math.inf
+        self._last_newcomer = -math.inf
+        self._last_poll_began = -math.inf
+
+    def start(self, now: float) -> None:
+        self._started_at = self._last_newcomer = now
+
+    # ---- who is there
+
+    def take_in(
+        self, peers: Iterable[tuple[PeerID, Declaration]], began_at: float, now: float
+    ) -> list[PeerID]:
+        """Replace what was declared before by the result of a poll; return the peers of another schema."""
+        self.note_latency(now - began_at)
+        self._last_poll_began = began_at
+        self.schedule_poll(now)
+        self._declared.clear()
+        other_schema = []
+        for peer_id, declaration in peers:
+            if peer_id == self._me.peer_id:
+                continue
+            if declaration.schema_hash != self._schema_hash:
+                other_schema.append(peer_id)
+            elif declaration.state is DeclaredState.TAKEN:
+                self.leave_out(peer_id, math.inf, declaration.start_time)
+                self.leave_out_group(declaration.group, math.inf)
+            else:
+                candidate = Candidate(declaration.start_time, peer_id, declaration.mode.can_lead)
+                self._declared[peer_id] = (candidate, declaration)
+                self.note_seen(candidate, now)
+        return other_schema
+
+    def note_seen(self, candidate: Candidate, now: float) -> None:
+        if self._last_seen.get(candidate.peer_id, -math.inf) < candidate.start_time:
+            self._last_seen[candidate.peer_id] = candidate.start_time
+            self._last_newcomer = now
+            self._polls_every = FASTEST_POLL
+
+    @property
+    def others_looking(self) -> int:
+        """How many others were declared as looking at the last poll."""
+        return len(self._declared)
+
+    @property
+    def members(self) -> list[PeerID]:
+        """This peer and its followers."""
+        return [self._me.peer_id, *(follower.peer_id for follower in self.followers.values())]
+
+    @property
+    def searches(self) -> tuple[Search, ...]:
+        """As :attr:`members`, for messages and records."""
+        members = (self._me, *self.followers.values())
+        return tuple(Search(member.peer_id.to_bytes(), member.start_time) for member in members)
+
+    def candidates(
+        self, now: float, asker: Candidate | None = None, *, with_full_groups: bool = False
+    ) -> list[Candidate]:
+        """Everybody to plan with, in order: declared and not left out, followers, this peer.
+
+        ``with_full_groups``: also those who were left out because their group is full, as long as it has not
+        begun.
+        """
+        found = {}
+        for peer_id, (candidate, _) in self._declared.items():
+            left_out = self._is_left_out(candidate, now)
+            if left_out is None or (with_full_groups and left_out.is_looking):
+                found[peer_id] = candidate
+        found.update((follower.peer_id, follower) for follower in self.followers.values())
+        if asker is not None:
+            found[asker.peer_id] = asker
+        found[self._me.peer_id] = self._me
+        return sorted(found.values())
+
+    def addresses_of(self, peer_id: PeerID) -> tuple[str, ...]:
+        known = self._declared.get(peer_id)
+        return known[1].addresses if known else ()
+
+    # ---- who is left out of plans
+
+    def leave_out(
+        self, peer_id: PeerID, until: float, start_time: float | None = None, *, is_looking: bool = False
+    ) -> None:
+        """Plan without the searches of ``peer_id`` up to ``start_time`` (default: the latest one seen)."""
+        if start_time is None:
+            start_time = self._last_seen.get(peer_id, -math.inf)
+        before = self._left_out.get(peer_id)
+        if before is None or (start_time, until) > (before.start_time, before.until):
+            self._left_out[peer_id] = _LeftOut(start_time, until, is_looking)
+
+    def leave_out_group(self, members: tuple[Search, ...], until: float) -> None:
+        """For ever if the group has begun, for a while if it is full."""
+        for member in members:
+            peer_id = PeerID.from_bytes(member.peer_id)
+            if peer_id != self._me.peer_id:
+                self.leave_out(peer_id, until, member.start_time, is_looking=until < math.inf)
+
+    def take_back(self, peer_id: PeerID) -> None:
+        """Plan with ``peer_id`` again: it has shown that it lives and looks for a group."""
+        self._left_out.pop(peer_id, None)
+
+    def may_ask(self, leader: PeerID, now: float) -> bool:
+        """Whether to follow somebody's advice to ask ``leader``, who need not be visible here."""
+        if leader in self.members:
+            return False
+        left_out = self._left_out.get(leader)
+        return left_out is None or now >= left_out.until
+
+    def _is_left_out(self, candidate: Candidate, now: float) -> _LeftOut | None:
+        left_out = self._left_out.get(candidate.peer_id)
+        if left_out is None or now >= left_out.until or candidate.start_time > left_out.start_time:
+            return None
+        return left_out
+
+    # ---- how sure
+
+    def note_latency(self, seconds: float) -> None:
+        self.latency = max(seconds, LATENCY_DECAY * self.latency)
+
+    @property
+    def is_settled(self) -> bool:
+        """The last poll began so late that it showed everybody who became visible about when the others did."""
+        return self._last_poll_began >= self._settles_at()
+
+    @property
+    def shows_start(self) -> bool:
+        """The last poll began so late that it showed everybody who started in the same instant as this peer."""
+        return self._last_poll_began >= self._starters_visible_at()
+
+    def _starters_visible_at(self) -> float:
+        return self._started_at + SETTLE_AFTER_START * self.latency
+
+    def _settles_at(self) -> float:
+        return max(self._starters_visible_at(), self._last_newcomer + SETTLE_AFTER_NEWCOMER * self.latency)
+
+    # ---- polls
+
+    def schedule_poll(self, now: float) -> None:
+        """After a poll, successful or not: when to look again."""
+        self.is_polling = False
+        self.next_poll = now + max(self._polls_every, min(self.latency, SLOWEST_POLL))
+        self._polls_every = min(2 * self._polls_every, SLOWEST_POLL)
+
+    def poll_when_settled(self, now: float) -> None:
+        """The next poll is to be one that can make the view settled."""
+        if not self.is_polling:
+            self.next_poll = max(now, self._settles_at())
+
+    def poll_when_starters_visible(self, now: float) -> None:
+        if not self.is_polling:
+            self.next_poll = max(now, self._starters_visible_at())
