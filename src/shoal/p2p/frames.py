@@ -18,6 +18,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import IntEnum
+from functools import cached_property
 from typing import Final, NamedTuple
 
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
@@ -48,9 +49,16 @@ class FrameKind(IntEnum):
     GOODBYE = 10
 
 
-_KINDS = {kind.value: kind for kind in FrameKind}
 _OF_CONNECTION = frozenset({FrameKind.PING, FrameKind.PONG, FrameKind.HELLO, FrameKind.GOODBYE})
 _WITH_MESSAGE = frozenset({FrameKind.OPEN, FrameKind.MESSAGE, FrameKind.END})
+
+
+class FrameRule(NamedTuple):
+    """What is allowed for frames of one kind."""
+
+    kind: FrameKind
+    of_connection: bool
+    longest_body: int
 
 
 @dataclass(frozen=True)
@@ -83,11 +91,16 @@ class Limits:
         """The most that a session holds for its peer: full buffer, and the largest frame under way."""
         return self.max_receive_buffer + max(self.max_message_body, self.max_payload, self.max_control_body)
 
-    def of(self, kind: FrameKind) -> int:
-        """The longest body of a frame of this kind."""
-        if kind is FrameKind.PAYLOAD:
-            return self.max_payload
-        return self.max_message_body if kind in _WITH_MESSAGE else self.max_control_body
+    @cached_property
+    def rules(self) -> tuple[FrameRule | None, ...]:
+        """What is allowed for each kind of frame, by its number; None where a number is no kind."""
+        rules: list[FrameRule | None] = [None] * (max(FrameKind) + 1)
+        for kind in FrameKind:
+            limit = self.max_message_body if kind in _WITH_MESSAGE else self.max_control_body
+            if kind is FrameKind.PAYLOAD:
+                limit = self.max_payload
+            rules[kind] = FrameRule(kind, kind in _OF_CONNECTION, limit)
+        return tuple(rules)
 
 
 DEFAULT_LIMITS: Final = Limits()
@@ -120,11 +133,14 @@ class _Header(NamedTuple):
     stream_id: int
     length: int
     tag: int
+    begin: int  # of the body, in the header's message
 
 
 def encode_header(kind: FrameKind, stream_id: int, length: int, limits: Limits, tag: int = 0) -> bytes:
     """The header of a frame to send; :class:`InvalidValueError` for one that no receiver would take."""
-    problem = _find_problem(kind, stream_id, length, limits)
+    rule = limits.rules[kind]
+    assert rule is not None
+    problem = _find_problem(rule, stream_id, length)
     if problem is not None:
         raise InvalidValueError(problem)
     if kind is not FrameKind.PAYLOAD:
@@ -139,38 +155,39 @@ def fits_beside(header: bytes, length: int) -> bool:
     return len(header) + length <= MAX_PLAINTEXT_BYTES
 
 
-def _find_problem(kind: FrameKind, stream_id: int, length: int, limits: Limits) -> str | None:
+def _find_problem(rule: FrameRule, stream_id: int, length: int) -> str | None:
     """What is wrong with a header, if anything."""
-    if kind in _OF_CONNECTION:
+    kind, of_connection, longest_body = rule
+    if of_connection:
         if stream_id != 0:
             return f"a {kind.name} frame belongs to the connection, not to stream {stream_id}"
     elif not 1 <= stream_id <= MAX_STREAM_ID:
         return f"a {kind.name} frame cannot belong to stream {stream_id}"
-    limit = limits.of(kind)
-    if not 0 <= length <= limit:
-        return f"a {kind.name} frame of {length} bytes is longer than the limit of {limit} bytes"
+    if length > longest_body:
+        return f"a {kind.name} frame of {length} bytes is longer than the limit of {longest_body} bytes"
     return None
 
 
-def _decode_header(message: bytes, limits: Limits) -> tuple[_Header, int]:
-    """The header at the start of ``message``, checked, and where the body begins."""
+def _decode_header(message: bytes, rules: tuple[FrameRule | None, ...]) -> _Header:
+    """The header at the start of ``message``, checked."""
     if len(message) < _HEADER.size:
         raise ProtocolViolation(f"a message of {len(message)} bytes is too short for a frame")
     number, flags, stream_id, length = _HEADER.unpack_from(message)
-    kind = _KINDS.get(number)
-    if kind is None:
+    rule = rules[number] if number < len(rules) else None
+    if rule is None:
         raise ProtocolViolation(f"{number} is not a kind of frame")
+    kind = rule.kind
     if flags != 0:
         raise ProtocolViolation(f"a {kind.name} frame has unknown flags {flags:#04x}")
-    problem = _find_problem(kind, stream_id, length, limits)
+    problem = _find_problem(rule, stream_id, length)
     if problem is not None:
         raise ProtocolViolation(problem)
     if kind is not FrameKind.PAYLOAD:
-        return _Header(kind, stream_id, length, 0), _HEADER.size
+        return _Header(kind, stream_id, length, 0, _HEADER.size)
     if len(message) < _PAYLOAD_HEADER.size:
         raise ProtocolViolation(f"a message of {len(message)} bytes is too short for a PAYLOAD frame")
     tag = _PAYLOAD_HEADER.unpack_from(message)[4]
-    return _Header(kind, stream_id, length, tag), _PAYLOAD_HEADER.size
+    return _Header(kind, stream_id, length, tag, _PAYLOAD_HEADER.size)
 
 
 class FrameDecoder:
@@ -182,11 +199,11 @@ class FrameDecoder:
     """
 
     def __init__(self, limits: Limits, payload_sink: PayloadSink, *, remote_is_initiator: bool) -> None:
-        self._limits = limits
+        self._rules = limits.rules
         self._remote_parity = int(remote_is_initiator)
         self.payload_sink = payload_sink
         self.payload: memoryview | None = None
-        self._header = _Header(FrameKind.PING, 0, 0, 0)
+        self._header = _Header(FrameKind.PING, 0, 0, 0, 0)
         self._received = 0
         self._pieces: list[bytes] = []
 
@@ -206,11 +223,11 @@ class FrameDecoder:
         """Take a message that is no part of a payload; return the frame that it completes."""
         if self._received < self._header.length:
             return self._receive_piece(message)
-        header, begin = _decode_header(message, self._limits)
-        kind, stream_id, length, tag = header
+        header = _decode_header(message, self._rules)
+        kind, stream_id, length, tag, begin = header
+        if kind is FrameKind.OPEN and stream_id % 2 != self._remote_parity:
+            raise ProtocolViolation(f"stream {stream_id} was opened by the wrong side")
         if length == len(message) - begin:
-            if kind is FrameKind.OPEN and stream_id % 2 != self._remote_parity:
-                raise ProtocolViolation(f"stream {stream_id} was opened by the wrong side")
             if kind is not FrameKind.PAYLOAD:
                 return FrameReceived(kind, stream_id, message[begin:])
             data = self._take_memory(header)

@@ -58,7 +58,7 @@ class CipherState:
     message again, and no counter ever goes back.
     """
 
-    __slots__ = ("_aead", "_counted", "_key", "_max_nonce", "_nonce", "_rekey_bytes", "_suite")
+    __slots__ = ("_aead", "_counted", "_key", "_make_nonce", "_max_nonce", "_nonce", "_rekey_bytes", "_suite")
 
     def __init__(
         self,
@@ -70,6 +70,7 @@ class CipherState:
         max_nonce: int = MAX_NONCE,
     ) -> None:
         self._suite = suite
+        self._make_nonce = suite.nonce
         self._key = key
         self._aead = suite.new(key)
         self._nonce = nonce
@@ -126,14 +127,14 @@ class CipherState:
         if counter > self._max_nonce:
             raise InvalidStateError("this connection has sent as many messages as its keys allow")
         self._nonce = counter + 1
-        return self._suite.nonce(counter)
+        return self._make_nonce(counter)
 
     def _next_nonce_to_receive(self) -> bytes:
         counter = self._nonce
         if counter > self._max_nonce:
             raise ProtocolViolation("the other side sent more messages than its keys allow")
         self._nonce = counter + 1
-        return self._suite.nonce(counter)
+        return self._make_nonce(counter)
 
     def _count(self, ciphertext_bytes: int) -> None:
         self._counted += ciphertext_bytes
