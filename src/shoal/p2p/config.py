@@ -38,8 +38,9 @@ class HostConfig:
 
     bulk_lanes: int = 1
     """How many connections for bulk data are opened to one peer."""
-    max_connections: int = 1024
-    """Incoming ones over this are refused once no idle one can be closed in their favour."""
+    max_connections: int = 512
+    """Incoming ones over this are refused, unless one that is not used can be closed in their favour. Half of what
+    operating systems let a process open by default."""
     idle_timeout: float = 600.0
     """An unused control connection is closed after this, if its peer can be dialed again."""
     idle_lane_timeout: float = 60.0

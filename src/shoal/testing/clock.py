@@ -172,11 +172,7 @@ def run(main: Callable[[], Awaitable[T]] | Awaitable[T], *, limit: float = 3600.
     try:
         asyncio.set_event_loop(loop)
         awaitable = main() if callable(main) else main
-        task = (
-            loop.create_task(awaitable)
-            if inspect.iscoroutine(awaitable)
-            else asyncio.ensure_future(awaitable)
-        )
+        task = loop.create_task(awaitable if inspect.iscoroutine(awaitable) else _await(awaitable))
         try:
             result = loop.run_until_complete(task)
         except (Deadlock, VirtualTimeLimitExceeded) as error:
@@ -192,6 +188,10 @@ def run(main: Callable[[], Awaitable[T]] | Awaitable[T], *, limit: float = 3600.
         loop.run_until_complete(loop.shutdown_asyncgens())
         asyncio.set_event_loop(None)
         loop.close()
+
+
+async def _await(awaitable: Awaitable[T]) -> T:
+    return await awaitable
 
 
 def _raise_for_leftovers(loop: VirtualClockLoop) -> None:
