@@ -172,7 +172,9 @@ def run(main: Callable[[], Awaitable[T]] | Awaitable[T], *, limit: float = 3600.
     try:
         asyncio.set_event_loop(loop)
         awaitable = main() if callable(main) else main
-        task = loop.create_task(awaitable if inspect.iscoroutine(awaitable) else _await(awaitable))
+        task: asyncio.Task[T] = loop.create_task(
+            awaitable if inspect.iscoroutine(awaitable) else _await(awaitable)
+        )
         try:
             result = loop.run_until_complete(task)
         except (Deadlock, VirtualTimeLimitExceeded) as error:
