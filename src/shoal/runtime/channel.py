@@ -18,7 +18,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 _HEADER = struct.Struct("<QQIBB")  # length of the body, call, service, kind, number of descriptors
-_READ_SIZE = 256 * 1024
+_READ_SIZE = 64 * 1024
 _MAX_DESCRIPTORS = 64
 _ANCILLARY_SIZE = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
 _CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
@@ -63,7 +63,8 @@ class Channel:
         self._lock = threading.RLock()
         self._unsent: deque[tuple[memoryview, Sequence[int]]] = deque()
         self._unsent_bytes = 0
-        self._received = bytearray()
+        self._buffer = memoryview(bytearray(_READ_SIZE))
+        self._received = bytearray()  # what is not a whole frame yet
         self._descriptors: deque[int] = deque()
         self.closed = False
 
@@ -132,7 +133,9 @@ class Channel:
         :raises EOFError: the other side closed the channel or is gone
         """
         try:
-            data, ancillary, _, _ = self._socket.recvmsg(_READ_SIZE, _ANCILLARY_SIZE, _CLOSE_ON_EXEC)
+            count, ancillary, _, _ = self._socket.recvmsg_into(
+                [self._buffer], _ANCILLARY_SIZE, _CLOSE_ON_EXEC
+            )
         except (BlockingIOError, InterruptedError):
             return []
         except OSError as error:
@@ -140,9 +143,9 @@ class Channel:
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 self._add_descriptors(payload)
-        if not data:
+        if not count:
             raise EOFError("the other side closed the channel")
-        self._received += data
+        self._received += self._buffer[:count]
         return self._take_frames()
 
     def close(self) -> None:
