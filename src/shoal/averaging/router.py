@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, runtime_checkable
 
 from shoal.errors import InvalidValueError, ProtocolViolation, RemoteError
-from shoal.p2p.host import Host, Stream
-from shoal.p2p.rpc import Method
+from shoal.p2p.host import Host
+from shoal.p2p.rpc import Method, Stream
 
 UNKNOWN_PREFIX = "unknown_prefix"
 
