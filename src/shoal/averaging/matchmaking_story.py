@@ -74,7 +74,10 @@ class SearchStory:
         if self._polls == 0:
             return "the DHT never answered who else is declared there"
         others = sum(candidate.peer_id != me for candidate in candidates)
-        text = f"{self._records} peers are declared there, {self._looking} others look for a group, {others} can be planned"
+        text = (
+            f"{self._records} peers are declared there, {self._looking} others look for a group, "
+            f"{others} of them can be planned with"
+        )
         if self._other_schema:
             shown = ", ".join(map(str, self._other_schema))
             text += f", peers that average tensors of another schema: {shown}"

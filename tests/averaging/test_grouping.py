@@ -1,0 +1,111 @@
+"""Plans of groups: sizes, who leads, and when a full group may begin early."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.averaging.grouping import (
+    Candidate,
+    EarlyBegin,
+    cut_groups,
+    may_begin_early,
+    plan_groups,
+    stays_full,
+)
+from shoal.p2p.identity import Identity
+
+PEERS = sorted(Identity.generate(bytes([number]) * 32).peer_id for number in range(14))
+sizes = st.tuples(st.integers(1, 9), st.integers(1, 9)).map(sorted)
+
+
+def candidates(modes: str) -> list[Candidate]:
+    """One letter a peer: "F" can lead, "c" cannot."""
+    return [Candidate(1.0, PEERS[index], mode == "F") for index, mode in enumerate(modes)]
+
+
+@pytest.mark.parametrize(
+    ("n", "target", "minimum", "expected"),
+    [
+        (9, 4, 2, (4, 3, 2)),
+        (9, 4, 4, (4, 4)),
+        (8, 4, 2, (4, 4)),
+        (5, 4, 2, (3, 2)),
+        (9, 4, 3, (3, 3, 3)),
+        (3, 4, 2, (3,)),
+        (1, 4, 2, ()),
+        (12, None, 2, (12,)),
+        (3, None, 4, ()),
+    ],
+)
+def test_sizes(n, target, minimum, expected):
+    assert plan_groups(n, target, minimum) == expected
+
+
+@given(n=st.integers(0, 40), bounds=sizes, leaders=st.integers(0, 40))
+def test_no_other_sizes_leave_over_fewer(n, bounds, leaders):
+    minimum, target = bounds
+    plan = plan_groups(n, target, minimum, leaders)
+    assert all(minimum <= size <= target for size in plan)
+    assert len(plan) <= leaders
+    # every count of groups takes in any number of peers between its bounds
+    possible = [min(n, count * target) for count in range(min(leaders, n) + 1) if count * minimum <= n]
+    assert sum(plan) == max(possible)
+
+
+def test_a_group_stays_full_if_no_later_plan_makes_it_smaller():
+    for target, minimum, n, index in itertools.product(range(1, 6), range(1, 6), range(25), range(4)):
+        if minimum > target:
+            continue
+        plans = [plan_groups(later, target, minimum) for later in range(n, n + 60)]
+        expected = all(len(plan) > index and plan[index] == target for plan in plans)
+        assert stays_full(index, n, target, minimum) == expected, (target, minimum, n, index)
+
+
+@given(modes=st.text("Fc", max_size=14), bounds=sizes)
+def test_every_group_is_led_by_its_first_peer_that_can(modes, bounds):
+    minimum, target = bounds
+    everybody = candidates(modes)
+    cut = cut_groups(everybody, target, minimum)
+    planned = [member for group in cut.groups for member in group.members]
+    assert len(planned) == len(set(planned))
+    assert set(planned) | set(cut.left_over) == set(everybody)
+    for group in cut.groups:
+        assert group.is_complete == (minimum <= len(group.members))
+        assert len(group.members) <= target
+        leader = group.members[0]
+        assert leader.can_lead
+        assert all(leader < follower for follower in group.members[1:] if follower.can_lead)
+    complete = sum(len(group.members) for group in cut.groups if group.is_complete)
+    assert complete == sum(plan_groups(len(modes), target, minimum, modes.count("F")))
+
+
+def test_clients_that_come_first_are_led_too():
+    cut = cut_groups(candidates("cccFcF"), 3, 2)
+    assert [[PEERS.index(member.peer_id) for member in group.members] for group in cut.groups] == [
+        [3, 0, 1],
+        [5, 2, 4],
+    ]
+
+
+def verdict(modes: str, members: list[int], target: int, minimum: int) -> EarlyBegin:
+    peers = [PEERS[number] for number in members]
+    return may_begin_early(candidates(modes), peers, peers[0], target, minimum).verdict
+
+
+def test_when_a_full_group_may_begin():
+    assert verdict("FFF", [0, 1, 2], 4, 2) is EarlyBegin.NO  # not full
+    assert verdict("FFFF", [0, 1, 2, 3], 4, 2) is EarlyBegin.IF_SETTLED  # a fifth would make it 3 + 2
+    assert verdict("FFFFF", [0, 1, 2, 3], 4, 2) is EarlyBegin.NO  # the fifth is there
+    assert verdict("FFFFFF", [0, 1, 2, 3], 4, 2) is EarlyBegin.YES  # 4 + 2, and any more change only the rest
+    assert verdict("FFFFFF", [0, 1, 2, 5], 4, 2) is EarlyBegin.YES  # who it is does not matter
+    assert verdict("FFFFF", [0, 1, 2, 3], 4, 4) is EarlyBegin.YES  # the fifth is left over in any case
+    assert verdict("FFFFFFFFF", [4, 5, 6, 7], 4, 2) is EarlyBegin.NO  # the plan is 4 + 3 + 2
+
+
+def test_a_group_may_not_take_away_the_leaders_that_others_need():
+    assert verdict("FFcc", [0, 1], 2, 2) is EarlyBegin.NO
+    assert verdict("FFcc", [0, 2], 2, 2) is EarlyBegin.YES
