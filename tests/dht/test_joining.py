@@ -245,7 +245,20 @@ def test_a_node_that_lost_everybody_is_back_within_30_s() -> None:
         await until(lambda: not sim.nodes[5].neighbours, 120)
         await asyncio.sleep(600)
         sim.network.heal()
-        await until(lambda: all_know_each_other(sim), 30)
+        await until(lambda: all_know_each_other(sim), 10)
+
+    simulate(story)
+
+
+def test_lost_neighbours_are_found_again_without_any_initial_peer() -> None:
+    async def story(sim: SimulatedDHT) -> None:
+        await sim.start_many(5)
+        await sim.stop(0)  # the only initial peer
+        await until(lambda: all_know_each_other(sim), 5)
+        sim.network.partition({"node1", "node2"})
+        await until(lambda: all(len(node.neighbours) == 1 for node in sim.nodes.values()), 180)
+        sim.network.heal()
+        await until(lambda: all_know_each_other(sim), 45)
 
     simulate(story)
 

@@ -12,12 +12,13 @@ import pytest
 
 from shoal.dht.config import DHTConfig
 from shoal.dht.ids import key_id, node_id
-from shoal.dht.messages import FIND, STORE, FindRequest, StoredEntry, StoreRequest
+from shoal.dht.messages import FIND, STORE, FindRequest, FindResponse, StoredEntry, StoreRequest
 from shoal.dht.node import DHTNode
 from shoal.dht.schema import SchemaValidator
 from shoal.dht.types import ValueWithExpiration
 from shoal.dht.validation import protected_key
 from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError
+from shoal.p2p.identity import PeerID
 from shoal.testing.clock import run
 from shoal.testing.dht import SimulatedDHT
 from shoal.utils.serializer import MSGPackSerializer
@@ -149,7 +150,9 @@ def test_a_large_dht_is_searched() -> None:
             holders = [
                 n for n, node in sim.nodes.items() if key_id(dumps(f"key {number}")) in node._storage._records
             ]
-            assert replicas(sim, f"key {number}", 1)[0] in holders
+            nearest = replicas(sim, f"key {number}", 5)
+            assert nearest[0] in holders
+            assert set(holders) <= set(nearest)
         for number in range(0, 30, 3):
             for latest in (True, False):
                 reader = sim.nodes[(number + 7) % 30]
@@ -210,16 +213,42 @@ def test_a_cached_answer_that_expires_soon_is_refreshed_in_the_background() -> N
     simulate(story)
 
 
-def test_a_node_sees_what_it_stored_itself() -> None:
+def test_a_get_after_a_store_sees_it_though_an_equal_get_began_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def story(sim: SimulatedDHT) -> None:
+        await sim.start_many(8, DHTConfig(cache_on_store=False))
+        node = sim.nodes[replicas(sim, "key", 8)[7]]
+        assert await node.store("key", "old", sim.now() + 100)
+        gate = asyncio.Event()
+        original = node.host.call
+
+        async def call(peer: Any, method: Any, request: Any, *, timeout: float) -> Any:
+            response = await original(peer, method, request, timeout=timeout)
+            if method is FIND:
+                await gate.wait()
+            return response
+
+        monkeypatch.setattr(node.host, "call", call)
+        early = asyncio.ensure_future(node.get("key", latest=True))
+        await asyncio.sleep(0.3)  # its answers are there, but held back
+        assert await node.store("key", "new", sim.now() + 200)
+        late = asyncio.ensure_future(node.get("key", latest=True))
+        await asyncio.sleep(0.3)
+        gate.set()
+        assert (await early or ("",))[0] in ("old", "new")
+        assert (await late or ("",))[0] == "new"
+
+    simulate(story)
+
+
+def test_the_cache_follows_what_the_node_stores() -> None:
     async def story(sim: SimulatedDHT) -> None:
         await sim.start_many(8)
         node = sim.nodes[replicas(sim, "key", 8)[7]]
-        for number in range(5):
-            polling = asyncio.ensure_future(node.get("key", latest=True))
+        for number in range(3):
             assert await node.store("key", number, sim.now() + 100 + number)
-            assert (await node.get("key", latest=True) or (None,))[0] == number
-            assert (await node.get("key") or (None,))[0] == number
-            await polling
+            assert (await node.get("key") or (None,))[0] == number  # cached from the first round on
 
     simulate(story)
 
@@ -318,16 +347,67 @@ def test_silent_nodes_hold_nobody_up_for_long() -> None:
     simulate(story)
 
 
+def test_a_dead_node_that_others_still_name_is_not_asked_again_and_again() -> None:
+    async def story(sim: SimulatedDHT) -> None:
+        await sim.start_many(8)
+        order = replicas(sim, "key", 8)
+        writer = sim.nodes[order[7]]
+        await sim.kill(order[0], silently=True)
+        assert await writer.store("key", 0, sim.now() + 100)
+        await asyncio.sleep(2.5)  # the call that stalled has failed by now
+        for number in range(3):
+            began = asyncio.get_running_loop().time()
+            assert await writer.store("key", number, sim.now() + 200 + number)
+            assert asyncio.get_running_loop().time() - began < 0.5
+
+    simulate(story)
+
+
+def test_a_nearer_node_that_only_others_know_is_asked() -> None:
+    async def story(sim: SimulatedDHT) -> None:
+        await sim.start_many(8)
+        order = replicas(sim, "key", 8)
+        nearest, writer, reader = (sim.nodes[order[place]] for place in (0, 7, 6))
+        writer._neighbours.table.failed(nearest.peer_id)
+        reader._neighbours.table.failed(nearest.peer_id)
+        assert await writer.store("key", 1, sim.now() + 100)
+        assert nearest.num_records == 1
+        for number in order[1:]:
+            sim.nodes[number]._storage.remove_expired(sim.now() + 101)
+        assert await reader.get("key", latest=True) == (1, pytest.approx(sim.now() + 100, abs=1))
+
+    simulate(story)
+
+
 def test_a_connection_that_breaks_under_a_call_is_made_again() -> None:
     async def story(sim: SimulatedDHT) -> None:
-        nodes = await sim.start_many(2)
-        for number in range(10):
-            storing = asyncio.ensure_future(nodes[0].store("key", number, sim.now() + 100 + number))
+        node = await sim.start(0)
+        client = await sim.start(1, [sim.address(0)], DHTConfig(client_mode=True))
+        for number in range(5):
+            storing = asyncio.ensure_future(client.store("key", number, sim.now() + 100 + number))
             await asyncio.sleep(0.0001)
-            sim.network.drop_connections("node0", "node1")
-            sim.network.drop_connections("node1", "node0")
+            assert sim.network.drop_connections("node1", "node0")
             assert await storing
-            assert (await nodes[1].get("key", latest=True) or (None,))[0] == number
+            assert (await node.get("key", latest=True) or (None,))[0] == number
+
+    simulate(story)
+
+
+def test_who_cannot_be_dialed_enters_no_table_whatever_it_says() -> None:
+    async def story(sim: SimulatedDHT) -> None:
+        node = await sim.start(0)
+        host = await sim.start_host(1, client_mode=True)
+
+        async def answer(peer: PeerID, request: FindRequest) -> FindResponse:
+            return FindResponse()
+
+        host.serve(FIND, answer)
+        host.add_addresses(node.peer_id, [sim.address(0, with_peer_id=False)])
+        await host.call(node.peer_id, FIND, FindRequest(bytes(20), listening=True), timeout=3)
+        await asyncio.sleep(5)
+        assert host.is_connected(node.peer_id)
+        assert node.neighbours == []
+        await host.close()
 
     simulate(story)
 
