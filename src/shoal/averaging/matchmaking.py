@@ -339,6 +339,9 @@ class Matchmaking:
         ask = self._current(event.ask)
         if ask is None:
             return
+        if event.leader == ask.leader:
+            self._drop_leader("redirected to itself", now)
+            return
         self.story.answered(ask.leader, f"redirected to {event.leader}", now)
         if ask.redirects < MAX_REDIRECTS and self._view.may_ask(event.leader, now):
             self._ask_to_join(event.leader, event.addresses, now, redirects=ask.redirects + 1)

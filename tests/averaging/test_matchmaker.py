@@ -1,0 +1,473 @@
+"""The shell of matchmaking: whole peers, and hand-made ones that break the rules, on a simulated network."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from shoal.averaging.declarations import Declarations
+from shoal.averaging.group import (
+    MAX_GATHER_BYTES,
+    GroupInfo,
+    MemberInfo,
+    PeerMode,
+    SignedMemberInfo,
+    group_key,
+    sign_member,
+)
+from shoal.averaging.join_messages import (
+    JOIN,
+    Accepted,
+    Begin,
+    Declaration,
+    DeclaredState,
+    Dismissed,
+    DismissReason,
+    JoinRequest,
+    Member,
+    Redirect,
+    Rejected,
+    RejectReason,
+)
+from shoal.averaging.matchmaker import Matchmaker
+from shoal.averaging.matchmaking import MatchmakingConfig
+from shoal.averaging.router import Router
+from shoal.dht.node import DHTNode
+from shoal.dht.tasks import TaskSet
+from shoal.errors import InvalidStateError, InvalidValueError, MatchmakingException, RemoteError
+from shoal.p2p.rpc import Stream
+from shoal.testing.clock import run
+from shoal.testing.matchmaking import SCHEMA, SimulatedMatchmaking
+
+Story = Callable[[SimulatedMatchmaking], Awaitable[None]]
+KEY = group_key("swarm")
+
+
+def tell(
+    story: Story,
+    *,
+    peers: int,
+    target: int | None = None,
+    minimum: int = 2,
+    wait: float = 5.0,
+    request_timeout: float = 3.0,
+) -> None:
+    """Run a story with peers 0, 1, ... on a network of 5 ms."""
+
+    async def main() -> None:
+        config = MatchmakingConfig(target, minimum, wait, request_timeout)
+        sim = SimulatedMatchmaking(0, config, latency=(0.005, 0.005))
+        try:
+            await sim.start([PeerMode.FULL] * peers)
+            await story(sim)
+        finally:
+            await sim.close()
+
+    run(main)
+
+
+def peer_id(sim: SimulatedMatchmaking, number: int):
+    return sim.dht.identity(number).peer_id
+
+
+async def settle(seconds: float = 1.0) -> None:
+    """Let what goes on become quiet; virtual time."""
+    await asyncio.sleep(seconds)
+
+
+def signed_info(sim: SimulatedMatchmaking, number: int, leader: int, **changes: object) -> SignedMemberInfo:
+    values = {
+        "peer_id": peer_id(sim, number).to_bytes(),
+        "leader": peer_id(sim, leader).to_bytes(),
+        "key": KEY,
+        "schema_hash": SCHEMA,
+        "mode": PeerMode.FULL,
+        "bandwidth": None,
+        "addresses": (),
+        "gather": b"",
+        "start_time": sim.now() + 100,
+        "signed_at": sim.now(),
+        "nonce": bytes(16),
+    }
+    return sign_member(sim.dht.identity(number), MemberInfo(**{**values, **changes}))
+
+
+async def ask(node: DHTNode, sim: SimulatedMatchmaking, leader: int, member: SignedMemberInfo) -> object:
+    """The first answer to a hand-made request."""
+    async with node.host.open_stream(peer_id(sim, leader), JOIN, timeout=20) as stream:
+        await stream.send(JoinRequest("swarm", member))
+        return await stream.receive()
+
+
+# ---- groups
+
+
+def test_a_full_group_begins_at_once_and_all_agree():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        began = sim.now()
+        searches = [sim.search(number, gather=f"data {number}".encode()) for number in range(4)]
+        groups = [await search for search in searches]
+        assert sim.now() - began < 1.0
+        assert groups == [groups[0]] * 4
+        assert len(groups[0]) == 4
+        gathered = {member.peer_id: member.gather for member in groups[0].members}
+        assert gathered == {peer_id(sim, n).to_bytes(): f"data {n}".encode() for n in range(4)}
+
+    tell(story, peers=4, target=4)
+
+
+def test_without_a_target_size_a_group_begins_at_its_start_time():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        began = sim.now()
+        groups = [await search for search in [sim.search(number) for number in range(5)]]
+        assert 5.0 <= sim.now() - began < 5.5
+        assert groups == [groups[0]] * 5
+
+    tell(story, peers=5)
+
+
+def test_group_bits_keep_peers_apart():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        searches = [sim.search(number, bits=str(number % 2)) for number in range(4)]
+        groups = [await search for search in searches]
+        assert groups[0] == groups[2] != groups[1] == groups[3]
+        assert groups[0].key == "swarm.0b0"
+
+    tell(story, peers=4, target=2)
+
+
+def test_a_peer_finds_groups_again_and_again_even_after_one_that_was_scheduled_far_ahead():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        for starts_in in (500.0, 5.0, 5.0):
+            began = sim.now()
+            groups = [await search for search in [sim.search(n, starts_in=starts_in) for n in range(3)]]
+            assert groups == [groups[0]] * 3
+            assert sim.now() - began < 1.0
+
+    tell(story, peers=3, target=3)
+
+
+def test_searches_of_one_matchmaker_wait_for_each_other():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        first = [sim.search(number) for number in range(2)]
+        second = [sim.search(number) for number in range(2)]
+        one, two = [await search for search in first], [await search for search in second]
+        assert one[0] == one[1]
+        assert two[0] == two[1]
+        assert one[0].group_id != two[0].group_id
+
+    tell(story, peers=2, target=2)
+
+
+# ---- leaders that answer otherwise
+
+
+def test_who_asks_a_follower_is_redirected_to_its_leader():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        stranger = await sim.dht.start(9, [sim.dht.address(0)])
+        sim.search(0, starts_in=5.0)
+        sim.search(1, starts_in=6.0)
+        await settle()
+        answer = await ask(stranger, sim, 1, signed_info(sim, 9, 1))
+        assert isinstance(answer, Redirect)
+        assert answer.leader == peer_id(sim, 0).to_bytes()
+        assert answer.addresses == (str(sim.dht.address(0, with_peer_id=False)),)
+
+    tell(story, peers=2, target=4)
+
+
+def test_a_leader_that_joins_an_earlier_one_sends_its_followers_there():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        follower = await sim.dht.start(9, [sim.dht.address(0)])
+        sim.search(1, starts_in=6.0)
+        await settle()
+        async with follower.host.open_stream(peer_id(sim, 1), JOIN, timeout=20) as stream:
+            await stream.send(JoinRequest("swarm", signed_info(sim, 9, 1)))
+            assert isinstance(await stream.receive(), Accepted)
+            sim.search(0, starts_in=4.0)
+            dismissed = await stream.receive()
+        assert isinstance(dismissed, Dismissed)
+        assert dismissed.reason is DismissReason.JOINED_ANOTHER
+        assert dismissed.leader == peer_id(sim, 0).to_bytes()
+
+    tell(story, peers=2, target=4)
+
+
+def test_why_a_request_is_rejected():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        stranger = await sim.dht.start(9, [sim.dht.address(0)])
+
+        async def reason(**changes: object) -> RejectReason:
+            answer = await ask(stranger, sim, 0, signed_info(sim, 9, 0, **changes))
+            assert isinstance(answer, Rejected)
+            return answer.reason
+
+        assert await reason() is RejectReason.NOT_LOOKING
+        search = sim.search(0, starts_in=2.0)
+        await settle(0.5)
+        assert await reason(schema_hash=b"t" * 32) is RejectReason.OTHER_SCHEMA
+        assert await reason(key="swarm.0b1") is RejectReason.OTHER_KEY
+        assert await reason(start_time=sim.now() - 50) is RejectReason.WRONG_ORDER
+        sim.search(1, starts_in=3.0)
+        assert isinstance(await search, GroupInfo)
+        assert await reason() is RejectReason.BEGUN
+
+    tell(story, peers=2, target=2)
+
+
+def test_nobody_can_join_as_somebody_else():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        stranger = await sim.dht.start(9, [sim.dht.address(0)])
+        sim.search(0)
+        await settle(0.5)
+        forged = [
+            (signed_info(sim, 1, 0), "as another peer"),
+            (signed_info(sim, 9, 1), "for another leader"),
+            (SignedMemberInfo(signed_info(sim, 9, 0).info, bytes(64)), "wrong signature"),
+        ]
+        for member, reason in forged:
+            with pytest.raises(RemoteError, match=reason):
+                await ask(stranger, sim, 0, member)
+
+    tell(story, peers=2)
+
+
+class FakeLeader:
+    """Declares itself like a peer that looks for a group, and answers requests as it is told."""
+
+    def __init__(
+        self, sim: SimulatedMatchmaking, answer: Callable[[Stream, JoinRequest], Awaitable[None]]
+    ) -> None:
+        self.sim = sim
+        self.answer = answer
+        self.requests = 0
+        self.tasks = TaskSet()
+
+    async def start(self) -> None:
+        node = await self.sim.dht.start(9, [self.sim.dht.address(0)])
+        Router.of(node.host).register(JOIN, "swarm", self.serve)
+        address = str(self.sim.dht.address(9, with_peer_id=False))
+        declared: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        Declarations(node, self.tasks, self.sim.now).declare(
+            KEY,
+            Declaration(self.sim.now(), DeclaredState.LOOKING, SCHEMA, PeerMode.FULL, (address,)),
+            lambda seconds, failure: declared.set_result(failure),
+        )
+        assert await declared is None
+
+    async def serve(self, stream: Stream, request: JoinRequest) -> None:
+        self.requests += 1
+        await self.answer(stream, request)
+
+
+def fails_with(
+    answer: Callable[[SimulatedMatchmaking, Stream, JoinRequest], Awaitable[None]], text: str
+) -> None:
+    """A peer that finds only this leader does not get a group from it, asks it a few times at most, and says why."""
+
+    async def story(sim: SimulatedMatchmaking) -> None:
+        leader = FakeLeader(sim, lambda stream, request: answer(sim, stream, request))
+        await leader.start()
+        result = await sim.search(0, timeout=8.0)
+        assert isinstance(result, MatchmakingException)
+        assert text in str(result)
+        assert str(peer_id(sim, 9)) in str(result)
+        assert 1 <= leader.requests <= 40
+        await leader.tasks.close()
+
+    tell(story, peers=1, target=2)
+
+
+def test_a_leader_that_leaves_out_its_follower():
+    async def answer(sim: SimulatedMatchmaking, stream: Stream, request: JoinRequest) -> None:
+        await stream.send(Accepted(1.0))
+        await stream.send(Begin(b"g" * 16, 1))
+        await stream.send(Member(signed_info(sim, 9, 9)))
+
+    fails_with(answer, "does not include this member as it sent itself")
+
+
+def test_a_leader_that_brings_a_member_who_has_not_asked_it():
+    async def answer(sim: SimulatedMatchmaking, stream: Stream, request: JoinRequest) -> None:
+        await stream.send(Accepted(1.0))
+        await stream.send(Begin(b"g" * 16, 3))
+        for member in (signed_info(sim, 9, 9), request.member, signed_info(sim, 5, 4)):
+            await stream.send(Member(member))
+
+    fails_with(answer, "has not asked")
+
+
+def test_a_leader_that_begins_before_it_accepts():
+    async def answer(sim: SimulatedMatchmaking, stream: Stream, request: JoinRequest) -> None:
+        await stream.send(Begin(b"g" * 16, 2))
+
+    fails_with(answer, "answers a request by Begin")
+
+
+def test_a_leader_that_ends_the_stream():
+    async def answer(sim: SimulatedMatchmaking, stream: Stream, request: JoinRequest) -> None:
+        await stream.send(Accepted(1.0))
+
+    fails_with(answer, "has finished the stream")
+
+
+def test_a_leader_that_redirects_in_circles_or_rejects_without_end():
+    async def redirect(sim: SimulatedMatchmaking, stream: Stream, request: JoinRequest) -> None:
+        await stream.send(Redirect(peer_id(sim, 9).to_bytes(), ()))
+
+    async def redirect_back(sim: SimulatedMatchmaking, stream: Stream, request: JoinRequest) -> None:
+        await stream.send(Redirect(stream.remote.to_bytes(), ()))
+
+    async def reject(sim: SimulatedMatchmaking, stream: Stream, request: JoinRequest) -> None:
+        await stream.send(Rejected(RejectReason.FULL))
+
+    fails_with(redirect, "redirected to itself")
+    fails_with(redirect_back, "redirected to")
+    fails_with(reject, "rejected (full)")
+
+
+def test_a_leader_that_never_begins():
+    async def answer(sim: SimulatedMatchmaking, stream: Stream, request: JoinRequest) -> None:
+        await stream.send(Accepted(0.5))
+        await stream.receive()
+
+    fails_with(answer, "neither began nor postponed")
+
+
+def test_a_leader_that_never_answers():
+    async def answer(sim: SimulatedMatchmaking, stream: Stream, request: JoinRequest) -> None:
+        await stream.receive()
+
+    fails_with(answer, "no answer in 3 s")
+
+
+# ---- faults
+
+
+def test_when_the_leader_dies_its_followers_find_another():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        sim.search(0, starts_in=5.0)
+        followers = [sim.search(number, starts_in=6.0) for number in (1, 2)]
+        await settle()
+        began = sim.now()
+        await sim.kill(0)
+        groups = [await follower for follower in followers]
+        assert groups[0] == groups[1]
+        assert set(groups[0].peer_ids) == {peer_id(sim, 1), peer_id(sim, 2)}
+        assert sim.now() - began < 7.0
+
+    tell(story, peers=3, target=4)
+
+
+@pytest.mark.parametrize("request_timeout", [3.0, 5.0, 20.0])
+def test_a_silent_leader_holds_up_nobody_for_ever(request_timeout):
+    async def story(sim: SimulatedMatchmaking) -> None:
+        began = sim.now()
+        silent = sim.search(0, starts_in=4.0)
+        await settle(0.1)
+        for number in (1, 2):
+            sim.network.silence("node0", f"node{number}")
+        others = [await search for search in [sim.search(number, starts_in=5.0) for number in (1, 2)]]
+        assert others[0] == others[1]
+        assert len(others[0]) == 2
+        assert sim.now() - began < 30.0
+        silent.cancel()
+
+    tell(story, peers=3, target=3, request_timeout=request_timeout)
+
+
+def test_cancelling_frees_followers_and_leader_at_once():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        searches = [sim.search(number, starts_in=4.0 + number) for number in range(4)]
+        await settle()
+        searches[0].cancel()  # their leader
+        searches[3].cancel()  # a follower
+        await settle(0.5)
+        assert searches[0].cancelled()
+        assert searches[3].cancelled()
+        groups = [await search for search in searches[1:3]]
+        assert groups[0] == groups[1]
+        assert set(groups[0].peer_ids) == {peer_id(sim, 1), peer_id(sim, 2)}
+
+    tell(story, peers=4, target=5)
+
+
+# ---- failure and misuse
+
+
+def test_the_error_names_peers_of_another_schema():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        await sim.start_one(1, schema=b"other".ljust(32, b"."))
+        searches = [sim.search(number, timeout=7.0) for number in range(2)]
+        for number, search in enumerate(searches):
+            error = await search
+            assert isinstance(error, MatchmakingException)
+            assert f"another schema: {peer_id(sim, 1 - number)}" in str(error)
+            assert "'swarm.0b'" in str(error)
+            assert "in 7.0 s" in str(error)
+
+    tell(story, peers=1)
+
+
+def test_a_long_search_says_every_10_seconds_why_there_is_no_group(caplog):
+    async def story(sim: SimulatedMatchmaking) -> None:
+        assert isinstance(await sim.search(0, timeout=35.0), MatchmakingException)
+
+    with caplog.at_level("INFO", logger="shoal.averaging.matchmaker"):
+        tell(story, peers=1)
+    lines = [record.getMessage() for record in caplog.records if record.name == "shoal.averaging.matchmaker"]
+    assert len(lines) == 3
+    assert all("looking for a group under 'swarm.0b'" in line and "asked nobody" in line for line in lines)
+
+
+def test_closing_ends_a_search_with_an_error():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        search = sim.search(0)
+        await settle()
+        matchmaker = sim.matchmakers[0]
+        await matchmaker.close()
+        await matchmaker.close()
+        assert isinstance(await search, MatchmakingException)
+        with pytest.raises(InvalidStateError, match="closed"):
+            await matchmaker.find_group(start_time=sim.now(), deadline=None)
+
+    tell(story, peers=1)
+
+
+def test_arguments_are_checked():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        matchmaker = sim.matchmakers[0]
+        with pytest.raises(InvalidValueError, match="prefix='swarm' is in use"):
+            await sim_again(sim, matchmaker)
+        with pytest.raises(InvalidValueError, match="gather"):
+            await matchmaker.find_group(
+                start_time=sim.now(), deadline=None, gather=bytes(MAX_GATHER_BYTES + 1)
+            )
+        with pytest.raises(InvalidValueError, match="start_time=nan"):
+            await matchmaker.find_group(start_time=float("nan"), deadline=None)
+        with pytest.raises(InvalidValueError, match="bits='2'"):
+            await matchmaker.find_group(start_time=sim.now(), deadline=None, bits="2")
+
+    tell(story, peers=1)
+
+
+async def sim_again(sim: SimulatedMatchmaking, other: Matchmaker) -> None:
+    node = other.node
+    Matchmaker(node, Router.of(node.host), prefix="swarm", schema_hash=SCHEMA, config=sim.config)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"min_group_size": 0}, "min_group_size=0"),
+        ({"target_group_size": 2, "min_group_size": 3}, "target_group_size=2"),
+        ({"target_group_size": 100_000}, "target_group_size=100000"),
+        ({"min_matchmaking_time": 0.0}, "min_matchmaking_time=0.0"),
+        ({"request_timeout": float("nan")}, "request_timeout=nan"),
+    ],
+)
+def test_the_configuration_is_checked_where_it_is_made(values, text):
+    with pytest.raises(InvalidValueError, match=text):
+        MatchmakingConfig(**values)

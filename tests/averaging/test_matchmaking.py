@@ -1,0 +1,368 @@
+"""The core of matchmaking, one search at a time: what it does about single events."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from shoal.averaging.group import MemberInfo, PeerMode
+from shoal.averaging.join_messages import (
+    Accepted,
+    Declaration,
+    DeclaredState,
+    Dismissed,
+    DismissReason,
+    Redirect,
+    Rejected,
+    RejectReason,
+    Search,
+)
+from shoal.averaging.matchmaking import (
+    AVOID_AFTER_LOSS,
+    IllegalTransition,
+    Matchmaking,
+    MatchmakingConfig,
+    State,
+)
+from shoal.averaging.matchmaking_events import (
+    AnswerRequest,
+    AskToJoin,
+    BeginGroup,
+    Cancelled,
+    Declare,
+    Declared,
+    DismissFollower,
+    FinishWithout,
+    FollowerLost,
+    JoinRequested,
+    LeaderAccepted,
+    LeaderDismissed,
+    LeaderLost,
+    LeaderRedirected,
+    LeaderRejected,
+    LeaveLeader,
+    Poll,
+    Polled,
+    PostponeFollower,
+    SearchStarted,
+    SetTimer,
+    TimerFired,
+)
+from shoal.p2p.identity import Identity, PeerID
+
+SCHEMA = b"s" * 32
+START = 105.0
+IDS = sorted(Identity.generate(bytes([number]) * 32).peer_id for number in range(8))
+
+
+class Driver:
+    """One search, of peer ``number``, at a time of its own; the DHT answers instantly."""
+
+    def __init__(
+        self, number: int = 3, target: int | None = 3, minimum: int = 2, mode: PeerMode = PeerMode.FULL
+    ):
+        self.core = Matchmaking(
+            MatchmakingConfig(target, minimum),
+            peer_id=IDS[number],
+            mode=mode,
+            schema_hash=SCHEMA,
+            key="swarm.0b",
+            start_time=START,
+            deadline=150.0,
+        )
+        self.now = 100.0
+        self.effects = self.core.handle(SearchStarted(), self.now)
+        self.send(Declared(0.0))
+
+    def send(self, event):
+        self.effects = self.core.handle(event, self.now)
+        return self.effects
+
+    def see(self, *others: tuple[PeerID, Declaration]):
+        return self.send(Polled(self.now, others))
+
+    def only(self, kind):
+        found = [effect for effect in self.effects if isinstance(effect, kind)]
+        assert len(found) <= 1
+        return found[0] if found else None
+
+    def at(self, now: float):
+        self.now = now
+        return self.send(TimerFired())
+
+    def join(self, number: int, token: int, **changes) -> object:
+        self.send(JoinRequested(token, info(number, **changes)))
+        return self.only(AnswerRequest).answer
+
+
+def declared(
+    number: int, *, state=DeclaredState.LOOKING, schema=SCHEMA, mode=PeerMode.FULL, group=(), start=START
+):
+    return IDS[number], Declaration(start, state, schema, mode, (f"address {number}",), group)
+
+
+def search(number: int, start: float = START) -> Search:
+    return Search(IDS[number].to_bytes(), start)
+
+
+def info(
+    number: int, *, schema=SCHEMA, key="swarm.0b", mode=PeerMode.FULL, start=START, leader=3
+) -> MemberInfo:
+    return MemberInfo(
+        IDS[number].to_bytes(),
+        IDS[leader].to_bytes(),
+        key,
+        schema,
+        mode,
+        None,
+        (),
+        b"",
+        start,
+        100.0,
+        bytes(16),
+    )
+
+
+def test_a_search_declares_itself_looks_around_and_sets_a_timer():
+    driver = Driver()
+    fresh = Matchmaking(
+        MatchmakingConfig(),
+        peer_id=IDS[0],
+        mode=PeerMode.FULL,
+        schema_hash=SCHEMA,
+        key="swarm.0b",
+        start_time=START,
+        deadline=None,
+    )
+    kinds = [type(effect) for effect in fresh.handle(SearchStarted(), 100.0)]
+    assert kinds == [Declare, Poll, SetTimer]
+    assert driver.core.state is State.LOOKING
+
+
+def test_it_asks_the_earliest_that_can_lead():
+    driver = Driver(target=4)
+    driver.see(declared(0, mode=PeerMode.CLIENT), declared(1), declared(2))
+    assert driver.only(AskToJoin) == AskToJoin(1, IDS[1], ("address 1",))
+    assert driver.core.state is State.ASKING
+
+
+def test_nobody_is_asked_twice_at_once():
+    driver = Driver()
+    driver.see(declared(1))
+    driver.see(declared(0), declared(1))
+    assert driver.only(AskToJoin) is None
+
+
+def test_who_is_taken_is_left_out_with_its_whole_group():
+    driver = Driver()
+    group = (search(0), search(1), search(2))
+    driver.see(declared(0), declared(1), declared(2, state=DeclaredState.TAKEN, group=group))
+    assert driver.only(AskToJoin) is None
+    driver.see(declared(0, start=START + 1), declared(1))
+    assert driver.only(AskToJoin) is None  # later than this peer, which leads
+    assert isinstance(driver.join(0, 1, start=START + 1), Accepted)
+
+
+def test_an_accepted_peer_sends_its_followers_to_its_leader():
+    driver = Driver(target=5)
+    assert isinstance(driver.join(4, token=7), Accepted)
+    driver.see(declared(0), declared(4))
+    driver.send(LeaderAccepted(1, 5.0))
+    expected = Dismissed(DismissReason.JOINED_ANOTHER, IDS[0].to_bytes(), ("address 0",))
+    assert driver.only(DismissFollower) == DismissFollower(7, expected)
+    assert driver.core.state is State.FOLLOWING
+    assert driver.join(5, token=8) == Redirect(IDS[0].to_bytes(), ("address 0",))
+
+
+def test_a_redirect_is_followed():
+    driver = Driver()
+    driver.see(declared(1))
+    driver.send(LeaderRedirected(1, IDS[0], ("elsewhere",)))
+    assert driver.only(AskToJoin) == AskToJoin(2, IDS[0], ("elsewhere",))
+
+
+def test_a_full_group_is_left_out_of_the_plan_as_a_whole():
+    driver = Driver(minimum=3)
+    driver.see(declared(0), declared(1))
+    assert driver.only(AskToJoin).leader == IDS[0]
+    driver.send(LeaderRejected(1, Rejected(RejectReason.FULL, (search(0), search(1), search(2)))))
+    assert driver.only(AskToJoin) is None
+    assert isinstance(driver.join(4, token=1), Accepted)
+    driver.now += 1.0  # the group has not begun: perhaps it has room now
+    driver.see(declared(0), declared(1), declared(4))
+    assert driver.only(AskToJoin).leader == IDS[0]
+
+
+def test_a_lost_leader_is_avoided_for_a_while():
+    driver = Driver()
+    driver.see(declared(0))
+    driver.send(LeaderLost(1, "refused"))
+    assert driver.core.state is State.LOOKING
+    driver.see(declared(0))
+    assert driver.only(AskToJoin) is None
+    driver.now += AVOID_AFTER_LOSS
+    driver.see(declared(0))
+    assert driver.only(AskToJoin).leader == IDS[0]
+
+
+def test_a_dismissed_peer_asks_whom_it_is_sent_to():
+    driver = Driver()
+    driver.see(declared(0))
+    driver.send(LeaderAccepted(1, 5.0))
+    dismissed = Dismissed(DismissReason.BETTER_CUT, IDS[2].to_bytes(), ("there",), (search(0), search(1)))
+    driver.send(LeaderDismissed(1, dismissed))
+    assert driver.only(AskToJoin) == AskToJoin(2, IDS[2], ("there",))
+
+
+def test_no_answer_in_time_means_a_lost_leader():
+    driver = Driver()
+    driver.see(declared(0))
+    driver.at(102.9)
+    assert driver.core.state is State.ASKING
+    driver.at(103.0)
+    assert driver.only(LeaveLeader) == LeaveLeader(1)
+    assert driver.core.state is State.LOOKING
+
+
+def test_answers_of_a_leader_that_was_left_are_ignored():
+    driver = Driver()
+    driver.see(declared(0))
+    driver.at(103.0)
+    for late in (LeaderAccepted(1, 1.0), LeaderRedirected(1, IDS[1], ()), LeaderLost(1, "gone")):
+        driver.send(late)
+        assert driver.core.state is State.LOOKING
+
+
+def test_a_full_group_begins_once_its_leader_knows_that_there_is_nobody_else():
+    driver = Driver(number=0, target=2)
+    driver.send(Declared(0.1))
+    driver.join(1, token=1)
+    assert driver.only(BeginGroup) is None
+    driver.now += 0.3
+    driver.send(Polled(driver.now, (declared(1),)))
+    assert driver.only(BeginGroup) == BeginGroup((1,))
+    assert driver.only(Declare) == Declare(DeclaredState.TAKEN, (search(0), search(1)))
+    answer = driver.join(2, token=2)
+    assert answer == Rejected(RejectReason.BEGUN, (search(0), search(1)))
+
+
+def test_at_the_start_time_a_leader_begins_with_what_it_has():
+    driver = Driver(number=0, target=4)
+    driver.join(1, token=1)
+    driver.see(declared(1))
+    driver.at(START - 0.01)
+    assert driver.only(BeginGroup) is None
+    driver.at(START)
+    assert driver.only(BeginGroup) == BeginGroup((1,))
+
+
+def test_with_too_few_the_start_is_postponed_until_the_deadline():
+    driver = Driver(number=0, target=4, minimum=3)
+    driver.join(1, token=1)
+    driver.see(declared(1))
+    driver.at(START)
+    assert driver.only(PostponeFollower) == PostponeFollower(1, 5.0)
+    driver.at(149.0)
+    assert driver.core.state is State.LOOKING
+    driver.at(150.0)
+    assert driver.core.state is State.ENDED
+    assert driver.only(DismissFollower).message.reason is DismissReason.SEARCH_ENDED
+    explanation = driver.only(FinishWithout).explanation
+    assert "found no group of 3 to 4 under key 'swarm.0b' in 50.0 s" in explanation
+    assert "2 members at the start time: postponed" in explanation
+    assert driver.only(Declare) == Declare(DeclaredState.TAKEN)
+
+
+def test_a_leader_lets_those_go_who_make_its_group_larger_than_planned():
+    driver = Driver(number=0, target=4)
+    for number in (1, 2, 3):
+        driver.join(number, token=number)
+    driver.see(*(declared(number) for number in (1, 2, 3, 4)))  # five: 3 + 2
+    dismissed = driver.only(DismissFollower)
+    assert dismissed.token == 3
+    assert dismissed.message.leader is None  # it is to lead peer 4
+    assert {Search(*member).peer_id for member in map(tuple_of, dismissed.message.members)} == {
+        IDS[number].to_bytes() for number in (0, 1, 2)
+    }
+    driver.at(START)
+    assert driver.only(BeginGroup) == BeginGroup((1, 2))
+
+
+def tuple_of(member: Search) -> tuple[bytes, float]:
+    return member.peer_id, member.start_time
+
+
+def test_who_asks_again_has_given_up_its_earlier_request():
+    driver = Driver(number=0, target=4)
+    driver.join(1, token=1)
+    driver.join(1, token=2)
+    assert driver.only(DismissFollower).message.reason is DismissReason.REPLACED
+    driver.send(FollowerLost(1, "left"))
+    driver.at(START)
+    assert driver.only(BeginGroup) == BeginGroup((2,))
+
+
+def test_a_follower_that_is_gone_is_in_no_group():
+    driver = Driver(number=0, target=4)
+    driver.join(1, token=1)
+    driver.join(2, token=2)
+    driver.send(FollowerLost(1, "connection lost"))
+    driver.at(START)
+    assert driver.only(BeginGroup) == BeginGroup((2,))
+
+
+def test_cancelling_lets_everybody_go():
+    driver = Driver(target=5)
+    driver.join(4, token=1)
+    driver.see(declared(0), declared(4))
+    driver.send(Cancelled())
+    assert driver.only(LeaveLeader) == LeaveLeader(1)
+    assert driver.only(DismissFollower).token == 1
+    assert driver.only(SetTimer) is None
+    assert driver.core.state is State.ENDED
+    assert driver.join(5, token=2) == Rejected(RejectReason.NOT_LOOKING)
+
+
+def test_a_client_never_leads():
+    driver = Driver(mode=PeerMode.CLIENT)
+    assert driver.join(4, token=1) == Rejected(RejectReason.CANNOT_LEAD)
+    driver.see(declared(4, start=START + 100))  # even one that starts much later leads it
+    assert driver.only(AskToJoin).leader == IDS[4]
+
+
+def test_an_illegal_event_raises_with_the_story_that_led_there():
+    driver = Driver()
+    driver.see(declared(0))
+    with pytest.raises(IllegalTransition, match="SearchStarted cannot happen while asking") as caught:
+        driver.send(SearchStarted())
+    assert "Polled" in str(caught.value)
+    with pytest.raises(IllegalTransition, match="cannot happen while new"):
+        Matchmaking(
+            MatchmakingConfig(),
+            peer_id=IDS[0],
+            mode=PeerMode.FULL,
+            schema_hash=SCHEMA,
+            key="k",
+            start_time=0.0,
+            deadline=None,
+        ).handle(TimerFired(), 0.0)
+
+
+def test_the_story_names_what_was_seen_and_answered():
+    driver = Driver()
+    driver.see(declared(0), declared(5, schema=b"t" * 32))
+    driver.send(LeaderRejected(1, Rejected(RejectReason.OTHER_SCHEMA)))
+    driver.send(Cancelled())
+    text = driver.only(FinishWithout).explanation
+    assert "2 peers are declared there, 1 others look for a group" in text
+    assert f"another schema: {IDS[5]}" in text
+    assert f"asked {IDS[0]} (rejected (other_schema))" in text
+
+
+def test_a_settled_timer_is_never_in_the_past():
+    driver = Driver(number=0, target=4)
+    for now in (100.5, 101.0, 104.0, 111.0):
+        driver.at(now)
+        timer = driver.only(SetTimer)
+        assert now <= timer.at < math.inf
