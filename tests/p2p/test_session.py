@@ -616,6 +616,29 @@ def test_a_proof_holds_for_one_role_only(role: Role) -> None:
         exchange(liar, victim)
 
 
+class Repeater(Identity):
+    """Shows the first proof that it ever made again and again, as one who has but a copy of it would."""
+
+    __slots__ = ("first",)
+
+    def sign(self, domain: bytes, message: bytes) -> bytes:
+        if not hasattr(self, "first"):
+            self.first = super().sign(domain, message)
+        return self.first
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_a_proof_holds_for_one_handshake_only(role: Role) -> None:
+    repeater = Repeater.generate(b"r" * 32)
+    pairs = [(Session(role, repeater, ephemeral=b"s" * 32), Session(role.other, ALICE)) for _ in range(2)]
+    for session in (*pairs[0], *pairs[1]):
+        session.start()
+    exchange(*pairs[0])
+    assert pairs[0][1].remote == repeater.peer_id
+    with pytest.raises(OtherIdentity, match="cannot prove"):
+        exchange(*pairs[1])
+
+
 def test_a_handshake_alone_reports_what_it_took() -> None:
     handshake = Handshake(Role.RESPONDER, BOB)
     assert handshake.start() == PREAMBLE
