@@ -506,7 +506,21 @@ def test_limits_on_records_hold_over_the_network() -> None:
     async def story(sim: SimulatedDHT) -> None:
         config = DHTConfig(max_value_size=1000, max_subkeys=3)
         nodes = await sim.start_many(2, config)
-        assert not await nodes[0].store("key", bytes(1000), sim.now() + 100)
+        for arguments, reason in [
+            (("key", bytes(1000)), "max_value_size"),
+            (("k" * 1024, 1), "key: 1027 bytes"),
+            (("key", 1, "s" * 1024), "subkey: 1027 bytes"),
+        ]:
+            key, value, *subkey = arguments
+            with pytest.raises(InvalidValueError, match=reason):
+                await nodes[0].store(key, value, sim.now() + 100, *subkey)
+        refused = await nodes[0].host.call(
+            nodes[1].peer_id,
+            STORE,
+            StoreRequest(dumps("key"), True, [StoredEntry(b"", bytes(1001), sim.now() + 100)]),
+            timeout=3,
+        )
+        assert "more than 1000" in refused.refused[0]
         assert await nodes[0].store("key", bytes(990), sim.now() + 100)
         for number in range(5):
             assert await nodes[0].store("many", number, sim.now() + 100 + number, subkey=number)
@@ -579,6 +593,8 @@ def test_cancelling_one_of_several_equal_gets_leaves_the_others() -> None:
         {"bootstrap_timeout": float("nan")},
         {"cache_size": -1},
         {"max_record_size": 10**7},
+        {"max_subkeys": 10**6},
+        {"bucket_size": 1000},
     ],
 )
 def test_settings_are_checked(options: dict[str, Any]) -> None:

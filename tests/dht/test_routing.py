@@ -66,6 +66,13 @@ def test_a_full_bucket_keeps_its_nodes_and_names_the_one_to_probe(far_peers: lis
     assert len(table) == 2
 
 
+def test_who_was_seen_a_moment_ago_is_not_probed(far_peers: list[PeerID]) -> None:
+    table = RoutingTable(OWN, 1, probe_after=15.0)
+    table.answered(far_peers[0], 0.0)
+    assert table.answered(far_peers[1], 14.0) is None
+    assert table.answered(far_peers[1], 15.0) == far_peers[0]
+
+
 def test_replacements_are_bounded(far_peers: list[PeerID]) -> None:
     table = RoutingTable(OWN, 2)
     for peer in far_peers[:50]:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from shoal.dht.messages import MAX_CONTACTS, MAX_ENTRIES
 from shoal.dht.storage import StorageLimits
 from shoal.errors import InvalidValueError
+
+MAX_RECORD_SIZE = 768 * 1024
+"""A whole record travels in one message, which holds 1 MiB."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,7 @@ class DHTConfig:
     bootstrap_timeout: float = 15.0
     """How long the initial peers are retried before ``create`` gives up."""
     ensure_bootstrap_success: bool = True
-    """Whether ``create`` raises BootstrapError then; otherwise the search for initial peers goes on for ever.
-    """
+    """Whether ``create`` raises BootstrapError then; otherwise the search for initial peers goes on for ever."""
     check_reachability: bool = True
     """Whether two peers are asked to dial this node back when it joins."""
     wait_timeout: float = 3.0
@@ -79,8 +82,12 @@ class DHTConfig:
         for name in ("wait_timeout", "stall_timeout", "refresh_timeout", "exchange_interval"):
             if getattr(self, name) <= 0:
                 raise InvalidValueError(f"{name}: {getattr(self, name)!r} is not positive")
-        if self.max_record_size > MAX_RECORD_SIZE:
-            raise InvalidValueError(f"max_record_size: {self.max_record_size} is more than {MAX_RECORD_SIZE}")
+        most = {"max_record_size": MAX_RECORD_SIZE, "max_subkeys": MAX_ENTRIES, "bucket_size": MAX_CONTACTS}
+        for name, limit in most.items():
+            if getattr(self, name) > limit:
+                raise InvalidValueError(
+                    f"{name}: {getattr(self, name)!r} is more than {limit}, which one message holds"
+                )
 
     def storage_limits(self) -> StorageLimits:
         """The part of the settings that bounds the node's storage."""
@@ -92,7 +99,3 @@ class DHTConfig:
             max_total_size=self.max_storage_size,
             max_expiration=self.max_expiration,
         )
-
-
-MAX_RECORD_SIZE = 768 * 1024
-"""A whole record travels in one message, which holds 1 MiB."""

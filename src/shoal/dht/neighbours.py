@@ -46,6 +46,8 @@ MAX_LOST = 64
 FIRST_RETRY, LAST_RETRY = 1.0, 20.0
 FORGET_AFTER = 1800.0
 MAX_ADDRESSES = 8
+PROBE_AFTER = 15.0
+"""A node of a full bucket is called to make sure of it when it was not heard of for this long."""
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Neighbours:
         self.host = host
         self.config = config
         self.own_id = node_id(host.peer_id)
-        self.table = RoutingTable(self.own_id, config.bucket_size)
+        self.table = RoutingTable(self.own_id, config.bucket_size, PROBE_AFTER)
         self.listening = False
         self.heard_of: dict[PeerID, None] | None = {}
         """While this node does not know yet whether it can be reached: peers that it will call when it knows."""
@@ -217,7 +219,7 @@ class Neighbours:
         to_probe = self.table.answered(peer, self._loop.time())
         if to_probe is not None:
             self.greet_in_background(to_probe)
-        elif not known:
+        elif not known and peer in self.table:
             logger.debug("%s joined the routing table, now of %d", peer, len(self.table))
             for callback in self.on_joined:
                 callback(peer)

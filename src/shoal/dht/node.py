@@ -130,7 +130,7 @@ class DHTNode:
 
         With a ``subkey`` the key holds a dictionary, into which the value is merged. True if at least one of the nodes
         nearest to the key accepted it; the reasons of those that did not are in the log. InvalidValueError for
-        an expiration further ahead than ``config.max_expiration``.
+        an expiration further ahead than ``config.max_expiration``, and for what is too long.
         """
         serialized_subkey = None if subkey is None else MSGPackSerializer.dumps(subkey)
         return await self.store_serialized(
@@ -147,8 +147,19 @@ class DHTNode:
                 f"expiration_time: {expiration_time} is more than {self.config.max_expiration:g} s from now, "
                 "the most that this DHT allows (max_expiration)"
             )
+        for name, serialized in (("key", key), ("subkey", subkey or PLAIN)):
+            if len(serialized) > self._storage.limits.max_key_size:
+                limit = self._storage.limits.max_key_size
+                raise InvalidValueError(
+                    f"{name}: {len(serialized)} bytes when serialized; at most {limit} are allowed"
+                )
         record = DHTRecord(key, subkey, value, float(expiration_time))
         value = self._validator.sign_value(record)
+        if len(value) > self.config.max_value_size:
+            limit = self.config.max_value_size
+            raise InvalidValueError(
+                f"value: {len(value)} bytes when serialized; this DHT allows {limit} (max_value_size)"
+            )
         record = DHTRecord(key, subkey, value, record.expiration_time)
         reason = self._validator.explain(record)
         if reason is not None:

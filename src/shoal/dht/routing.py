@@ -45,9 +45,10 @@ def id_prefix(identifier: int) -> bytes:
 class RoutingTable:
     """The k-buckets of one node. Iterates over its peers, nearest buckets first."""
 
-    def __init__(self, own_id: int, bucket_size: int) -> None:
+    def __init__(self, own_id: int, bucket_size: int, probe_after: float = 0.0) -> None:
         self.own_id = own_id
         self.bucket_size = bucket_size
+        self.probe_after = probe_after
         self._buckets: dict[int, _Bucket] = {}
         self._size = 0
 
@@ -66,7 +67,8 @@ class RoutingTable:
         """The peer answered a call: remember it as the most recently seen of its bucket.
 
         If the bucket is full the peer becomes a replacement, and the least recently seen node of the bucket
-        is returned: call it, and report :meth:`answered` or :meth:`failed`.
+        is returned if it was not seen for ``probe_after``: call it, and report :meth:`answered` or
+        :meth:`failed`.
         """
         identifier = node_id(peer)
         if identifier == self.own_id:
@@ -86,7 +88,8 @@ class RoutingTable:
         bucket.replacements[peer] = entry
         if len(bucket.replacements) > self.bucket_size:
             del bucket.replacements[next(iter(bucket.replacements))]
-        return next(iter(bucket.nodes))
+        oldest = next(iter(bucket.nodes.values()))
+        return oldest.peer if oldest.last_seen + self.probe_after <= now else None
 
     def failed(self, peer: PeerID) -> PeerID | None:
         """The peer did not answer, or left: forget it. Returns the replacement that moved up, if there is
