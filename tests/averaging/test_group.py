@@ -85,7 +85,7 @@ def test_a_forged_or_changed_info_is_noticed():
             verify_member(forged, now=NOW)
 
 
-@pytest.mark.parametrize("age", [MAX_MEMBER_AGE + 1, -3600.0])
+@pytest.mark.parametrize("age", [MAX_MEMBER_AGE + 1, -7200.0])
 def test_an_info_must_be_fresh(age):
     with pytest.raises(ProtocolViolation, match="not fresh"):
         verify_member(signed(FIRST, signed_at=NOW - age), now=NOW)

@@ -109,3 +109,6 @@ def test_when_a_full_group_may_begin():
 def test_a_group_may_not_take_away_the_leaders_that_others_need():
     assert verdict("FFcc", [0, 1], 2, 2) is EarlyBegin.NO
     assert verdict("FFcc", [0, 2], 2, 2) is EarlyBegin.YES
+    # 4 + 4 + 2 with one leader to spare, which the first group gets: the second may not take one as well
+    assert verdict("FcFccccFcF", [0, 2, 1, 3], 4, 2) is not EarlyBegin.NO
+    assert verdict("FcFccccFcF", [7, 9, 4, 5], 4, 2) is EarlyBegin.NO

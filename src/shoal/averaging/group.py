@@ -30,7 +30,7 @@ MAX_GROUP_GATHER_BYTES = 64 * 1024 * 1024
 MAX_GROUP_SIZE = 4096
 MAX_ADDRESSES = 32
 MAX_ADDRESS_CHARS = 300
-MAX_MEMBER_AGE = 600.0
+MAX_MEMBER_AGE = 3600.0
 """Seconds: a member signs its info when it asks, and the leader may keep it for as long as it collects followers."""
 CLOCK_SKEW = 60.0
 """Seconds by which another peer's clock may be ahead of ours."""

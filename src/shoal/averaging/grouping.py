@@ -137,6 +137,19 @@ def _take_slice(waiting: list[Candidate], size: int, *, later_groups: int) -> tu
     return tuple(members)
 
 
+def takes_too_many_leaders(
+    candidates: Sequence[Candidate], members: Collection[PeerID], planned: PlannedGroup
+) -> bool:
+    """Whether ``members`` hold more peers that can lead than their leader's slice of the plan does.
+
+    Where some peers cannot lead, others may lack a leader then. Where all can, it does not matter who is where.
+    """
+    if all(candidate.can_lead for candidate in candidates):
+        return False
+    taken = sum(candidate.can_lead for candidate in candidates if candidate.peer_id in members)
+    return taken > sum(member.can_lead for member in planned.members)
+
+
 class EarlyBegin(enum.Enum):
     """Whether a leader may begin before its start time."""
 
@@ -175,6 +188,8 @@ def may_begin_early(
         return EarlyBeginDecision(EarlyBegin.NO, f"the plan has this peer follow another: {cut.reason}")
     if len(group.members) < target:
         return EarlyBeginDecision(EarlyBegin.NO, f"a full group would strand others: {cut.reason}")
+    if takes_too_many_leaders(candidates, members, group):
+        return EarlyBeginDecision(EarlyBegin.NO, f"others need its members as leaders: {cut.reason}")
     for peers in (candidates, everybody or candidates):
         rest = [candidate for candidate in peers if candidate.peer_id not in members]
         stranded = len(cut_groups(rest, target, minimum).left_over)

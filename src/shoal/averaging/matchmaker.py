@@ -223,6 +223,7 @@ class _Follower:
     """The leader's end of one request: what is to be sent, ``None`` after the last message."""
 
     signed: SignedMemberInfo
+    info: MemberInfo
     outbox: asyncio.Queue[LeaderMessage | None] = field(default_factory=asyncio.Queue)
 
     def send(self, *messages: LeaderMessage, last: bool) -> None:
@@ -424,7 +425,7 @@ class _Search:
             return
         self._tokens += 1
         token = self._tokens
-        follower = self._followers[token] = _Follower(signed)
+        follower = self._followers[token] = _Follower(signed, info)
         reason = "left"
         try:
             self.dispatch(JoinRequested(token, info))
@@ -439,14 +440,14 @@ class _Search:
 
     def _begin(self, tokens: tuple[int, ...]) -> None:
         leader = self._owner.node.peer_id
-        signed = [self._owner.sign_info(leader, self._key, self._order_time, self._gather)]
-        signed += [self._followers[token].signed for token in tokens]
-        now = self._owner.clock()
-        infos = [verify_member(member, now=now) for member in signed]
+        own = self._owner.sign_info(leader, self._key, self._order_time, self._gather)
+        followers = [self._followers[token] for token in tokens]
+        signed = [own, *(follower.signed for follower in followers)]
+        infos = [verify_member(own, now=self._owner.clock()), *(follower.info for follower in followers)]
         group_id = self._owner.rng.randbytes(GROUP_ID_BYTES)
         messages: list[LeaderMessage] = [Begin(group_id, len(signed)), *(Member(member) for member in signed)]
-        for token in tokens:
-            self._followers[token].send(*messages, last=True)
+        for follower in followers:
+            follower.send(*messages, last=True)
         self._finish(GroupInfo(group_id, self._key, order_members(leader, infos)))
 
 

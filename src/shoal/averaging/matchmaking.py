@@ -31,7 +31,14 @@ from dataclasses import dataclass
 from typing import ClassVar, NoReturn
 
 from shoal.averaging.group import MAX_GROUP_SIZE, MemberInfo, PeerMode
-from shoal.averaging.grouping import Candidate, Cut, EarlyBegin, cut_groups, may_begin_early
+from shoal.averaging.grouping import (
+    Candidate,
+    Cut,
+    EarlyBegin,
+    cut_groups,
+    may_begin_early,
+    takes_too_many_leaders,
+)
 from shoal.averaging.join_messages import (
     Accepted,
     DeclaredState,
@@ -437,9 +444,11 @@ class Matchmaking:
         group = cut.group_of(peer_id)
         if group is None or group.leader != peer_id or not group.is_complete or not self._is_final(now):
             return False
+        planned = cut.group_of(self.me.peer_id)
+        if planned is None or planned.leader != self.me.peer_id:
+            return False
         members = {*self._view.members, peer_id}
-        left = sum(peer.can_lead and peer.peer_id not in members for peer in self._view.candidates(now))
-        return left < sum(group.is_complete for group in cut.groups) - 1
+        return takes_too_many_leaders(self._view.candidates(now), members, planned)
 
     def _dismiss_to_plan(self, token: int, cut: Cut) -> None:
         follower = self._view.followers.pop(token)
