@@ -47,7 +47,7 @@ def shoal_command(
 @app.command()
 def demo(
     peers: Annotated[int, typer.Option(help="Training processes to start, 2 to 8.")] = 4,
-    rounds: Annotated[int, typer.Option(help="Rounds of training and averaging.")] = 60,
+    rounds: Annotated[int, typer.Option(help="Rounds of training and averaging.")] = 100,
     output: Annotated[Path, typer.Option(help="Where to write the plot (PNG).")] = Path("shoal-demo.png"),
     host: Annotated[str, typer.Option(help="IP address to listen on.")] = "127.0.0.1",
     join: Annotated[

@@ -21,9 +21,14 @@ class History:
     alone: dict[str, Curve] = field(default_factory=dict)
     central: Curve = field(default_factory=list)
     events: list[tuple[float, str]] = field(default_factory=list)
+    training_began: float = 0.0
 
     def seconds(self) -> float:
         return time.monotonic() - self.began
+
+    def begin_training(self) -> None:
+        """All that was before is preparation: processes that start, modules that are imported."""
+        self.training_began = self.seconds()
 
     def add_event(self, text: str) -> None:
         self.events.append((self.seconds(), text))

@@ -18,12 +18,13 @@ from msgspec import Meta, Struct
 from shoal.averaging.averager import DecentralizedAverager
 from shoal.averaging.control import AveragingStage, StepControl
 from shoal.cli.demo.board import Board
-from shoal.cli.demo.data import Digits
+from shoal.cli.demo.data import Samples
 from shoal.cli.demo.protocol import Assignment, Finished, Holding, Report, State, Status
 from shoal.cli.demo.settings import Settings
 from shoal.cli.demo.training import FOUNDERS_SEED, Trainer
 from shoal.dht.dht import DHT
 from shoal.errors import AllreduceException, ShoalError
+from shoal.utils.timed import get_dht_time
 
 POLL_SECONDS = 0.05
 NEWCOMER_WEIGHT = 1e-6
@@ -60,7 +61,8 @@ class Peer:
     def __init__(
         self,
         assignment: Assignment,
-        digits: Digits,
+        samples: Samples,
+        held_out: Samples,
         dht: DHT,
         orders: Orders,
         report: Callable[[Report], None],
@@ -69,10 +71,10 @@ class Peer:
         self._orders = orders
         self._report = report
         self._board = Board(dht)
-        self._held_out = digits.held_out
-        self.samples = digits.part(assignment.part.index, reserve=assignment.part.reserve)
+        self._held_out = held_out
+        self._samples = samples
         self._trainer = Trainer(
-            self.samples,
+            samples,
             assignment.settings,
             model_seed=assignment.seed if assignment.newcomer else FOUNDERS_SEED,
             data_seed=assignment.seed,
@@ -83,15 +85,11 @@ class Peer:
             start=True,
             prefix=assignment.settings.prefix,
             target_group_size=assignment.settings.peers,
-            min_matchmaking_time=assignment.settings.matchmaking_time,
-            request_timeout=assignment.settings.request_timeout,
         )
         self._newcomer = assignment.newcomer
         self._rounds_averaged = 0
         self._next_publication = 0.0
-        self.status = Status(
-            assignment.name, str(dht.peer_id), assignment.part, self.samples.classes, State.READY
-        )
+        self.status = Status(assignment.name, str(dht.peer_id), assignment.part, samples.classes, State.READY)
 
     def close(self) -> None:
         self._averager.shutdown()
@@ -152,10 +150,11 @@ class Peer:
 
     def _average(self, round_: int) -> StepControl:
         """One step of averaging, done when it returns; its tensors are unchanged if it failed."""
-        weight = float(len(self.samples))
+        weight = float(len(self._samples))
         control = self._averager.step(
             gather=msgspec.to_builtins(Contribution(round_, self._newcomer)),
             weight=weight * NEWCOMER_WEIGHT if self._newcomer else weight,
+            scheduled_time=get_dht_time() + self._settings.matchmaking_time,
             timeout=self._settings.round_timeout,
             wait=False,
         )

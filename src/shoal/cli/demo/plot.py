@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from shoal.cli.demo.history import Curve, History
 from shoal.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SIZE_INCHES = (10.0, 5.6)
 DOTS_PER_INCH = 120
@@ -39,16 +43,22 @@ def write_plot(history: History, path: Path) -> None:
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    _draw(axes, {"central training": history.central}, color="black", linewidth=2.0)
-    _draw(axes, history.swarm, linewidth=1.6)
-    _draw(axes, history.alone, linewidth=1.0, linestyle="--")
+    began = history.training_began
+    _draw(axes, "central training", history.central, began, color="black", linewidth=1.5)
+    for number, (name, curve) in enumerate(sorted(history.swarm.items())):
+        # After each average all peers are the same: the later ones are thinner, so that all can be seen.
+        _draw(axes, f"swarm: {name}", curve, began, linewidth=max(1.0, 6.0 - number), alpha=0.8)
+    for name, curve in history.alone.items():
+        _draw(axes, name, curve, began, linewidth=1.0, linestyle="--")
     for second, text in history.events:
-        axes.axvline(second, color="grey", linewidth=0.8, linestyle=":")
-        axes.annotate(text, (second, 2), rotation=90, fontsize=7, color="grey", ha="right", va="bottom")
+        axes.axvline(second - began, color="grey", linewidth=0.8, linestyle=":")
+        axes.annotate(
+            text, (second - began, 50), rotation=90, fontsize=7, color="grey", ha="right", va="center"
+        )
     axes.set(
         title="Handwritten digits: a swarm of peers with different classes, each of them alone, and central training",
-        xlabel="seconds since the start",
-        ylabel="held-out accuracy, %",
+        xlabel="seconds of training",
+        ylabel="accuracy on held-out images, %",
         ylim=(0, 101),
     )
     axes.title.set_fontsize(10)
@@ -57,8 +67,7 @@ def write_plot(history: History, path: Path) -> None:
     figure.savefig(path, format="png", dpi=DOTS_PER_INCH)
 
 
-def _draw(axes: object, curves: dict[str, Curve], **style: object) -> None:
-    for name, curve in curves.items():
-        seconds = [second for second, _ in curve]
-        percent = [accuracy * 100 for _, accuracy in curve]
-        axes.plot(seconds, percent, label=name, **style)  # type: ignore[attr-defined]
+def _draw(axes: Axes, name: str, curve: Curve, began: float, **style: Any) -> None:
+    seconds = [second - began for second, _ in curve]
+    percent = [accuracy * 100 for _, accuracy in curve]
+    axes.plot(seconds, percent, label=name, **style)

@@ -69,7 +69,7 @@ class Assignment(Struct, frozen=True, tag="assignment"):
 
 
 class Begin(Struct, frozen=True, tag="begin"):
-    """Start to train; sent when all founders are ready."""
+    """To a founder that is ready: start to train. To a newcomer that has loaded its images: join the swarm."""
 
 
 class Hold(Struct, frozen=True, tag="hold"):
@@ -110,11 +110,17 @@ class Status(Struct, frozen=True, tag="status"):
     seconds: Annotated[float, Meta(ge=0)] = 0.0
 
 
+class Loaded(Struct, frozen=True, tag="loaded"):
+    """The worker has loaded its images. A newcomer waits for :class:`Begin` before it joins the DHT."""
+
+    classes: tuple[Count, ...]
+    samples: Count
+
+
 class Ready(Struct, frozen=True, tag="ready"):
-    """The worker has loaded its images and joined the DHT; it waits for :class:`Begin`."""
+    """The worker has joined the DHT. A founder waits for :class:`Begin` before it trains."""
 
     status: Status
-    samples: Count
 
 
 class Holding(Struct, frozen=True, tag="holding"):
@@ -131,7 +137,7 @@ class Finished(Struct, frozen=True, tag="finished"):
     rounds_averaged: Count
 
 
-Report = Status | Ready | Holding | Finished
+Report = Status | Loaded | Ready | Holding | Finished
 
 _decode_assignment = msgspec.json.Decoder(Assignment).decode
 _decode_command: Callable[[bytes], Command] = msgspec.json.Decoder(Command).decode

@@ -8,17 +8,17 @@ from msgspec import Meta, Struct
 
 MIN_PEERS = 2
 MAX_PEERS = 8
-MIN_ROUNDS = 10
+MIN_ROUNDS = 40
 MAX_ROUNDS = 10_000
 DEFAULT_PEERS = 4
-DEFAULT_ROUNDS = 60
+DEFAULT_ROUNDS = 100
 
 Seconds = Annotated[float, Meta(gt=0, le=600)]
 
 
 class Settings(Struct, frozen=True, forbid_unknown_fields=True):
-    """The defaults keep the swarm within 1.5 points of central training for 2 to 8 peers, with a peer absent for
-    ten rounds (tests/cli/demo/test_training.py).
+    """The defaults keep the swarm within a point of central training for 2 to 8 peers, with a peer absent for ten
+    rounds (tests/cli/demo/test_training.py).
 
     A step is one update of a model on ``batch_size`` images; learning rate and momentum are those of SGD. After
     ``decay_from`` of the rounds the learning rate falls linearly to zero.
@@ -29,12 +29,11 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     rounds: Annotated[int, Meta(ge=MIN_ROUNDS, le=MAX_ROUNDS)] = DEFAULT_ROUNDS
     local_steps: Annotated[int, Meta(ge=1, le=1000)] = 4
     batch_size: Annotated[int, Meta(ge=1, le=1000)] = 32
-    learning_rate: Annotated[float, Meta(gt=0, le=10)] = 0.25
+    learning_rate: Annotated[float, Meta(gt=0, le=10)] = 0.2
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.9
     decay_from: Annotated[float, Meta(ge=0, lt=1)] = 0.6
-    matchmaking_time: Seconds = 1.0
-    """A group that is not full starts after this many seconds: how long peers wait for one that is gone."""
-    request_timeout: Seconds = 0.8
+    matchmaking_time: Seconds = 0.4
+    """A group of fewer than ``peers`` starts after this many seconds: how long peers wait for one that is gone."""
     round_timeout: Seconds = 8.0
     """A peer that has found no group for this long looks whether the demo is over."""
 

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 REDRAW_SECONDS = 0.25
 BOARD_SECONDS = 1.0
 REFERENCE_SECONDS = 0.2
-STALL_SECONDS = 60.0
+STALL_SECONDS = 120.0
 KILL_AFTER = 0.35
-"""One peer is killed when this part of the rounds is done."""
+"""One peer is killed when this part of the rounds is done and its replacement has loaded its modules ..."""
+KILL_AT_LATEST = 0.6
+"""... or when this part is done: others may join from elsewhere meanwhile, so that the rounds are soon over."""
 
 
 class DemoFailed(ShoalError):
@@ -45,9 +47,13 @@ class Member:
     assignment: Assignment
     status: Status
     process: WorkerProcess | None = None
+    loaded: bool = False
+    """It has its images; a newcomer waits then."""
     ready: bool = False
     accuracy: float | None = None
     """At the end, once it has done all rounds."""
+    dismissed: bool = False
+    """It was told to leave; its end is no failure."""
 
     @property
     def name(self) -> str:
@@ -74,10 +80,13 @@ class Supervisor:
         self._view = view
         self._founding = [_make_member(assignment) for assignment in assignments]
         self._members = list(self._founding)
-        self._replacement = replacement
+        self._spare = _make_member(replacement) if replacement is not None else None
         self._victim = self._founding[-1] if replacement is not None else None
-        self._guests: dict[str, Status] = {}
+        self._held = False
+        self._guests: list[Status] = []
+        self._known_guests: set[str] = set()
         self._last_progress = time.monotonic()
+        self._begun = asyncio.Event()
         self.history = History()
 
     async def run(self) -> Outcome:
@@ -112,13 +121,17 @@ class Supervisor:
         except ProtocolViolation as error:
             self._fail(member, str(error), process.log_tail())
         finally:
+            if member is self._victim:
+                self._dismiss_spare()
             await process.close()
 
     def _receive(self, member: Member, report: protocol.Report) -> None:
         match report:
+            case protocol.Loaded():
+                self._receive_loaded(member, report)
             case protocol.Ready(status):
                 self._update(member, status)
-                self._receive_ready(member, report.samples)
+                self._receive_ready(member)
             case Status():
                 self._update(member, report)
                 self._choose_moment_to_kill(member)
@@ -127,16 +140,29 @@ class Supervisor:
             case protocol.Finished(accuracy):
                 member.accuracy = accuracy
 
-    def _receive_ready(self, member: Member, samples: int) -> None:
-        member.ready = True
-        digits = " ".join(str(label) for label in member.status.classes)
-        self._tell(f"{member.name} (process {_pid(member)}) has {samples} images of the digits {digits}")
+    def _receive_loaded(self, member: Member, report: protocol.Loaded) -> None:
+        member.loaded = True
+        member.status = msgspec.structs.replace(member.status, classes=report.classes)
+        if member is self._spare:
+            return  # it waits for its turn
+        digits = " ".join(str(label) for label in report.classes)
+        self._tell(
+            f"{member.name} (process {_pid(member)}) has {report.samples} images of the digits {digits}"
+        )
         if member.assignment.newcomer:
-            self._send(member, protocol.Begin())
-        elif all(founder.ready for founder in self._founding):
-            self._tell(f"all {len(self._founding)} peers are ready and begin")
-            for founder in self._founding:
-                self._send(founder, protocol.Begin())
+            _send(member, protocol.Begin())
+
+    def _receive_ready(self, member: Member) -> None:
+        member.ready = True
+        if self._begun.is_set() or not all(founder.ready for founder in self._founding):
+            return
+        self._begun.set()
+        self._last_progress = time.monotonic()
+        self.history.begin_training()
+        for founder in self._founding:
+            _send(founder, protocol.Begin())
+        if self._spare is not None:
+            self._workers.create_task(self._run_worker(self._spare))
 
     def _update(self, member: Member, status: Status) -> None:
         before, member.status = member.status, status
@@ -148,7 +174,7 @@ class Supervisor:
             self.history.add_swarm(member.name, status.accuracy)
 
     def _judge_end(self, member: Member, exit_status: int, log_tail: str) -> None:
-        if member.status.state is State.KILLED or member.accuracy is not None:
+        if member.status.state is State.KILLED or member.accuracy is not None or member.dismissed:
             return
         reason = f"exit status {exit_status}" if exit_status >= 0 else f"signal {-exit_status}"
         self._fail(member, reason, log_tail)
@@ -163,23 +189,32 @@ class Supervisor:
     # The kill
 
     def _choose_moment_to_kill(self, member: Member) -> None:
-        if member is self._victim and member.status.round >= self._settings.rounds * KILL_AFTER:
-            self._send(member, protocol.Hold())
-            self._victim = None
+        if member is not self._victim or self._spare is None or self._held:
+            return
+        done = member.status.round / self._settings.rounds
+        if done >= (KILL_AFTER if self._spare.loaded else KILL_AT_LATEST):
+            self._held = True
+            _send(member, protocol.Hold())
 
     def _kill(self, member: Member, holding: protocol.Holding) -> None:
-        if member.process is None or self._replacement is None:
+        if member is not self._victim or member.process is None or self._spare is None:
             return
         member.process.kill()
         member.status = msgspec.structs.replace(member.status, state=State.KILLED)
-        self._mark(f"{member.name} killed")
-        self._tell(
-            f"{member.name} (process {member.process.pid}) was killed by SIGKILL in the middle of round {holding.round}"
-        )
-        replacement = _make_member(self._replacement)
+        self._tell(f"kill -9 {member.process.pid}: {member.name}, in the middle of round {holding.round + 1}")
+        self.history.add_event(f"{member.name} killed")
+        replacement, self._spare, self._victim = self._spare, None, None
         self._members.append(replacement)
-        self._tell(f"{replacement.name} joins in its place, with weights that know nothing")
-        self._workers.create_task(self._run_worker(replacement))
+        self._tell(
+            f"{replacement.name} (process {_pid(replacement)}) joins in its place, with weights that know nothing"
+        )
+        _send(replacement, protocol.Begin())
+
+    def _dismiss_spare(self) -> None:
+        """There will be nobody to replace: the peer that was to be killed has ended by itself."""
+        if self._spare is not None:
+            self._spare.dismissed = True
+            _send(self._spare, protocol.Stop())
 
     # What is shown
 
@@ -195,20 +230,20 @@ class Supervisor:
         while True:
             statuses = await self._board.watch_statuses(self._settings.prefix)
             own = {member.status.peer_id for member in self._members}
-            for status in statuses:
-                if status.peer_id not in own:
-                    self._update_guest(status)
+            self._update_guests([status for status in statuses if status.peer_id not in own])
             await asyncio.sleep(BOARD_SECONDS)
 
-    def _update_guest(self, status: Status) -> None:
-        if status.peer_id not in self._guests:
-            self._mark(f"{status.name} is here, from another terminal")
-        self._guests[status.peer_id] = status
-        if status.accuracy is not None:
-            self.history.add_swarm(status.name, status.accuracy)
+    def _update_guests(self, statuses: list[Status]) -> None:
+        for status in statuses:
+            if status.peer_id not in self._known_guests:
+                self._known_guests.add(status.peer_id)
+                self._mark(f"{status.name} is here, from another terminal")
+            if status.accuracy is not None:
+                self.history.add_swarm(status.name, status.accuracy)
+        self._guests = statuses
 
     def _show(self) -> None:
-        statuses = [*(member.status for member in self._members), *self._guests.values()]
+        statuses = [*(member.status for member in self._members), *self._guests]
         self._view.show(statuses, self._settings.rounds, self.history.seconds())
 
     def _mark(self, text: str) -> None:
@@ -224,6 +259,7 @@ class Supervisor:
         """Train what the swarm is compared with, round by round beside it, so that all share one axis of time."""
         parts = [member.assignment.part for member in self._founding]
         references = await asyncio.to_thread(_load_references, self._settings, parts)
+        await self._begun.wait()
         while True:
             done = all(member.status.state.is_final for member in self._members)
             target = self._settings.rounds if done else max(m.status.round for m in self._members)
@@ -236,10 +272,6 @@ class Supervisor:
             await asyncio.sleep(REFERENCE_SECONDS)
 
     # Helpers
-
-    def _send(self, member: Member, command: protocol.Command) -> None:
-        if member.process is not None:
-            member.process.send(command)
 
     def _final_accuracies(self) -> dict[str, float]:
         return {member.name: member.accuracy for member in self._members if member.accuracy is not None}
@@ -257,6 +289,11 @@ def _load_references(settings: Settings, parts: list[Part]) -> References:
     from shoal.cli.demo.training import load_references  # imports torch: seconds, so not on the event loop
 
     return load_references(settings, parts)
+
+
+def _send(member: Member, command: protocol.Command) -> None:
+    if member.process is not None:
+        member.process.send(command)
 
 
 def _pid(member: Member) -> int:

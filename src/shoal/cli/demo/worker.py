@@ -10,6 +10,7 @@ import sys
 import threading
 from typing import IO
 
+from shoal.cli.addresses import listen_address
 from shoal.cli.demo import protocol
 from shoal.cli.demo.peer import Orders, Peer, Stopped
 from shoal.cli.demo.training import set_threads
@@ -38,28 +39,39 @@ class Listener:
 
     def __init__(self, commands: IO[bytes]) -> None:
         self._commands = commands
-        self.begin = threading.Event()
+        self._begin = threading.Event()
         self.orders = Orders(stop=threading.Event(), hold=threading.Event())
         self._thread = threading.Thread(target=self._listen, name="commands", daemon=True)
         self._thread.start()
 
     def _listen(self) -> None:
-        for line in iter(lambda: self._commands.readline(protocol.MAX_LINE_BYTES), b""):
-            match protocol.decode_command(line):
-                case protocol.Begin():
-                    self.begin.set()
-                case protocol.Hold():
-                    self.orders.hold.set()
-                case protocol.Stop():
-                    self._stop()
-        self._stop()
-        # The main thread may be in a call that takes long. Nobody waits for this process any more.
-        threading.Event().wait(SECONDS_TO_LEAVE)
-        os._exit(1)
+        try:
+            for line in iter(lambda: self._commands.readline(protocol.MAX_LINE_BYTES), b""):
+                self._obey(protocol.decode_command(line))
+        finally:
+            self._stop()
+            # The main thread may be in a call that takes long. Nobody waits for this process any more.
+            threading.Event().wait(SECONDS_TO_LEAVE)
+            os._exit(1)
+
+    def _obey(self, command: protocol.Command) -> None:
+        match command:
+            case protocol.Begin():
+                self._begin.set()
+            case protocol.Hold():
+                self.orders.hold.set()
+            case protocol.Stop():
+                self._stop()
 
     def _stop(self) -> None:
         self.orders.stop.set()
-        self.begin.set()
+        self._begin.set()
+
+    def wait_to_begin(self) -> None:
+        """:raises Stopped: told to leave instead"""
+        self._begin.wait()
+        if self.orders.stop.is_set():
+            raise Stopped
 
 
 def main() -> int:
@@ -90,13 +102,16 @@ def run(assignment: protocol.Assignment, listener: Listener, reports: Reports) -
 
     set_threads()
     digits = deal(load_samples(), assignment.settings.peers)
-    with DHT(assignment.initial_peers, start=True, host_maddrs=[f"/ip4/{assignment.host}/tcp/0"]) as dht:
-        peer = Peer(assignment, digits, dht, listener.orders, reports.send)
+    samples = digits.part(assignment.part.index, reserve=assignment.part.reserve)
+    reports.send(protocol.Loaded(samples.classes, len(samples)))
+    if assignment.newcomer:
+        listener.wait_to_begin()
+    with DHT(assignment.initial_peers, start=True, host_maddrs=[listen_address(assignment.host, 0)]) as dht:
+        peer = Peer(assignment, samples, digits.held_out, dht, listener.orders, reports.send)
         try:
-            reports.send(protocol.Ready(peer.status, len(peer.samples)))
-            listener.begin.wait()
-            if listener.orders.stop.is_set():
-                raise Stopped
+            reports.send(protocol.Ready(peer.status))
+            if not assignment.newcomer:
+                listener.wait_to_begin()
             finished = peer.run()
         finally:
             peer.close()
