@@ -47,7 +47,11 @@ class Group:
 
     def exchange(self) -> None:
         members = range(len(self.own))
-        foreign = {(me, owner): ForeignSpan(self.partition, owner, self.arenas[me]) for me in members for owner in members}
+        foreign = {
+            (me, owner): ForeignSpan(self.partition, owner, self.arenas[me])
+            for me in members
+            for owner in members
+        }
         for owner in members:
             for index in range(len(self.own[owner].parts)):
                 for sender in reversed(members):  # the order of arrival must not matter
@@ -103,7 +107,9 @@ def test_float16_keeps_the_mean_of_all_members_and_comes_close_to_the_average():
 def test_float16_bounds_the_error_by_its_resolution():
     group = Group(2, Float16Compression())
     group.exchange()
-    largest = max(tensor.abs().max().item() for tensors in group.tensors for tensor in tensors if tensor.numel())
+    largest = max(
+        tensor.abs().max().item() for tensors in group.tensors for tensor in tensors if tensor.numel()
+    )
     for index, reference in enumerate(group.references()):
         for me in range(2):
             error = (group.results(me)[index].double() - reference).abs()
