@@ -31,6 +31,8 @@ NEWCOMER_WEIGHT = 1e-6
 """What a newcomer's image counts in its first average, relative to the others': it takes over the swarm's average and
 leaves it as it is. (Downloading the state of another peer would do the same without a round; Shoal can't do it yet.)"""
 PUBLISH_INTERVAL = 0.5
+MAX_TRIES = 20
+"""A round fails if a groupmate dies or no group is found: it is tried again, this many times in all."""
 
 
 class Contribution(Struct, frozen=True):
@@ -124,13 +126,18 @@ class Peer:
             self._show(state=State.TRAINING)
             loss = self._trainer.train(round_, self._settings.local_steps)
         began = time.monotonic()
-        while (control := self._average(round_)).exception() is not None:
-            _check_failure(control)
+        for _ in range(MAX_TRIES):
+            control = self._average(round_)
+            error = control.exception()
+            if error is None:
+                self._finish_round(control, loss, time.monotonic() - began)
+                return True
+            if not isinstance(error, AllreduceException):
+                raise error
             if self._demo_is_over():
                 self._trainer.restore_tensors(averaged)
                 return False
-        self._finish_round(control, loss, time.monotonic() - began)
-        return True
+        raise ShoalError(f"round {round_ + 1} failed {MAX_TRIES} times; the last time: {error}") from error
 
     def _finish_round(self, control: StepControl, loss: float | None, seconds: float) -> None:
         report = control.report
@@ -156,6 +163,7 @@ class Peer:
             weight=weight * NEWCOMER_WEIGHT if self._newcomer else weight,
             scheduled_time=get_dht_time() + self._settings.matchmaking_time,
             timeout=self._settings.round_timeout,
+            allow_retries=False,  # the next try is a step of its own, with a start time of its own
             wait=False,
         )
         assert isinstance(control, StepControl), "wait=False gives a StepControl"
@@ -217,10 +225,3 @@ def latest_round(gathered: dict[Any, Any], rounds: int) -> int | None:
         if not contribution.newcomer and contribution.round < rounds:
             found.append(contribution.round)
     return max(found, default=None)
-
-
-def _check_failure(control: StepControl) -> None:
-    """A round that failed is tried again; anything else ends the peer."""
-    error = control.exception()
-    if error is not None and not isinstance(error, AllreduceException):
-        raise error

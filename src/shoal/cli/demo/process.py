@@ -97,11 +97,14 @@ class WorkerProcess:
         text = os.pread(self._log.fileno(), size - start, start).decode(errors="replace")
         return "\n".join(text.splitlines()[-LOG_LINES:])
 
-    async def close(self) -> None:
-        """End the process, if it still runs: in order, then by SIGTERM, then by SIGKILL."""
-        self._send(protocol.Stop())
+    async def close(self, *, in_order: bool = True) -> None:
+        """End the process, if it still runs: in order, then by SIGTERM, then by SIGKILL.
+
+        :param in_order: false for a worker that has not joined the swarm yet, and may be in the middle of an import
+        """
         try:
-            if not await self._ended_within(SECONDS_TO_STOP):
+            self._send(protocol.Stop())
+            if not in_order or not await self._ended_within(SECONDS_TO_STOP):
                 self._signal(signal.SIGTERM)
                 if not await self._ended_within(SECONDS_TO_TERMINATE):
                     self.kill()

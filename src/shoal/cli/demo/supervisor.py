@@ -123,7 +123,7 @@ class Supervisor:
         finally:
             if member is self._victim:
                 self._dismiss_spare()
-            await process.close()
+            await process.close(in_order=member.ready)
 
     def _receive(self, member: Member, report: protocol.Report) -> None:
         match report:
