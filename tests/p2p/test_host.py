@@ -243,6 +243,28 @@ async def test_a_silent_peer_is_found_by_a_call_on_a_connection_that_was_idle(sw
     assert now() - begin <= 5.0
 
 
+@simulated()
+async def test_a_caller_that_falls_silent_is_found_on_a_connection_that_was_idle(swarm, caplog):
+    a, b = await swarm.pair()
+    ended = []
+
+    async def receive(stream):
+        try:
+            await stream.receive()
+        except asyncio.CancelledError:
+            ended.append(now())
+            raise
+
+    a.serve_stream(STREAM, receive)
+    await asyncio.sleep(5)  # the next look at the idle connection is 25 s ahead
+    async with b.open_stream(a.peer_id, STREAM, timeout=1000):
+        await asyncio.sleep(1)
+        swarm.network.silence("a", "b")
+        begin = now()
+        await asyncio.sleep(20)
+    assert [when - begin <= 5.0 for when in ended] == [True]
+
+
 @simulated(latency=(0.6, 0.6))
 async def test_a_silent_peer_behind_a_long_path_is_found_within_fifteen_seconds(swarm, caplog):
     a, b = await swarm.pair()

@@ -238,7 +238,7 @@ class Connection(asyncio.BufferedProtocol):
         elif self.hello is None:
             raise ProtocolViolation(f"{kind.name} before HELLO")
         elif kind is FrameKind.OPEN:
-            self.last_used = self._loop.time()
+            self.note_use()
             self.calls.receive_open(stream_id, body)
         else:
             self._streams.receive_frame(kind, stream_id, body)
@@ -371,7 +371,7 @@ class Connection(asyncio.BufferedProtocol):
     # Time.
 
     def note_use(self) -> None:
-        """A stream was opened: from now on somebody waits for this peer."""
+        """A stream was opened, by either side: from now on somebody waits for this peer."""
         now = self._loop.time()
         self.last_used = now
         if self._keepalive.set_in_use(True, now):
