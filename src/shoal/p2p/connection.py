@@ -109,6 +109,7 @@ class Connection(asyncio.BufferedProtocol):
         self._payload_under_way = False
         self._held_frames: deque[tuple[FrameKind, int, bytes]] = deque()
         self._unread_answers = 0
+        self._written = 0
         self._batching = False
         self._write_waiters: list[asyncio.Future[None]] = []
         self._ping_count = 0
@@ -303,6 +304,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._transport is not None and not self._transport.is_closing():
             pieces = self._session.data_to_send()
             if pieces:
+                self._written += sum(map(len, pieces))
                 self._transport.writelines(pieces)
 
     # Writing, for streams.
@@ -406,7 +408,8 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self.last_used = now
             self._keepalive.set_in_use(True, now)
-        verdict, again = self._keepalive.check(now, unsent_bytes(cast("asyncio.Transport", self._transport)))
+        unsent = unsent_bytes(cast("asyncio.Transport", self._transport))
+        verdict, again = self._keepalive.check(now, unsent, self._written)
         if verdict is Verdict.DEAD:
             silence = now - self._keepalive.last_sign
             reason = f"no sign of life for {silence:.1f} s"

@@ -1,8 +1,8 @@
 """When to ask a silent peer for a sign of life, and when to give it up. Pure: ``now`` is an argument, in seconds.
 
 Signs of life are received bytes of any kind, and progress of what we send: on a full, slow link our question waits
-behind megabytes in our own buffers, so a peer whose kernel goes on taking them is alive. What counts as silence is
-the time since the last sign, or since the connection came into use if that was later.
+behind megabytes in our own buffers, so a peer whose kernel goes on taking them is alive, also while we refill them
+as fast. What counts as silence is the time since the last sign, or since the connection came into use if that was later.
 
 The round-trip time is smoothed as in RFC 6298 (Jacobson); a peer may take for its answer eight times the
 smoothed time plus four deviations, within the limits of :class:`HostConfig`.
@@ -39,6 +39,7 @@ class KeepAlive:
         self._in_use_since: float | None = None
         self._probe_sent: float | None = None
         self._unsent = 0
+        self._taken = 0
 
     @property
     def answer_time(self) -> float:
@@ -81,11 +82,16 @@ class KeepAlive:
         """Whether a probe has not been answered."""
         return self._probe_sent is not None
 
-    def check(self, now: float, unsent: int) -> tuple[Verdict, float]:
-        """What to do now, and when to check again. ``unsent``: bytes of ours that the peer has not taken yet."""
-        if unsent < self._unsent:
+    def check(self, now: float, unsent: int, written: int) -> tuple[Verdict, float]:
+        """What to do now, and when to check again.
+
+        ``unsent``: bytes of ours that the peer has not taken yet, of the ``written`` ones in all so far.
+        """
+        taken = written - unsent
+        # Only where a backlog was: what was taken at once may have been taken long before this look.
+        if self._unsent and taken > self._taken:
             self.last_sign = now
-        self._unsent = unsent
+        self._unsent, self._taken = unsent, taken
         silent_since = max(self.last_sign, self._in_use_since or 0.0)
         if self._probe_sent is not None:
             dead_at = max(silent_since, self._probe_sent) + self.answer_time
