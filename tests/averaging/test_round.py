@@ -188,6 +188,57 @@ def test_a_member_whose_snapshot_fails_fails_the_round_for_all_with_its_reason()
     run(main)
 
 
+def test_a_snapshot_that_raises_anything_else_fails_the_round_for_all_too():
+    async def main() -> None:
+        async def out_of_memory() -> None:
+            raise RuntimeError("CUDA out of memory")
+
+        for victim in (0, 2):
+            async with SimulatedGroup(seed=2, size=3) as group:
+                runs = [group.run(i, snapshot=out_of_memory if i == victim else None) for i in range(3)]
+                async with asyncio.timeout(60):
+                    results = await asyncio.gather(*runs)
+                assert all("CUDA out of memory" in (result.failure or "") for result in results), results
+
+    run(main)
+
+
+def test_a_bug_in_the_leaders_round_fails_it_for_all(monkeypatch: pytest.MonkeyPatch):
+    async def main() -> None:
+        async with SimulatedGroup(seed=2, size=3) as group:
+            leader = group.round(0)
+
+            async def bug() -> None:
+                await asyncio.sleep(0.5)
+                raise KeyError("bug")
+
+            monkeypatch.setattr(leader, "_snapshot", bug)
+            async with asyncio.timeout(60):
+                results = await asyncio.gather(
+                    leader.run(), group.run(1), group.run(2), return_exceptions=True
+                )
+            assert isinstance(results[0], ExceptionGroup)
+            for result in results[1:]:
+                assert isinstance(result, RoundResult)
+                assert "KeyError" in (result.failure or "")
+
+    run(main)
+
+
+def test_a_member_that_owns_nothing_and_never_joins_fails_the_round_for_the_others():
+    """It cancelled its search when the group had just begun, or did not accept the leader's word: nobody dials it."""
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=6, size=3, clients=1) as group:
+            async with asyncio.timeout(60):
+                results = await asyncio.gather(group.run(0), group.run(1))
+            for result in results:
+                assert str(group.hosts[2].peer_id) in (result.failure or "")
+                assert "did not join" in (result.failure or "")
+
+    run(main)
+
+
 def test_allreduce_timeout_fails_the_round_for_all():
     async def main() -> None:
         async with SimulatedGroup(seed=3, size=2) as group:

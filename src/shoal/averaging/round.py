@@ -62,6 +62,8 @@ ASK_TIMEOUT = 5.0
 ASK_AGAIN_AFTER = 0.25
 FAREWELL_TIMEOUT = 1.0
 """How long a member that gives up takes to tell the leader."""
+JOIN_TIMEOUT = 15.0
+"""Seconds, from the beginning of the round, within which each member has joined it at the leader."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,9 @@ class RoundResult:
 class Round:
     """One round of all-reduce at one member.
 
-    :param take_snapshot: copies the tensors to the arena once all-reduce may begin; raises
-    :class:`ShoalError` :param timeout: seconds for the exchange, from the snapshot on; None: no limit
+    :param take_snapshot: copies the tensors to the arena once all-reduce may begin; whatever it raises fails the
+      round for everybody
+    :param timeout: seconds for the exchange, from the snapshot on; None: no limit
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class Round:
         self._own.weights[roles.me] = weight
         self._weight = weight
         self._exchanging: set[int] = set()
+        self._joined: set[int] = {roles.leader}
         self._averaged = 0
         self._progress = asyncio.Event()
         self._snapshot_taken = asyncio.Event()
@@ -139,6 +143,8 @@ class Round:
                 tasks = [group.create_task(self._exchange_with(owner)) for owner in self._other_owners()]
                 if roles.me != roles.leader:
                     farewell = group.create_task(self._follow_leader())
+                else:
+                    tasks.append(group.create_task(self._expect_members()))
                 await self._snapshot()
                 snapshot_at = loop.time()
                 if self._timeout is not None:
@@ -151,6 +157,11 @@ class Round:
                 if roles.me != roles.leader:
                     await asyncio.wait([farewell], timeout=FAREWELL_TIMEOUT)
                     farewell.cancel()
+        except BaseException as e:
+            # A bug. The others must not wait for a member that is no more in the round.
+            first = e.exceptions[0] if isinstance(e, BaseExceptionGroup) else e
+            self.withdraw(f"{type(first).__name__} in the round: {first}")
+            raise
         finally:
             self._tasks = None
             unsubscribe()
@@ -182,6 +193,8 @@ class Round:
                 self._feed(SnapshotTaken())
         except ShoalError as e:
             self.withdraw(str(e))
+        except Exception as e:  # noqa: BLE001 - it copies tensors in another process, where CUDA may raise anything
+            self.withdraw(f"the snapshot failed with {type(e).__name__}: {e}")
         finally:
             deciding.cancel()
             taking.cancel()
@@ -362,11 +375,21 @@ class Round:
         except (ShoalError, EOFError) as e:
             self._feed(MemberLost(leader, str(e)))
 
+    async def _expect_members(self) -> None:
+        """As the leader: who does not join has left before it learned of the group, and nobody else may notice:
+        members that own nothing are not dialed.
+        """
+        await asyncio.sleep(JOIN_TIMEOUT)
+        for member in self.core.roles.others:
+            if member not in self._joined:
+                self._feed(MemberLost(member, f"it did not join the round within {JOIN_TIMEOUT:g} s"))
+
     async def serve_commit(self, stream: Stream, first: JoinRound) -> None:
         """As the leader: take a member's report, and tell it the decision."""
         member = self._member(stream)
         if self.core.roles.me != self.core.roles.leader:
             raise ProtocolViolation(f"{stream.remote} reports to a member that does not lead")
+        self._joined.add(member)
         report = asyncio.ensure_future(stream.receive())
         announced = asyncio.ensure_future(self._announced.wait())
         reported = False

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 
-from shoal.averaging.allreduce import AllReduce
+from shoal.averaging.allreduce import DECIDED, AllReduce
 from shoal.averaging.round import Round, answer_outcome
 from shoal.averaging.round_messages import (
     COMMIT,
@@ -60,6 +60,8 @@ class Rounds:
     def end(self, ended: Round) -> None:
         """The round is decided: its memory is let go, its outcome is kept for orphans."""
         self._current.pop(ended.group.group_id, None)
+        if ended.core.phase not in DECIDED:
+            return  # it ended by a bug: orphans would ask for its outcome for ever
         self._ended[ended.group.group_id] = ended.core
         if len(self._ended) > REMEMBERED_ROUNDS:
             self._ended.popitem(last=False)
