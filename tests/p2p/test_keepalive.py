@@ -91,11 +91,13 @@ def test_a_busy_peer_whose_backlog_never_shrinks_is_alive(unsent):
     assert 40.0 < died <= 55.0
 
 
-def test_what_was_taken_at_once_does_not_count():
-    """A peer that took a request and then fell silent is found as soon as one that did not."""
+@pytest.mark.parametrize("backlog", [0, 36])
+def test_what_was_taken_some_time_ago_does_not_count(backlog):
+    """A peer that took what waited, and fell silent later, is found as soon as one that took nothing."""
     alive = KeepAlive(HostConfig(), 0.0)
-    alive.set_in_use(True, 0.0)
-    assert find_death(alive, 0.0, written=lambda now: 100 if now else 0) <= 5.0
+    alive.check(10.0, backlog, 100)
+    alive.set_in_use(True, 20.0)
+    assert find_death(alive, 20.0, unsent=lambda now: 57, written=lambda now: 157) - 20.0 <= 5.0
 
 
 def test_going_out_of_use_and_back_starts_the_silence_again():

@@ -88,8 +88,8 @@ class KeepAlive:
         ``unsent``: bytes of ours that the peer has not taken yet, of the ``written`` ones in all so far.
         """
         taken = written - unsent
-        # Only where a backlog was: what was taken at once may have been taken long before this look.
-        if self._unsent and taken > self._taken:
+        # Only what is taken of a backlog while an answer is awaited: then the last look was a moment ago.
+        if self._probe_sent is not None and self._unsent and taken > self._taken:
             self.last_sign = now
         self._unsent, self._taken = unsent, taken
         silent_since = max(self.last_sign, self._in_use_since or 0.0)
