@@ -16,7 +16,9 @@ import importlib
 import json
 import os
 import statistics
+import sys
 import time
+import traceback
 from typing import Any
 
 import psutil
@@ -45,7 +47,8 @@ def averaging(library: Any, name: str, peers: int, floats: int, codec: str, roun
     import torch
 
     torch.set_num_threads(1)
-    compression = library.NoCompression() if codec == "none" else library.Float16Compression()
+    codecs = importlib.import_module(f"{name}.compression")
+    compression = codecs.NoCompression() if codec == "none" else codecs.Float16Compression()
     root = library.DHT(start=True)
     averagers, start_seconds = [], []
     for _ in range(peers):
@@ -112,7 +115,7 @@ def dht(library: Any, name: str, peers: int, operations: int) -> None:
     time.sleep(1.0)
     stores, gets = [], []
     for index in range(operations):
-        expiration = library.get_dht_time() + 60
+        expiration = time.time() + 60
         began = time.perf_counter()
         stored = nodes[index % peers].store(f"key {index}", index, expiration)
         stores.append(time.perf_counter() - began)
@@ -148,16 +151,22 @@ def main() -> None:
     options = parser.parse_args()
     library = importlib.import_module(options.library)
     importlib.import_module(f"{options.library}.averaging") if options.work == "averaging" else None
+    status = 1
     try:
         if options.work == "averaging":
             averaging(library, options.library, options.peers, options.floats, options.codec, options.rounds)
         else:
             dht(library, options.library, options.peers, options.operations)
+        status = 0
+    except Exception:  # noqa: BLE001 - the outer edge: shown before the process ends by force
+        traceback.print_exc()
     finally:
         if options.library == "hivemind":  # its daemons outlive it otherwise
             for child in psutil.Process().children(recursive=True):
                 child.kill()
-            os._exit(0)
+            sys.stderr.flush()
+            os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
