@@ -165,3 +165,9 @@ def test_number_of_codecs():
 
 def test_specs_print():
     assert str(TensorSpec((2, 3), torch.float16, 1)) == "float16 2x3 codec 1"
+
+
+def test_peers_agree_only_if_schema_and_part_size_are_equal():
+    schemas = [TensorSchema.from_tensors([torch.zeros(size)]) for size in (3, 3, 4)]
+    assert schemas[0].agreement(1024) == schemas[1].agreement(1024)
+    assert len({schemas[0].agreement(1024), schemas[0].agreement(2048), schemas[2].agreement(1024)}) == 3

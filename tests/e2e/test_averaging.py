@@ -251,6 +251,23 @@ def test_peers_with_other_tensors_never_group_and_the_error_says_that_they_were_
             step.result(30)
 
 
+def test_peers_with_other_parts_never_group_and_the_error_says_what_may_differ(swarm: Swarm):
+    averagers = [
+        swarm.peer(
+            [torch.zeros(3000)],
+            size=2,
+            min_matchmaking_time=0.5,
+            request_timeout=0.2,
+            part_size_bytes=part_size_bytes,
+        )
+        for part_size_bytes in (1024, 2048)
+    ]
+    steps = [averager.step(wait=False, timeout=2.0) for averager in averagers]
+    for step in steps:
+        with pytest.raises(MatchmakingException, match="part_size_bytes"):
+            step.result(30)
+
+
 def test_not_a_number_fails_the_own_step_only_with_the_tensor_named(swarm: Swarm):
     tensors = [[torch.zeros(3), torch.tensor([1.0, float("nan")])], [torch.zeros(3), torch.zeros(2)]]
     averagers = [swarm.peer(own, size=2) for own in tensors]

@@ -63,22 +63,25 @@ class DecentralizedAverager:
     A round that fails leaves every tensor as it was.
 
     :param averaged_tensors: any iterable of dense tensors in float16, bfloat16, float32 or float64, of any
-    shape and on any device;
-      parameters that require grad are fine. All peers need the same shapes, dtypes and order.
+      shape and on any device; parameters that require grad are fine. All peers need the same shapes, dtypes
+      and order.
     :param dht: a started :class:`~shoal.dht.DHT`, through which peers find each other
     :param start: start at once; otherwise call :meth:`run_in_background`
     :param prefix: peers with the same prefix average together; no dots. An averager's prefix is its own on
-    its ``dht``. :param target_group_size: a group of this many peers is full
+      its ``dht``.
+    :param target_group_size: a group of this many peers is full
     :param min_group_size: a smaller group does not begin
     :param min_matchmaking_time: seconds that a group that is not full waits for further peers
     :param request_timeout: seconds to wait for a leader's first answer; smaller than ``min_matchmaking_time``
     :param averaging_alpha: tensors move by this fraction of the way to the average; 1: they become the
-    average :param part_size_bytes: tensors travel in parts of at most this many bytes, after compression (1
-    KiB to 64 MiB) :param allreduce_timeout: seconds for the exchange of tensors once a group has begun; None:
-    no limit :param compression: the codec of the parts: ``NoCompression()`` or ``Float16Compression()``; the
-    same at all peers :param bandwidth: of this peer, in Mbit/s; faster peers average a larger share. None: as
-    the mean of those that gave theirs;
-      0: averages nothing.
+      average
+    :param part_size_bytes: tensors travel in parts of at most this many bytes, after compression (1 KiB to 64
+      MiB); the same at all peers
+    :param allreduce_timeout: seconds for the exchange of tensors once a group has begun; None: no limit
+    :param compression: the codec of the parts: ``NoCompression()`` or ``Float16Compression()``; the same at
+      all peers
+    :param bandwidth: of this peer, in Mbit/s; faster peers average a larger share. None: as the mean of those
+      that gave theirs; 0: averages nothing.
     :param client_mode: this peer cannot be dialed; it only joins groups that others lead. None: as the DHT.
     :param daemon: False is allowed only if the DHT, whose process the averager shares, was made so
     :param shutdown_timeout: seconds that :meth:`shutdown` waits for the service to end

@@ -80,7 +80,10 @@ class SearchStory:
         )
         if self._other_schema:
             shown = ", ".join(map(str, self._other_schema))
-            text += f", peers that average tensors of another schema: {shown}"
+            text += (
+                f", peers that average tensors of another schema: {shown}"
+                " (shapes, dtypes, compression or part_size_bytes differ)"
+            )
         return text
 
     def _asked(self) -> str:

@@ -64,6 +64,10 @@ class TensorSchema:
         """SHA-256 of the canonical form, 32 bytes: equal exactly if the schemas are."""
         return hashlib.sha256(self.to_bytes()).digest()
 
+    def agreement(self, part_size_bytes: int) -> bytes:
+        """What the peers of a group have in common, as a hash of 32 bytes: the schema and the size of its parts."""
+        return hashlib.sha256(self.to_bytes() + f"parts of {part_size_bytes}\n".encode()).digest()
+
     def difference(self, other: TensorSchema) -> str:
         """In words, how ``other`` (a remote peer's) differs from this one; empty if it does not."""
         if len(self.specs) != len(other.specs):

@@ -81,7 +81,7 @@ class AveragerService:
             dht.node,
             router,
             prefix=config.prefix,
-            schema_hash=schema.digest,
+            schema_hash=schema.agreement(config.part_size_bytes),
             config=config.matchmaking,
             mode=mode,
             bandwidth=config.bandwidth,
