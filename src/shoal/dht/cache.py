@@ -1,5 +1,8 @@
 """What this node got from others, checked and decoded: for cached answers, and so that polling a key is cheap.
 
+Answers are believed within the limits of this node's own storage: a node that serves a key cannot make others keep more
+of it, or for longer, than the nodes that store it would.
+
 For each key it is kept which changes of which node are known already, so that an answer needs to carry, and this node
 needs to verify and decode, only what is new.
 """
@@ -11,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from shoal.dht.storage import PLAIN, Entry, Record
+from shoal.dht.storage import PLAIN, Entry, Record, StorageLimits
 from shoal.dht.types import ValueWithExpiration
 from shoal.dht.validation import CompositeValidator, DHTRecord
 from shoal.errors import InvalidValueError
@@ -56,9 +59,21 @@ class KnownRecord:
             self._changes += 1
             self.record.put(subkey, entry, self._changes)
             self._decoded[subkey] = (entry, *decoded)
+        self._sequences.pop(source, None)
         self._sequences[source] = sequence
         if len(self._sequences) > 64:
             del self._sequences[next(iter(self._sequences))]
+
+    def shrink(self, max_subkeys: int, max_size: int) -> None:
+        """Forget entries, those that expire first before the others, until the record is within its limits."""
+        record = self.record
+        if len(record.entries) <= max_subkeys and record.size <= max_size:
+            return
+        for subkey in sorted(record.entries, key=lambda subkey: (record.entries[subkey].expiration, subkey)):
+            if len(record.entries) <= max_subkeys and record.size <= max_size:
+                return
+            record.remove(subkey)
+            self._decoded.pop(subkey, None)
 
     def value(self, now: float) -> ValueWithExpiration | None:
         """The record as users see it, or None if nothing of it is valid any more."""
@@ -78,9 +93,17 @@ class KnownRecord:
 class RecordCache:
     """The records known, least recently used first; bounded in number and bytes."""
 
-    def __init__(self, max_records: int, validator: CompositeValidator) -> None:
+    def __init__(
+        self,
+        max_records: int,
+        validator: CompositeValidator,
+        limits: StorageLimits,
+        clock: Callable[[], float],
+    ) -> None:
         self._max_records = max(max_records, 1)
         self._validator = validator
+        self._limits = limits
+        self._clock = clock
         self._records: OrderedDict[int, KnownRecord] = OrderedDict()
         self._sizes: dict[int, int] = {}
         self._size = 0
@@ -97,6 +120,7 @@ class RecordCache:
         known = self.get(identifier)
         if known is None:
             known = self._records[identifier] = KnownRecord(key)
+            self._make_room()
         return known
 
     def merge(
@@ -107,18 +131,15 @@ class RecordCache:
         entries: Iterable[tuple[bytes, Entry]],
         sequence: int,
     ) -> None:
-        """:meth:`KnownRecord.merge`, with the validators' check, within the cache's limits."""
+        """:meth:`KnownRecord.merge`, with the validators' check, within the limits of storage and cache."""
         known.merge(source, entries, sequence, self._check)
+        known.shrink(self._limits.max_subkeys, self._limits.max_record_size)
         if self._records.get(identifier) is not known:
             return  # forgotten meanwhile; who holds it may go on using it
         size = known.record.size + len(known.record.key) + 200
         self._size += size - self._sizes.get(identifier, 0)
         self._sizes[identifier] = size
-        while len(self._records) > 1 and (
-            len(self._records) > self._max_records or self._size > MAX_CACHED_BYTES
-        ):
-            oldest, _ = self._records.popitem(last=False)
-            self._size -= self._sizes.pop(oldest, 0)
+        self._make_room()
 
     def clear(self) -> None:
         """Forget everything: validators have changed."""
@@ -126,8 +147,19 @@ class RecordCache:
         self._sizes.clear()
         self._size = 0
 
+    def _make_room(self) -> None:
+        while len(self._records) > 1 and (
+            len(self._records) > self._max_records or self._size > MAX_CACHED_BYTES
+        ):
+            oldest, _ = self._records.popitem(last=False)
+            self._size -= self._sizes.pop(oldest, 0)
+
     def _check(self, record: DHTRecord) -> tuple[Any, ValueWithExpiration] | None:
-        reason = self._validator.explain(record)
+        entry, now = Entry(record.value, record.expiration_time), self._clock()
+        if entry.expiration <= now:
+            return None  # on its way here, or by another clock
+        reason = self._limits.explain(record.key, record.subkey or PLAIN, entry, now)
+        reason = reason or self._validator.explain(record)
         if reason is None:
             try:
                 subkey = None if record.subkey is None else MSGPackSerializer.loads(record.subkey)

@@ -98,7 +98,7 @@ class DHTNode:
         self._storage = Storage(config.storage_limits(), first_sequence=1 + rng.getrandbits(60))
         self._neighbours = Neighbours(host, config, self._tasks, rng)
         self._server = Server(self._neighbours, self._storage, self._validator, clock)
-        self._cache = RecordCache(config.cache_size, self._validator)
+        self._cache = RecordCache(config.cache_size, self._validator, config.storage_limits(), clock)
         self._records = Records(self._neighbours, self._storage, self._cache, config, clock, self._tasks)
         self._initial = InitialPeers(
             self._neighbours, initial_peers, self._tasks, rng, self._found_initial_peer

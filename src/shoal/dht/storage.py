@@ -131,6 +131,19 @@ class StorageLimits:
     clock_skew: float = 60.0
     """By how much further ahead it may lie because the writer's clock differs from ours."""
 
+    def explain(self, key: bytes, subkey: bytes, entry: Entry, now: float) -> str | None:
+        """Why an entry is not allowed by itself, whatever else is held; None if it is."""
+        if not entry.expiration > now:  # NaN too
+            return f"it expired {now - entry.expiration:.1f} s ago"
+        ahead = entry.expiration - now
+        if ahead > self.max_expiration + self.clock_skew:
+            return f"it expires {ahead:.0f} s ahead, and at most {self.max_expiration:.0f} s are allowed"
+        if len(key) > self.max_key_size or len(subkey) > self.max_key_size:
+            return f"its key or sub-key is longer than {self.max_key_size} bytes"
+        if len(entry.value) > self.max_value_size:
+            return f"its value has {len(entry.value)} bytes, more than {self.max_value_size}"
+        return None
+
 
 ENTRY_OVERHEAD = 200
 """Bytes of memory that an entry takes besides its contents, roughly: many tiny entries count too."""
@@ -178,7 +191,7 @@ class Storage:
         identifier = key_id(key)
         record = self._records.get(identifier)
         entry = Entry(value, expiration)
-        reason = self._reason_to_refuse(key, subkey, entry, now)
+        reason = self.limits.explain(key, subkey, entry, now)
         if reason is None and record is not None:
             reason = record.accepts(subkey, entry) or self._make_room_in(record, identifier, subkey, entry)
         if reason is not None:
@@ -200,19 +213,6 @@ class Storage:
         queue = self._by_expiration
         while queue and queue[0][0] <= now:
             self._remove_if_current(*heapq.heappop(queue))
-
-    def _reason_to_refuse(self, key: bytes, subkey: bytes, entry: Entry, now: float) -> str | None:
-        limits = self.limits
-        if not entry.expiration > now:  # NaN too
-            return f"it expired {now - entry.expiration:.1f} s ago"
-        ahead = entry.expiration - now
-        if ahead > limits.max_expiration + limits.clock_skew:
-            return f"it expires {ahead:.0f} s ahead, and at most {limits.max_expiration:.0f} s are allowed"
-        if len(key) > limits.max_key_size or len(subkey) > limits.max_key_size:
-            return f"its key or sub-key is longer than {limits.max_key_size} bytes"
-        if len(entry.value) > limits.max_value_size:
-            return f"its value has {len(entry.value)} bytes, more than {limits.max_value_size}"
-        return None
 
     def _make_room_in(self, record: Record, identifier: int, subkey: bytes, entry: Entry) -> str | None:
         """Forget entries of a full record that expire before this one; the reason if that is not enough."""
