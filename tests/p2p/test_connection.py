@@ -11,7 +11,7 @@ from shoal.p2p import wire
 from shoal.p2p.config import HostConfig
 from shoal.p2p.connection import Connection
 from shoal.p2p.frames import FrameKind
-from shoal.p2p.rpc import Lane
+from shoal.p2p.rpc import Lane, Method
 from shoal.p2p.session import FrameReceived, Role, Session
 from shoal.testing import clock
 from shoal.testing.peers import make_identity
@@ -127,7 +127,9 @@ def with_stranger(check, config=HostConfig()):
     async def main():
         owner = Owner(config)
         stranger = Stranger(owner)
-        check(stranger)
+        rest = check(stranger)
+        if rest is not None:
+            await rest
         stranger.connection.abort("the test is over")
         await stranger.connection.closed
         assert owner.closed == [stranger.connection]
@@ -184,6 +186,32 @@ def test_a_peer_that_asks_but_does_not_read_is_cut():
             stranger.session.send_frame(FrameKind.PING, 0, b"12345678")
         stranger.give(b"".join(stranger.session.data_to_send()))
         assert "does not read" in stranger.connection.close_reason
+
+    with_stranger(check)
+
+
+def test_credit_without_reading_takes_no_memory():
+    """A sender that waits for the socket is woken by each CREDIT, and must not leave anything behind."""
+
+    def check(stranger):
+        stranger.send(FrameKind.HELLO, 0, HELLO)
+        connection = stranger.connection
+        connection.pause_writing()
+
+        async def flood():
+            stream, _ = connection.calls.open_stream(Method("m", int, int), None)
+            sending = asyncio.ensure_future(stream.send(1))
+            for _ in range(200):
+                await asyncio.sleep(0.001)
+                stranger.session.send_frame(FrameKind.CREDIT, 2, wire.encode_credit(1))
+                stranger.give(b"".join(stranger.session.data_to_send()))
+            assert not sending.done()
+            assert len(connection._write_waiters) <= 2
+            sending.cancel()
+            await asyncio.wait([sending])
+            assert not connection._write_waiters
+
+        return flood()
 
     with_stranger(check)
 

@@ -152,6 +152,35 @@ def test_payloads_that_came_early_move_to_the_sink(sides):
     assert memory == b"early"
 
 
+def test_a_sink_may_end_the_stream_while_early_payloads_move_to_it(sides):
+    left, right = sides
+    near, far = open_stream(left, right)
+    for tag in (1, 2, 3):
+        right.receive_payload(near.id, tag, b"early")
+
+    def refuse(tag, length):
+        far.reset("internal", "no place", InvalidStateError("reset"))
+        return memoryview(bytearray(length))
+
+    far.accept_payloads(refuse, 1000)
+    assert isinstance(far.failure, InvalidStateError)
+    assert far.take() is None
+
+
+def test_a_payload_of_half_a_window_passes_whatever_was_taken_before(sides):
+    for length in range(INITIAL_WINDOW // 2 - 3 * ITEM_COST, INITIAL_WINDOW // 2):
+        near, far = open_stream(*sides)
+        near.send_message(bytes(length))
+        move(*sides)
+        assert far.take() is not None
+        far.is_waiting()
+        move(sides[1], sides[0])
+        assert near.can_send_payload(INITIAL_WINDOW // 2)
+        near.reset("cancelled", "", InvalidStateError("reset"))
+        sides[1].streams.release()
+        move(*sides)
+
+
 def test_memory_of_a_stream_that_is_reset_is_not_touched_any_more(sides):
     left, right = sides
     near, far = open_stream(left, right)

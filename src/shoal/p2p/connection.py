@@ -111,7 +111,7 @@ class Connection(asyncio.BufferedProtocol):
         self._unread_answers = 0
         self._written = 0
         self._batching = False
-        self._write_waiters: list[asyncio.Future[None]] = []
+        self._write_waiters: dict[asyncio.Future[None], None] = {}  # ordered, as a set is not
         self._ping_count = 0
         self._began: float | None = None
 
@@ -316,10 +316,14 @@ class Connection(asyncio.BufferedProtocol):
 
     def add_write_waiter(self, waiter: asyncio.Future[None]) -> None:
         """Resolve ``waiter`` when :attr:`is_writable` may have become true."""
-        self._write_waiters.append(waiter)
+        self._write_waiters[waiter] = None
+
+    def remove_write_waiter(self, waiter: asyncio.Future[None]) -> None:
+        """Nobody waits for ``waiter`` any more."""
+        self._write_waiters.pop(waiter, None)
 
     def _wake_writers(self) -> None:
-        waiters, self._write_waiters = self._write_waiters, []
+        waiters, self._write_waiters = self._write_waiters, {}
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -327,9 +331,15 @@ class Connection(asyncio.BufferedProtocol):
     async def writable(self) -> None:
         """Wait until the socket takes more."""
         while not self.is_writable:
-            waiter: asyncio.Future[None] = self._loop.create_future()
-            self._write_waiters.append(waiter)
+            await self._wait_to_write()
+
+    async def _wait_to_write(self) -> None:
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self.add_write_waiter(waiter)
+        try:
             await waiter
+        finally:
+            self.remove_write_waiter(waiter)
 
     async def send_payload(self, state: StreamState, tag: int, data: memoryview) -> None:
         """Send a payload whole; one of several MB in pieces, so that little ciphertext is queued at a time.
@@ -356,9 +366,7 @@ class Connection(asyncio.BufferedProtocol):
 
     async def _drained(self, state: StreamState) -> None:
         while self._paused and self.close_reason is None and state.failure is None:
-            waiter: asyncio.Future[None] = self._loop.create_future()
-            self._write_waiters.append(waiter)
-            await waiter
+            await self._wait_to_write()
 
     def _send_held_frames(self) -> None:
         held, self._held_frames = self._held_frames, deque()

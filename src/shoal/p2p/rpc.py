@@ -79,6 +79,9 @@ class StreamConnection(Protocol):
     def add_write_waiter(self, waiter: asyncio.Future[None]) -> None:
         """Resolve ``waiter`` when :attr:`is_writable` may have become true."""
 
+    def remove_write_waiter(self, waiter: asyncio.Future[None]) -> None:
+        """Nobody waits for ``waiter`` any more."""
+
     async def send_payload(self, state: StreamState, tag: int, data: memoryview) -> None:
         """Send a payload whole; the credit for it has been taken."""
 
@@ -252,6 +255,8 @@ class Stream:
         finally:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
+            if for_writing:
+                self._connection.remove_write_waiter(waiter)
 
     def _wake(self) -> None:
         waiters, self._waiters = self._waiters, []

@@ -147,7 +147,8 @@ class StreamState:
             return None
         item = self.received.popleft()
         self._pending_grant += ITEM_COST + (len(item.data) if isinstance(item, Payload) else len(item))
-        if self._pending_grant * 2 >= self._window:
+        # So early that a payload of half a window passes, whatever is still to be given back.
+        if (self._pending_grant + ITEM_COST) * 2 >= self._window:
             self._grant()
         return item
 
@@ -165,9 +166,18 @@ class StreamState:
         self._pending_grant += window - self._window
         self._window = window
         if sink is not None:
-            self.received = deque(_placed(item, sink) for item in self.received)
+            self._place_early(sink)
         if self._pending_grant > 0:
             self._grant()
+
+    def _place_early(self, sink: Sink) -> None:
+        """Move payloads that have arrived to where the sink says; it may end the stream, which drops them."""
+        placed: deque[Item] = deque()
+        for item in list(self.received):
+            placed.append(_placed(item, sink))
+            if not self.received:
+                return
+        self.received = placed
 
     def _grant(self) -> None:
         count, self._pending_grant = self._pending_grant, 0
