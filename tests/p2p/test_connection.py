@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.p2p import wire
+from shoal.p2p.calls import Served
 from shoal.p2p.config import HostConfig
 from shoal.p2p.connection import Connection
 from shoal.p2p.frames import FrameKind
@@ -212,6 +214,42 @@ def test_credit_without_reading_takes_no_memory():
             assert not connection._write_waiters
 
         return flood()
+
+    with_stranger(check)
+
+
+def test_answers_for_a_peer_that_does_not_read_are_not_encoded_ahead(monkeypatch):
+    """Hundreds of calls may wait for the socket; each encoded answer may be close to 1 MiB."""
+    encoded = []
+    encode = wire.encode
+    monkeypatch.setattr(wire, "encode", lambda message: encoded.append(message) or encode(message))
+
+    class Answer(msgspec.Struct):
+        value: int
+
+    async def answer(peer, request):
+        return Answer(request.value)
+
+    served = Served(Method("m", Answer, Answer), unary=answer)
+
+    def check(stranger):
+        stranger.connection.calls._find_served = lambda name: served
+        stranger.send(FrameKind.HELLO, 0, HELLO)
+        stranger.connection.pause_writing()
+        for number in range(50):
+            body = wire.encode_open("m", None, True, encode(Answer(number)))
+            stranger.session.send_frame(FrameKind.OPEN, 2 * number + 1, body)
+        stranger.give(b"".join(stranger.session.data_to_send()))
+        encoded.clear()
+
+        async def read_again():
+            await asyncio.sleep(1)
+            assert not encoded
+            stranger.connection.resume_writing()
+            await asyncio.sleep(1)
+            assert len(encoded) == 50
+
+        return read_again()
 
     with_stranger(check)
 

@@ -129,7 +129,7 @@ class Calls:
 
     def _begin(
         self, served: Served, state: StreamState, opened: wire.Open
-    ) -> Callable[[], Awaitable[bytes | None]]:
+    ) -> Callable[[], Awaitable[object]]:
         """The request is decoded here, before there is a task: a bad one ends the connection."""
         method = served.method
         if served.stream is not None:
@@ -147,10 +147,7 @@ class Calls:
         assert served.unary is not None
         unary = served.unary
 
-        async def run_unary() -> bytes:
-            return wire.encode(await unary(self._connection.peer, request))
-
-        return run_unary
+        return lambda: unary(self._connection.peer, request)
 
     def _observe(self, state: StreamState, task: asyncio.Task[None]) -> None:
         """Cancel the handler when its stream fails, besides what the stream itself does then."""
@@ -165,7 +162,7 @@ class Calls:
 
     async def _serve(
         self,
-        run: Callable[[], Awaitable[bytes | None]],
+        run: Callable[[], Awaitable[object]],
         served: Served,
         state: StreamState,
         timeout: float | None,
@@ -175,12 +172,8 @@ class Calls:
         if timeout is not None:
             timer = self._loop.call_later(timeout, self._expire, state, method, timeout)
         try:
-            response = await run()
-            if response is not None:
-                wire.check_message_size(response, self._connection.max_message)
-                if not self._connection.is_writable:
-                    await self._connection.writable()
-            state.finish(response or b"")
+            answer = await run()
+            state.finish(b"" if served.unary is None else await self._encode(answer))
             state.reset("finished", "the handler has returned", InvalidStateError("the handler has returned"))
         except asyncio.CancelledError:
             self._reset(state, RemoteError("cancelled", f"the handler of {method.name} was cancelled"))
@@ -197,6 +190,16 @@ class Calls:
         finally:
             if timer is not None:
                 timer.cancel()
+
+    async def _encode(self, answer: object) -> bytes:
+        """The answer's bytes, made only when the socket takes them: a peer that asks often, but does not read, must
+        not make us hold a long answer for each of its calls.
+        """
+        if not self._connection.is_writable:
+            await self._connection.writable()
+        body = wire.encode(answer)
+        wire.check_message_size(body, self._connection.max_message)
+        return body
 
     def _reset(self, state: StreamState, failure: RemoteError) -> None:
         state.reset(failure.code, failure.message, failure)

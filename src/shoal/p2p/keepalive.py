@@ -2,7 +2,8 @@
 
 Signs of life are received bytes of any kind, and progress of what we send: on a full, slow link our question waits
 behind megabytes in our own buffers, so a peer whose kernel goes on taking them is alive, also while we refill them
-as fast. What counts as silence is the time since the last sign, or since the connection came into use if that was later.
+as fast. What counts as silence is the time since the last sign, or since the connection came into use if that was
+later.
 
 The round-trip time is smoothed as in RFC 6298 (Jacobson); a peer may take for its answer eight times the
 smoothed time plus four deviations, within the limits of :class:`HostConfig`.
