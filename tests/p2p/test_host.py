@@ -511,6 +511,35 @@ async def test_a_host_that_nobody_can_dial_becomes_a_client(swarm, caplog):
     assert c.addresses_of(b.peer_id) == []
 
 
+def on_loopback(port=4001):
+    return HostConfig(announce=[Multiaddr("ip4", "127.0.0.1", port)])
+
+
+@simulated()
+async def test_loopback_is_of_no_use_to_other_machines(swarm, caplog):
+    """The default of host_maddrs, in a swarm of several machines: the mistake that the warning is for."""
+    a, b = await swarm.host("a"), await swarm.host("b", on_loopback())
+    await b.connect(a.listen_addresses[0], timeout=5)
+    seen = len(swarm.network._connections)
+    result = await b.check_reachability([a.peer_id])
+    assert result.reachable is False
+    assert "another machine" in result.failures["/ip4/127.0.0.1/tcp/4001"]
+    assert not b.can_be_dialed
+    assert "host_maddrs" in caplog.text
+    assert len(swarm.network._connections) == seen, "nothing was dialed"
+
+
+@simulated()
+async def test_loopback_reaches_who_is_on_the_same_machine(swarm, caplog):
+    machine = swarm.network.host("one")
+    first, second = Host(make_identity("a"), machine), Host(make_identity("b"), machine, on_loopback())
+    swarm.hosts += [first, second]
+    await first.start([machine.address(4000)])
+    await second.start([machine.address(4001)])
+    await second.connect(first.listen_addresses[0], timeout=5)
+    assert (await second.check_reachability([first.peer_id])).reachable is True
+
+
 @simulated()
 async def test_helpers_dial_the_askers_own_address_only(swarm, caplog):
     a, b = await swarm.pair()

@@ -1,11 +1,13 @@
 """Who can be reached: a host asks peers to dial back the addresses that it announces, and helps others so.
 
 A helper dials only literal IP addresses that are the asker's own, as the helper sees them, so that nobody can be
-made to dial third parties; it dials a few at a time and not too often.
+made to dial third parties; it dials a few at a time and not too often. That loopback addresses lead nowhere from here it
+says without dialing, unless the asker is on its machine.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -101,6 +103,9 @@ class DialBackHelper:
         own = self._ips_of(asker)
         mine = [address for address in addresses if address.host in own][:MAX_DIALED]
         outcomes: dict[str, str] = {}
+        if own and not any(ipaddress.ip_address(ip).is_loopback for ip in own):
+            elsewhere = f"a loopback address, which does not lead to {own[0]} from another machine"
+            outcomes = {str(one.without_peer_id()): elsewhere for one in addresses if one.is_loopback}
         if mine:
             self._count(asker)
         for address in mine:

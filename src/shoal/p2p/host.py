@@ -46,6 +46,7 @@ __all__ = ["Host"]
 logger = logging.getLogger(__name__)
 
 _DIAL_BACK_TIMEOUT = 5.0
+LOOPBACK_IPS = ("127.0.0.1", "::1")
 
 
 class _OpenLane(msgspec.Struct, array_like=True, frozen=True):
@@ -342,8 +343,13 @@ class Host:
 
     def _ips_of(self, peer: PeerID) -> list[str]:
         connections = self._connections.to(peer)
-        seen = [] if connections is None else [connection.remote_ip for connection in connections.all()]
-        return [ip for ip in seen if ip is not None]
+        ips: list[str] = []
+        for connection in [] if connections is None else connections.all():
+            if connection.remote_ip is not None:
+                ips.append(connection.remote_ip)
+                if connection.remote_ip == connection.local_ip:  # it is on this machine
+                    ips += LOOPBACK_IPS
+        return ips
 
     async def _probe(self, peer: PeerID, address: Multiaddr) -> str:
         """Whether ``peer`` answers at ``address``: the reason why not, or nothing."""
