@@ -5,6 +5,7 @@ begins.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from enum import Enum
@@ -36,7 +37,7 @@ class StepControl(MPFuture[Any]):
     gathered data,
     ``{PeerID: data}``; a step that failed raises :class:`~shoal.errors.AllreduceException` with the reason,
     and leaves the averaged tensors as they were. Whatever waits for it is woken after the averages have been
-    written to the tensors.
+    written to the tensors. Callbacks may block and may run further steps.
 
     :param scheduled_time: when all-reduce is expected to begin, in :func:`~shoal.utils.get_dht_time` seconds
     :param deadline: when the search for a group ends, in the same seconds; None: never
@@ -53,7 +54,7 @@ class StepControl(MPFuture[Any]):
         needs_trigger: bool,
         trigger: Callable[[], object],
     ) -> None:
-        super().__init__()
+        super().__init__(dispatch=_run_on_its_own_thread)
         self._stage = AveragingStage.IDLE
         self._scheduled_time = scheduled_time
         self._deadline = deadline
@@ -140,3 +141,11 @@ class StepControl(MPFuture[Any]):
 
     def __repr__(self) -> str:
         return f"<StepControl {self.stage.value}, weight {self._weight:g}>"
+
+
+def _run_on_its_own_thread(callback: Callable[[], None]) -> None:
+    # Not on the thread that finishes steps: a callback that waits for another step would wait for itself.
+    try:
+        threading.Thread(target=callback, name="shoal-step-callback", daemon=True).start()
+    except RuntimeError:  # the interpreter is ending: no thread can be started any more, and none is held up
+        callback()
