@@ -18,6 +18,8 @@ import torch
 import shoal
 from shoal.averaging.control import AveragingStage
 from shoal.errors import AllreduceException, InvalidStateError, MatchmakingException, PeerProcessDied
+from shoal.utils.serializer import MSGPackSerializer
+from shoal.utils.timed import get_dht_time
 
 STEP_TIMEOUT = 30.0
 
@@ -277,6 +279,59 @@ def test_not_a_number_fails_the_own_step_only_with_the_tensor_named(swarm: Swarm
     with pytest.raises(AllreduceException):
         steps[1].result(30)
     assert torch.equal(tensors[1][1], torch.zeros(2))
+
+
+def test_not_a_number_is_not_tried_again_and_does_not_hold_up_the_others(swarm: Swarm):
+    tensors = [[torch.full((3,), value)] for value in (float("nan"), 1.0, 2.0)]
+    averagers = [
+        swarm.peer(own, size=3, min_group_size=2, min_matchmaking_time=0.5, request_timeout=0.2)
+        for own in tensors
+    ]
+    steps = [averager.step(wait=False, scheduled_time=get_dht_time() + 2) for averager in averagers]
+    with pytest.raises(AllreduceException, match=r"averaged_tensors\[0\] has NaN"):
+        steps[0].result(30)
+    for step in steps[1:]:
+        assert len(step.result(30)) == 2
+    assert torch.equal(tensors[1][0], torch.full((3,), 1.5))
+
+
+def test_a_step_behind_another_keeps_its_own_deadline(swarm: Swarm):
+    averager = swarm.peer([torch.zeros(3)], size=2)
+    first = averager.step(wait=False)
+    with pytest.raises(MatchmakingException, match="earlier step"):
+        averager.step(wait=False, timeout=0.5).result(10)
+    assert not first.done()
+    assert first.cancel()
+
+
+def test_a_callback_of_a_step_may_run_another_step(swarm: Swarm):
+    averager = swarm.peer([torch.zeros(3)], size=2)
+    results: list[object] = []
+    finished = threading.Event()
+
+    def step_again(_: object) -> None:
+        results.append(averager.step(timeout=0.5))
+        finished.set()
+
+    averager.step(wait=False, timeout=0.5).add_done_callback(step_again)
+    assert finished.wait(20)
+    assert results == [None]
+
+
+def test_gathered_data_that_one_member_cannot_read_does_not_hold_up_its_step(
+    swarm: Swarm, caplog: pytest.LogCaptureFixture
+):
+    class Foreign(MSGPackSerializer):
+        @classmethod
+        def dumps(cls, obj: object) -> bytes:
+            return b"\xc1"  # the one byte that MessagePack never uses
+
+    averagers = [swarm.peer([torch.full((3,), float(index))], size=2) for index in range(2)]
+    averagers[0].serializer = Foreign
+    steps = [averager.step(wait=False, timeout=STEP_TIMEOUT, gather="hello") for averager in averagers]
+    with caplog.at_level(logging.WARNING):
+        assert steps[1].result(20) == {averagers[0].peer_id: None, averagers[1].peer_id: "hello"}
+    assert str(averagers[0].peer_id) in caplog.text
 
 
 def test_a_killed_peer_fails_the_round_for_all_and_the_retry_succeeds_without_it(swarm: Swarm):

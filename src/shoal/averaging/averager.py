@@ -291,19 +291,24 @@ class DecentralizedAverager:
         """Find a group and average with it once.
 
         :param gather: sent to every member of the group; anything that :attr:`serializer` encodes, at most
-        512 KiB :param scheduled_time: when all-reduce is expected to begin (:func:`~shoal.utils.get_dht_time`
-        seconds); a group that
-          is not full waits for further peers until then. Default: in ``min_matchmaking_time`` seconds.
+          512 KiB
+        :param scheduled_time: when all-reduce is expected to begin (:func:`~shoal.utils.get_dht_time`
+          seconds); a group that is not full waits for further peers until then. Default: in
+          ``min_matchmaking_time`` seconds.
         :param weight: of this peer in the average, > 0; default: 1
-        :param timeout: seconds for finding a group; None: search until one is found
-        :param allow_retries: look for another group within ``timeout`` if the round fails
+        :param timeout: seconds for finding a group, from now on, the wait for earlier steps included; None:
+          search until one is found
+        :param allow_retries: look for another group within ``timeout`` if the round fails, unless this peer's
+          own tensors are the reason (NaN, another shape than before)
         :param require_trigger: let the group wait until :meth:`StepControl.allow_allreduce` is called; needs
-        ``wait=False`` :param wait: return when finished; otherwise return a :class:`StepControl` at once
-        :returns: with ``wait=True`` what each member gathered, ``{PeerID: data}``, or None if the step
-        failed: then the tensors are as
-          they were, a warning says why, and so does :attr:`last_report`
-        :raises InvalidValueError: a parameter out of range; :raises InvalidTypeError: ``gather`` can't be
-        encoded :raises InvalidStateError: not started, shut down, or ``wait=True`` inside :meth:`get_tensors`
+          ``wait=False``
+        :param wait: return when finished; otherwise return a :class:`StepControl` at once
+        :returns: with ``wait=True`` what each member gathered, ``{PeerID: data}`` (None where it cannot be
+          read, with a warning), or None if the step failed: then the tensors are as they were, a warning says
+          why, and so does :attr:`last_report`
+        :raises InvalidValueError: a parameter out of range
+        :raises InvalidTypeError: ``gather`` can't be encoded
+        :raises InvalidStateError: not started, shut down, or ``wait=True`` inside :meth:`get_tensors`
         :raises PeerProcessDied: the background process has ended
         """
         if wait and require_trigger:
@@ -409,13 +414,22 @@ def _finish_step(control: StepControl, step: int, keeper: TensorKeeper, serializ
     keeper.last_report = outcome.report
     failure = outcome.report.failure
     if failure is None:
+        gathered = {PeerID.from_bytes(peer): data for peer, data in outcome.gathered}
         control.succeed(
-            outcome.report,
-            {PeerID.from_bytes(peer): serializer.loads(data) for peer, data in outcome.gathered},
+            outcome.report, {peer: _decode(serializer, peer, data) for peer, data in gathered.items()}
         )
     else:
         kind = AllreduceException if outcome.found_group else MatchmakingException
         control.fail(kind(failure), outcome.report)
+
+
+def _decode(serializer: Any, peer: PeerID, data: bytes) -> Any:
+    """What a member gathered; None if it cannot be read, since by now its tensors have been averaged."""
+    try:
+        return serializer.loads(data)
+    except Exception as e:  # noqa: BLE001 - serializers and classes registered with them are users' code
+        logger.warning("what %s gathered cannot be read, None is returned for it: %s", peer, e)
+        return None
 
 
 def _attach_arena(started: MPFuture[ServiceHandle], keeper: TensorKeeper, creation: Any) -> None:

@@ -64,7 +64,11 @@ class ReachStage:
 
 @dataclass(frozen=True)
 class TakeSnapshot:
-    """Copy the user's tensors to the arena."""
+    """Copy the user's tensors to the arena.
+
+    Raises :class:`AllreduceException` if the lock is not free in time; anything else means that the tensors
+    cannot be averaged as they are, in whatever group.
+    """
 
     step: int
 

@@ -12,7 +12,7 @@ from shoal.averaging.commands import ApplyAverage, ReachStage, TakeSnapshot
 from shoal.averaging.control import StepControl
 from shoal.averaging.partition import Layout
 from shoal.averaging.tensors import TensorStore, first_non_finite
-from shoal.errors import AllreduceException, DeadlineExceeded, InvalidStateError
+from shoal.errors import AllreduceException, DeadlineExceeded, InvalidStateError, InvalidValueError
 from shoal.runtime.memory import SharedMemory
 
 if TYPE_CHECKING:
@@ -72,6 +72,6 @@ class TensorKeeper:
             raise AllreduceException(f"withdrawn from the round: {e}") from e
         index = first_non_finite(self.layout, area)
         if index is not None:
-            raise AllreduceException(
+            raise InvalidValueError(
                 f"averaged_tensors[{index}] has NaN or infinite elements; nothing was sent"
             )

@@ -61,6 +61,10 @@ class Step:
         self.report = replace(self.report, phases=replace(phases, **total))
 
 
+class StepFailed(AllreduceException):
+    """A round failed because of this peer's own tensors: another group would fare no better."""
+
+
 class AveragerService:
     """Carries out the commands of one averager; see :mod:`.commands`."""
 
@@ -125,8 +129,15 @@ class AveragerService:
     async def _run_step(self, command: RunStep) -> StepOutcome:
         step = self._steps[command.step] = Step(command)
         try:
-            async with self._turn:  # first come, first served
+            async with asyncio.timeout(_seconds_until(command.deadline)):
+                await self._turn.acquire()  # first come, first served
+        except TimeoutError:
+            return self._finish(step, False, "found no group: until the deadline an earlier step still ran")
+        else:
+            try:
                 return await self._try_until_deadline(step)
+            finally:
+                self._turn.release()
         finally:
             del self._steps[command.step]
 
@@ -145,7 +156,7 @@ class AveragerService:
                 step.report = replace(step.report, failure=str(e))
                 now = get_dht_time()
                 time_is_up = command.deadline is not None and now >= command.deadline
-                if not command.allow_retries or time_is_up:
+                if not command.allow_retries or time_is_up or isinstance(e, StepFailed):
                     return self._finish(step, found, str(e))
                 logger.info("round %d: attempt %d failed: %s", command.step, step.report.attempts, e)
                 start_time = now + self._config.matchmaking.min_matchmaking_time
@@ -182,9 +193,10 @@ class AveragerService:
             raise InvalidStateError("no arena is attached")
         partition = self._divide(group)
         waited = 0.0
+        own_fault = False
 
         async def take_snapshot() -> None:
-            nonlocal waited
+            nonlocal waited, own_fault
             loop = asyncio.get_running_loop()
             began = loop.time()
             if not step.triggered.is_set():
@@ -193,7 +205,11 @@ class AveragerService:
             waited = loop.time() - began
             await asyncio.shield(populating)
             await self._reach(step, AveragingStage.RUNNING_ALLREDUCE)
-            await self._context.call_host(TakeSnapshot(step.command.step))
+            try:
+                await self._context.call_host(TakeSnapshot(step.command.step))
+            except Exception as e:  # of the user's tensors and their devices: may be anything
+                own_fault = not isinstance(e, AllreduceException)
+                raise
 
         current = Round(
             self._host,
@@ -219,7 +235,7 @@ class AveragerService:
             self._rounds.end(current)
         self._record(step, result, waited, len(partition.parts))
         if result.failure is not None and cancelled is None:
-            raise AllreduceException(result.failure)
+            raise (StepFailed if own_fault else AllreduceException)(result.failure)
         if result.failure is None:
             await self._apply(step)
         if cancelled is not None:
@@ -267,6 +283,10 @@ async def _run_to_the_end(current: Round) -> tuple[RoundResult, asyncio.Cancelle
             cancelled = e
             current.withdraw("its user cancelled the step")
     return running.result(), cancelled
+
+
+def _seconds_until(deadline: float | None) -> float | None:
+    return None if deadline is None else deadline - get_dht_time()
 
 
 def _populate(arena: Arena) -> None:
