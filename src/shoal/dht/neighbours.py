@@ -120,7 +120,7 @@ class Neighbours:
             if peer == self.host.peer_id or self._is_resting(peer):
                 continue
             if not self.host.is_connected(peer):
-                self.host.add_addresses(peer, addresses)
+                self.host.add_hearsay(peer, addresses)
             peers.append(peer)
             if greet:
                 self.greet_if_new(peer)

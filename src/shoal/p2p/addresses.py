@@ -1,4 +1,8 @@
-"""Where peers may be dialed: a bounded book. Pure."""
+"""Where peers may be dialed: a bounded book. Pure.
+
+What a peer says of itself, and what has worked, is kept apart from what others say of it: so that nobody can make this
+host forget, or try last, where a peer really is.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,51 @@ from shoal.p2p.multiaddr import Multiaddr
 
 
 class AddressBook:
-    """Addresses of peers, the newest first; forgets the peers that were not heard of for longest."""
+    """Addresses of peers, the newest first; forgets the peers that were not heard of for longest.
+
+    Both limits hold for each of the two kinds of knowledge.
+    """
 
     def __init__(self, *, max_peers: int, max_addresses: int) -> None:
+        self._known = _Shelf(max_peers, max_addresses)
+        self._heard = _Shelf(max_peers, max_addresses)
+
+    def add(self, peer: PeerID, addresses: Iterable[Multiaddr]) -> None:
+        """Remember what the peer itself, or the user, has said.
+
+        Addresses that cannot be dialed by anybody (port 0, all interfaces) are left out.
+        """
+        self._known.add(peer, addresses)
+
+    def add_hearsay(self, peer: PeerID, addresses: Iterable[Multiaddr]) -> None:
+        """As :meth:`add`, for what others have said of the peer: tried after all else."""
+        self._heard.add(peer, addresses)
+
+    def prefer(self, peer: PeerID, address: Multiaddr) -> None:
+        """``address`` has just worked: try it first the next time."""
+        self._known.add(peer, [address])
+
+    def get(self, peer: PeerID) -> list[Multiaddr]:
+        """What is known of ``peer``, best first."""
+        return list(dict.fromkeys(self._known.get(peer) + self._heard.get(peer)))
+
+    def __len__(self) -> int:
+        return len(self._known.peers | self._heard.peers)
+
+
+class _Shelf:
+    """One kind of knowledge."""
+
+    def __init__(self, max_peers: int, max_addresses: int) -> None:
         self._max_peers = max_peers
         self._max_addresses = max_addresses
         self._book: dict[PeerID, list[Multiaddr]] = {}
 
+    @property
+    def peers(self) -> set[PeerID]:
+        return set(self._book)
+
     def add(self, peer: PeerID, addresses: Iterable[Multiaddr]) -> None:
-        """Remember addresses; those that cannot be dialed by anybody (port 0, all interfaces) are left out."""
         fresh = [
             address.without_peer_id() for address in addresses if address.port and not address.is_unspecified
         ]
@@ -29,12 +69,4 @@ class AddressBook:
             del self._book[next(iter(self._book))]
 
     def get(self, peer: PeerID) -> list[Multiaddr]:
-        """What is known of ``peer``, best first."""
-        return list(self._book.get(peer, ()))
-
-    def prefer(self, peer: PeerID, address: Multiaddr) -> None:
-        """``address`` has just worked: try it first the next time."""
-        self.add(peer, [address])
-
-    def __len__(self) -> int:
-        return len(self._book)
+        return self._book.get(peer, [])

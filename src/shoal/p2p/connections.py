@@ -309,8 +309,12 @@ class Connections:
             logger.warning("the clock of %s is %.1f s %s this one", peer, abs(skew), direction)
 
     def _note_local_ip(self, connection: Connection) -> None:
-        if connection.local_ip is not None and len(self.local_ips) < MAX_LOCAL_IPS:
-            self.local_ips[connection.local_ip] = None
+        if connection.local_ip is None:
+            return
+        self.local_ips.pop(connection.local_ip, None)
+        self.local_ips[connection.local_ip] = None
+        if len(self.local_ips) > MAX_LOCAL_IPS:  # of a machine that moves, the network it was in longest ago
+            del self.local_ips[next(iter(self.local_ips))]
 
     # Entries of peers.
 

@@ -1,8 +1,8 @@
 """Who can be reached: a host asks peers to dial back the addresses that it announces, and helps others so.
 
 A helper dials only literal IP addresses that are the asker's own, as the helper sees them, so that nobody can be
-made to dial third parties; it dials a few at a time and not too often. That loopback addresses lead nowhere from here it
-says without dialing, unless the asker is on its machine.
+made to dial third parties; it dials a few at a time and not too often. That a loopback address
+leads nowhere from here it says without dialing, unless the asker is on its machine.
 """
 
 from __future__ import annotations

@@ -169,6 +169,11 @@ class Host:
         if peer != self.peer_id:
             self._connections.addresses.add(peer, addresses)
 
+    def add_hearsay(self, peer: PeerID, addresses: Iterable[Multiaddr]) -> None:
+        """As :meth:`add_addresses`, for what another peer says of ``peer``: tried last, and displaces nothing."""
+        if peer != self.peer_id:
+            self._connections.addresses.add_hearsay(peer, addresses)
+
     def addresses_of(self, peer: PeerID) -> list[Multiaddr]:
         """Where ``peer`` may be dialed, as far as known, without ``/p2p``."""
         return self._connections.addresses.get(peer)
@@ -320,7 +325,7 @@ class Host:
         """The addresses that a listener on all interfaces is known to have; loopback only if there is no other."""
         known = [
             Multiaddr(address.protocol, ip, address.port)
-            for ip in self._connections.local_ips
+            for ip in reversed(self._connections.local_ips)
             if (":" in ip) == (address.protocol == "ip6")
         ]
         loopback = Multiaddr(
