@@ -198,6 +198,26 @@ async def test_addresses_travel_with_hello(swarm, caplog):
     assert a.connected_peers() == [b.peer_id]
 
 
+def test_no_more_addresses_are_announced_than_peers_accept():
+    addresses = [Multiaddr("ip4", "10.0.0.1", port) for port in range(1, 18)]
+    HostConfig(announce=addresses[:16])
+    with pytest.raises(InvalidValueError, match="17 addresses; at most 16"):
+        HostConfig(announce=addresses)
+
+
+@simulated()
+async def test_a_machine_that_moves_announces_where_it_is_now(swarm, caplog):
+    a, b = await swarm.host("a"), await swarm.host("b")
+    await b.connect(a.listen_addresses[0], timeout=5)
+    (connection,) = b._connections.to(a.peer_id).all()
+    everywhere = Multiaddr("ip4", "0.0.0.0", 4000)
+    for number in range(30):
+        connection.local_ip = f"10.9.0.{number}"
+        b._connections._note_local_ip(connection)
+    found = [address.host for address in b._specific(everywhere)]
+    assert found == [f"10.9.0.{number}" for number in range(29, 21, -1)]
+
+
 @simulated()
 async def test_a_lost_connection_is_dialed_again(swarm, caplog):
     a, b = await swarm.pair()

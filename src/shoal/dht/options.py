@@ -13,6 +13,7 @@ from typing import Any
 from shoal.dht.config import DHTConfig
 from shoal.dht.validation import RecordValidatorBase
 from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.p2p.config import MAX_ANNOUNCED
 from shoal.p2p.multiaddr import Multiaddr
 
 LIBP2P_OPTIONS = frozenset(
@@ -132,6 +133,10 @@ def parse_listen_addresses(addresses: object) -> tuple[Multiaddr, ...]:
 def parse_announced_addresses(addresses: object) -> tuple[Multiaddr, ...]:
     """``announce_maddrs``: others have to be able to dial them."""
     parsed = parse_addresses("announce_maddrs", addresses)
+    if len(parsed) > MAX_ANNOUNCED:
+        raise InvalidValueError(
+            f"announce_maddrs: {len(parsed)} addresses; at most {MAX_ANNOUNCED} are allowed"
+        )
     for address in parsed:
         if address.port == 0 or address.is_unspecified:
             raise InvalidValueError(

@@ -12,6 +12,9 @@ from shoal.p2p.multiaddr import Multiaddr
 KIB = 1024
 MIB = 1024 * KIB
 
+MAX_ANNOUNCED = 16
+"""Addresses of a peer that others accept. Part of the wire protocol."""
+
 INITIAL_WINDOW = 256 * KIB
 """The credit that each side of every stream starts with, in bytes. Part of the wire protocol: both sides know it."""
 
@@ -23,7 +26,7 @@ class HostConfig:
     client_mode: bool = False
     """Never listens and announces nothing; is called over the connections that it opens."""
     announce: Sequence[Multiaddr] = ()
-    """What other peers are told instead of the addresses that the host listens on."""
+    """What other peers are told instead of the addresses that the host listens on; at most 16."""
     agent: str = "shoal"
     """Free text that names the program to other peers, at most 64 characters."""
 
@@ -75,4 +78,8 @@ class HostConfig:
                 raise InvalidValueError(f"{name}: {getattr(self, name)!r} is not at least 1")
         if len(self.agent) > 64:
             raise InvalidValueError(f"agent: {self.agent!r} is longer than 64 characters")
+        if len(self.announce) > MAX_ANNOUNCED:
+            raise InvalidValueError(
+                f"announce: {len(self.announce)} addresses; at most {MAX_ANNOUNCED} are allowed"
+            )
         object.__setattr__(self, "announce", tuple(address.without_peer_id() for address in self.announce))

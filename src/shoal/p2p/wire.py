@@ -29,13 +29,14 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
+from shoal.p2p.config import MAX_ANNOUNCED
 
 T = TypeVar("T")
 
 MAX_METHOD_NAME = 128
 MAX_CODE = 32
 MAX_REASON = 512
-MAX_ADDRESSES = 16
+MAX_ADDRESSES = MAX_ANNOUNCED
 MAX_ADDRESS = 512
 PING_BYTES = 8
 
