@@ -8,6 +8,8 @@ import copy
 import inspect
 import pickle
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -277,6 +279,9 @@ def no_process(monkeypatch):
         ({"host_maddrs": ["/ip4/300.0.0.1/tcp/0"]}, ValueError, "300.0.0.1"),
         ({"announce_maddrs": ["/ip4/0.0.0.0/tcp/1"]}, ValueError, "announce_maddrs"),
         ({"announce_maddrs": ["/ip4/1.2.3.4/tcp/0"]}, ValueError, "announce_maddrs"),
+        ({"announce_maddrs": [f"/ip4/1.2.3.4/tcp/{n}" for n in range(1, 18)]}, ValueError, "at most 16"),
+        ({"stall_timeout": -1}, ValueError, "stall_timeout"),
+        ({"max_value_size": 1 << 20}, ValueError, "max_value_size.*one message"),
         ({"identity_path": 7}, TypeError, "identity_path"),
         ({"client_mode": 1}, TypeError, "client_mode"),
         ({"daemon": "yes"}, TypeError, "daemon"),
@@ -319,7 +324,8 @@ def test_options_of_the_libp2p_daemon_give_one_warning(name):
 
 
 def test_options_of_the_configuration_are_taken():
-    with DHT(start=True, max_expiration=7200, check_reachability=False) as dht:
+    options = {"max_expiration": 7200, "check_reachability": False, "stall_timeout": None}
+    with DHT(start=True, **options) as dht:
         assert dht.store("k", 1, get_dht_time() + 7000)
 
 
@@ -433,14 +439,46 @@ def test_it_cannot_be_pickled_or_copied(pair, copier):
         copier(pair[0])
 
 
-def test_a_dht_s_process_loads_neither_torch_nor_numpy():
+LOADS = """
+import sys
+from shoal import DHT
+
+async def loaded(dht, node):
+    import sys
+    return {name.partition(".")[0] for name in sys.modules}
+
+with DHT(start=True) as dht:
+    # cloudpickle is there because this very function is sent by value.
+    there = dht.run_coroutine(loaded)
+here = {name.partition(".")[0] for name in sys.modules}
+assert "cryptography" in there and "shoal" in here  # the names are those of packages
+print(sorted({"torch", "numpy", "pydantic", "rich", "typer", "IPython"} & (there | here)))
+"""
+
+
+def test_neither_a_dht_s_process_nor_its_host_loads_torch_or_numpy():
+    # In an interpreter of its own: a host that has loaded torch already has the process load it too.
+    ended = subprocess.run(
+        [sys.executable, "-c", LOADS], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (0, "[]\n"), ended.stderr
+
+
+def test_a_class_that_cannot_be_sent_is_refused_each_time(monkeypatch):
+    """And not taken for known by calls that follow, or that another thread makes meanwhile."""
     with DHT(start=True) as dht:
 
-        async def loaded(dht, node):
-            import sys
+        class Local:
+            handle = threading.Lock()
 
-            return sorted({name.partition(".")[0] for name in sys.modules})
+            def packb(self):
+                return b""
 
-        # cloudpickle is there because this very function is sent by value.
-        unwanted = {"torch", "numpy", "pydantic", "rich", "typer", "IPython"}
-        assert not unwanted & set(dht.run_coroutine(loaded))
+            @classmethod
+            def unpackb(cls, raw):
+                return cls()
+
+        monkeypatch.setattr(shoal.MSGPackSerializer, "_class_of", {0x55: Local})
+        for _ in range(2):
+            with pytest.raises(TypeError, match="a registered class"):
+                dht.store("key", 1, get_dht_time() + 10)

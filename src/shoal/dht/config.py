@@ -82,7 +82,12 @@ class DHTConfig:
         for name in ("wait_timeout", "stall_timeout", "refresh_timeout", "exchange_interval"):
             if getattr(self, name) <= 0:
                 raise InvalidValueError(f"{name}: {getattr(self, name)!r} is not positive")
-        most = {"max_record_size": MAX_RECORD_SIZE, "max_subkeys": MAX_ENTRIES, "bucket_size": MAX_CONTACTS}
+        most = {
+            "max_value_size": MAX_RECORD_SIZE,
+            "max_record_size": MAX_RECORD_SIZE,
+            "max_subkeys": MAX_ENTRIES,
+            "bucket_size": MAX_CONTACTS,
+        }
         for name, limit in most.items():
             if getattr(self, name) > limit:
                 raise InvalidValueError(

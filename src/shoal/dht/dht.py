@@ -398,10 +398,10 @@ class DHT:
         """Make classes known there that were registered with MSGPackSerializer here."""
         classes = MSGPackSerializer._class_of
         if classes != self._shared_classes:
-            self._shared_classes = dict(classes)
-            self._ready().call(
-                RegisterClasses(pickling.dumps(self._shared_classes, "a registered class"))
-            ).result()
+            shared = dict(classes)
+            self._ready().call(RegisterClasses(pickling.dumps(shared, "a registered class"))).result()
+            # Only now: another thread must not go on before they are known there, nor anybody if that failed.
+            self._shared_classes = shared
 
     def _describe(self) -> NodeDescription:
         description = self._ready().call(DescribeNode()).result()

@@ -53,7 +53,7 @@ def make_config(given: Mapping[str, Any], extra: Mapping[str, Any]) -> DHTConfig
     values = {name: value for name, value in given.items() if value is not None}
     for name, value in extra.items():
         if name in types:
-            values[name] = value
+            values |= {} if value is None else {name: value}
         elif name in LIBP2P_OPTIONS:
             _warn(
                 f"DHT option {name!r} is ignored: it belongs to hivemind's libp2p daemon, and Shoal needs none"
