@@ -126,6 +126,19 @@ def test_values_that_are_not_finite_name_their_sender():
     assert caught.value.member == 1
 
 
+@pytest.mark.parametrize("codec", [NoCompression(), Float16Compression()])
+def test_averages_that_are_not_finite_are_refused(codec: CompressionBase):
+    group = Group(2, codec)
+    span = ForeignSpan(group.partition, 0, group.arenas[1])
+    part = span.parts[0]
+    bad = codec.encode(torch.full((part.count,), float("nan")))
+    memory = span.receive_into(0, part.nbytes)
+    memory[:] = bad
+    with pytest.raises(NotFiniteError) as caught:
+        span.deliver(0, memory)
+    assert caught.value.member == 0
+
+
 @pytest.mark.parametrize(("tag", "extra"), [(1, 0), (0, 1), (0, -1)])
 def test_a_payload_that_is_not_the_next_part_is_a_violation(tag: int, extra: int):
     group = Group(2, NoCompression())

@@ -121,6 +121,7 @@ class ForeignSpan:
 
     def __init__(self, partition: Partition, owner: int, arena: Arena) -> None:
         self.parts = partition.parts_of(owner)
+        self._owner = owner
         self._layout = partition.layout
         self._arena = arena
         self._expected = 0
@@ -144,7 +145,7 @@ class ForeignSpan:
     def deliver(self, index: int, data: memoryview) -> None:
         """An average has arrived whole: it lies in the arena from now on.
 
-        :raises ProtocolViolation: it does not decode
+        :raises ProtocolViolation: it does not decode, or is not finite
         """
         part = self.parts[index]
         codec, dtype = self._layout.codec_of(part), self._layout.dtype_of(part)
@@ -154,3 +155,5 @@ class ForeignSpan:
         else:
             difference = codec.decode(data, dtype, part.count)
             apply_difference(self._layout.part_view(self._arena.snapshot, part), difference, out)
+        if not is_finite(out):
+            raise NotFiniteError(self._owner)
