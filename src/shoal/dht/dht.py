@@ -428,7 +428,7 @@ def _end_after_failure(process: weakref.ref[BackgroundProcess], creation: Future
     """A process whose node could not be made is of no use to anybody."""
     alive = process()
     if alive is not None and (creation.cancelled() or creation.exception() is not None):
-        alive.shutdown(0.0)
+        alive.shutdown()  # in order: it has nobody to say goodbye to, and is quick
 
 
 def _name_of(function: object) -> str:
