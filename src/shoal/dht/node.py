@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 from shoal.dht.bootstrap import InitialPeers
@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 REACHABILITY_HELPERS = 2
 HAND_OVER_DELAY = 1.0
 """Wait this long before handing records over: who comes or goes seldom does so alone."""
+HAND_OVER_BATCH = 256
+"""Records for which it is decided in one go who should have them: a node may keep 100,000."""
 
 
 class DHTNode:
@@ -284,7 +286,10 @@ class DHTNode:
         self._hand_over_soon()
 
     def _hand_over_soon(self) -> None:
-        if len(self._storage) and self._handing_over is None:
+        if not len(self._storage):
+            self._newcomers.clear()
+            self._leavers.clear()
+        elif self._handing_over is None:
             self._handing_over = self._tasks.start(self._hand_over(), "dht-hand-over")
 
     async def _hand_over(self) -> None:
@@ -298,15 +303,20 @@ class DHTNode:
             self._handing_over = None
         table, num_replicas = self._neighbours.table, self.config.num_replicas
         for peer in newcomers:
-            for record in records_for_newcomer(
-                self._storage.records(), table, self.peer_id, peer, num_replicas
-            ):
-                await self._give(peer, record)
+            async for some in self._records_in_batches():
+                for record in records_for_newcomer(some, table, self.peer_id, peer, num_replicas):
+                    await self._give(peer, record)
         for peer in leavers:
-            for successor, record in records_after_loss(
-                self._storage.records(), table, self.peer_id, peer, num_replicas
-            ):
-                await self._give(successor, record)
+            async for some in self._records_in_batches():
+                for successor, record in records_after_loss(some, table, self.peer_id, peer, num_replicas):
+                    await self._give(successor, record)
+
+    async def _records_in_batches(self) -> AsyncIterator[list[tuple[int, Record]]]:
+        """All records as they are now; others get their turn on the event loop after each batch."""
+        records = list(self._storage.records())
+        for begin in range(0, len(records), HAND_OVER_BATCH):
+            yield records[begin : begin + HAND_OVER_BATCH]
+            await asyncio.sleep(0)
 
     async def _give(self, peer: PeerID, record: Record) -> None:
         now = self._clock()
