@@ -85,6 +85,9 @@ def peer(
         list[str] | None,
         typer.Option(metavar="ADDRESS", help="Where others can dial this peer, if not where it listens."),
     ] = None,
+    bootstrap_timeout: Annotated[
+        float, typer.Option(help="Seconds for which the initial peers are retried.")
+    ] = 15.0,
     interval: Annotated[float, typer.Option(help="Seconds between the lines on peers and keys.")] = 30.0,
 ) -> None:
     """Run a peer through which others find each other, until Ctrl+C or SIGTERM."""
@@ -96,6 +99,7 @@ def peer(
         identity=identity,
         initial_peers=initial_peers or [],
         announce=announce or [],
+        bootstrap_timeout=bootstrap_timeout,
         interval=interval,
         console=Console(),
     )

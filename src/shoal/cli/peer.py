@@ -29,11 +29,13 @@ def run_peer(
     identity: Path | None,
     initial_peers: Sequence[str],
     announce: Sequence[str],
+    bootstrap_timeout: float,
     interval: float,
     console: Console,
 ) -> int:
     """Run a peer until a signal; returns the exit status.
 
+    :param bootstrap_timeout: seconds for which the initial peers are retried
     :param interval: seconds between the lines that tell how many peers and keys there are
     :raises UsageError: an argument is not allowed
     :raises ShoalError: no initial peer can be reached, or the peer's process died
@@ -49,6 +51,7 @@ def run_peer(
             host_maddrs=[listen],
             announce_maddrs=list(announce) or None,
             identity_path=identity,
+            bootstrap_timeout=bootstrap_timeout,
         )
         with dht:
             if _wait_until_ready(dht, stop):
@@ -56,7 +59,7 @@ def run_peer(
                 _print_line("Ctrl+C or SIGTERM stops this peer.", console)
                 while not stop.wait(interval):
                     peers, keys = dht.run_coroutine(_count)
-                    _print_line(f"{peers} peers known, {keys} keys stored here", console)
+                    _print_line(f"peers: {peers}, keys: {keys}", console)
     _print_line("stopped", console)
     return 0
 

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_KEY = protected_key("demo/settings")
 SETTINGS_LIFETIME = 1800.0
-STATUS_LIFETIME = 20.0
+STATUS_LIFETIME = 6.0
 """Seconds after which a peer that writes no more is taken off the board."""
 
 
@@ -60,12 +60,15 @@ class Board:
 
     def read_statuses(self, prefix: str) -> list[Status]:
         """How every peer gets on, by its own account; ordered by PeerID."""
-        return _statuses(self._dht.get(_status_key(prefix), latest=True))
+        return statuses_in(self.request_statuses(prefix).result())
 
     async def watch_statuses(self, prefix: str) -> list[Status]:
         """:meth:`read_statuses` without blocking the event loop."""
-        found = await asyncio.wrap_future(self._dht.get(_status_key(prefix), latest=True, return_future=True))
-        return _statuses(found)
+        return statuses_in(await asyncio.wrap_future(self.request_statuses(prefix)))
+
+    def request_statuses(self, prefix: str) -> Future[ValueWithExpiration | None]:
+        """What :func:`statuses_in` reads, once it has come."""
+        return self._dht.get(_status_key(prefix), latest=True, return_future=True)
 
     def _store(self, key: bytes, value: Settings | Status, lifetime: float) -> Future[bool]:
         return self._dht.store(
@@ -88,7 +91,8 @@ def _values(found: ValueWithExpiration | None) -> dict[Any, Any]:
     return {subkey: entry.value for subkey, entry in found.value.items()}
 
 
-def _statuses(found: ValueWithExpiration | None) -> list[Status]:
+def statuses_in(found: ValueWithExpiration | None) -> list[Status]:
+    """The valid ones, ordered by PeerID."""
     statuses = []
     for subkey, value in sorted(_values(found).items()):
         try:

@@ -17,16 +17,18 @@ from msgspec import Meta, Struct
 
 from shoal.averaging.averager import DecentralizedAverager
 from shoal.averaging.control import AveragingStage, StepControl
-from shoal.cli.demo.board import Board
+from shoal.cli.demo import settings as limits
+from shoal.cli.demo.board import Board, statuses_in
 from shoal.cli.demo.data import Samples
 from shoal.cli.demo.protocol import Assignment, Finished, Holding, Report, State, Status
 from shoal.cli.demo.settings import Settings
 from shoal.cli.demo.training import FOUNDERS_SEED, Trainer
 from shoal.dht.dht import DHT
+from shoal.dht.types import ValueWithExpiration
 from shoal.errors import AllreduceException, ShoalError
-from shoal.utils.timed import get_dht_time
 
 POLL_SECONDS = 0.05
+COUNT_INTERVAL = 1.0
 NEWCOMER_WEIGHT = 1e-6
 """What a newcomer's image counts in its first average, relative to the others': it takes over the swarm's average and
 leaves it as it is. (Downloading the state of another peer would do the same without a round; Shoal can't do it yet.)"""
@@ -81,17 +83,33 @@ class Peer:
             model_seed=assignment.seed if assignment.newcomer else FOUNDERS_SEED,
             data_seed=assignment.seed,
         )
-        self._averager = DecentralizedAverager(
-            self._trainer.tensors,
-            dht,
-            start=True,
-            prefix=assignment.settings.prefix,
-            target_group_size=assignment.settings.peers,
-        )
+        self._dht = dht
+        self._headcount = Headcount(self._board, assignment.settings)
+        self._group_size = assignment.settings.peers
+        self._averager = self._make_averager()
         self._newcomer = assignment.newcomer
         self._rounds_averaged = 0
         self._next_publication = 0.0
         self.status = Status(assignment.name, str(dht.peer_id), assignment.part, samples.classes, State.READY)
+
+    def _make_averager(self) -> DecentralizedAverager:
+        return DecentralizedAverager(
+            self._trainer.tensors,
+            self._dht,
+            start=True,
+            prefix=self._settings.prefix,
+            target_group_size=self._group_size,
+            min_matchmaking_time=self._settings.matchmaking_time,
+            request_timeout=self._settings.request_timeout,
+        )
+
+    def _fit_group_size(self) -> None:
+        """A group should be full, and so begin at once, when all peers of the swarm are in it: no more, no fewer."""
+        size = self._headcount.latest()
+        if size != self._group_size:
+            self._group_size = size
+            self._averager.shutdown()
+            self._averager = self._make_averager()
 
     def close(self) -> None:
         self._averager.shutdown()
@@ -116,6 +134,7 @@ class Peer:
 
         :returns: False if the others have done all rounds without this peer, so that nobody is left to average with
         """
+        self._fit_group_size()
         round_ = self.status.round
         # What was learnt since the last average is biased to the peer's own images: given up if nobody averages it.
         averaged = self._trainer.copy_tensors()
@@ -161,7 +180,6 @@ class Peer:
         control = self._averager.step(
             gather=msgspec.to_builtins(Contribution(round_, self._newcomer)),
             weight=weight * NEWCOMER_WEIGHT if self._newcomer else weight,
-            scheduled_time=get_dht_time() + self._settings.matchmaking_time,
             timeout=self._settings.round_timeout,
             allow_retries=False,  # the next try is a step of its own, with a start time of its own
             wait=False,
@@ -187,6 +205,7 @@ class Peer:
             control.cancel()
             raise Stopped
         concurrent.futures.wait([control], timeout=POLL_SECONDS)
+        self._publish()
         return control.done()
 
     def _demo_is_over(self) -> bool:
@@ -203,12 +222,41 @@ class Peer:
     def _show(self, **changes: Any) -> None:
         self.status = msgspec.structs.replace(self.status, **changes)
         self._report(self.status)
+        self._publish()
+
+    def _publish(self) -> None:
+        """Put the status on the board, now and then."""
         now = time.monotonic()
         if now >= self._next_publication or self.status.state.is_final:
             self._next_publication = now + PUBLISH_INTERVAL
             published = self._board.publish_status(self._settings.prefix, self.status)
             if self.status.state.is_final:
                 published.result()
+
+
+class Headcount:
+    """How many peers the swarm has, by the board; asked for now and then, and never waited for."""
+
+    def __init__(self, board: Board, settings: Settings) -> None:
+        self._board = board
+        self._settings = settings
+        self._count = settings.peers
+        self._asked_at = time.monotonic()
+        self._answer: concurrent.futures.Future[ValueWithExpiration | None] | None = None
+
+    def latest(self) -> int:
+        """The last count; at least 2, as many as an average takes.
+
+        :raises ShoalError: the DHT does not work any more
+        """
+        if self._answer is not None and self._answer.done():
+            statuses = statuses_in(self._answer.result())
+            self._count = max(limits.MIN_PEERS, sum(not status.state.is_final for status in statuses))
+            self._answer = None
+        if self._answer is None and time.monotonic() - self._asked_at > COUNT_INTERVAL:
+            self._asked_at = time.monotonic()
+            self._answer = self._board.request_statuses(self._settings.prefix)
+        return self._count
 
 
 def latest_round(gathered: dict[Any, Any], rounds: int) -> int | None:

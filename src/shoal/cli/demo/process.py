@@ -8,12 +8,13 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import IO
 
 from shoal.cli.demo import protocol
 from shoal.errors import ProtocolViolation
 
+WORKER_COMMAND = (sys.executable, "-P", "-m", "shoal.cli.demo.worker")
 LOG_LINES = 12
 MAX_LOG_BYTES = 1 << 16
 SECONDS_TO_STOP = 4.0
@@ -32,11 +33,14 @@ class WorkerProcess:
         self._log = log
 
     @classmethod
-    async def start(cls, assignment: protocol.Assignment) -> WorkerProcess:
+    async def start(
+        cls, assignment: protocol.Assignment, command: Sequence[str] = WORKER_COMMAND
+    ) -> WorkerProcess:
+        """Start ``command`` and send it the assignment."""
         log = tempfile.TemporaryFile()  # noqa: SIM115 - close() closes it
         try:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "shoal.cli.demo.worker",
+                *command,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,

@@ -32,8 +32,9 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     learning_rate: Annotated[float, Meta(gt=0, le=10)] = 0.2
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.9
     decay_from: Annotated[float, Meta(ge=0, lt=1)] = 0.6
-    matchmaking_time: Seconds = 0.4
-    """A group of fewer than ``peers`` starts after this many seconds: how long peers wait for one that is gone."""
+    matchmaking_time: Seconds = 0.5
+    """A group that lacks a peer starts after this many seconds: how long the others wait for one that is gone."""
+    request_timeout: Seconds = 0.4
     round_timeout: Seconds = 8.0
     """A peer that has found no group for this long looks whether the demo is over."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,9 +74,12 @@ class Supervisor:
         view: View,
         assignments: Sequence[Assignment],
         replacement: Assignment | None = None,
+        *,
+        start_worker: Callable[[Assignment], Awaitable[WorkerProcess]] = WorkerProcess.start,
     ) -> None:
         self._settings = settings
         self._board = board
+        self._start_worker = start_worker
         self._view = view
         self._founding = [_make_member(assignment) for assignment in assignments]
         self._members = list(self._founding)
@@ -112,7 +115,7 @@ class Supervisor:
     # Workers
 
     async def _run_worker(self, member: Member) -> None:
-        process = member.process = await WorkerProcess.start(member.assignment)
+        process = member.process = await self._start_worker(member.assignment)
         try:
             async for report in process.reports():
                 self._receive(member, report)

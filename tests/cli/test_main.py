@@ -1,0 +1,100 @@
+"""What the command line answers before it starts anything."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import shoal
+from shoal.cli.main import app, run
+
+
+def test_version_and_help() -> None:
+    runner = CliRunner()
+    assert runner.invoke(app, ["--version"]).output == f"shoal {shoal.__version__}\n"
+    for arguments in ([], ["--help"]):
+        result = runner.invoke(app, arguments)
+        assert result.exit_code == 0
+        assert "demo" in result.output
+        assert "peer" in result.output
+    assert "--join ADDRESS" in runner.invoke(app, ["demo", "--help"]).output
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; from shoal.cli.main import run; assert run(['--help']) == 0;"
+        "print([m for m in ('torch', 'sklearn', 'matplotlib', 'numpy', 'cryptography') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nonsense"], "nonsense"),
+        (["demo", "--pears", "4"], "--pears"),
+        (["demo", "--peers", "four"], "--peers"),
+        (["demo", "--peers", "0"], "--peers 0: 2 to 8 is allowed"),
+        (["demo", "--peers", "1"], "--peers 1: 2 to 8 is allowed"),
+        (["demo", "--peers", "9"], "--peers 9: 2 to 8 is allowed"),
+        (["demo", "--rounds", "1"], "--rounds 1"),
+        (["demo", "--host", "here"], "--host here"),
+        (["demo", "--output", "/no/such/folder/x.png"], "/no/such/folder"),
+        (["demo", "--join", "nonsense"], "--join: "),
+        (["demo", "--join", "/ip4/127.0.0.1/tcp/1"], "/p2p/PEERID"),
+        (["peer", "--port", "70000"], "--port 70000"),
+        (["peer", "--host", "here"], "--host here"),
+        (["peer", "--interval", "0"], "--interval 0"),
+        (["peer", "--initial-peers", "nonsense"], "nonsense"),
+        (["peer", "--announce", "/ip4/0.0.0.0/tcp/0"], "/ip4/0.0.0.0/tcp/0"),
+        (["peer", "--bootstrap-timeout", "-1"], "bootstrap_timeout"),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    arguments: list[str], said: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    assert run(arguments) == 2
+    output, errors = capfd.readouterr()
+    assert output == ""
+    assert errors.count("\n") == 1
+    assert errors.startswith("shoal: ")
+    assert said in errors
+
+
+def test_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["demo", "--output", str(tmp_path)]) == 2
+    assert "it is a folder" in capsys.readouterr().err
+
+
+def test_damaged_identity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "identity"
+    path.write_bytes(b"nonsense")
+    path.chmod(0o600)
+    assert run(["peer", "--identity", str(path)]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert str(path) in errors
+
+
+def test_missing_demo_packages_are_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+
+    def find_all_but_matplotlib(name: str, package: str | None = None) -> Any:
+        return None if name == "matplotlib" else find_spec(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_all_but_matplotlib)
+    assert run(["demo"]) == 2
+    assert capsys.readouterr().err == "shoal: the demo needs matplotlib: pip install 'shoal[demo]'\n"
