@@ -34,10 +34,8 @@ class Group:
         self.partition = Partition.create(self.layout, owned, part_size_bytes=1024)
         self.weights = weights or [1.0] * size
         self.arenas = [self._arena(tensors) for tensors in self.tensors]
-        members = tuple(range(size))
-        self.own = [OwnSpan(self.partition, me, self.arenas[me], members) for me in members]
-        for span in self.own:
-            span.weights.update(enumerate(self.weights))
+        weights = dict(enumerate(self.weights))
+        self.own = [OwnSpan(self.partition, me, self.arenas[me], weights) for me in range(size)]
 
     def _arena(self, tensors: list[torch.Tensor]) -> Arena:
         arena = Arena(*(torch.zeros(self.layout.nbytes, dtype=torch.uint8) for _ in range(2)))

@@ -447,6 +447,8 @@ def test_arguments_are_checked():
             )
         with pytest.raises(InvalidValueError, match="start_time=nan"):
             await matchmaker.find_group(start_time=float("nan"), deadline=None)
+        with pytest.raises(InvalidValueError, match="weight=0"):
+            await matchmaker.find_group(start_time=sim.now(), deadline=None, weight=0)
         with pytest.raises(InvalidValueError, match="bits='2'"):
             await matchmaker.find_group(start_time=sim.now(), deadline=None, bits="2")
 

@@ -39,7 +39,8 @@ Snapshot = Callable[[], Awaitable[None]]
 class SimulatedGroup:
     """Hosts on one simulated network that know each other, and an arena with random tensors for each."""
 
-    def __init__(self, seed: int, size: int, *, clients: int = 0) -> None:
+    def __init__(self, seed: int, size: int, *, clients: int = 0, weights: list[float] | None = None) -> None:
+        self.weights = weights or [1.0] * size
         self.rng = random.Random(seed)
         self.seed = seed
         self.size = size
@@ -93,8 +94,9 @@ class SimulatedGroup:
                 start_time=0.0,
                 signed_at=0.0,
                 nonce=bytes(NONCE_BYTES),
+                weight=weight,
             )
-            for host, mode in zip(self.hosts, self.modes, strict=True)
+            for host, mode, weight in zip(self.hosts, self.modes, self.weights, strict=True)
         )
         return GroupInfo(group_id, "test.0b", members)
 
@@ -102,7 +104,6 @@ class SimulatedGroup:
         self,
         member: int,
         *,
-        weight: float = 1.0,
         snapshot: Snapshot | None = None,
         timeout: float | None = None,
     ) -> Round:
@@ -121,7 +122,6 @@ class SimulatedGroup:
             self.group,
             Partition.create(self.layout, owned, 1024),
             self.arenas[member],
-            weight=weight,
             take_snapshot=snapshot or nothing,
             timeout=timeout,
         )
@@ -135,12 +135,11 @@ class SimulatedGroup:
         finally:
             self.rounds[member].end(current)
 
-    def check_average(self, members: list[int], weights: list[float] | None = None) -> None:
-        weights = weights or [1.0] * self.size
+    def check_average(self, members: list[int]) -> None:
         for index in range(len(SHAPES)):
             inputs = torch.stack([tensors[index].double().reshape(-1) for tensors in self.tensors])
-            column = torch.tensor(weights, dtype=torch.float64).view(-1, 1)
-            reference = (inputs * column).sum(0) / sum(weights)
+            column = torch.tensor(self.weights, dtype=torch.float64).view(-1, 1)
+            reference = (inputs * column).sum(0) / sum(self.weights)
             for member in members:
                 result = self.layout.tensor_view(self.arenas[member].average, index).double()
                 assert bool(((result - reference).abs() <= 1e-6 * inputs.abs().mean(0)).all())
@@ -150,11 +149,12 @@ class SimulatedGroup:
 def test_a_round_commits_everywhere_with_the_exact_average(size: int, clients: int):
     async def main() -> None:
         weights = [1.0 + member for member in range(size)]
-        async with SimulatedGroup(seed=size, size=size, clients=clients) as group:
-            runs = [group.run(member, weight=weights[member]) for member in range(size)]
-            results = await asyncio.gather(*runs)
+        async with SimulatedGroup(seed=size, size=size, clients=clients, weights=weights) as group:
+            rounds = [group.round(member) for member in range(size)]
+            results = await asyncio.gather(*(current.run() for current in rounds))
+            assert [current.weight for current in rounds] == [sum(weights)] * size  # clients know it too
             assert [result.failure for result in results] == [None] * size
-            group.check_average(list(range(size)), weights)
+            group.check_average(list(range(size)))
             sent = sum(result.bytes_sent for result in results)
             assert sent == sum(result.bytes_received for result in results) > 0
 
@@ -278,7 +278,7 @@ def test_a_stranger_and_a_second_exchange_are_refused():
             current = group.round(0)
             stranger.add_addresses(group.hosts[0].peer_id, group.hosts[0].announced_addresses)
             async with stranger.open_stream(group.hosts[0].peer_id, EXCHANGE, timeout=10) as stream:
-                await stream.send(Contribute(PREFIX, group.group.group_id, 1.0))
+                await stream.send(Contribute(PREFIX, group.group.group_id))
                 with pytest.raises(RemoteError, match="no member of this group"):
                     await stream.receive()
             assert not current.core.failure

@@ -6,6 +6,7 @@ No I/O and no waiting: :mod:`.round` moves the bytes and asks :mod:`.allreduce` 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,16 +51,16 @@ class OwnSpan:
     depend on the order of arrival.
     """
 
-    def __init__(self, partition: Partition, me: int, arena: Arena, contributors: tuple[int, ...]) -> None:
+    def __init__(self, partition: Partition, me: int, arena: Arena, weights: Mapping[int, float]) -> None:
+        """``weights``: of every contributor, in the members' order."""
         self.parts = partition.parts_of(me)
-        self.weights = dict.fromkeys(contributors, 1.0)
+        self._weights = dict(weights)
         self._partition = partition
         self._layout = partition.layout
         self._me = me
         self._arena = arena
-        self._contributors = contributors
         self._arrived: dict[int, dict[int, memoryview]] = {}
-        self._expected = dict.fromkeys(contributors, 0)
+        self._expected = dict.fromkeys(weights, 0)
         self._spare: dict[int, list[bytearray]] = {}
         self._differences: dict[tuple[int, int], memoryview] = {}
 
@@ -94,8 +95,10 @@ class OwnSpan:
                 raise NotFiniteError(sender)
         out = self._layout.part_view(self._arena.average, part)
         inputs = {**decoded, self._me: self._layout.part_view(self._arena.snapshot, part)}
-        senders = [member for member in self._contributors if member in inputs]
-        reduce_part([inputs[sender] for sender in senders], [self.weights[sender] for sender in senders], out)
+        senders = [member for member in self._weights if member in inputs]
+        reduce_part(
+            [inputs[sender] for sender in senders], [self._weights[sender] for sender in senders], out
+        )
         if not is_finite(out):
             raise AllreduceException("the sum of the members' values exceeds the range of their dtype")
         if not codec.lossless(dtype):

@@ -69,6 +69,8 @@ class MemberInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """DHT time of the member when it signed this."""
     nonce: bytes
     """Fresh for every request."""
+    weight: float = 1.0
+    """Of its tensors in the average: here, so that every owner counts the member alike."""
 
 
 class SignedMemberInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -209,6 +211,7 @@ def _field_problem(info: MemberInfo) -> str | None:
         (len(info.addresses) <= MAX_ADDRESSES, f"more than {MAX_ADDRESSES} addresses"),
         (all(len(address) <= MAX_ADDRESS_CHARS for address in info.addresses), "an address is too long"),
         (bandwidth is None or (math.isfinite(bandwidth) and bandwidth >= 0), f"bandwidth={bandwidth}"),
+        (math.isfinite(info.weight) and info.weight > 0, f"weight={info.weight}"),
         (math.isfinite(info.start_time) and math.isfinite(info.signed_at), "a time is not finite"),
     )
     return next((problem for holds, problem in checks if not holds), None)

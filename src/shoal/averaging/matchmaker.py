@@ -142,7 +142,13 @@ class Matchmaker:
         router.register(JOIN, prefix, self._serve_join)
 
     async def find_group(
-        self, *, start_time: float, deadline: float | None, gather: bytes = b"", bits: str = ""
+        self,
+        *,
+        start_time: float,
+        deadline: float | None,
+        gather: bytes = b"",
+        weight: float = 1.0,
+        bits: str = "",
     ) -> GroupInfo:
         """Find a group that begins at ``start_time`` or, if it is full, at once. Times are in DHT time.
 
@@ -156,10 +162,13 @@ class Matchmaker:
             raise InvalidValueError(f"gather: {len(gather)} bytes; at most {MAX_GATHER_BYTES} are allowed")
         if not math.isfinite(start_time) or (deadline is not None and not math.isfinite(deadline)):
             raise InvalidValueError(f"start_time={start_time}, deadline={deadline}: must be finite")
+        if not (math.isfinite(weight) and weight > 0):
+            raise InvalidValueError(f"weight={weight}: a finite number above 0 is allowed")
         async with self._turn:
             if self._is_closed:
                 raise InvalidStateError("the matchmaker is closed")
-            self._search = _Search(self, key, start_time, self._next_order_time(start_time), deadline, gather)
+            order_time = self._next_order_time(start_time)
+            self._search = _Search(self, key, start_time, order_time, deadline, gather, weight)
             return await self._search.run()
 
     async def close(self) -> None:
@@ -183,7 +192,9 @@ class Matchmaker:
     def addresses(self) -> tuple[str, ...]:
         return tuple(str(address) for address in self.node.host.announced_addresses)
 
-    def sign_info(self, leader: PeerID, key: str, order_time: float, gather: bytes) -> SignedMemberInfo:
+    def sign_info(
+        self, leader: PeerID, key: str, order_time: float, gather: bytes, weight: float
+    ) -> SignedMemberInfo:
         """What this peer says of itself to ``leader`` now."""
         info = MemberInfo(
             peer_id=self.node.peer_id.to_bytes(),
@@ -197,6 +208,7 @@ class Matchmaker:
             start_time=order_time,
             signed_at=self.clock(),
             nonce=self.rng.randbytes(NONCE_BYTES),
+            weight=weight,
         )
         return sign_member(self.node.host.identity, info)
 
@@ -244,11 +256,13 @@ class _Search:
         order_time: float,
         deadline: float | None,
         gather: bytes,
+        weight: float,
     ) -> None:
         self._owner = owner
         self._key = key
         self._order_time = order_time
         self._gather = gather
+        self._weight = weight
         self._mode = owner.mode
         self._core = Matchmaking(
             owner.config,
@@ -314,6 +328,9 @@ class _Search:
             case FinishWithout(explanation):
                 self._finish(MatchmakingException(explanation))
 
+    def _sign_info(self, leader: PeerID) -> SignedMemberInfo:
+        return self._owner.sign_info(leader, self._key, self._order_time, self._gather, self._weight)
+
     def _finish(self, outcome: GroupInfo | MatchmakingException) -> None:
         self._set_timer(math.inf)
         if self._result.done():
@@ -362,7 +379,7 @@ class _Search:
         host = self._owner.node.host
         try:
             host.add_addresses(leader, [Multiaddr.parse(address) for address in addresses])
-            own = self._owner.sign_info(leader, self._key, self._order_time, self._gather)
+            own = self._sign_info(leader)
             async with host.open_stream(leader, JOIN) as stream:
                 await stream.send(JoinRequest(self._owner.prefix, own))
                 await self._listen_to_leader(ask, stream, own)
@@ -440,7 +457,7 @@ class _Search:
 
     def _begin(self, tokens: tuple[int, ...]) -> None:
         leader = self._owner.node.peer_id
-        own = self._owner.sign_info(leader, self._key, self._order_time, self._gather)
+        own = self._sign_info(leader)
         followers = [self._followers[token] for token in tokens]
         signed = [own, *(follower.signed for follower in followers)]
         infos = [verify_member(own, now=self._owner.clock()), *(follower.info for follower in followers)]

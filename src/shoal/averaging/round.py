@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -73,7 +72,6 @@ class RoundResult:
     failure: str | None
     bytes_sent: int
     bytes_received: int
-    weight: float
     snapshot_seconds: float
     allreduce_seconds: float
 
@@ -94,7 +92,6 @@ class Round:
         partition: Partition,
         arena: Arena,
         *,
-        weight: float,
         take_snapshot: Callable[[], Awaitable[None]],
         timeout: float | None,
     ) -> None:
@@ -108,10 +105,9 @@ class Round:
         self._take_snapshot = take_snapshot
         self._timeout = timeout
         roles = self.core.roles
-        contributors = tuple(member for member in range(roles.size) if roles.contributes[member])
-        self._own = OwnSpan(partition, roles.me, arena, contributors)
-        self._own.weights[roles.me] = weight
-        self._weight = weight
+        weights = {i: member.weight for i, member in enumerate(group.members) if roles.contributes[i]}
+        self._own = OwnSpan(partition, roles.me, arena, weights)
+        self.weight = sum(weights.values())
         self._exchanging: set[int] = set()
         self._joined: set[int] = {roles.leader}
         self._averaged = 0
@@ -124,9 +120,9 @@ class Round:
         self._bytes_sent = self._bytes_received = 0
 
     @property
-    def weight(self) -> float:
-        """The sum of the contributors' weights, as far as they have opened their exchange with this member."""
-        return sum(self._own.weights.values())
+    def part_count(self) -> int:
+        """Parts of all owners' spans."""
+        return len(self._partition.parts)
 
     async def run(self) -> RoundResult:
         """Take part until the round is decided; never cancel this: :meth:`withdraw`, and wait for the
@@ -171,7 +167,6 @@ class Round:
             self.core.failure,
             self._bytes_sent,
             self._bytes_received,
-            self.weight,
             snapshot_at - began,
             decided_at - snapshot_at,
         )
@@ -271,7 +266,7 @@ class Round:
         span = ForeignSpan(self._partition, owner, self._arena)
         try:
             async with self._host.open_stream(self._peers[owner], EXCHANGE, lane=Lane.BULK) as stream:
-                await stream.send(Contribute(self._prefix, self.group.group_id, self._weight))
+                await stream.send(Contribute(self._prefix, self.group.group_id))
                 if not isinstance(await stream.receive(), ReadyForParts):
                     raise ProtocolViolation("sent a payload before it was ready for parts")
                 stream.accept_payloads(span.receive_into, self._window())
@@ -308,10 +303,7 @@ class Round:
         member = self._member(stream)
         if not self.core.roles.contributes[member] or member in self._exchanging:
             raise ProtocolViolation(f"{stream.remote} opened an exchange that it has no part in")
-        if not (math.isfinite(first.weight) and first.weight > 0):
-            raise ProtocolViolation(f"{stream.remote} gave weight {first.weight}")
         self._exchanging.add(member)
-        self._own.weights[member] = first.weight
         reason = "it ended the exchange"
         try:
             stream.accept_payloads(

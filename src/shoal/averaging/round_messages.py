@@ -20,7 +20,6 @@ class Contribute(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=Tr
 
     prefix: str
     group_id: bytes
-    weight: float
 
 
 class ReadyForParts(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):

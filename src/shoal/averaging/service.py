@@ -175,7 +175,10 @@ class AveragerService:
         await self._reach(step, AveragingStage.LOOKING_FOR_GROUP)
         try:
             return await self._matchmaker.find_group(
-                start_time=start_time, deadline=step.command.deadline, gather=step.command.gather
+                start_time=start_time,
+                deadline=step.command.deadline,
+                gather=step.command.gather,
+                weight=step.command.weight,
             )
         finally:
             step.spend(search=loop.time() - began)
@@ -217,7 +220,6 @@ class AveragerService:
             group,
             partition,
             arena,
-            weight=step.command.weight,
             take_snapshot=take_snapshot,
             timeout=self._config.allreduce_timeout,
         )
@@ -233,7 +235,7 @@ class AveragerService:
             result, cancelled = await _run_to_the_end(current)
         finally:
             self._rounds.end(current)
-        self._record(step, result, waited, len(partition.parts))
+        self._record(step, current, result, waited)
         if result.failure is not None and cancelled is None:
             raise (StepFailed if own_fault else AllreduceException)(result.failure)
         if result.failure is None:
@@ -241,7 +243,7 @@ class AveragerService:
         if cancelled is not None:
             raise cancelled
 
-    def _record(self, step: Step, result: RoundResult, waited: float, parts: int) -> None:
+    def _record(self, step: Step, current: Round, result: RoundResult, waited: float) -> None:
         step.spend(
             trigger=waited, snapshot=result.snapshot_seconds - waited, allreduce=result.allreduce_seconds
         )
@@ -249,8 +251,8 @@ class AveragerService:
             step.report,
             bytes_sent=result.bytes_sent,
             bytes_received=result.bytes_received,
-            weight=result.weight,
-            parts=parts,
+            weight=current.weight,
+            parts=current.part_count,
         )
 
     async def _apply(self, step: Step) -> None:
