@@ -39,8 +39,17 @@ Snapshot = Callable[[], Awaitable[None]]
 class SimulatedGroup:
     """Hosts on one simulated network that know each other, and an arena with random tensors for each."""
 
-    def __init__(self, seed: int, size: int, *, clients: int = 0, weights: list[float] | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        size: int,
+        *,
+        clients: int = 0,
+        weights: list[float] | None = None,
+        bandwidths: list[float] | None = None,
+    ) -> None:
         self.weights = weights or [1.0] * size
+        self.bandwidths = bandwidths or [1.0] * size
         self.rng = random.Random(seed)
         self.seed = seed
         self.size = size
@@ -88,7 +97,7 @@ class SimulatedGroup:
                 key="test.0b",
                 schema_hash=bytes(SCHEMA_HASH_BYTES),
                 mode=mode,
-                bandwidth=None,
+                bandwidth=bandwidth,
                 addresses=(),
                 gather=b"",
                 start_time=0.0,
@@ -96,7 +105,9 @@ class SimulatedGroup:
                 nonce=bytes(NONCE_BYTES),
                 weight=weight,
             )
-            for host, mode, weight in zip(self.hosts, self.modes, self.weights, strict=True)
+            for host, mode, weight, bandwidth in zip(
+                self.hosts, self.modes, self.weights, self.bandwidths, strict=True
+            )
         )
         return GroupInfo(group_id, "test.0b", members)
 
@@ -109,7 +120,7 @@ class SimulatedGroup:
     ) -> Round:
         owned = load_balance_peers(
             self.layout.data_nbytes,
-            [None] * self.size,
+            self.bandwidths,
             can_own=[mode is not PeerMode.CLIENT for mode in self.modes],
         )
 
@@ -246,6 +257,24 @@ def test_allreduce_timeout_fails_the_round_for_all():
                 group.network.set_bandwidth(group.name(member), group.name(1 - member), 100.0)
             results = await asyncio.gather(*(group.run(member, timeout=5.0) for member in range(2)))
             assert all("allreduce_timeout=5" in (result.failure or "") for result in results), results
+
+    run(main)
+
+
+def test_a_connection_that_the_round_does_not_use_may_end():
+    """Two members that own nothing may know each other from the DHT; that connection falls idle and is closed."""
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=4, size=3, bandwidths=[1.0, 0.0, 0.0]) as group:
+            await group.hosts[1].connect(group.hosts[2].peer_id, timeout=10)
+            tasks = [
+                asyncio.ensure_future(group.run(member, snapshot=lambda: asyncio.sleep(2.0)))
+                for member in range(3)
+            ]
+            await asyncio.sleep(1.0)
+            assert group.network.drop_connections(group.name(1), group.name(2)) == 1
+            results = await asyncio.gather(*tasks)
+            assert [result.failure for result in results] == [None] * 3
 
     run(main)
 

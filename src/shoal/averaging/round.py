@@ -249,8 +249,14 @@ class Round:
         self._progress = asyncio.Event()
 
     def _on_disconnect(self, peer: PeerID, reason: str) -> None:
-        if peer in self._peers:
+        if peer in self._peers and self._deals_with(self._peers.index(peer)):
             self._feed(MemberLost(self._peers.index(peer), reason))
+
+    def _deals_with(self, member: int) -> bool:
+        """Whether this round has a stream to ``member``: other connections come and go as the DHT needs them."""
+        roles = self.core.roles
+        pair = (roles.me, member)
+        return roles.leader in pair or any(roles.parts_owned[one] for one in pair)
 
     # data: to owners
 
