@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.errors import ConnectionLost, InvalidStateError, ProtocolViolation, RemoteError
+from shoal.errors import ConnectionLost, InvalidStateError, InvalidValueError, ProtocolViolation, RemoteError
 from shoal.p2p import wire
 from shoal.p2p.config import INITIAL_WINDOW
 from shoal.p2p.frames import FrameKind
@@ -345,3 +345,11 @@ def test_any_bytes_as_a_body_break_the_protocol_at_most(body):
     ):
         with contextlib.suppress(ProtocolViolation):
             decode(body)
+
+
+def test_the_text_of_any_error_can_be_sent():
+    text = "no file caf\udce9" + "x" * 1000
+    assert wire.decode_reset(wire.encode_reset("failed\udce9", text)).message.startswith("no file caf?xx")
+    assert wire.decode_goodbye(wire.encode_goodbye(text)).startswith("no file caf?xx")
+    with pytest.raises(InvalidValueError, match="surrogates"):
+        wire.encode(text)

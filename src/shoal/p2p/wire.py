@@ -94,9 +94,11 @@ def _decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
 
 
 def encode(message: object) -> bytes:
-    """The body of a message; :class:`InvalidTypeError` if it cannot be sent."""
+    """The body of a message; :class:`InvalidTypeError` or :class:`InvalidValueError` if it cannot be sent."""
     try:
         return _encoder.encode(message)
+    except UnicodeEncodeError as error:
+        raise InvalidValueError(f"message: {type(message).__name__} cannot be encoded: {error}") from error
     except (TypeError, OverflowError, RecursionError) as error:
         raise InvalidTypeError(f"message: {type(message).__name__} cannot be encoded: {error}") from error
 
@@ -127,7 +129,7 @@ def decode_open(body: Body) -> Open:
 
 def encode_reset(code: str, message: str) -> bytes:
     """Body of RESET; texts are cut to their limits."""
-    return _encoder.encode(Reset(code[:MAX_CODE], message[:MAX_REASON]))
+    return _encoder.encode(Reset(_sendable(code, MAX_CODE), _sendable(message, MAX_REASON)))
 
 
 def decode_reset(body: Body) -> Reset:
@@ -137,7 +139,12 @@ def decode_reset(body: Body) -> Reset:
 
 def encode_goodbye(reason: str) -> bytes:
     """Body of GOODBYE; the reason is cut to its limit."""
-    return _encoder.encode(Goodbye(reason[:MAX_REASON]))
+    return _encoder.encode(Goodbye(_sendable(reason, MAX_REASON)))
+
+
+def _sendable(text: str, limit: int) -> str:
+    """Cut, and without the lone surrogates that names of files may bring into the text of an error."""
+    return text[:limit].encode(errors="replace").decode()
 
 
 def decode_goodbye(body: Body) -> str:
