@@ -107,7 +107,7 @@ def test_errors_cross_with_type_text_and_traceback(runner):
     assert "in evaluate" in str(caught.value.__cause__)
 
 
-@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
 def test_a_command_cannot_end_the_process(process, runner, error):
     with pytest.raises(ShoalError, match=type(error).__name__):
         runner.call((services.fail, error)).result(LIMIT)

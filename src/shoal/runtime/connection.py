@@ -147,12 +147,12 @@ class Connection:
         number = next(self._numbers)
         future: MPFuture[Any] = MPFuture(partial(self._cancel, number), self._dispatch)
         self._pending[number] = (future, convert)
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self._channel.send(kind, call=number, service=service, body=body, descriptors=descriptors)
-        except BrokenPipeError:
-            # _finish marks the death before it fails what is pending, so that one of the two always does.
-            if self._dead:
-                self._fail(number)
+        # _finish marks the death before it fails what is pending, so that one of the two always does; also where the
+        # socket still takes bytes, because a child of the process holds its other end.
+        if self._dead:
+            self._fail(number)
         return future
 
     def new_service(self, handler: Handler | None, name: str) -> int:

@@ -212,11 +212,14 @@ class Server:
         try:
             result = await method(frame)
             kind, body = Kind.RESULT, pickling.dumps(result, "the result", "the host")
-        except (SystemExit, KeyboardInterrupt) as error:
-            # Raised by code of users; it must not end the process under everybody else.
-            kind, body = Kind.ERROR, pickling.dump_error(ShoalError(f"the command raised {error!r}"))
+        except asyncio.CancelledError:
+            raise
         except Exception as error:  # noqa: BLE001 - the task's outer edge: the host raises it again
             kind, body = Kind.ERROR, pickling.dump_error(error)
+        except BaseException as error:  # noqa: BLE001
+            # SystemExit and the like, raised by code of users: it must neither end the process under everybody
+            # else, nor leave the host waiting.
+            kind, body = Kind.ERROR, pickling.dump_error(ShoalError(f"the command raised {error!r}"))
         self._reply(kind, frame.call, body)
 
     def _reply(self, kind: Kind, call: int, body: bytes) -> None:
