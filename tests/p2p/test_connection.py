@@ -180,6 +180,16 @@ def test_pings_are_answered_and_lanes_must_be_known():
     with_stranger(check_lane)
 
 
+def test_a_lane_for_probes_carries_no_streams():
+    def check(stranger):
+        stranger.send(FrameKind.HELLO, 0, wire.encode(wire.Hello(int(Lane.PROBE), "x", True, [], 0.0)))
+        assert stranger.connection.is_open
+        stranger.send(FrameKind.OPEN, 1, wire.encode_open("m", None, True, b"\x01"))
+        assert "OPEN on a lane for probes" in stranger.connection.close_reason
+
+    with_stranger(check)
+
+
 def test_a_peer_that_asks_but_does_not_read_is_cut():
     def check(stranger):
         stranger.send(FrameKind.HELLO, 0, HELLO)

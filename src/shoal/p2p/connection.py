@@ -238,6 +238,8 @@ class Connection(asyncio.BufferedProtocol):
             self._receive_connection_frame(kind, body)
         elif self.hello is None:
             raise ProtocolViolation(f"{kind.name} before HELLO")
+        elif self.lane is Lane.PROBE:
+            raise ProtocolViolation(f"{kind.name} on a lane for probes")
         elif kind is FrameKind.OPEN:
             self.note_use()
             self.calls.receive_open(stream_id, body)

@@ -120,7 +120,8 @@ class Connections:
         may_open = len(lanes) < self.config.bulk_lanes and now >= self._lane_failures.get(peer, now)
         if may_open and (not lanes or lanes[0].load > 0):
             if not await self._open_lane(peer, deadline):
-                self._lane_failures[peer] = now + LANE_RETRY_PAUSE
+                until = {one: when for one, when in self._lane_failures.items() if when > now}
+                self._lane_failures = {**until, peer: now + LANE_RETRY_PAUSE}
             lanes = self._bulk(peer)
         if lanes:
             return lanes[0]
