@@ -44,7 +44,7 @@ def write_plot(history: History, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     began = history.training_began
-    _draw(axes, "central training", history.central, began, color="black", linewidth=1.5)
+    _draw(axes, "central training", history.central, began, color="black", linewidth=1.2, zorder=5)
     for number, (name, curve) in enumerate(sorted(history.swarm.items())):
         # After each average all peers are the same: the later ones are thinner, so that all can be seen.
         _draw(axes, f"swarm: {name}", curve, began, linewidth=max(1.0, 6.0 - number), alpha=0.8)

@@ -60,10 +60,6 @@ class WorkerProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    @property
-    def returncode(self) -> int | None:
-        return self._process.returncode
-
     def send(self, command: protocol.Command) -> None:
         """Send a command; one to a worker that has ended is lost."""
         self._send(command)
