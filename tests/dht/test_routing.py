@@ -110,3 +110,17 @@ def test_not_seen_since(many_peers: list[PeerID]) -> None:
 
 def test_prefix() -> None:
     assert id_prefix(0x0102030405060708 << 96 | 99) == bytes(range(1, 9))
+
+
+def test_who_found_no_room_is_remembered_for_a_while(many_peers: list[PeerID]) -> None:
+    table = RoutingTable(0, 1)
+    first, second = [peer for peer in many_peers if node_id(peer) >> 159][:2]
+    table.answered(first, 1.0)
+    table.answered(second, 2.0)
+    assert table.keeps_waiting(second, 1.5)
+    assert not table.keeps_waiting(second, 2.0)
+    assert not table.keeps_waiting(first, 0.0)
+    assert not table.keeps_waiting(many_peers[399], 0.0)
+    table.failed(first)
+    assert second in table
+    assert not table.keeps_waiting(second, 0.0)

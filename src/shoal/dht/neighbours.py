@@ -157,10 +157,16 @@ class Neighbours:
             self.greet_if_new(peer)
 
     def greet_if_new(self, peer: PeerID) -> None:
-        """Greet a peer in the background unless it is known, or was lost a moment ago."""
+        """Greet a peer in the background unless it is known, or was lost or found no room a moment ago."""
         if self.heard_of is not None:
             self.heard_of[peer] = None
-        elif peer not in self.table and not self._is_resting(peer) and len(self._greetings) < MAX_GREETINGS:
+        elif not (
+            peer in self.table
+            or self._is_resting(peer)
+            # Else two nodes that have no room for each other could greet each other in turns for ever.
+            or self.table.keeps_waiting(peer, self._loop.time() - PROBE_AFTER)
+            or len(self._greetings) >= MAX_GREETINGS
+        ):
             self.greet_in_background(peer)
 
     def greet_in_background(self, peer: PeerID) -> asyncio.Task[bool]:

@@ -63,6 +63,12 @@ class RoutingTable:
         for index in sorted(self._buckets):
             yield from self._buckets[index].nodes
 
+    def keeps_waiting(self, peer: PeerID, since: float) -> bool:
+        """Whether the peer answered after ``since``, and waits for a place in its bucket, which was full."""
+        bucket = self._bucket_of(node_id(peer))
+        entry = None if bucket is None else bucket.replacements.get(peer)
+        return entry is not None and entry.last_seen > since
+
     def answered(self, peer: PeerID, now: float) -> PeerID | None:
         """The peer answered a call: remember it as the most recently seen of its bucket.
 
