@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -397,6 +398,32 @@ def test_calls_after_shutdown_say_so(swarm: Swarm):
         step.result(30)
     with pytest.raises(InvalidStateError):
         averager.step()
+
+
+def test_a_step_after_a_shutdown_that_came_before_the_start_says_so(swarm: Swarm):
+    averager = swarm.peer([torch.zeros(2)], size=2, start=False)
+    averager.run_in_background(await_ready=False)
+    averager.shutdown()
+    with pytest.raises(InvalidStateError, match="shut down"):
+        averager.step()
+
+
+def test_the_garbage_collector_does_not_wait_for_the_end_of_an_averager(
+    swarm: Swarm, caplog: pytest.LogCaptureFixture
+):
+    """It may run on the thread that would receive the answer, and everything would stand still until the timeout."""
+    dht = swarm.own_dht()
+    averager = swarm.peer([torch.zeros(2)], size=2, dht=dht)
+    step = averager.step(wait=False)
+    os.kill(dht.background.pid, signal.SIGSTOP)
+    with caplog.at_level(logging.WARNING):
+        swarm.averagers.clear()
+        del averager
+        gc.collect()
+    os.kill(dht.background.pid, signal.SIGCONT)
+    assert "did not end" not in caplog.text
+    with pytest.raises(AllreduceException, match="shut down"):
+        step.result(30)
 
 
 def test_the_dht_may_be_shut_down_first(swarm: Swarm):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pickle
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -200,7 +203,8 @@ class DecentralizedAverager:
             factory, name=f"averager {self._config.prefix}", handler=self._keeper.handle
         )
         self._started = MPFuture()
-        self._finalizer = weakref.finalize(self, _close, creation, self._keeper)
+        self._finalizer = weakref.finalize(self, _close_in_background, creation, self._keeper)
+        self._finalizer.atexit = False  # the end of the interpreter ends the background process and all in it
         creation.add_done_callback(partial(_attach_arena, self._started, self._keeper))
         if await_ready:
             try:
@@ -215,8 +219,8 @@ class DecentralizedAverager:
             return
         registered = self._finalizer.detach()
         if registered is not None:
-            _, close, (creation, keeper), _ = registered
-            close(creation, keeper, self._shutdown_timeout)
+            _, _, (creation, keeper), _ = registered
+            _close(creation, keeper, self._shutdown_timeout)
 
     @property
     def is_alive(self) -> bool:
@@ -386,8 +390,10 @@ class DecentralizedAverager:
         return control
 
     def _ready(self) -> ServiceHandle:
-        if self._started is None:
+        if self._started is None or self._finalizer is None:
             raise InvalidStateError("this averager is not started; call run_in_background() first")
+        if not self._finalizer.alive:
+            raise InvalidStateError("this averager was shut down")
         return self._started.result()
 
     def _encode(self, gather: Any) -> bytes:
@@ -438,10 +444,20 @@ def _attach_arena(started: MPFuture[ServiceHandle], keeper: TensorKeeper, creati
         handle: ServiceHandle = creation.result()
         memory = keeper.create_memory()
         handle.call(AttachArena(memory.nbytes), descriptors=[memory.fd]).result()
+    except CancelledError:
+        started.set_exception(InvalidStateError("the averager was shut down before it had started"))
     except BaseException as e:  # noqa: BLE001 - whoever waits for the start gets it
         started.set_exception(e)
     else:
         started.set_result(handle)
+
+
+def _close_in_background(creation: MPFuture[ServiceHandle], keeper: TensorKeeper) -> None:
+    """As :func:`_close`, for the garbage collector: it may run on the very thread that would receive the answer."""
+    with contextlib.suppress(RuntimeError):  # the interpreter is ending, and the background process with it
+        threading.Thread(
+            target=_close, args=(creation, keeper), name="shoal-averager-end", daemon=True
+        ).start()
 
 
 def _close(creation: MPFuture[ServiceHandle], keeper: TensorKeeper, timeout: float = 5.0) -> None:
