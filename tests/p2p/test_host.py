@@ -124,6 +124,17 @@ async def test_every_address_is_listed_with_its_reason(swarm, caplog):
 
 
 @simulated()
+async def test_another_peer_at_an_old_address_is_an_error_of_the_dial_and_no_warning(swarm, caplog):
+    caplog.set_level(logging.INFO, "shoal")
+    a, b = await swarm.host("a"), await swarm.host("b")
+    gone = make_identity("gone").peer_id
+    a.add_addresses(gone, b.listen_addresses)
+    with pytest.raises(PeerUnreachable, match=r"answers where .* was expected"):
+        await a.call(gone, ECHO, Number(1), timeout=5)
+    assert not [record for record in caplog.records if "broke the protocol" in record.getMessage()]
+
+
+@simulated()
 async def test_a_deadline_shorter_than_the_dial(swarm, caplog):
     a, b = await swarm.host("a"), await swarm.host("b")
     b.add_addresses(a.peer_id, [Multiaddr.parse("/ip4/10.9.9.9/tcp/1")])

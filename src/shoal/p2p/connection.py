@@ -438,7 +438,11 @@ class Connection(asyncio.BufferedProtocol):
         """End the connection: the peer broke the protocol."""
         if self.close_reason is not None:
             return
-        logger.warning("%s", self._where(f"broke the protocol: {error}"))
+        # Who dialed tells its caller why that failed, e.g. that another peer lives at an address now; and anybody may
+        # knock at an open port. A known peer that breaks the protocol is another matter.
+        level = logging.INFO if self.role is Role.RESPONDER else logging.DEBUG
+        level = logging.WARNING if self.hello is not None else level
+        logger.log(level, "%s", self._where(f"broke the protocol: {error}"))
         self._say_goodbye(f"protocol violation: {error}")
         self._end(f"broke the protocol: {error}", error)
 
