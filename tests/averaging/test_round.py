@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 import torch
 
+from shoal.averaging.allreduce import AskForOutcome, Phase
 from shoal.averaging.exchange import Arena
 from shoal.averaging.group import (
     GROUP_ID_BYTES,
@@ -275,6 +276,33 @@ def test_a_connection_that_the_round_does_not_use_may_end():
             assert group.network.drop_connections(group.name(1), group.name(2)) == 1
             results = await asyncio.gather(*tasks)
             assert [result.failure for result in results] == [None] * 3
+
+    run(main)
+
+
+def test_an_orphan_that_knows_the_outcome_waits_for_no_further_answer():
+    async def main() -> None:
+        async with SimulatedGroup(seed=4, size=3) as group:
+            release = asyncio.Event()
+
+            async def until_released() -> None:
+                await release.wait()
+
+            current = group.round(1)
+            others = [group.round(member, snapshot=until_released) for member in (0, 2)]
+            tasks = [asyncio.ensure_future(other.run()) for other in (current, *others)]
+            await asyncio.sleep(1.0)
+            # as if this member had been ready when it lost the leader, and the last member had heard of a failure
+            current.core.phase = Phase.ORPHANED
+            group.network.kill(group.name(0), silently=True)
+            others[1].withdraw("on purpose")
+            current._carry_out(AskForOutcome((0, 2)))
+            began = asyncio.get_running_loop().time()
+            assert (await tasks[0]).failure
+            assert asyncio.get_running_loop().time() - began < 3.0  # asking the leader takes 5 s
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     run(main)
 

@@ -117,6 +117,7 @@ class Round:
         self._announced = asyncio.Event()
         self._report: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         self._tasks: asyncio.TaskGroup | None = None
+        self._asking: set[asyncio.Task[None]] = set()
         self._bytes_sent = self._bytes_received = 0
 
     @property
@@ -148,7 +149,7 @@ class Round:
                     timer = loop.call_later(self._timeout, self.withdraw, reason)
                 await self._decided.wait()
                 decided_at = loop.time()
-                for task in tasks:
+                for task in (*tasks, *self._asking):
                     task.cancel()
                 if roles.me != roles.leader:
                     await asyncio.wait([farewell], timeout=FAREWELL_TIMEOUT)
@@ -228,7 +229,9 @@ class Round:
             case AskForOutcome(members):
                 if self._tasks is not None:
                     for member in members:
-                        self._tasks.create_task(self._ask_for_outcome(member))
+                        task = self._tasks.create_task(self._ask_for_outcome(member))
+                        self._asking.add(task)
+                        task.add_done_callback(self._asking.discard)
             case Finish():
                 self._decided.set()
                 self._wake()
