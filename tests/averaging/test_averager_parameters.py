@@ -88,6 +88,7 @@ def test_the_defaults_make_an_averager():
         ({"min_matchmaking_time": math.inf}, "min_matchmaking_time=inf"),
         ({"request_timeout": -1}, "request_timeout=-1"),
         ({"averaging_alpha": math.nan}, "averaging_alpha=nan"),
+        ({"averaging_alpha": 10**5000}, "averaging_alpha is a whole number beyond"),
         ({"averaging_alpha": 0}, "averaging_alpha=0"),
         ({"part_size_bytes": 10}, "part_size_bytes=10"),
         ({"part_size_bytes": 1 << 40}, "part_size_bytes="),

@@ -91,7 +91,11 @@ def check_number(name: str, value: Any, *, minimum: float | None = None, above: 
     """:raises InvalidTypeError: not a number; :raises InvalidValueError: NaN, infinite or out of range"""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidTypeError(f"{name}={value!r}: a number is allowed, not {type(value).__name__}")
-    if not math.isfinite(value):
+    try:
+        is_finite = math.isfinite(value)
+    except OverflowError:
+        raise InvalidValueError(f"{name} is a whole number beyond the range of float") from None
+    if not is_finite:
         raise InvalidValueError(f"{name}={value}: a finite number is allowed")
     if minimum is not None and value < minimum:
         raise InvalidValueError(f"{name}={value}: at least {minimum:g} is allowed")

@@ -32,7 +32,6 @@ class TensorKeeper:
         self.last_report: RoundReport | None = None
         self._alpha = alpha
         self._memory: SharedMemory | None = None
-        self._populated = False
 
     def create_memory(self) -> SharedMemory:
         """The shared memory of both areas: the snapshot, and the average behind it."""
