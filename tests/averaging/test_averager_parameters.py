@@ -11,6 +11,7 @@ import torch
 
 import shoal
 from shoal.averaging import DecentralizedAverager
+from shoal.averaging.config import default_start, matchmaking_config
 
 SIGNATURE = [
     "averaged_tensors",
@@ -166,3 +167,19 @@ def test_a_step_before_the_start_says_so():
 def test_a_request_timeout_that_is_too_long_is_a_warning(caplog: pytest.LogCaptureFixture):
     make(request_timeout=6.0)
     assert "request_timeout=6" in caplog.text
+
+
+def test_more_parts_than_there_may_be_are_found_out_when_the_averager_is_made():
+    huge = torch.zeros(1).expand(3 << 30)
+    with pytest.raises(ValueError, match="memory"):
+        make(averaged_tensors=[huge])
+    layout = torch.empty(300 << 20, dtype=torch.float32)  # never touched: takes no memory
+    with pytest.raises(ValueError, match="part_size_bytes is 1024"):
+        make(averaged_tensors=[layout], part_size_bytes=1024)
+
+
+def test_a_search_shorter_than_the_matchmaking_time_begins_before_its_end():
+    settings = matchmaking_config(None, 2, 5.0, 3.0)
+    assert default_start(100.0, None, settings) == 105.0
+    assert default_start(100.0, 120.0, settings) == 105.0
+    assert default_start(100.0, 102.0, settings) == 101.6

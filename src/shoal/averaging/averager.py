@@ -21,15 +21,17 @@ from shoal.averaging.background import create_averager_service
 from shoal.averaging.commands import AllowAllreduce, AttachArena, RunStep, StepOutcome
 from shoal.averaging.config import (
     DEFAULT_PART_SIZE_BYTES,
+    MAX_WAIT,
     AveragerConfig,
     check_flag,
     check_number,
+    default_start,
     matchmaking_config,
 )
 from shoal.averaging.control import StepControl
 from shoal.averaging.group import MAX_GATHER_BYTES
 from shoal.averaging.hostside import TensorKeeper
-from shoal.averaging.partition import Layout
+from shoal.averaging.partition import Layout, Partition
 from shoal.averaging.schema import TensorSchema, validate_tensors
 from shoal.averaging.tensors import TensorStore
 from shoal.compression import CompressionBase, NoCompression
@@ -73,7 +75,7 @@ class DecentralizedAverager:
     :param prefix: peers with the same prefix average together; no dots. An averager's prefix is its own on
       its ``dht``.
     :param target_group_size: a group of this many peers is full
-    :param min_group_size: a smaller group does not begin
+    :param min_group_size: a smaller group does not begin; the same at all peers
     :param min_matchmaking_time: seconds that a group that is not full waits for further peers
     :param request_timeout: seconds to wait for a leader's first answer; smaller than ``min_matchmaking_time``
     :param averaging_alpha: tensors move by this fraction of the way to the average; 1: they become the
@@ -175,6 +177,9 @@ class DecentralizedAverager:
         self.dht = dht
         self._schema = TensorSchema.from_tensors(tensors, [compression] * len(tensors))
         layout = Layout.from_schema(self._schema)
+        Partition.create(
+            layout, [layout.data_nbytes], part_size_bytes
+        )  # raises if there would be too many parts
         self._keeper = TensorKeeper(TensorStore(tensors, layout), layout, float(averaging_alpha))
         self._shutdown_timeout = shutdown_timeout
         self._steps = 0
@@ -279,8 +284,10 @@ class DecentralizedAverager:
         """
         store = self._keeper.store
         with store.hold() as tensors:
-            yield tensors
-            store.mark_stream()
+            try:
+                yield tensors
+            finally:
+                store.mark_stream()
 
     def step(
         self,
@@ -297,8 +304,8 @@ class DecentralizedAverager:
         :param gather: sent to every member of the group; anything that :attr:`serializer` encodes, at most
           512 KiB
         :param scheduled_time: when all-reduce is expected to begin (:func:`~shoal.utils.get_dht_time`
-          seconds); a group that is not full waits for further peers until then. Default: in
-          ``min_matchmaking_time`` seconds.
+          seconds, at most a day ahead); a group that is not full waits for further peers until then. Default: in
+          ``min_matchmaking_time`` seconds, or when four fifths of a shorter ``timeout`` have passed.
         :param weight: of this peer in the average, > 0; default: 1
         :param timeout: seconds for finding a group, from now on, the wait for earlier steps included; None:
           search until one is found
@@ -352,9 +359,9 @@ class DecentralizedAverager:
             check_number("timeout", timeout, above=0)
         deadline = None if timeout is None else now + timeout
         if scheduled_time is None:
-            scheduled_time = now + self._config.matchmaking.min_matchmaking_time
+            scheduled_time = default_start(now, deadline, self._config.matchmaking)
         else:
-            check_number("scheduled_time", scheduled_time)
+            check_number("scheduled_time", scheduled_time, maximum=now + MAX_WAIT)
             if deadline is not None and scheduled_time > deadline:
                 raise InvalidValueError(
                     f"scheduled_time={scheduled_time}: it is {scheduled_time - now:.1f} s ahead, "

@@ -17,6 +17,11 @@ MAX_PART_SIZE_BYTES = 1 << 26
 """The largest payload that a connection takes."""
 
 
+MAX_WAIT = 86400.0
+"""Seconds: the longest time ahead at which a group may be scheduled."""
+START_BEFORE_DEADLINE = 0.8
+
+
 @dataclass(frozen=True)
 class AveragerConfig:
     """Everything but the tensors that the background process has to know. Times in seconds."""
@@ -59,11 +64,19 @@ def matchmaking_config(
     if target_group_size is not None:
         check_count("target_group_size", target_group_size, 1)
     check_count("min_group_size", min_group_size, 1)
-    check_number("min_matchmaking_time", min_matchmaking_time, above=0)
+    check_number("min_matchmaking_time", min_matchmaking_time, above=0, maximum=MAX_WAIT)
     check_number("request_timeout", request_timeout, above=0)
     return MatchmakingConfig(
         target_group_size, min_group_size, float(min_matchmaking_time), float(request_timeout)
     )
+
+
+def default_start(now: float, deadline: float | None, settings: MatchmakingConfig) -> float:
+    """When a group that is not full begins: after ``min_matchmaking_time``, or well before the deadline of a search
+    that is shorter than that. DHT seconds.
+    """
+    wait = settings.min_matchmaking_time
+    return now + (wait if deadline is None else min(wait, START_BEFORE_DEADLINE * (deadline - now)))
 
 
 def check_string(name: str, value: Any) -> None:
@@ -87,7 +100,14 @@ def check_count(name: str, value: Any, minimum: int, maximum: int | None = None)
         raise InvalidValueError(f"{name}={value}: {allowed} is allowed")
 
 
-def check_number(name: str, value: Any, *, minimum: float | None = None, above: float | None = None) -> None:
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+) -> None:
     """:raises InvalidTypeError: not a number; :raises InvalidValueError: NaN, infinite or out of range"""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidTypeError(f"{name}={value!r}: a number is allowed, not {type(value).__name__}")
@@ -101,3 +121,5 @@ def check_number(name: str, value: Any, *, minimum: float | None = None, above: 
         raise InvalidValueError(f"{name}={value}: at least {minimum:g} is allowed")
     if above is not None and value <= above:
         raise InvalidValueError(f"{name}={value}: more than {above:g} is allowed")
+    if maximum is not None and value > maximum:
+        raise InvalidValueError(f"{name}={value}: at most {maximum:g} is allowed")

@@ -16,8 +16,8 @@ from shoal.averaging.reduction import apply_difference, encode_difference, is_fi
 from shoal.compression.base import Bytes, tensor_bytes
 from shoal.errors import AllreduceException, ProtocolViolation
 
-MAX_HELD_PARTS = 16
-"""Parts of one sender that may wait for those of slower senders; its next ones then stay on the wire."""
+HELD_BYTES = 8 << 20
+"""Memory for parts of one sender that wait for slower members; its next ones then stay on the wire."""
 
 
 @dataclass(frozen=True)

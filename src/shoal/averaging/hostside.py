@@ -6,6 +6,7 @@ Holds no reference to the averager itself, so that an averager that nobody refer
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from shoal.averaging.commands import ApplyAverage, ReachStage, TakeSnapshot
@@ -17,6 +18,8 @@ from shoal.runtime.memory import SharedMemory
 
 if TYPE_CHECKING:
     from shoal.averaging.report import RoundReport
+
+logger = logging.getLogger(__name__)
 
 LOCK_TIMEOUT = 30.0
 """Seconds for which a round waits for the lock before its snapshot; groupmates wait with it."""
@@ -68,6 +71,7 @@ class TensorKeeper:
         try:
             self.store.snapshot(area, timeout=LOCK_TIMEOUT)
         except DeadlineExceeded as e:
+            logger.warning("withdrawing from a round, whose other members wait: %s", e)
             raise AllreduceException(f"withdrawn from the round: {e}") from e
         index = first_non_finite(self.layout, area)
         if index is not None:

@@ -82,7 +82,7 @@ class SearchStory:
             shown = ", ".join(map(str, self._other_schema))
             text += (
                 f", peers that average tensors of another schema: {shown}"
-                " (shapes, dtypes, compression or part_size_bytes differ)"
+                " (shapes, dtypes, compression, part_size_bytes or min_group_size differ)"
             )
         return text
 

@@ -31,7 +31,7 @@ from shoal.averaging.allreduce import (
     SnapshotTaken,
     Withdrawn,
 )
-from shoal.averaging.exchange import MAX_HELD_PARTS, Arena, ForeignSpan, NotFiniteError, OwnSpan
+from shoal.averaging.exchange import HELD_BYTES, Arena, ForeignSpan, NotFiniteError, OwnSpan
 from shoal.averaging.group import GroupInfo, PeerMode
 from shoal.averaging.partition import Partition
 from shoal.averaging.round_messages import (
@@ -111,6 +111,9 @@ class Round:
         self._exchanging: set[int] = set()
         self._joined: set[int] = {roles.leader}
         self._averaged = 0
+        self._returned: dict[int, int] = {}
+        largest = max((part.nbytes for part in self._own.parts), default=1)
+        self._max_held = max(2, HELD_BYTES // largest)
         self._progress = asyncio.Event()
         self._snapshot_taken = asyncio.Event()
         self._decided = asyncio.Event()
@@ -331,7 +334,7 @@ class Round:
 
     async def _receive_parts(self, stream: Stream, member: int) -> None:
         for index in range(len(self._own.parts)):
-            while index - self._averaged > MAX_HELD_PARTS and self.core.phase not in DECIDED:
+            while self._is_ahead(member, index) and self.core.phase not in DECIDED:
                 await self._progress.wait()
             payload = await stream.receive()
             if not isinstance(payload, Payload):
@@ -349,6 +352,15 @@ class Round:
             data = self._own.to_return(member, index)
             await stream.send_payload(index, data)
             self._bytes_sent += self._own.parts[index].nbytes
+            self._returned[member] = index + 1
+            self._wake()
+
+    def _is_ahead(self, member: int, index: int) -> bool:
+        """Whether a member's next part would take more memory than it may: for parts that wait for slower senders,
+        and, under a lossy codec, for answers that the member has not taken yet.
+        """
+        settled = min(self._averaged, self._returned.get(member, 0))
+        return index - settled > self._max_held
 
     def _member(self, stream: Stream) -> int:
         if stream.remote not in self._peers:

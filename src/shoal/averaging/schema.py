@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -59,29 +58,12 @@ class TensorSchema:
         """The canonical form: a line of text for each tensor."""
         return "".join(f"{line}\n" for line in ("shoal tensors 1", *map(str, self.specs))).encode()
 
-    @cached_property
-    def digest(self) -> bytes:
-        """SHA-256 of the canonical form, 32 bytes: equal exactly if the schemas are."""
-        return hashlib.sha256(self.to_bytes()).digest()
-
-    def agreement(self, part_size_bytes: int) -> bytes:
-        """What the peers of a group have in common, as a hash of 32 bytes: the schema and the size of its parts."""
-        return hashlib.sha256(self.to_bytes() + f"parts of {part_size_bytes}\n".encode()).digest()
-
-    def difference(self, other: TensorSchema) -> str:
-        """In words, how ``other`` (a remote peer's) differs from this one; empty if it does not."""
-        if len(self.specs) != len(other.specs):
-            return f"{len(self.specs)} tensors here, {len(other.specs)} there"
-        unequal = [
-            (index, mine, theirs)
-            for index, (mine, theirs) in enumerate(zip(self.specs, other.specs, strict=True))
-            if mine != theirs
-        ]
-        if not unequal:
-            return ""
-        index, mine, theirs = unequal[0]
-        more = f" (and {len(unequal) - 1} more tensors differ)" if len(unequal) > 1 else ""
-        return f"tensor {index} is {mine} here, {theirs} there{more}"
+    def agreement(self, part_size_bytes: int, min_group_size: int) -> bytes:
+        """What the peers of a group have in common, as a hash of 32 bytes: the schema, and the settings that would
+        otherwise fail each of their rounds, or form groups that a member's own settings forbid.
+        """
+        settings = f"parts of {part_size_bytes}, groups of at least {min_group_size}\n"
+        return hashlib.sha256(self.to_bytes() + settings.encode()).digest()
 
 
 def validate_tensors(averaged_tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -141,6 +123,8 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
     )
     if tensor.numel() == 0:
         return False
+    if tensor.numel() > _extent(tensor):
+        return True  # more elements than places; counting them could take more memory than there is
     reach = 0
     for stride, size in strides:
         if stride <= reach:

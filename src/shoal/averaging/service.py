@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,7 +21,7 @@ from shoal.averaging.commands import (
     StepOutcome,
     TakeSnapshot,
 )
-from shoal.averaging.config import AveragerConfig
+from shoal.averaging.config import AveragerConfig, default_start
 from shoal.averaging.control import AveragingStage
 from shoal.averaging.exchange import Arena
 from shoal.averaging.group import GroupInfo, PeerMode
@@ -39,6 +40,8 @@ from shoal.runtime.service import ServiceContext
 from shoal.utils.timed import get_dht_time
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -85,7 +88,7 @@ class AveragerService:
             dht.node,
             router,
             prefix=config.prefix,
-            schema_hash=schema.agreement(config.part_size_bytes),
+            schema_hash=schema.agreement(config.part_size_bytes, config.matchmaking.min_group_size),
             config=config.matchmaking,
             mode=mode,
             bandwidth=config.bandwidth,
@@ -159,7 +162,7 @@ class AveragerService:
                 if not command.allow_retries or time_is_up or isinstance(e, StepFailed):
                     return self._finish(step, found, str(e))
                 logger.info("round %d: attempt %d failed: %s", command.step, step.report.attempts, e)
-                start_time = now + self._config.matchmaking.min_matchmaking_time
+                start_time = default_start(now, command.deadline, self._config.matchmaking)
                 continue
             gathered = tuple((member.peer_id, member.gather) for member in group.members)
             return replace(self._finish(step, found, None), gathered=gathered)
@@ -232,14 +235,17 @@ class AveragerService:
         )
         self._rounds.begin(current)
         try:
-            result, cancelled = await _run_to_the_end(current)
+            result, cancelled = await _run_to_the_end(
+                current.run(), lambda: current.withdraw("its user cancelled the step")
+            )
         finally:
             self._rounds.end(current)
         self._record(step, current, result, waited)
         if result.failure is not None and cancelled is None:
             raise (StepFailed if own_fault else AllreduceException)(result.failure)
         if result.failure is None:
-            await self._apply(step)
+            _, late = await _run_to_the_end(self._apply(step), lambda: None)
+            cancelled = cancelled or late
         if cancelled is not None:
             raise cancelled
 
@@ -272,18 +278,18 @@ class AveragerService:
         return Partition.create(self._layout, owned, self._config.part_size_bytes)
 
 
-async def _run_to_the_end(current: Round) -> tuple[RoundResult, asyncio.CancelledError | None]:
-    """Run a round; being cancelled withdraws from it, and is reported once the round is decided for this
-    member.
-    """
-    running = asyncio.ensure_future(current.run())
+async def _run_to_the_end(
+    work: Coroutine[Any, Any, T], on_cancel: Callable[[], None]
+) -> tuple[T, asyncio.CancelledError | None]:
+    """Run what must not stop half-way. Being cancelled meanwhile calls ``on_cancel``, and is returned for later."""
+    running = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not running.done():
         try:
             await asyncio.wait({running})
         except asyncio.CancelledError as e:
             cancelled = e
-            current.withdraw("its user cancelled the step")
+            on_cancel()
     return running.result(), cancelled
 
 
