@@ -9,7 +9,7 @@ import pytest
 from shoal.dht.cache import RecordCache
 from shoal.dht.ids import key_id
 from shoal.dht.storage import PLAIN, Entry, StorageLimits
-from shoal.dht.validation import CompositeValidator
+from shoal.dht.validation import CompositeValidator, DHTRecord, RecordValidatorBase
 from shoal.p2p.identity import PeerID
 from shoal.utils.serializer import MSGPackSerializer
 
@@ -56,3 +56,22 @@ def test_keys_that_nobody_has_are_forgotten_too(many_peers: list[PeerID]) -> Non
     for number in range(100):
         cache.open(key_id(dumps(number)), dumps(number))
     assert sum(cache.get(key_id(dumps(number))) is not None for number in range(100)) == 10
+
+
+def test_a_reason_that_quotes_a_record_is_one_line(
+    many_peers: list[PeerID], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Quoting(RecordValidatorBase):
+        def validate(self, record: DHTRecord) -> bool:
+            raise ValueError(MSGPackSerializer.loads(record.value))
+
+    validator = CompositeValidator([Quoting()])
+    cache = RecordCache(10, validator, StorageLimits(), lambda: NOW)
+    known = cache.open(key_id(KEY), KEY)
+    forged = dumps("no\n[ERROR] forged" + "x" * 10_000)
+    cache.merge(key_id(KEY), known, many_peers[0], [(PLAIN, Entry(forged, NOW + 10))], 1)
+    assert known.value(NOW) is None
+    (record,) = caplog.records
+    assert "forged" in record.getMessage()
+    assert record.getMessage().isprintable()
+    assert len(record.getMessage()) < 600

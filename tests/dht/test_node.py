@@ -15,10 +15,13 @@ from shoal.dht.ids import key_id, node_id
 from shoal.dht.messages import FIND, STORE, FindRequest, FindResponse, StoredEntry, StoreRequest
 from shoal.dht.node import DHTNode
 from shoal.dht.schema import SchemaValidator
+from shoal.dht.server import Server
 from shoal.dht.types import ValueWithExpiration
 from shoal.dht.validation import protected_key
 from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError
+from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
+from shoal.p2p.multiaddr import Multiaddr
 from shoal.testing.clock import run
 from shoal.testing.dht import SimulatedDHT
 from shoal.utils.serializer import MSGPackSerializer
@@ -123,6 +126,31 @@ def test_expirations_that_are_not_allowed(caplog: pytest.LogCaptureFixture) -> N
         assert await nodes[0].get("key") is None  # and neither do they believe it
         assert [node.num_records for node in nodes] == [0, 0]
 
+    simulate(story)
+
+
+def test_refusals_and_dial_backs_forge_no_lines_of_a_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    forged = "no\n[ERROR] forged"
+
+    async def refuse(self: Server, key: bytes, entries: list[object]) -> list[str]:
+        return [forged for _ in entries]
+
+    async def cannot_dial(self: Host, peer: PeerID, address: Multiaddr) -> str:
+        return forged
+
+    async def story(sim: SimulatedDHT) -> None:
+        await sim.start(0)
+        client = await sim.start(1, [sim.address(0)])
+        assert client.client_mode
+        assert not await client.store("key", 1, sim.now() + 100)
+        warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert len([text for text in warnings if "forged" in text]) == 2
+        assert all(text.isprintable() for text in warnings)
+
+    monkeypatch.setattr(Server, "_keep", refuse)
+    monkeypatch.setattr(Host, "_probe", cannot_dial)
     simulate(story)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 
 import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.errors import ProtocolViolation
 from shoal.p2p import wire
 from shoal.p2p.calls import Served
 from shoal.p2p.config import HostConfig
@@ -309,3 +311,35 @@ def test_any_frames_close_the_connection_at_most(says_hello, frames):
                 )
 
     with_stranger(check)
+
+
+FORGED = "done\n2026-11-23 12:00:00 [ERROR] [shoal] all keys are lost\x1b[2J\u202e"
+
+
+def test_no_text_of_a_peer_forges_lines_of_a_log():
+    def check(stranger):
+        stranger.send(FrameKind.HELLO, 0, wire.encode(wire.Hello(0, "a\nb\x1b[2J", True, [], 0.0)))
+        assert stranger.connection.hello.agent == "a\\nb\\x1b[2J"
+        method = Method("m", msgspec.Struct, msgspec.Struct)
+        _, state = stranger.connection.calls.open_stream(method, None)
+        stranger.send(FrameKind.RESET, state.id, wire.encode_reset("x\ny", FORGED))
+        stranger.send(FrameKind.GOODBYE, 0, wire.encode_goodbye(FORGED))
+        for text in (str(state.failure), stranger.connection.close_reason):
+            assert "all keys are lost" in text
+            assert text.isprintable()
+
+    with_stranger(check)
+
+
+class Tagged(msgspec.Struct, tag="a"):
+    pass
+
+
+class OtherTag(msgspec.Struct, tag="b"):
+    pass
+
+
+def test_what_does_not_decode_is_not_quoted_as_it_came():
+    with pytest.raises(ProtocolViolation, match="all keys are lost") as caught:
+        wire.decode(msgspec.msgpack.encode({"type": FORGED}), Tagged | OtherTag, "request")
+    assert str(caught.value).isprintable()

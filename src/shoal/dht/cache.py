@@ -20,6 +20,7 @@ from shoal.dht.validation import CompositeValidator, DHTRecord
 from shoal.errors import InvalidValueError
 from shoal.p2p.identity import PeerID
 from shoal.utils.serializer import MSGPackSerializer
+from shoal.utils.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ class RecordCache:
                 value = MSGPackSerializer.loads(self._validator.strip_value(record))
                 hash(subkey)
             except (InvalidValueError, TypeError) as error:
-                reason = str(error)
+                reason = printable(str(error))
             else:
                 return subkey, ValueWithExpiration(value, record.expiration_time)
         logger.warning("a record that was found is ignored: %s", reason)

@@ -24,6 +24,7 @@ from shoal.dht.storage import Entry, Storage
 from shoal.dht.tasks import TaskSet
 from shoal.dht.types import ValueWithExpiration
 from shoal.p2p.identity import PeerID
+from shoal.utils.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class Records:
             response = await self._neighbours.call(peer, STORE, request)
             if response is None:
                 return None
-            accepted += self._note_outcome(reasons, peer, response.refused[0] if response.refused else "")
+            accepted += self._note_outcome(reasons, peer, printable("".join(response.refused[:1])))
             return self._neighbours.learn(response.nodes)
 
         await Search(lookup, ask, self._config.stall_timeout, self._tasks).run()

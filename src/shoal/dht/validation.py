@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from shoal.errors import InvalidTypeError, InvalidValueError
 from shoal.p2p.identity import SIGNATURE_BYTES, Identity, PeerID, verify
 from shoal.utils.serializer import MSGPackSerializer
+from shoal.utils.text import printable
 
 __all__ = [
     "CompositeValidator",
@@ -95,14 +96,15 @@ class CompositeValidator(RecordValidatorBase):
         return self.explain(record) is None
 
     def explain(self, record: DHTRecord) -> str | None:
+        """The first reason against the record; one line, whatever of the record a validator quotes in it."""
         for validator in reversed(self._validators):
             try:
                 reason = validator.explain(record)
                 if reason is not None:
-                    return reason
+                    return printable(reason)
                 record = replace(record, value=validator.strip_value(record))
             except Exception as error:  # noqa: BLE001 - users' validators run on bytes from strangers
-                return f"{type(validator).__name__} raised {type(error).__name__}: {error}"
+                return printable(f"{type(validator).__name__} raised {type(error).__name__}: {error}")
         return None
 
     def sign_value(self, record: DHTRecord) -> bytes:

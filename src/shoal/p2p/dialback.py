@@ -21,6 +21,7 @@ from shoal.p2p import wire
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.rpc import Method
+from shoal.utils.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def judge(answers: Sequence[tuple[PeerID, DialBackResponse | str]]) -> Reachabil
         for text, reason in answer.outcomes.items():
             tried = True
             if reason:
-                failures[text] = reason
+                failures[text] = printable(reason, wire.MAX_REASON)
             else:
                 confirmed[Multiaddr.parse(text)] = None
     for address in confirmed:

@@ -4,6 +4,9 @@ Bodies of OPEN, RESET, HELLO and GOODBYE are msgpack arrays (fields may be added
 64-bit number; PING and PONG carry 8 bytes of the asker's choice; MESSAGE and END carry a message of the method
 (END without a body is a half close without a last message).
 
+Texts that are there for people (reasons, names of programs) are escaped and cut on decoding, see
+:func:`~shoal.utils.text.printable`.
+
 Codes of RESET, and so of :class:`~shoal.errors.RemoteError`, that the protocol itself uses:
 
 ================== =============================================================================
@@ -30,11 +33,13 @@ import msgspec
 
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
 from shoal.p2p.config import MAX_ANNOUNCED
+from shoal.utils.text import printable
 
 T = TypeVar("T")
 
 MAX_METHOD_NAME = 128
 MAX_CODE = 32
+MAX_AGENT = 64
 MAX_REASON = 512
 MAX_ADDRESSES = MAX_ANNOUNCED
 MAX_ADDRESS = 512
@@ -73,7 +78,7 @@ class Hello(msgspec.Struct, array_like=True, frozen=True):
     """Body of HELLO: the first frame in each direction, says who speaks."""
 
     lane: Annotated[int, msgspec.Meta(ge=0, le=255)]
-    agent: Annotated[str, msgspec.Meta(max_length=64)]
+    agent: Annotated[str, msgspec.Meta(max_length=MAX_AGENT)]
     client_mode: bool
     addresses: Annotated[
         list[Annotated[str, msgspec.Meta(max_length=MAX_ADDRESS)]], msgspec.Meta(max_length=MAX_ADDRESSES)
@@ -109,7 +114,8 @@ def decode(body: Body | msgspec.Raw, kind: type[T], what: str) -> T:
         value: T = _decoder(kind).decode(body)  # type: ignore[arg-type]
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
         # MsgspecError: malformed, or of another type. ValueError: not UTF-8. RecursionError: nested too deeply.
-        raise ProtocolViolation(f"{what} does not decode: {error}") from error
+        # msgspec quotes tags and names as the peer wrote them.
+        raise ProtocolViolation(f"{what} does not decode: {printable(str(error))}") from error
     return value
 
 
@@ -134,7 +140,8 @@ def encode_reset(code: str, message: str) -> bytes:
 
 def decode_reset(body: Body) -> Reset:
     """Body of RESET."""
-    return decode(body, Reset, "RESET")
+    reset = decode(body, Reset, "RESET")
+    return Reset(printable(reset.code, MAX_CODE), printable(reset.message, MAX_REASON))
 
 
 def encode_goodbye(reason: str) -> bytes:
@@ -149,7 +156,7 @@ def _sendable(text: str, limit: int) -> str:
 
 def decode_goodbye(body: Body) -> str:
     """The reason in the body of GOODBYE."""
-    return decode(body, Goodbye, "GOODBYE").reason
+    return printable(decode(body, Goodbye, "GOODBYE").reason, MAX_REASON)
 
 
 def decode_hello(body: Body) -> Hello:
@@ -157,7 +164,7 @@ def decode_hello(body: Body) -> Hello:
     hello = decode(body, Hello, "HELLO")
     if not math.isfinite(hello.clock):
         raise ProtocolViolation("HELLO with a clock that is not a number")
-    return hello
+    return msgspec.structs.replace(hello, agent=printable(hello.agent, MAX_AGENT))
 
 
 def encode_credit(count: int) -> bytes:
