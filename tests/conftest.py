@@ -1,4 +1,4 @@
-"""What every test gets: loggers as they were before it, since commands and levels set in one test belong to that test."""
+"""For every test: loggers as they were before it, since a level that a test or command sets belongs to it alone."""
 
 from __future__ import annotations
 

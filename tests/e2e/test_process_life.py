@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from shoal import DHT, get_dht_time
@@ -72,14 +73,9 @@ def run(tmp_path) -> Iterator[Callable[..., Script]]:
 def is_running(pid: int) -> bool:
     """Whether the process is there, and no zombie."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    if sys.platform == "linux":
-        with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-        return False
-    return True
 
 
 def wait_until(condition: Callable[[], bool], limit: float = LIMIT) -> None:

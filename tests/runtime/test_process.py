@@ -16,6 +16,7 @@ import time
 from functools import partial
 
 import background_services as services
+import psutil
 import pytest
 
 from shoal.errors import InvalidStateError, InvalidTypeError, PeerProcessDied, ShoalError
@@ -441,13 +442,9 @@ def test_a_forked_child_can_neither_use_nor_end_it(process, runner):
 def is_running(pid: int) -> bool:
     """Whether the process is there, and no zombie."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    if sys.platform == "linux":
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    return True
 
 
 def wait_until(condition) -> None:
