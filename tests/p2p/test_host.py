@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 
@@ -22,6 +23,7 @@ from shoal.p2p.dialback import DIAL_BACK, DialBackRequest
 from shoal.p2p.host import Host
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.rpc import Lane, Method
+from shoal.p2p.sockets import origin_of
 from shoal.testing import clock
 from shoal.testing.network import SimulatedNetwork
 from shoal.testing.peers import make_host, make_identity
@@ -461,6 +463,161 @@ async def test_connections_over_the_limit_are_refused_while_all_are_in_use(swarm
     for call in calls:
         call.cancel()
     await asyncio.gather(*calls, return_exceptions=True)
+
+
+class Mute(asyncio.BufferedProtocol):
+    """Dials and then says nothing."""
+
+    def __init__(self):
+        self.is_connected = True
+
+    def get_buffer(self, hint):
+        return memoryview(bytearray(1000))
+
+    def buffer_updated(self, count):
+        pass
+
+    def eof_received(self):
+        return False
+
+    def connection_lost(self, error):
+        self.is_connected = False
+
+
+async def dial_mutely(network, address, count):
+    dialers = [Mute() for _ in range(count)]
+    for dialer in dialers:
+        try:
+            await network.connect(lambda dialer=dialer: dialer, address)
+        except ConnectionResetError:
+            dialer.is_connected = False
+    await asyncio.sleep(0.1)
+    return sum(dialer.is_connected for dialer in dialers)
+
+
+@simulated()
+async def test_one_address_cannot_take_all_places_for_handshakes(swarm, caplog):
+    a = await swarm.host("a", HostConfig(max_connections=2, max_handshakes=8, max_handshakes_per_ip=3))
+    (address,) = a.listen_addresses
+    assert await dial_mutely(swarm.network.host("flood"), address, 12) == 3
+    b = await swarm.host("b")
+    await b.connect(address, timeout=5)
+    await asyncio.sleep(11)  # those that proved nothing are cut
+    assert await dial_mutely(swarm.network.host("flood"), address, 2) == 2
+    for network in ("flood2", "flood3", "flood4", "flood5"):
+        await dial_mutely(swarm.network.host(network), address, 3)
+    with pytest.raises(PeerUnreachable):
+        await (await swarm.host("c")).connect(address, timeout=5)
+
+
+@simulated()
+async def test_processes_of_the_same_machine_are_not_limited_by_its_address(swarm, caplog):
+    a = await swarm.host("a", HostConfig(max_handshakes_per_ip=3, max_connections_per_ip=3))
+    (address,) = a.listen_addresses
+    assert await dial_mutely(swarm.network.host("a"), address, 12) == 12
+    for number in range(6):
+        process = Host(make_identity(f"p{number}"), swarm.network.host("a"), HostConfig(client_mode=True))
+        swarm.hosts.append(process)
+        await process.start()
+        await process.connect(address, timeout=5)
+    assert len(a.connected_peers()) == 6
+
+
+@pytest.mark.parametrize(
+    ("remote", "own", "origin"),
+    [
+        ("10.0.0.1", "10.0.0.2", "10.0.0.1"),
+        ("10.0.0.1", "10.0.0.1", None),
+        ("127.0.0.2", "127.0.0.1", None),
+        ("::1", "::1", None),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:9::1", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2:ffff::", "2001:db8:9::1", "2001:db8:1:2::/64"),
+        (None, None, None),
+    ],
+)
+def test_whom_limits_per_address_count_together(remote, own, origin):
+    assert origin_of(remote, own) == origin
+
+
+@simulated()
+async def test_many_peers_of_one_address_leave_room_for_others(swarm, caplog):
+    a = await swarm.host("a", HostConfig(max_connections=4, max_connections_per_ip=3))
+    (address,) = a.listen_addresses
+    peers = []
+    for number in range(5):
+        peer = Host(make_identity(f"p{number}"), swarm.network.host("router"), HostConfig(client_mode=True))
+        swarm.hosts.append(peer)
+        peers.append(peer.peer_id)
+        await peer.start()
+        if number < 3:
+            await peer.connect(address, timeout=5)
+        else:
+            with pytest.raises(PeerUnreachable, match=r"too many connections from 10\.0\.0\.2"):
+                await peer.connect(address, timeout=5)
+    other = await swarm.host("other")
+    await other.connect(address, timeout=5)
+    assert a.connected_peers() == [*peers[:3], other.peer_id]
+
+
+@simulated()
+async def test_one_peer_has_a_few_connections_only(swarm, caplog):
+    a, b = await swarm.host("a", HostConfig(max_connections_per_peer=3)), await swarm.host("b")
+    other = await swarm.host("other")
+    await other.connect(a.listen_addresses[0], timeout=5)
+
+    async def hold(stream):
+        await asyncio.Event().wait()
+
+    a.serve_stream(STREAM, hold)
+
+    async def dial():
+        await b._connections.dial_address(a.listen_addresses[0], a.peer_id, Lane.CONTROL, now() + 5)
+        await asyncio.sleep(1)
+        return a.count_connections(b.peer_id)[Lane.CONTROL]
+
+    # The one unused for longest makes room: a peer may come back before its old connections are found dead.
+    assert [await dial() for _ in range(5)] == [1, 2, 3, 3, 3]
+    for connection in b._connections.to(a.peer_id).all():
+        connection.calls.open_stream(STREAM, None)
+    await asyncio.sleep(1)
+    outcome = await b._connections.dial_address(a.listen_addresses[0], a.peer_id, Lane.BULK, now() + 5)
+    assert isinstance(outcome, PeerUnreachable)
+    assert "too many connections to one peer" in str(outcome)
+    assert a.count_connections(b.peer_id) == {Lane.CONTROL: 3, Lane.BULK: 0}
+    assert a.is_connected(other.peer_id)
+
+
+def test_limits_that_contradict_each_other_are_refused():
+    with pytest.raises(InvalidValueError, match="bulk_lanes: 8; max_connections_per_peer=9 allows 7 at most"):
+        HostConfig(bulk_lanes=8, max_connections_per_peer=9)
+    with pytest.raises(InvalidValueError, match="max_unread: 1000 bytes"):
+        HostConfig(max_unread=1000)
+    for name in ("max_connections_per_ip", "max_handshakes", "max_handshakes_per_ip"):
+        with pytest.raises(InvalidValueError, match=f"{name}: 0 is not at least 1"):
+            HostConfig(**{name: 0})
+
+
+@simulated()
+async def test_a_peer_that_sends_more_than_is_read_hears_that_this_side_is_busy(swarm, caplog):
+    a, b = await swarm.pair(HostConfig(max_unread=1 << 20))
+
+    async def read_nothing(stream):
+        await asyncio.Event().wait()
+
+    a.serve_stream(STREAM, read_nothing)
+    failures = []
+    async with contextlib.AsyncExitStack() as streams:
+        for _ in range(6):
+            stream = await streams.enter_async_context(b.open_stream(a.peer_id, STREAM))
+            await stream.send_payload(0, bytes(100_000))
+            await stream.send_payload(0, bytes(100_000))
+            await asyncio.sleep(1)
+            failures.append(stream.failure and stream.failure.code)
+        assert failures == [None] * 5 + ["busy"]
+        assert (await b.call(a.peer_id, ECHO, Number(7), timeout=5)).value == 7
+    await asyncio.sleep(1)
+    (connection,) = a._connections.to(b.peer_id).all()
+    assert connection._streams._unread._used == 0
 
 
 @simulated()

@@ -16,6 +16,7 @@ from shoal.p2p.frames import FrameKind
 from shoal.p2p.streams import ITEM_COST, Multiplexer, Payload
 
 MAX_INBOUND = 4
+MAX_UNREAD = 2 * INITIAL_WINDOW
 
 
 class Side:
@@ -29,6 +30,7 @@ class Side:
             is_initiator=is_initiator,
             send_frame=lambda *frame: self.frames.append(frame),
             max_inbound=MAX_INBOUND,
+            max_unread=MAX_UNREAD,
             discard_payload=self.note_discard,
         )
 
@@ -177,7 +179,7 @@ def test_a_payload_of_half_a_window_passes_whatever_was_taken_before(sides):
         move(sides[1], sides[0])
         assert near.can_send_payload(INITIAL_WINDOW // 2)
         near.reset("cancelled", "", InvalidStateError("reset"))
-        sides[1].streams.release()
+        sides[1].streams.release(far)
         move(*sides)
 
 
@@ -215,6 +217,93 @@ def test_what_arrived_before_a_reset_can_be_taken(sides):
     assert near.take() == b"1"
 
 
+def held_by(side: Side) -> int:
+    return side.streams._unread._used
+
+
+MESSAGE = wire.encode(b"x" * (MAX_UNREAD // 5))
+
+
+def test_unread_messages_of_all_streams_together_are_bounded(sides):
+    left, right = sides
+    streams = [open_stream(left, right) for _ in range(3)]
+    for number in range(5):
+        near, far = streams[number % 3]
+        near.send_message(MESSAGE)
+        move(left, right)
+        move(right, left)
+        assert (near.failure is None) == (number < 4)
+    # Five did not fit, because each costs a little more than its length.
+    assert near.failure.code == far.failure.code == "busy"
+    assert far.take() is None
+    assert held_by(right) == 3 * (len(MESSAGE) + ITEM_COST)
+    # What is read makes room, and so does the end of a handler that reads nothing.
+    assert streams[0][1].take() == MESSAGE
+    assert held_by(right) == 2 * (len(MESSAGE) + ITEM_COST)
+    for _, far in streams:
+        far.reset("cancelled", "", InvalidStateError("reset"))
+        right.streams.release(far)
+    assert held_by(right) == 0
+
+
+def test_requests_that_are_being_answered_count_as_unread(sides):
+    left, right = sides
+    request = wire.encode(b"x" * (MAX_UNREAD // 4))
+    calls = [left.streams.open("m", None, request, final=True) for _ in range(3)]
+    move(left, right)
+    assert [far.take_request() for far in right.opened] == [request] * 3
+    refused = left.streams.open("m", None, request, final=True)
+    move(left, right)
+    move(right, left)
+    assert len(right.opened) == 3
+    assert refused.failure.code == "busy"
+    right.opened[0].finish(b"answer")
+    right.streams.release(right.opened[0])
+    move(right, left)
+    assert calls[0].take() == b"answer"
+    again = left.streams.open("m", None, request, final=True)
+    move(left, right)
+    assert (len(right.opened), again.failure) == (4, None)
+
+
+def test_a_last_message_counts_as_unread(sides):
+    left, right = sides
+    streams = [open_stream(left, right) for _ in range(3)]
+    for near, _ in streams:
+        near.send_message(MESSAGE)
+        near.finish(MESSAGE)
+    move(left, right)
+    assert [far.failure is None for _, far in streams] == [True, True, False]
+
+
+def test_only_payloads_that_nobody_asked_for_count_as_unread(sides):
+    left, right = sides
+    size = INITIAL_WINDOW - ITEM_COST
+    asked, unasked = open_stream(left, right), [open_stream(left, right) for _ in range(3)]
+    asked[1].accept_payloads(None, 10 * MAX_UNREAD)
+    right.receive_payload(asked[0].id, 1, bytes(3 * MAX_UNREAD))
+    assert held_by(right) == 0
+    for near, _ in unasked:
+        right.receive_payload(near.id, 1, bytes(size))
+    assert [far.failure is None for _, far in unasked] == [True, True, False]
+    assert held_by(right) == MAX_UNREAD
+    places = []
+    unasked[0][1].accept_payloads(
+        lambda tag, length: memoryview(places.append(bytearray(length)) or places[-1]), size
+    )
+    assert held_by(right) == MAX_UNREAD // 2
+    assert len(asked[1].take().data) == 3 * MAX_UNREAD
+
+
+def test_what_this_side_asked_for_is_not_bounded_by_what_the_peer_may_send(sides):
+    left, right = sides
+    streams = [open_stream(left, right) for _ in range(3)]
+    for _, far in streams:
+        far.send_message(b"x" * INITIAL_WINDOW)
+    move(right, left)
+    assert [len(near.take()) for near, _ in streams] == [INITIAL_WINDOW] * 3
+
+
 def test_too_many_streams_are_refused(sides):
     left, right = sides
     streams = [left.streams.open("m", None, None, final=False) for _ in range(MAX_INBOUND + 1)]
@@ -223,7 +312,7 @@ def test_too_many_streams_are_refused(sides):
     assert streams[-1].failure is not None
     assert streams[-1].failure.code == "busy"
     assert streams[0].failure is None
-    right.streams.release()
+    right.streams.release(right.opened[0])
     left.streams.open("m", None, None, final=False)
     move(left, right)
     assert len(right.opened) == MAX_INBOUND + 1
@@ -322,13 +411,19 @@ def test_any_frames_in_any_order_break_the_protocol_at_most(frames):
             if side.opened and action == 0:
                 side.opened[0].take()
             elif side.opened and action == 1:
-                side.opened.pop(0).reset("cancelled", "", InvalidStateError("reset"))
-                side.streams.release()
+                state = side.opened.pop(0)
+                state.reset("cancelled", "", InvalidStateError("reset"))
+                side.streams.release(state)
             assert side.streams.open_streams <= 3 + MAX_INBOUND + len(frames)
             assert len(side.opened) <= MAX_INBOUND
             for state in side.opened:
                 held = sum(ITEM_COST + len(getattr(item, "data", item)) for item in state.received)
                 assert held <= INITIAL_WINDOW + 100_000 + 2 * ITEM_COST
+            assert held_by(side) <= MAX_UNREAD
+        for state in side.opened:
+            state.reset("cancelled", "", InvalidStateError("reset"))
+            side.streams.release(state)
+        assert held_by(side) == 0
     except ProtocolViolation:
         pass
 

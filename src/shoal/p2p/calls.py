@@ -114,18 +114,18 @@ class Calls:
         if served is None:
             failure = RemoteError("unknown_method", f"{opened.method!r} is not served here")
             state.reset(failure.code, failure.message, failure)
-            self._streams.release()
+            self._streams.release(state)
             return
         try:
             running = self._begin(served, state, opened)
         except BaseException:
-            self._streams.release()
+            self._streams.release(state)
             raise
         timeout = None if opened.timeout is None else min(opened.timeout, self._max_timeout)
         task = self._loop.create_task(self._serve(running, served, state, timeout))
         self.handlers[task] = None
         self._observe(state, task)
-        task.add_done_callback(self._handler_done)
+        task.add_done_callback(lambda done: self._handler_done(state, done))
 
     def _begin(
         self, served: Served, state: StreamState, opened: wire.Open
@@ -140,7 +140,7 @@ class Calls:
                 await handler(stream)
 
             return run_stream
-        item = state.take()
+        item = state.take_request()
         if not opened.final or item is None or isinstance(item, Payload):
             raise ProtocolViolation(f"a call of {method.name} that is not one message")
         request = wire.decode(item, method.request, f"request of {method.name}")
@@ -204,9 +204,9 @@ class Calls:
     def _reset(self, state: StreamState, failure: RemoteError) -> None:
         state.reset(failure.code, failure.message, failure)
 
-    def _handler_done(self, task: asyncio.Task[None]) -> None:
+    def _handler_done(self, state: StreamState, task: asyncio.Task[None]) -> None:
         self.handlers.pop(task, None)
-        self._streams.release()
+        self._streams.release(state)
         if not task.cancelled() and task.exception() is not None:
             # Everything but the interpreter's own exits is caught in _serve.
             logger.error("a handler's task failed", exc_info=task.exception())

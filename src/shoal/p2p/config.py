@@ -18,6 +18,19 @@ MAX_ANNOUNCED = 16
 INITIAL_WINDOW = 256 * KIB
 """The credit that each side of every stream starts with, in bytes. Part of the wire protocol: both sides know it."""
 
+MAX_MESSAGE = 1 * MIB
+"""The longest body of a message. Part of the wire protocol."""
+
+_AT_LEAST_ONE = (
+    "bulk_lanes",
+    "max_connections",
+    "max_connections_per_ip",
+    "max_handshakes",
+    "max_handshakes_per_ip",
+    "max_inbound_streams",
+    "max_addresses_per_peer",
+)
+
 
 @dataclass(frozen=True)
 class HostConfig:
@@ -44,12 +57,24 @@ class HostConfig:
     max_connections: int = 512
     """Incoming ones over this are refused, unless one that is not used can be closed in their favour. Half of what
     operating systems let a process open by default."""
+    max_connections_per_ip: int = 384
+    """Of these, incoming ones from one IP address (IPv6: one /64): many peers may share that of a router, but the
+    rest stays for others. This machine's own addresses have no such limit."""
+    max_connections_per_peer: int = 16
+    """Of these, those to one peer, bulk lanes included; the one unused for longest makes room for a new one."""
+    max_handshakes: int = 256
+    """Incoming connections, beyond ``max_connections``, that may be proving who they are."""
+    max_handshakes_per_ip: int = 64
+    """Of these, those from one IP address, as above: a swarm behind one router that starts at once is still let in."""
     idle_timeout: float = 600.0
     """An unused control connection is closed after this, if its peer can be dialed again."""
     idle_lane_timeout: float = 60.0
     """An unused bulk lane is closed after this."""
     max_inbound_streams: int = 256
     """Calls and streams that one connection serves at a time; more are refused as ``busy``."""
+    max_unread: int = 8 * MIB
+    """Bytes that the streams opened by the peer of one connection may make this side hold: messages that no handler
+    has taken, requests being answered, and payloads that no handler has asked for. More is refused as ``busy``."""
     max_stream_timeout: float = 86400.0
     """A longer deadline than this is cut to it; a stream opened without one has none."""
 
@@ -73,9 +98,18 @@ class HostConfig:
             value = getattr(self, field.name)
             if field.type in ("float", "int") and not (value >= 0 and math.isfinite(value)):
                 raise InvalidValueError(f"{field.name}: {value!r} is not a finite number >= 0")
-        for name in ("bulk_lanes", "max_connections", "max_inbound_streams", "max_addresses_per_peer"):
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise InvalidValueError(f"{name}: {getattr(self, name)!r} is not at least 1")
+        if self.bulk_lanes + 2 > self.max_connections_per_peer:  # two: both sides may have dialed at once
+            raise InvalidValueError(
+                f"bulk_lanes: {self.bulk_lanes!r}; max_connections_per_peer={self.max_connections_per_peer!r} allows "
+                f"{self.max_connections_per_peer - 2} at most"
+            )
+        if self.max_unread < MAX_MESSAGE:
+            raise InvalidValueError(
+                f"max_unread: {self.max_unread!r} bytes are less than one message may have ({MAX_MESSAGE})"
+            )
         if len(self.agent) > 64:
             raise InvalidValueError(f"agent: {self.agent!r} is longer than 64 characters")
         if len(self.announce) > MAX_ANNOUNCED:

@@ -21,7 +21,7 @@ from shoal.p2p.identity import Identity, PeerID
 from shoal.p2p.keepalive import KeepAlive, Verdict
 from shoal.p2p.rpc import Lane
 from shoal.p2p.session import FrameReceived, HandshakeCompleted, PayloadReceived, Role, Session
-from shoal.p2p.sockets import ip_of, unsent_bytes
+from shoal.p2p.sockets import ip_of, origin_of, unsent_bytes
 from shoal.p2p.streams import Multiplexer, StreamState
 
 logger = logging.getLogger(__name__)
@@ -81,6 +81,8 @@ class Connection(asyncio.BufferedProtocol):
         self.hello: wire.Hello | None = None
         self.remote_ip: str | None = None
         self.local_ip: str | None = None
+        self.origin: str | None = None
+        """Whom limits per address count this connection for; None for a process of this machine."""
         self.close_reason: str | None = None
         self.last_used = 0.0
         self._loop = asyncio.get_running_loop()
@@ -97,6 +99,7 @@ class Connection(asyncio.BufferedProtocol):
             is_initiator=role is Role.INITIATOR,
             send_frame=self._send_frame,
             max_inbound=owner.config.max_inbound_streams,
+            max_unread=owner.config.max_unread,
             discard_payload=self._session.discard_payload,
         )
         self.calls = Calls(self, self._streams, owner.find_served, owner.config.max_stream_timeout)
@@ -155,6 +158,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.set_write_buffer_limits(high=WRITE_HIGH, low=WRITE_LOW)
         self.remote_ip = ip_of(transport.get_extra_info("peername"))
         self.local_ip = ip_of(transport.get_extra_info("sockname"))
+        self.origin = origin_of(self.remote_ip, self.local_ip)
         refusal = self._owner.connection_made(self) or self.close_reason
         if refusal is not None:
             self.abort(refusal)

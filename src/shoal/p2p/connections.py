@@ -35,8 +35,6 @@ from shoal.p2p.session import Role
 
 logger = logging.getLogger(__name__)
 
-MAX_HANDSHAKES = 256
-"""Incoming connections, beyond those allowed, that may be proving who they are."""
 REDUNDANT_TIMEOUT = 10.0
 LANE_RETRY_PAUSE = 30.0
 MAX_LOCAL_IPS = 8
@@ -231,9 +229,14 @@ class Connections:
         self._connections[connection] = None
         if self._is_closing:
             return "the host is closed"
-        is_incoming = connection.role is Role.RESPONDER
-        if is_incoming and len(self._connections) > self.config.max_connections + MAX_HANDSHAKES:
+        if connection.role is not Role.RESPONDER:
+            return None
+        config, origin = self.config, connection.origin
+        if len(self._connections) > config.max_connections + config.max_handshakes:
             return "too many connections"
+        unproven = [one for one in self._from(origin) if one.hello is None]
+        if len(unproven) > config.max_handshakes_per_ip:
+            return f"too many connections from {origin} at once"
         return None
 
     def connection_opened(self, connection: Connection) -> str | None:
@@ -246,8 +249,9 @@ class Connections:
             raise ProtocolViolation(f"HELLO with a bad address: {error}") from error
         if self._is_closing:
             return "the host is closed"
-        if connection.role is Role.RESPONDER and not self._make_room():
-            return "too many connections"
+        refusal = self._make_room(connection)
+        if refusal is not None:
+            return refusal
         self._note_skew(connection, hello)
         self._note_local_ip(connection)
         if connection.lane is Lane.PROBE:
@@ -287,17 +291,35 @@ class Connections:
         # A peer that cannot be dialed could not be called any more, and neither could this host by that peer.
         return self.is_dialable(connection.peer) and not self.config.client_mode
 
-    def _make_room(self) -> bool:
-        """Close the connection that was not used for longest, if there are too many; False if all are in use."""
+    def _make_room(self, new: Connection) -> str | None:
+        """Close a connection that can be spared if there are too many with ``new``; why it is refused if there is none.
+
+        Limits of one peer and of one address are kept among its own connections, so that nobody drives out others.
+        """
         opened = [connection for connection in self._connections if connection.is_open]
-        if len(opened) <= self.config.max_connections:
-            return True
-        idle = [connection for connection in opened if connection.is_idle and connection.last_used > 0]
-        spare = [connection for connection in idle if self._can_be_had_again(connection)]
-        if not spare:
-            return False
-        min(spare, key=lambda connection: connection.last_used).close("too many connections")
-        return True
+        of_peer = [connection for connection in opened if connection.remote == new.remote]
+        if len(of_peer) > self.config.max_connections_per_peer and not _close_oldest(of_peer, new):
+            return "too many connections to one peer"
+        if new.role is not Role.RESPONDER:
+            return None
+        of_ip = [connection for connection in self._from(new.origin) if connection.is_open]
+        if len(of_ip) > self.config.max_connections_per_ip and not self._close_spare(of_ip, new):
+            return f"too many connections from {new.origin}"
+        opened = [connection for connection in opened if connection.is_open]
+        if len(opened) > self.config.max_connections and not self._close_spare(opened, new):
+            return "too many connections"
+        return None
+
+    def _close_spare(self, connections: list[Connection], new: Connection) -> bool:
+        return _close_oldest([one for one in connections if self._can_be_had_again(one)], new)
+
+    def _from(self, origin: str | None) -> list[Connection]:
+        """The incoming connections from elsewhere that limits per address count together."""
+        return [
+            one
+            for one in self._connections
+            if origin is not None and one.origin == origin and one.role is Role.RESPONDER
+        ]
 
     def _note_skew(self, connection: Connection, hello: wire.Hello) -> None:
         skew = hello.clock - self._clock()
@@ -362,3 +384,11 @@ class Connections:
         await asyncio.gather(*dials, *handlers, return_exceptions=True)
         # Each is aborted by its own timer when the peer does not take what is queued.
         await asyncio.gather(*(connection.closed for connection in connections))
+
+
+def _close_oldest(connections: list[Connection], new: Connection) -> bool:
+    """Close the one that was not used for longest; False if all are in use."""
+    idle = [one for one in connections if one.is_idle and one is not new]
+    if idle:
+        min(idle, key=lambda one: one.last_used).close("too many connections")
+    return bool(idle)

@@ -22,6 +22,7 @@ from functools import cached_property
 from typing import Final, NamedTuple
 
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
+from shoal.p2p.config import MAX_MESSAGE
 from shoal.p2p.noise import MAX_MESSAGE_BYTES, TAG_BYTES
 
 MAX_PLAINTEXT_BYTES: Final = MAX_MESSAGE_BYTES - TAG_BYTES
@@ -70,7 +71,7 @@ class Limits:
     ``max_receive_buffer``: ciphertext that waits to be decrypted; it begins small and grows with the traffic.
     """
 
-    max_message_body: int = 2**20
+    max_message_body: int = MAX_MESSAGE
     max_payload: int = 64 * 2**20
     max_control_body: int = 16 * 2**10
     max_receive_buffer: int = 512 * 2**10

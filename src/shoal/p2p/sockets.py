@@ -24,6 +24,21 @@ def unsent_bytes(transport: asyncio.Transport) -> int:
     return count
 
 
+def origin_of(ip: str | None, own: str | None) -> str | None:
+    """What one party is likely to hold all of: an IPv4 address, or the /64 of an IPv6 address.
+
+    None for a process of this machine, which has the address ``own`` on that connection.
+    """
+    if ip is None or ip == own:
+        return None
+    address = ipaddress.ip_address(ip)
+    if address.is_loopback:
+        return None
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(ipaddress.IPv6Network((int(address) >> 64 << 64, 64)))
+    return ip
+
+
 def ip_of(name: Any) -> str | None:
     """The IP address in a socket's name, in canonical form."""
     if not isinstance(name, tuple) or not name:

@@ -11,6 +11,10 @@ may overdraw it, so that the receiver's memory is bounded by its window plus one
 for all of it: it may be large, and it must not arrive before its receiver has given it a place. The receiver gives
 credit back when the application has taken items, once that makes half a window.
 
+Windows bound one stream; :class:`UnreadBytes` bounds what all streams that the peer opened make this side hold:
+messages that nobody has taken, requests that are being answered, and payloads that nobody has asked for. What would
+exceed it is not kept: its stream is reset as ``busy``. The answers to what this side asked are bounded by what it asks.
+
 Everything that a peer can do wrong raises :class:`ProtocolViolation` here, which ends the connection.
 """
 
@@ -45,6 +49,10 @@ class _Unsunk(Payload):
     """A payload that came before the application said where payloads go."""
 
 
+class _Awaited(_Unsunk):
+    """A payload for which the application gave a window, but no memory."""
+
+
 Item = wire.Body | Payload
 
 
@@ -52,15 +60,43 @@ def _nobody_listens() -> None:
     """Stands for the observer of a stream that has none."""
 
 
+class UnreadBytes:
+    """What the streams that a peer opened on one connection make this side hold, and how much that may be."""
+
+    __slots__ = ("_limit", "_used")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+
+    def take(self, count: int) -> bool:
+        """Note ``count`` more bytes, or nothing and False if they are too many."""
+        if self._used + count > self._limit:
+            return False
+        self._used += count
+        return True
+
+    def give_back(self, count: int) -> None:
+        """``count`` bytes are held no more."""
+        self._used -= count
+
+    @property
+    def refusal(self) -> str:
+        """Why nothing more is taken."""
+        return f"more than {self._limit} bytes of messages on this connection wait to be read"
+
+
 class StreamState:
     """One stream as one side sees it. Changed by its :class:`Multiplexer` and by the methods here only."""
 
     __slots__ = (
         "_blocked_grant",
+        "_held",
         "_pending_grant",
         "_receive_credit",
         "_send_frame",
         "_sink",
+        "_unread",
         "_window",
         "failure",
         "id",
@@ -73,7 +109,11 @@ class StreamState:
     )
 
     def __init__(
-        self, stream_id: int, send_frame: SendFrame, on_closed: Callable[[StreamState], None]
+        self,
+        stream_id: int,
+        send_frame: SendFrame,
+        on_closed: Callable[[StreamState], None],
+        unread: UnreadBytes | None = None,
     ) -> None:
         self.id = stream_id
         self.send_credit = INITIAL_WINDOW
@@ -90,6 +130,8 @@ class StreamState:
         self._receive_credit = INITIAL_WINDOW
         self._pending_grant = 0
         self._blocked_grant = False
+        self._unread = unread
+        self._held = 0
 
     @property
     def is_closed(self) -> bool:
@@ -128,6 +170,7 @@ class StreamState:
         """End the stream from this side: the peer gets RESET, whoever uses the stream here gets ``failure``."""
         if not self.is_closed:
             self._send_frame(FrameKind.RESET, self.id, wire.encode_reset(code, message))
+            self._give_back(sum(map(_held_for, self.received)))
             self.received.clear()
             self.fail(failure)
 
@@ -146,11 +189,21 @@ class StreamState:
         if not self.received:
             return None
         item = self.received.popleft()
+        self._give_back(_held_for(item))
         self._pending_grant += ITEM_COST + (len(item.data) if isinstance(item, Payload) else len(item))
         # So early that a payload of half a window passes, whatever is still to be given back.
         if (self._pending_grant + ITEM_COST) * 2 >= self._window:
             self._grant()
         return item
+
+    def take_request(self) -> Item | None:
+        """The one message of a unary call; it counts as unread until the call is answered (:meth:`release`)."""
+        return self.received.popleft() if self.received else None
+
+    def release(self) -> None:
+        """Nobody serves the stream any more, so nobody holds what came on it."""
+        self._give_back(self._held)
+        self._unread = None
 
     def is_waiting(self) -> None:
         """Note that the application waits for an item: a payload may need all the credit that there is."""
@@ -173,11 +226,13 @@ class StreamState:
     def _place_early(self, sink: Sink) -> None:
         """Move payloads that have arrived to where the sink says; it may end the stream, which drops them."""
         placed: deque[Item] = deque()
+        before = sum(map(_held_for, self.received))
         for item in list(self.received):
             placed.append(_placed(item, sink))
             if not self.received:
                 return
         self.received = placed
+        self._give_back(before - sum(map(_held_for, placed)))
 
     def _grant(self) -> None:
         count, self._pending_grant = self._pending_grant, 0
@@ -203,10 +258,11 @@ class StreamState:
     def receive_payload(self, tag: int, data: memoryview, placed: bool) -> None:
         """A payload has arrived whole; ``placed`` if in memory that a sink gave."""
         self._check_open("payload")
-        item = Payload(tag, data) if placed else _Unsunk(tag, data)
+        unplaced = _Awaited if self._blocked_grant else _Unsunk
+        item = Payload(tag, data) if placed else unplaced(tag, data)
         # A sink that came while the payload was under way wants it in its own memory.
-        self.received.append(item if self._sink is None else _placed(item, self._sink))
-        self.on_change()
+        if self._keep(item if self._sink is None else _placed(item, self._sink)):
+            self.on_change()
 
     def receive_message(self, body: bytes) -> None:
         """A message has arrived."""
@@ -214,8 +270,8 @@ class StreamState:
         if self._receive_credit <= 0:
             raise ProtocolViolation(f"message on stream {self.id}, which has no credit")
         self._receive_credit -= len(body) + ITEM_COST
-        self.received.append(body)
-        self.on_change()
+        if self._keep(body):
+            self.on_change()
 
     def receive_end(self, last_message: bytes) -> None:
         """The peer has finished."""
@@ -223,7 +279,8 @@ class StreamState:
         if last_message:
             if self._receive_credit <= 0:
                 raise ProtocolViolation(f"message on stream {self.id}, which has no credit")
-            self.received.append(last_message)
+            if not self._keep(last_message):
+                return
         self.remote_finished = True
         if self.local_finished:
             self.on_closed(self)
@@ -241,9 +298,33 @@ class StreamState:
         """Whether payloads go to memory that the application gives."""
         return self._sink is not None
 
+    def _keep(self, item: Item) -> bool:
+        """Put what has arrived where it will be taken; False if the stream was reset instead."""
+        count = _held_for(item)
+        if self._unread is not None:
+            if not self._unread.take(count):
+                refusal = self._unread.refusal
+                self.reset("busy", refusal, RemoteError("busy", refusal))
+                return False
+            self._held += count
+        self.received.append(item)
+        return True
+
+    def _give_back(self, count: int) -> None:
+        if self._unread is not None:
+            self._unread.give_back(count)
+            self._held -= count
+
     def _check_open(self, what: str) -> None:
         if self.remote_finished:
             raise ProtocolViolation(f"{what} on stream {self.id} after its END")
+
+
+def _held_for(item: Item) -> int:
+    """The bytes for which nobody but the peer is responsible; a message without any costs memory too."""
+    if isinstance(item, Payload):
+        return len(item.data) + ITEM_COST if type(item) is _Unsunk else 0
+    return len(item) + ITEM_COST
 
 
 def _memory_of(sink: Sink, tag: int, length: int) -> memoryview:
@@ -276,6 +357,7 @@ class Multiplexer:
         is_initiator: bool,
         send_frame: SendFrame,
         max_inbound: int,
+        max_unread: int,
         discard_payload: Callable[[], None] = _nobody_listens,
     ) -> None:
         self._send_frame = send_frame
@@ -283,6 +365,7 @@ class Multiplexer:
         self._next_id = 1 if is_initiator else 2
         self._last_peer_id = 0 if is_initiator else -1
         self._max_inbound = max_inbound
+        self._unread = UnreadBytes(max_unread)
         self._streams: dict[int, StreamState] = {}
         self._inbound = 0
         self._payload: tuple[StreamState | None, bool] = (None, False)
@@ -307,7 +390,7 @@ class Multiplexer:
         return state
 
     def receive_open(self, stream_id: int, body: bytes) -> tuple[StreamState, wire.Open] | None:
-        """The stream that the peer begins, or None if it was refused because there are too many.
+        """The stream that the peer begins, or None if it was refused because there is too much already.
 
         Whoever serves it calls :meth:`release` when done with it.
         """
@@ -323,17 +406,20 @@ class Multiplexer:
             )
             self._send_frame(FrameKind.RESET, stream_id, refusal)
             return None
-        state = StreamState(stream_id, self._send_frame, self._forget)
+        state = StreamState(stream_id, self._send_frame, self._forget, self._unread)
         if opened.has_message:
             state.receive_message(bytes(opened.message))
+            if state.is_closed:
+                return None
         state.remote_finished = opened.final
         self._streams[stream_id] = state
         self._inbound += 1
         return state, opened
 
-    def release(self) -> None:
+    def release(self, state: StreamState) -> None:
         """A stream that :meth:`receive_open` returned is served no more."""
         self._inbound -= 1
+        state.release()
 
     def receive_frame(self, kind: FrameKind, stream_id: int, body: bytes) -> None:
         """MESSAGE, END, RESET or CREDIT."""

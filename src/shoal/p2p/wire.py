@@ -12,7 +12,7 @@ Codes of RESET, and so of :class:`~shoal.errors.RemoteError`, that the protocol 
 ================== =============================================================================
 ``cancelled``      the other side lost interest
 ``deadline``       the deadline of the call has passed
-``busy``           too many streams at a time on this connection
+``busy``           too many streams at a time on this connection, or too many unread bytes
 ``unknown_method`` the peer does not serve that method
 ``failed``         the handler failed on purpose; the message says why
 ``internal``       the handler failed by a mistake, which is logged at its side
