@@ -11,15 +11,45 @@ from typing import TYPE_CHECKING
 from shoal.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from shoal.averaging import DecentralizedAverager as DecentralizedAverager
+    from shoal.averaging.averager import DecentralizedAverager as DecentralizedAverager
+    from shoal.averaging.control import AveragingStage as AveragingStage
+    from shoal.averaging.control import StepControl as StepControl
+    from shoal.averaging.group import GroupInfo as GroupInfo
+    from shoal.averaging.load_balancing import load_balance_peers as load_balance_peers
+    from shoal.averaging.report import RoundReport as RoundReport
     from shoal.compression import CompressionBase as CompressionBase
-    from shoal.dht import DHT as DHT
+    from shoal.compression import CompressionInfo as CompressionInfo
+    from shoal.compression import Float16Compression as Float16Compression
+    from shoal.compression import NoCompression as NoCompression
+    from shoal.compression import TensorRole as TensorRole
+    from shoal.dht.dht import DHT as DHT
+    from shoal.dht.node import DHTNode as DHTNode
+    from shoal.dht.schema import SchemaValidator as SchemaValidator
+    from shoal.dht.types import ValueWithExpiration as ValueWithExpiration
+    from shoal.dht.validation import CompositeValidator as CompositeValidator
+    from shoal.dht.validation import DHTRecord as DHTRecord
+    from shoal.dht.validation import RecordValidatorBase as RecordValidatorBase
+    from shoal.dht.validation import SignatureValidator as SignatureValidator
+    from shoal.errors import AllreduceException as AllreduceException
+    from shoal.errors import BootstrapError as BootstrapError
+    from shoal.errors import ConnectionLost as ConnectionLost
+    from shoal.errors import DeadlineExceeded as DeadlineExceeded
+    from shoal.errors import InvalidStateError as InvalidStateError
+    from shoal.errors import InvalidTypeError as InvalidTypeError
+    from shoal.errors import InvalidValueError as InvalidValueError
+    from shoal.errors import MatchmakingException as MatchmakingException
+    from shoal.errors import PeerProcessDied as PeerProcessDied
+    from shoal.errors import PeerUnreachable as PeerUnreachable
+    from shoal.errors import ProtocolViolation as ProtocolViolation
+    from shoal.errors import RemoteError as RemoteError
     from shoal.errors import ShoalError as ShoalError
+    from shoal.errors import UsageError as UsageError
     from shoal.p2p.identity import PeerID as PeerID
     from shoal.p2p.multiaddr import Multiaddr as Multiaddr
-    from shoal.utils import MSGPackSerializer as MSGPackSerializer
-    from shoal.utils import get_dht_time as get_dht_time
-    from shoal.utils import get_logger as get_logger
+    from shoal.runtime.futures import MPFuture as MPFuture
+    from shoal.utils.logging import get_logger as get_logger
+    from shoal.utils.serializer import MSGPackSerializer as MSGPackSerializer
+    from shoal.utils.timed import get_dht_time as get_dht_time
 
 __version__ = "0.1.0"
 
@@ -66,7 +96,6 @@ _MODULE_OF = {
     "ConnectionLost": "shoal.errors",
     "RemoteError": "shoal.errors",
     "BootstrapError": "shoal.errors",
-    "RecordRejected": "shoal.errors",
     "AllreduceException": "shoal.errors",
     "MatchmakingException": "shoal.errors",
     "PeerProcessDied": "shoal.errors",

@@ -13,7 +13,6 @@
     ├── ConnectionLost                  (also ConnectionError)  an established connection ended; says why
     ├── RemoteError                     the other side's handler failed; carries its code and message
     ├── BootstrapError                  no initial peer of a DHT answered; lists each address and why
-    ├── RecordRejected                  a DHT record failed validation where it was stored
     ├── AllreduceException              a round of averaging failed; its tensors are as they were
     │   └── MatchmakingException        no group was found; says what the search saw
     └── PeerProcessDied                 the background process ended; carries exit status and the end of its log
@@ -80,10 +79,6 @@ class BootstrapError(ShoalError):
     def __init__(self, message: str, failures: dict[str, str] | None = None) -> None:
         super().__init__(message)
         self.failures = dict(failures or {})
-
-
-class RecordRejected(ShoalError):
-    """A DHT record failed validation at the node that was asked to store it."""
 
 
 class AllreduceException(ShoalError):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from shoal.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from shoal.averaging.averager import DecentralizedAverager
@@ -25,25 +26,17 @@ __all__ = [
     "MatchmakingException",
 ]
 
-_HOMES = {
-    "DecentralizedAverager": "shoal.averaging.averager",
-    "StepControl": "shoal.averaging.control",
-    "AveragingStage": "shoal.averaging.control",
-    "RoundReport": "shoal.averaging.report",
-    "Phases": "shoal.averaging.report",
-    "GroupInfo": "shoal.averaging.group",
-    "load_balance_peers": "shoal.averaging.load_balancing",
-    "AllreduceException": "shoal.errors",
-    "MatchmakingException": "shoal.errors",
-}
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(home), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "DecentralizedAverager": "shoal.averaging.averager",
+        "StepControl": "shoal.averaging.control",
+        "AveragingStage": "shoal.averaging.control",
+        "RoundReport": "shoal.averaging.report",
+        "Phases": "shoal.averaging.report",
+        "GroupInfo": "shoal.averaging.group",
+        "load_balance_peers": "shoal.averaging.load_balancing",
+        "AllreduceException": "shoal.errors",
+        "MatchmakingException": "shoal.errors",
+    },
+)
