@@ -25,6 +25,8 @@ from shoal.p2p.multiaddr import Multiaddr
 ProtocolFactory = Callable[[], asyncio.BufferedProtocol]
 
 SEGMENT_BYTES = 64 * 1024
+SEGMENT_SECONDS = 0.05
+LEAST_SEGMENT_BYTES = 512
 """Longer writes travel in pieces of at most this size."""
 RECEIVE_WINDOW = 256 * 1024
 """Bytes that may be on the way in one direction of a connection; more stay in the sender's buffer."""
@@ -153,6 +155,13 @@ class _Path:
         self.bandwidth = bandwidth
         self.is_silent = False
         self.busy_until = 0.0
+
+    @property
+    def segment_bytes(self) -> int:
+        """How much arrives in one piece: no more than passes in an instant, so that progress shows on a slow path."""
+        if self.bandwidth is None:
+            return SEGMENT_BYTES
+        return min(max(int(self.bandwidth * SEGMENT_SECONDS), LEAST_SEGMENT_BYTES), SEGMENT_BYTES)
 
     def schedule(self, now: float, size: int) -> float:
         """When the last of ``size`` bytes handed over now arrives."""
@@ -335,8 +344,9 @@ class SimulatedTransport(asyncio.Transport):
         if self._is_closing:
             return
         whole = b"".join(list_of_data)
-        for begin in range(0, len(whole), SEGMENT_BYTES):
-            piece = whole[begin : begin + SEGMENT_BYTES]
+        step = self._network._path(self.local.name, self.remote.name).segment_bytes
+        for begin in range(0, len(whole), step):
+            piece = whole[begin : begin + step]
             self._buffer.append(piece)
             self._buffered += len(piece)
         self._send_buffered()
