@@ -398,6 +398,51 @@ def test_waiting_has_an_end_and_failures_come_later_too():
     assert not slow.is_alive()
 
 
+def test_futures_come_at_once_while_the_node_is_not_ready(monkeypatch):
+    with socket.socket() as silent:  # takes connections and never answers: the node waits for it
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}"
+        options = {"start": True, "await_ready": False, "ensure_bootstrap_success": False}
+        with DHT([address], bootstrap_timeout=3, **options) as dht:
+
+            @shoal.MSGPackSerializer.ext_serializable(0x34)
+            class Point:
+                def packb(self) -> bytes:
+                    return b""
+
+                @classmethod
+                def unpackb(cls, raw: bytes) -> Point:
+                    return cls()
+
+            monkeypatch.setattr(Point, "__module__", "__main__")  # sent by value
+            stored = dht.store("early", Point(), soon(), return_future=True)
+            got = dht.get("never stored", return_future=True)
+            ran = dht.run_coroutine(make_coroutine("early coroutine"), return_future=True)
+            dropped = dht.store("dropped", 1, soon(), return_future=True)
+            assert not dht._creation.done(), "they came before the node was ready"
+            assert dropped.cancel()
+            assert dropped.cancelled()
+
+            async def main():
+                return await got
+
+            assert stored.result(LIMIT) is True
+            assert asyncio.run(main()) is None
+            assert ran.result(LIMIT)[0] == "early coroutine"
+            assert type(dht.get("early").value) is Point
+            assert dht.get("dropped") is None
+
+
+def test_early_futures_tell_that_the_node_could_not_be_made():
+    dht = DHT([f"/ip4/127.0.0.1/tcp/{closed_port()}"], start=True, await_ready=False, bootstrap_timeout=1)
+    early = dht.get("k", return_future=True)
+    with pytest.raises(BootstrapError):
+        early.result(LIMIT)
+    with pytest.raises(BootstrapError):
+        dht.store("k", 1, soon(), return_future=True).result(LIMIT)
+
+
 def test_it_may_start_without_the_others():
     address = f"/ip4/127.0.0.1/tcp/{closed_port()}"
     options = {"bootstrap_timeout": 0.2, "ensure_bootstrap_success": False}

@@ -10,7 +10,7 @@ import pickle
 import pytest
 
 from shoal.errors import InvalidTypeError
-from shoal.runtime.futures import MPFuture
+from shoal.runtime.futures import MPFuture, chain
 
 
 def test_it_can_be_awaited_and_waited_for():
@@ -63,3 +63,82 @@ def test_callbacks_go_through_the_dispatcher():
 def test_it_cannot_be_copied(copier):
     with pytest.raises(InvalidTypeError, match="result"):
         copier(MPFuture())
+
+
+# chain
+
+
+def test_a_chain_is_done_when_its_call_is():
+    first: MPFuture[int] = MPFuture()
+    call: MPFuture[str] = MPFuture()
+    begun = []
+    outer = chain(first, lambda value: begun.append(value) or call)
+    assert not begun
+    first.set_result(3)
+    assert begun == [3]
+    assert not outer.done()
+    call.set_result("done")
+    assert outer.result(0) == "done"
+    assert chain(first, lambda _: call).result(0) == "done"
+
+
+@pytest.mark.parametrize("where", ["first", "begin", "call"])
+def test_a_chain_fails_as_its_links_do(where):
+    first: MPFuture[int] = MPFuture()
+    call: MPFuture[int] = MPFuture()
+
+    def begin(_: int) -> MPFuture[int]:
+        if where == "begin":
+            raise LookupError(where)
+        return call
+
+    outer = chain(first, begin)
+    if where == "first":
+        first.set_exception(LookupError(where))
+    else:
+        first.set_result(1)
+    if where == "call":
+        call.set_exception(LookupError(where))
+    with pytest.raises(LookupError, match=where):
+        outer.result(0)
+
+
+def test_cancelling_a_chain_before_its_call_keeps_it_from_being_made():
+    first: MPFuture[int] = MPFuture()
+    begun = []
+    outer = chain(first, lambda value: begun.append(value) or MPFuture())
+    assert outer.cancel()
+    assert outer.cancel()
+    assert concurrent.futures.wait([outer], timeout=0).done
+    first.set_result(1)
+    assert begun == []
+    assert first.result(0) == 1
+
+
+def test_cancelling_a_chain_cancels_its_call_and_the_other_way_round():
+    first: MPFuture[int] = MPFuture()
+    first.set_result(1)
+    for cancelled in ("outer", "call"):
+        call: MPFuture[int] = MPFuture(on_cancel=iter([True, False, False, False]).__next__)
+        outer = chain(first, lambda _, call=call: call)
+        assert (outer if cancelled == "outer" else call).cancel()
+        assert outer.cancelled()
+        assert call.cancelled()
+        assert concurrent.futures.wait([outer, call], timeout=0).not_done == set()
+    doomed: MPFuture[int] = MPFuture(on_cancel=iter([True, False]).__next__)
+    outer = chain(doomed, lambda _: MPFuture())
+    doomed.cancel()
+    assert outer.cancelled()
+
+
+def test_a_chain_goes_on_while_a_callback_of_a_user_is_waiting():
+    """Dispatched callbacks may wait for the chain itself; here they never run."""
+    dispatched = []
+    first: MPFuture[int] = MPFuture(dispatch=dispatched.append)
+    call: MPFuture[int] = MPFuture(dispatch=dispatched.append)
+    outer = chain(first, lambda _: call)
+    outer.add_done_callback(lambda _: None)
+    first.set_result(1)
+    call.set_result(2)
+    assert outer.result(0) == 2
+    assert len(dispatched) == 1

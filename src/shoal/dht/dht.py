@@ -29,7 +29,7 @@ from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidTypeError, 
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.runtime import pickling
-from shoal.runtime.futures import MPFuture
+from shoal.runtime.futures import MPFuture, chain
 from shoal.runtime.process import BackgroundProcess, ServiceHandle
 from shoal.utils.logging import show_logs
 from shoal.utils.serializer import MSGPackSerializer
@@ -287,12 +287,12 @@ class DHT:
 
         :param latest: ask the whole DHT for the record that expires last, instead of taking the first good
             one
-        :param return_future: return a future at once, which can be waited for or awaited
+        :param return_future: return a future at once, also while the node is not ready yet; it can be waited
+            for, awaited and cancelled
         :raises InvalidTypeError: the key cannot be serialized
         """
-        command = GetRecord(_serialize("key", key), bool(latest))
-        self._share_classes()
-        future: MPFuture[ValueWithExpiration | None] = self._ready().call(command)
+        future: MPFuture[ValueWithExpiration | None]
+        future = self._call(GetRecord(_serialize("key", key), bool(latest)), with_classes=True)
         return future if return_future else future.result()
 
     @overload
@@ -322,7 +322,8 @@ class DHT:
             unless configured
         :param subkey: makes the record a dictionary, in which each sub-key has a value and an expiration time
             of its own
-        :param return_future: return a future at once, which can be waited for or awaited
+        :param return_future: return a future at once, also while the node is not ready yet; it can be waited
+            for, awaited and cancelled
         :returns: whether it was stored; false if a later record is there, or the record was refused
         :raises InvalidTypeError: key, sub-key or value cannot be serialized, see
             :class:`~shoal.utils.MSGPackSerializer`
@@ -338,8 +339,7 @@ class DHT:
             expiration_time=float(expiration_time),
             subkey=None if subkey is None else _serialize("subkey", subkey),
         )
-        self._share_classes()
-        future: MPFuture[bool] = self._ready().call(command)
+        future: MPFuture[bool] = self._call(command, with_classes=True)
         return future if return_future else future.result()
 
     # Code of users in the background process
@@ -360,7 +360,8 @@ class DHT:
 
         There ``node`` is the :class:`~shoal.dht.node.DHTNode` itself, and ``dht`` a view with ``peer_id``,
         ``client_mode`` and ``get_visible_maddrs()``. Other calls go on meanwhile, so it must not block.
-        Cancelling the future cancels it.
+        Cancelling the future cancels it. With ``return_future`` it is returned at once, also while the node is not
+        ready yet.
 
         :param coro: an ``async def`` function. One of ``__main__`` or a notebook, a lambda or a closure is
             sent by value with what it refers to; others by reference, their modules are imported there
@@ -371,7 +372,7 @@ class DHT:
                 f"run_coroutine needs an `async def` function of (dht, node), not {coro!r}"
             )
         command = RunCoroutine(pickling.dumps(coro, f"the coroutine function {_name_of(coro)}"))
-        future: MPFuture[T] = self._ready().call(command)
+        future: MPFuture[T] = self._call(command)
         return future if return_future else future.result()
 
     def add_validators(self, record_validators: Iterable[RecordValidatorBase]) -> None:
@@ -380,31 +381,58 @@ class DHT:
         :raises InvalidTypeError: one of them is no validator, or cannot be sent
         """
         validators = options.check_validators(record_validators)
-        self._ready().call(AddValidators(pickling.dumps(validators, "record_validators"))).result()
+        self._call(AddValidators(pickling.dumps(validators, "record_validators"))).result()
 
-    def _ready(self, timeout: float | None = None) -> ServiceHandle:
-        """The node's service, once it is there."""
+    def _started(self) -> MPFuture[ServiceHandle]:
+        """The node's service, which may still be in the making."""
         self.background  # noqa: B018 - raises if it was not started
         if self._creation is None:
             raise InvalidStateError("this DHT could not be started")
+        return self._creation
+
+    def _ready(self, timeout: float | None = None) -> ServiceHandle:
+        """The node's service, once it is there."""
+        creation = self._started()
         try:
-            return self._creation.result(timeout)
+            return creation.result(timeout)
         except TimeoutError as error:
-            if self._creation.done():
+            if creation.done():
                 raise  # the node's own failure
             raise DeadlineExceeded(f"the DHT was not ready after {timeout:g} s") from error
 
-    def _share_classes(self) -> None:
-        """Make classes known there that were registered with MSGPackSerializer here."""
+    def _call(self, command: object, *, with_classes: bool = False) -> MPFuture[Any]:
+        """Send a command as soon as the node is ready; returns at once.
+
+        :param with_classes: make classes known there first that were registered with MSGPackSerializer here
+        """
+        creation = self._started()
         classes = MSGPackSerializer._class_of
-        if classes != self._shared_classes:
-            shared = dict(classes)
-            self._ready().call(RegisterClasses(pickling.dumps(shared, "a registered class"))).result()
+        if with_classes and classes != self._shared_classes:
+            registered = chain(creation, self._register(dict(classes)))
+            return chain(registered, lambda _: creation.result().call(command))
+        if creation.done() and not creation.cancelled() and creation.exception() is None:
+            return creation.result().call(command)
+        return chain(creation, lambda service: service.call(command))
+
+    def _register(self, classes: dict[int, type[Any]]) -> Callable[[ServiceHandle], MPFuture[None]]:
+        command = RegisterClasses(pickling.dumps(classes, "a registered class"))
+        owner = weakref.ref(self)  # what waits for the node does not keep the DHT alive
+
+        def note(call: Future[None]) -> None:
             # Only now: another thread must not go on before they are known there, nor anybody if that failed.
-            self._shared_classes = shared
+            dht = owner()
+            if dht is not None and not call.cancelled() and call.exception() is None:
+                dht._shared_classes = classes
+
+        def register(service: ServiceHandle) -> MPFuture[None]:
+            call: MPFuture[None] = service.call(command)
+            Future.add_done_callback(call, note)  # before the callback that sends what needs the classes
+            return call
+
+        return register
 
     def _describe(self) -> NodeDescription:
-        description = self._ready().call(DescribeNode()).result()
+        description = self._call(DescribeNode()).result()
         assert isinstance(description, NodeDescription)
         return description
 

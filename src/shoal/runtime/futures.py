@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import itertools
 import os
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 from shoal.errors import InvalidStateError
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -72,3 +75,55 @@ class MPFuture(concurrent.futures.Future[T]):
                 "this future belongs to the parent process: it was forked before the result arrived, "
                 "which only the parent will receive"
             )
+
+
+def chain(first: MPFuture[S], begin: Callable[[S], MPFuture[T]]) -> MPFuture[T]:
+    """A future of the call that ``begin`` makes with the result of ``first``, as soon as there is one.
+
+    It fails as ``first``, ``begin`` or the call does. Cancelling it cancels the call, or keeps it from being made;
+    ``first`` may have others who wait for it and is left alone. ``begin`` must not block: it runs on the thread that
+    receives results, or here if ``first`` is done.
+    """
+    calls: list[MPFuture[T]] = []
+    cancellations = itertools.count()
+
+    def cancel_call() -> bool:
+        is_first = next(cancellations) == 0
+        for call in calls:
+            call.cancel()
+        return is_first
+
+    outer: MPFuture[T] = MPFuture(cancel_call, first._dispatch)
+
+    def first_done(_: concurrent.futures.Future[S]) -> None:
+        if first.cancelled():
+            outer.cancel()
+        if outer.cancelled():
+            return
+        try:
+            call = begin(first.result())
+        except Exception as error:  # noqa: BLE001 - whatever it is, who waits for the outer future is told
+            _fail(outer, error)
+            return
+        calls.append(call)
+        if outer.cancelled():  # whoever cancels looks into the list afterwards: one of the two sees the other
+            call.cancel()
+        concurrent.futures.Future.add_done_callback(call, call_done)
+
+    def call_done(call: concurrent.futures.Future[T]) -> None:
+        if call.cancelled():
+            outer.cancel()
+        elif (error := call.exception()) is not None:
+            _fail(outer, error)
+        else:
+            with contextlib.suppress(concurrent.futures.InvalidStateError):  # cancelled in the same moment
+                outer.set_result(call.result())
+
+    # Past the dispatch of MPFuture: callbacks of users may be waiting on that thread for this very future.
+    concurrent.futures.Future.add_done_callback(first, first_done)
+    return outer
+
+
+def _fail(future: MPFuture[Any], error: BaseException) -> None:
+    with contextlib.suppress(concurrent.futures.InvalidStateError):  # cancelled in the same moment
+        future.set_exception(error)
