@@ -388,3 +388,14 @@ def test_whatever_fails_the_survivors_agree(block: int):
 @pytest.mark.parametrize("block", range(20))
 def test_whatever_fails_the_survivors_agree_soak(block: int):
     sweep(range(1000 + block * 100, 1100 + block * 100))
+
+
+def test_a_slow_link_full_of_parts_is_not_taken_for_a_dead_member():
+    async def main() -> None:
+        async with SimulatedGroup(seed=3, size=2) as group:
+            for member in (0, 1):  # the exchange takes 12 s, in which the other connections hear nothing
+                group.network.set_bandwidth(group.name(member), group.name(1 - member), 2000.0)
+            results = await asyncio.gather(*(group.run(member) for member in range(2)))
+            assert [result.failure for result in results] == [None, None]
+
+    run(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import msgspec
 import pytest
@@ -45,6 +46,9 @@ class Owner:
 
     def connection_closed(self, connection):
         self.closed.append(connection)
+
+    def seen_elsewhere(self, connection):
+        return -math.inf
 
     def may_close_idle(self, connection):
         return False

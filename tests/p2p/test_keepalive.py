@@ -107,3 +107,13 @@ def test_going_out_of_use_and_back_starts_the_silence_again():
     alive.set_in_use(False, 3.0)
     assert alive.set_in_use(True, 25.0)
     assert alive.check(25.0, 0, 0) == (Verdict.WAIT, 26.5)
+
+
+def test_a_peer_that_lives_on_another_connection_gets_the_longest_time_for_its_answer_on_this_one():
+    config = HostConfig()
+    alive = KeepAlive(config, 0.0)
+    alive.set_in_use(True, 0.0)
+    now = 0.0
+    while (step := alive.check(now, 0, 0, seen_elsewhere=now))[0] is not Verdict.DEAD:
+        now = step[1]
+    assert now == pytest.approx(config.probe_after + config.max_answer_time)

@@ -63,6 +63,9 @@ class ConnectionOwner(Protocol):
     def may_close_idle(self, connection: Connection) -> bool:
         """Whether an unused connection can be spared."""
 
+    def seen_elsewhere(self, connection: Connection) -> float:
+        """When its peer last showed life on another connection, in seconds of the loop; -inf: on none."""
+
 
 class Connection(asyncio.BufferedProtocol):
     """See the module. ``lane`` is what the dialing side wants it to be; the other side learns it from HELLO."""
@@ -130,6 +133,11 @@ class Connection(asyncio.BufferedProtocol):
     def is_open(self) -> bool:
         """Whether streams can be opened on it."""
         return self.hello is not None and self.close_reason is None
+
+    @property
+    def last_sign(self) -> float:
+        """When the peer last showed life here, in seconds of the loop."""
+        return self._keepalive.last_sign
 
     @property
     def rtt(self) -> float | None:
@@ -423,7 +431,8 @@ class Connection(asyncio.BufferedProtocol):
             self.last_used = now
             self._keepalive.set_in_use(True, now)
         unsent = unsent_bytes(cast("asyncio.Transport", self._transport))
-        verdict, again = self._keepalive.check(now, unsent, self._written)
+        elsewhere = self._owner.seen_elsewhere(self)
+        verdict, again = self._keepalive.check(now, unsent, self._written, elsewhere)
         if verdict is Verdict.DEAD:
             silence = now - self._keepalive.last_sign
             reason = f"no sign of life for {silence:.1f} s"

@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 from collections.abc import Awaitable, Callable
+
+import msgspec
 
 from shoal.errors import (
     ConnectionLost,
@@ -262,6 +265,17 @@ class Connections:
         logger.debug("connected to %s (%s, %s lane)", peer, hello.agent, connection.lane.name.lower())
         return None
 
+    def peer_announced(self, peer: PeerID, addresses: list[Multiaddr], client_mode: bool) -> None:
+        """``peer`` says that what its HELLO said of it has changed."""
+        self.addresses.add(peer, addresses)
+        connections = self._peers.get(peer)
+        for connection in [] if connections is None else connections.all():
+            if connection.hello is not None:
+                texts = [str(address) for address in addresses]
+                connection.hello = msgspec.structs.replace(
+                    connection.hello, client_mode=client_mode, addresses=texts
+                )
+
     def connection_closed(self, connection: Connection) -> None:
         """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
         self._connections.pop(connection, None)
@@ -286,6 +300,11 @@ class Connections:
         if connections is not None and connections.is_redundant(connection):
             return idle >= REDUNDANT_TIMEOUT
         return idle >= self.config.idle_timeout and self._can_be_had_again(connection)
+
+    def seen_elsewhere(self, connection: Connection) -> float:
+        known = self.to(connection.peer)
+        others = [] if known is None else [other for other in known.all() if other is not connection]
+        return max((other.last_sign for other in others), default=-math.inf)
 
     def _can_be_had_again(self, connection: Connection) -> bool:
         # A peer that cannot be dialed could not be called any more, and neither could this host by that peer.

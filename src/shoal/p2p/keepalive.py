@@ -3,7 +3,8 @@
 Signs of life are received bytes of any kind, and progress of what we send: on a full, slow link our question waits
 behind megabytes in our own buffers, so a peer whose kernel goes on taking them is alive, also while we refill them
 as fast. What counts as silence is the time since the last sign, or since the connection came into use if that was
-later.
+later. While the same peer shows life on another connection, the answer on this one may be in a queue behind that:
+it has the longest time allowed.
 
 The round-trip time is smoothed as in RFC 6298 (Jacobson); a peer may take for its answer eight times the
 smoothed time plus four deviations, within the limits of :class:`HostConfig`.
@@ -12,6 +13,7 @@ smoothed time plus four deviations, within the limits of :class:`HostConfig`.
 from __future__ import annotations
 
 import enum
+import math
 
 from shoal.p2p.config import HostConfig
 
@@ -83,10 +85,13 @@ class KeepAlive:
         """Whether a probe has not been answered."""
         return self._probe_sent is not None
 
-    def check(self, now: float, unsent: int, written: int) -> tuple[Verdict, float]:
+    def check(
+        self, now: float, unsent: int, written: int, seen_elsewhere: float = -math.inf
+    ) -> tuple[Verdict, float]:
         """What to do now, and when to check again.
 
         ``unsent``: bytes of ours that the peer has not taken yet, of the ``written`` ones in all so far.
+        ``seen_elsewhere``: when the peer last showed life on another connection.
         """
         taken = written - unsent
         # Only what is taken of a backlog while an answer is awaited: then the last look was a moment ago.
@@ -95,7 +100,9 @@ class KeepAlive:
         self._unsent, self._taken = unsent, taken
         silent_since = max(self.last_sign, self._in_use_since or 0.0)
         if self._probe_sent is not None:
-            dead_at = max(silent_since, self._probe_sent) + self.answer_time
+            lives = seen_elsewhere > self._probe_sent
+            allowed = self._config.max_answer_time if lives else self.answer_time
+            dead_at = max(silent_since, self._probe_sent) + allowed
             # While something waits to be sent, look often enough to see whether it moves.
             again = min(dead_at, now + self._config.probe_after) if unsent else dead_at
             return (Verdict.DEAD, now) if now >= dead_at else (Verdict.WAIT, again)
