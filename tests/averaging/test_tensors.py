@@ -273,6 +273,21 @@ def test_hold_yields_the_callers_own_tensors_and_is_reentrant():
     assert not store.held_by_this_thread
 
 
+def test_held_tensors_are_changed_in_place_and_never_replaced():
+    tensor, parameter = torch.zeros(2), torch.nn.Parameter(torch.zeros(2))
+    store = store_of(tensor, parameter)
+    with store.hold() as tensors:
+        tensors[0] += 1
+        with torch.no_grad():
+            tensors[-1] += 2
+        with pytest.raises(TypeError, match=r"tensors\[0\].copy_"):
+            tensors[0] = torch.ones(2)
+        with pytest.raises(TypeError, match="another object"):
+            tensors[:] = tensors[:]
+    assert tensor.tolist() == [1, 1]
+    assert parameter.tolist() == [2, 2]
+
+
 def in_thread(function):
     results = []
     thread = threading.Thread(target=lambda: results.append(function()), name="the-other")

@@ -33,7 +33,7 @@ from shoal.averaging.group import MAX_GATHER_BYTES
 from shoal.averaging.hostside import TensorKeeper
 from shoal.averaging.partition import Layout, Partition
 from shoal.averaging.schema import TensorSchema, validate_tensors
-from shoal.averaging.tensors import TensorStore
+from shoal.averaging.tensors import HeldTensors, TensorStore
 from shoal.compression import CompressionBase, NoCompression
 from shoal.dht.dht import DHT
 from shoal.errors import (
@@ -275,9 +275,9 @@ class DecentralizedAverager:
     # averaging
 
     @contextmanager
-    def get_tensors(self) -> Iterator[Sequence[torch.Tensor]]:
+    def get_tensors(self) -> Iterator[HeldTensors]:
         """Hold the averager's lock (re-entrant) and yield the averaged tensors: the very objects that were
-        given.
+        given. Change them in place (``tensors[0] += 1``), parameters under :class:`torch.no_grad`.
 
         Waits for a copy that is under way at most, never for the network. While the lock is held no round
         takes or writes the tensors; hold it shortly. Do not call ``step(wait=True)`` inside.

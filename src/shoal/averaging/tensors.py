@@ -24,7 +24,7 @@ import torch
 from shoal.averaging.partition import Layout
 from shoal.averaging.reduction import is_finite
 from shoal.compression.base import DTYPE_NAMES
-from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidValueError
+from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidTypeError, InvalidValueError
 
 Area: TypeAlias = torch.Tensor | memoryview | bytearray
 """An arena of ``layout.nbytes`` bytes: a one-dimensional uint8 CPU tensor, or writable memory."""
@@ -36,6 +36,19 @@ MERGE_ELEMENTS = 1 << 15
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+class HeldTensors(tuple[torch.Tensor, ...]):
+    """The averaged tensors as users see them: ``tensors[0] += 1`` works, replacing one of them is an error."""
+
+    __slots__ = ()
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if value is not self[index]:  # what in-place operators assign is the tensor itself
+            raise InvalidTypeError(
+                f"tensors[{index!r}] = ... would put another object in place of an averaged tensor; "
+                f"write into it: tensors[{index!r}].copy_(value)"
+            )
+
+
 class TensorStore:
     """The averaged tensors of one averager, referred to as objects: their storage may be replaced between
     rounds.
@@ -44,7 +57,7 @@ class TensorStore:
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor], layout: Layout) -> None:
-        self.tensors = tuple(tensors)
+        self.tensors = HeldTensors(tensors)
         self.layout = layout
         self._lock = threading.RLock()
         self._holder: int | None = None
@@ -56,7 +69,7 @@ class TensorStore:
             self._cuda_copier(device)
 
     @contextmanager
-    def hold(self, timeout: float | None = None) -> Iterator[tuple[torch.Tensor, ...]]:
+    def hold(self, timeout: float | None = None) -> Iterator[HeldTensors]:
         """Hold the lock (re-entrant) and yield the tensors.
 
         Raises :class:`DeadlineExceeded` saying who has held it for how long if it is not free within
