@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ from shoal.dht.config import DHTConfig
 from shoal.dht.node import DHTNode
 from shoal.errors import BootstrapError
 from shoal.p2p.config import HostConfig
+from shoal.p2p.dialback import Reachability
 from shoal.p2p.host import Host
+from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.testing.clock import run
-from shoal.testing.dht import SimulatedDHT
+from shoal.testing.dht import PORT, SimulatedDHT
 
 Story = Callable[[SimulatedDHT], Awaitable[None]]
 
@@ -219,6 +222,127 @@ def test_a_reachable_node_asks_two_peers(monkeypatch: pytest.MonkeyPatch) -> Non
         assert not node.client_mode
 
     monkeypatch.setattr(Host, "check_reachability", check)
+    simulate(story)
+
+
+def watch_checks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
+    """Who checked when, from now on."""
+    checks: list[tuple[str, float]] = []
+    original = Host.check_reachability
+
+    async def check(self: Host, helpers: list[PeerID], **options: Any) -> Reachability:
+        checks.append((str(self.peer_id), now()))
+        return await original(self, helpers, **options)
+
+    monkeypatch.setattr(Host, "check_reachability", check)
+    return checks
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    return [text for text in messages if "connect back" in text]
+
+
+def test_a_node_that_can_be_dialed_later_becomes_one_like_the_others(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "shoal")
+
+    async def story(sim: SimulatedDHT) -> None:
+        await sim.start_many(3)
+        host, ports = await sim.start_host(3), sim.network.host("node3").listeners
+        listener = ports.pop(PORT)  # it listens, but a firewall lets nobody through
+        node = sim.nodes[3] = await DHTNode.create(
+            host, initial_peers=[sim.address(0)], clock=sim.now, rng=random.Random(3)
+        )
+        checks = watch_checks(monkeypatch)
+        began = now()
+        await asyncio.sleep(1500)
+        assert node.client_mode
+        assert len(warnings_of(caplog)) == 1
+        assert [round((when - began) / 600, 1) for who, when in checks if who == str(node.peer_id)] == [
+            1.0,
+            2.0,
+        ]
+        ports[PORT] = listener
+        await until(lambda: not node.client_mode, 620)
+        await until(lambda: all_know_each_other(sim), 5)
+        assert host.announced_addresses == host.listen_addresses
+        assert len(warnings_of(caplog)) == 1
+        assert "client no longer" in caplog.text
+        # Whoever has lost the connection can dial it, and it keeps records.
+        for number in range(3):
+            sim.network.drop_connections(f"node{number}", "node3")
+        assert await sim.nodes[1].store("key", 1, sim.now() + 60)
+        assert node.num_records == 1
+        checks.clear()
+        await asyncio.sleep(1300)
+        assert str(node.peer_id) not in dict(checks)
+
+    simulate(story)
+
+
+def test_the_first_node_is_checked_once_when_two_peers_have_come(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(sim: SimulatedDHT) -> None:
+        checks = watch_checks(monkeypatch)
+        first = await sim.start(0)
+        await sim.start(1, [sim.address(0)])
+        await asyncio.sleep(700)
+        assert str(first.peer_id) not in dict(checks)
+        await sim.start(2, [sim.address(0)])
+        await asyncio.sleep(2000)
+        assert [who for who, _ in checks].count(str(first.peer_id)) == 1
+        assert not first.client_mode
+        assert not warnings_of(caplog)
+
+    simulate(story)
+
+
+def test_a_first_node_that_nobody_can_dial_says_so_once_and_still_answers(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def story(sim: SimulatedDHT) -> None:
+        first = await sim.start(0)
+        for number in (1, 2):
+            await sim.start(number, [sim.address(0)])
+        ports = sim.network.host("node0").listeners
+        listener = ports.pop(PORT)
+        await until(lambda: first.client_mode, 15)
+        await asyncio.sleep(1500)
+        assert len(warnings_of(caplog)) == 1
+        assert first.host.announced_addresses == []
+        assert await sim.nodes[1].store("key", 1, sim.now() + 60)
+        assert first.num_records == 0
+        assert await first.get("key") == (1, pytest.approx(sim.now() + 60, abs=5))
+        ports[PORT] = listener  # who knows the way in may join through it
+        joined = await sim.start(3, [sim.address(0)])
+        await until(lambda: len(joined.neighbours) >= 2, 10)
+        await until(lambda: not first.client_mode, 620)
+        await until(lambda: all_know_each_other(sim), 60)
+
+    simulate(story)
+
+
+def test_a_node_whose_addresses_change_is_checked_and_announced_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def story(sim: SimulatedDHT) -> None:
+        nodes = await sim.start_many(3)
+        await asyncio.sleep(60)
+        checks = watch_checks(monkeypatch)
+        host, place = nodes[2].host, sim.network.host("node2")
+        moved = place.address(PORT + 1)
+        await place.listen(host._connections.accept, moved)
+        host.config = replace(host.config, announce=(moved,))
+        await asyncio.sleep(10)
+        assert [who for who, _ in checks] == [str(host.peer_id)]
+        assert nodes[0].host.addresses_of(host.peer_id)[0] == moved
+        assert nodes[1].host.addresses_of(host.peer_id)[0] == moved
+        await asyncio.sleep(2000)
+        assert len(checks) == 1
+
     simulate(story)
 
 

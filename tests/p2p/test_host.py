@@ -19,7 +19,7 @@ from shoal.errors import (
     RemoteError,
 )
 from shoal.p2p.config import HostConfig
-from shoal.p2p.dialback import DIAL_BACK, DialBackRequest
+from shoal.p2p.dialback import ANNOUNCE, DIAL_BACK, Announcement, DialBackRequest
 from shoal.p2p.host import Host
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.rpc import Lane, Method
@@ -692,11 +692,37 @@ async def test_a_host_that_nobody_can_dial_becomes_a_client(swarm, caplog):
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
     assert all(name in warnings[0] for name in ("host_maddrs", "announce_maddrs", "client_mode=True"))
+    await asyncio.sleep(6)  # helpers are not asked more often
     assert (await b.check_reachability([a.peer_id])).reachable is False
-    assert len(warnings) == 1
+    assert [record.levelno for record in caplog.records].count(logging.WARNING) == 1
     c = await swarm.host("c")
     await b.connect(c.listen_addresses[0], timeout=5)
     assert c.addresses_of(b.peer_id) == []
+
+
+@simulated()
+async def test_a_host_that_can_be_dialed_after_all_is_announced_again(swarm, caplog):
+    caplog.set_level(logging.INFO, "shoal")
+    a = await swarm.host("a")
+    b = await swarm.host("b", nat(swarm))
+    await b.connect(a.listen_addresses[0], timeout=5)
+    await b.check_reachability([a.peer_id])
+    await b.announce()
+    assert not a._connections.is_dialable(b.peer_id)
+    (outer,) = b.config.announce
+    await swarm.network.host("b").listen(b._connections.accept, outer)  # the port is forwarded now
+    await asyncio.sleep(6)
+    result = await b.check_reachability([a.peer_id])
+    assert (result.reachable, result.confirmed) == (True, (outer,))
+    assert b.can_be_dialed
+    assert b.announced_addresses == [outer]
+    told = [record for record in caplog.records if "client no longer" in record.getMessage()]
+    assert [(record.levelno, str(outer) in record.getMessage()) for record in told] == [(logging.INFO, True)]
+    await b.announce()
+    assert a.addresses_of(b.peer_id)[0] == outer
+    assert a._connections.is_dialable(b.peer_id)
+    with pytest.raises(RemoteError, match="bad_address"):
+        await b.call(a.peer_id, ANNOUNCE, Announcement(False, ["/ip4/1.2.3/tcp/1"]), timeout=20)
 
 
 def on_loopback(port=4001):

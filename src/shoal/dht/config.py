@@ -31,7 +31,8 @@ class DHTConfig:
     ensure_bootstrap_success: bool = True
     """Whether ``create`` raises BootstrapError then; otherwise the search for initial peers goes on for ever."""
     check_reachability: bool = True
-    """Whether two peers are asked to dial this node back when it joins."""
+    """Whether two peers are asked to dial this node back: when it joins, as the first node when two have come, when its
+    addresses have changed, and every 10 minutes while nobody gets through."""
     wait_timeout: float = 3.0
     """How long one call to a peer may take, connecting included."""
     stall_timeout: float = 0.7

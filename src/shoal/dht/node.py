@@ -1,7 +1,8 @@
 """A node of the DHT: puts its parts together, and is what the rest of Shoal calls.
 
 The parts: :mod:`~shoal.dht.neighbours` knows and calls other nodes, :mod:`~shoal.dht.bootstrap` finds the first of
-them, :mod:`~shoal.dht.upkeep` keeps them, :mod:`~shoal.dht.server` answers them, :mod:`~shoal.dht.records` stores and
+them, :mod:`~shoal.dht.upkeep` keeps them, :mod:`~shoal.dht.reachability` asks whether
+they can dial this node, :mod:`~shoal.dht.server` answers them, :mod:`~shoal.dht.records` stores and
 gets.
 """
 
@@ -19,6 +20,7 @@ from shoal.dht.config import DHTConfig
 from shoal.dht.ids import key_id
 from shoal.dht.messages import StoredEntry
 from shoal.dht.neighbours import Neighbours
+from shoal.dht.reachability import HELPERS, ReachabilityWatch
 from shoal.dht.records import Records
 from shoal.dht.replication import records_after_loss, records_for_newcomer
 from shoal.dht.server import Server
@@ -36,7 +38,8 @@ from shoal.utils.timed import get_dht_time
 
 logger = logging.getLogger(__name__)
 
-REACHABILITY_HELPERS = 2
+MAX_GREETED = 64
+"""Neighbours that are told at once when others can dial this node again, or cannot any more."""
 HAND_OVER_DELAY = 1.0
 """Wait this long before handing records over: who comes or goes seldom does so alone."""
 HAND_OVER_BATCH = 256
@@ -106,6 +109,7 @@ class DHTNode:
             self._neighbours, initial_peers, self._tasks, rng, self._found_initial_peer
         )
         self._upkeep = Upkeep(self._neighbours, self._initial, self._records.find_nodes, clock, rng)
+        self._reachability = ReachabilityWatch(host, self._helpers, self._reachability_changed, rng)
         self._gets: dict[tuple[int, bool], asyncio.Task[ValueWithExpiration | None]] = {}
         self._neighbours.on_joined.append(self._neighbour_joined)
         self._neighbours.on_left.append(self._neighbour_left)
@@ -241,6 +245,8 @@ class DHTNode:
         self._joined = True
         self._upkeep.hurry()
         self._tasks.start(self._upkeep.run(), "dht-upkeep")
+        if self.config.check_reachability and not self.config.client_mode:
+            self._tasks.start(self._reachability.run(), "dht-reachability")
 
     def _found_initial_peer(self, peer: PeerID) -> None:
         self._upkeep.hurry()
@@ -253,7 +259,7 @@ class DHTNode:
         neighbours = self._neighbours
         if self.config.check_reachability and not self.client_mode:
             known = [*self._initial.found.values(), *neighbours.table, *(neighbours.heard_of or ())]
-            await self.host.check_reachability(list(dict.fromkeys(known))[:REACHABILITY_HELPERS])
+            await self._reachability.check(list(dict.fromkeys(known))[:HELPERS])
         if not self.host.can_be_dialed:
             self._server.stop(self.host)
         self._present()
@@ -265,6 +271,22 @@ class DHTNode:
         self._neighbours.listening = not self.client_mode
         for peer in heard_of:
             self._neighbours.greet_if_new(peer)
+
+    def _helpers(self) -> list[PeerID]:
+        """Who may be asked to dial back."""
+        return list(dict.fromkeys([*self._neighbours.table, *self.host.connected_peers()]))
+
+    async def _reachability_changed(self) -> None:
+        """Serve, or leave the others' tables, and tell them.
+
+        A node that others had found goes on answering when nobody can dial it at what it announces: it may be the one
+        through which newcomers join, at an address that it does not know.
+        """
+        if not self.client_mode:
+            self._server.start(self.host)
+        self._neighbours.listening = not self.client_mode
+        await self.host.announce()
+        await self._neighbours.greet_all(list(self._neighbours.table)[:MAX_GREETED])
 
     def _bootstrap_error(self) -> BootstrapError:
         failures = {text: self._initial.failures.get(text, "no answer yet") for text in self._initial.others}

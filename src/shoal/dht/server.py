@@ -43,14 +43,19 @@ class Server:
         self._storage = storage
         self._validator = validator
         self._clock = clock
+        self._is_serving = False
 
     def start(self, host: Host) -> None:
-        """Serve from now on."""
+        """Serve from now on. Idempotent."""
+        if self._is_serving:
+            return
+        self._is_serving = True
         host.serve(FIND, self._handle_find)
         host.serve(STORE, self._handle_store)
 
     def stop(self, host: Host) -> None:
-        """Serve no more."""
+        """Serve no more. Idempotent."""
+        self._is_serving = False
         host.stop_serving(FIND)
         host.stop_serving(STORE)
 

@@ -47,6 +47,20 @@ class DialBackResponse(msgspec.Struct, array_like=True, frozen=True):
 DIAL_BACK = Method("shoal.host.dial_back", DialBackRequest, DialBackResponse)
 
 
+class Announcement(msgspec.Struct, array_like=True, frozen=True):
+    """What HELLO said of the sender has changed: this holds now."""
+
+    client_mode: bool
+    addresses: Annotated[list[_Address], msgspec.Meta(max_length=wire.MAX_ADDRESSES)]
+
+
+class AnnouncementHeard(msgspec.Struct, array_like=True, frozen=True):
+    """It was."""
+
+
+ANNOUNCE = Method("shoal.host.announce", Announcement, AnnouncementHeard)
+
+
 @dataclass(frozen=True)
 class Reachability:
     """What :meth:`Host.check_reachability` found."""

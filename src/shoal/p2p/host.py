@@ -18,6 +18,7 @@ from shoal.errors import (
     InvalidStateError,
     InvalidValueError,
     PeerUnreachable,
+    RemoteError,
     ShoalError,
 )
 from shoal.p2p import wire
@@ -26,7 +27,10 @@ from shoal.p2p.config import HostConfig
 from shoal.p2p.connection import Connection
 from shoal.p2p.connections import Connections
 from shoal.p2p.dialback import (
+    ANNOUNCE,
     DIAL_BACK,
+    Announcement,
+    AnnouncementHeard,
     DialBackHelper,
     DialBackRequest,
     DialBackResponse,
@@ -105,6 +109,7 @@ class Host:
         )
         self.serve(DIAL_BACK, helper.handle)
         self.serve(_OPEN_LANE, self._open_lane)
+        self.serve(ANNOUNCE, self._hear_announcement)
 
     async def start(self, listen_on: Sequence[Multiaddr] = ()) -> None:
         """Listen at each address (port 0: any free one). Without addresses the host can only dial.
@@ -146,11 +151,16 @@ class Host:
 
     @property
     def announced_addresses(self) -> list[Multiaddr]:
-        """What peers are told: ``config.announce``, or else where it listens; nothing if it cannot be dialed.
+        """What peers are told: :attr:`candidate_addresses`, or nothing if the host cannot be dialed."""
+        return self.candidate_addresses if self.can_be_dialed else []
+
+    @property
+    def candidate_addresses(self) -> list[Multiaddr]:
+        """Where it may be that peers can dial the host: ``config.announce``, or else where it listens.
 
         For a listener on all interfaces these are the addresses that the host's own connections have shown.
         """
-        if not self.can_be_dialed:
+        if self.config.client_mode or not self._listeners:
             return []
         if self.config.announce:
             return list(self.config.announce)
@@ -161,7 +171,7 @@ class Host:
 
     @property
     def can_be_dialed(self) -> bool:
-        """False in client mode, and after :meth:`check_reachability` found that nobody gets through."""
+        """False in client mode, and while :meth:`check_reachability` has last found that nobody gets through."""
         return bool(self._listeners) and not self.config.client_mode and self._is_reachable
 
     def add_addresses(self, peer: PeerID, addresses: Iterable[Multiaddr]) -> None:
@@ -283,12 +293,13 @@ class Host:
         return lambda: self._on_disconnect.pop(number, None) and None
 
     async def check_reachability(self, helpers: Sequence[PeerID], *, timeout: float = 10.0) -> Reachability:
-        """Ask ``helpers`` to dial back the announced addresses, and draw the conclusions.
+        """Ask ``helpers`` to dial back the candidate addresses, and draw the conclusions.
 
         If helpers tried and none got through, one warning says what can be done, nothing is announced any more, and
-        the host acts as a client; what it listens on goes on. If no helper could tell, nothing changes.
+        the host acts as a client; what it listens on goes on. If one gets through later, that ends, and is logged.
+        If no helper could tell, nothing changes. Peers that are connected hear of a change by :meth:`announce`.
         """
-        announced = self.announced_addresses
+        announced = self.candidate_addresses
         if not announced:
             return Reachability(False if not self.can_be_dialed else None)
         answers = await asyncio.gather(*(self._ask_back(helper, announced, timeout) for helper in helpers))
@@ -303,7 +314,27 @@ class Host:
                 "intended",
                 tried,
             )
+        elif result.reachable and not self._is_reachable:
+            self._is_reachable = True
+            through = ", ".join(map(str, result.confirmed))
+            logger.info("peers can connect to this one now, at %s: it is a client no longer", through)
         return result
+
+    async def announce(self, *, timeout: float = 10.0) -> None:
+        """Tell all connected peers where this host can be dialed now, or that it cannot; those that fail are left out.
+
+        For a change: who connects learns it anyway.
+        """
+        addresses = [str(address) for address in self.announced_addresses]
+        request = Announcement(not self.can_be_dialed, addresses)
+
+        async def tell(peer: PeerID) -> None:
+            try:
+                await self.call(peer, ANNOUNCE, request, timeout=timeout)
+            except ShoalError as error:
+                logger.debug("%s heard no announcement: %s", peer, error)
+
+        await asyncio.gather(*(tell(peer) for peer in self.connected_peers()))
 
     # ---- inside ----
 
@@ -345,6 +376,14 @@ class Host:
 
     async def _open_lane(self, peer: PeerID, request: _OpenLane) -> _LaneOpened:
         return _LaneOpened(await self._connections.open_lane_to(peer))
+
+    async def _hear_announcement(self, peer: PeerID, request: Announcement) -> AnnouncementHeard:
+        try:
+            addresses = [Multiaddr.parse(text) for text in request.addresses]
+        except InvalidValueError as error:
+            raise RemoteError("bad_address", str(error)) from error
+        self._connections.peer_announced(peer, addresses, request.client_mode)
+        return AnnouncementHeard()
 
     def _ips_of(self, peer: PeerID) -> list[str]:
         connections = self._connections.to(peer)
