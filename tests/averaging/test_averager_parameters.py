@@ -159,6 +159,20 @@ def test_what_is_not_implemented_is_never_silently_ignored(options: dict[str, An
         make(**options)
 
 
+def test_methods_that_are_not_implemented_say_so():
+    averager = make()
+    for call in (
+        averager.load_state_from_peers,
+        averager.get_group_bits,
+        lambda: averager.set_group_bits("01"),
+        lambda: setattr(averager, "allow_state_sharing", True),
+    ):
+        with pytest.raises(NotImplementedError, match="not implemented yet"):
+            call()
+    averager.allow_state_sharing = False
+    assert averager.allow_state_sharing is False
+
+
 def test_a_step_before_the_start_says_so():
     with pytest.raises(RuntimeError, match="not started"):
         make().step(wait=False)

@@ -389,6 +389,19 @@ def test_waiting_for_a_step_inside_get_tensors_is_an_error(swarm: Swarm):
         averager.step()
 
 
+def test_mistakes_in_a_step_name_the_parameter(swarm: Swarm):
+    averager = swarm.peer([torch.zeros(2)], size=2)
+    for options, named in (
+        ({"gather": object()}, "gather: cannot serialize"),
+        ({"gather": bytes(1 << 20)}, "gather takes"),
+        ({"wait": "no"}, "wait='no'"),
+        ({"weight": 0}, "weight=0"),
+        ({"timeout": 0}, "timeout=0"),
+    ):
+        with pytest.raises(shoal.UsageError, match=named):
+            averager.step(**options)
+
+
 def test_calls_after_shutdown_say_so(swarm: Swarm):
     averager = swarm.peer([torch.zeros(2)], size=2)
     step = averager.step(wait=False)

@@ -272,6 +272,29 @@ class DecentralizedAverager:
         """What happened in the last step that has finished."""
         return self._keeper.last_report
 
+    # not implemented yet
+
+    @property
+    def allow_state_sharing(self) -> bool:
+        """Whether other peers may download this one's state: False; setting it to True is not implemented yet."""
+        return False
+
+    @allow_state_sharing.setter
+    def allow_state_sharing(self, value: bool) -> None:
+        _reject_what_is_not_implemented(allow_state_sharing=(bool(value), False))
+
+    def load_state_from_peers(self, wait: bool = True, timeout: float | None = None) -> Any:
+        """Not implemented yet."""
+        raise NotImplementedError("load_state_from_peers() is not implemented yet")
+
+    def get_group_bits(self, wait: bool = True) -> Any:
+        """Not implemented yet."""
+        raise NotImplementedError("get_group_bits() is not implemented yet")
+
+    def set_group_bits(self, group_bits: str, wait: bool = True) -> Any:
+        """Not implemented yet."""
+        raise NotImplementedError("set_group_bits() is not implemented yet")
+
     # averaging
 
     @contextmanager
@@ -322,6 +345,7 @@ class DecentralizedAverager:
         :raises InvalidStateError: not started, shut down, or ``wait=True`` inside :meth:`get_tensors`
         :raises PeerProcessDied: the background process has ended
         """
+        check_flag("wait", wait)
         if wait and require_trigger:
             raise InvalidValueError(
                 "require_trigger=True needs wait=False: with wait=True nobody could trigger it"
@@ -404,7 +428,10 @@ class DecentralizedAverager:
         return self._started.result()
 
     def _encode(self, gather: Any) -> bytes:
-        encoded: bytes = self.serializer.dumps(gather)
+        try:
+            encoded: bytes = self.serializer.dumps(gather)
+        except (InvalidTypeError, InvalidValueError) as e:
+            raise type(e)(f"gather: {e}") from None
         if len(encoded) > MAX_GATHER_BYTES:
             raise InvalidValueError(
                 f"gather takes {len(encoded)} bytes when encoded; at most {MAX_GATHER_BYTES} are allowed"
