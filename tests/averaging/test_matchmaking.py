@@ -270,7 +270,7 @@ def test_with_too_few_the_start_is_postponed_until_the_deadline():
     assert driver.only(DismissFollower).message.reason is DismissReason.SEARCH_ENDED
     explanation = driver.only(FinishWithout).explanation
     assert "found no group of 3 to 4 under key 'swarm.0b' in 50.0 s" in explanation
-    assert "2 members at the start time: postponed" in explanation
+    assert "2 of at least 3 members at the start time: postponed" in explanation
     assert driver.only(Declare) == Declare(DeclaredState.TAKEN)
 
 
@@ -355,7 +355,7 @@ def test_the_story_names_what_was_seen_and_answered():
     driver.send(LeaderRejected(1, Rejected(RejectReason.OTHER_SCHEMA)))
     driver.send(Cancelled())
     text = driver.only(FinishWithout).explanation
-    assert "2 peers are declared there, 1 others look for a group" in text
+    assert "1 other peer looks for a group there (2 declared in all)" in text
     assert f"another schema: {IDS[5]}" in text
     assert f"asked {IDS[0]} (rejected (other_schema))" in text
 

@@ -115,8 +115,11 @@ def cut_groups(candidates: Sequence[Candidate], target: int | None, minimum: int
     if any(candidate.can_lead for candidate in waiting):
         members = _take_slice(waiting, len(waiting), later_groups=0)
         groups.append(PlannedGroup(members, is_complete=False, newcomers_cannot_change_it=False))
-    shown = ", ".join(map(str, sizes)) or "none"
-    reason = f"{len(candidates)} peers of which {leaders} can lead make groups of {shown}; {len(left_over)} left over"
+    reason = f"{len(candidates)} in all, of which {leaders} can lead, "
+    if sizes:
+        reason += f"make groups of {', '.join(map(str, sizes))}; {len(left_over)} left over"
+    else:
+        reason += f"make no group of {minimum} or more"
     return Cut(tuple(groups), left_over, reason)
 
 
@@ -181,7 +184,7 @@ def may_begin_early(
     plan.
     """
     if target is None or len(members) < target:
-        return EarlyBeginDecision(EarlyBegin.NO, f"{len(members)} of {target or 'any number of'} members")
+        return EarlyBeginDecision(EarlyBegin.NO, _missing(len(members), target))
     cut = cut_groups(candidates, target, minimum)
     group = cut.group_of(leader)
     if group is None or group.leader != leader:
@@ -200,3 +203,9 @@ def may_begin_early(
     if group.newcomers_cannot_change_it and not leaders_may_be_scarce:
         return EarlyBeginDecision(EarlyBegin.YES, f"full, and newcomers change nothing: {cut.reason}")
     return EarlyBeginDecision(EarlyBegin.IF_SETTLED, f"full: {cut.reason}")
+
+
+def _missing(members: int, target: int | None) -> str:
+    if target is None:
+        return f"members: {members}, and a group without target_group_size begins at its start time"
+    return f"members: {members} of {target}"

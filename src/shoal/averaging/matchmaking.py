@@ -502,7 +502,8 @@ class Matchmaking:
             self._begin(now)
             return
         self._times.begins_at = now + self.config.min_matchmaking_time
-        self.story.note(now, f"{len(self._view.members)} members at the start time: postponed")
+        members = f"{len(self._view.members)} of at least {self.config.min_group_size} members"
+        self.story.note(now, f"{members} at the start time: postponed")
         cut = self._cut(now)
         for token, follower in list(self._view.followers.items()):
             planned = cut.group_of(follower.peer_id)

@@ -74,10 +74,11 @@ class SearchStory:
         if self._polls == 0:
             return "the DHT never answered who else is declared there"
         others = sum(candidate.peer_id != me for candidate in candidates)
-        text = (
-            f"{self._records} peers are declared there, {self._looking} others look for a group, "
-            f"{others} of them can be planned with"
-        )
+        found = {0: "no other peer looks", 1: "1 other peer looks"}
+        text = found.get(self._looking, f"{self._looking} other peers look")
+        text += f" for a group there ({self._records} declared in all)"
+        if others != self._looking:
+            text += f", this one counts on {others} of them"
         if self._other_schema:
             shown = ", ".join(map(str, self._other_schema))
             text += (
