@@ -242,6 +242,10 @@ class DecentralizedAverager:
     ) -> None:
         self.shutdown()
 
+    def __repr__(self) -> str:
+        state = "alive" if self.is_alive else "not started" if self._started is None else "ended"
+        return f"<DecentralizedAverager {self.prefix!r} of {self.total_size} elements, {state}>"
+
     def __reduce__(self) -> tuple[Any, ...]:
         raise InvalidTypeError(
             "a DecentralizedAverager can't be pickled or copied: it belongs to this process; make one in each process"

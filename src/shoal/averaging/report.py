@@ -44,6 +44,7 @@ class RoundReport:
     :param bytes_received: likewise received
     :param parts: parts of the flat vector that were averaged
     :param weight: sum of the weights of the members that were averaged
+    :param excluded: members (base58) that the round went on without
     """
 
     step: int
@@ -56,6 +57,7 @@ class RoundReport:
     bytes_received: int = 0
     parts: int = 0
     weight: float = 0.0
+    excluded: tuple[str, ...] = ()
     phases: Phases = field(default_factory=Phases)
 
     @property
@@ -76,7 +78,7 @@ class RoundReport:
         return (
             f"round {self.step}: {len(self.members)} peers in {_seconds(self.phases.total)} s "
             f"(search {_seconds(self.phases.search)}, all-reduce {_seconds(work)}), "
-            f"{moved / 1e6:.3g} MB at {rate:.0f} Mbit/s, excluded: none"
+            f"{moved / 1e6:.3g} MB at {rate:.3g} Mbit/s, excluded: {', '.join(self.excluded) or 'none'}"
         )
 
 

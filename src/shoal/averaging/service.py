@@ -161,7 +161,13 @@ class AveragerService:
                 time_is_up = command.deadline is not None and now >= command.deadline
                 if not command.allow_retries or time_is_up or isinstance(e, StepFailed):
                     return self._finish(step, found, str(e))
-                logger.info("round %d: attempt %d failed: %s", command.step, step.report.attempts, e)
+                logger.info(
+                    "%s: round %d: attempt %d failed: %s",
+                    self._config.prefix,
+                    command.step,
+                    step.report.attempts,
+                    e,
+                )
                 start_time = default_start(now, command.deadline, self._config.matchmaking)
                 continue
             gathered = tuple((member.peer_id, member.gather) for member in group.members)
@@ -169,7 +175,7 @@ class AveragerService:
 
     def _finish(self, step: Step, found_group: bool, failure: str | None) -> StepOutcome:
         step.report = replace(step.report, failure=failure)
-        logger.info("%s", step.report)
+        logger.info("%s: %s", self._config.prefix, step.report)
         return StepOutcome(step.report, found_group)
 
     async def _find_group(self, step: Step, start_time: float) -> GroupInfo:

@@ -32,6 +32,16 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+OPTION_OF = {
+    "host_maddrs": "--host, --port",
+    "announce_maddrs": "--announce",
+    "initial_peers": "--initial-peers",
+    "identity_path": "--identity",
+    "bootstrap_timeout": "--bootstrap-timeout",
+}
+"""What the parameters of :class:`shoal.DHT` are called on the command line."""
+
+
 @app.callback(invoke_without_command=True)
 def shoal_command(
     context: typer.Context,
@@ -115,7 +125,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except CommandLineMistake as error:
         return _complain(str(getattr(error, "format_message", error.__str__)()), EXIT_USAGE)
     except UsageError as error:
-        return _complain(str(error), EXIT_USAGE)
+        return _complain(_in_options(str(error)), EXIT_USAGE)
     except ShoalError as error:
         return _complain(str(error), EXIT_FAILURE)
     except (KeyboardInterrupt, typer.Abort):
@@ -126,6 +136,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def main() -> None:
     """The entry point of the command."""
     sys.exit(run())
+
+
+def _in_options(text: str) -> str:
+    """A message of the library, with the option in place of the parameter that it names first."""
+    name, colon, rest = text.partition(":")
+    return OPTION_OF.get(name, name) + colon + rest
 
 
 def _complain(text: str, status: int) -> int:

@@ -218,7 +218,7 @@ class Identity:
                 raise InvalidValueError(f"identity_path: {path} is not a regular file")
             if mode & 0o077:
                 raise InvalidValueError(
-                    f"identity_path: {path} holds a private key, but others may read or change it "
+                    f"identity_path: {path} is no safe place for a private key: others may read or change it "
                     f"(mode {stat.S_IMODE(mode):04o}); make it yours alone: chmod 600 {path}"
                 )
             content = os.read(descriptor, _KEY_FILE_BYTES + 1)

@@ -115,6 +115,9 @@ class Multiaddr:
     def __lt__(self, other: object) -> bool:
         return self._sort_key() < other._sort_key() if isinstance(other, Multiaddr) else NotImplemented
 
+    def __repr__(self) -> str:
+        return f"<Multiaddr {self}>"
+
     def __str__(self) -> str:
         text = f"/{self.protocol}/{self.host}/tcp/{self.port}"
         return text if self.peer_id is None else f"{text}/p2p/{self.peer_id}"
