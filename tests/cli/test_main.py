@@ -54,7 +54,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["peer", "--interval", "0"], "--interval 0"),
         (["peer", "--initial-peers", "nonsense"], "nonsense"),
         (["peer", "--announce", "/ip4/0.0.0.0/tcp/0"], "/ip4/0.0.0.0/tcp/0"),
-        (["peer", "--bootstrap-timeout", "-1"], "bootstrap_timeout"),
+        (["peer", "--bootstrap-timeout", "-1"], "--bootstrap-timeout"),
     ],
 )
 def test_bad_arguments_are_one_line(
