@@ -54,10 +54,11 @@ def averaging(library: Any, name: str, peers: int, floats: int, codec: str, roun
     for _ in range(peers):
         dht = library.DHT(initial_peers=root.get_visible_maddrs(), start=True)
         time.sleep(2.0)  # lets the process load torch ahead of need
+        tensors = [torch.randn(floats // 4) for _ in range(4)]
         began = time.perf_counter()
         averagers.append(
             library.averaging.DecentralizedAverager(
-                [torch.randn(floats // 4) for _ in range(4)],
+                tensors,
                 dht,
                 prefix="bench",
                 target_group_size=peers,
