@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import pickle
-import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from shoal.averaging.background import create_averager_service
-from shoal.averaging.commands import AllowAllreduce, AttachArena, RunStep, StepOutcome
+from shoal.averaging.commands import AllowAllreduce, RunStep, StepOutcome
 from shoal.averaging.config import (
     DEFAULT_PART_SIZE_BYTES,
     MAX_WAIT,
@@ -30,7 +27,13 @@ from shoal.averaging.config import (
 )
 from shoal.averaging.control import StepControl
 from shoal.averaging.group import MAX_GATHER_BYTES
-from shoal.averaging.hostside import TensorKeeper
+from shoal.averaging.hostside import (
+    TensorKeeper,
+    attach_arena,
+    close,
+    close_in_background,
+    finish_step,
+)
 from shoal.averaging.partition import Layout, Partition
 from shoal.averaging.schema import TensorSchema, validate_tensors
 from shoal.averaging.tensors import HeldTensors, TensorStore
@@ -41,8 +44,6 @@ from shoal.errors import (
     InvalidStateError,
     InvalidTypeError,
     InvalidValueError,
-    MatchmakingException,
-    PeerProcessDied,
 )
 from shoal.p2p.identity import PeerID
 from shoal.runtime.futures import MPFuture
@@ -208,9 +209,9 @@ class DecentralizedAverager:
             factory, name=f"averager {self._config.prefix}", handler=self._keeper.handle
         )
         self._started = MPFuture()
-        self._finalizer = weakref.finalize(self, _close_in_background, creation, self._keeper)
+        self._finalizer = weakref.finalize(self, close_in_background, creation, self._keeper)
         self._finalizer.atexit = False  # the end of the interpreter ends the background process and all in it
-        creation.add_done_callback(partial(_attach_arena, self._started, self._keeper))
+        creation.add_done_callback(partial(attach_arena, self._started, self._keeper))
         if await_ready:
             try:
                 self._started.result(timeout)
@@ -225,7 +226,7 @@ class DecentralizedAverager:
         registered = self._finalizer.detach()
         if registered is not None:
             _, _, (creation, keeper), _ = registered
-            _close(creation, keeper, self._shutdown_timeout)
+            close(creation, keeper, self._shutdown_timeout)
 
     @property
     def is_alive(self) -> bool:
@@ -421,7 +422,7 @@ class DecentralizedAverager:
         self._keeper.controls[command.step] = control
         call: MPFuture[StepOutcome] = handle.call(command)
         control.follow(call)
-        call.add_done_callback(partial(_finish_step, control, command.step, self._keeper, self.serializer))
+        call.add_done_callback(partial(finish_step, control, command.step, self._keeper, self.serializer))
         return control
 
     def _ready(self) -> ServiceHandle:
@@ -441,76 +442,6 @@ class DecentralizedAverager:
                 f"gather takes {len(encoded)} bytes when encoded; at most {MAX_GATHER_BYTES} are allowed"
             )
         return encoded
-
-
-def _finish_step(control: StepControl, step: int, keeper: TensorKeeper, serializer: Any, call: Any) -> None:
-    """The call of a step is done: hand its result on. Runs on a thread that callbacks may block."""
-    keeper.controls.pop(step, None)
-    if call.cancelled():
-        if not control.cancelled():
-            control.fail(AllreduceException("the averager was shut down during the step"))
-        return
-    error = call.exception()
-    if error is not None:
-        control.fail(error)
-        return
-    outcome: StepOutcome = call.result()
-    keeper.last_report = outcome.report
-    failure = outcome.report.failure
-    if failure is None:
-        gathered = {PeerID.from_bytes(peer): data for peer, data in outcome.gathered}
-        control.succeed(
-            outcome.report, {peer: _decode(serializer, peer, data) for peer, data in gathered.items()}
-        )
-    else:
-        kind = AllreduceException if outcome.found_group else MatchmakingException
-        control.fail(kind(failure), outcome.report)
-
-
-def _decode(serializer: Any, peer: PeerID, data: bytes) -> Any:
-    """What a member gathered; None if it cannot be read, since by now its tensors have been averaged."""
-    try:
-        return serializer.loads(data)
-    except Exception as e:  # noqa: BLE001 - serializers and classes registered with them are users' code
-        logger.warning("what %s gathered cannot be read, None is returned for it: %s", peer, e)
-        return None
-
-
-def _attach_arena(started: MPFuture[ServiceHandle], keeper: TensorKeeper, creation: Any) -> None:
-    """The service was made: give it the shared memory, and then the averager has started."""
-    try:
-        handle: ServiceHandle = creation.result()
-        memory = keeper.create_memory()
-        handle.call(AttachArena(memory.nbytes), descriptors=[memory.fd]).result()
-    except CancelledError:
-        started.set_exception(InvalidStateError("the averager was shut down before it had started"))
-    except BaseException as e:  # noqa: BLE001 - whoever waits for the start gets it
-        started.set_exception(e)
-    else:
-        started.set_result(handle)
-
-
-def _close_in_background(creation: MPFuture[ServiceHandle], keeper: TensorKeeper) -> None:
-    """As :func:`_close`, for the garbage collector: it may run on the very thread that would receive the answer."""
-    with contextlib.suppress(RuntimeError):  # the interpreter is ending, and the background process with it
-        threading.Thread(
-            target=_close, args=(creation, keeper), name="shoal-averager-end", daemon=True
-        ).start()
-
-
-def _close(creation: MPFuture[ServiceHandle], keeper: TensorKeeper, timeout: float = 5.0) -> None:
-    """End the service in the background process, if it came to be and that still runs."""
-    try:
-        if not creation.cancel() and creation.exception(timeout) is None:
-            creation.result().close().result(timeout)
-    except TimeoutError:
-        logger.warning(
-            "the averager did not end within %g s; it ends with its background process at the latest", timeout
-        )
-    except (PeerProcessDied, InvalidStateError) as e:
-        logger.debug("the averager's background process had ended before: %s", e)
-    finally:
-        keeper.close()
 
 
 def _resolve_client_mode(client_mode: bool | None, dht: DHT) -> bool:

@@ -1,23 +1,36 @@
 """The host's end of an averager: copies between the user's tensors and the arena when the background process
-asks for it.
+asks for it, and what happens when its service has begun, has finished a step, or ends.
 
 Holds no reference to the averager itself, so that an averager that nobody refers to any more is collected.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from typing import TYPE_CHECKING
+import threading
+from concurrent.futures import CancelledError
+from typing import TYPE_CHECKING, Any
 
-from shoal.averaging.commands import ApplyAverage, ReachStage, TakeSnapshot
+from shoal.averaging.commands import ApplyAverage, AttachArena, ReachStage, StepOutcome, TakeSnapshot
 from shoal.averaging.control import StepControl
 from shoal.averaging.partition import Layout
 from shoal.averaging.tensors import TensorStore, first_non_finite
-from shoal.errors import AllreduceException, DeadlineExceeded, InvalidStateError, InvalidValueError
+from shoal.errors import (
+    AllreduceException,
+    DeadlineExceeded,
+    InvalidStateError,
+    InvalidValueError,
+    MatchmakingException,
+    PeerProcessDied,
+)
+from shoal.p2p.identity import PeerID
 from shoal.runtime.memory import SharedMemory
 
 if TYPE_CHECKING:
     from shoal.averaging.report import RoundReport
+    from shoal.runtime.futures import MPFuture
+    from shoal.runtime.process import ServiceHandle
 
 logger = logging.getLogger(__name__)
 
@@ -78,3 +91,73 @@ class TensorKeeper:
             raise InvalidValueError(
                 f"averaged_tensors[{index}] has NaN or infinite elements; nothing was sent"
             )
+
+
+def finish_step(control: StepControl, step: int, keeper: TensorKeeper, serializer: Any, call: Any) -> None:
+    """The call of a step is done: hand its result on. Runs on a thread that callbacks may block."""
+    keeper.controls.pop(step, None)
+    if call.cancelled():
+        if not control.cancelled():
+            control.fail(AllreduceException("the averager was shut down during the step"))
+        return
+    error = call.exception()
+    if error is not None:
+        control.fail(error)
+        return
+    outcome: StepOutcome = call.result()
+    keeper.last_report = outcome.report
+    failure = outcome.report.failure
+    if failure is None:
+        gathered = {PeerID.from_bytes(peer): data for peer, data in outcome.gathered}
+        control.succeed(
+            outcome.report, {peer: _decode(serializer, peer, data) for peer, data in gathered.items()}
+        )
+    else:
+        kind = AllreduceException if outcome.found_group else MatchmakingException
+        control.fail(kind(failure), outcome.report)
+
+
+def _decode(serializer: Any, peer: PeerID, data: bytes) -> Any:
+    """What a member gathered; None if it cannot be read, since by now its tensors have been averaged."""
+    try:
+        return serializer.loads(data)
+    except Exception as e:  # noqa: BLE001 - serializers and classes registered with them are users' code
+        logger.warning("what %s gathered cannot be read, None is returned for it: %s", peer, e)
+        return None
+
+
+def attach_arena(started: MPFuture[ServiceHandle], keeper: TensorKeeper, creation: Any) -> None:
+    """The service was made: give it the shared memory, and then the averager has started."""
+    try:
+        handle: ServiceHandle = creation.result()
+        memory = keeper.create_memory()
+        handle.call(AttachArena(memory.nbytes), descriptors=[memory.fd]).result()
+    except CancelledError:
+        started.set_exception(InvalidStateError("the averager was shut down before it had started"))
+    except BaseException as e:  # noqa: BLE001 - whoever waits for the start gets it
+        started.set_exception(e)
+    else:
+        started.set_result(handle)
+
+
+def close_in_background(creation: MPFuture[ServiceHandle], keeper: TensorKeeper) -> None:
+    """As :func:`close`, for the garbage collector: it may run on the very thread that would receive the answer."""
+    with contextlib.suppress(RuntimeError):  # the interpreter is ending, and the background process with it
+        threading.Thread(
+            target=close, args=(creation, keeper), name="shoal-averager-end", daemon=True
+        ).start()
+
+
+def close(creation: MPFuture[ServiceHandle], keeper: TensorKeeper, timeout: float = 5.0) -> None:
+    """End the service in the background process, if it came to be and that still runs."""
+    try:
+        if not creation.cancel() and creation.exception(timeout) is None:
+            creation.result().close().result(timeout)
+    except TimeoutError:
+        logger.warning(
+            "the averager did not end within %g s; it ends with its background process at the latest", timeout
+        )
+    except (PeerProcessDied, InvalidStateError) as e:
+        logger.debug("the averager's background process had ended before: %s", e)
+    finally:
+        keeper.close()
