@@ -366,7 +366,7 @@ class Matchmaking:
         until = math.inf if forever else now + self._retry_time()
         is_looking = reason is RejectReason.FULL
         self._view.leave_out(ask.leader, until, is_looking=is_looking)
-        self._view.leave_out_group(event.answer.members, until)
+        self._view.leave_out_group(event.answer.members, until, now)
         self._go_on_looking()
 
     def _on_dismissed(self, event: LeaderDismissed, now: float) -> None:
@@ -377,7 +377,7 @@ class Matchmaking:
         self.story.answered(ask.leader, f"dismissed ({answer.reason})", now)
         is_looking = answer.reason is DismissReason.BETTER_CUT
         self._view.leave_out(ask.leader, now + self._retry_time(), is_looking=is_looking)
-        self._view.leave_out_group(answer.members, now + self._retry_time())
+        self._view.leave_out_group(answer.members, now + self._retry_time(), now)
         suggested = PeerID.from_bytes(answer.leader) if answer.leader else None
         if suggested is not None and self._view.may_ask(suggested, now):
             self._ask_to_join(suggested, answer.addresses, now, redirects=0)

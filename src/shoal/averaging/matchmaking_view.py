@@ -20,6 +20,8 @@ SETTLE_AFTER_NEWCOMER = 1.0
 """... nor before this many declaration times after somebody appeared: peers seldom come alone."""
 LATENCY_DECAY = 0.8
 """The longest time that the DHT took counts, but not for ever: with each later answer it counts this much less."""
+HEARSAY_LASTS = 10.0
+"""Seconds within which the members of a group that has begun say so themselves."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class View:
                 other_schema.append(peer_id)
             elif declaration.state is DeclaredState.TAKEN:
                 self.leave_out(peer_id, math.inf, declaration.start_time)
-                self.leave_out_group(declaration.group, math.inf)
+                self.leave_out_group(declaration.group, math.inf, now)
             else:
                 candidate = Candidate(declaration.start_time, peer_id, declaration.mode.can_lead)
                 self._declared[peer_id] = (candidate, declaration)
@@ -138,12 +140,20 @@ class View:
         if before is None or (start_time, until) > (before.start_time, before.until):
             self._left_out[peer_id] = _LeftOut(start_time, until, is_looking)
 
-    def leave_out_group(self, members: tuple[Search, ...], until: float) -> None:
-        """For ever if the group has begun, for a while if it is full."""
+    def leave_out_group(self, members: tuple[Search, ...], until: float, now: float) -> None:
+        """Plan without the members of a group that has begun (``until`` infinity), or is full.
+
+        That is what one of them says of the others. Its word counts once, until their own can be seen: a member that
+        never heard of the beginning, because the leader died in it, goes on looking.
+        """
+        has_begun = until == math.inf
         for member in members:
             peer_id = PeerID.from_bytes(member.peer_id)
-            if peer_id != self._me.peer_id:
-                self.leave_out(peer_id, until, member.start_time, is_looking=until < math.inf)
+            before = self._left_out.get(peer_id)
+            is_known = before is not None and before.start_time >= member.start_time and not before.is_looking
+            if peer_id != self._me.peer_id and not is_known:
+                ends = min(until, now + HEARSAY_LASTS)
+                self.leave_out(peer_id, ends, member.start_time, is_looking=not has_begun)
 
     def take_back(self, peer_id: PeerID) -> None:
         """Plan with ``peer_id`` again: it has shown that it lives and looks for a group."""
