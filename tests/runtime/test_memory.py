@@ -64,10 +64,3 @@ def test_a_descriptor_of_less_memory_is_refused_and_closed():
 def test_no_memory_is_refused(nbytes):
     with pytest.raises(InvalidValueError, match=str(nbytes)):
         SharedMemory.create(nbytes)
-
-
-def test_populating_keeps_the_contents():
-    with SharedMemory.create(3 * 65536) as memory:
-        memory.buffer[70_000] = 9
-        memory.populate()
-        assert memory.buffer[70_000] == 9

@@ -114,12 +114,6 @@ class StepControl(MPFuture[Any]):
             self._call.cancel()
         return True
 
-    def get_timeout(self) -> float | None:
-        """Seconds until the search ends, at least 0; None: it has no end."""
-        from shoal.utils.timed import get_dht_time  # the same clock as the deadline's
-
-        return None if self._deadline is None else max(0.0, self._deadline - get_dht_time())
-
     # for the averager
 
     def follow(self, call: Future[Any]) -> None:

@@ -10,9 +10,6 @@ from types import TracebackType
 
 from shoal.errors import InvalidStateError, InvalidValueError
 
-# Linux 5.14; not in every Python's mmap module.
-_MADV_POPULATE_WRITE = 23
-
 
 class SharedMemory:
     """A block of zeroed memory behind a file descriptor that can be sent to the other process.
@@ -86,16 +83,6 @@ class SharedMemory:
         if self._buffer is None:
             raise InvalidStateError("this shared memory is closed")
         return self._buffer
-
-    def populate(self) -> None:
-        """Give every page its memory now, so that its first use takes no faults. Contents stay."""
-        view = self.buffer
-        assert self._map is not None
-        try:
-            self._map.madvise(_MADV_POPULATE_WRITE)
-        except (OSError, ValueError, AttributeError):
-            # Older kernels and macOS: reading maps the pages, and never races with a writer on the other side.
-            bytes(view[:: mmap.PAGESIZE])
 
     def close(self) -> None:
         """Give the memory back; idempotent.
