@@ -99,7 +99,7 @@ def test_an_info_must_be_fresh(age):
         {"bandwidth": -1.0},
         {"bandwidth": float("nan")},
         {"start_time": float("inf")},
-        {"weight": 0.0},
+        {"weight": -1.0},
         {"weight": float("nan")},
         {"gather": bytes(MAX_GATHER_BYTES + 1)},
         {"addresses": ("a",) * 33},

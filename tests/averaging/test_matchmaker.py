@@ -447,10 +447,10 @@ def test_arguments_are_checked():
             )
         with pytest.raises(InvalidValueError, match="start_time=nan"):
             await matchmaker.find_group(start_time=float("nan"), deadline=None)
-        with pytest.raises(InvalidValueError, match="weight=0"):
-            await matchmaker.find_group(start_time=sim.now(), deadline=None, weight=0)
+        with pytest.raises(InvalidValueError, match="weight=-1"):
+            await matchmaker.find_group(start_time=sim.now(), deadline=None, weight=-1)
         with pytest.raises(InvalidValueError, match="bits='2'"):
-            await matchmaker.find_group(start_time=sim.now(), deadline=None, bits="2")
+            matchmaker.set_bits("2")
 
     tell(story, peers=1)
 

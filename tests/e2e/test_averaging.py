@@ -395,7 +395,7 @@ def test_mistakes_in_a_step_name_the_parameter(swarm: Swarm):
         ({"gather": object()}, "gather: cannot serialize"),
         ({"gather": bytes(1 << 20)}, "gather takes"),
         ({"wait": "no"}, "wait='no'"),
-        ({"weight": 0}, "weight=0"),
+        ({"weight": -1}, "weight=-1"),
         ({"timeout": 0}, "timeout=0"),
     ):
         with pytest.raises(shoal.UsageError, match=named):

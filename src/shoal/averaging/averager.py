@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,40 +14,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from shoal.averaging.background import create_averager_service
-from shoal.averaging.commands import AllowAllreduce, RunStep, StepOutcome
+from shoal.averaging.checks import check_bits, check_flag, check_number
+from shoal.averaging.commands import GetGroupBits, SetGroupBits
 from shoal.averaging.config import (
+    DEFAULT_DECLARE_STATE_PERIOD,
     DEFAULT_PART_SIZE_BYTES,
-    MAX_WAIT,
     AveragerConfig,
-    check_flag,
-    check_number,
-    default_start,
+    check_codec,
+    choose_codecs,
     matchmaking_config,
 )
 from shoal.averaging.control import StepControl
-from shoal.averaging.group import MAX_GATHER_BYTES
-from shoal.averaging.hostside import (
-    TensorKeeper,
-    attach_arena,
-    close,
-    close_in_background,
-    finish_step,
-)
+from shoal.averaging.hostside import TensorKeeper, attach_arena, close, close_in_background
 from shoal.averaging.partition import Layout, Partition
 from shoal.averaging.schema import TensorSchema, validate_tensors
+from shoal.averaging.steps import Steps
 from shoal.averaging.tensors import HeldTensors, TensorStore
-from shoal.compression import CompressionBase, NoCompression
+from shoal.compression import CompressionBase, CompressionInfo, NoCompression
+from shoal.compression.registry import user_codecs
 from shoal.dht.dht import DHT
-from shoal.errors import (
-    AllreduceException,
-    InvalidStateError,
-    InvalidTypeError,
-    InvalidValueError,
-)
+from shoal.errors import AllreduceException, InvalidStateError, InvalidTypeError, InvalidValueError
 from shoal.p2p.identity import PeerID
+from shoal.runtime import pickling
 from shoal.runtime.futures import MPFuture
 from shoal.utils.serializer import MSGPackSerializer
-from shoal.utils.timed import get_dht_time
 
 if TYPE_CHECKING:
     from shoal.averaging.report import RoundReport
@@ -68,6 +57,9 @@ class DecentralizedAverager:
     has committed, the average is written under the same lock. What the trainer has added in between is kept.
     A round that fails leaves every tensor as it was.
 
+    Peers average together if they agree on ``prefix``, the tensors' shapes, dtypes and codecs, ``min_group_size``,
+    ``part_size_bytes`` and ``min_vector_size``; the other parameters are each peer's own. Times are in seconds.
+
     :param averaged_tensors: any iterable of dense tensors in float16, bfloat16, float32 or float64, of any
       shape and on any device; parameters that require grad are fine. All peers need the same shapes, dtypes
       and order.
@@ -77,27 +69,40 @@ class DecentralizedAverager:
       its ``dht``.
     :param target_group_size: a group of this many peers is full
     :param min_group_size: a smaller group does not begin; the same at all peers
-    :param min_matchmaking_time: seconds that a group that is not full waits for further peers
-    :param request_timeout: seconds to wait for a leader's first answer; smaller than ``min_matchmaking_time``
+    :param initial_group_bits: look for groups among the peers with these bits ('0' and '1', at most 64) only; they
+      change after every round. Empty: chosen automatically by the number of peers. See :meth:`set_group_bits`.
+    :param min_matchmaking_time: time that a group that is not full waits for further peers
+    :param request_timeout: time to wait for a leader's first answer; should be smaller than ``min_matchmaking_time``
     :param averaging_alpha: tensors move by this fraction of the way to the average; 1: they become the
       average
     :param part_size_bytes: tensors travel in parts of at most this many bytes, after compression (1 KiB to 64
       MiB); the same at all peers
-    :param allreduce_timeout: seconds for the exchange of tensors once a group has begun; None: no limit
-    :param compression: the codec of the parts: ``NoCompression()`` or ``Float16Compression()``; the same at
-      all peers
+    :param allreduce_timeout: time for the exchange of tensors once a group has begun; None: no limit
+    :param next_chunk_timeout: default of ``sender_timeout``; also the longest pause between two pieces of a state that
+      is downloaded. None: no limit.
+    :param sender_timeout: a member that sends no next part for this long is excluded: the others average without what
+      it has not sent, and its own step fails. Default: ``next_chunk_timeout``.
+    :param reducer_timeout: when a member returns no next average for this long, the round fails for everybody, and the
+      step looks for another group. Default: twice ``sender_timeout``.
+    :param compression: the codec of the parts; the same at all peers
+    :param state_compression: the codec of the state that others download from this peer
+    :param tensor_infos: what each tensor is for, one :class:`~shoal.compression.CompressionInfo` for each; for codecs
+      that choose by it
     :param bandwidth: of this peer, in Mbit/s; faster peers average a larger share. None: as the mean of those
-      that gave theirs; 0: averages nothing.
+      that gave theirs; 0: averages nothing, unless all say so.
+    :param min_vector_size: a member whose share would have fewer elements than this averages nothing; the same at all
+      peers
+    :param auxiliary: help others with averaging without tensors of one's own: nothing is sent of them and they do not
+      change. Counts in the group's size.
+    :param allow_state_sharing: let others download this peer's state; None: unless in client mode. See
+      :attr:`allow_state_sharing`.
+    :param declare_state_period: time after which the peer declares itself anew as one to download the state from
     :param client_mode: this peer cannot be dialed; it only joins groups that others lead. None: as the DHT.
     :param daemon: False is allowed only if the DHT, whose process the averager shares, was made so
-    :param shutdown_timeout: seconds that :meth:`shutdown` waits for the service to end
+    :param shutdown_timeout: time that :meth:`shutdown` waits for the service to end
 
-    ``initial_group_bits``, ``next_chunk_timeout``, ``sender_timeout``, ``reducer_timeout``,
-    ``state_compression``, ``tensor_infos``, ``min_vector_size``, ``auxiliary``, ``allow_state_sharing`` and
-    ``declare_state_period`` are not implemented yet: anything but their default raises
-    :class:`NotImplementedError`.
-
-    :raises InvalidValueError: (a ValueError) a value out of range, or a prefix that is in use on this ``dht``
+    :raises InvalidValueError: (a ValueError) a value out of range, parameters that contradict each other, or a prefix
+      that is in use on this ``dht``
     :raises InvalidTypeError: (a TypeError) tensors that cannot be averaged, or a parameter of the wrong type
     """
 
@@ -124,28 +129,16 @@ class DecentralizedAverager:
         reducer_timeout: float | None = None,
         compression: CompressionBase = NoCompression(),
         state_compression: CompressionBase = NoCompression(),
-        tensor_infos: Sequence[Any] | None = None,
+        tensor_infos: Sequence[CompressionInfo] | None = None,
         bandwidth: float | None = None,
         min_vector_size: int = 0,
         auxiliary: bool = False,
         allow_state_sharing: bool | None = None,
-        declare_state_period: float = 30,
+        declare_state_period: float = DEFAULT_DECLARE_STATE_PERIOD,
         client_mode: bool | None = None,
         daemon: bool = True,
         shutdown_timeout: float = 5,
     ) -> None:
-        _reject_what_is_not_implemented(
-            initial_group_bits=(initial_group_bits, ""),
-            next_chunk_timeout=(next_chunk_timeout, None),
-            sender_timeout=(sender_timeout, None),
-            reducer_timeout=(reducer_timeout, None),
-            tensor_infos=(tensor_infos, None),
-            min_vector_size=(min_vector_size, 0),
-            auxiliary=(auxiliary, False),
-            allow_state_sharing=(bool(allow_state_sharing), False),
-            declare_state_period=(declare_state_period, 30),
-            state_compression=(type(state_compression), NoCompression),
-        )
         if not isinstance(dht, DHT):
             raise InvalidTypeError(f"dht={dht!r}: a shoal.DHT is allowed, not {type(dht).__name__}")
         for name, flag in (("start", start), ("daemon", daemon)):
@@ -158,11 +151,20 @@ class DecentralizedAverager:
                 target_group_size, min_group_size, min_matchmaking_time, request_timeout
             ),
             client_mode=client_mode,
+            auxiliary=auxiliary,
+            initial_group_bits=initial_group_bits,
             part_size_bytes=part_size_bytes,
+            min_vector_size=min_vector_size,
             allreduce_timeout=allreduce_timeout,
+            next_chunk_timeout=next_chunk_timeout,
+            sender_timeout=sender_timeout,
+            reducer_timeout=reducer_timeout,
             bandwidth=bandwidth,
-            compression=compression,
+            allow_state_sharing=allow_state_sharing,
+            declare_state_period=declare_state_period,
         )
+        if dht.is_alive():
+            self._config = _with_client_mode(self._config, dht)
         if not daemon and dht.daemon:
             raise InvalidValueError(
                 "daemon=False: the averager lives in the background process of its DHT, which was made with daemon=True"
@@ -174,16 +176,19 @@ class DecentralizedAverager:
                 request_timeout,
                 min_matchmaking_time,
             )
+        check_codec("compression", compression)
+        check_codec("state_compression", state_compression)
         tensors = validate_tensors(averaged_tensors)
         self.dht = dht
-        self._schema = TensorSchema.from_tensors(tensors, [compression] * len(tensors))
+        self._schema = TensorSchema.from_tensors(tensors, choose_codecs(tensors, compression, tensor_infos))
         layout = Layout.from_schema(self._schema)
         Partition.create(
             layout, [layout.data_nbytes], part_size_bytes
         )  # raises if there would be too many parts
-        self._keeper = TensorKeeper(TensorStore(tensors, layout), layout, float(averaging_alpha))
+        store = TensorStore(tensors, layout)
+        self._keeper = TensorKeeper(store, layout, float(averaging_alpha), auxiliary)
+        self._steps = Steps(self._keeper, self._config.matchmaking, prefix)
         self._shutdown_timeout = shutdown_timeout
-        self._steps = 0
         self._started: MPFuture[ServiceHandle] | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
         if start:
@@ -198,12 +203,13 @@ class DecentralizedAverager:
         :raises InvalidStateError: it was started before, or the DHT is not running
         :raises TimeoutError: it was not ready in time; it is shut down
         """
+        check_flag("await_ready", await_ready)
+        if timeout is not None:
+            check_number("timeout", timeout, minimum=0)
         if self._started is not None:
             raise InvalidStateError("this averager was started already")
-        self._config = replace(
-            self._config, client_mode=_resolve_client_mode(self._config.client_mode, self.dht)
-        )
-        setup = pickle.dumps((self._config, self._schema))
+        self._config = _with_client_mode(self._config, self.dht)
+        setup = pickling.dumps((user_codecs(), self._config, self._schema), "the averager's setup")
         factory = partial(create_averager_service, setup, self.dht.service_name)
         creation = self.dht.background.create_service(
             factory, name=f"averager {self._config.prefix}", handler=self._keeper.handle
@@ -265,7 +271,7 @@ class DecentralizedAverager:
     @property
     def client_mode(self) -> bool:
         """Whether this averager only joins groups that others lead."""
-        return _resolve_client_mode(self._config.client_mode, self.dht)
+        return bool(_with_client_mode(self._config, self.dht).client_mode)
 
     @property
     def total_size(self) -> int:
@@ -292,13 +298,32 @@ class DecentralizedAverager:
         """Not implemented yet."""
         raise NotImplementedError("load_state_from_peers() is not implemented yet")
 
-    def get_group_bits(self, wait: bool = True) -> Any:
-        """Not implemented yet."""
-        raise NotImplementedError("get_group_bits() is not implemented yet")
+    # groups
 
-    def set_group_bits(self, group_bits: str, wait: bool = True) -> Any:
-        """Not implemented yet."""
-        raise NotImplementedError("set_group_bits() is not implemented yet")
+    def get_group_bits(self, wait: bool = True) -> str | MPFuture[str]:
+        """The bits under which this peer looks for its next group, without the prefix.
+
+        :param wait: return them; otherwise return at once a future that can be awaited
+        :raises InvalidStateError: not started or shut down
+        """
+        check_flag("wait", wait)
+        bits: MPFuture[str] = self._ready().call(GetGroupBits())
+        return bits.result() if wait else bits
+
+    def set_group_bits(self, group_bits: str, wait: bool = True) -> MPFuture[None] | None:
+        """Look for groups among the peers with these bits from now on, in a search that has no group yet as well.
+
+        After each round the bits change, so that peers who start from a full grid of bits meet new ones in every round.
+
+        :param group_bits: '0' and '1', at most 64; empty: back to automatic, where the bits follow the number of peers
+        :param wait: return when it is done; otherwise return at once a future that can be awaited
+        :raises InvalidValueError: other characters, or too many
+        :raises InvalidStateError: not started or shut down
+        """
+        check_bits("group_bits", group_bits)
+        check_flag("wait", wait)
+        done: MPFuture[None] = self._ready().call(SetGroupBits(group_bits))
+        return done.result() if wait else done
 
     # averaging
 
@@ -334,7 +359,7 @@ class DecentralizedAverager:
         :param scheduled_time: when all-reduce is expected to begin (:func:`~shoal.utils.get_dht_time`
           seconds, at most a day ahead); a group that is not full waits for further peers until then. Default: in
           ``min_matchmaking_time`` seconds, or when four fifths of a shorter ``timeout`` have passed.
-        :param weight: of this peer in the average, > 0; default: 1
+        :param weight: of this peer in the average; 0: contributes nothing, but takes the average; default: 1
         :param timeout: seconds for finding a group, from now on, the wait for earlier steps included; None:
           search until one is found
         :param allow_retries: look for another group within ``timeout`` if the round fails, unless this peer's
@@ -344,7 +369,7 @@ class DecentralizedAverager:
         :param wait: return when finished; otherwise return a :class:`StepControl` at once
         :returns: with ``wait=True`` what each member gathered, ``{PeerID: data}`` (None where it cannot be
           read, with a warning), or None if the step failed: then the tensors are as they were, a warning says
-          why, and so does :attr:`last_report`
+          why (an error from the fifth failure in a row on), and so does :attr:`last_report`
         :raises InvalidValueError: a parameter out of range
         :raises InvalidTypeError: ``gather`` can't be encoded
         :raises InvalidStateError: not started, shut down, or ``wait=True`` inside :meth:`get_tensors`
@@ -360,70 +385,27 @@ class DecentralizedAverager:
                 "step(wait=True) inside get_tensors() would wait for a lock that this thread holds; "
                 "leave the block first or use wait=False"
             )
-        control = self._begin_step(gather, scheduled_time, weight, timeout, allow_retries, require_trigger)
+        control = self._steps.begin(
+            self._ready(),
+            self.serializer,
+            gather=gather,
+            scheduled_time=scheduled_time,
+            weight=weight,
+            timeout=timeout,
+            allow_retries=allow_retries,
+            require_trigger=require_trigger,
+            wait=wait,
+        )
         if not wait:
             return control
         try:
             gathered: dict[PeerID, Any] = control.result()
-        except AllreduceException as e:
-            logger.warning("averaging failed, tensors are unchanged: %s", e)
+        except AllreduceException:  # the log says why
             return None
         except BaseException:
             control.cancel()  # Ctrl+C: groupmates need not wait
             raise
         return gathered
-
-    def _begin_step(
-        self,
-        gather: Any,
-        scheduled_time: float | None,
-        weight: float | None,
-        timeout: float | None,
-        allow_retries: bool,
-        require_trigger: bool,
-    ) -> StepControl:
-        handle = self._ready()
-        now = get_dht_time()
-        if timeout is not None:
-            check_number("timeout", timeout, above=0)
-        deadline = None if timeout is None else now + timeout
-        if scheduled_time is None:
-            scheduled_time = default_start(now, deadline, self._config.matchmaking)
-        else:
-            check_number("scheduled_time", scheduled_time, maximum=now + MAX_WAIT)
-            if deadline is not None and scheduled_time > deadline:
-                raise InvalidValueError(
-                    f"scheduled_time={scheduled_time}: it is {scheduled_time - now:.1f} s ahead, "
-                    f"and timeout={timeout} s ends the search before"
-                )
-        if weight is None:
-            weight = 1.0
-        check_number("weight", weight, above=0)
-        check_flag("allow_retries", allow_retries)
-        check_flag("require_trigger", require_trigger)
-        command = RunStep(
-            self._steps,
-            float(weight),
-            self._encode(gather),
-            scheduled_time,
-            deadline,
-            allow_retries,
-            require_trigger,
-        )
-        self._steps += 1
-        self._keeper.store.mark_stream()
-        control = StepControl(
-            scheduled_time=scheduled_time,
-            deadline=deadline,
-            weight=float(weight),
-            needs_trigger=require_trigger,
-            trigger=lambda: handle.call(AllowAllreduce(command.step)),
-        )
-        self._keeper.controls[command.step] = control
-        call: MPFuture[StepOutcome] = handle.call(command)
-        control.follow(call)
-        call.add_done_callback(partial(finish_step, control, command.step, self._keeper, self.serializer))
-        return control
 
     def _ready(self) -> ServiceHandle:
         if self._started is None or self._finalizer is None:
@@ -432,27 +414,17 @@ class DecentralizedAverager:
             raise InvalidStateError("this averager was shut down")
         return self._started.result()
 
-    def _encode(self, gather: Any) -> bytes:
-        try:
-            encoded: bytes = self.serializer.dumps(gather)
-        except (InvalidTypeError, InvalidValueError) as e:
-            raise type(e)(f"gather: {e}") from None
-        if len(encoded) > MAX_GATHER_BYTES:
-            raise InvalidValueError(
-                f"gather takes {len(encoded)} bytes when encoded; at most {MAX_GATHER_BYTES} are allowed"
-            )
-        return encoded
 
-
-def _resolve_client_mode(client_mode: bool | None, dht: DHT) -> bool:
-    if client_mode is None:
-        return dht.client_mode
-    if dht.client_mode and not client_mode:
+def _with_client_mode(config: AveragerConfig, dht: DHT) -> AveragerConfig:
+    """``config`` with the client mode that follows from the DHT's, where none was given."""
+    if config.client_mode is None:
+        config = replace(config, client_mode=dht.client_mode)
+    elif dht.client_mode and not config.client_mode:
         raise InvalidValueError(
             "client_mode=False: the averager's DHT is in client mode, so other peers can't dial it; "
             "True or None is allowed"
         )
-    return client_mode
+    return config
 
 
 def _reject_what_is_not_implemented(**parameters: tuple[Any, Any]) -> None:

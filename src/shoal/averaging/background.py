@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import pickle
 from typing import TYPE_CHECKING
+
+from shoal.runtime import pickling
 
 if TYPE_CHECKING:
     from shoal.averaging.service import AveragerService
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 async def create_averager_service(setup: bytes, dht_service: str, context: ServiceContext) -> AveragerService:
     """The factory that the host sends by reference.
 
-    :param setup: the pickled ``(AveragerConfig, TensorSchema)``; opaque, since unpickling them imports torch
+    :param setup: the pickled codecs of users, ``AveragerConfig`` and ``TensorSchema``; opaque, since unpickling them
+      imports torch
     :param dht_service: name of the service that owns the DHT's node
     """
     await context.modules_ready()
@@ -26,8 +28,9 @@ async def create_averager_service(setup: bytes, dht_service: str, context: Servi
     # gains, and far more where the trainer keeps every core busy.
     torch = importlib.import_module("torch")
     torch.set_num_threads(1)
-    config, schema = await asyncio.to_thread(
-        pickle.loads, setup
-    )  # from our own host, over the private channel
+    codecs, config, schema = await asyncio.to_thread(pickling.loads, setup)
+    registry = importlib.import_module("shoal.compression.registry")
+    for codec in codecs:
+        registry.register_codec(codec)
     service: AveragerService = service_module.AveragerService(context, config, schema, dht_service)
     return service

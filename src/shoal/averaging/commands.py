@@ -41,6 +41,26 @@ class AllowAllreduce:
 
 
 @dataclass(frozen=True)
+class Reschedule:
+    """All-reduce of this step is expected to begin at another time, in DHT seconds."""
+
+    step: int
+    scheduled_time: float
+
+
+@dataclass(frozen=True)
+class GetGroupBits:
+    """Answered by the current group bits."""
+
+
+@dataclass(frozen=True)
+class SetGroupBits:
+    """Look for groups under these bits from now on; empty: choose them automatically."""
+
+    bits: str
+
+
+@dataclass(frozen=True)
 class StepOutcome:
     """How a step ended. ``gathered``: PeerID bytes and data of every member, the leader first; empty on
     failure.
@@ -64,7 +84,7 @@ class ReachStage:
 
 @dataclass(frozen=True)
 class TakeSnapshot:
-    """Copy the user's tensors to the arena.
+    """All-reduce begins: copy the user's tensors to the arena (unless auxiliary); answered by the step's weight.
 
     Raises :class:`AllreduceException` if the lock is not free in time; anything else means that the tensors
     cannot be averaged as they are, in whatever group.

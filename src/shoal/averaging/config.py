@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.averaging.group import group_key
+import torch
+
+from shoal.averaging.checks import MAX_WAIT, check_bits, check_count, check_flag, check_number, check_string
+from shoal.averaging.group import PeerMode, group_key
 from shoal.averaging.matchmaking import MatchmakingConfig
-from shoal.compression import CompressionBase, NoCompression
-from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.compression import CompressionBase, CompressionInfo
+from shoal.compression.registry import CODECS
+from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
 
 DEFAULT_PART_SIZE_BYTES = 1 << 19
 MIN_PART_SIZE_BYTES = 1 << 10
 MAX_PART_SIZE_BYTES = 1 << 26
 """The largest payload that a connection takes."""
 
-
-MAX_WAIT = 86400.0
-"""Seconds: the longest time ahead at which a group may be scheduled."""
 START_BEFORE_DEADLINE = 0.8
+DEFAULT_DECLARE_STATE_PERIOD = 30.0
+MAX_DECLARE_STATE_PERIOD = 3000.0
+"""Seconds; with the time until it expires, a declaration stays below the hour that the DHT keeps records."""
+REDUCER_PATIENCE = 2
+"""``reducer_timeout`` over ``sender_timeout``, by default: an owner may itself have to wait for a sender."""
 
 
 @dataclass(frozen=True)
@@ -30,31 +36,152 @@ class AveragerConfig:
     matchmaking: MatchmakingConfig
     client_mode: bool | None
     """None: as the DHT, which is known when the averager starts."""
+    auxiliary: bool = False
+    initial_group_bits: str = ""
     part_size_bytes: int = DEFAULT_PART_SIZE_BYTES
+    min_vector_size: int = 0
+    """Elements: members whose span would be smaller own nothing."""
     allreduce_timeout: float | None = None
+    next_chunk_timeout: float | None = None
+    sender_timeout: float | None = None
+    reducer_timeout: float | None = None
     bandwidth: float | None = None
     """Mbit/s; None: as the mean of the group's members that gave theirs."""
-    compression: CompressionBase = NoCompression()
+    allow_state_sharing: bool | None = None
+    """None: unless in client mode or auxiliary."""
+    declare_state_period: float = DEFAULT_DECLARE_STATE_PERIOD
 
     def __post_init__(self) -> None:
-        check_string("prefix", self.prefix)
-        if "." in self.prefix:
-            raise InvalidValueError(
-                f"prefix={self.prefix!r}: a dot separates the prefix from the group bits; use another character"
-            )
-        group_key(self.prefix)
-        if self.client_mode is not None:
-            check_flag("client_mode", self.client_mode)
+        _check_prefix(self.prefix)
+        check_bits("initial_group_bits", self.initial_group_bits)
+        check_flag("auxiliary", self.auxiliary)
+        for name, flag in (
+            ("client_mode", self.client_mode),
+            ("allow_state_sharing", self.allow_state_sharing),
+        ):
+            if flag is not None:
+                check_flag(name, flag)
+        _check_modes(self)
         check_count("part_size_bytes", self.part_size_bytes, MIN_PART_SIZE_BYTES, MAX_PART_SIZE_BYTES)
-        if self.allreduce_timeout is not None:
-            check_number("allreduce_timeout", self.allreduce_timeout, above=0)
+        check_count("min_vector_size", self.min_vector_size, 0)
+        for name in ("allreduce_timeout", "next_chunk_timeout", "sender_timeout", "reducer_timeout"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), above=0)
         if self.bandwidth is not None:
             check_number("bandwidth", self.bandwidth, minimum=0)
-        if not isinstance(self.compression, CompressionBase):
+        check_number(
+            "declare_state_period", self.declare_state_period, above=0, maximum=MAX_DECLARE_STATE_PERIOD
+        )
+
+    @property
+    def mode(self) -> PeerMode:
+        """What this peer does in a group; ``client_mode`` must be known by now."""
+        if self.client_mode:
+            return PeerMode.CLIENT
+        return PeerMode.AUXILIARY if self.auxiliary else PeerMode.FULL
+
+    @property
+    def effective_sender_timeout(self) -> float | None:
+        """``sender_timeout`` or, by default, ``next_chunk_timeout``."""
+        return self.next_chunk_timeout if self.sender_timeout is None else self.sender_timeout
+
+    @property
+    def effective_reducer_timeout(self) -> float | None:
+        """``reducer_timeout`` or, by default, twice the sender's."""
+        sender = self.effective_sender_timeout
+        if self.reducer_timeout is not None or sender is None:
+            return self.reducer_timeout
+        return REDUCER_PATIENCE * sender
+
+
+def _check_modes(config: AveragerConfig) -> None:
+    """Where ``client_mode`` is None, this is checked again when the DHT's is known.
+
+    :raises InvalidValueError: a combination that cannot be
+    """
+    if config.client_mode and config.auxiliary:
+        raise InvalidValueError(
+            "auxiliary=True with client_mode=True: a peer that can't be dialed has no way to assist others; "
+            "one of both is allowed"
+        )
+    if config.client_mode and config.allow_state_sharing:
+        raise InvalidValueError(
+            "allow_state_sharing=True with client_mode=True: others can't dial this peer to download its "
+            "state; False or None is allowed"
+        )
+
+
+def _check_prefix(prefix: Any) -> None:
+    check_string("prefix", prefix)
+    if "." in prefix:
+        raise InvalidValueError(
+            f"prefix={prefix!r}: a dot separates the prefix from the group bits; use another character"
+        )
+    group_key(prefix)
+
+
+def check_codec(name: str, codec: Any) -> None:
+    """:raises InvalidTypeError: ``codec`` is no codec object"""
+    if not isinstance(codec, CompressionBase):
+        raise InvalidTypeError(
+            f"{name}={codec!r}: an object of a CompressionBase subclass is allowed, "
+            "e.g. shoal.Float16Compression()"
+        )
+
+
+def choose_codecs(
+    tensors: Sequence[torch.Tensor], compression: CompressionBase, tensor_infos: Any
+) -> list[CompressionBase]:
+    """The codec of each tensor, known to the registry by its wire id.
+
+    :param tensor_infos: a :class:`~shoal.compression.CompressionInfo` for each tensor; None: its number is its key
+    :raises InvalidTypeError: not a sequence of such objects
+    :raises InvalidValueError: another number of items than tensors, an item of another shape or dtype, or a codec that
+      was not registered
+    """
+    codecs = [compression.choose(info) for info in _infos(tensors, tensor_infos)]
+    for codec in codecs:
+        _check_registered(codec)
+    return codecs
+
+
+def _infos(tensors: Sequence[torch.Tensor], tensor_infos: Any) -> list[CompressionInfo]:
+    if tensor_infos is None:
+        return [CompressionInfo.from_tensor(tensor, key=index) for index, tensor in enumerate(tensors)]
+    try:
+        infos = list(tensor_infos)
+    except TypeError:
+        raise InvalidTypeError(
+            f"tensor_infos={tensor_infos!r}: None or a CompressionInfo for each tensor is allowed"
+        ) from None
+    if len(infos) != len(tensors):
+        raise InvalidValueError(
+            f"tensor_infos has {len(infos)} items for {len(tensors)} averaged tensors; one for each is allowed"
+        )
+    for index, (info, tensor) in enumerate(zip(infos, tensors, strict=True)):
+        if not isinstance(info, CompressionInfo):
             raise InvalidTypeError(
-                f"compression={self.compression!r}: an object of a CompressionBase subclass is allowed, "
-                "e.g. shoal.Float16Compression()"
+                f"tensor_infos[{index}]={info!r}: a CompressionInfo is allowed, "
+                "e.g. CompressionInfo.from_tensor(tensor)"
             )
+        if (tuple(info.shape), info.dtype) != (tuple(tensor.shape), tensor.dtype):
+            raise InvalidValueError(
+                f"tensor_infos[{index}] describes {info.dtype} {list(info.shape)}, but averaged_tensors[{index}] is "
+                f"{tensor.dtype} {list(tensor.shape)}"
+            )
+    return infos
+
+
+def _check_registered(codec: CompressionBase) -> None:
+    try:
+        known = type(CODECS.codec(codec.compression_type)) is type(codec)
+    except ProtocolViolation:
+        known = False
+    if not known:
+        raise InvalidValueError(
+            f"compression: {type(codec).__name__} is not registered; "
+            f"call shoal.compression.register_codec({type(codec).__name__}()) first, in every peer"
+        )
 
 
 def matchmaking_config(
@@ -77,49 +204,3 @@ def default_start(now: float, deadline: float | None, settings: MatchmakingConfi
     """
     wait = settings.min_matchmaking_time
     return now + (wait if deadline is None else min(wait, START_BEFORE_DEADLINE * (deadline - now)))
-
-
-def check_string(name: str, value: Any) -> None:
-    """:raises InvalidTypeError: ``value`` is no string"""
-    if not isinstance(value, str):
-        raise InvalidTypeError(f"{name}={value!r}: a string is allowed, not {type(value).__name__}")
-
-
-def check_flag(name: str, value: Any) -> None:
-    """:raises InvalidTypeError: ``value`` is neither True nor False"""
-    if not isinstance(value, bool):
-        raise InvalidTypeError(f"{name}={value!r}: True or False is allowed, not {type(value).__name__}")
-
-
-def check_count(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
-    """:raises InvalidTypeError: not an int; :raises InvalidValueError: out of range"""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidTypeError(f"{name}={value!r}: a whole number is allowed, not {type(value).__name__}")
-    if value < minimum or (maximum is not None and value > maximum):
-        allowed = f"at least {minimum}" if maximum is None else f"{minimum} to {maximum}"
-        raise InvalidValueError(f"{name}={value}: {allowed} is allowed")
-
-
-def check_number(
-    name: str,
-    value: Any,
-    *,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-) -> None:
-    """:raises InvalidTypeError: not a number; :raises InvalidValueError: NaN, infinite or out of range"""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidTypeError(f"{name}={value!r}: a number is allowed, not {type(value).__name__}")
-    try:
-        is_finite = math.isfinite(value)
-    except OverflowError:
-        raise InvalidValueError(f"{name} is a whole number beyond the range of float") from None
-    if not is_finite:
-        raise InvalidValueError(f"{name}={value}: a finite number is allowed")
-    if minimum is not None and value < minimum:
-        raise InvalidValueError(f"{name}={value}: at least {minimum:g} is allowed")
-    if above is not None and value <= above:
-        raise InvalidValueError(f"{name}={value}: more than {above:g} is allowed")
-    if maximum is not None and value > maximum:
-        raise InvalidValueError(f"{name}={value}: at most {maximum:g} is allowed")

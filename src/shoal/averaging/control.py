@@ -6,11 +6,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import InvalidStateError as FutureIsDone
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from shoal.averaging.checks import check_number, check_scheduled_time
+from shoal.errors import InvalidStateError
 from shoal.runtime.futures import MPFuture
 
 if TYPE_CHECKING:
@@ -30,6 +34,16 @@ class AveragingStage(Enum):
     FINISHED = "finished"
 
 
+@dataclass(frozen=True)
+class Steering:
+    """How a step's wishes reach the background process."""
+
+    trigger: Callable[[], object]
+    """All-reduce may begin."""
+    reschedule: Callable[[float], object]
+    """All-reduce is expected to begin at another time (DHT seconds)."""
+
+
 class StepControl(MPFuture[Any]):
     """A step of averaging that runs in the background.
 
@@ -42,7 +56,6 @@ class StepControl(MPFuture[Any]):
     :param scheduled_time: when all-reduce is expected to begin, in :func:`~shoal.utils.get_dht_time` seconds
     :param deadline: when the search for a group ends, in the same seconds; None: never
     :param weight: this peer's weight in the average
-    :param trigger: tells the background process that all-reduce may begin
     """
 
     def __init__(
@@ -52,15 +65,16 @@ class StepControl(MPFuture[Any]):
         deadline: float | None,
         weight: float,
         needs_trigger: bool,
-        trigger: Callable[[], object],
+        steering: Steering,
     ) -> None:
         super().__init__(dispatch=_run_on_its_own_thread)
+        self._lock = threading.Lock()  # between the user, who steers, and the round, which begins
         self._stage = AveragingStage.IDLE
         self._scheduled_time = scheduled_time
         self._deadline = deadline
         self._weight = weight
         self._triggered = not needs_trigger
-        self._trigger = trigger
+        self._steering = steering
         self._call: Future[Any] | None = None
         self._report: RoundReport | None = None
 
@@ -70,7 +84,21 @@ class StepControl(MPFuture[Any]):
 
     @property
     def scheduled_time(self) -> float:
+        """When all-reduce is expected to begin, in :func:`~shoal.utils.get_dht_time` seconds: until then a group
+        that is not full waits for further peers. May be set until all-reduce begins, and matters until the group
+        stands.
+
+        :raises InvalidStateError: on setting, when all-reduce has begun
+        :raises InvalidValueError: on setting, not finite, more than a day ahead, or after the deadline
+        """
         return self._scheduled_time
+
+    @scheduled_time.setter
+    def scheduled_time(self, scheduled_time: float) -> None:
+        check_scheduled_time(scheduled_time, self._deadline)
+        with self._settable("scheduled_time"):
+            self._scheduled_time = float(scheduled_time)
+        self._steering.reschedule(self._scheduled_time)
 
     @property
     def deadline(self) -> float | None:
@@ -78,7 +106,19 @@ class StepControl(MPFuture[Any]):
 
     @property
     def weight(self) -> float:
+        """This peer's weight in the average. May be set until all-reduce begins: the round takes it together with the
+        tensors. 0: contributes nothing.
+
+        :raises InvalidStateError: on setting, when all-reduce has begun
+        :raises InvalidValueError: on setting, negative or not finite
+        """
         return self._weight
+
+    @weight.setter
+    def weight(self, weight: float) -> None:
+        check_number("weight", weight, minimum=0)
+        with self._settable("weight"):
+            self._weight = float(weight)
 
     @property
     def triggered(self) -> bool:
@@ -87,18 +127,21 @@ class StepControl(MPFuture[Any]):
 
     @property
     def began_allreduce(self) -> bool:
+        """Whether the tensors and the weight were taken; False again while, after a failure, another group is
+        looked for.
+        """
         return self.done() or self._stage is AveragingStage.RUNNING_ALLREDUCE
 
     @property
     def report(self) -> RoundReport | None:
-        """What happened; None until the step has finished."""
+        """What happened; None until the step has finished, and if it was cancelled."""
         return self._report
 
     def allow_allreduce(self) -> None:
         """Let all-reduce begin as soon as the group stands. Calling it again is harmless."""
         if not self._triggered:
             self._triggered = True
-            self._trigger()
+            self._steering.trigger()
 
     def cancel(self) -> bool:
         """Withdraw from the step, at any time until its round is decided; groupmates learn it at once.
@@ -121,17 +164,30 @@ class StepControl(MPFuture[Any]):
         self._call = call
 
     def reach(self, stage: AveragingStage) -> None:
-        self._stage = stage
+        with self._lock:
+            self._stage = stage
+
+    def begin_allreduce(self) -> float:
+        """From now on the weight is settled; returns it."""
+        self.reach(AveragingStage.RUNNING_ALLREDUCE)
+        return self._weight
 
     def succeed(self, report: RoundReport, gathered: dict[PeerID, Any]) -> None:
         self._report = report
-        with contextlib.suppress(InvalidStateError):  # cancelled in the same moment
+        with contextlib.suppress(FutureIsDone):  # cancelled in the same moment
             self.set_result(gathered)
 
     def fail(self, error: BaseException, report: RoundReport | None = None) -> None:
         self._report = report
-        with contextlib.suppress(InvalidStateError):  # cancelled in the same moment
+        with contextlib.suppress(FutureIsDone):  # cancelled in the same moment
             self.set_exception(error)
+
+    @contextlib.contextmanager
+    def _settable(self, name: str) -> Iterator[None]:
+        with self._lock:
+            if self.began_allreduce:
+                raise InvalidStateError(f"{name} can't be set any more: the step is {self.stage.value}")
+            yield
 
     def __repr__(self) -> str:
         return f"<StepControl {self.stage.value}, weight {self._weight:g}>"

@@ -46,9 +46,18 @@ class PeerMode(enum.StrEnum):
     AUXILIARY = "auxiliary"
     """Contributes nothing but helps with the reduction; never leads, so that no group lacks a contributor."""
 
+    NODE = "full"
+    """The same member as FULL, by the name that users of hivemind know."""
+    AUX = "auxiliary"
+    """The same member as AUXILIARY."""
+
     @property
     def can_lead(self) -> bool:
         return self is PeerMode.FULL
+
+
+AveragingMode = PeerMode
+"""The name that users of hivemind know."""
 
 
 class MemberInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -211,7 +220,7 @@ def _field_problem(info: MemberInfo) -> str | None:
         (len(info.addresses) <= MAX_ADDRESSES, f"more than {MAX_ADDRESSES} addresses"),
         (all(len(address) <= MAX_ADDRESS_CHARS for address in info.addresses), "an address is too long"),
         (bandwidth is None or (math.isfinite(bandwidth) and bandwidth >= 0), f"bandwidth={bandwidth}"),
-        (math.isfinite(info.weight) and info.weight > 0, f"weight={info.weight}"),
+        (math.isfinite(info.weight) and info.weight >= 0, f"weight={info.weight}"),
         (math.isfinite(info.start_time) and math.isfinite(info.signed_at), "a time is not finite"),
     )
     return next((problem for holds, problem in checks if not holds), None)

@@ -1,5 +1,5 @@
 """The host's end of an averager: copies between the user's tensors and the arena when the background process
-asks for it, and what happens when its service has begun, has finished a step, or ends.
+asks for it, and what happens when its service has begun or ends.
 
 Holds no reference to the averager itself, so that an averager that nobody refers to any more is collected.
 """
@@ -12,7 +12,7 @@ import threading
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any
 
-from shoal.averaging.commands import ApplyAverage, AttachArena, ReachStage, StepOutcome, TakeSnapshot
+from shoal.averaging.commands import ApplyAverage, AttachArena, ReachStage, TakeSnapshot
 from shoal.averaging.control import StepControl
 from shoal.averaging.partition import Layout
 from shoal.averaging.tensors import TensorStore, first_non_finite
@@ -21,10 +21,8 @@ from shoal.errors import (
     DeadlineExceeded,
     InvalidStateError,
     InvalidValueError,
-    MatchmakingException,
     PeerProcessDied,
 )
-from shoal.p2p.identity import PeerID
 from shoal.runtime.memory import SharedMemory
 
 if TYPE_CHECKING:
@@ -41,9 +39,10 @@ LOCK_TIMEOUT = 30.0
 class TensorKeeper:
     """The tensors of one averager, their arena, and the steps that are under way."""
 
-    def __init__(self, store: TensorStore, layout: Layout, alpha: float) -> None:
+    def __init__(self, store: TensorStore, layout: Layout, alpha: float, auxiliary: bool) -> None:
         self.store = store
         self.layout = layout
+        self._auxiliary = auxiliary
         self.controls: dict[int, StepControl] = {}
         self.last_report: RoundReport | None = None
         self._alpha = alpha
@@ -65,8 +64,8 @@ class TensorKeeper:
             case ReachStage(step, stage):
                 if step in self.controls:
                     self.controls[step].reach(stage)
-            case TakeSnapshot():
-                self._take_snapshot()
+            case TakeSnapshot(step):
+                return self._begin_allreduce(step)
             case ApplyAverage():
                 self.store.apply(self._area(0), self._area(1), self._alpha)
             case _:
@@ -79,51 +78,30 @@ class TensorKeeper:
         size = self.layout.nbytes
         return self._memory.buffer[number * size : (number + 1) * size]
 
-    def _take_snapshot(self) -> None:
+    def _begin_allreduce(self, step: int) -> float:
+        """Copy the tensors, and settle the weight, which is returned."""
+        if step not in self.controls:
+            raise AllreduceException("the step has ended")
+        control = self.controls[step]
+        weight = control.begin_allreduce()
+        if not self._auxiliary:
+            self._take_snapshot(check=weight > 0)
+        return weight
+
+    def _take_snapshot(self, check: bool) -> None:
         area = self._area(0)
         try:
             self.store.snapshot(area, timeout=LOCK_TIMEOUT)
         except DeadlineExceeded as e:
             logger.warning("withdrawing from a round, whose other members wait: %s", e)
             raise AllreduceException(f"withdrawn from the round: {e}") from e
+        if not check:  # nothing of it is sent: a peer whose training has diverged may ask for the average
+            return
         index = first_non_finite(self.layout, area)
         if index is not None:
             raise InvalidValueError(
                 f"averaged_tensors[{index}] has NaN or infinite elements; nothing was sent"
             )
-
-
-def finish_step(control: StepControl, step: int, keeper: TensorKeeper, serializer: Any, call: Any) -> None:
-    """The call of a step is done: hand its result on. Runs on a thread that callbacks may block."""
-    keeper.controls.pop(step, None)
-    if call.cancelled():
-        if not control.cancelled():
-            control.fail(AllreduceException("the averager was shut down during the step"))
-        return
-    error = call.exception()
-    if error is not None:
-        control.fail(error)
-        return
-    outcome: StepOutcome = call.result()
-    keeper.last_report = outcome.report
-    failure = outcome.report.failure
-    if failure is None:
-        gathered = {PeerID.from_bytes(peer): data for peer, data in outcome.gathered}
-        control.succeed(
-            outcome.report, {peer: _decode(serializer, peer, data) for peer, data in gathered.items()}
-        )
-    else:
-        kind = AllreduceException if outcome.found_group else MatchmakingException
-        control.fail(kind(failure), outcome.report)
-
-
-def _decode(serializer: Any, peer: PeerID, data: bytes) -> Any:
-    """What a member gathered; None if it cannot be read, since by now its tensors have been averaged."""
-    try:
-        return serializer.loads(data)
-    except Exception as e:  # noqa: BLE001 - serializers and classes registered with them are users' code
-        logger.warning("what %s gathered cannot be read, None is returned for it: %s", peer, e)
-        return None
 
 
 def attach_arena(started: MPFuture[ServiceHandle], keeper: TensorKeeper, creation: Any) -> None:

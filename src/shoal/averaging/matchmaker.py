@@ -115,11 +115,12 @@ class Matchmaker:
         config: MatchmakingConfig,
         mode: PeerMode = PeerMode.FULL,
         bandwidth: float | None = None,
+        initial_bits: str = "",
         clock: Callable[[], float] = get_dht_time,
         rng: random.Random | None = None,
     ) -> None:
         """:raises InvalidValueError: the prefix is in use on this host, or a value is out of range"""
-        group_key(prefix)
+        group_key(prefix, initial_bits)
         if len(schema_hash) != SCHEMA_HASH_BYTES:
             raise InvalidValueError(f"schema_hash={schema_hash!r}: {SCHEMA_HASH_BYTES} bytes are allowed")
         if bandwidth is not None and not (math.isfinite(bandwidth) and bandwidth >= 0):
@@ -133,6 +134,7 @@ class Matchmaker:
         self.rng = random.SystemRandom() if rng is None else rng
         self.tasks = TaskSet()
         self.declarations = Declarations(node, self.tasks, clock)
+        self.bits = initial_bits
         self._mode = mode
         self._router = router
         self._turn = asyncio.Lock()
@@ -148,28 +150,36 @@ class Matchmaker:
         deadline: float | None,
         gather: bytes = b"",
         weight: float = 1.0,
-        bits: str = "",
     ) -> GroupInfo:
         """Find a group that begins at ``start_time`` or, if it is full, at once. Times are in DHT time.
 
         Cancelling frees followers and leader at once.
 
         :raises MatchmakingException: no group was found until ``deadline``; says what the search saw
-        :raises InvalidValueError: ``gather`` is too long, ``bits`` are no bits, or a time is not finite
+        :raises InvalidValueError: ``gather`` is too long, or a time is not finite
         """
-        key = group_key(self.prefix, bits)
+        key = group_key(self.prefix, self.bits)
         if len(gather) > MAX_GATHER_BYTES:
             raise InvalidValueError(f"gather: {len(gather)} bytes; at most {MAX_GATHER_BYTES} are allowed")
         if not math.isfinite(start_time) or (deadline is not None and not math.isfinite(deadline)):
             raise InvalidValueError(f"start_time={start_time}, deadline={deadline}: must be finite")
-        if not (math.isfinite(weight) and weight > 0):
-            raise InvalidValueError(f"weight={weight}: a finite number above 0 is allowed")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise InvalidValueError(f"weight={weight}: a finite number of at least 0 is allowed")
         async with self._turn:
             if self._is_closed:
                 raise InvalidStateError("the matchmaker is closed")
             order_time = self._next_order_time(start_time)
             self._search = _Search(self, key, start_time, order_time, deadline, gather, weight)
             return await self._search.run()
+
+    def set_bits(self, bits: str) -> None:
+        """Look for groups under these bits from the next search on."""
+        group_key(self.prefix, bits)
+        self.bits = bits
+
+    def reschedule(self, start_time: float) -> None:
+        """The search that goes on is to begin at another time."""
+        raise NotImplementedError
 
     async def close(self) -> None:
         """End a search that goes on (it raises), and everything else. Idempotent."""

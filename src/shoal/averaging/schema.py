@@ -58,11 +58,14 @@ class TensorSchema:
         """The canonical form: a line of text for each tensor."""
         return "".join(f"{line}\n" for line in ("shoal tensors 1", *map(str, self.specs))).encode()
 
-    def agreement(self, part_size_bytes: int, min_group_size: int) -> bytes:
+    def agreement(self, part_size_bytes: int, min_group_size: int, min_vector_size: int = 0) -> bytes:
         """What the peers of a group have in common, as a hash of 32 bytes: the schema, and the settings that would
         otherwise fail each of their rounds, or form groups that a member's own settings forbid.
         """
-        settings = f"parts of {part_size_bytes}, groups of at least {min_group_size}\n"
+        settings = (
+            f"parts of {part_size_bytes}, groups of at least {min_group_size}, "
+            f"spans of at least {min_vector_size}\n"
+        )
         return hashlib.sha256(self.to_bytes() + settings.encode()).digest()
 
 

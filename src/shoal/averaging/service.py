@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -16,8 +16,11 @@ from shoal.averaging.commands import (
     AllowAllreduce,
     ApplyAverage,
     AttachArena,
+    GetGroupBits,
     ReachStage,
+    Reschedule,
     RunStep,
+    SetGroupBits,
     StepOutcome,
     TakeSnapshot,
 )
@@ -46,13 +49,19 @@ T = TypeVar("T")
 
 @dataclass
 class Step:
-    """One step while it runs: what was asked, and what has happened so far."""
+    """One step while it runs: what was asked, and what has happened so far.
+
+    ``start_time`` (DHT seconds) is when its all-reduce is expected to begin.
+    """
 
     command: RunStep
+    start_time: float = field(init=False)
+    is_searching: bool = False
     triggered: asyncio.Event = field(default_factory=asyncio.Event)
     report: RoundReport = field(init=False)
 
     def __post_init__(self) -> None:
+        self.start_time = self.command.scheduled_time
         self.report = RoundReport(self.command.step)
         if not self.command.needs_trigger:
             self.triggered.set()
@@ -80,18 +89,25 @@ class AveragerService:
         self._context = context
         self._config = config
         self._layout = Layout.from_schema(schema)
+        elements = self._layout.numel
+        self._min_span_nbytes = (
+            -(-config.min_vector_size * self._layout.data_nbytes // elements) if elements else 0
+        )
+        """Owned bytes are what is divided; with tensors of several dtypes an element counts with its mean size."""
         self._host = dht.node.host
         router = Router.of(self._host)
         self._rounds = Rounds(router, config.prefix)
-        mode = PeerMode.CLIENT if config.client_mode else PeerMode.FULL
         self._matchmaker = Matchmaker(
             dht.node,
             router,
             prefix=config.prefix,
-            schema_hash=schema.agreement(config.part_size_bytes, config.matchmaking.min_group_size),
+            schema_hash=schema.agreement(
+                config.part_size_bytes, config.matchmaking.min_group_size, config.min_vector_size
+            ),
             config=config.matchmaking,
-            mode=mode,
+            mode=config.mode,
             bandwidth=config.bandwidth,
+            initial_bits=config.initial_group_bits,
         )
         self._memory: SharedMemory | None = None
         self._arena: Arena | None = None
@@ -110,6 +126,14 @@ class AveragerService:
                 if step in self._steps:
                     self._steps[step].triggered.set()
                 return None
+            case Reschedule(step, scheduled_time):
+                self._reschedule(step, scheduled_time)
+                return None
+            case GetGroupBits():
+                return self._matchmaker.bits
+            case SetGroupBits(bits):
+                self._matchmaker.set_bits(bits)
+                return None
         raise InvalidStateError(f"an averager has no command {type(command).__name__}")
 
     async def close(self) -> None:
@@ -126,6 +150,14 @@ class AveragerService:
         self._memory = SharedMemory.from_descriptor(descriptor, nbytes)
         self._arena = arena = map_arena(self._memory, self._layout)
         self._populating = asyncio.ensure_future(asyncio.to_thread(_populate, arena))
+
+    def _reschedule(self, number: int, scheduled_time: float) -> None:
+        step = self._steps.get(number)
+        if step is None:
+            return  # it has ended in the meantime
+        step.start_time = scheduled_time
+        if step.is_searching:
+            self._matchmaker.reschedule(scheduled_time)
 
     # steps
 
@@ -145,10 +177,10 @@ class AveragerService:
             del self._steps[command.step]
 
     async def _try_until_deadline(self, step: Step) -> StepOutcome:
-        command, start_time, found = step.command, step.command.scheduled_time, False
+        command, found = step.command, False
         while True:
             try:
-                group = await self._find_group(step, start_time)
+                group = await self._find_group(step)
                 found = True
                 await self._run_round(step, group)
             except MatchmakingException as e:
@@ -168,7 +200,7 @@ class AveragerService:
                     step.report.attempts,
                     e,
                 )
-                start_time = default_start(now, command.deadline, self._config.matchmaking)
+                step.start_time = default_start(now, command.deadline, self._config.matchmaking)
                 continue
             gathered = tuple((member.peer_id, member.gather) for member in group.members)
             return replace(self._finish(step, found, None), gathered=gathered)
@@ -178,18 +210,20 @@ class AveragerService:
         logger.info("%s: %s", self._config.prefix, step.report)
         return StepOutcome(step.report, found_group)
 
-    async def _find_group(self, step: Step, start_time: float) -> GroupInfo:
+    async def _find_group(self, step: Step) -> GroupInfo:
         loop = asyncio.get_running_loop()
         began = loop.time()
         await self._reach(step, AveragingStage.LOOKING_FOR_GROUP)
+        step.is_searching = True
         try:
             return await self._matchmaker.find_group(
-                start_time=start_time,
+                start_time=step.start_time,
                 deadline=step.command.deadline,
                 gather=step.command.gather,
                 weight=step.command.weight,
             )
         finally:
+            step.is_searching = False
             step.spend(search=loop.time() - began)
 
     async def _reach(self, step: Step, stage: AveragingStage) -> None:
@@ -206,9 +240,10 @@ class AveragerService:
         partition = self._divide(group)
         waited = 0.0
         own_fault = False
+        weight = step.command.weight
 
         async def take_snapshot() -> None:
-            nonlocal waited, own_fault
+            nonlocal waited, own_fault, weight
             loop = asyncio.get_running_loop()
             began = loop.time()
             if not step.triggered.is_set():
@@ -216,9 +251,8 @@ class AveragerService:
                 await step.triggered.wait()
             waited = loop.time() - began
             await asyncio.shield(populating)
-            await self._reach(step, AveragingStage.RUNNING_ALLREDUCE)
             try:
-                await self._context.call_host(TakeSnapshot(step.command.step))
+                weight = cast("float", await self._context.call_host(TakeSnapshot(step.command.step)))
             except Exception as e:  # of the user's tensors and their devices: may be anything
                 own_fault = not isinstance(e, AllreduceException)
                 raise
@@ -280,6 +314,7 @@ class AveragerService:
             [member.bandwidth for member in group.members],
             can_own=[mode is not PeerMode.CLIENT for mode in modes],
             contributes=[mode is not PeerMode.AUXILIARY for mode in modes],
+            min_size=self._min_span_nbytes,
         )
         return Partition.create(self._layout, owned, self._config.part_size_bytes)
 

@@ -65,6 +65,11 @@ def register_codec(codec: CompressionBase) -> None:
     CODECS.register(codec)
 
 
+def user_codecs() -> tuple[CompressionBase, ...]:
+    """The codecs that users have registered in this process, by their ids."""
+    return tuple(CODECS.codec(wire_id) for wire_id in USER_IDS if wire_id in CODECS)
+
+
 def get_codec(wire_id: int) -> CompressionBase:
     """The codec with this wire id; :class:`ProtocolViolation` if there is none."""
     return CODECS.codec(wire_id)

@@ -68,7 +68,7 @@ class SimulatedMatchmaking:
         starts_in: float | None = None,
         timeout: float | None = 60.0,
         gather: bytes = b"",
-        bits: str = "",
+        bits: str | None = None,
     ) -> asyncio.Task[GroupInfo | MatchmakingException]:
         """Let a peer search; the task's result is the group, or the error of a search that failed."""
         now = self.now()
@@ -76,10 +76,13 @@ class SimulatedMatchmaking:
         deadline = None if timeout is None else now + timeout
         matchmaker = self.matchmakers[number]
 
+        if bits is not None:
+            matchmaker.set_bits(bits)
+
         async def find() -> GroupInfo | MatchmakingException:
             try:
                 return await matchmaker.find_group(
-                    start_time=now + starts_in, deadline=deadline, gather=gather, bits=bits
+                    start_time=now + starts_in, deadline=deadline, gather=gather
                 )
             except MatchmakingException as error:
                 return error

@@ -1,0 +1,83 @@
+"""Checks of what users hand over: each error names the parameter, the value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.utils.timed import get_dht_time
+
+MAX_GROUP_BITS = 64
+MAX_WAIT = 86400.0
+"""Seconds: the longest time ahead at which a group may be scheduled."""
+
+
+def check_string(name: str, value: Any) -> None:
+    """:raises InvalidTypeError: ``value`` is no string"""
+    if not isinstance(value, str):
+        raise InvalidTypeError(f"{name}={value!r}: a string is allowed, not {type(value).__name__}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """:raises InvalidTypeError: ``value`` is neither True nor False"""
+    if not isinstance(value, bool):
+        raise InvalidTypeError(f"{name}={value!r}: True or False is allowed, not {type(value).__name__}")
+
+
+def check_count(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
+    """:raises InvalidTypeError: not an int; :raises InvalidValueError: out of range"""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidTypeError(f"{name}={value!r}: a whole number is allowed, not {type(value).__name__}")
+    if value < minimum or (maximum is not None and value > maximum):
+        allowed = f"at least {minimum}" if maximum is None else f"{minimum} to {maximum}"
+        raise InvalidValueError(f"{name}={value}: {allowed} is allowed")
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+) -> None:
+    """:raises InvalidTypeError: not a number; :raises InvalidValueError: NaN, infinite or out of range"""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidTypeError(f"{name}={value!r}: a number is allowed, not {type(value).__name__}")
+    try:
+        is_finite = math.isfinite(value)
+    except OverflowError:
+        raise InvalidValueError(f"{name} is a whole number beyond the range of float") from None
+    if not is_finite:
+        raise InvalidValueError(f"{name}={value}: a finite number is allowed")
+    if minimum is not None and value < minimum:
+        raise InvalidValueError(f"{name}={value}: at least {minimum:g} is allowed")
+    if above is not None and value <= above:
+        raise InvalidValueError(f"{name}={value}: more than {above:g} is allowed")
+    if maximum is not None and value > maximum:
+        raise InvalidValueError(f"{name}={value}: at most {maximum:g} is allowed")
+
+
+def check_scheduled_time(scheduled_time: Any, deadline: float | None) -> None:
+    """Times are in DHT seconds.
+
+    :raises InvalidTypeError: not a number
+    :raises InvalidValueError: not finite, too far ahead, or after ``deadline``
+    """
+    now = get_dht_time()
+    check_number("scheduled_time", scheduled_time, maximum=now + MAX_WAIT)
+    if deadline is not None and scheduled_time > deadline:
+        raise InvalidValueError(
+            f"scheduled_time={scheduled_time}: it is {scheduled_time - now:.1f} s ahead, "
+            f"and the step's timeout ends the search in {deadline - now:.1f} s"
+        )
+
+
+def check_bits(name: str, bits: Any) -> None:
+    """:raises InvalidTypeError: no string; :raises InvalidValueError: other characters than 0 and 1, or too many"""
+    check_string(name, bits)
+    if any(bit not in "01" for bit in bits) or len(bits) > MAX_GROUP_BITS:
+        raise InvalidValueError(
+            f"{name}={bits!r}: a string of at most {MAX_GROUP_BITS} characters '0' and '1' is allowed"
+        )

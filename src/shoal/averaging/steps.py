@@ -1,0 +1,163 @@
+"""The steps of one averager, seen from the host: how one is handed to the background process, and what is made of its
+outcome.
+
+Holds no reference to the averager itself, so that an averager that nobody refers to any more is collected.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from shoal.averaging.checks import check_flag, check_number, check_scheduled_time
+from shoal.averaging.commands import AllowAllreduce, Reschedule, RunStep, StepOutcome
+from shoal.averaging.config import default_start
+from shoal.averaging.control import Steering, StepControl
+from shoal.averaging.group import MAX_GATHER_BYTES
+from shoal.averaging.matchmaking import MatchmakingConfig
+from shoal.errors import AllreduceException, InvalidTypeError, InvalidValueError, MatchmakingException
+from shoal.p2p.identity import PeerID
+from shoal.utils.timed import get_dht_time
+
+if TYPE_CHECKING:
+    from shoal.averaging.hostside import TensorKeeper
+    from shoal.runtime.futures import MPFuture
+    from shoal.runtime.process import ServiceHandle
+
+logger = logging.getLogger(__name__)
+
+LONELY_ROUNDS = 5
+"""After as many failures in a row the log says it louder."""
+
+
+class Steps:
+    """Makes steps and concludes them.
+
+    :param serializer: encodes what members gather, and decodes what they have gathered
+    """
+
+    def __init__(self, keeper: TensorKeeper, settings: MatchmakingConfig, prefix: str) -> None:
+        self._keeper = keeper
+        self._settings = settings
+        self._prefix = prefix
+        self._begun = 0
+        self.failures_in_a_row = 0
+
+    def begin(
+        self,
+        handle: ServiceHandle,
+        serializer: Any,
+        *,
+        gather: Any,
+        scheduled_time: float | None,
+        weight: float | None,
+        timeout: float | None,
+        allow_retries: bool,
+        require_trigger: bool,
+        wait: bool,
+    ) -> StepControl:
+        """Check what the user asks for, and send it on its way; parameters as of ``DecentralizedAverager.step``."""
+        now = get_dht_time()
+        if timeout is not None:
+            check_number("timeout", timeout, above=0)
+        deadline = None if timeout is None else now + timeout
+        if scheduled_time is None:
+            scheduled_time = default_start(now, deadline, self._settings)
+        else:
+            check_scheduled_time(scheduled_time, deadline)
+        if weight is None:
+            weight = 1.0
+        check_number("weight", weight, minimum=0)
+        check_flag("allow_retries", allow_retries)
+        check_flag("require_trigger", require_trigger)
+        command = RunStep(
+            self._begun,
+            float(weight),
+            _encode(serializer, gather),
+            float(scheduled_time),
+            deadline,
+            allow_retries,
+            require_trigger,
+        )
+        self._begun += 1
+        self._keeper.store.mark_stream()
+        control = StepControl(
+            scheduled_time=command.scheduled_time,
+            deadline=deadline,
+            weight=command.weight,
+            needs_trigger=require_trigger,
+            steering=Steering(
+                trigger=lambda: handle.call(AllowAllreduce(command.step)),
+                reschedule=lambda time: handle.call(Reschedule(command.step, time)),
+            ),
+        )
+        self._keeper.controls[command.step] = control
+        call: MPFuture[StepOutcome] = handle.call(command)
+        control.follow(call)
+        call.add_done_callback(partial(self._conclude, control, command.step, serializer, wait))
+        return control
+
+    def _conclude(self, control: StepControl, step: int, serializer: Any, wait: bool, call: Any) -> None:
+        """The call of a step is done: hand its result on. Runs on a thread that callbacks may block."""
+        self._keeper.controls.pop(step, None)
+        if call.cancelled():
+            if not control.cancelled():
+                control.fail(AllreduceException("the averager was shut down during the step"))
+            return
+        error = call.exception()
+        if error is not None:
+            control.fail(error)
+            return
+        outcome: StepOutcome = call.result()
+        self._keeper.last_report = outcome.report
+        failure = outcome.report.failure
+        if failure is None:
+            self.failures_in_a_row = 0
+            gathered = {PeerID.from_bytes(peer): data for peer, data in outcome.gathered}
+            control.succeed(
+                outcome.report, {peer: _decode(serializer, peer, data) for peer, data in gathered.items()}
+            )
+            return
+        self.failures_in_a_row += 1
+        self._warn(failure, wait)
+        kind = AllreduceException if outcome.found_group else MatchmakingException
+        control.fail(kind(failure), outcome.report)
+
+    def _warn(self, failure: str, wait: bool) -> None:
+        """A step that its caller waits for has a line for each failure; another one hands out its error, and is worth
+        a line where many fail in a row, since nobody may look at them.
+        """
+        failures = self.failures_in_a_row
+        if failures >= LONELY_ROUNDS and (wait or failures % LONELY_ROUNDS == 0):
+            logger.error(
+                "%s: averaging failed %d times in a row: this peer has trained alone for %d rounds; tensors are "
+                "unchanged; the last time: %s",
+                self._prefix,
+                failures,
+                failures,
+                failure,
+            )
+        elif wait:
+            logger.warning("%s: averaging failed, tensors are unchanged: %s", self._prefix, failure)
+
+
+def _encode(serializer: Any, gather: Any) -> bytes:
+    try:
+        encoded: bytes = serializer.dumps(gather)
+    except (InvalidTypeError, InvalidValueError) as e:
+        raise type(e)(f"gather: {e}") from None
+    if len(encoded) > MAX_GATHER_BYTES:
+        raise InvalidValueError(
+            f"gather takes {len(encoded)} bytes when encoded; at most {MAX_GATHER_BYTES} are allowed"
+        )
+    return encoded
+
+
+def _decode(serializer: Any, peer: PeerID, data: bytes) -> Any:
+    """What a member gathered; None if it cannot be read, since by now its tensors have been averaged."""
+    try:
+        return serializer.loads(data)
+    except Exception as e:  # noqa: BLE001 - serializers and classes registered with them are users' code
+        logger.warning("what %s gathered cannot be read, None is returned for it: %s", peer, e)
+        return None
