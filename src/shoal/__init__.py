@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from shoal.averaging.averager import DecentralizedAverager as DecentralizedAverager
     from shoal.averaging.control import AveragingStage as AveragingStage
     from shoal.averaging.control import StepControl as StepControl
+    from shoal.averaging.group import AveragingMode as AveragingMode
     from shoal.averaging.group import GroupInfo as GroupInfo
     from shoal.averaging.load_balancing import load_balance_peers as load_balance_peers
     from shoal.averaging.report import RoundReport as RoundReport
@@ -62,6 +63,7 @@ _MODULE_OF = {
     # averaging
     "StepControl": "shoal.averaging.control",
     "AveragingStage": "shoal.averaging.control",
+    "AveragingMode": "shoal.averaging.group",
     "GroupInfo": "shoal.averaging.group",
     "RoundReport": "shoal.averaging.report",
     "load_balance_peers": "shoal.averaging.load_balancing",

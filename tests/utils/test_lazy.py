@@ -28,15 +28,6 @@ def test_other_names_are_not(package):
         exec(f"from {package} import no_such_name")
 
 
-def test_names_and_submodules_in_the_manner_of_hivemind():
-    import shoal as hivemind
-
-    assert hivemind.DHT is hivemind.dht.DHT
-    assert hivemind.averaging.DecentralizedAverager is hivemind.DecentralizedAverager
-    assert hivemind.compression.NoCompression is hivemind.NoCompression
-    assert hivemind.utils.get_dht_time is hivemind.get_dht_time
-
-
 def test_importing_loads_next_to_nothing():
     code = "import shoal, sys; print(*sorted(name for name in sys.modules))"
     out = subprocess.run(

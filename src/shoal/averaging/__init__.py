@@ -9,7 +9,7 @@ from shoal.utils.lazy import lazy_names
 if TYPE_CHECKING:
     from shoal.averaging.averager import DecentralizedAverager
     from shoal.averaging.control import AveragingStage, StepControl
-    from shoal.averaging.group import GroupInfo
+    from shoal.averaging.group import AveragingMode, GroupInfo
     from shoal.averaging.load_balancing import load_balance_peers
     from shoal.averaging.report import Phases, RoundReport
     from shoal.errors import AllreduceException, MatchmakingException
@@ -18,6 +18,7 @@ __all__ = [
     "DecentralizedAverager",
     "StepControl",
     "AveragingStage",
+    "AveragingMode",
     "RoundReport",
     "Phases",
     "GroupInfo",
@@ -26,12 +27,16 @@ __all__ = [
     "MatchmakingException",
 ]
 
+_SUBMODULES = ("allreduce", "averager", "control", "load_balancing", "matchmaking", "partition")
+
 __getattr__, __dir__ = lazy_names(
     __name__,
-    {
+    {submodule: f"{__name__}.{submodule}" for submodule in _SUBMODULES}
+    | {
         "DecentralizedAverager": "shoal.averaging.averager",
         "StepControl": "shoal.averaging.control",
         "AveragingStage": "shoal.averaging.control",
+        "AveragingMode": "shoal.averaging.group",
         "RoundReport": "shoal.averaging.report",
         "Phases": "shoal.averaging.report",
         "GroupInfo": "shoal.averaging.group",

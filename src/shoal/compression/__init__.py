@@ -17,6 +17,7 @@ from shoal.compression.registry import (
     register_codec,
     serialize_tensor,
 )
+from shoal.utils.lazy import names_with_advice
 
 __all__ = [
     "CompressionBase",
@@ -31,3 +32,5 @@ __all__ = [
     "serialize_tensor",
     "deserialize_tensor",
 ]
+
+__getattr__ = names_with_advice(__name__)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from shoal.dht.dht import DHT
     from shoal.dht.node import DHTNode
     from shoal.dht.schema import SchemaValidator
-    from shoal.dht.types import ValueWithExpiration
+    from shoal.dht.types import DHTValue, ValueWithExpiration
     from shoal.dht.validation import (
         CompositeValidator,
         DHTRecord,
@@ -25,6 +25,7 @@ __all__ = [
     "DHTNode",
     "DHTConfig",
     "ValueWithExpiration",
+    "DHTValue",
     "DHTRecord",
     "RecordValidatorBase",
     "CompositeValidator",
@@ -33,13 +34,17 @@ __all__ = [
     "protected_key",
 ]
 
+_SUBMODULES = ("dht", "node", "routing", "schema", "storage", "validation")
+
 __getattr__, __dir__ = lazy_names(
     __name__,
-    {
+    {submodule: f"{__name__}.{submodule}" for submodule in _SUBMODULES}
+    | {
         "DHT": "shoal.dht.dht",
         "DHTNode": "shoal.dht.node",
         "DHTConfig": "shoal.dht.config",
         "ValueWithExpiration": "shoal.dht.types",
+        "DHTValue": "shoal.dht.types",
         "DHTRecord": "shoal.dht.validation",
         "RecordValidatorBase": "shoal.dht.validation",
         "CompositeValidator": "shoal.dht.validation",

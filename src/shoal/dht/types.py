@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-__all__ = ["ValueWithExpiration"]
+__all__ = ["DHTValue", "ValueWithExpiration"]
+
+DHTValue: TypeAlias = Any
+"""What can be stored: whatever :class:`~shoal.utils.MSGPackSerializer` encodes."""
 
 
 class ValueWithExpiration(NamedTuple):

@@ -7,17 +7,35 @@ from typing import TYPE_CHECKING
 from shoal.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from shoal.dht.types import ValueWithExpiration
+    from shoal.runtime.futures import MPFuture
     from shoal.utils.logging import get_logger
-    from shoal.utils.serializer import MSGPackSerializer
-    from shoal.utils.timed import get_dht_time
+    from shoal.utils.serializer import MSGPackSerializer, SerializerBase
+    from shoal.utils.timed import DHTExpiration, get_dht_time
 
-__all__ = ["MSGPackSerializer", "get_dht_time", "get_logger"]
+__all__ = [
+    "MSGPackSerializer",
+    "SerializerBase",
+    "get_dht_time",
+    "DHTExpiration",
+    "ValueWithExpiration",
+    "MPFuture",
+    "get_logger",
+]
+
+_SUBMODULES = ("logging", "serializer")
 
 __getattr__, __dir__ = lazy_names(
     __name__,
-    {
+    {submodule: f"{__name__}.{submodule}" for submodule in _SUBMODULES}
+    | {
         "MSGPackSerializer": "shoal.utils.serializer",
+        "SerializerBase": "shoal.utils.serializer",
         "get_dht_time": "shoal.utils.timed",
+        "DHTExpiration": "shoal.utils.timed",
+        # These two live in higher layers: loaded only for those who ask, as users of hivemind do here.
+        "ValueWithExpiration": "shoal.dht.types",
+        "MPFuture": "shoal.runtime.futures",
         "get_logger": "shoal.utils.logging",
     },
 )

@@ -1,11 +1,16 @@
-"""Public names of a package that load their modules on first use (PEP 562)."""
+"""Public names of a package that load their modules on first use (PEP 562), and errors that help for names of hivemind
+that Shoal does not have.
+"""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
+
+_IMPORT_SYSTEM = ("_frozen_importlib", "importlib._bootstrap")
 
 
 def lazy_names(
@@ -16,12 +21,14 @@ def lazy_names(
     :param package: the package's ``__name__``
     :param names: public name -> the module that defines it; a name that maps to itself within the package is
         a submodule (``"dht": "shoal.dht"`` in ``shoal``)
+
+    What is asked for besides is an error, with advice if :mod:`shoal.utils.absent` has any.
     """
 
     def get(name: str) -> Any:
         where = names.get(name)
         if where is None:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+            raise _no_such_name(package, name, sys._getframe(1))
         module = importlib.import_module(where)
         value = module if where == f"{package}.{name}" else getattr(module, name)
         setattr(sys.modules[package], name, value)
@@ -31,3 +38,28 @@ def lazy_names(
         return sorted({*vars(sys.modules[package]), *names})
 
     return get, listing
+
+
+def names_with_advice(package: str) -> Callable[[str], NoReturn]:
+    """``__getattr__`` for a package that imports its names at once: it only helps with those that are not there."""
+
+    def get(name: str) -> NoReturn:
+        raise _no_such_name(package, name, sys._getframe(1))
+
+    return get
+
+
+def _no_such_name(package: str, name: str, caller: FrameType) -> Exception:
+    """What to raise for a name that is not there: an AttributeError, and an ImportError if a ``from`` statement asked.
+
+    The import system replaces an AttributeError by an error of its own, without what ours says. It asks from within one
+    function of its own; if that is ever called otherwise, its own error is all that changes.
+    """
+    from shoal.utils.absent import ABSENT  # read only when somebody needs it
+
+    advice = ABSENT.get(package, {}).get(name)
+    if advice is None:
+        return AttributeError(f"module {package!r} has no attribute {name!r}", name=name)
+    if caller.f_code.co_name == "_handle_fromlist" and caller.f_globals.get("__name__") in _IMPORT_SYSTEM:
+        return ImportError(f"cannot import name {name!r} from {package!r}: {advice}", name=package)
+    return AttributeError(f"module {package!r} has no attribute {name!r}: {advice}", name=name)

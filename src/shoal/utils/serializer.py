@@ -7,6 +7,7 @@ safe on bytes from strangers: it builds plain values and instances of registered
 from __future__ import annotations
 
 import datetime
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
@@ -14,7 +15,7 @@ import msgspec
 
 from shoal.errors import InvalidTypeError, InvalidValueError
 
-__all__ = ["MSGPackSerializer"]
+__all__ = ["MSGPackSerializer", "SerializerBase"]
 
 MAX_DEPTH = 32
 """Containers inside containers; deeper values are refused in both directions."""
@@ -36,7 +37,24 @@ _encoder = msgspec.msgpack.Encoder()
 _SCALARS = (bool, int, float, str, bytes, bytearray)
 
 
-class MSGPackSerializer:
+class SerializerBase(ABC):
+    """What a serializer must have: :attr:`~shoal.DecentralizedAverager.serializer` may be any class like this one.
+
+    ``loads`` is given bytes from strangers; what it raises on them must harm nobody.
+    """
+
+    @classmethod
+    @abstractmethod
+    def dumps(cls, obj: object) -> bytes:
+        """The bytes of ``obj``."""
+
+    @classmethod
+    @abstractmethod
+    def loads(cls, buf: bytes) -> Any:
+        """The object that :meth:`dumps` made these bytes of."""
+
+
+class MSGPackSerializer(SerializerBase):
     """Serializes None, bool, int (64 bits), float, str, bytes, aware datetimes, lists, tuples, dictionaries.
 
     Values keep their types: a tuple comes back as a tuple, also inside containers and as a key of a

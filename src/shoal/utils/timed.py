@@ -1,10 +1,14 @@
-"""The clock by which DHT records expire."""
+"""The clock by which DHT records expire, and the type of its times."""
 
 from __future__ import annotations
 
 import time
+from typing import TypeAlias
 
-__all__ = ["get_dht_time"]
+__all__ = ["DHTExpiration", "get_dht_time"]
+
+DHTExpiration: TypeAlias = float
+"""When a record expires: seconds as :func:`get_dht_time` counts them."""
 
 
 def get_dht_time() -> float:

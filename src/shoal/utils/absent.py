@@ -1,0 +1,133 @@
+"""Names of hivemind that Shoal does not have, and what to use instead: data for :mod:`shoal.utils.lazy`.
+
+They are listed by the package in which a user of hivemind would look for them; docs/migration.md says more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_TRAINING = (
+    "Shoal averages tensors and leaves training to you: step your own torch optimizer, and average the parameters "
+    "every few steps with shoal.DecentralizedAverager (docs/migration.md shows the loop)"
+)
+_GRADIENTS = (
+    "average gradients with shoal.DecentralizedAverager([p.grad for p in model.parameters()], ...) and "
+    "step(weight=batch_size) before your optimizer's step"
+)
+_EXPERTS = (
+    "Shoal averages tensors and has no mixture of experts; hivemind's servers and experts stay with hivemind"
+)
+_LIBP2P = "Shoal has its own transport and no libp2p daemon"
+_SERVICER = f"{_LIBP2P}; calls of your own: node.host.serve() and node.host.call() inside dht.run_coroutine()"
+_PROTOBUF = "Shoal has no protobuf messages; they are msgspec Structs that only Shoal itself sends"
+_ASYNC_HELPER = "use asyncio itself: StepControl and MPFuture can be awaited in any event loop"
+_NESTED = "Shoal takes any iterable of tensors; torch.utils._pytree and optree flatten nested structures"
+_LOGGING = (
+    "Shoal logs to the loggers 'shoal...' of the logging module: configure them there, or with SHOAL_LOGLEVEL"
+)
+_CRYPTO = "identities are Ed25519 keys in the file that DHT(identity_path=...) names"
+_INTERNALS = "rounds run in the background process; step() runs one, and its report says what happened in it"
+
+ABSENT: Mapping[str, Mapping[str, str]] = {
+    "shoal": {
+        "Optimizer": _TRAINING,
+        "GradScaler": f"use torch.amp.GradScaler; {_TRAINING}",
+        "TrainingAverager": _TRAINING,
+        "TrainingStateAverager": _TRAINING,
+        "CollaborativeOptimizer": _TRAINING,
+        "DecentralizedOptimizer": _TRAINING,
+        "GradientAverager": _GRADIENTS,
+        "PowerSGDGradientAverager": f"{_GRADIENTS}; for fewer bytes use a codec of shoal.compression",
+        "optim": _TRAINING,
+        "moe": _EXPERTS,
+        "Server": _EXPERTS,
+        "ModuleBackend": _EXPERTS,
+        "RemoteExpert": _EXPERTS,
+        "RemoteMixtureOfExperts": _EXPERTS,
+        "RemoteSwitchMixtureOfExperts": _EXPERTS,
+        "register_expert_class": _EXPERTS,
+        "proto": _PROTOBUF,
+        "hivemind_cli": "the command line is `shoal`: `shoal peer` runs a DHT node, as hivemind-dht does",
+        "P2P": _LIBP2P,
+        "P2PContext": _LIBP2P,
+        "use_hivemind_log_handler": _LOGGING,
+        "LOCALHOST": "write '127.0.0.1'",
+    },
+    "shoal.averaging": {
+        "TrainingAverager": _TRAINING,
+        "GradientAverager": _GRADIENTS,
+        "group_info": "GroupInfo is shoal.averaging.GroupInfo",
+        "key_manager": "see get_group_bits() and set_group_bits() of shoal.DecentralizedAverager",
+        "GroupKeyManager": "see get_group_bits() and set_group_bits() of shoal.DecentralizedAverager",
+        "AllReduceRunner": _INTERNALS,
+        "Matchmaking": _INTERNALS,
+        "TensorPartContainer": _INTERNALS,
+        "TensorPartReducer": _INTERNALS,
+        "BannedException": "members that a round went on without are in StepControl.report.excluded",
+        "GatheredData": "anything that shoal.utils.MSGPackSerializer encodes; write typing.Any",
+        "GroupID": "write bytes",
+    },
+    "shoal.dht": {
+        "DHTID": "ids are integers that follow from keys and PeerIDs; for a random name use uuid.uuid4().hex",
+        "DHTProtocol": "calls between nodes are internal; dht.run_coroutine() gives you the node",
+        "RSASignatureValidator": "use shoal.dht.SignatureValidator, which signs with Ed25519",
+        "BytesWithPublicKey": (
+            "use bytes: SignatureValidator checks owners; keys of shoal.dht.protected_key() are each peer's own"
+        ),
+        "conbytes": "use Annotated[bytes, msgspec.Meta(...)], or pydantic's own types",
+        "crypto": "shoal.dht.SignatureValidator takes the place of RSASignatureValidator",
+        "protocol": "calls between nodes are internal; dht.run_coroutine() gives you the node",
+        "traverse": "searches are internal; dht.get() runs one",
+    },
+    "shoal.compression": {
+        "serialize_torch_tensor": "use shoal.compression.serialize_tensor(tensor, codec)",
+        "deserialize_torch_tensor": "use shoal.compression.deserialize_tensor(serialized)",
+        "deserialize_tensor_stream": "use shoal.compression.deserialize_tensor(serialized) for each tensor",
+        "serialization": "use shoal.compression.serialize_tensor and deserialize_tensor",
+        "BASE_COMPRESSION_TYPES": "codecs are registered by number: shoal.compression.get_codec(number)",
+    },
+    "shoal.p2p": {
+        "P2P": _SERVICER,
+        "P2PContext": _SERVICER,
+        "ServicerBase": _SERVICER,
+        "StubBase": _SERVICER,
+        "PeerInfo": "dht.peer_id and dht.get_visible_maddrs() say who a peer is and where",
+        "P2PDaemonError": f"{_LIBP2P}; see PeerUnreachable and ConnectionLost in shoal.errors",
+        "P2PHandlerError": "use shoal.errors.RemoteError",
+        "p2p_daemon": _LIBP2P,
+        "p2p_daemon_bindings": f"{_LIBP2P}; PeerID is shoal.p2p.PeerID",
+        "servicer": _SERVICER,
+    },
+    "shoal.utils": {
+        "as_aiter": _ASYNC_HELPER,
+        "amap_in_executor": _ASYNC_HELPER,
+        "switch_to_uvloop": _ASYNC_HELPER,
+        "enter_asynchronously": _ASYNC_HELPER,
+        "asyncio": _ASYNC_HELPER,
+        "nested_flatten": _NESTED,
+        "nested_pack": _NESTED,
+        "nested_map": _NESTED,
+        "nested": _NESTED,
+        "PerformanceEMA": "Shoal has no training loop to measure; keep an average of your own",
+        "performance_ema": "Shoal has no training loop to measure; keep an average of your own",
+        "TensorDescriptor": "shoal.compression.CompressionInfo holds shape and dtype itself",
+        "BatchTensorDescriptor": "shoal.compression.CompressionInfo holds shape and dtype itself",
+        "tensor_descr": "shoal.compression.CompressionInfo holds shape and dtype itself",
+        "TimedStorage": "the DHT's storage is internal; dht.store() and dht.get() use it",
+        "timed_storage": "get_dht_time, ValueWithExpiration and DHTExpiration are in shoal.utils itself",
+        "MAX_DHT_TIME_DISCREPANCY_SECONDS": (
+            "clocks of peers may differ by up to a minute; larger differences are reported when they connect"
+        ),
+        "mpfuture": "MPFuture is shoal.utils.MPFuture",
+        "streaming": "Shoal streams tensors by itself",
+        "multiaddr": "Multiaddr is shoal.p2p.Multiaddr",
+        "crypto": _CRYPTO,
+        "auth": "Shoal has no authorizers; SignatureValidator and other record validators restrict who may write what",
+        "use_hivemind_log_handler": _LOGGING,
+        "limits": "Shoal needs few open files; raise the limit with the resource module",
+        "networking": "use the socket module; DHT(host_maddrs=...) says where to listen",
+        "math": "use torch.linalg.qr to orthogonalize",
+    },
+}
+"""Package -> name -> what to use instead."""
