@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 import os
 import signal
 import threading
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from real_swarm import STEP_TIMEOUT, Swarm, step_all, wait_for_stage
 
 import shoal
 from shoal.averaging.control import AveragingStage
@@ -22,80 +20,7 @@ from shoal.errors import AllreduceException, InvalidStateError, MatchmakingExcep
 from shoal.utils.serializer import MSGPackSerializer
 from shoal.utils.timed import get_dht_time
 
-STEP_TIMEOUT = 30.0
-
 pytestmark = pytest.mark.xdist_group("averaging")  # one worker, so that the background processes are shared
-
-
-class Swarm:
-    """The averagers of one test, under a prefix of its own, on DHTs that all tests of this file share.
-
-    Each DHT has a background process of its own, which imports torch: that takes longer than most tests.
-    """
-
-    def __init__(self, shared: list[shoal.DHT], prefix: str) -> None:
-        self.prefix = prefix
-        self.averagers: list[shoal.DecentralizedAverager] = []
-        self.own: list[shoal.DHT] = []
-        self._shared = shared
-        self._free = list(shared)
-
-    def dht(self) -> shoal.DHT:
-        """A DHT that no other averager of this test lives with."""
-        if not self._free:
-            self._shared.append(new_dht(self._shared))
-            return self._shared[-1]
-        return self._free.pop(0)
-
-    def own_dht(self) -> shoal.DHT:
-        """A DHT that the test may kill or shut down."""
-        self.own.append(new_dht(self._shared))
-        return self.own[-1]
-
-    def peer(
-        self, tensors: list[torch.Tensor], size: int, *, dht: shoal.DHT | None = None, **options: Any
-    ) -> shoal.DecentralizedAverager:
-        settings: dict[str, Any] = {
-            "prefix": self.prefix,
-            "target_group_size": size,
-            "min_group_size": size,
-            "min_matchmaking_time": 2.0,
-            "request_timeout": 1.0,
-            "start": True,
-            **options,
-        }
-        averager = shoal.DecentralizedAverager(tensors, dht or self.dht(), **settings)
-        self.averagers.append(averager)
-        return averager
-
-    def close(self) -> None:
-        for averager in self.averagers:
-            averager.shutdown()
-        for dht in self.own:
-            dht.shutdown()
-
-
-def new_dht(others: list[shoal.DHT]) -> shoal.DHT:
-    return shoal.DHT(initial_peers=others[0].get_visible_maddrs() if others else None, start=True)
-
-
-@pytest.fixture(scope="module")
-def shared_dhts() -> Iterator[list[shoal.DHT]]:
-    dhts: list[shoal.DHT] = []
-    yield dhts
-    for dht in dhts:
-        dht.shutdown()
-
-
-@pytest.fixture
-def swarm(shared_dhts: list[shoal.DHT], request: pytest.FixtureRequest) -> Iterator[Swarm]:
-    with contextlib.closing(Swarm(shared_dhts, request.node.name)) as made:
-        yield made
-
-
-def step_all(averagers: list[Any], **options: Any) -> list[Any]:
-    controls = [averager.step(wait=False, timeout=STEP_TIMEOUT, **options) for averager in averagers]
-    return [control.result(60) for control in controls]
 
 
 def random_tensors(seed: int) -> list[torch.Tensor]:
@@ -354,14 +279,6 @@ def test_a_killed_peer_fails_the_round_for_all_and_the_retry_succeeds_without_it
     assert torch.equal(tensors[1][0], tensors[0][0])
     assert torch.equal(tensors[2][0], torch.full((1_000_000,), 2.0))
     assert steps[0].report.attempts == 2
-
-
-def wait_for_stage(steps: list[Any], stage: AveragingStage, limit: float = 30.0) -> None:
-    deadline = time.monotonic() + limit
-    while any(step.stage is not stage for step in steps):
-        assert time.monotonic() < deadline, [step.stage for step in steps]
-        assert not any(step.done() for step in steps), steps
-        threading.Event().wait(0.002)
 
 
 def test_cancelling_frees_the_groupmates_at_once(swarm: Swarm):

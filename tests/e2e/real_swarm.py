@@ -1,0 +1,79 @@
+"""Averagers on real background processes and sockets, as a user would make them, and helpers to step them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import torch
+
+import shoal
+from shoal.averaging.control import AveragingStage
+
+STEP_TIMEOUT = 30.0
+
+
+class Swarm:
+    """The averagers of one test, under a prefix of its own, on DHTs that all tests of this folder share.
+
+    Each DHT has a background process of its own, which imports torch: that takes longer than most tests.
+    """
+
+    def __init__(self, shared: list[shoal.DHT], prefix: str) -> None:
+        self.prefix = prefix
+        self.averagers: list[shoal.DecentralizedAverager] = []
+        self.own: list[shoal.DHT] = []
+        self._shared = shared
+        self._free = list(shared)
+
+    def dht(self) -> shoal.DHT:
+        """A DHT that no other averager of this test lives with."""
+        if not self._free:
+            self._shared.append(new_dht(self._shared))
+            return self._shared[-1]
+        return self._free.pop(0)
+
+    def own_dht(self) -> shoal.DHT:
+        """A DHT that the test may kill or shut down."""
+        self.own.append(new_dht(self._shared))
+        return self.own[-1]
+
+    def peer(
+        self, tensors: list[torch.Tensor], size: int, *, dht: shoal.DHT | None = None, **options: Any
+    ) -> shoal.DecentralizedAverager:
+        settings: dict[str, Any] = {
+            "prefix": self.prefix,
+            "target_group_size": size,
+            "min_group_size": size,
+            "min_matchmaking_time": 2.0,
+            "request_timeout": 1.0,
+            "start": True,
+            **options,
+        }
+        averager = shoal.DecentralizedAverager(tensors, dht or self.dht(), **settings)
+        self.averagers.append(averager)
+        return averager
+
+    def close(self) -> None:
+        for averager in self.averagers:
+            averager.shutdown()
+        for dht in self.own:
+            dht.shutdown()
+
+
+def new_dht(others: list[shoal.DHT]) -> shoal.DHT:
+    return shoal.DHT(initial_peers=others[0].get_visible_maddrs() if others else None, start=True)
+
+
+def step_all(averagers: list[Any], **options: Any) -> list[Any]:
+    controls = [averager.step(wait=False, timeout=STEP_TIMEOUT, **options) for averager in averagers]
+    return [control.result(60) for control in controls]
+
+
+def wait_for_stage(steps: list[Any], stage: AveragingStage, limit: float = 30.0) -> None:
+    deadline = time.monotonic() + limit
+    while any(step.stage is not stage for step in steps):
+        assert time.monotonic() < deadline, [step.stage for step in steps]
+        assert not any(step.done() for step in steps), steps
+        threading.Event().wait(0.002)
