@@ -78,7 +78,7 @@ def test_the_defaults_make_an_averager():
     averager = make()
     assert averager.prefix == "p"
     assert averager.total_size == 3
-    assert not averager.is_alive
+    assert not averager.is_alive()
 
 
 @pytest.mark.parametrize(

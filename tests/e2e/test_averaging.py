@@ -359,5 +359,5 @@ def test_the_garbage_collector_does_not_wait_for_the_end_of_an_averager(
 def test_the_dht_may_be_shut_down_first(swarm: Swarm):
     averager = swarm.peer([torch.zeros(2)], size=2, dht=swarm.own_dht())
     averager.dht.shutdown()
-    assert not averager.is_alive
+    assert not averager.is_alive()
     averager.shutdown()

@@ -26,6 +26,7 @@ from shoal.averaging.config import (
 )
 from shoal.averaging.control import StepControl
 from shoal.averaging.hostside import TensorKeeper, attach_arena, close, close_in_background
+from shoal.averaging.overriding import check_overrides
 from shoal.averaging.partition import Layout, Partition
 from shoal.averaging.schema import TensorSchema, validate_tensors
 from shoal.averaging.steps import Steps
@@ -101,6 +102,10 @@ class DecentralizedAverager:
     :param daemon: False is allowed only if the DHT, whose process the averager shares, was made so
     :param shutdown_timeout: time that :meth:`shutdown` waits for the service to end
 
+    Subclasses may override every public method. A class that defines a method by which hivemind's averager is changed
+    and which nothing calls here (``_aggregate_with_group``, ``rpc_...``, see :mod:`~shoal.averaging.overriding`) is an
+    InvalidTypeError.
+
     :raises InvalidValueError: (a ValueError) a value out of range, parameters that contradict each other, or a prefix
       that is in use on this ``dht``
     :raises InvalidTypeError: (a TypeError) tensors that cannot be averaged, or a parameter of the wrong type
@@ -145,7 +150,7 @@ class DecentralizedAverager:
             check_flag(name, flag)
         check_number("averaging_alpha", averaging_alpha, above=0)
         check_number("shutdown_timeout", shutdown_timeout, minimum=0)
-        self._config = AveragerConfig(
+        self.__config = AveragerConfig(
             prefix=prefix,
             matchmaking=matchmaking_config(
                 target_group_size, min_group_size, min_matchmaking_time, request_timeout
@@ -164,7 +169,7 @@ class DecentralizedAverager:
             declare_state_period=declare_state_period,
         )
         if dht.is_alive():
-            self._config = _with_client_mode(self._config, dht)
+            self.__config = _with_client_mode(self.__config, dht)
         if not daemon and dht.daemon:
             raise InvalidValueError(
                 "daemon=False: the averager lives in the background process of its DHT, which was made with daemon=True"
@@ -180,19 +185,23 @@ class DecentralizedAverager:
         check_codec("state_compression", state_compression)
         tensors = validate_tensors(averaged_tensors)
         self.dht = dht
-        self._schema = TensorSchema.from_tensors(tensors, choose_codecs(tensors, compression, tensor_infos))
-        layout = Layout.from_schema(self._schema)
+        self.__schema = TensorSchema.from_tensors(tensors, choose_codecs(tensors, compression, tensor_infos))
+        layout = Layout.from_schema(self.__schema)
         Partition.create(
             layout, [layout.data_nbytes], part_size_bytes
         )  # raises if there would be too many parts
         store = TensorStore(tensors, layout)
-        self._keeper = TensorKeeper(store, layout, float(averaging_alpha), auxiliary)
-        self._steps = Steps(self._keeper, self._config.matchmaking, prefix)
-        self._shutdown_timeout = shutdown_timeout
-        self._started: MPFuture[ServiceHandle] | None = None
-        self._finalizer: weakref.finalize[..., Any] | None = None
+        self.__keeper = TensorKeeper(store, layout, float(averaging_alpha), auxiliary)
+        self.__steps = Steps(self.__keeper, self.__config.matchmaking, prefix)
+        self.__shutdown_timeout = shutdown_timeout
+        self.__started: MPFuture[ServiceHandle] | None = None
+        self.__finalizer: weakref.finalize[..., Any] | None = None
         if start:
             self.run_in_background()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        check_overrides(cls, DecentralizedAverager)
 
     # life
 
@@ -206,41 +215,42 @@ class DecentralizedAverager:
         check_flag("await_ready", await_ready)
         if timeout is not None:
             check_number("timeout", timeout, minimum=0)
-        if self._started is not None:
+        if self.__started is not None:
             raise InvalidStateError("this averager was started already")
-        self._config = _with_client_mode(self._config, self.dht)
-        setup = pickling.dumps((user_codecs(), self._config, self._schema), "the averager's setup")
+        self.__config = _with_client_mode(self.__config, self.dht)
+        setup = pickling.dumps((user_codecs(), self.__config, self.__schema), "the averager's setup")
         factory = partial(create_averager_service, setup, self.dht.service_name)
         creation = self.dht.background.create_service(
-            factory, name=f"averager {self._config.prefix}", handler=self._keeper.handle
+            factory, name=f"averager {self.__config.prefix}", handler=self.__keeper.handle
         )
-        self._started = MPFuture()
-        self._finalizer = weakref.finalize(self, close_in_background, creation, self._keeper)
-        self._finalizer.atexit = False  # the end of the interpreter ends the background process and all in it
-        creation.add_done_callback(partial(attach_arena, self._started, self._keeper))
+        self.__started = MPFuture()
+        self.__finalizer = weakref.finalize(self, close_in_background, creation, self.__keeper)
+        self.__finalizer.atexit = (
+            False  # the end of the interpreter ends the background process and all in it
+        )
+        creation.add_done_callback(partial(attach_arena, self.__started, self.__keeper))
         if await_ready:
             try:
-                self._started.result(timeout)
+                self.__started.result(timeout)
             except BaseException:
                 self.shutdown()
                 raise
 
     def shutdown(self) -> None:
         """End the averager: steps that run are cancelled, groupmates learn it at once. Idempotent; the DHT runs on."""
-        if self._finalizer is None:
+        if self.__finalizer is None:
             return
-        registered = self._finalizer.detach()
+        registered = self.__finalizer.detach()
         if registered is not None:
             _, _, (creation, keeper), _ = registered
-            close(creation, keeper, self._shutdown_timeout)
+            close(creation, keeper, self.__shutdown_timeout)
 
-    @property
     def is_alive(self) -> bool:
         """Whether steps can be taken."""
-        return self._finalizer is not None and self._finalizer.alive and self.dht.is_alive()
+        return self.__finalizer is not None and self.__finalizer.alive and self.dht.is_alive()
 
     def __enter__(self) -> DecentralizedAverager:
-        if self._started is None:
+        if self.__started is None:
             self.run_in_background()
         return self
 
@@ -250,7 +260,7 @@ class DecentralizedAverager:
         self.shutdown()
 
     def __repr__(self) -> str:
-        state = "alive" if self.is_alive else "not started" if self._started is None else "ended"
+        state = "alive" if self.is_alive() else "not started" if self.__started is None else "ended"
         return f"<DecentralizedAverager {self.prefix!r} of {self.total_size} elements, {state}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -266,22 +276,22 @@ class DecentralizedAverager:
 
     @property
     def prefix(self) -> str:
-        return self._config.prefix
+        return self.__config.prefix
 
     @property
     def client_mode(self) -> bool:
         """Whether this averager only joins groups that others lead."""
-        return bool(_with_client_mode(self._config, self.dht).client_mode)
+        return bool(_with_client_mode(self.__config, self.dht).client_mode)
 
     @property
     def total_size(self) -> int:
         """Number of elements that are averaged."""
-        return self._keeper.layout.numel
+        return self.__keeper.layout.numel
 
     @property
     def last_report(self) -> RoundReport | None:
         """What happened in the last step that has finished."""
-        return self._keeper.last_report
+        return self.__keeper.last_report
 
     # not implemented yet
 
@@ -307,7 +317,7 @@ class DecentralizedAverager:
         :raises InvalidStateError: not started or shut down
         """
         check_flag("wait", wait)
-        bits: MPFuture[str] = self._ready().call(GetGroupBits())
+        bits: MPFuture[str] = self.__ready().call(GetGroupBits())
         return bits.result() if wait else bits
 
     def set_group_bits(self, group_bits: str, wait: bool = True) -> MPFuture[None] | None:
@@ -322,7 +332,7 @@ class DecentralizedAverager:
         """
         check_bits("group_bits", group_bits)
         check_flag("wait", wait)
-        done: MPFuture[None] = self._ready().call(SetGroupBits(group_bits))
+        done: MPFuture[None] = self.__ready().call(SetGroupBits(group_bits))
         return done.result() if wait else done
 
     # averaging
@@ -335,7 +345,7 @@ class DecentralizedAverager:
         Waits for a copy that is under way at most, never for the network. While the lock is held no round
         takes or writes the tensors; hold it shortly. Do not call ``step(wait=True)`` inside.
         """
-        store = self._keeper.store
+        store = self.__keeper.store
         with store.hold() as tensors:
             try:
                 yield tensors
@@ -380,13 +390,13 @@ class DecentralizedAverager:
             raise InvalidValueError(
                 "require_trigger=True needs wait=False: with wait=True nobody could trigger it"
             )
-        if wait and self._keeper.store.held_by_this_thread:
+        if wait and self.__keeper.store.held_by_this_thread:
             raise InvalidStateError(
                 "step(wait=True) inside get_tensors() would wait for a lock that this thread holds; "
                 "leave the block first or use wait=False"
             )
-        control = self._steps.begin(
-            self._ready(),
+        control = self.__steps.begin(
+            self.__ready(),
             self.serializer,
             gather=gather,
             scheduled_time=scheduled_time,
@@ -407,12 +417,12 @@ class DecentralizedAverager:
             raise
         return gathered
 
-    def _ready(self) -> ServiceHandle:
-        if self._started is None or self._finalizer is None:
+    def __ready(self) -> ServiceHandle:
+        if self.__started is None or self.__finalizer is None:
             raise InvalidStateError("this averager is not started; call run_in_background() first")
-        if not self._finalizer.alive:
+        if not self.__finalizer.alive:
             raise InvalidStateError("this averager was shut down")
-        return self._started.result()
+        return self.__started.result()
 
 
 def _with_client_mode(config: AveragerConfig, dht: DHT) -> AveragerConfig:
