@@ -59,3 +59,15 @@ def test_bad_and_taken_ids(codec):
 def test_only_codec_objects():
     with pytest.raises(InvalidTypeError, match="CompressionBase object"):
         CodecRegistry().register(Mine)  # type: ignore[arg-type]
+
+
+def test_codecs_of_users_are_listed_in_the_order_of_their_ids():
+    class Later(Mine):
+        compression_type = 65
+
+    registry = CodecRegistry([NoCompression(), Float16Compression()])
+    assert registry.user_codecs() == ()
+    later, mine = Later(), Mine()
+    registry.register(later)
+    registry.register(mine)
+    assert registry.user_codecs() == (mine, later)

@@ -52,6 +52,10 @@ class CodecRegistry:
             raise ProtocolViolation(f"unknown codec {wire_id}; known here: {sorted(self._codecs)}")
         return codec
 
+    def user_codecs(self) -> tuple[CompressionBase, ...]:
+        """What users registered, in the order of the ids: what another process needs besides Shoal's own."""
+        return tuple(self._codecs[wire_id] for wire_id in sorted(self._codecs) if wire_id in USER_IDS)
+
     def __contains__(self, wire_id: object) -> bool:
         return wire_id in self._codecs
 
@@ -68,6 +72,11 @@ def register_codec(codec: CompressionBase) -> None:
 def user_codecs() -> tuple[CompressionBase, ...]:
     """The codecs that users have registered in this process, by their ids."""
     return tuple(CODECS.codec(wire_id) for wire_id in USER_IDS if wire_id in CODECS)
+
+
+def user_codecs() -> tuple[CompressionBase, ...]:
+    """The codecs that users registered in this process, in the order of their ids."""
+    return CODECS.user_codecs()
 
 
 def get_codec(wire_id: int) -> CompressionBase:
