@@ -191,9 +191,13 @@ def test_replaced_storage_is_followed():
 
 @pytest.mark.parametrize(
     ("replacement", "words"),
-    [(torch.zeros(4), r"float32 \[4\] now"), (torch.zeros(3).double(), r"float64 \[3\] now")],
+    [
+        (torch.zeros(4), r"float32 \[4\] now"),
+        (torch.zeros(3).double(), r"float64 \[3\] now"),
+        (torch.zeros(1).expand(3), "share memory now"),
+    ],
 )
-def test_changed_shape_or_dtype_is_named_and_nothing_is_written(replacement, words):
+def test_changed_storage_that_cannot_be_averaged_is_named_and_nothing_is_written(replacement, words):
     first, second = torch.zeros(2), torch.zeros(3)
     store = store_of(first, second)
     before, after = snapshot_of(store), area_of(store)

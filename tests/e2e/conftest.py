@@ -28,5 +28,5 @@ def shared_dhts() -> Iterator[list[shoal.DHT]]:
 
 @pytest.fixture
 def swarm(shared_dhts: list[shoal.DHT], request: pytest.FixtureRequest) -> Iterator[Swarm]:
-    with contextlib.closing(Swarm(shared_dhts, request.node.name)) as made:
+    with contextlib.closing(Swarm(shared_dhts, request.node.name.replace(".", "_"))) as made:
         yield made

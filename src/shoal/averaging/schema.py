@@ -113,14 +113,17 @@ def _validate(index: int, tensor: object) -> None:
             f"{name} was computed by autograd (grad_fn={tensor.grad_fn.name()});"
             " averaged tensors must be leaves, such as parameters: pass the leaf, or tensor.detach()"
         )
-    if _overlaps_itself(tensor):
+    if overlaps_itself(tensor):
         raise InvalidValueError(
             f"{name} has elements that share memory (shape {tuple(tensor.shape)}, strides"
             f" {tensor.stride()}); pass a copy"
         )
 
 
-def _overlaps_itself(tensor: torch.Tensor) -> bool:
+def overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether elements of a tensor share memory, as those of an expanded one do."""
+    if tensor.is_contiguous():
+        return False
     strides = sorted(
         (stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
     )

@@ -23,6 +23,7 @@ import torch
 
 from shoal.averaging.partition import Layout
 from shoal.averaging.reduction import is_finite
+from shoal.averaging.schema import overlaps_itself
 from shoal.compression.base import DTYPE_NAMES
 from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidTypeError, InvalidValueError
 
@@ -171,6 +172,11 @@ class TensorStore:
                 )
             if tensor.layout != torch.strided:
                 raise InvalidStateError(f"averaged_tensors[{index}] is no longer dense, but {tensor.layout}")
+            if overlaps_itself(tensor):
+                raise InvalidStateError(
+                    f"averaged_tensors[{index}] has elements that share memory now (strides {tensor.stride()}); "
+                    "give it storage of its own"
+                )
 
     def _cuda_copier(self, device: torch.device) -> CudaCopier | None:
         if device.type != "cuda":
