@@ -70,11 +70,6 @@ def register_codec(codec: CompressionBase) -> None:
 
 
 def user_codecs() -> tuple[CompressionBase, ...]:
-    """The codecs that users have registered in this process, by their ids."""
-    return tuple(CODECS.codec(wire_id) for wire_id in USER_IDS if wire_id in CODECS)
-
-
-def user_codecs() -> tuple[CompressionBase, ...]:
     """The codecs that users registered in this process, in the order of their ids."""
     return CODECS.user_codecs()
 
