@@ -211,6 +211,11 @@ class AveragerService:
         return StepOutcome(step.report, found_group)
 
     async def _find_group(self, step: Step) -> GroupInfo:
+        if self._config.auxiliary and not self._host.can_be_dialed:
+            raise MatchmakingException(
+                "found no group: auxiliary=True, but no other peer can dial this one, so that it can't assist them; "
+                "see the DHT's host_maddrs and announce_maddrs"
+            )
         loop = asyncio.get_running_loop()
         began = loop.time()
         await self._reach(step, AveragingStage.LOOKING_FOR_GROUP)
