@@ -81,6 +81,11 @@ def test_the_defaults_make_an_averager():
     assert not averager.is_alive()
 
 
+def test_waiting_for_an_averager_that_was_not_started_says_so():
+    with pytest.raises(shoal.InvalidStateError, match="run_in_background"):
+        make().wait_until_ready(1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

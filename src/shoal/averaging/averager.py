@@ -41,6 +41,7 @@ from shoal.runtime.futures import MPFuture
 from shoal.utils.serializer import MSGPackSerializer
 
 if TYPE_CHECKING:
+    from shoal.averaging.group import PeerMode
     from shoal.averaging.report import RoundReport
     from shoal.runtime.process import ServiceHandle
 
@@ -231,10 +232,20 @@ class DecentralizedAverager:
         creation.add_done_callback(partial(attach_arena, self.__started, self.__keeper))
         if await_ready:
             try:
-                self.__started.result(timeout)
+                self.wait_until_ready(timeout)
             except BaseException:
                 self.shutdown()
                 raise
+
+    def wait_until_ready(self, timeout: float | None = None) -> None:
+        """Wait until steps can be taken, for up to ``timeout`` seconds.
+
+        :raises TimeoutError: not in time; the start goes on
+        :raises InvalidStateError: not started, or shut down
+        """
+        if self.__started is None:
+            raise InvalidStateError("this averager is not started; call run_in_background() first")
+        self.__started.result(timeout)
 
     def shutdown(self) -> None:
         """End the averager: steps that run are cancelled, groupmates learn it at once. Idempotent; the DHT runs on."""
@@ -282,6 +293,11 @@ class DecentralizedAverager:
     def client_mode(self) -> bool:
         """Whether this averager only joins groups that others lead."""
         return bool(_with_client_mode(self.__config, self.dht).client_mode)
+
+    @property
+    def mode(self) -> PeerMode:
+        """What this peer does in a group: ``AveragingMode.NODE``, ``CLIENT`` or ``AUX``."""
+        return _with_client_mode(self.__config, self.dht).mode
 
     @property
     def total_size(self) -> int:
