@@ -40,7 +40,6 @@ INSTEAD: Mapping[str, str] = {
     "run": _BACKGROUND,
     "_run_internal": _BACKGROUND,
     "_shutdown": "override shutdown()",
-    "tensor_infos": "give the constructor tensor_infos=[...]",
     "_get_group_bits": _GROUPS,
     "_set_group_bits": _GROUPS,
     "_load_state_from_peers": "override load_state_from_peers()",
