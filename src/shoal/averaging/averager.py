@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -25,10 +25,13 @@ from shoal.averaging.config import (
     matchmaking_config,
 )
 from shoal.averaging.control import StepControl
+from shoal.averaging.group import PeerMode, group_key
 from shoal.averaging.hostside import TensorKeeper, attach_arena, close, close_in_background
 from shoal.averaging.overriding import check_overrides
 from shoal.averaging.partition import Layout, Partition
 from shoal.averaging.schema import TensorSchema, validate_tensors
+from shoal.averaging.state_host import State, StateHost
+from shoal.averaging.state_pieces import DownloadData, state_pieces
 from shoal.averaging.steps import Steps
 from shoal.averaging.tensors import HeldTensors, TensorStore
 from shoal.compression import CompressionBase, CompressionInfo, NoCompression
@@ -41,7 +44,6 @@ from shoal.runtime.futures import MPFuture
 from shoal.utils.serializer import MSGPackSerializer
 
 if TYPE_CHECKING:
-    from shoal.averaging.group import PeerMode
     from shoal.averaging.report import RoundReport
     from shoal.runtime.process import ServiceHandle
 
@@ -192,7 +194,11 @@ class DecentralizedAverager:
             layout, [layout.data_nbytes], part_size_bytes
         )  # raises if there would be too many parts
         store = TensorStore(tensors, layout)
-        self.__keeper = TensorKeeper(store, layout, float(averaging_alpha), auxiliary)
+        self.__infos = None if tensor_infos is None else tuple(tensor_infos)
+        self.__states = StateHost(
+            self, store, prefix=prefix, compression=state_compression, allowed=allow_state_sharing
+        )
+        self.__keeper = TensorKeeper(store, layout, float(averaging_alpha), auxiliary, self.__states)
         self.__steps = Steps(self.__keeper, self.__config.matchmaking, prefix)
         self.__shutdown_timeout = shutdown_timeout
         self.__started: MPFuture[ServiceHandle] | None = None
@@ -219,6 +225,7 @@ class DecentralizedAverager:
         if self.__started is not None:
             raise InvalidStateError("this averager was started already")
         self.__config = _with_client_mode(self.__config, self.dht)
+        self.__states.settle(default=self.__config.mode is PeerMode.FULL)
         setup = pickling.dumps((user_codecs(), self.__config, self.__schema), "the averager's setup")
         factory = partial(create_averager_service, setup, self.dht.service_name)
         creation = self.dht.background.create_service(
@@ -309,20 +316,115 @@ class DecentralizedAverager:
         """What happened in the last step that has finished."""
         return self.__keeper.last_report
 
-    # not implemented yet
+    # state
 
     @property
     def allow_state_sharing(self) -> bool:
-        """Whether other peers may download this one's state: False; setting it to True is not implemented yet."""
-        return False
+        """Whether other peers may download this one's state. Setting it acts at once: when False has been set, new
+        requests are refused; downloads under way get the rest of what they began.
+
+        :raises InvalidValueError: on setting True in client mode, where nobody can dial this peer
+        """
+        allowed = self.__states.allowed
+        return self.mode is PeerMode.FULL if allowed is None else allowed
 
     @allow_state_sharing.setter
     def allow_state_sharing(self, value: bool) -> None:
-        _reject_what_is_not_implemented(allow_state_sharing=(bool(value), False))
+        check_flag("allow_state_sharing", value)
+        if value and self.client_mode:
+            raise InvalidValueError(
+                "allow_state_sharing=True: this averager is in client mode, so others can't dial it; False is allowed"
+            )
+        self.__states.switch(allowed=value)
 
-    def load_state_from_peers(self, wait: bool = True, timeout: float | None = None) -> Any:
-        """Not implemented yet."""
-        raise NotImplementedError("load_state_from_peers() is not implemented yet")
+    @property
+    def state_sharing_priority(self) -> float:
+        """Others download the state from peers with the highest priority first; 0 at first. Setting it acts at once.
+
+        :raises InvalidValueError: on setting, not finite, or not 0 in client mode
+        """
+        return self.__states.priority
+
+    @state_sharing_priority.setter
+    def state_sharing_priority(self, value: float) -> None:
+        check_number("state_sharing_priority", value)
+        if value and self.client_mode:
+            raise InvalidValueError(
+                f"state_sharing_priority={value}: this averager is in client mode, so it shares no state; 0 is allowed"
+            )
+        self.__states.switch(priority=float(value))
+
+    def get_current_state(
+        self,
+    ) -> tuple[Any, Sequence[torch.Tensor]] | tuple[Any, Sequence[torch.Tensor], Any]:
+        """What a peer that joins downloads; meant to be overridden.
+
+        Called in the host process, on a thread for this alone (also while ``__init__`` of a subclass still runs after
+        ``super().__init__(start=True)``), with the lock of :meth:`get_tensors` held; that is kept until what was
+        returned is copied, so that no round writes meanwhile, and nothing needs to be cloned. What is not among the
+        averaged tensors is the subclass's to protect. If it raises, or returns something else, a warning says so here,
+        and the peer that asked is sent to the next donor.
+
+        :returns: metadata that :attr:`serializer` encodes (None and empty ones are fine), any number of dense tensors
+          of any usual dtype, shape and device, and optionally a CompressionInfo for each (or None). Floating tensors
+          travel with ``state_compression``, others as they are.
+        """
+        bits = self.get_group_bits() if self.is_alive() else self.__config.initial_group_bits
+        with self.get_tensors() as tensors:
+            return {"group_key": group_key(self.prefix, str(bits))}, tensors, self.__infos
+
+    @overload
+    def load_state_from_peers(
+        self, wait: Literal[True] = True, timeout: float | None = None, *, progress: bool = False
+    ) -> State | None: ...
+
+    @overload
+    def load_state_from_peers(
+        self, wait: bool, timeout: float | None = None, *, progress: bool = False
+    ) -> State | MPFuture[State | None] | None: ...
+
+    def load_state_from_peers(
+        self, wait: bool = True, timeout: float | None = None, *, progress: bool = False
+    ) -> State | MPFuture[State | None] | None:
+        """Download the state of another peer: that with the highest :attr:`state_sharing_priority` which can give it.
+
+        Nothing is written into the averaged tensors: copy what is returned to where it belongs. All of the tensors lie
+        in one block of memory, which is freed with the last of them.
+
+        :param wait: return the state; otherwise return at once a future of it, that can be awaited and cancelled
+        :param timeout: seconds for all of it; None: until it is there, or nobody is left to ask
+        :param progress: show a progress bar on stderr
+        :returns: metadata and tensors as the donor's :meth:`get_current_state` returned them, on the CPU, verified by
+          their SHA-256; or None, after a warning that says whom was asked and what each answered
+        :raises InvalidValueError: ``timeout`` out of range
+        :raises InvalidStateError: not started, or shut down (meanwhile)
+        :raises PeerProcessDied: the background process has ended
+        """
+        for name, flag in (("wait", wait), ("progress", progress)):
+            check_flag(name, flag)
+        if timeout is not None:
+            check_number("timeout", timeout, above=0)
+        loading = self.__states.load(self.__ready(), timeout, progress=progress)
+        if not wait:
+            return loading
+        try:
+            return loading.result()
+        except BaseException:
+            loading.cancel()  # Ctrl+C: the donor's slot is for others
+            raise
+
+    async def rpc_download_state(
+        self, _request: Any = None, _context: Any = None
+    ) -> AsyncIterator[DownloadData]:
+        """What a peer that downloads this one's state is sent: the serialized metadata first, then the tensors' encoded
+        parts. Nothing if :attr:`allow_state_sharing` is False. The parameters are those of hivemind's method and mean
+        nothing: peers are served in the background process, and not by this method, which is here for a look at it.
+
+        Raises whatever :meth:`get_current_state` raises, and a UsageError if what it returns can't be sent.
+        """
+        if self.allow_state_sharing:
+            async for piece in state_pieces(self.__states.capture):
+                yield piece
 
     # groups
 
@@ -451,11 +553,3 @@ def _with_client_mode(config: AveragerConfig, dht: DHT) -> AveragerConfig:
             "True or None is allowed"
         )
     return config
-
-
-def _reject_what_is_not_implemented(**parameters: tuple[Any, Any]) -> None:
-    for name, (value, default) in parameters.items():
-        if value != default:
-            raise NotImplementedError(
-                f"{name} is not implemented yet; only its default, {default!r}, is allowed"
-            )

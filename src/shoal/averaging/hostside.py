@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from shoal.averaging.commands import ApplyAverage, AttachArena, ReachStage, TakeSnapshot
 from shoal.averaging.control import StepControl
 from shoal.averaging.partition import Layout
+from shoal.averaging.state_commands import StateCommand
+from shoal.averaging.state_host import StateHost
 from shoal.averaging.tensors import TensorStore, first_non_finite
 from shoal.errors import (
     AllreduceException,
@@ -39,9 +41,12 @@ LOCK_TIMEOUT = 30.0
 class TensorKeeper:
     """The tensors of one averager, their arena, and the steps that are under way."""
 
-    def __init__(self, store: TensorStore, layout: Layout, alpha: float, auxiliary: bool) -> None:
+    def __init__(
+        self, store: TensorStore, layout: Layout, alpha: float, auxiliary: bool, states: StateHost
+    ) -> None:
         self.store = store
         self.layout = layout
+        self.states = states
         self._auxiliary = auxiliary
         self.controls: dict[int, StepControl] = {}
         self.last_report: RoundReport | None = None
@@ -54,6 +59,7 @@ class TensorKeeper:
         return self._memory
 
     def close(self) -> None:
+        self.states.close()
         memory, self._memory = self._memory, None
         if memory is not None:
             memory.close()
@@ -68,6 +74,8 @@ class TensorKeeper:
                 return self._begin_allreduce(step)
             case ApplyAverage():
                 self.store.apply(self._area(0), self._area(1), self._alpha)
+            case StateCommand():
+                self.states.handle(command)
             case _:
                 raise InvalidStateError(f"the host has no command {type(command).__name__}")
         return None
@@ -109,6 +117,7 @@ def attach_arena(started: MPFuture[ServiceHandle], keeper: TensorKeeper, creatio
     try:
         handle: ServiceHandle = creation.result()
         memory = keeper.create_memory()
+        keeper.states.attach(handle)
         handle.call(AttachArena(memory.nbytes), descriptors=[memory.fd]).result()
     except CancelledError:
         started.set_exception(InvalidStateError("the averager was shut down before it had started"))

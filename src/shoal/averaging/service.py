@@ -36,6 +36,8 @@ from shoal.averaging.round import Round, RoundResult
 from shoal.averaging.rounds import Rounds
 from shoal.averaging.router import Router
 from shoal.averaging.schema import TensorSchema
+from shoal.averaging.state_commands import StateCommand
+from shoal.averaging.state_service import StateService
 from shoal.dht.service import DHTService
 from shoal.errors import AllreduceException, InvalidStateError, MatchmakingException
 from shoal.runtime.memory import SharedMemory
@@ -109,6 +111,14 @@ class AveragerService:
             bandwidth=config.bandwidth,
             initial_bits=config.initial_group_bits,
         )
+        self._states = StateService(
+            context,
+            dht.node,
+            router,
+            config.prefix,
+            declare_period=config.declare_state_period,
+            next_chunk_timeout=config.next_chunk_timeout,
+        )
         self._memory: SharedMemory | None = None
         self._arena: Arena | None = None
         self._populating: asyncio.Future[None] | None = None
@@ -119,7 +129,10 @@ class AveragerService:
         match command:
             case AttachArena(nbytes):
                 self._attach(nbytes, descriptors)
+                self._states.start()
                 return None
+            case StateCommand():
+                return await self._states.handle(command, descriptors)
             case RunStep():
                 return await self._run_step(command)
             case AllowAllreduce(step):
@@ -138,7 +151,7 @@ class AveragerService:
 
     async def close(self) -> None:
         self._rounds.close()
-        await self._matchmaker.close()
+        await asyncio.gather(self._matchmaker.close(), self._states.close())
         if self._populating is not None:
             await self._populating
         self._arena = None

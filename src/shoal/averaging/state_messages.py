@@ -1,0 +1,130 @@
+"""The messages of a state download, and what donors declare in the DHT. The state itself travels as payloads.
+
+One stream, opened by the joiner: it sends :class:`RequestState`; the donor sends any number of :class:`Waiting`, then
+either an :class:`Offer` with its :class:`ManifestPage` s, or :class:`Resumed`; then the chunks as payloads, whose tags
+are their numbers, and :class:`Digest` at the end. A donor that refuses ends the stream with one of the codes below.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, TypeAlias
+
+import msgspec
+
+from shoal.errors import InvalidValueError, ProtocolViolation
+from shoal.p2p.config import MAX_ANNOUNCED
+from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.rpc import Method
+
+STATE_ID_BYTES = 16
+SHA256_BYTES = 32
+PAGE_ENTRIES = 512
+"""A page of entries with as many dimensions as torch allows still fits into a message."""
+
+NOT_SHARING = "not_sharing"
+STATE_FAILED = "state_failed"
+BUSY = "busy"
+REPLACED = "replaced"
+"""Codes with which a donor refuses."""
+
+
+class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
+    """One tensor of a state; ``codec`` is the wire id of the codec of its chunks."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    codec: int
+
+
+class Resume(msgspec.Struct, frozen=True):
+    """What the joiner has of a state: all chunks before ``next_chunk``."""
+
+    state_id: bytes
+    next_chunk: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class RequestState(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """The first message of the stream; ``prefix`` finds the averager among those that share the connection."""
+
+    prefix: str
+    resume: Resume | None = None
+
+
+class Waiting(msgspec.Struct, frozen=True, tag=True):
+    """The donor lives, but has nothing to send yet: ``position`` others are served first; 0: its copy is made."""
+
+    position: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Offer(msgspec.Struct, frozen=True, tag=True):
+    """A state of ``tensors`` tensors, metadata included, and ``nbytes`` encoded bytes; its manifest follows."""
+
+    state_id: bytes
+    tensors: int
+    nbytes: int
+
+
+class ManifestPage(msgspec.Struct, frozen=True, tag=True):
+    """The next entries of the manifest."""
+
+    entries: Annotated[tuple[TensorEntry, ...], msgspec.Meta(min_length=1, max_length=PAGE_ENTRIES)]
+
+
+class Resumed(msgspec.Struct, frozen=True, tag=True):
+    """The state is still here: the chunks follow from the one that was asked for."""
+
+
+class Digest(msgspec.Struct, frozen=True, tag=True):
+    """The SHA-256 of manifest and chunks: all has been sent."""
+
+    sha256: bytes
+
+
+DonorMessage: TypeAlias = Waiting | Offer | ManifestPage | Resumed | Digest
+
+STATE: Method[RequestState, DonorMessage] = Method("averaging.state", RequestState, DonorMessage)  # type: ignore[arg-type]  # a union is no type
+
+
+def check_request(request: RequestState) -> None:
+    """:raises ProtocolViolation: an id that no state has"""
+    if request.resume is not None and len(request.resume.state_id) != STATE_ID_BYTES:
+        raise ProtocolViolation(f"a state id of {len(request.resume.state_id)} bytes")
+
+
+class DonorDeclaration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A peer that shares its state; stored under its peer id as sub-key, so that the DHT checks its signature."""
+
+    sharing: bool
+    """False: withdrawn, where an earlier declaration has not expired yet."""
+    priority: float
+    addresses: tuple[str, ...]
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(DonorDeclaration)
+
+
+def donors_key(prefix: str) -> str:
+    """Under which donors declare themselves."""
+    return f"{prefix}.all_averagers"
+
+
+def encode_donor(declaration: DonorDeclaration) -> bytes:
+    """The value of a record."""
+    return _encoder.encode(declaration)
+
+
+def decode_donor(raw: object) -> DonorDeclaration:
+    """:raises InvalidValueError: ``raw`` is no declaration; records come from strangers"""
+    if not isinstance(raw, bytes):
+        raise InvalidValueError(f"a declaration is bytes, not {type(raw).__name__}")
+    try:
+        declaration = _decoder.decode(raw)
+    except msgspec.DecodeError as e:
+        raise InvalidValueError(f"not a declaration: {e}") from e
+    if not math.isfinite(declaration.priority) or len(declaration.addresses) > MAX_ANNOUNCED:
+        raise InvalidValueError("a declaration with a field out of bounds")
+    for address in declaration.addresses:
+        Multiaddr.parse(address)
+    return declaration
