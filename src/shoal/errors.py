@@ -86,7 +86,17 @@ class AllreduceException(ShoalError):
 
 
 class MatchmakingException(AllreduceException):
-    """No group was found; the message says what the search saw."""
+    """No group was found; the message says what the search saw, ``story`` the same as data.
+
+    ``story``: a :class:`~shoal.averaging.matchmaking_story.SearchStory`, or None if the search never began.
+    """
+
+    def __init__(self, message: str, story: object = None) -> None:
+        super().__init__(message)
+        self.story = story
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (str(self), self.story))
 
 
 class PeerProcessDied(ShoalError):

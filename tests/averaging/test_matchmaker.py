@@ -138,6 +138,68 @@ def test_group_bits_keep_peers_apart():
     tell(story, peers=4, target=2)
 
 
+def test_bits_that_change_during_a_search_take_effect_at_once():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        began = sim.now()
+        searches = [sim.search(0, bits="0"), sim.search(1, bits="0"), sim.search(2, bits="1")]
+        await asyncio.sleep(1.0)
+        assert not any(search.done() for search in searches)  # each of the groups lacks members
+        for number in (0, 1):
+            sim.matchmakers[number].set_bits("1")
+        groups = [await search for search in searches]
+        assert groups == [groups[0]] * 3
+        assert groups[0].key == "swarm.0b1"
+        assert sim.now() - began < 2.0
+
+    tell(story, peers=3, target=3)
+
+
+def test_no_bits_go_back_to_the_key_of_all():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        sim.matchmakers[0].set_bits("01")
+        assert sim.matchmakers[0].bits == "01"
+        search = sim.search(0)
+        await settle()
+        sim.matchmakers[0].set_bits("")
+        assert sim.matchmakers[0].bits == ""
+        groups = [await task for task in (sim.search(1), search)]
+        assert groups[0] == groups[1]
+        assert groups[0].key == "swarm.0b"
+
+    tell(story, peers=2, target=2)
+
+
+def test_a_leader_that_is_rescheduled_begins_at_its_new_time_and_frees_its_follower():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        began = sim.now()
+        leader, follower = sim.search(0, starts_in=3.0), sim.search(1, starts_in=6.0)
+        await asyncio.sleep(1.0)
+        sim.matchmakers[0].reschedule(began + 8.0)
+        group = await follower
+        assert group == await leader
+        assert group.leader == peer_id(sim, 1)  # it starts first now
+        assert 6.0 <= sim.now() - began < 6.5
+
+    tell(story, peers=2)
+
+
+def test_a_search_that_is_rescheduled_to_an_earlier_time_begins_then():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        began = sim.now()
+        searches = [sim.search(number, starts_in=50.0) for number in range(2)]
+        await asyncio.sleep(1.0)
+        for matchmaker in sim.matchmakers.values():
+            matchmaker.reschedule(began + 3.0)
+        groups = [await search for search in searches]
+        assert groups[0] == groups[1]
+        assert 3.0 <= sim.now() - began < 3.5
+        sim.matchmakers[0].reschedule(began)  # nothing is to be rescheduled: harmless
+        with pytest.raises(InvalidValueError, match="start_time=inf"):
+            sim.matchmakers[0].reschedule(float("inf"))
+
+    tell(story, peers=2)
+
+
 def test_a_peer_finds_groups_again_and_again_even_after_one_that_was_scheduled_far_ahead():
     async def story(sim: SimulatedMatchmaking) -> None:
         for starts_in in (500.0, 5.0, 5.0):
@@ -411,14 +473,17 @@ def test_the_error_names_peers_of_another_schema():
     tell(story, peers=1)
 
 
-def test_a_long_search_says_every_10_seconds_why_there_is_no_group(caplog):
+def test_a_long_search_says_with_growing_pauses_why_there_is_no_group(caplog):
     async def story(sim: SimulatedMatchmaking) -> None:
-        assert isinstance(await sim.search(0, timeout=35.0), MatchmakingException)
+        search = sim.search(0, timeout=None, starts_in=100.0)
+        await asyncio.sleep(215.0)
+        search.cancel()
 
-    with caplog.at_level("INFO", logger="shoal.averaging.matchmaker"):
+    with caplog.at_level("INFO", logger="shoal.averaging.matchmaking_search"):
         tell(story, peers=1)
-    lines = [record.getMessage() for record in caplog.records if record.name == "shoal.averaging.matchmaker"]
-    assert len(lines) == 3
+    records = [one for one in caplog.records if one.name == "shoal.averaging.matchmaking_search"]
+    assert [one.levelname for one in records] == ["INFO", "INFO", "WARNING"]  # after 30, 90 and 210 s
+    lines = [one.getMessage() for one in records]
     assert all("looking for a group under 'swarm.0b'" in line and "asked nobody" in line for line in lines)
 
 
@@ -440,7 +505,7 @@ def test_arguments_are_checked():
     async def story(sim: SimulatedMatchmaking) -> None:
         matchmaker = sim.matchmakers[0]
         with pytest.raises(InvalidValueError, match="prefix='swarm' is in use"):
-            await sim_again(sim, matchmaker)
+            await sim_again(sim)
         with pytest.raises(InvalidValueError, match="gather"):
             await matchmaker.find_group(
                 start_time=sim.now(), deadline=None, gather=bytes(MAX_GATHER_BYTES + 1)
@@ -455,8 +520,8 @@ def test_arguments_are_checked():
     tell(story, peers=1)
 
 
-async def sim_again(sim: SimulatedMatchmaking, other: Matchmaker) -> None:
-    node = other.node
+async def sim_again(sim: SimulatedMatchmaking) -> None:
+    node = sim.dht.nodes[0]
     Matchmaker(node, Router.of(node.host), prefix="swarm", schema_hash=SCHEMA, config=sim.config)
 
 

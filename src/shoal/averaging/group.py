@@ -30,6 +30,7 @@ MAX_GROUP_GATHER_BYTES = 64 * 1024 * 1024
 MAX_GROUP_SIZE = 4096
 MAX_ADDRESSES = 32
 MAX_ADDRESS_CHARS = 300
+MAX_GRID_ROUND = 1 << 48
 MAX_MEMBER_AGE = 3600.0
 """Seconds: a member signs its info when it asks, and the leader may keep it for as long as it collects followers."""
 CLOCK_SKEW = 60.0
@@ -44,7 +45,8 @@ class PeerMode(enum.StrEnum):
     CLIENT = "client"
     """Contributes tensors, cannot be dialed, never leads and reduces nothing for others."""
     AUXILIARY = "auxiliary"
-    """Contributes nothing but helps with the reduction; never leads, so that no group lacks a contributor."""
+    """Contributes nothing but helps with the reduction, and counts in the group's size. Never leads: as a leader
+    contributes, auxiliaries and clients alone make no group."""
 
     NODE = "full"
     """The same member as FULL, by the name that users of hivemind know."""
@@ -80,6 +82,8 @@ class MemberInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Fresh for every request."""
     weight: float = 1.0
     """Of its tensors in the average: here, so that every owner counts the member alike."""
+    grid_round: int = 0
+    """Rounds that it has been through with the bits that it was given; see :mod:`.group_bits`."""
 
 
 class SignedMemberInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -221,6 +225,7 @@ def _field_problem(info: MemberInfo) -> str | None:
         (all(len(address) <= MAX_ADDRESS_CHARS for address in info.addresses), "an address is too long"),
         (bandwidth is None or (math.isfinite(bandwidth) and bandwidth >= 0), f"bandwidth={bandwidth}"),
         (math.isfinite(info.weight) and info.weight >= 0, f"weight={info.weight}"),
+        (0 <= info.grid_round <= MAX_GRID_ROUND, f"grid_round={info.grid_round}"),
         (math.isfinite(info.start_time) and math.isfinite(info.signed_at), "a time is not finite"),
     )
     return next((problem for holds, problem in checks if not holds), None)

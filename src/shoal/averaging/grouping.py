@@ -22,6 +22,7 @@ class Candidate(NamedTuple):
     start_time: float
     peer_id: PeerID
     can_lead: bool
+    grid_round: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,14 @@ import math
 
 import msgspec
 
-from shoal.averaging.group import MAX_ADDRESSES, MAX_GROUP_SIZE, SCHEMA_HASH_BYTES, PeerMode, SignedMemberInfo
+from shoal.averaging.group import (
+    MAX_ADDRESSES,
+    MAX_GRID_ROUND,
+    MAX_GROUP_SIZE,
+    SCHEMA_HASH_BYTES,
+    PeerMode,
+    SignedMemberInfo,
+)
 from shoal.errors import InvalidValueError, ProtocolViolation
 from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Method
@@ -28,6 +35,7 @@ class RejectReason(enum.StrEnum):
     NOT_LOOKING = "not_looking"
     CANNOT_LEAD = "cannot_lead"
     WRONG_ORDER = "wrong_order"
+    OTHER_ROUND = "other_round"
 
 
 class DismissReason(enum.StrEnum):
@@ -128,6 +136,8 @@ class Declaration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     addresses: tuple[str, ...]
     group: tuple[Search, ...] = ()
     """If taken: everybody in its group. One record that is seen takes the whole group out of a plan at once."""
+    grid_round: int = 0
+    """As in :class:`~shoal.averaging.group.MemberInfo`."""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -150,6 +160,7 @@ def decode_declaration(raw: object) -> Declaration:
         math.isfinite(declaration.start_time)
         and len(declaration.schema_hash) == SCHEMA_HASH_BYTES
         and len(declaration.addresses) <= MAX_ADDRESSES
+        and 0 <= declaration.grid_round <= MAX_GRID_ROUND
     ):
         raise InvalidValueError("a declaration with a field out of bounds")
     try:

@@ -73,15 +73,17 @@ from shoal.averaging.matchmaking_events import (
     LeaderRejected,
     LeaveLeader,
     Log,
+    MoveTo,
     Poll,
     Polled,
     PollFailed,
     PostponeFollower,
+    Restarted,
     SearchStarted,
     SetTimer,
     TimerFired,
 )
-from shoal.averaging.matchmaking_story import SearchStory
+from shoal.averaging.matchmaking_story import StoryTeller
 from shoal.averaging.matchmaking_view import View
 from shoal.errors import InvalidValueError
 from shoal.p2p.identity import PeerID
@@ -97,7 +99,6 @@ RETRY_AFTER = 0.2
 AVOID_AFTER_LOSS = 10.0
 """Seconds for which a leader that could not be reached or was lost is left out."""
 MAX_REDIRECTS = 5
-STATUS_PERIOD = 10.0
 HISTORY_LENGTH = 40
 
 
@@ -145,7 +146,7 @@ class State(enum.Enum):
 
 _MOVES: dict[State, set[State]] = {
     State.NEW: {State.LOOKING},
-    State.LOOKING: {State.ASKING, State.GROUPED, State.ENDED},
+    State.LOOKING: {State.LOOKING, State.ASKING, State.GROUPED, State.ENDED},
     State.ASKING: {State.ASKING, State.LOOKING, State.FOLLOWING, State.GROUPED, State.ENDED},
     State.FOLLOWING: {State.LOOKING, State.ASKING, State.GROUPED, State.ENDED},
     State.GROUPED: set(),
@@ -170,7 +171,6 @@ class _Times:
     deadline: float
     declare_again: float = math.inf
     leader_begins_at: float = math.inf
-    next_status: float = math.inf
 
 
 class Matchmaking:
@@ -187,15 +187,17 @@ class Matchmaking:
         start_time: float,
         order_time: float | None = None,
         deadline: float | None,
+        grid_round: int = 0,
     ) -> None:
         """``start_time``: when to begin if not full; ``order_time``: the place in the order, if not the same."""
         self.state = State.NEW
         self.config = config
         self.key = key
-        self.me = Candidate(start_time if order_time is None else order_time, peer_id, mode.can_lead)
-        self.story = SearchStory(key, config.target_group_size, config.min_group_size)
+        order_time = start_time if order_time is None else order_time
+        self.me = Candidate(order_time, peer_id, mode.can_lead, grid_round)
+        self.story = StoryTeller(key, config.target_group_size, config.min_group_size)
         self._schema_hash = schema_hash
-        self._view = View(self.me, schema_hash)
+        self._view = View(self.me, schema_hash, opens_at=start_time)
         self._times = _Times(begins_at=start_time, deadline=math.inf if deadline is None else deadline)
         self._ask: _Ask | None = None
         self._asks = 0
@@ -220,7 +222,6 @@ class Matchmaking:
         self._move(State.LOOKING)
         self.story.begin(now)
         self._view.start(now)
-        self._times.next_status = now + STATUS_PERIOD
         self._declare(now)
         self._poll()
 
@@ -245,9 +246,9 @@ class Matchmaking:
         if now >= time.deadline:
             self._end(now)
             return
-        if now >= time.next_status:
-            time.next_status = now + STATUS_PERIOD
-            self._effects.append(Log(self.story.status(now, self._view.candidates(now), self.me.peer_id)))
+        if now >= self.story.next_status:
+            text = self.story.status(now, self._view.candidates(now), self.me.peer_id)
+            self._effects.append(Log(text, is_warning=now >= self._times.begins_at))
         if now >= time.declare_again:
             self._declare(now)
         if now >= self._view.next_poll:
@@ -260,6 +261,23 @@ class Matchmaking:
             self._effects.append(LeaveLeader(ask.number))
             self._drop_leader("neither began nor postponed when its start time had come", now)
 
+    def _on_restarted(self, event: Restarted, now: float) -> None:
+        if self._ask is not None:
+            self._effects.append(LeaveLeader(self._ask.number))
+        self._dismiss_all(Dismissed(DismissReason.SEARCH_ENDED))
+        place = event.place
+        if place.key != self.key:
+            self._effects.append(Declare(DeclaredState.TAKEN))
+        self.key = self.story.key = place.key
+        self.me = self.me._replace(start_time=place.order_time, grid_round=place.grid_round)
+        self._effects.append(MoveTo(place))
+        self._view = View(self.me, self._schema_hash, opens_at=place.start_time, latency=self._view.latency)
+        self._view.start(now)
+        self._times.begins_at = place.start_time
+        self.story.note(now, f"began anew under {place.key!r}, to start in {place.start_time - now:.1f} s")
+        self._declare(now)
+        self._go_on_looking()
+
     def _on_cancelled(self, event: Cancelled, now: float) -> None:
         self._end(now)
 
@@ -267,7 +285,9 @@ class Matchmaking:
 
     def _on_request(self, event: JoinRequested, now: float) -> None:
         info = event.info
-        asker = Candidate(info.start_time, PeerID.from_bytes(info.peer_id), info.mode.can_lead)
+        asker = Candidate(
+            info.start_time, PeerID.from_bytes(info.peer_id), info.mode.can_lead, info.grid_round
+        )
         answer = self._answer(asker, info, now)
         self._effects.append(AnswerRequest(event.token, answer))
         if isinstance(answer, Accepted):
@@ -285,6 +305,8 @@ class Matchmaking:
             return Rejected(RejectReason.CANNOT_LEAD)
         if asker.can_lead and asker[:2] <= self.me[:2]:
             return Rejected(RejectReason.WRONG_ORDER)
+        if not self._view.is_open_to(asker.grid_round, now):
+            return Rejected(RejectReason.OTHER_ROUND)
         if self.state is State.FOLLOWING:
             assert self._ask is not None
             return Redirect(self._ask.leader.to_bytes(), self._ask.addresses)
@@ -604,7 +626,7 @@ class Matchmaking:
 
     def _next_timer(self, now: float) -> float:
         time = self._times
-        due = [time.deadline, time.next_status, time.declare_again]
+        due = [time.deadline, self.story.next_status, time.declare_again]
         if self.state is State.FOLLOWING:
             due.append(self._patience_ends())
         else:
@@ -636,6 +658,7 @@ class Matchmaking:
         JoinRequested: _on_request,
         FollowerLost: _on_follower_lost,
         TimerFired: _on_timer,
+        Restarted: _on_restarted,
         Cancelled: _on_cancelled,
     }
     # Answers of leaders that this peer has left meanwhile.
@@ -655,6 +678,7 @@ class Matchmaking:
         **dict.fromkeys((Declared, DeclareFailed, Polled, PollFailed, FollowerLost, TimerFired), _ignore),
         **_LATE_ANSWERS,
         JoinRequested: _on_request_too_late,
+        Restarted: _ignore,
         Cancelled: _ignore,
     }
     _HANDLERS: ClassVar[dict[State, dict[type, Callable[..., None]]]] = {

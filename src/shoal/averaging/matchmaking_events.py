@@ -23,8 +23,27 @@ from shoal.p2p.identity import PeerID
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a peer looks for a group, and when."""
+
+    key: str
+    start_time: float
+    """When to begin if the group is not full, in DHT time."""
+    order_time: float
+    """Its place in the order: ``start_time``, but later than that of every earlier search of this peer."""
+    grid_round: int = 0
+
+
+@dataclass(frozen=True)
 class SearchStarted:
     pass
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """Another start time or other group bits are wanted: the search begins anew."""
+
+    place: Place
 
 
 @dataclass(frozen=True)
@@ -125,6 +144,7 @@ class Cancelled:
 
 Event = (
     SearchStarted
+    | Restarted
     | Declared
     | DeclareFailed
     | Polled
@@ -149,6 +169,13 @@ class Declare:
 
     state: DeclaredState
     group: tuple[Search, ...] = ()
+
+
+@dataclass(frozen=True)
+class MoveTo:
+    """From now on this search is at another place; polls that are under way are void."""
+
+    place: Place
 
 
 @dataclass(frozen=True)
@@ -209,6 +236,7 @@ class Log:
     """A line for humans about the search that goes on."""
 
     text: str
+    is_warning: bool = False
 
 
 @dataclass(frozen=True)
@@ -227,6 +255,7 @@ class FinishWithout:
 
 Effect = (
     Declare
+    | MoveTo
     | Poll
     | AskToJoin
     | LeaveLeader

@@ -37,14 +37,23 @@ class _LeftOut:
 class View:
     """The peers of this search's key and schema, as far as they are visible, and when to look again."""
 
-    def __init__(self, me: Candidate, schema_hash: bytes) -> None:
+    def __init__(
+        self,
+        me: Candidate,
+        schema_hash: bytes,
+        *,
+        opens_at: float = -math.inf,
+        latency: float = 0.0,
+    ) -> None:
+        """``opens_at``: before that time plan without peers in another round of the grid."""
         self.followers: dict[int, Candidate] = {}
         """By the token of their request, in the order in which they came."""
-        self.latency = 0.0
+        self.latency = latency
         """The longest time, lately, that the DHT took for a declaration or a poll, in seconds."""
         self.next_poll = math.inf
         self.is_polling = False
         self._me = me
+        self._opens_at = opens_at
         self._schema_hash = schema_hash
         self._declared: dict[PeerID, tuple[Candidate, Declaration]] = {}
         self._left_out: dict[PeerID, _LeftOut] = {}
@@ -78,7 +87,9 @@ class View:
                 self.leave_out(peer_id, math.inf, declaration.start_time)
                 self.leave_out_group(declaration.group, math.inf, now)
             else:
-                candidate = Candidate(declaration.start_time, peer_id, declaration.mode.can_lead)
+                candidate = Candidate(
+                    declaration.start_time, peer_id, declaration.mode.can_lead, declaration.grid_round
+                )
                 self._declared[peer_id] = (candidate, declaration)
                 self.note_seen(candidate, now)
         return other_schema
@@ -115,6 +126,8 @@ class View:
         """
         found = {}
         for peer_id, (candidate, _) in self._declared.items():
+            if not self.is_open_to(candidate.grid_round, now):
+                continue
             left_out = self._is_left_out(candidate, now)
             if left_out is None or (with_full_groups and left_out.is_looking):
                 found[peer_id] = candidate
@@ -123,6 +136,10 @@ class View:
             found[asker.peer_id] = asker
         found[self._me.peer_id] = self._me
         return sorted(found.values())
+
+    def is_open_to(self, grid_round: int, now: float) -> bool:
+        """Whether a peer in this round of the grid may be in this peer's group already."""
+        return grid_round == self._me.grid_round or now >= self._opens_at
 
     def addresses_of(self, peer_id: PeerID) -> tuple[str, ...]:
         known = self._declared.get(peer_id)

@@ -1,0 +1,116 @@
+"""Group bits: a full grid reaches the exact average, whatever the group ids deal."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode, order_members
+from shoal.averaging.group_bits import GroupBits, deal_digits
+from shoal.errors import InvalidValueError
+from shoal.p2p.identity import Identity, PeerID
+
+PEERS = [Identity.generate(number.to_bytes(32, "big")).peer_id for number in range(81)]
+
+
+def group(peers: list[PeerID], group_id: bytes, rounds: list[int] | None = None) -> GroupInfo:
+    infos = [
+        MemberInfo(
+            peer_id=peer.to_bytes(),
+            leader=peers[0].to_bytes(),
+            key="swarm.0b",
+            schema_hash=bytes(32),
+            mode=PeerMode.FULL,
+            bandwidth=None,
+            addresses=(),
+            gather=b"",
+            start_time=0.0,
+            signed_at=0.0,
+            nonce=bytes(16),
+            grid_round=rounds[index] if rounds else 0,
+        )
+        for index, peer in enumerate(peers)
+    ]
+    return GroupInfo(group_id, "swarm.0b", order_members(peers[0], infos))
+
+
+@pytest.mark.parametrize(
+    ("base", "dimensions"), [(2, 1), (2, 3), (2, 5), (3, 2), (3, 4), (4, 2), (4, 3), (5, 2), (8, 2)]
+)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_full_grid_holds_the_exact_average_after_as_many_rounds_as_it_has_dimensions(
+    base, dimensions, seed
+):
+    rng = random.Random(seed)
+    width = (base - 1).bit_length()
+    count = base**dimensions
+    keys = [
+        "".join(format(number // base**level % base, f"0{width}b") for level in range(dimensions - 1))
+        for number in range(count)
+    ]
+    rng.shuffle(keys)
+    bits = {peer: GroupBits(peer, key) for peer, key in zip(PEERS[:count], keys, strict=True)}
+    values = {peer: Fraction(rng.randrange(1000)) for peer in bits}
+    mean = sum(values.values()) / count
+    for number in range(dimensions):
+        assert (len(set(values.values())) == 1) == (number == dimensions)
+        buckets = defaultdict(list)
+        for peer in bits:
+            buckets[bits[peer].bits].append(peer)
+        for members in buckets.values():
+            assert len(members) == base
+            rng.shuffle(members)
+            formed = group(members, rng.randbytes(16))
+            average = sum(values[peer] for peer in members) / base
+            for peer in members:
+                values[peer] = average
+                bits[peer].round_committed(formed, base)
+    assert set(values.values()) == {mean}
+
+
+@given(st.integers(1, 70), st.data(), st.binary(min_size=16, max_size=16))
+def test_every_member_is_dealt_another_digit(base, data, group_id):
+    size = data.draw(st.integers(1, base))
+    digits = deal_digits(group_id, size, base)
+    assert len(set(digits)) == len(digits) == size
+    assert all(0 <= digit < base for digit in digits)
+
+
+def test_the_digits_of_small_groups_reach_every_key():
+    dealt = {deal_digits(random.Random(seed).randbytes(16), 2, 8)[0] for seed in range(200)}
+    assert dealt == set(range(8))
+
+
+def test_without_a_target_size_the_size_of_the_group_counts():
+    members = PEERS[:5]
+    bits = [GroupBits(peer, "000") for peer in members]
+    for one in bits:
+        one.round_committed(group(members, bytes(16)), None)
+    assert {one.bits for one in bits} == {format(digit, "03b") for digit in range(5)}
+
+
+def test_a_peer_that_comes_late_counts_the_rounds_of_its_group_from_then_on():
+    first, second = PEERS[:2]
+    bits = GroupBits(first, "0")
+    bits.round_committed(group([first, second], bytes(16), rounds=[0, 7]), 2)
+    assert bits.grid_round == 8
+    bits.set("1")
+    assert bits.grid_round == 0
+
+
+def test_without_bits_a_small_swarm_stays_under_one_key():
+    bits = GroupBits(PEERS[0])
+    bits.round_committed(group(PEERS[:2], bytes(16)), 2)
+    assert bits.bits == ""
+    assert not bits.are_given
+
+
+@pytest.mark.parametrize("bits", ["2", "0 1", "x", "0" * 65])
+def test_bits_are_bits(bits):
+    with pytest.raises(InvalidValueError, match="group_bits="):
+        GroupBits(PEERS[0], bits)
