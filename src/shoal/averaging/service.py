@@ -302,6 +302,8 @@ class AveragerService:
         if result.failure is not None and cancelled is None:
             raise (StepFailed if own_fault else AllreduceException)(result.failure)
         if result.failure is None:
+            self._matchmaker.round_committed(group)
+        if result.failure is None:
             _, late = await _run_to_the_end(self._apply(step), lambda: None)
             cancelled = cancelled or late
         if cancelled is not None:
