@@ -18,11 +18,19 @@ if TYPE_CHECKING:
     from shoal.averaging.group import GroupInfo as GroupInfo
     from shoal.averaging.load_balancing import load_balance_peers as load_balance_peers
     from shoal.averaging.report import RoundReport as RoundReport
+    from shoal.compression import BFloat16Compression as BFloat16Compression
+    from shoal.compression import BlockwiseQuantization as BlockwiseQuantization
     from shoal.compression import CompressionBase as CompressionBase
     from shoal.compression import CompressionInfo as CompressionInfo
     from shoal.compression import Float16Compression as Float16Compression
     from shoal.compression import NoCompression as NoCompression
+    from shoal.compression import PerTensorCompression as PerTensorCompression
+    from shoal.compression import Quantile8BitQuantization as Quantile8BitQuantization
+    from shoal.compression import RoleAdaptiveCompression as RoleAdaptiveCompression
+    from shoal.compression import ScaledFloat16Compression as ScaledFloat16Compression
+    from shoal.compression import SizeAdaptiveCompression as SizeAdaptiveCompression
     from shoal.compression import TensorRole as TensorRole
+    from shoal.compression import Uniform8BitQuantization as Uniform8BitQuantization
     from shoal.dht.dht import DHT as DHT
     from shoal.dht.node import DHTNode as DHTNode
     from shoal.dht.schema import SchemaValidator as SchemaValidator
@@ -73,6 +81,14 @@ _MODULE_OF = {
     "TensorRole": "shoal.compression",
     "NoCompression": "shoal.compression",
     "Float16Compression": "shoal.compression",
+    "BFloat16Compression": "shoal.compression",
+    "ScaledFloat16Compression": "shoal.compression",
+    "Uniform8BitQuantization": "shoal.compression",
+    "Quantile8BitQuantization": "shoal.compression",
+    "BlockwiseQuantization": "shoal.compression",
+    "PerTensorCompression": "shoal.compression",
+    "RoleAdaptiveCompression": "shoal.compression",
+    "SizeAdaptiveCompression": "shoal.compression",
     # the DHT
     "DHTNode": "shoal.dht.node",
     "ValueWithExpiration": "shoal.dht.types",

@@ -32,7 +32,7 @@ def test_builtin_ids_never_change():
 
 
 def test_unknown_ids_are_violations():
-    for wire_id in (2, 64, -1, 1 << 70):
+    for wire_id in (7, 63, 64, -1, 1 << 70):
         with pytest.raises(ProtocolViolation, match=f"unknown codec {wire_id}"):
             get_codec(wire_id)
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from shoal.compression.adaptive import (
+    AdaptiveCompressionBase,
+    PerTensorCompression,
+    RoleAdaptiveCompression,
+    SizeAdaptiveCompression,
+)
 from shoal.compression.base import (
     CompressionBase,
     CompressionInfo,
@@ -9,13 +15,20 @@ from shoal.compression.base import (
     SerializedTensor,
     TensorRole,
 )
-from shoal.compression.floating import Float16Compression
+from shoal.compression.floating import BFloat16Compression, Float16Compression, ScaledFloat16Compression
+from shoal.compression.quantization import (
+    BlockwiseQuantization,
+    Quantile8BitQuantization,
+    Quantization,
+    Uniform8BitQuantization,
+)
 from shoal.compression.registry import (
     CodecRegistry,
     deserialize_tensor,
     get_codec,
     register_codec,
     serialize_tensor,
+    user_codecs,
 )
 from shoal.utils.lazy import names_with_advice
 
@@ -25,10 +38,21 @@ __all__ = [
     "TensorRole",
     "NoCompression",
     "Float16Compression",
+    "BFloat16Compression",
+    "ScaledFloat16Compression",
+    "Quantization",
+    "Uniform8BitQuantization",
+    "Quantile8BitQuantization",
+    "BlockwiseQuantization",
+    "AdaptiveCompressionBase",
+    "PerTensorCompression",
+    "RoleAdaptiveCompression",
+    "SizeAdaptiveCompression",
     "SerializedTensor",
     "CodecRegistry",
     "register_codec",
     "get_codec",
+    "user_codecs",
     "serialize_tensor",
     "deserialize_tensor",
 ]

@@ -88,7 +88,7 @@ class CompressionBase(ABC):
     and ``_decode``.
 
     The size of an encoded part follows from its dtype and count alone, so that a receiver knows it
-    beforehand.
+    beforehand. Codecs are equal if they are of one class and configured alike.
     """
 
     compression_type: ClassVar[int]
@@ -136,6 +136,20 @@ class CompressionBase(ABC):
             assert out.is_contiguous()
         return self._decode(view, dtype, count, out)
 
+    def encode_checked(self, part: torch.Tensor) -> memoryview:
+        """As :meth:`encode`, whose result has the size that everybody expects.
+
+        :raises InvalidValueError: it has not: a mistake in the codec, which must not look like one of its sender
+        """
+        data = self.encode(part)
+        expected = self.encoded_nbytes(part.dtype, len(part))
+        if len(view := memoryview(data).cast("B")) != expected:
+            raise InvalidValueError(
+                f"{self!r}.encode made {len(view)} bytes of {len(part)} elements of {DTYPE_NAMES[part.dtype]}, but its"
+                f" encoded_nbytes says {expected}"
+            )
+        return view
+
     def is_raw(self, dtype: torch.dtype) -> bool:
         """Whether an encoded part is the memory of the part itself, so that it can be received in place
         (:func:`tensor_bytes`).
@@ -145,10 +159,14 @@ class CompressionBase(ABC):
     def max_count(self, dtype: torch.dtype, nbytes: int) -> int:
         """The largest number of elements whose encoding takes at most ``nbytes`` bytes (0 if not even one
         fits).
+
+        :raises InvalidValueError: ``encoded_nbytes`` is not what it should be
         """
         low, high = 0, 1
         while self.encoded_nbytes(dtype, high) <= nbytes:
             low, high = high, high * 2
+            if high > 1 << 62:
+                raise InvalidValueError(f"{self!r}.encoded_nbytes must grow with the number of elements")
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self.encoded_nbytes(dtype, middle) <= nbytes else (low, middle)
@@ -181,7 +199,10 @@ class CompressionBase(ABC):
         codec = self.choose(info if info is not None else CompressionInfo.from_tensor(tensor))
         flat = tensor.detach().to("cpu").reshape(-1).contiguous()
         return SerializedTensor(
-            codec.compression_type, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), bytes(codec.encode(flat))
+            codec.compression_type,
+            DTYPE_NAMES[tensor.dtype],
+            tuple(tensor.shape),
+            bytes(codec.encode_checked(flat)),
         )
 
     def extract(self, serialized: SerializedTensor, *, max_elements: int | None = None) -> torch.Tensor:
@@ -202,6 +223,14 @@ class CompressionBase(ABC):
             raise ProtocolViolation(f"a tensor of {count} elements where at most {max_elements} are allowed")
         flat = self.decode(serialized.data, dtype, count)
         return flat.reshape(serialized.shape)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

@@ -1,8 +1,8 @@
 """Which codec a wire id means. The set is closed: an id that nobody registered in this process is a protocol
 violation.
 
-Ids 0 to 63 belong to Shoal (0 none, 1 float16; the next ones are kept for further codecs of its own), 64 to
-255 to users, who must agree on them among their peers.
+Ids 0 to 63 belong to Shoal, 64 to 255 to users, who must agree on them among their peers. Codecs on the wire have no
+parameters: an id says all that a receiver needs to know.
 """
 
 from __future__ import annotations
@@ -12,7 +12,12 @@ from collections.abc import Iterable
 import torch
 
 from shoal.compression.base import CompressionBase, CompressionInfo, NoCompression, SerializedTensor
-from shoal.compression.floating import Float16Compression
+from shoal.compression.floating import BFloat16Compression, Float16Compression, ScaledFloat16Compression
+from shoal.compression.quantization import (
+    BlockwiseQuantization,
+    Quantile8BitQuantization,
+    Uniform8BitQuantization,
+)
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
 
 USER_IDS = range(64, 256)
@@ -60,7 +65,17 @@ class CodecRegistry:
         return wire_id in self._codecs
 
 
-CODECS = CodecRegistry([NoCompression(), Float16Compression()])
+CODECS = CodecRegistry(
+    [
+        NoCompression(),
+        Float16Compression(),
+        BFloat16Compression(),
+        ScaledFloat16Compression(),
+        Uniform8BitQuantization(),
+        Quantile8BitQuantization(),
+        BlockwiseQuantization(),
+    ]
+)
 """The registry of this process."""
 
 
