@@ -181,3 +181,12 @@ def test_apply_difference_in_place(dtype):
     expected = local + difference
     assert apply_difference(local, difference, difference) is difference
     assert torch.equal(difference, expected)
+
+
+@dtypes
+def test_apply_difference_stays_in_the_range_of_the_dtype(dtype):
+    largest = torch.finfo(dtype).max
+    local, difference = torch.full((3,), largest, dtype=dtype), torch.full((3,), largest / 2, dtype=dtype)
+    assert apply_difference(local, difference, torch.empty(3, dtype=dtype)).tolist() == [largest] * 3
+    difference[1] = math.inf
+    assert not is_finite(apply_difference(local, difference, torch.empty(3, dtype=dtype)))

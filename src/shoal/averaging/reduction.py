@@ -125,13 +125,20 @@ def encode_difference(codec: CompressionBase, average: torch.Tensor, decoded: to
     every round. Differences also shrink as the members agree, and with them what the codec loses on the way
     back.
     """
-    return codec.encode(torch.sub(average, decoded))
+    return codec.encode_checked(torch.sub(average, decoded))
 
 
 def apply_difference(local: torch.Tensor, difference: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """A member's result: its exact part plus the decoded difference, rounded once, into ``out``.
 
-    ``out`` may be ``local`` or ``difference``. Where the member's part never reached the owner there is no
-    difference; the owner sends the encoded average itself, and that is the result.
+    ``out`` may be ``local`` or ``difference``. Near the end of the dtype's range, what the codec lost could make a
+    finite average infinite: the result is clipped to the range, unless the difference itself is not finite. Where the
+    member's part never reached the owner there is no difference; the owner sends the encoded average itself, and that
+    is the result.
     """
-    return torch.add(local, difference, out=out)
+    bounded = is_finite(difference)
+    torch.add(local, difference, out=out)
+    if bounded and not is_finite(out):
+        limit = torch.finfo(out.dtype).max
+        out.clamp_(-limit, limit)
+    return out

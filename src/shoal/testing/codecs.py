@@ -1,0 +1,78 @@
+"""What the codecs' docstrings promise, as numbers: how far a value may be off after its journey."""
+
+from __future__ import annotations
+
+import torch
+
+from shoal.compression import (
+    BFloat16Compression,
+    BlockwiseQuantization,
+    CompressionBase,
+    Float16Compression,
+    Quantile8BitQuantization,
+    ScaledFloat16Compression,
+    Uniform8BitQuantization,
+)
+
+_ROUNDING = {
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+    torch.float32: 2.0**-24,
+    torch.float64: 2.0**-24,
+}
+
+
+def error_bound(codec: CompressionBase, values: torch.Tensor) -> torch.Tensor:
+    """The largest error of each element that ``codec`` may make, as float64.
+
+    :param values: one-dimensional, finite, within the codec's range; any floating dtype
+    """
+    wide = values.double()
+    if codec.lossless(values.dtype) or not len(values):
+        return torch.zeros_like(wide)
+    bound = _bound(codec, wide)
+    info = torch.finfo(values.dtype)
+    # The result has the tensor's own dtype.
+    return bound + _ROUNDING[values.dtype] * (wide.abs() + bound) + info.smallest_normal * info.eps
+
+
+def _bound(codec: CompressionBase, wide: torch.Tensor) -> torch.Tensor:
+    match codec:
+        case Float16Compression():
+            return torch.clamp(wide.abs() * 2**-11, min=2**-25)
+        case BFloat16Compression():
+            return torch.clamp(wide.abs() * 2**-8, min=2**-133)
+        case ScaledFloat16Compression():
+            return torch.cat([_scaled(block) for block in wide.split(1 << 16)])
+        case Uniform8BitQuantization():
+            return torch.cat([_uniform(chunk) for chunk in wide.split(1 << 18)])
+        case Quantile8BitQuantization():
+            return torch.cat([_quantile(chunk) for chunk in wide.split(1 << 19)])
+        case BlockwiseQuantization():
+            return torch.cat([_blockwise(block) for block in wide.split(4096)])
+    raise NotImplementedError(f"no bound is known for {codec!r}")
+
+
+def _scaled(block: torch.Tensor) -> torch.Tensor:
+    mean = block.mean()
+    deviations = (block - mean).abs()
+    return torch.clamp(deviations * 2**-11, min=float(deviations.max()) * 2**-40) + 2**-22 * (
+        block.abs() + mean.abs()
+    )
+
+
+def _uniform(chunk: torch.Tensor) -> torch.Tensor:
+    """The range of all but the outliers is not larger than that of all."""
+    return (chunk.max() - chunk.min()) * (1 / 508 + 2**-16) + 2**-22 * chunk.abs()
+
+
+def _quantile(chunk: torch.Tensor) -> torch.Tensor:
+    if len(chunk) <= 256:
+        return torch.zeros_like(chunk)
+    return ((chunk.max() - chunk.min()) / 16).expand_as(chunk) + 2**-22 * chunk.abs()
+
+
+def _blockwise(block: torch.Tensor) -> torch.Tensor:
+    largest = block.abs().max()
+    share = 1 / 84 if largest > 8 * block.square().mean().sqrt() else 1 / 148
+    return (largest * share + 2**-128).expand_as(block)
