@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from shoal.compression import (
@@ -43,14 +45,18 @@ def _bound(codec: CompressionBase, wide: torch.Tensor) -> torch.Tensor:
         case BFloat16Compression():
             return torch.clamp(wide.abs() * 2**-8, min=2**-133)
         case ScaledFloat16Compression():
-            return torch.cat([_scaled(block) for block in wide.split(1 << 16)])
+            return _by_piece(_scaled, wide, 1 << 16)
         case Uniform8BitQuantization():
-            return torch.cat([_uniform(chunk) for chunk in wide.split(1 << 18)])
+            return _by_piece(_uniform, wide, 1 << 18)
         case Quantile8BitQuantization():
-            return torch.cat([_quantile(chunk) for chunk in wide.split(1 << 19)])
+            return _by_piece(_quantile, wide, 1 << 19)
         case BlockwiseQuantization():
-            return torch.cat([_blockwise(block) for block in wide.split(4096)])
+            return _by_piece(_blockwise, wide, 4096)
     raise NotImplementedError(f"no bound is known for {codec!r}")
+
+
+def _by_piece(bound: Callable[[torch.Tensor], torch.Tensor], wide: torch.Tensor, size: int) -> torch.Tensor:
+    return torch.cat([bound(wide[start : start + size]) for start in range(0, len(wide), size)])
 
 
 def _scaled(block: torch.Tensor) -> torch.Tensor:
