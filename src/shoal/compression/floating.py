@@ -93,9 +93,10 @@ class ScaledFloat16Compression(CompressionBase):
     """Half precision around the mean of each block of 65,536 elements, scaled to the block's range: 2 bytes an element
     and 8 for each block.
 
-    The error of a value x in a block with mean m is at most 2^-11 |x - m| + 2^-22 (|x| + |m|), and 2^-40 of the
-    block's largest |x - m| near the mean: no value overflows, none is too small. A constant block comes back exactly
-    but for the rounding of the mean (2^-23). The mean is taken as 0 in blocks with values beyond 2^126.
+    The error of a value x in a block with mean m is at most 2^-11 |x - m| + 2^-21 (|x| + |m|), near the mean 2^-40 of
+    the block's largest |x - m|, and never more than 2^-12 of that: no value overflows, none is too small. A constant
+    block comes back exactly but for the rounding of the mean (2^-21). The mean is taken as 0 in blocks with values
+    beyond 2^126.
 
     Infinities are clipped to the largest finite value of the tensor's dtype. NaN raises
     :class:`~shoal.errors.InvalidValueError`, since a block with it has no mean. float64 is rounded to float32 first;
@@ -116,11 +117,12 @@ class ScaledFloat16Compression(CompressionBase):
         if count == 0:
             return memoryview(buffer)
         halves = torch.frombuffer(buffer, dtype=torch.float16, count=count)
+        scratch = torch.empty(min(count, SCALED_BLOCK))
         statistics = np.frombuffer(buffer, dtype=_STATISTICS, offset=2 * count)
         for index, start in enumerate(range(0, count, SCALED_BLOCK)):
             values = finite_float32(part[start : start + SCALED_BLOCK], self)
             centre, scale = _centre_and_scale(values)
-            scaled = torch.sub(values, centre).mul_(1 / scale)
+            scaled = torch.sub(values, centre, out=scratch[: len(values)]).div_(scale)
             halves[start : start + SCALED_BLOCK].copy_(scaled)
             statistics[index] = (centre, scale)
         return memoryview(buffer)
@@ -145,7 +147,7 @@ class ScaledFloat16Compression(CompressionBase):
 
 
 def _centre_and_scale(values: torch.Tensor) -> tuple[float, float]:
-    """A block's mean, and the power of two by which its deviations become at most 2^15, as float32 numbers."""
+    """A block's mean, and what takes its largest deviation to the end of half precision, as float32 numbers."""
     low, high = (extreme.item() for extreme in torch.aminmax(values))
     centre = 0.0
     if max(-low, high) <= 2.0**126:  # else deviations might overflow
@@ -153,5 +155,6 @@ def _centre_and_scale(values: torch.Tensor) -> tuple[float, float]:
         if not math.isfinite(mean):
             mean = values.mean(dtype=torch.float64).item()
         centre = float(np.float32(min(max(mean, low), high)))
-    _, exponent = math.frexp(max(high - centre, centre - low))
-    return centre, math.ldexp(1.0, max(exponent - 15, -126))
+    # The largest number of half precision is at the end of its binade, where the relative error is the least.
+    scale = max(high - centre, centre - low) / FLOAT16_MAX
+    return centre, float(np.float32(max(scale, 2.0**-126)))

@@ -62,7 +62,7 @@ def _by_piece(bound: Callable[[torch.Tensor], torch.Tensor], wide: torch.Tensor,
 def _scaled(block: torch.Tensor) -> torch.Tensor:
     mean = block.mean()
     deviations = (block - mean).abs()
-    return torch.clamp(deviations * 2**-11, min=float(deviations.max()) * 2**-40) + 2**-22 * (
+    return torch.clamp(deviations * 2**-11, min=float(deviations.max()) * 2**-40) + 2**-21 * (
         block.abs() + mean.abs()
     )
 
@@ -80,5 +80,5 @@ def _quantile(chunk: torch.Tensor) -> torch.Tensor:
 
 def _blockwise(block: torch.Tensor) -> torch.Tensor:
     largest = block.abs().max()
-    share = 1 / 84 if largest > 8 * block.square().mean().sqrt() else 1 / 148
+    share = 1 / 120 if largest > 6 * block.square().mean().sqrt() else 1 / 160
     return (largest * share + 2**-128).expand_as(block)
