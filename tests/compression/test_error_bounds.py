@@ -98,7 +98,7 @@ def test_no_error_beyond_the_bound_for_any_numbers(codec, numbers, repeat):
 @pytest.mark.parametrize(
     ("codec", "distribution", "limit"),
     [
-        # hivemind 1.1.12 on the same distributions, at as many bytes or more: see benchmarks/codecs.py
+        # hivemind 1.1.12 on the same distributions, at as many bytes or more: see benchmarks/tensor_codecs.py
         (Uniform8BitQuantization(), "normal", 0.0086),  # 0.0157
         (Quantile8BitQuantization(), "normal", 0.0070),  # 0.0264
         (BlockwiseQuantization(), "normal", 0.0075),  # 0.0129

@@ -1,6 +1,6 @@
 """Tensor codecs, beside hivemind's: bytes, errors and speed on one thread, as a table in Markdown.
 
-    python benchmarks/codecs.py --hivemind-python /path/to/venv/bin/python
+    python benchmarks/tensor_codecs.py --hivemind-python /path/to/venv/bin/python
 
 The other environment needs `pip install torch hivemind==1.1.12 bitsandbytes "numpy<2.4"` (hivemind's 8-bit codecs fail
 with numpy 2.4). Without it, Shoal is measured alone. Both libraries encode the same float32 tensors, in processes of
