@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from shoal.compression import CodecRegistry, Float16Compression, NoCompression, get_codec
+from shoal.compression import CodecRegistry, CompressionBase, Float16Compression, NoCompression, get_codec
+from shoal.compression.registry import user_codecs
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
+from shoal.runtime.pickling import dumps, loads
 
 
 class Mine(NoCompression):
@@ -71,3 +74,94 @@ def test_codecs_of_users_are_listed_in_the_order_of_their_ids():
     registry.register(later)
     registry.register(mine)
     assert registry.user_codecs() == (mine, later)
+
+
+def test_a_class_that_is_defined_again_takes_the_place_of_the_former_one():
+    """Cells of a notebook are run more than once."""
+
+    def cell() -> NoCompression:
+        class Mine(NoCompression):
+            compression_type = 64
+
+        return Mine()
+
+    registry = CodecRegistry([NoCompression()])
+    first, second = cell(), cell()
+    registry.register(first)
+    registry.register(second)
+    assert registry.codec(64) is second
+
+
+class Halves(NoCompression):
+    """A user's codec, with mistakes that can be switched on."""
+
+    compression_type = 99
+    too_long = 0
+    decodes_too_much = False
+    size = 2
+
+    def lossless(self, dtype):
+        return False
+
+    def is_raw(self, dtype):
+        return False
+
+    def encoded_nbytes(self, dtype, count):
+        return self.size * count
+
+    def encode(self, part):
+        return memoryview(part.to(torch.float16).numpy().tobytes() + bytes(self.too_long))
+
+    def _decode(self, data, dtype, count, out):
+        values = torch.frombuffer(bytearray(data), dtype=torch.float16).to(dtype)
+        return values.repeat(2) if self.decodes_too_much else values
+
+
+def test_a_codec_of_a_user_works_like_the_others():
+    codec = Halves()
+    assert codec.max_count(torch.float32, 7) == 3
+    assert codec.decode(codec.encode_checked(torch.ones(3)), torch.float32, 3).tolist() == [1] * 3
+    assert CodecRegistry([codec]).user_codecs() == (Halves(),)
+    assert all(known.compression_type >= 64 for known in user_codecs())
+
+
+@pytest.mark.parametrize(
+    ("mistake", "value", "text"),
+    [
+        (
+            "too_long",
+            1,
+            r"Halves\(\).encode made 7 bytes of 3 elements of float32, but its encoded_nbytes says 6",
+        ),
+        (
+            "decodes_too_much",
+            True,
+            r"Halves\(\)._decode made torch.float32 \[6\] where torch.float32 \[3\] was due",
+        ),
+        ("size", 0, r"Halves\(\).encoded_nbytes must grow"),
+    ],
+)
+def test_mistakes_of_a_users_codec_name_it(monkeypatch, mistake, value, text):
+    def use(codec: CompressionBase) -> None:
+        codec.max_count(torch.float32, 100)
+        codec.decode(codec.encode_checked(torch.ones(3)), torch.float32, 3)
+
+    monkeypatch.setattr(Halves, mistake, value)
+    with pytest.raises(InvalidValueError, match=text):
+        use(Halves())
+
+
+def test_whole_tensors_are_checked_at_their_sender_too(monkeypatch):
+    monkeypatch.setattr(Halves, "too_long", 1)
+    with pytest.raises(InvalidValueError, match="Halves"):
+        Halves().compress(torch.ones(3))
+
+
+def test_codecs_of_users_can_be_sent_to_the_background_process_by_value():
+    class Local(Halves):
+        compression_type = 98
+
+    again = loads(dumps((Local(), Halves())))
+    assert [codec.compression_type for codec in again] == [98, 99]
+    assert again[1] == Halves()
+    assert again[0].decode(again[0].encode_checked(torch.ones(3)), torch.float32, 3).tolist() == [1] * 3

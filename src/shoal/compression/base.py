@@ -85,7 +85,7 @@ class SerializedTensor(msgspec.Struct, frozen=True, array_like=True):
 
 class CompressionBase(ABC):
     """A tensor codec. Subclasses define ``compression_type``, ``lossless``, ``encoded_nbytes``, ``encode``
-    and ``_decode``.
+    and ``_decode``; :func:`shoal.compression.register_codec` makes them known.
 
     The size of an encoded part follows from its dtype and count alone, so that a receiver knows it
     beforehand. Codecs are equal if they are of one class and configured alike.
@@ -134,7 +134,12 @@ class CompressionBase(ABC):
             assert out.dtype == dtype, out.dtype
             assert out.shape == (count,), out.shape
             assert out.is_contiguous()
-        return self._decode(view, dtype, count, out)
+        decoded = self._decode(view, dtype, count, out)
+        if decoded.dtype != dtype or decoded.shape != (count,):
+            raise InvalidValueError(
+                f"{self!r}._decode made {decoded.dtype} {list(decoded.shape)} where {dtype} [{count}] was due"
+            )
+        return decoded
 
     def encode_checked(self, part: torch.Tensor) -> memoryview:
         """As :meth:`encode`, whose result has the size that everybody expects.

@@ -24,7 +24,10 @@ USER_IDS = range(64, 256)
 
 
 class CodecRegistry:
-    """Codecs by wire id; each id means one class for as long as the registry lives."""
+    """Codecs by wire id; each id means one class for as long as the registry lives.
+
+    A class that was defined again under the same name, as happens in notebooks, takes the place of the former one.
+    """
 
     def __init__(self, codecs: Iterable[CompressionBase] = ()) -> None:
         self._codecs: dict[int, CompressionBase] = {codec.compression_type: codec for codec in codecs}
@@ -39,6 +42,8 @@ class CodecRegistry:
         known = self._codecs.get(wire_id) if isinstance(wire_id, int) else None
         if known is not None and type(known) is type(codec):
             return
+        if known is not None and wire_id in USER_IDS and _name(known) == _name(codec):
+            known = None
         if not isinstance(wire_id, int) or isinstance(wire_id, bool) or wire_id not in USER_IDS:
             raise InvalidValueError(
                 f"{type(codec).__name__}.compression_type is {wire_id!r};"
@@ -63,6 +68,10 @@ class CodecRegistry:
 
     def __contains__(self, wire_id: object) -> bool:
         return wire_id in self._codecs
+
+
+def _name(codec: CompressionBase) -> tuple[str, str]:
+    return type(codec).__module__, type(codec).__qualname__
 
 
 CODECS = CodecRegistry(
