@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from shoal.averaging.exchange import Arena, ForeignSpan, OwnSpan
 from shoal.averaging.load_balancing import load_balance_peers
 from shoal.averaging.partition import Layout, Partition
+from shoal.averaging.reduction import encode_difference, encode_part
 from shoal.compression import (
     BFloat16Compression,
     BlockwiseQuantization,
@@ -21,6 +22,7 @@ from shoal.compression import (
     ScaledFloat16Compression,
     Uniform8BitQuantization,
 )
+from shoal.errors import AllreduceException
 from shoal.testing.codecs import error_bound
 
 CODECS: list[CompressionBase] = [
@@ -226,3 +228,19 @@ def test_who_did_not_send_gets_the_average_within_the_codecs_bound(codec):
         average = group.layout.part_view(group.arenas[0].average, part)
         returned = codec.decode(bytes(span.to_return(2, index)), torch.float32, part.count)
         assert bool(((returned - average).abs() <= error_bound(codec, average)).all())
+
+
+class WrongSize(Float16Compression):
+    """A user's codec that does not keep to its own ``encoded_nbytes``."""
+
+    compression_type = 201
+
+    def encode(self, part: torch.Tensor) -> memoryview:
+        return memoryview(bytes(super().encode(part)) + b"!")
+
+
+def test_a_codec_that_makes_another_size_fails_at_its_own_member_and_is_named():
+    with pytest.raises(AllreduceException, match=r"WrongSize\(\).encode made 7 bytes of 3 elements"):
+        encode_part(WrongSize(), torch.ones(3))
+    with pytest.raises(AllreduceException, match="WrongSize"):
+        encode_difference(WrongSize(), torch.ones(3), torch.zeros(3))

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from shoal.compression.base import CompressionBase
-from shoal.errors import InvalidValueError
+from shoal.errors import AllreduceException, InvalidValueError, UsageError
 
 CHUNK = 1 << 16
 """Elements that are worked on at a time, so that all operations after the first find them in the cache."""
@@ -114,6 +114,18 @@ def is_finite(part: torch.Tensor) -> bool:
     return bool(torch.isfinite(part).all())
 
 
+def encode_part(codec: CompressionBase, values: torch.Tensor) -> memoryview:
+    """What a member sends of finite values.
+
+    :raises AllreduceException: the codec, one of the user's own, made another size than it says. That is this member's
+      fault, and its groupmates must not be told that it broke the protocol, nor it that they did.
+    """
+    try:
+        return codec.encode_checked(values)
+    except UsageError as e:
+        raise AllreduceException(str(e)) from e
+
+
 def encode_difference(codec: CompressionBase, average: torch.Tensor, decoded: torch.Tensor) -> memoryview:
     """What an owner sends a member under a lossy codec: the encoded difference between the average and that
     member's part, as the owner decoded it.
@@ -125,7 +137,7 @@ def encode_difference(codec: CompressionBase, average: torch.Tensor, decoded: to
     every round. Differences also shrink as the members agree, and with them what the codec loses on the way
     back.
     """
-    return codec.encode_checked(torch.sub(average, decoded))
+    return encode_part(codec, torch.sub(average, decoded))
 
 
 def apply_difference(local: torch.Tensor, difference: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
