@@ -130,7 +130,8 @@ def round_bounds(group: Group) -> list[torch.Tensor]:
             if me != part.owner:
                 bounds[me][where] += error_bound(codec, (average - seen[me].double()).to(mine.dtype))
             magnitude = torch.stack(exact).double().abs().max(0).values + bounds[me][where]
-            bounds[me][where] += 4 * max(torch.finfo(mine.dtype).eps, 2**-21) * magnitude
+            info = torch.finfo(mine.dtype)  # in which averages, differences and results are rounded
+            bounds[me][where] += 4 * max(info.eps, 2**-21) * magnitude + 4 * info.smallest_normal * info.eps
     return bounds
 
 

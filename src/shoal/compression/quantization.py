@@ -235,7 +235,6 @@ class Quantile8BitQuantization(Quantization):
 # Blocks
 
 _BLOCK = 4096
-_SLOPES = (0.5, 0.0)
 _PEAKED = 6.0
 _STEPS = 127
 _ROWS = PIECE // _BLOCK
@@ -246,10 +245,10 @@ class BlockwiseQuantization(Quantization):
     for each block.
 
     Best where magnitudes differ from place to place. Each block is scaled by its largest magnitude (Dettmers et al.
-    2021, arXiv 2110.02861), and small values get finer levels: +-(s u + (1 - s) u^2) for u = k / 127, k = 0 to 127. s
-    is 1/2, or 0 in *peaked* blocks, where the largest magnitude is more than 6 times the root mean square. For all
-    usual distributions that loses less than the levels of that paper, which spread over seven decades: 0.0073
-    standard deviations (RMS) for a normal one. The error is at most 1/160 of the block's largest magnitude, in
+    2021, arXiv 2110.02861), and small values get finer levels: +-(u + u^2) / 2 for u = k / 127, k = 0 to 127, or +-u^2
+    in *peaked* blocks, where the largest magnitude is more than 6 times the root mean square. For all usual
+    distributions that loses less than the levels of that paper, which spread over seven decades: 0.0073 standard
+    deviations (RMS) for a normal one. The error is at most 1/160 of the block's largest magnitude, in
     peaked blocks 1/120. Zeros come back exactly; the largest magnitude, and so constant blocks, to 2^-22 of it.
     """
 
@@ -300,21 +299,27 @@ def _encode_blocks(blocks: torch.Tensor, codes: torch.Tensor, scales: npt.NDArra
 
 
 def _decode_blocks(codes: torch.Tensor, scales: npt.NDArray[np.float32], out: torch.Tensor) -> None:
-    """By arithmetic, which is faster than a table: k (linear + quadratic |k|)."""
-    largest = np.abs(scales).astype(np.float64).reshape(-1, 1)
-    slopes = np.where(scales < 0, _SLOPES[1], _SLOPES[0]).reshape(-1, 1)
-    linear = torch.from_numpy((slopes * largest / _STEPS).astype(np.float32))
-    quadratic = torch.from_numpy(((1 - slopes) * largest / _STEPS**2).astype(np.float32))
+    """By arithmetic, which is faster than a table: k (|k| + 127), in peaked blocks k |k|, is an integer of 16 bits;
+    all that is left to do is to scale it.
+    """
+    peaked = scales < 0
+    largest = np.abs(scales).astype(np.float64)
+    units = largest / np.where(peaked, _STEPS**2, 2 * _STEPS**2)
+    unit = torch.from_numpy(units.astype(np.float32)).unsqueeze(1)
+    shift = torch.from_numpy(np.where(peaked, 0, _STEPS).astype(np.int16)).unsqueeze(1)
     limit = min(torch.finfo(out.dtype).max, FLOAT32_MAX)
     # Rounding may go beyond the largest magnitude, and -128, which no encoder makes, is beyond it.
     may_overflow = bool(largest.max() > 0.9 * limit)
-    steps = torch.empty(min(_ROWS, len(codes)), codes.shape[1])
-    wide = steps if out.dtype == torch.float32 else torch.empty_like(steps)
-    pieces = (torch.split(tensor, _ROWS) for tensor in (codes.view(torch.int8), out, linear, quadratic))
-    for rows, result, a, b in zip(*pieces, strict=True):
-        k = steps[: len(rows)].copy_(rows)
-        values = result if out.dtype == torch.float32 else wide[: len(rows)]
-        torch.abs(k, out=values).mul_(b).add_(a).mul_(k)
+    rows = 2 * _ROWS
+    k, levels = torch.empty(2, min(rows, len(codes)), codes.shape[1], dtype=torch.int16)
+    wide = None if out.dtype == torch.float32 else torch.empty(k.shape)
+    pieces = (torch.split(tensor, rows) for tensor in (codes.view(torch.int8), out, unit, shift))
+    for piece, result, scale, offset in zip(*pieces, strict=True):
+        size = len(piece)
+        k[:size].copy_(piece)
+        torch.abs(k[:size], out=levels[:size]).add_(offset).mul_(k[:size])
+        values = result if wide is None else wide[:size]
+        values.copy_(levels[:size]).mul_(scale)
         if may_overflow:
             values.clamp_(-limit, limit)
         if values is not result:
@@ -325,8 +330,5 @@ def _decode_blocks(codes: torch.Tensor, scales: npt.NDArray[np.float32], out: to
 def _codes_of_halves() -> torch.Tensor:
     """The code, k as a signed byte, of each number of half precision: for flat blocks, then for peaked ones."""
     steps = np.arange(-_STEPS, _STEPS + 1) / _STEPS
-    tables = []
-    for slope in _SLOPES:
-        levels = slope * steps + (1 - slope) * steps * np.abs(steps)
-        tables.append(code_table((levels[:-1] + levels[1:]) / 2) - _STEPS)
-    return torch.cat(tables)
+    flat, peaked = steps * (np.abs(steps) + 1) / 2, steps * np.abs(steps)
+    return torch.cat([code_table((levels[:-1] + levels[1:]) / 2) - _STEPS for levels in (flat, peaked)])
