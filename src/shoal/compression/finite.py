@@ -19,12 +19,19 @@ def finite_float32(part: torch.Tensor, codec: object) -> torch.Tensor:
 
     :raises InvalidValueError: there is a NaN, for which ``codec`` has no code
     """
+    return finite_and_sum(part, codec)[0]
+
+
+def finite_and_sum(part: torch.Tensor, codec: object) -> tuple[torch.Tensor, float]:
+    """As :func:`finite_float32`, and the sum of the values."""
     values = part.detach().to(torch.float32)
-    if math.isfinite(values.sum().item()):
-        return values
+    total = values.sum().item()
+    if math.isfinite(total):
+        return values, total
     if bool(values.isnan().any()):
         raise InvalidValueError(
             f"the tensor has NaN among its values; {codec!r} encodes numbers and infinities only"
         )
     limit = min(torch.finfo(part.dtype).max, FLOAT32_MAX)
-    return values.clamp(-limit, limit)
+    values = values.clamp(-limit, limit)
+    return values, values.sum(dtype=torch.float64).item()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from shoal.compression.base import CompressionBase, decode_raw, tensor_bytes
-from shoal.compression.finite import FLOAT32_MAX, finite_float32
+from shoal.compression.finite import FLOAT32_MAX, finite_and_sum
 from shoal.errors import ProtocolViolation
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
@@ -85,7 +84,6 @@ class BFloat16Compression(CompressionBase):
 
 
 SCALED_BLOCK = 1 << 16
-SCALED_CHUNK = 16 * SCALED_BLOCK
 _STATISTICS = np.dtype([("centre", "<f4"), ("scale", "<f4")])
 
 
@@ -118,17 +116,12 @@ class ScaledFloat16Compression(CompressionBase):
             return memoryview(buffer)
         halves = torch.frombuffer(buffer, dtype=torch.float16, count=count)
         statistics = np.frombuffer(buffer, dtype="<f4", offset=2 * count).reshape(-1, 2)
-        for start in range(0, count, SCALED_CHUNK):
-            values = finite_float32(part[start : start + SCALED_CHUNK], self)
-            whole = len(values) // SCALED_BLOCK * SCALED_BLOCK
-            here, first = halves[start : start + SCALED_CHUNK], start // SCALED_BLOCK
-            if whole:
-                blocks = whole // SCALED_BLOCK
-                _scale_blocks(
-                    values[:whole].view(blocks, -1), here[:whole], statistics[first : first + blocks]
-                )
-            if whole < len(values):
-                _scale_blocks(values[whole:].view(1, -1), here[whole:], statistics[-1:])
+        scratch = torch.empty(min(count, SCALED_BLOCK))
+        for block, start in enumerate(range(0, count, SCALED_BLOCK)):
+            values, total = finite_and_sum(part[start : start + SCALED_BLOCK], self)
+            centre, scale = statistics[block] = _centre_and_scale(values, total / len(values))
+            scaled = torch.sub(values, centre, out=scratch[: len(values)]).mul_(1 / scale)
+            halves[start : start + SCALED_BLOCK].copy_(scaled)
         return memoryview(buffer)
 
     def _decode(
@@ -150,18 +143,14 @@ class ScaledFloat16Compression(CompressionBase):
         return decoded
 
 
-def _scale_blocks(blocks: torch.Tensor, halves: torch.Tensor, statistics: npt.NDArray[np.float32]) -> None:
-    """Blocks are rows of one length; their centres and scales are float32 numbers."""
-    low, high = blocks.amin(1).double(), blocks.amax(1).double()
-    means = blocks.mean(1)
-    if not bool(means.isfinite().all()):
-        means = blocks.mean(1, dtype=torch.float64).float()
+def _centre_and_scale(values: torch.Tensor, mean: float) -> tuple[float, float]:
+    """A block's centre, and what takes its largest deviation to the end of half precision, as float32 numbers."""
+    low, high = (extreme.item() for extreme in torch.aminmax(values))
     # Deviations from the mean of huge values might overflow.
-    centres = torch.where(torch.maximum(-low, high) <= 2.0**126, means.double().clamp(low, high), 0.0)
+    centre = _float32(min(max(mean, low), high)) if max(-low, high) <= 2.0**126 else 0.0
     # The largest number of half precision is at the end of its binade, where the relative error is the least.
-    scales = (torch.maximum(high - centres, centres - low) / FLOAT16_MAX).clamp_(min=2.0**-126)
-    statistics[:, 0], statistics[:, 1] = centres.numpy(), scales.numpy()
-    scratch = torch.empty(blocks.shape[1])
-    parts = (torch.unbind(blocks), torch.split(halves, blocks.shape[1]), statistics.tolist())
-    for block, result, (centre, scale) in zip(*parts, strict=True):
-        result.copy_(torch.sub(block, centre, out=scratch).mul_(1 / scale))
+    return centre, _float32(max(max(high - centre, centre - low) / FLOAT16_MAX, 2.0**-126))
+
+
+def _float32(value: float) -> float:
+    return float(np.float32(value))
