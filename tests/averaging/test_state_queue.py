@@ -1,0 +1,228 @@
+"""The queue of a donor: slots, one copy at a time, resumption, refusals."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from shoal.averaging.state_messages import BUSY, NOT_SHARING, REPLACED, STATE_FAILED
+from shoal.averaging.state_queue import (
+    FRESH_SECONDS,
+    HOLD_OFF_SECONDS,
+    KEEP_SECONDS,
+    MAX_UPLOADS,
+    MAX_WAITING,
+    CopyFailed,
+    CopyTaken,
+    DropCopy,
+    Effect,
+    Event,
+    Refuse,
+    RequestArrived,
+    RequestEnded,
+    Serve,
+    SharingSwitched,
+    TakeCopy,
+    TellPosition,
+    TimePassed,
+    UploadQueue,
+)
+from shoal.testing.peers import make_identity
+
+PEERS = [make_identity(f"joiner{number}").peer_id for number in range(40)]
+
+
+def arrive(request: int, state_id: bytes | None = None, peer: int | None = None) -> RequestArrived:
+    return RequestArrived(request, PEERS[request if peer is None else peer], state_id)
+
+
+def queue_with_copy(requests: int = 1, now: float = 0.0) -> UploadQueue:
+    queue = UploadQueue()
+    for request in range(requests):
+        queue.handle(arrive(request), now)
+    queue.handle(CopyTaken(b"first"), now)
+    return queue
+
+
+def kinds(effects: list[Effect]) -> list[type]:
+    return [type(effect) for effect in effects]
+
+
+def test_joiners_that_come_at_once_share_one_copy():
+    queue = UploadQueue()
+    assert queue.handle(arrive(0), 0.0) == [TakeCopy(), TellPosition(0, 0)]
+    assert queue.handle(arrive(1), 0.1) == [TellPosition(1, 0)]
+    assert queue.handle(CopyTaken(b"a"), 1.0) == [Serve(0), Serve(1)]
+    assert queue.handle(arrive(2), 1.0 + FRESH_SECONDS) == [Serve(2)]
+
+
+def test_more_joiners_than_slots_are_told_their_places_and_move_up():
+    queue = queue_with_copy(MAX_UPLOADS)
+    assert queue.handle(arrive(10), 1.0) == [TellPosition(10, 1)]
+    assert queue.handle(arrive(11), 1.0) == [TellPosition(11, 2)]
+    assert queue.handle(RequestEnded(0), 2.0) == [Serve(10), TellPosition(11, 1)]
+    assert queue.handle(RequestEnded(11), 2.0) == []  # it left the queue
+    assert queue.handle(RequestEnded(1), 2.0) == []
+
+
+def test_a_stale_copy_in_use_is_replaced_when_its_last_joiner_has_it_and_never_beside_another():
+    queue = queue_with_copy(2)
+    late = FRESH_SECONDS + 1
+    assert queue.handle(arrive(5), late) == [TellPosition(5, 1)]
+    assert queue.handle(RequestEnded(0), late) == []
+    assert queue.handle(RequestEnded(1), late + 1) == [DropCopy(), TakeCopy(), TellPosition(5, 0)]
+    assert queue.handle(CopyTaken(b"second"), late + 2) == [Serve(5)]
+
+
+def test_a_copy_is_kept_for_a_minute_after_its_last_use_and_then_freed():
+    queue = queue_with_copy()
+    assert queue.deadline is None
+    queue.handle(RequestEnded(0), 100.0)
+    assert queue.deadline == 100.0 + KEEP_SECONDS
+    assert queue.handle(TimePassed(), 99.9 + KEEP_SECONDS) == []
+    assert queue.handle(TimePassed(), 100.0 + KEEP_SECONDS) == [DropCopy()]
+    assert queue.deadline is None
+
+
+def test_a_joiner_whose_connection_broke_is_served_from_the_same_copy_before_those_who_wait():
+    queue = queue_with_copy(MAX_UPLOADS)
+    queue.handle(arrive(10), 1.0)
+    effects = queue.handle(arrive(20, b"first", peer=0), FRESH_SECONDS + 5)
+    # The donor has not noticed yet that request 0 is gone: the new one takes its place.
+    assert Refuse(0, REPLACED, "the same peer has asked again") in effects
+    assert Serve(20) in effects
+    assert Serve(10) not in effects
+
+
+def test_a_copy_that_is_gone_cannot_be_resumed_and_a_new_one_is_made():
+    queue = queue_with_copy()
+    queue.handle(RequestEnded(0), 0.0)
+    queue.handle(TimePassed(), KEEP_SECONDS)
+    assert kinds(queue.handle(arrive(1, b"first"), KEEP_SECONDS + 1)) == [TakeCopy, TellPosition]
+
+
+def test_a_failed_copy_refuses_those_who_wait_and_is_not_tried_again_for_each_of_them():
+    queue = UploadQueue()
+    queue.handle(arrive(0), 0.0)
+    queue.handle(arrive(1), 0.0)
+    assert queue.handle(CopyFailed("no"), 1.0) == [
+        Refuse(0, STATE_FAILED, "no"),
+        Refuse(1, STATE_FAILED, "no"),
+    ]
+    assert queue.handle(arrive(2), 2.0) == [Refuse(2, STATE_FAILED, "no")]
+    assert kinds(queue.handle(arrive(3), 1.0 + HOLD_OFF_SECONDS)) == [TakeCopy, TellPosition]
+
+
+def test_switching_off_refuses_new_and_waiting_ones_at_once_and_lets_running_ones_finish():
+    queue = queue_with_copy(MAX_UPLOADS)
+    queue.handle(arrive(10), 1.0)
+    assert [
+        effect.request for effect in queue.handle(SharingSwitched(False), 2.0) if isinstance(effect, Refuse)
+    ] == [10]
+    (refused,) = queue.handle(arrive(11), 2.0)
+    assert isinstance(refused, Refuse)
+    assert refused.code == NOT_SHARING
+    for request in range(MAX_UPLOADS - 1):
+        assert queue.handle(RequestEnded(request), 3.0) == []
+    assert queue.handle(RequestEnded(MAX_UPLOADS - 1), 4.0) == [DropCopy()]
+    queue.handle(SharingSwitched(True), 5.0)
+    assert kinds(queue.handle(arrive(12), 5.0)) == [TakeCopy, TellPosition]
+
+
+def test_switching_off_while_the_copy_is_made_refuses_everybody_and_drops_it_when_it_comes():
+    queue = UploadQueue()
+    queue.handle(arrive(0), 0.0)
+    assert [type(e) for e in queue.handle(SharingSwitched(False), 0.5)] == [Refuse]
+    assert queue.handle(CopyTaken(b"late"), 1.0) == [DropCopy()]
+
+
+def test_queue_and_requests_of_one_peer_are_bounded():
+    queue = queue_with_copy(MAX_UPLOADS)
+    for request in range(100, 100 + MAX_WAITING):
+        assert queue.handle(arrive(request, peer=4 + (request - 100) // 2), 1.0)[-1] == TellPosition(
+            request, request - 99
+        )
+    (refused,) = queue.handle(arrive(200, peer=39), 1.0)
+    assert isinstance(refused, Refuse)
+    assert refused.code == BUSY
+    queue = queue_with_copy(1)
+    queue.handle(arrive(50, peer=0), 1.0)
+    (refused,) = queue.handle(arrive(51, peer=0), 1.0)
+    assert isinstance(refused, Refuse)
+    assert "2 requests" in refused.reason
+
+
+class Model:
+    """Checks every effect against what may happen at all, and remembers who is where."""
+
+    def __init__(self) -> None:
+        self.queue = UploadQueue()
+        self.waiting: set[int] = set()
+        self.served: set[int] = set()
+        self.copies = 0
+        self.copying = False
+
+    def feed(self, event: Event, now: float) -> None:
+        if isinstance(event, RequestArrived):
+            self.waiting.add(event.request)
+        if isinstance(event, RequestEnded):
+            self.waiting.discard(event.request)
+            self.served.discard(event.request)
+        if isinstance(event, CopyTaken):
+            self.copying, self.copies = False, self.copies + 1
+        if isinstance(event, CopyFailed):
+            self.copying = False
+        for effect in self.queue.handle(event, now):
+            match effect:
+                case TakeCopy():
+                    assert not self.copying
+                    assert self.copies == 0
+                    self.copying = True
+                case DropCopy():
+                    assert self.copies == 1
+                    assert not self.served
+                    self.copies = 0
+                case Serve(request):
+                    assert self.copies == 1
+                    self.waiting.remove(request)
+                    self.served.add(request)
+                case Refuse(request, _, _):
+                    assert request in self.waiting | self.served
+                    self.waiting.discard(request)
+                    self.served.discard(request)
+                case TellPosition(request, _):
+                    assert request in self.waiting
+        assert len(self.served) <= MAX_UPLOADS
+        assert self.copies <= 1
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_whatever_happens_there_is_one_copy_at_most_and_everybody_gets_an_answer(seed: int):
+    rng = random.Random(seed)
+    model, now, taken = Model(), 0.0, b"none"
+    for ids in range(200):
+        now += rng.choice([0.0, 0.1, 5.0, 40.0])
+        state_id = rng.choice([None, taken])
+        choices: list[Event] = [
+            RequestArrived(ids, rng.choice(PEERS), state_id),
+            RequestArrived(ids, rng.choice(PEERS), state_id),
+            RequestEnded(rng.choice(sorted(model.waiting | model.served) or [0])),
+            SharingSwitched(rng.random() < 0.9),
+            TimePassed(),
+        ]
+        if model.copying:
+            choices += [CopyTaken(f"copy {ids}".encode())] * 3 + [CopyFailed("no")]
+        event = rng.choice(choices)
+        taken = event.state_id if isinstance(event, CopyTaken) else taken
+        model.feed(event, now)
+    model.feed(SharingSwitched(True), now)
+    for _ in range(200):  # everybody who is served leaves: all others are served in turn
+        now += 1.0
+        if model.copying:
+            model.feed(CopyTaken(b"last"), now)
+        for request in sorted(model.served):
+            model.feed(RequestEnded(request), now)
+    assert not model.waiting
+    model.feed(TimePassed(), now + KEEP_SECONDS)
+    assert model.copies == 0
