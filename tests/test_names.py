@@ -25,8 +25,10 @@ NAMES_OF_HIVEMIND = {
         DecentralizedAverager allreduce averager control group_info key_manager load_balancing matchmaking
         partition""",
     "shoal.compression": """
-        CompressionBase CompressionInfo Float16Compression NoCompression TensorRole base deserialize_tensor_stream
-        deserialize_torch_tensor floating serialization serialize_torch_tensor""",
+        BlockwiseQuantization CompressionBase CompressionInfo Float16Compression NoCompression PerTensorCompression
+        Quantile8BitQuantization RoleAdaptiveCompression ScaledFloat16Compression SizeAdaptiveCompression TensorRole
+        Uniform8BitQuantization adaptive base deserialize_tensor_stream deserialize_torch_tensor floating quantization
+        serialization serialize_torch_tensor""",
     "shoal.dht": """
         DHT DHTID DHTNode DHTValue crypto dht node protocol routing schema storage traverse validation""",
     "shoal.p2p": """
@@ -55,7 +57,10 @@ NAMES_OF_THE_PAGE = {
     "shoal.utils": """
         get_dht_time MSGPackSerializer SerializerBase MPFuture ValueWithExpiration DHTExpiration get_logger serializer
         logging""",
-    "shoal.compression": "CompressionBase CompressionInfo TensorRole NoCompression Float16Compression",
+    "shoal.compression": """
+        CompressionBase CompressionInfo TensorRole NoCompression Float16Compression BFloat16Compression
+        ScaledFloat16Compression Uniform8BitQuantization Quantile8BitQuantization BlockwiseQuantization
+        PerTensorCompression RoleAdaptiveCompression SizeAdaptiveCompression""",
 }
 
 
