@@ -80,6 +80,13 @@ def test_a_donor_that_has_sent_nothing_is_left_at_once():
     assert asked(choice.handle(ConnectionBroke("refused"))) == 1
 
 
+def test_a_connection_that_breaks_while_the_donor_makes_its_copy_is_made_again():
+    choice = DonorChoice()
+    choice.handle(DonorsFound((donor(0),)))
+    choice.handle(DonorBusy(0))
+    assert asked(choice.handle(ConnectionBroke("lost"))) == 0
+
+
 def test_a_queue_is_left_for_an_equal_donor_but_not_for_a_lesser_one():
     choice = DonorChoice()
     choice.handle(DonorsFound((donor(0, 1.0), donor(1, 1.0), donor(2, 0.0))))

@@ -2,9 +2,9 @@
 
 Theory of operation. Donors of the highest priority come first, in random order among equals (the caller shuffles by
 ``tiebreak``). A donor that puts the joiner into its queue is left at once for another one of the same priority that
-was not asked yet; when all of them have a queue, the joiner waits at the shortest. A connection that breaks after some
-of the state has come is made again, ``MAX_RESUMPTIONS`` times in a row without progress; whatever else goes wrong, the
-next donor's turn comes. When nobody is left, the DHT is asked once more for donors that have come meanwhile.
+was not asked yet; when all of them have a queue, the joiner waits at the shortest. A connection to a donor that has
+answered is made again when it breaks, ``MAX_RESUMPTIONS`` times in a row without progress; whatever else goes wrong,
+the next donor's turn comes. When nobody is left, the DHT is asked once more for donors that have come meanwhile.
 
 :meth:`DonorChoice.handle` is the one entry point: what has happened in, what to do now out.
 """
@@ -100,7 +100,7 @@ class _Candidate:
     was_asked: bool = False
     position: int | None = None
     """Its place in this donor's queue, as last heard."""
-    has_sent: bool = False
+    has_answered: bool = False
     resumptions: int = 0
     answers: list[str] = field(default_factory=list)
 
@@ -123,7 +123,7 @@ class DonorChoice:
                 return self._hear_position(position)
             case ChunkReceived():
                 current = self._asked()
-                current.has_sent, current.resumptions = True, 0
+                current.has_answered, current.resumptions = True, 0
                 return Stay()
             case ConnectionBroke(reason):
                 return self._reconnect(reason)
@@ -146,7 +146,7 @@ class DonorChoice:
 
     def _hear_position(self, position: int) -> Action:
         current = self._asked()
-        current.position = position
+        current.position, current.has_answered = position, True
         if position == 0:
             return Stay()
         if self._has_settled or current.resumptions:
@@ -159,7 +159,7 @@ class DonorChoice:
 
     def _reconnect(self, reason: str) -> Action:
         current = self._asked()
-        if not current.has_sent:
+        if not current.has_answered:
             return self._next_after_failure(reason)
         current.resumptions += 1
         if current.resumptions > MAX_RESUMPTIONS:
@@ -183,7 +183,7 @@ class DonorChoice:
     def _ask(self, candidate: _Candidate) -> Action:
         self._current = candidate
         candidate.was_asked = True
-        candidate.has_sent = False
+        candidate.has_answered = False
         return AskDonor(candidate.donor)
 
     def _left(self) -> list[_Candidate]:

@@ -268,7 +268,7 @@ class StateHost:
         manifest = Manifest(loaded.entries)
         if download.bar is not None:
             donor = str(PeerID.from_bytes(loaded.donor))
-            download.bar.update(donor, manifest.nbytes, manifest.nbytes)
+            download.bar.complete(donor, manifest.nbytes)
         metadata, *tensors = tensors_in(manifest, download.memory.buffer)
         try:
             return self._serializer.loads(bytes(metadata.numpy())), tensors

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -14,7 +16,9 @@ from rich.progress import (
 
 
 class ProgressBar:
-    """One bar on stderr, from the first :meth:`update` until :meth:`stop`."""
+    """One bar on stderr, from the first :meth:`update` until :meth:`complete` or :meth:`stop`. Methods may be
+    called on any thread.
+    """
 
     def __init__(self, prefix: str, console: Console | None = None) -> None:
         self._progress = Progress(
@@ -26,10 +30,28 @@ class ProgressBar:
             console=console or Console(stderr=True),
         )
         self._task = self._progress.add_task(f"state of {prefix}", total=None)
-        self._is_shown = False
+        self._lock = threading.Lock()
+        self._is_shown = self._has_ended = False
 
     def update(self, donor: str, received: int, total: int) -> None:
-        """``received`` of ``total`` bytes have come from ``donor``."""
+        """``received`` of ``total`` bytes have come from ``donor``; ignored once the bar has ended."""
+        with self._lock:
+            self._show(donor, received, total)
+
+    def complete(self, donor: str, total: int) -> None:
+        """Everything has come from ``donor``: the bar ends."""
+        with self._lock:
+            self._show(donor, total, total)
+            self._end()
+
+    def stop(self) -> None:
+        """The bar ends as it is. Idempotent."""
+        with self._lock:
+            self._end()
+
+    def _show(self, donor: str, received: int, total: int) -> None:
+        if self._has_ended:  # by a thread that was faster
+            return
         if not self._is_shown:
             self._is_shown = True
             self._progress.start()
@@ -37,7 +59,7 @@ class ProgressBar:
             self._task, completed=received, total=total, description=f"state from {donor[-8:]}"
         )
 
-    def stop(self) -> None:
-        """Leave the bar as it is."""
-        if self._is_shown:
+    def _end(self) -> None:
+        if self._is_shown and not self._has_ended:
             self._progress.stop()
+        self._has_ended = True
