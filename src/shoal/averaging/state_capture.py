@@ -133,13 +133,7 @@ def encode_in_place(buffer: memoryview, layout: CaptureLayout) -> None:
             if begin != source:
                 buffer[begin:stop] = buffer[source:end]
             continue
-        encoded = memoryview(codec.encode(block[source:end].view(dtype))).cast("B")
-        if len(encoded) != chunk.nbytes:
-            raise InvalidValueError(
-                f"{codec!r} encoded {chunk.count} elements of {STATE_DTYPE_NAMES[dtype]} in {len(encoded)} bytes;"
-                f" its encoded_nbytes said {chunk.nbytes}"
-            )
-        buffer[begin:stop] = encoded
+        buffer[begin:stop] = codec.encode_checked(block[source:end].view(dtype))
 
 
 def _check_tensor(index: int, tensor: object) -> None:
