@@ -160,6 +160,25 @@ async def wait_until_idle(dht: Any, node: Any) -> None:
             await asyncio.sleep(0.02)
 
 
+async def stop_collecting(dht: Any, node: Any) -> None:
+    gc.disable()
+
+
+async def start_collecting(dht: Any, node: Any) -> None:
+    gc.enable()
+
+
+def shared_memory(dht: shoal.DHT) -> int:
+    """Bytes of anonymous shared memory in the background process of a DHT."""
+    total, is_shared = 0, False
+    for line in Path(f"/proc/{dht.background.pid}/smaps").read_text().splitlines():
+        if not line.split(" ", 1)[0].endswith(":"):
+            is_shared = "memfd:" in line
+        elif is_shared and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
 def large(megabytes: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (megabytes * MB,), dtype=torch.uint8, generator=generator)
@@ -408,6 +427,9 @@ def test_a_donor_that_is_killed_is_replaced_by_the_next_one(swarm: Swarm):
 def test_joiners_that_are_cancelled_shut_down_or_killed_free_their_slots(swarm: Swarm):
     donor = swarm.donor((None, [large(200)]))
     own_dht = swarm.own_dht()
+    for dht in (donor.dht, own_dht):
+        dht.run_coroutine(stop_collecting)
+    before = shared_memory(donor.dht)
 
     def begin(**options: Any) -> tuple[Any, Any]:
         joiner = swarm.joiner(dht=own_dht)
@@ -419,6 +441,7 @@ def test_joiners_that_are_cancelled_shut_down_or_killed_free_their_slots(swarm: 
     joiner, load = begin()
     assert load.cancel()
     donor.dht.run_coroutine(wait_until_idle)
+    assert shared_memory(own_dht) < 10 * MB
     joiner.shutdown()
     joiner, load = begin()
     joiner.shutdown()
@@ -433,6 +456,10 @@ def test_joiners_that_are_cancelled_shut_down_or_killed_free_their_slots(swarm: 
         load.result(LIMIT)
     donor.dht.run_coroutine(wait_until_idle)
     assert donor.calls == 1
+    assert shared_memory(donor.dht) > before + 190 * MB
+    donor.allow_state_sharing = False
+    assert shared_memory(donor.dht) < before + 10 * MB
+    donor.dht.run_coroutine(start_collecting)
 
 
 def test_a_joiner_can_wait_for_a_state_in_a_callback_and_await_it(swarm: Swarm):

@@ -204,3 +204,14 @@ def expected_nbytes(tensors: Sequence[torch.Tensor]) -> int:
     """About how much memory a state of these tensors takes: what to reserve for the first capture."""
     chunks = sum(-(-tensor.numel() // CHUNK_ELEMENTS) for tensor in tensors)
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors) + 64 * (len(tensors) + chunks) + 4096
+
+
+def drop_tracebacks(error: BaseException | None) -> None:
+    """Let go of what the frames refer to through which an error has passed.
+
+    A stream keeps the error with which it has failed, and the error's frames the stream: only the garbage collector
+    would find that, much later, and with it a view of a whole state's memory.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

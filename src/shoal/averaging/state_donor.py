@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from shoal.averaging.router import Router
-from shoal.averaging.state_capture import Capture, encode_in_place
+from shoal.averaging.state_capture import Capture, drop_tracebacks, encode_in_place
 from shoal.averaging.state_messages import (
     PAGE_ENTRIES,
     STATE,
@@ -46,7 +46,7 @@ from shoal.averaging.state_queue import (
     UploadQueue,
 )
 from shoal.dht.tasks import TaskSet
-from shoal.errors import ProtocolViolation, RemoteError, ShoalError
+from shoal.errors import InvalidStateError, ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.rpc import EndOfStream, Stream
 
 logger = logging.getLogger(__name__)
@@ -79,28 +79,35 @@ class HeldState:
         self.digest: asyncio.Task[bytes] | None = None
         """The SHA-256 of manifest and chunks; computed once, beside the first uploads."""
         self._memory = capture.memory
-        self._buffer = capture.memory.buffer[:]
+        self._buffer: memoryview | None = capture.memory.buffer[:]
 
     def encode(self) -> None:
         """Turn the copy into encoded chunks, and give back the memory that this saves."""
-        encode_in_place(self._buffer, self.layout)
+        encode_in_place(self._view(), self.layout)
         os.ftruncate(self._memory.fd, self.layout.encoded_nbytes)
 
     def compute_digest(self) -> bytes:
         """Goes through all of the state; for a thread."""
-        digest = self.manifest.new_digest()
+        view, digest = self._view(), self.manifest.new_digest()
         for index in range(self.manifest.chunk_count):
-            digest.update(self.chunk(index))
+            begin, end = self.layout.chunk_offset(index)
+            digest.update(view[begin:end])
         return digest.digest()
 
     def chunk(self, index: int) -> memoryview:
         """An encoded chunk, where it lies."""
         begin, end = self.layout.chunk_offset(index)
-        return self._buffer[begin:end]
+        return self._view()[begin:end]
 
     def close(self) -> None:
-        """Nobody new is served from it; the memory goes with the last one who is."""
+        """Nobody is served from it any more; the memory goes with the last chunk that is on its way."""
+        self._buffer = None
         self._memory.close()
+
+    def _view(self) -> memoryview:
+        if self._buffer is None:
+            raise InvalidStateError("this copy of the state was freed")
+        return self._buffer
 
 
 @dataclass
@@ -254,28 +261,34 @@ class StateDonor:
         try:
             resume = first.resume
             self._feed(RequestArrived(request, stream.remote, None if resume is None else resume.state_id))
-            held = await self._admitted(stream, admission)
+            await self._admitted(stream, admission)
             self._uploads[request] = stream
-            await self._upload(stream, held, resume)
+            await self._upload(stream, admission, resume)
+        except BaseException as e:
+            drop_tracebacks(e)
+            raise
         finally:
+            admission.state = None
             del self._admissions[request]
             self._uploads.pop(request, None)
             self._feed(RequestEnded(request))
 
-    async def _admitted(self, stream: Stream, admission: _Admission) -> HeldState:
+    async def _admitted(self, stream: Stream, admission: _Admission) -> None:
         """Wait for the request's turn, with signs of life for the joiner."""
         while True:
             if admission.refusal is not None:
                 raise admission.refusal
             if admission.state is not None:
-                return admission.state
+                return
             admission.changed.clear()
             await _promptly(stream.send(Waiting(admission.position)))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT):
                     await admission.changed.wait()
 
-    async def _upload(self, stream: Stream, held: HeldState, resume: Resume | None) -> None:
+    async def _upload(self, stream: Stream, admission: _Admission, resume: Resume | None) -> None:
+        held = admission.state
+        assert held is not None
         manifest, start = held.manifest, 0
         if resume is not None and resume.state_id == held.state_id:
             if resume.next_chunk > manifest.chunk_count:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from shoal.averaging.state_capture import drop_tracebacks
 from shoal.averaging.state_choice import (
     Action,
     AskDonor,
@@ -67,6 +68,7 @@ MAX_UNVERIFIED = 16 << 20
 """Bytes that may wait to be hashed and decoded."""
 LEAST_FIRST_TIMEOUT = 5.0
 """A donor that has not begun to send gives signs of life every second, whatever ``next_chunk_timeout`` is."""
+FAREWELL_TIMEOUT = 1.0
 LOG_PERIOD = 5.0
 PROGRESS_PERIOD = 0.25
 
@@ -158,10 +160,13 @@ class PartialState:
         return self._digest.digest()
 
     async def close(self) -> None:
-        """Wait for the thread to let go of the memory."""
+        """Let go of the memory. Not by being forgotten alone: the stream still refers to :meth:`place`."""
         if self._verifying is not None:
             await asyncio.wait([self._verifying])
             self._verifying.exception()  # looked at: the donor is dropped anyway
+        self._unverified = []
+        self._memory = memoryview(b"")
+        self._block = torch.empty(0, dtype=torch.uint8)
 
     def _verify(self) -> None:
         batch, self._unverified, self._unverified_nbytes = self._unverified, [], 0
@@ -279,7 +284,11 @@ class StateDownload:
             await self._drop()
         event: Event
         try:
-            return await self._download(donor)
+            try:
+                return await self._download(donor)
+            except BaseException as e:
+                drop_tracebacks(e)
+                raise
         except _Leave as e:
             return e.action
         except _StalledError as e:
@@ -315,6 +324,11 @@ class StateDownload:
                 self._show(partial)
             await self._check_digest(stream, partial)
             await stream.finish()
+            try:
+                async with asyncio.timeout(FAREWELL_TIMEOUT):
+                    await stream.receive()  # the donor's end: it knows that all has come
+            except (ShoalError, TimeoutError) as e:
+                drop_tracebacks(e)
         logger.info(
             "%s: loaded the state of %s, %.1f MB in %.1f s",
             self._prefix,
