@@ -566,11 +566,31 @@ async def raises(stream: Stream) -> None:
     raise KeyError("a bug of the donor")
 
 
-LIARS = [
-    wrong_hash, hash_of_other_shape, short_hash, no_hash, short_data, short_chunk, oversize_chunk, wrong_order,
-    one_chunk_more, other_size_than_offered, huge_offer, huge_tensor, bad_dtype, bad_codec, more_entries_than_offered,
-    resumes_nothing, short_id, message_instead_of_chunk, stalls, never_begins, stops_in_the_manifest, raises,
-]  # fmt: skip
+REASONS = {
+    wrong_hash: "the SHA-256 of what it sent is not the one that it gave",
+    hash_of_other_shape: "the SHA-256 of what it sent is not the one that it gave",
+    short_hash: "sent no digest at the end",
+    no_hash: "ended before the state did",
+    short_data: "ended before the state did",
+    short_chunk: "chunk 0 of 2 bytes; it has 3",
+    oversize_chunk: "chunk 0 of 4 bytes; it has 3",
+    wrong_order: "chunk 2 of a state; 1 is due",
+    one_chunk_more: "chunk 3 of a state; 3 is due",
+    other_size_than_offered: "offered a state of 5 bytes",
+    huge_offer: "an offer of",
+    huge_tensor: "there is no memory",
+    bad_dtype: "unknown dtype '__import__'",
+    bad_codec: "unknown codec 250",
+    more_entries_than_offered: "another manifest than it had offered",
+    resumes_nothing: "resumed what had not begun",
+    short_id: "a state id of 1 bytes",
+    message_instead_of_chunk: "sent Waiting instead of a chunk",
+    stalls: "did not send the next chunk within 5 s",
+    never_begins: "did not send its state within 5 s",
+    stops_in_the_manifest: "did not send its manifest within 5 s",
+    raises: "the handler of averaging.state failed",
+}
+LIARS = list(REASONS)
 
 
 @pytest.mark.parametrize("lie", LIARS, ids=lambda lie: lie.__name__)
@@ -587,6 +607,7 @@ def test_a_liar_is_found_out_and_the_next_donor_gives_the_state(lie: Any):
             alone = await swarm.load("k", donors[:1], next_chunk_timeout=5.0)
             assert isinstance(alone, str)
             assert str(swarm.hosts["liar"].peer_id) in alone
+            assert REASONS[lie] in alone
             assert asyncio.get_running_loop().time() < 60.0
 
     run(main)
