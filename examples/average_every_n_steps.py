@@ -97,4 +97,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("stopped") from None
+        print("stopped")
+        raise SystemExit(130) from None

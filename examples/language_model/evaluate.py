@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
@@ -50,14 +50,18 @@ def evaluate_run(folder: Path, settings: Settings, workers: int) -> list[Point]:
     logs = {peer.name: list(read_log(peer)) for peer in sorted(folder.glob("peer-*"))}
     copies = [(name, event) for name, events in logs.items() for event in events if event["event"] == "saved"]
     files = [folder / name / event["file"] for name, event in copies]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(partial(_evaluate, settings), files, chunksize=len(files) // workers + 1))
+    evaluate = partial(_evaluate, settings)
+    if workers == 1:
+        results = [evaluate(file) for file in files]
+    else:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            results = list(pool.map(evaluate, files, chunksize=len(files) // workers + 1))
     began = next(event["seconds"] for event in next(iter(logs.values())) if event["event"] == "began")
     points = [
         Point(
             name,
             event["step"],
-            _tokens_at(logs.values(), event["seconds"]),
+            tokens_at(logs.values(), event["seconds"]),
             event["seconds"] - began,
             round(result, 4),
         )
@@ -66,7 +70,7 @@ def evaluate_run(folder: Path, settings: Settings, workers: int) -> list[Point]:
     return sorted(points, key=lambda point: point.seconds)
 
 
-def _tokens_at(logs: Any, seconds: float) -> int:
+def tokens_at(logs: Iterable[Iterable[dict[str, Any]]], seconds: float) -> int:
     """What all peers had learnt from by then, by the last line of each."""
     return sum(
         max((event.get("tokens", 0) for event in events if event["seconds"] <= seconds), default=0)
@@ -89,12 +93,17 @@ def _held_out(settings: Settings) -> torch.Tensor:
     return load_corpus(settings.peers, Path(settings.text) if settings.text else None).held_out
 
 
+def curve_of_first(points: Sequence[Point]) -> list[Point]:
+    """Those of the first peer, which lives from the beginning to the end."""
+    first = min(point.peer for point in points)
+    return [point for point in points if point.peer == first]
+
+
 def reach(points: Sequence[Point], target: float, axis: str) -> float | None:
     """Where the first peer's curve first comes down to ``target``, on an axis (``step``, ``tokens``,
     ``seconds``); None: nowhere.
     """
-    curve = [point for point in points if point.peer == points[0].peer]
-    for before, after in pairwise(curve):
+    for before, after in pairwise(curve_of_first(points)):
         if after.bits_per_byte <= target:
             span = before.bits_per_byte - after.bits_per_byte
             part = (before.bits_per_byte - target) / span if span > 0 else 0.0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from evaluate import CURVE, Point, read_curve
+from evaluate import CURVE, Point, curve_of_first, read_curve
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -39,8 +39,7 @@ def draw(curves: Sequence[tuple[str, Path]], axis: str, top: float, title: str, 
     figure, axes = plt.subplots(figsize=FIGURE_SIZE)
     lowest = top
     for label, run in curves:
-        points = read_curve(run / CURVE)
-        own = [point for point in points if point.peer == points[0].peer]
+        own = curve_of_first(read_curve(run / CURVE))
         (line,) = axes.plot(
             [position(point, axis) for point in own], [point.bits_per_byte for point in own], label=label
         )

@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ ALLREDUCE_TIMEOUT = 30.0
 DOWNLOAD_TIMEOUT = 30.0
 DOWNLOAD_TRIES = 10
 DOWNLOAD_PAUSE = 0.3
+PROGRESS_SECONDS = 1.0
 
 State = tuple[dict[str, int], list[torch.Tensor], None]
 
@@ -74,6 +75,8 @@ class Peer:
             momentum=settings.outer_momentum,
         )
         self.round = 0
+        self.done = False
+        """All steps are done and averaged; or nobody is left to average them with."""
         self._settings = settings
         self._round_began_at = 0  # by the schedule's step
         self._own_steps = 0  # in this round
@@ -103,7 +106,7 @@ class Peer:
         """
         begin = hivemind.utils.get_dht_time() + ROLL_CALL_TIMEOUT
         gathered = self._averager.step(
-            gather={"round": 0}, scheduled_time=begin, timeout=ROLL_CALL_TIMEOUT + 5
+            gather={"round": 0, "step": 0}, scheduled_time=begin, timeout=ROLL_CALL_TIMEOUT + 5
         )
         return len(gathered) if isinstance(gathered, dict) else 1
 
@@ -113,12 +116,6 @@ class Peer:
         """One local step; the loss in bits per byte."""
         self._own_steps += 1
         return self.trainer.train_step()
-
-    @property
-    def done(self) -> bool:
-        """All steps are done and their round is averaged; or nobody is left to average it with."""
-        over = self.trainer.step - self._settings.steps
-        return over >= 0 and (self._own_steps == 0 or over >= 2 * self._settings.local_steps)
 
     # The outer step
 
@@ -142,6 +139,7 @@ class Peer:
             search.allow_allreduce()
         error = search.exception()
         if error is not None:
+            self.done = self.trainer.step >= self._settings.steps
             return {"error": f"{type(error).__name__}: {error}"[:500]}
         event = {
             "group": len(search.result()),
@@ -155,7 +153,7 @@ class Peer:
     def _begin_search(self) -> None:
         self._search_began = time.monotonic()
         self._search = self._averager.step(
-            gather={"round": self.round},
+            gather={"round": self.round, "step": self.trainer.step},
             weight=float(self._own_steps),
             timeout=SEARCH_TIMEOUT,
             allow_retries=False,  # if it fails, the next search begins after the next local step
@@ -164,7 +162,10 @@ class Peer:
         )
 
     def _finish_round(self, gathered: dict[Any, Any]) -> None:
-        latest = max(self.round, *(rounds_of(gathered.values())))
+        # All members read the same: they come to the end in the same round.
+        enough = self._settings.steps - self._settings.local_steps // 2
+        self.done = max(numbers_of("step", gathered.values()), default=0) >= enough
+        latest = max(numbers_of("round", gathered.values()), default=0)
         if latest > self.round:  # the others have taken outer steps that this peer has not
             self.take_over_state(latest + 1)
             return
@@ -205,23 +206,27 @@ class Peer:
         return True
 
 
-def rounds_of(gathered: Sequence[Any] | Any) -> list[int]:
-    """The rounds that groupmates say they are in; what makes no sense is left out."""
-    rounds = [data.get("round") for data in gathered if isinstance(data, dict)]
-    return [round_ for round_ in rounds if isinstance(round_, int)] or [0]
+def numbers_of(name: str, gathered: Iterable[Any]) -> list[int]:
+    """What groupmates say of themselves under this name; what makes no sense is left out."""
+    values = [data.get(name) for data in gathered if isinstance(data, dict)]
+    return [value for value in values if isinstance(value, int)]
 
 
 def run(peer: Peer, record: Record, save_every: int) -> None:
     """Train until all steps are done."""
+    trainer = peer.trainer
     losses: list[float] = []
+    told_at = time.monotonic()
     while not peer.done:
         losses.append(peer.train_step())
         event = peer.advance()
         if event is None:
+            if time.monotonic() - told_at > PROGRESS_SECONDS:  # for whoever watches the log
+                told_at = time.monotonic()
+                record.write("progress", step=trainer.step, tokens=trainer.tokens)
             continue
         loss = sum(losses) / len(losses)
         losses.clear()
-        trainer = peer.trainer
         record.write(
             "round", round=peer.round, step=trainer.step, tokens=trainer.tokens, loss=round(loss, 4), **event
         )
@@ -282,7 +287,8 @@ def main() -> None:
         else:
             print(f"waiting for {settings.peers - 1} others, {ROLL_CALL_TIMEOUT:g} s at most", flush=True)
             record.write("began", group=peer.wait_for_others())
-            record.save(peer.outer.base, peer.trainer)
+            if options.save_every:
+                record.save(peer.outer.base, peer.trainer)
         run(peer, record, options.save_every)
         record.write("finished", round=peer.round, step=peer.trainer.step, tokens=peer.trainer.tokens)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -29,16 +30,18 @@ class Settings:
     steps: int = option(4000, "local steps of each peer")
     local_steps: int = option(50, "local steps in a round (H in the DiLoCo paper)")
     hidden: int = option(128, "size of the GRU's state")
+    table: int = option(4096, "rows of each table of n-grams, a power of 2")
     batch: int = option(16, "windows of text in a batch")
     length: int = option(64, "bytes in a window")
     learning_rate: float = option(1e-2, "of AdamW, at its highest")
     outer_learning_rate: float = option(0.7, "of the outer Nesterov step")
     outer_momentum: float = option(0.8, "of the outer Nesterov step")
+    pause: float = option(0.0, "seconds to wait after each local step, as if the model were larger")
     windows: int = option(512, "windows of held-out text that a model is evaluated on")
     text: str = option("", "folder of Python files to learn from, in place of the standard library")
 
     def __post_init__(self) -> None:
-        for name in ("peers", "steps", "local_steps", "hidden", "batch", "length", "windows"):
+        for name in ("peers", "steps", "local_steps", "hidden", "table", "batch", "length", "windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: 1 or more is allowed")
 
@@ -109,6 +112,8 @@ class LocalTrainer:
         self.step += 1
         self._own_steps += 1
         self.tokens += inputs.numel()
+        if self._settings.pause:
+            time.sleep(self._settings.pause)
         return loss.item() / math.log(2)
 
     def _rate(self) -> float:
@@ -122,4 +127,4 @@ class LocalTrainer:
 def make_model(settings: Settings) -> ByteModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(MODEL_SEED)
-        return ByteModel(settings.hidden)
+        return ByteModel(settings.hidden, table=settings.table)

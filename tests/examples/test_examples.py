@@ -1,0 +1,68 @@
+"""Each example, in processes of its own, in a short form."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def address_in(line: str) -> str:
+    found = re.search(r"/ip4/\S+", line)
+    assert found is not None, line
+    return found[0]
+
+
+def accuracy_in(line: str) -> float:
+    found = re.search(r"reads ([\d.]+)%", line)
+    assert found is not None, line
+    return float(found[1])
+
+
+def test_two_machines_that_know_half_of_the_digits_each_know_all_of_them_together(scripts):
+    script = EXAMPLES / "two_machines.py"
+    first = scripts.start(script, "first", "--rounds", 2)
+    address = address_in(first.wait_for_line("two_machines.py second /ip4/"))
+    second = scripts.start(script, "second", address, "--rounds", 2)
+    assert [first.finish(), second.finish()] == [0, 0]
+    for machine in (first, second):
+        before, after = re.findall(r"(\d+)%", machine.wait_for_line("round 2"))
+        assert int(before) < 55 < 70 < int(after)
+        assert "Traceback" not in machine.output
+
+
+def test_peers_average_every_n_steps_and_a_client_that_nobody_can_dial_takes_part(scripts):
+    peer = scripts.start(EXAMPLES / "average_every_n_steps.py", "--seed", 0, "--every", 20)
+    address = address_in(peer.wait_for_line("--join"))
+    client = scripts.start(EXAMPLES / "client_mode.py", address, "--seed", 1, "--every", 20, "--steps", 60)
+    assert client.finish() == 0
+    assert client.output.count("averaged by 2 peers") == 3
+    peer.wait_for_line("averaged by 2 peers")
+    # and whoever is left can be stopped with Ctrl+C: it says so, and ends all that it has started
+    peer.process.send_signal(signal.SIGINT)
+    assert peer.finish() == 130
+    assert peer.output.endswith("stopped\n")
+    assert "Traceback" not in peer.output
+
+
+def test_a_late_joiner_begins_with_the_state_of_another_peer(scripts):
+    script = EXAMPLES / "late_joiner.py"
+    steps = ("--every", 20, "--pause", 0.01, "--steps", 1000)
+    first = scripts.start(script, *steps)
+    address = address_in(first.wait_for_line("--join"))
+    newcomer = scripts.start(script, "--join", address, *steps)
+    line = newcomer.wait_for_line("downloaded the state of step")
+    step = int(re.findall(r"step (\d+)", line)[0])
+    assert step > 20
+    assert accuracy_in(line) > 60  # it has not learnt anything by itself yet; ten digits: chance is 10 %
+    averaged = newcomer.wait_for_line("averaged by 2 peers")
+    assert int(re.findall(r"step (\d+)", averaged)[0]) > step
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_every_example_is_tested_here(script):
+    assert f'"{script.name}"' in Path(__file__).read_text()
