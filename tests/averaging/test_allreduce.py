@@ -1,289 +1,517 @@
-"""The pure core of one round: hand-made cases, and whole groups whose messages a seeded scheduler delivers in
-any order.
-"""
+"""The pure core of one round, in hand-made cases; whole groups are in test_allreduce_swarm.py."""
 
 from __future__ import annotations
 
-import random
-from collections import deque
-
 import pytest
 
-from shoal.averaging.allreduce import (
-    DECIDED,
-    AllReduce,
+from shoal.averaging.allreduce import AllReduce
+from shoal.averaging.allreduce_events import (
+    AnnounceExclusion,
     AnnounceOutcome,
     AskForOutcome,
     AveragePart,
     AverageReceived,
+    DropSender,
     Effect,
     Event,
+    ExchangeOpened,
+    ExcludedByOwner,
+    ExclusionReceived,
     Finish,
     MemberLost,
     MemberReported,
     OutcomeAnswered,
     OutcomeReceived,
+    OwnerLost,
     PartAveraged,
     PartDelivered,
+    PartSent,
     Phase,
-    ReportToLeader,
     ReturnAverage,
     Roles,
+    RoundTimeouts,
+    SenderAwaited,
+    SenderHeld,
+    SenderLost,
+    SnapshotFailed,
     SnapshotTaken,
+    StopContributing,
+    TellLeader,
+    TimePassed,
+    WeightDeclared,
     Withdrawn,
+)
+from shoal.averaging.round_messages import (
+    Excluded,
+    GaveUp,
+    Outcome,
+    OwnerFailed,
+    Ready,
+    SenderExcluded,
+    SpanAveraged,
+    StandsAside,
 )
 from shoal.errors import AllreduceException, ProtocolViolation
 
-
-def pair(me: int) -> AllReduce:
-    return AllReduce(Roles(me=me, parts_owned=(1, 1), contributes=(True, True)))
+TIMEOUTS = RoundTimeouts(None, sender=10.0, reducer=20.0)
 
 
-def make_ready(member: AllReduce) -> None:
-    member.handle(SnapshotTaken())
-    other = 1 - member.roles.me
-    member.handle(PartDelivered(other, 0))
-    member.handle(PartAveraged(0))
-    member.handle(AverageReceived(other, 0))
+class Member:
+    """A core with a clock: ``at`` sets the time of what follows."""
+
+    def __init__(
+        self,
+        me: int,
+        owned: tuple[int, ...] = (1, 1),
+        contributes: tuple[bool, ...] | None = None,
+        timeouts: RoundTimeouts = TIMEOUTS,
+    ) -> None:
+        self.core = AllReduce(Roles(me, owned, contributes or (True,) * len(owned)), timeouts)
+        self.now = 0.0
+
+    @property
+    def phase(self) -> Phase:
+        return self.core.phase
+
+    def at(self, now: float) -> Member:
+        self.now = now
+        return self
+
+    def handle(self, *events: Event) -> list[Effect]:
+        """All events in turn; the effects of the last one."""
+        effects: list[Effect] = []
+        for event in events:
+            effects = self.core.handle(event, self.now)
+        return effects
+
+    def make_ready(self) -> list[Effect]:
+        """In a pair, each of which owns one part."""
+        other = 1 - self.core.roles.me
+        self.handle(SnapshotTaken(1.0), WeightDeclared(other, 1.0), PartDelivered(other, 0), PartAveraged(0))
+        return self.handle(AverageReceived(other, 0))
+
+
+def excluded(effects: list[Effect]) -> list[int]:
+    return [effect.excluded.member for effect in effects if isinstance(effect, AnnounceExclusion)]
+
+
+def failure(effects: list[Effect]) -> str | None:
+    """Why the leader failed the round for everybody, if it did."""
+    return next((e.outcome.reason for e in effects if isinstance(e, AnnounceOutcome)), None)
+
+
+# the exchange
 
 
 def test_a_part_is_averaged_once_every_contributor_has_delivered_it():
-    core = AllReduce(Roles(me=0, parts_owned=(2, 0, 0), contributes=(True, True, False)))
-    assert core.handle(PartDelivered(1, 0)) == []
-    assert core.handle(SnapshotTaken()) == [AveragePart(0)]
-    assert core.handle(PartDelivered(1, 1)) == [AveragePart(1)]
-    assert core.handle(PartAveraged(0)) == [ReturnAverage(0)]
+    member = Member(0, (2, 0, 0), (True, True, False))
+    assert member.handle(WeightDeclared(1, 1.0), PartDelivered(1, 0)) == []
+    assert member.handle(SnapshotTaken(1.0)) == [AveragePart(0)]
+    assert member.handle(PartDelivered(1, 1)) == [AveragePart(1)]
+    assert member.handle(PartAveraged(0)) == [ReturnAverage(0)]
 
 
 def test_a_member_reports_ready_only_when_it_holds_every_average():
-    core = pair(me=1)
-    core.handle(SnapshotTaken())
-    assert core.handle(PartDelivered(0, 0)) == [AveragePart(0)]
-    assert core.handle(PartAveraged(0)) == [ReturnAverage(0)]
-    assert core.parts_missing_from(0) == 1
-    assert core.handle(AverageReceived(0, 0)) == [ReportToLeader()]
-    assert core.phase is Phase.READY
+    member = Member(1)
+    assert member.handle(SnapshotTaken(3.0), WeightDeclared(0, 2.0), PartDelivered(0, 0)) == [AveragePart(0)]
+    assert member.handle(PartAveraged(0, 0.5, 0.25)) == [
+        ReturnAverage(0),
+        TellLeader(SpanAveraged((2.0, 3.0), 0.5, 0.25)),
+    ]
+    assert member.handle(AverageReceived(0, 0)) == [TellLeader(Ready(3.0))]
+    assert member.phase is Phase.READY
 
 
-def test_a_helper_without_tensors_waits_for_its_snapshot_before_it_is_ready():
-    core = AllReduce(Roles(me=1, parts_owned=(0, 1), contributes=(True, False)))
-    core.handle(PartDelivered(0, 0))
-    assert core.handle(PartAveraged(0)) == [ReturnAverage(0)]
-    assert core.handle(SnapshotTaken()) == [ReportToLeader()]
+def test_an_auxiliary_member_averages_after_its_trigger_and_commits_with_the_leader():
+    member = Member(1, (0, 1), (True, False))
+    assert member.handle(WeightDeclared(0, 1.0), PartDelivered(0, 0)) == []
+    assert member.handle(SnapshotTaken(7.0)) == [AveragePart(0)]
+    assert member.handle(PartAveraged(0)) == [
+        ReturnAverage(0),
+        TellLeader(SpanAveraged((1.0, 0.0), None, None)),
+    ]
+    assert member.phase is Phase.EXCHANGING
+    assert member.handle(OutcomeReceived(Outcome(None))) == [Finish()]
 
 
-def test_the_leader_commits_when_the_last_member_is_ready():
-    leader = pair(me=0)
-    make_ready(leader)
-    assert leader.phase is Phase.EXCHANGING
-    assert leader.handle(MemberReported(1)) == [AnnounceOutcome(), Finish()]
-    assert leader.phase is Phase.COMMITTED
+def test_nobody_waits_for_a_member_with_weight_0():
+    member = Member(0, (1, 0))
+    assert member.handle(SnapshotTaken(1.0)) == []
+    assert member.handle(WeightDeclared(1, 0.0)) == [AveragePart(0)]
+    with pytest.raises(ProtocolViolation, match="declared no weight"):
+        member.handle(PartDelivered(1, 0))
+
+
+def test_a_member_with_weight_0_waits_for_averages_like_any_other():
+    member = Member(1, (1, 0))
+    assert member.handle(SnapshotTaken(0.0)) == []
+    assert member.handle(AverageReceived(0, 0)) == [TellLeader(Ready(0.0))]
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_none_is_a_violation(weight: float):
+    with pytest.raises(ProtocolViolation, match="declared the weight"):
+        Member(0).handle(WeightDeclared(1, weight))
 
 
 @pytest.mark.parametrize(
     "event",
     [
-        PartDelivered(1, 1),
+        PartDelivered(1, 0),
         PartDelivered(0, 0),
         AverageReceived(1, 1),
         AverageReceived(0, 0),
-        OutcomeReceived(),
+        OutcomeReceived(Outcome(None)),
+        WeightDeclared(0, 1.0),
     ],
     ids=str,
 )
 def test_what_no_honest_peer_sends_is_a_violation_and_changes_nothing(event: Event):
-    core = pair(me=0)
+    member = Member(0)
     with pytest.raises(ProtocolViolation):
-        core.handle(event)
-    assert core.phase is Phase.EXCHANGING
-    assert core.handle(PartDelivered(1, 0)) == []
+        member.handle(event)
+    assert member.phase is Phase.EXCHANGING
+    assert member.handle(WeightDeclared(1, 1.0), PartDelivered(1, 0)) == []
+    with pytest.raises(ProtocolViolation, match="twice"):
+        member.handle(WeightDeclared(1, 1.0))
+
+
+# timeouts
+
+
+def test_a_sender_that_stalls_is_left_out_of_what_it_has_not_delivered():
+    member = Member(1, (0, 2, 0))
+    assert member.handle(SnapshotTaken(1.0), WeightDeclared(0, 1.0), WeightDeclared(2, 1.0)) == []
+    member.at(4.0).handle(PartDelivered(0, 0), PartDelivered(0, 1))
+    assert member.at(5.0).handle(PartDelivered(2, 0)) == [AveragePart(0)]
+    assert member.core.deadline == 15.0
+    assert member.at(14.9).handle(TimePassed()) == []
+    reason = "it sent no further part within sender_timeout=10 s"
+    assert member.at(15.0).handle(TimePassed()) == [
+        DropSender(2, reason),
+        AveragePart(1),
+        TellLeader(SenderExcluded(2, reason)),
+    ]
+    assert member.core.deadline is None
+
+
+def test_a_sender_that_never_comes_is_awaited_from_the_owners_own_snapshot_on():
+    member = Member(1, (0, 1, 0))
+    assert member.core.deadline is None  # the own user may take any time
+    member.at(50.0).handle(SnapshotTaken(1.0))
+    assert member.core.deadline == 60.0
+    assert DropSender(2, "it sent no part within sender_timeout=10 s") in member.at(60.0).handle(TimePassed())
+
+
+def test_the_clock_of_a_sender_stands_still_while_it_is_held():
+    member = Member(1, (0, 5))
+    member.handle(SnapshotTaken(1.0), WeightDeclared(0, 1.0), PartDelivered(0, 0), SenderHeld(0))
+    assert member.core.deadline is None
+    member.at(100.0).handle(SenderAwaited(0))
+    assert member.core.deadline == 110.0
+
+
+def test_a_sender_that_was_held_before_the_snapshot_stays_so():
+    member = Member(1, (0, 5))
+    member.handle(WeightDeclared(0, 1.0), PartDelivered(0, 0), SenderHeld(0), SnapshotTaken(1.0))
+    assert member.core.deadline is None
+
+
+def test_time_by_which_the_owner_itself_is_late_does_not_count():
+    member = Member(1, (0, 1))
+    member.handle(SnapshotTaken(1.0))
+    assert member.at(500.0).handle(TimePassed(late=491.0)) == []
+    assert member.core.deadline == 501.0
+    assert member.at(501.0).handle(TimePassed()) != []
+
+
+def test_the_clock_of_an_owner_runs_while_it_has_all_that_it_needs_of_this_member():
+    member = Member(1, (2, 0))
+    member.handle(SnapshotTaken(1.0))
+    assert member.core.deadline == 20.0  # it may never open
+    member.at(10.0).handle(ExchangeOpened(0))
+    assert member.core.deadline is None  # this member's own part is on its way
+    member.at(50.0).handle(PartSent(0, 0))
+    assert member.core.deadline == 70.0
+    member.at(60.0).handle(PartSent(0, 1))
+    assert member.core.deadline == 70.0
+    member.at(65.0).handle(AverageReceived(0, 0))
+    assert member.core.deadline == 85.0
+    assert member.at(85.0).handle(TimePassed()) == [
+        TellLeader(OwnerFailed(0, "it returned no average within reducer_timeout=20 s", True))
+    ]
+    assert member.at(200.0).handle(TimePassed()) == []
+
+
+def test_the_clock_of_an_owner_runs_at_once_for_a_member_with_weight_0():
+    member = Member(1, (2, 0))
+    member.handle(SnapshotTaken(0.0))
+    member.at(10.0).handle(ExchangeOpened(0))
+    assert member.core.deadline == 30.0
+
+
+def test_without_timeouts_there_is_no_deadline():
+    member = Member(1, (1, 1), timeouts=RoundTimeouts())
+    member.handle(SnapshotTaken(1.0), ExchangeOpened(0), PartSent(0, 0))
+    assert member.core.deadline is None
+    assert member.at(1e9).handle(TimePassed()) == []
+
+
+def test_an_owner_that_times_out_fails_the_round_for_everybody():
+    leader = Member(0, (0, 1, 1))
+    effects = leader.handle(MemberReported(2, OwnerFailed(1, "too slow", True)))
+    assert "member 2 got no averages from member 1: too slow" in (failure(effects) or "")
+
+
+# exclusion
+
+
+def test_the_leader_tells_everybody_whom_an_owner_excludes():
+    leader = Member(0, (1, 1, 0))
+    leader.handle(SnapshotTaken(1.0))
+    effects = leader.at(3.0).handle(MemberReported(1, SenderExcluded(2, "NaN")))
+    assert effects == [
+        AnnounceExclusion(Excluded(2, "exchange", 3.0, "excluded by member 1: NaN")),
+        DropSender(2, "excluded by member 1: NaN"),
+    ]
+    assert leader.handle(MemberReported(1, SenderExcluded(2, "NaN"))) == []
+
+
+def test_an_excluded_member_without_a_span_is_done():
+    member = Member(1, (1, 0))
+    assert member.handle(SnapshotTaken(1.0), ExcludedByOwner(0, "slow")) == [
+        TellLeader(StandsAside("exchange", "excluded by member 0: slow")),
+        Finish("excluded by member 0: slow"),
+    ]
+
+
+def test_an_excluded_owner_serves_until_the_group_is_decided():
+    member = Member(2, (1, 1, 1))
+    member.handle(SnapshotTaken(1.0))
+    assert member.handle(ExclusionReceived(Excluded(2, "exchange", 1.0, "slow"))) == [StopContributing()]
+    assert member.phase is Phase.EXCLUDED
+    member.handle(WeightDeclared(0, 1.0), PartDelivered(0, 0), WeightDeclared(1, 1.0))
+    assert member.handle(PartDelivered(1, 0)) == [AveragePart(0)]
+    assert member.handle(PartAveraged(0)) == [
+        ReturnAverage(0),
+        TellLeader(SpanAveraged((1.0, 1.0, 1.0), None, None)),
+    ]
+    outcome = Outcome(None, (Excluded(2, "exchange", 1.0, "slow"),))
+    assert member.handle(OutcomeReceived(outcome)) == [Finish("excluded from the round: slow")]
+    assert (member.phase, member.core.outcome) == (Phase.FAILED, outcome)
+
+
+def test_a_member_without_a_snapshot_averages_what_the_others_sent():
+    member = Member(1, (0, 1, 0))
+    member.handle(WeightDeclared(0, 1.0), PartDelivered(0, 0), WeightDeclared(2, 0.0))
+    assert member.handle(SnapshotFailed("NaN")) == [
+        StopContributing(),
+        AveragePart(0),
+        TellLeader(StandsAside("snapshot", "NaN")),
+    ]
+
+
+def test_an_excluded_leader_commits_for_the_others_and_fails_itself():
+    leader = Member(0, (0, 1, 0))
+    leader.handle(SnapshotTaken(1.0))
+    assert leader.handle(ExcludedByOwner(1, "slow"))[0] == StopContributing()
+    leader.handle(MemberReported(1, SpanAveraged((1.0, 1.0, 1.0), None, None)))
+    assert leader.handle(MemberReported(1, Ready(1.0))) == []
+    effects = leader.handle(MemberReported(2, Ready(1.0)))
+    assert isinstance(effects[0], AnnounceOutcome)
+    assert effects[0].outcome.reason is None
+    assert effects[0].outcome.weights == (0.0, 1.0, 1.0)
+    assert leader.phase is Phase.FAILED
+    assert leader.core.outcome == effects[0].outcome  # which is what an orphan is told
+
+
+def test_a_member_that_owns_nothing_may_be_lost():
+    leader = Member(0, (1, 0, 0))
+    leader.handle(SnapshotTaken(1.0), WeightDeclared(1, 1.0), PartDelivered(1, 0))
+    effects = leader.handle(MemberLost(2, "killed"))
+    assert excluded(effects) == [2]
+    assert AveragePart(0) in effects
+    assert failure(effects) is None
+
+
+def test_an_owner_whose_averages_are_needed_may_not_be_lost():
+    leader = Member(0, (1, 1, 0))
+    assert failure(leader.handle(MemberLost(1, "killed"))) == "lost member 1: killed"
+
+
+def test_an_owner_that_everybody_is_ready_without_may_be_lost():
+    leader = Member(0, (0, 1, 0))
+    leader.handle(SnapshotTaken(1.0), AverageReceived(1, 0), MemberReported(2, Ready(1.0)))
+    effects = leader.handle(MemberLost(1, "killed"))
+    assert excluded(effects) == [1]
+    assert leader.phase is Phase.COMMITTED
+
+
+def test_a_member_that_cannot_reach_an_owner_is_excluded_but_fails_the_round_if_the_owner_is_lost():
+    leader = Member(0, (1, 1, 0))
+    assert excluded(leader.handle(MemberReported(2, OwnerFailed(1, "reset", False)))) == [2]
+    assert failure(leader.handle(MemberLost(1, "killed"))) == "lost member 1: killed"
+
+
+def test_an_owner_that_cannot_reach_another_one_fails_the_round():
+    leader = Member(0, (1, 1, 1))
+    effects = leader.handle(MemberReported(1, OwnerFailed(2, "reset", False)))
+    assert failure(effects) == "member 1 got no averages from member 2: reset"
+
+
+def test_a_member_that_told_different_weights_is_named():
+    leader = Member(0, (1, 1, 0))
+    leader.handle(MemberReported(2, Ready(2.0)))
+    effects = leader.handle(MemberReported(1, SpanAveraged((1.0, 1.0, 3.0), None, None)))
+    assert failure(effects) == (
+        "member 2 contributed with different weights: 2 by the word of member 2, 3 by that of member 1"
+    )
+
+
+def test_when_nobody_is_left_the_round_fails():
+    leader = Member(0, (1, 0))
+    leader.handle(MemberLost(1, "killed"))
+    assert "no member is left" in (failure(leader.handle(SnapshotFailed("NaN"))) or "")
+
+
+# commit
+
+
+def test_the_leader_commits_when_the_last_member_is_ready():
+    leader = Member(0)
+    leader.make_ready()
+    assert leader.phase is Phase.EXCHANGING
+    assert leader.handle(MemberReported(1, Ready(1.0))) == []  # its span's report is still missing
+    effects = leader.handle(MemberReported(1, SpanAveraged((1.0, 1.0), 3.0, 4.0)))
+    assert effects == [AnnounceOutcome(Outcome(None, (), (1.0, 1.0), None, None)), Finish()]
+    assert leader.phase is Phase.COMMITTED
+
+
+def test_the_sums_of_all_spans_travel_with_the_outcome():
+    leader = Member(0, (0, 1, 1))
+    leader.handle(SnapshotTaken(1.0), AverageReceived(1, 0), AverageReceived(2, 0))
+    for owner in (1, 2):
+        leader.handle(MemberReported(owner, SpanAveraged((1.0,) * 3, 3.0 * owner, 5.0)))
+        effects = leader.handle(MemberReported(owner, Ready(1.0)))
+    assert effects[0] == AnnounceOutcome(Outcome(None, (), (1.0,) * 3, 9.0, 10.0))
 
 
 def test_a_commit_before_this_member_was_ready_is_a_violation():
     with pytest.raises(ProtocolViolation, match="before this member was ready"):
-        pair(me=1).handle(OutcomeReceived())
+        Member(1).handle(OutcomeReceived(Outcome(None)))
 
 
-def test_giving_up_after_reporting_ready_is_a_violation():
-    leader = pair(me=0)
-    leader.handle(MemberReported(1))
-    with pytest.raises(ProtocolViolation, match="gave up after"):
-        leader.handle(MemberReported(1, "changed my mind"))
+@pytest.mark.parametrize("report", [GaveUp("changed my mind"), StandsAside("exchange", "slow")])
+def test_giving_up_after_reporting_ready_is_a_violation(report: GaveUp | StandsAside):
+    leader = Member(0)
+    leader.handle(MemberReported(1, Ready(1.0)))
+    with pytest.raises(ProtocolViolation, match="after it had reported ready"):
+        leader.handle(MemberReported(1, report))
 
 
-def test_the_leader_fails_the_round_when_a_member_is_lost_before_it_is_ready():
-    leader = pair(me=0)
-    effects = leader.handle(MemberLost(1, "connection reset"))
-    assert effects == [
-        AnnounceOutcome("lost member 1: connection reset"),
-        Finish("lost member 1: connection reset"),
-    ]
-
-
-def test_a_member_lost_after_it_was_ready_does_not_fail_the_round():
-    leader = pair(me=0)
-    leader.handle(MemberReported(1))
+def test_a_member_lost_after_it_was_ready_is_averaged_all_the_same():
+    leader = Member(0)
+    leader.handle(MemberReported(1, SpanAveraged((1.0, 1.0), None, None)), MemberReported(1, Ready(1.0)))
     assert leader.handle(MemberLost(1, "connection reset")) == []
-    make_ready(leader)
+    leader.make_ready()  # its streams of parts have ended in order
     assert leader.phase is Phase.COMMITTED
+    assert leader.core.outcome is not None
+    assert leader.core.outcome.weights == (1.0, 1.0)
+
+
+def test_a_ready_member_is_not_excluded_any_more():
+    leader = Member(0, (1, 1, 0))
+    leader.handle(MemberReported(2, Ready(1.0)))
+    assert leader.handle(MemberReported(1, SenderExcluded(2, "slow"))) == []
 
 
 def test_a_ready_member_does_not_withdraw():
-    member = pair(me=1)
-    make_ready(member)
+    member = Member(1)
+    member.make_ready()
     assert member.handle(Withdrawn("cancelled")) == []
     assert member.phase is Phase.READY
 
 
 def test_a_member_that_withdraws_earlier_tells_the_leader():
-    assert pair(me=1).handle(Withdrawn("cancelled")) == [ReportToLeader("cancelled"), Finish("cancelled")]
+    assert Member(1).handle(Withdrawn("cancelled")) == [TellLeader(GaveUp("cancelled")), Finish("cancelled")]
+
+
+def test_a_leader_that_withdraws_fails_the_round():
+    assert failure(Member(0).handle(Withdrawn("cancelled"))) == "the leader gave up: cancelled"
+
+
+COMMITTED, FAILED_BY_LEADER = Outcome(None), Outcome("lost member 3")
 
 
 @pytest.mark.parametrize(
-    ("answer", "outcome"),
-    [(Phase.COMMITTED, Phase.COMMITTED), (Phase.FAILED, Phase.FAILED), (None, Phase.FAILED)],
+    ("phase", "outcome", "ends"),
+    [
+        (Phase.COMMITTED, COMMITTED, Phase.COMMITTED),
+        (Phase.FAILED, COMMITTED, Phase.COMMITTED),  # an excluded leader that committed for the others
+        (Phase.FAILED, FAILED_BY_LEADER, Phase.FAILED),
+        (None, None, Phase.FAILED),
+    ],
 )
-def test_an_orphan_takes_over_what_others_know(answer: Phase | None, outcome: Phase):
-    member = pair(me=1)
-    make_ready(member)
+def test_an_orphan_takes_over_the_leaders_decision(phase: Phase | None, outcome: Outcome | None, ends: Phase):
+    member = Member(1)
+    member.make_ready()
     assert member.handle(MemberLost(0, "killed")) == [AskForOutcome((0,))]
-    member.handle(OutcomeAnswered(0, answer))
-    assert member.phase is outcome
+    member.handle(OutcomeAnswered(0, phase, outcome))
+    assert member.phase is ends
 
 
-def test_an_orphan_asks_again_while_somebody_still_waits_for_the_leader():
-    core = AllReduce(Roles(me=2, parts_owned=(0, 0, 0), contributes=(True, True, True)))
-    core.handle(SnapshotTaken())
-    core.handle(MemberLost(0, "killed"))
-    assert core.handle(OutcomeAnswered(1, Phase.READY)) == [AskForOutcome((1,))]
-    assert core.handle(OutcomeAnswered(0, None)) == []
-    assert isinstance(core.handle(OutcomeAnswered(1, Phase.ORPHANED))[0], Finish)
-    assert core.phase is Phase.FAILED
+def test_what_became_of_a_member_itself_is_no_decision():
+    orphan = Member(2, (0, 0, 0))
+    orphan.handle(SnapshotTaken(1.0), MemberLost(0, "cut off"))
+    assert orphan.handle(OutcomeAnswered(1, Phase.FAILED, None)) == []  # it gave up by itself
+    assert orphan.handle(OutcomeAnswered(0, Phase.COMMITTED, COMMITTED)) == [Finish()]
 
 
-class SimulatedGroup:
-    """Members whose messages travel in order between each pair, and otherwise in any order that the seed
-    chooses.
-    """
-
-    def __init__(self, rng: random.Random, size: int) -> None:
-        self.rng = rng
-        owned = tuple(rng.choice((0, 1, 3)) for _ in range(size))
-        contributor = rng.randrange(size)
-        contributes = tuple(me == contributor or rng.random() < 0.8 for me in range(size))
-        self.cores = [AllReduce(Roles(me, owned, contributes)) for me in range(size)]
-        self.alive = [True] * size
-        self.links: dict[tuple[int, int], deque[Event | str]] = {}
-        self.tasks: list[tuple[int, Event]] = [(me, SnapshotTaken()) for me in range(size)]
-        for sender, core in enumerate(self.cores):
-            for owner in core.roles.others:
-                if contributes[sender]:
-                    for part in range(owned[owner]):
-                        self.send(sender, owner, PartDelivered(sender, part))
-
-    def send(self, source: int, target: int, event: Event | str) -> None:
-        self.links.setdefault((source, target), deque()).append(event)
-
-    def kill(self, member: int) -> None:
-        """The process ends: of what it has sent, each peer receives a beginning, and then the end of the
-        connection.
-        """
-        self.alive[member] = False
-        for (source, target), queue in self.links.items():
-            if source == member:
-                lost = [queue.pop() for _ in range(self.rng.randint(0, len(queue)))]
-                unanswered = [event for event in lost if isinstance(event, OutcomeAnswered)]
-                self.tasks += [(target, OutcomeAnswered(member, None)) for _ in unanswered]
-        for other in self.cores[member].roles.others:
-            self.send(member, other, MemberLost(member, "killed"))
-
-    def step(self) -> bool:
-        """Deliver one message or do one task; False: nothing is left to do."""
-        choices = [link for link, queue in self.links.items() if queue and self.alive[link[1]]]
-        tasks = [task for task in self.tasks if self.alive[task[0]]]
-        if not choices and not tasks:
-            return False
-        if tasks and (not choices or self.rng.random() < 0.3):
-            task = self.rng.choice(tasks)
-            self.tasks.remove(task)
-            self.feed(*task)
-        else:
-            source, target = self.rng.choice(choices)
-            event = self.links[source, target].popleft()
-            if event == "outcome?":
-                self.send(target, source, OutcomeAnswered(target, self.cores[target].phase, "told"))
-            else:
-                self.feed(target, event)
-        return True
-
-    def feed(self, member: int, event: Event) -> None:
-        for effect in self.cores[member].handle(event):
-            self.carry_out(member, effect)
-
-    def carry_out(self, me: int, effect: Effect) -> None:
-        roles = self.cores[me].roles
-        match effect:
-            case AveragePart(index):
-                self.feed(me, PartAveraged(index))
-            case ReturnAverage(index):
-                for other in roles.others:
-                    self.send(me, other, AverageReceived(me, index))
-            case ReportToLeader(reason):
-                self.send(me, roles.leader, MemberReported(me, reason))
-            case AnnounceOutcome(reason):
-                for other in roles.others:
-                    self.send(me, other, OutcomeReceived(reason))
-            case AskForOutcome(members):
-                for member in members:
-                    if self.alive[member]:
-                        self.send(me, member, "outcome?")
-                    else:
-                        self.tasks.append((me, OutcomeAnswered(member, None)))
-            case Finish():
-                assert self.cores[me].phase in DECIDED
-
-    def run(self, faults: int) -> None:
-        total = sum(len(queue) for queue in self.links.values()) + 40
-        when = sorted(self.rng.randrange(total) for _ in range(faults))
-        for count in range(20_000):
-            while when and when[0] <= count:
-                when.pop(0)
-                self.kill(self.rng.choice([me for me, alive in enumerate(self.alive) if alive]))
-                self.answer_for_the_dead()
-            if not self.step():
-                return
-        pytest.fail("the round never ends")
-
-    def answer_for_the_dead(self) -> None:
-        """A question on its way to a member that died is answered by the end of the connection."""
-        for (source, target), queue in self.links.items():
-            while not self.alive[target] and "outcome?" in queue:
-                queue.remove("outcome?")
-                self.tasks.append((source, OutcomeAnswered(target, None)))
+def test_an_orphan_asks_again_while_somebody_may_still_hear_from_the_leader():
+    orphan = Member(2, (0, 0, 0))
+    orphan.handle(SnapshotTaken(1.0), MemberLost(0, "killed"))
+    for phase in (Phase.READY, Phase.EXCHANGING, Phase.EXCLUDED):
+        assert orphan.handle(OutcomeAnswered(1, phase)) == [AskForOutcome((1,))]
+    assert orphan.handle(OutcomeAnswered(0, None)) == []
+    assert isinstance(orphan.handle(OutcomeAnswered(1, Phase.ORPHANED))[0], Finish)
+    assert orphan.phase is Phase.FAILED
 
 
-@pytest.mark.parametrize("block", range(10))
-def test_without_faults_every_order_of_messages_commits(block: int):
-    for seed in range(block * 30, block * 30 + 30):
-        group = SimulatedGroup(random.Random(seed), size=seed % 7 + 2)
-        group.run(faults=0)
-        assert [core.phase for core in group.cores] == [Phase.COMMITTED] * len(group.cores), seed
+def test_an_orphan_does_not_listen_to_the_leader_any_more():
+    """It may already have told another orphan that it knows of no decision."""
+    orphan = Member(1, (0, 0, 0))
+    orphan.handle(SnapshotTaken(1.0), MemberLost(0, "reset"))
+    assert orphan.handle(OutcomeReceived(COMMITTED)) == []
+    assert (orphan.phase, orphan.core.outcome) == (Phase.ORPHANED, None)
 
 
-@pytest.mark.parametrize("block", range(10))
-def test_with_deaths_the_survivors_always_agree(block: int):
-    outcomes = set()
-    for seed in range(block * 100, block * 100 + 100):
-        rng = random.Random(seed)
-        group = SimulatedGroup(rng, size=rng.randint(2, 8))
-        group.run(faults=rng.randint(1, len(group.cores) - 1))
-        phases = {core.phase for core, alive in zip(group.cores, group.alive, strict=True) if alive}
-        assert len(phases) <= 1, (seed, phases)
-        assert phases <= set(DECIDED), (seed, phases)
-        outcomes |= phases
-    assert outcomes == set(DECIDED), "the sweep must meet both outcomes, or it proves nothing"
+def test_a_member_that_gave_up_never_learns_the_decision():
+    member = Member(1)
+    member.handle(Withdrawn("cancelled"))
+    assert member.handle(OutcomeReceived(COMMITTED)) == []
+    assert member.core.outcome is None
+
+
+def test_the_notice_of_an_exclusion_can_cross_the_report_of_readiness():
+    member = Member(1)
+    member.make_ready()
+    notice = Excluded(1, "join", 0.0, "late")
+    assert member.handle(ExclusionReceived(notice)) == [StopContributing()]
+    assert member.handle(OutcomeReceived(Outcome(None, (notice,)))) == [
+        Finish("excluded from the round: late")
+    ]
+    leader = Member(0, (1, 0))
+    leader.handle(MemberLost(1, "reset"))
+    assert leader.handle(MemberReported(1, Ready(1.0))) == []
+
+
+def test_a_lost_sender_of_a_span_that_is_averaged_changes_nothing():
+    member = Member(1)
+    member.make_ready()
+    assert member.handle(SenderLost(0, "reset")) == []
+    assert member.handle(OwnerLost(0, "reset")) == []
 
 
 def test_a_group_of_helpers_alone_has_nothing_to_average():
     with pytest.raises(AllreduceException, match="no member of the group contributes"):
-        AllReduce(Roles(me=0, parts_owned=(1, 1), contributes=(False, False)))
+        Member(0, (1, 1), (False, False))

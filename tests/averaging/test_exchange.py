@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoal.averaging.exchange import Arena, ForeignSpan, NotFiniteError, OwnSpan
+from shoal.averaging.exchange import NOT_FINITE, Arena, ForeignSpan, NotFiniteError, OwnSpan
 from shoal.averaging.load_balancing import load_balance_peers
 from shoal.averaging.partition import Layout, Partition
 from shoal.compression import CompressionBase, Float16Compression, NoCompression
-from shoal.errors import ProtocolViolation
+from shoal.errors import AllreduceException, ProtocolViolation
 
 SHAPES = [(300, 7), (), (0,), (1000,)]
 
@@ -114,14 +114,60 @@ def test_float16_bounds_the_error_by_its_resolution():
             assert bool((error <= 3 * largest * 2**-11).all())
 
 
-def test_values_that_are_not_finite_name_their_sender():
+def test_values_that_are_not_finite_are_left_out_and_name_their_sender():
     group = Group(2, NoCompression())
     part = group.own[0].parts[0]
     bad = torch.full((part.count,), float("nan"))
     group.send(bad.numpy().tobytes(), owner=0, sender=1, index=0)
-    with pytest.raises(NotFiniteError) as caught:
+    assert group.own[0].average(0) == {1: NOT_FINITE}
+    own = group.layout.part_view(group.arenas[0].snapshot, part)
+    assert torch.equal(group.layout.part_view(group.arenas[0].average, part), own)
+
+
+def test_a_part_is_averaged_over_the_weights_that_arrived():
+    group = Group(3, NoCompression(), weights=[1.0, 2.0, 5.0])
+    span = ForeignSpan(group.partition, 0, group.arenas[1])
+    group.send(span.to_send(0), owner=0, sender=1, index=0)  # nothing comes from member 2
+    assert group.own[0].average(0) == {}
+    part = group.own[0].parts[0]
+    mine, other = (group.layout.part_view(group.arenas[me].snapshot, part).double() for me in (0, 1))
+    result = group.layout.part_view(group.arenas[0].average, part)
+    assert torch.allclose(result.double(), (mine + 2 * other) / 3, atol=1e-6)
+
+
+def test_a_part_to_which_nobody_contributes_is_an_error():
+    group = Group(2, NoCompression(), weights=[0.0, 1.0])
+    with pytest.raises(AllreduceException, match="nobody contributes"):
         group.own[0].average(0)
-    assert caught.value.member == 1
+
+
+@pytest.mark.parametrize("codec", [NoCompression(), Float16Compression()])
+def test_who_sends_nothing_gets_the_average_itself(codec: CompressionBase):
+    group = Group(2, codec, weights=[1.0, 0.0])
+    part = group.own[0].parts[0]
+    group.own[0].average(0)
+    span = ForeignSpan(group.partition, 0, group.arenas[1])
+    span.sends = False
+    memory = span.receive_into(0, part.nbytes)
+    memory[:] = bytes(group.own[0].to_return(1, 0))
+    span.deliver(0, memory)
+    average, received = (group.layout.part_view(group.arenas[me].average, part) for me in (0, 1))
+    assert torch.equal(received, codec.decode(bytes(codec.encode(average)), torch.float32, part.count))
+
+
+def test_the_spread_of_a_small_span_is_exact():
+    group = Group(2, NoCompression())
+    before = [arena.snapshot.clone() for arena in group.arenas]
+    group.exchange()
+    assert all(torch.equal(arena.snapshot, old) for arena, old in zip(group.arenas, before, strict=True))
+    distance = average = 0.0
+    for mine, other in zip(*group.tensors, strict=True):
+        mean = (mine.double() + other.double()) / 2
+        distance += ((mine - mean).square().sum() + (other - mean).square().sum()).item() / 2
+        average += mean.square().sum().item()
+    sums = [own.spread() for own in group.own]
+    assert sum(one[0] or 0.0 for one in sums) == pytest.approx(distance, rel=1e-5)
+    assert sum(one[1] or 0.0 for one in sums) == pytest.approx(average, rel=1e-5)
 
 
 @pytest.mark.parametrize("codec", [NoCompression(), Float16Compression()])

@@ -6,13 +6,14 @@ No I/O and no waiting: :mod:`.round` moves the bytes and asks :mod:`.allreduce` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from shoal.averaging.partition import Part, Partition
-from shoal.averaging.reduction import apply_difference, encode_difference, is_finite, reduce_part
+from shoal.averaging.reduction import apply_difference, encode_difference, encode_part, is_finite, reduce_part
+from shoal.averaging.spread import SpreadSample
 from shoal.compression.base import Bytes, tensor_bytes
 from shoal.errors import AllreduceException, ProtocolViolation
 
@@ -28,11 +29,15 @@ class Arena:
     average: torch.Tensor
 
 
+NOBODY_CONTRIBUTED = "nobody contributes: each member's weight is 0, or it was excluded"
+NOT_FINITE = "it sent values that are not finite (NaN or infinity)"
+
+
 class NotFiniteError(ProtocolViolation):
     """A member sent NaN or infinity."""
 
     def __init__(self, member: int) -> None:
-        super().__init__("sent values that are not finite (NaN or infinity)")
+        super().__init__(NOT_FINITE)
         self.member = member
 
 
@@ -47,12 +52,12 @@ class OwnSpan:
     """The span that this member averages: what has arrived from whom, the averages, and what goes back to
     whom.
 
-    A part is averaged in one go when all of it is there, in the members' order, so that its average does not
-    depend on the order of arrival.
+    A part is averaged in one go from what has arrived, in the members' order, so that its average does not depend on
+    the order of arrival.
     """
 
     def __init__(self, partition: Partition, me: int, arena: Arena, weights: Mapping[int, float]) -> None:
-        """``weights``: of every contributor, in the members' order."""
+        """``weights``: of the contributors, as far as they are known; see :meth:`set_weight`."""
         self.parts = partition.parts_of(me)
         self._weights = dict(weights)
         self._partition = partition
@@ -60,18 +65,23 @@ class OwnSpan:
         self._me = me
         self._arena = arena
         self._arrived: dict[int, dict[int, memoryview]] = {}
-        self._expected = dict.fromkeys(weights, 0)
+        self._expected: dict[int, int] = {}
         self._spare: dict[int, list[bytearray]] = {}
         self._differences: dict[tuple[int, int], memoryview] = {}
+        self._sample = SpreadSample(len(self.parts))
+
+    def set_weight(self, member: int, weight: float) -> None:
+        """A member contributes with this weight; this member itself does so from its snapshot."""
+        self._weights[member] = weight
 
     def receive_into(self, sender: int, tag: int, length: int) -> memoryview:
         """Memory for the next part of a sender; :class:`ProtocolViolation` if it is not the next one."""
-        expected = self._expected[sender]
+        expected = self._expected.get(sender, 0)
         if expected >= len(self.parts):
             raise ProtocolViolation(f"payload {tag} after the last part")
         part = self.parts[expected]
         _check_payload(part, expected, tag, length)
-        self._expected[sender] += 1
+        self._expected[sender] = expected + 1
         spare = self._spare.get(part.nbytes)
         return memoryview(spare.pop() if spare else bytearray(part.nbytes))
 
@@ -79,35 +89,61 @@ class OwnSpan:
         """The part that was received is complete."""
         self._arrived.setdefault(index, {})[sender] = data
 
-    def average(self, index: int) -> None:
-        """Average a part that every contributor has delivered; the average lies in the arena from then on.
+    def average(self, index: int) -> dict[int, str]:
+        """Average what has been delivered of a part; the average lies in the arena from then on.
 
-        :raises NotFiniteError: a sender's values are not finite
-        :raises AllreduceException: they are, but their sum is not
+        :returns: members whose version was left out, and what is wrong with it
+        :raises AllreduceException: no version with a weight above 0 is left, or their sum is not finite
         """
         part = self.parts[index]
         codec, dtype = self._layout.codec_of(part), self._layout.dtype_of(part)
         arrived = self._arrived.pop(index, {})
-        decoded: dict[int, torch.Tensor] = {}
-        for sender, data in sorted(arrived.items()):
-            decoded[sender] = codec.decode(data, dtype, part.count)
-            if not is_finite(decoded[sender]):
-                raise NotFiniteError(sender)
+        received, offenders = self._decode(part, arrived)
+        inputs = dict(received)
+        if self._me in self._weights:
+            inputs[self._me] = self._layout.part_view(self._arena.snapshot, part)
+        senders = sorted(sender for sender in inputs if self._weights.get(sender, 0) > 0)
+        if not senders:
+            raise AllreduceException(NOBODY_CONTRIBUTED)
         out = self._layout.part_view(self._arena.average, part)
-        inputs = {**decoded, self._me: self._layout.part_view(self._arena.snapshot, part)}
-        senders = [member for member in self._weights if member in inputs]
-        reduce_part(
-            [inputs[sender] for sender in senders], [self._weights[sender] for sender in senders], out
-        )
+        values = [inputs[sender] for sender in senders]
+        reduce_part(values, [self._weights[sender] for sender in senders], out)
         if not is_finite(out):
             raise AllreduceException("the sum of the members' values exceeds the range of their dtype")
+        if self._sample.wants(index):
+            self._sample.add(index, values, out)
         if not codec.lossless(dtype):
-            for sender, values in decoded.items():
-                self._differences[sender, index] = encode_difference(codec, out, values)
-        for data in arrived.values():
-            buffer = data.obj
-            if isinstance(buffer, bytearray):
-                self._spare.setdefault(part.nbytes, []).append(buffer)
+            for sender, decoded in received.items():
+                self._differences[sender, index] = encode_difference(codec, out, decoded)
+        self._recycle(part, arrived.values())
+        return offenders
+
+    def _decode(
+        self, part: Part, arrived: Mapping[int, memoryview]
+    ) -> tuple[dict[int, torch.Tensor], dict[int, str]]:
+        codec, dtype = self._layout.codec_of(part), self._layout.dtype_of(part)
+        decoded: dict[int, torch.Tensor] = {}
+        offenders: dict[int, str] = {}
+        for sender, data in arrived.items():
+            try:
+                values = codec.decode(data, dtype, part.count)
+            except ProtocolViolation as e:
+                offenders[sender] = str(e)
+                continue
+            if is_finite(values):
+                decoded[sender] = values
+            else:
+                offenders[sender] = NOT_FINITE
+        return decoded, offenders
+
+    def _recycle(self, part: Part, memory: Iterable[memoryview]) -> None:
+        for data in memory:
+            if isinstance(data.obj, bytearray):
+                self._spare.setdefault(part.nbytes, []).append(data.obj)
+
+    def spread(self) -> tuple[float | None, float | None]:
+        """How far apart the senders were in this span; see :class:`.round_messages.SpanAveraged`."""
+        return self._sample.total(sum(part.count for part in self.parts))
 
     def to_return(self, member: int, index: int) -> Bytes:
         """What a member gets back for one part: the average, or under a lossy codec its encoded difference."""
@@ -115,8 +151,7 @@ class OwnSpan:
         difference = self._differences.pop((member, index), None)
         if difference is not None:
             return difference
-        codec = self._layout.codec_of(part)
-        return codec.encode(self._layout.part_view(self._arena.average, part))
+        return encode_part(self._layout.codec_of(part), self._layout.part_view(self._arena.average, part))
 
 
 class ForeignSpan:
@@ -128,11 +163,13 @@ class ForeignSpan:
         self._layout = partition.layout
         self._arena = arena
         self._expected = 0
+        self.sends = True
+        """False for a member with weight 0: then the averages themselves come back, also under a lossy codec."""
 
     def to_send(self, index: int) -> Bytes:
         """This member's version of one part, encoded."""
         part = self.parts[index]
-        return self._layout.codec_of(part).encode(self._layout.part_view(self._arena.snapshot, part))
+        return encode_part(self._layout.codec_of(part), self._layout.part_view(self._arena.snapshot, part))
 
     def receive_into(self, tag: int, length: int) -> memoryview:
         """Memory for the next average: its place in the arena, if it travels as it is."""
@@ -153,7 +190,7 @@ class ForeignSpan:
         part = self.parts[index]
         codec, dtype = self._layout.codec_of(part), self._layout.dtype_of(part)
         out = self._layout.part_view(self._arena.average, part)
-        if codec.lossless(dtype):
+        if codec.lossless(dtype) or not self.sends:
             codec.decode(data, dtype, part.count, out)
         else:
             difference = codec.decode(data, dtype, part.count)

@@ -31,6 +31,39 @@ class Phases:
 
 
 @dataclass(frozen=True)
+class Exclusion:
+    """A member that a round went on without.
+
+    :param member: its PeerID (base58)
+    :param phase: "join": it never came; "snapshot": its tensors could not be copied; "exchange": while parts and
+      averages were on their way
+    :param seconds: into the leader's all-reduce
+    :param reason: for people
+    """
+
+    member: str
+    phase: str
+    seconds: float
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.member} ({self.phase}, after {_seconds(self.seconds)} s: {self.reason})"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How far apart the members of a group were before its round; an estimate from a sample of elements, and the same
+    at every member.
+
+    :param distance: root of the mean square of (a member's value - the average), over elements and members
+    :param relative: ``distance`` over the root mean square of the average; None if that is 0
+    """
+
+    distance: float
+    relative: float | None
+
+
+@dataclass(frozen=True)
 class RoundReport:
     """What happened in one step of averaging.
 
@@ -44,7 +77,12 @@ class RoundReport:
     :param bytes_received: likewise received
     :param parts: parts of the flat vector that were averaged
     :param weight: sum of the weights of the members that were averaged
-    :param excluded: members (base58) that the round went on without
+    :param excluded: members that the round went on without
+    :param weights: the weight of each member in the average, in the order of ``members``; 0 for auxiliary and
+      excluded ones
+    :param spread_distance: how far apart the members were before; see :class:`Spread`. None: unknown
+    :param spread_relative: likewise, relative to the average
+    :param search: what the search for a group saw, in plain dictionaries, lists and strings; None: nothing to tell
     """
 
     step: int
@@ -57,7 +95,11 @@ class RoundReport:
     bytes_received: int = 0
     parts: int = 0
     weight: float = 0.0
-    excluded: tuple[str, ...] = ()
+    excluded: tuple[Exclusion, ...] = ()
+    weights: tuple[float, ...] = ()
+    spread_distance: float | None = None
+    spread_relative: float | None = None
+    search: dict[str, Any] | None = None
     phases: Phases = field(default_factory=Phases)
 
     @property
@@ -66,7 +108,9 @@ class RoundReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dictionaries, lists, strings and numbers."""
-        return asdict(self)
+        plain = _plain(asdict(self))
+        assert isinstance(plain, dict)
+        return plain
 
     def __str__(self) -> str:
         if self.failure is not None:
@@ -78,8 +122,24 @@ class RoundReport:
         return (
             f"round {self.step}: {len(self.members)} peers in {_seconds(self.phases.total)} s "
             f"(search {_seconds(self.phases.search)}, all-reduce {_seconds(work)}), "
-            f"{moved / 1e6:.3g} MB at {rate:.3g} Mbit/s, excluded: {', '.join(self.excluded) or 'none'}"
+            f"{moved / 1e6:.3g} MB at {rate:.3g} Mbit/s{self._apart()}, "
+            f"excluded: {', '.join(map(str, self.excluded)) or 'none'}"
         )
+
+    def _apart(self) -> str:
+        if self.spread_distance is None:
+            return ""
+        if self.spread_relative is None:
+            return f", peers were {self.spread_distance:.3g} apart"
+        return f", peers were {self.spread_relative:.3g} of the average's size apart"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _seconds(value: float) -> str:

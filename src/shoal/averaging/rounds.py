@@ -7,8 +7,10 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 
-from shoal.averaging.allreduce import DECIDED, AllReduce
-from shoal.averaging.round import Round, answer_outcome
+from shoal.averaging.allreduce import AllReduce
+from shoal.averaging.allreduce_events import DECIDED
+from shoal.averaging.round import Round
+from shoal.averaging.round_commit import answer_outcome
 from shoal.averaging.round_messages import (
     COMMIT,
     EXCHANGE,
@@ -24,15 +26,23 @@ from shoal.p2p.rpc import Stream
 
 METHODS = (EXCHANGE, COMMIT, OUTCOME)
 ARRIVAL_TIMEOUT = 10.0
-"""Seconds for which a stream may be ahead of the message by which this member learns of the group."""
+"""Seconds for which a stream may be ahead of the message by which this member learns of the group; ``sender_timeout``
+if that is shorter.
+"""
 MAX_WAITING_STREAMS = 1024
 REMEMBERED_ROUNDS = 64
 
 
 class Rounds:
-    """Serves the methods of :mod:`.round_messages` for one prefix, and hands each stream to its round."""
+    """Serves the methods of :mod:`.round_messages` for one prefix, and hands each stream to its round.
 
-    def __init__(self, router: Router, prefix: str) -> None:
+    :param sender_timeout: of the rounds, in seconds; None: no limit
+    """
+
+    def __init__(self, router: Router, prefix: str, *, sender_timeout: float | None = None) -> None:
+        self._arrival_timeout = (
+            ARRIVAL_TIMEOUT if sender_timeout is None else min(sender_timeout, ARRIVAL_TIMEOUT)
+        )
         self._router = router
         self._prefix = prefix
         self._current: dict[bytes, Round] = {}
@@ -83,7 +93,7 @@ class Rounds:
             raise RemoteError("busy", f"{self._waiting} streams wait for their rounds already")
         self._waiting += 1
         try:
-            async with asyncio.timeout(ARRIVAL_TIMEOUT):
+            async with asyncio.timeout(self._arrival_timeout):
                 while group_id not in self._current and group_id not in self._ended:
                     await self._began.wait()
         except TimeoutError:
@@ -100,4 +110,4 @@ class Rounds:
     async def _serve_outcome(self, stream: Stream, first: AskOutcome) -> None:
         current = self._current.get(first.group_id)
         core = current.core if current is not None else self._ended.get(first.group_id)
-        await stream.send(answer_outcome(core) if core is not None else OutcomeAnswer(None, ""))
+        await stream.send(answer_outcome(core) if core is not None else OutcomeAnswer(None))

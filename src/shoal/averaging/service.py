@@ -32,7 +32,7 @@ from shoal.averaging.load_balancing import load_balance_peers
 from shoal.averaging.matchmaker import Matchmaker
 from shoal.averaging.partition import Layout, Partition
 from shoal.averaging.report import RoundReport
-from shoal.averaging.round import Round, RoundResult
+from shoal.averaging.round import Round, RoundResult, RoundTimeouts
 from shoal.averaging.rounds import Rounds
 from shoal.averaging.router import Router
 from shoal.averaging.schema import TensorSchema
@@ -96,9 +96,12 @@ class AveragerService:
             -(-config.min_vector_size * self._layout.data_nbytes // elements) if elements else 0
         )
         """Owned bytes are what is divided; with tensors of several dtypes an element counts with its mean size."""
+        self._timeouts = RoundTimeouts(
+            config.allreduce_timeout, config.effective_sender_timeout, config.effective_reducer_timeout
+        )
         self._host = dht.node.host
         router = Router.of(self._host)
-        self._rounds = Rounds(router, config.prefix)
+        self._rounds = Rounds(router, config.prefix, sender_timeout=config.effective_sender_timeout)
         self._matchmaker = Matchmaker(
             dht.node,
             router,
@@ -282,7 +285,8 @@ class AveragerService:
             partition,
             arena,
             take_snapshot=take_snapshot,
-            timeout=self._config.allreduce_timeout,
+            weight=lambda: weight,
+            timeouts=self._timeouts,
         )
         step.report = replace(
             step.report,
@@ -303,7 +307,7 @@ class AveragerService:
             raise (StepFailed if own_fault else AllreduceException)(result.failure)
         if result.failure is None:
             self._matchmaker.round_committed(group)
-        if result.failure is None:
+        if result.failure is None and result.applies:
             _, late = await _run_to_the_end(self._apply(step), lambda: None)
             cancelled = cancelled or late
         if cancelled is not None:
@@ -317,8 +321,12 @@ class AveragerService:
             step.report,
             bytes_sent=result.bytes_sent,
             bytes_received=result.bytes_received,
-            weight=current.weight,
+            weight=sum(result.weights),
+            weights=result.weights,
             parts=current.part_count,
+            excluded=result.exclusions,
+            spread_distance=None if result.spread is None else result.spread.distance,
+            spread_relative=None if result.spread is None else result.spread.relative,
         )
 
     async def _apply(self, step: Step) -> None:
