@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from shoal.averaging.candidate import Candidate
 from shoal.averaging.group import SCHEMA_HASH_BYTES, PeerMode
-from shoal.averaging.grouping import Candidate
 from shoal.averaging.join_messages import Declaration, DeclaredState, Search
 from shoal.averaging.matchmaking_view import HEARSAY_LASTS, View
 from shoal.testing.peers import make_identity

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from shoal.averaging.lineage import NO_LINEAGE, Lineage, lineage_problem
 from shoal.errors import InvalidValueError, ProtocolViolation
 from shoal.p2p.identity import Identity, PeerID, verify
 
@@ -84,6 +85,8 @@ class MemberInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of its tensors in the average: here, so that every owner counts the member alike."""
     grid_round: int = 0
     """Rounds that it has been through with the bits that it was given; see :mod:`.group_bits`."""
+    lineage: Lineage = NO_LINEAGE
+    """With whom it has mixed lately; see :mod:`.lineage`."""
 
 
 class SignedMemberInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -228,4 +231,4 @@ def _field_problem(info: MemberInfo) -> str | None:
         (0 <= info.grid_round <= MAX_GRID_ROUND, f"grid_round={info.grid_round}"),
         (math.isfinite(info.start_time) and math.isfinite(info.signed_at), "a time is not finite"),
     )
-    return next((problem for holds, problem in checks if not holds), None)
+    return next((problem for holds, problem in checks if not holds), None) or lineage_problem(info.lineage)

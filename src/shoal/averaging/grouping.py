@@ -9,20 +9,14 @@ for its start time (:func:`may_begin_early`).
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
+from shoal.averaging.candidate import Candidate
+from shoal.averaging.mixing import mix
 from shoal.p2p.identity import PeerID
-
-
-class Candidate(NamedTuple):
-    """A peer that looks for a group. Candidates are ordered by start time, then peer id."""
-
-    start_time: float
-    peer_id: PeerID
-    can_lead: bool
-    grid_round: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,19 +92,40 @@ def stays_full(index: int, n: int, target: int | None, minimum: int) -> bool:
     return n >= (index + 1) * target
 
 
-def cut_groups(candidates: Sequence[Candidate], target: int | None, minimum: int) -> Cut:
-    """Cut ``candidates`` (sorted, each peer once) into groups. The first of a slice that can lead, leads it.
+def cut_groups(
+    candidates: Sequence[Candidate],
+    target: int | None,
+    minimum: int,
+    gone: Sequence[Candidate] | None = None,
+) -> Cut:
+    """Cut ``candidates`` (sorted, each peer once) into groups, each led by the first of its members that can.
 
     So a peer that can lead only ever follows one that is earlier in the order: no two peers wait for each
     other. What is left over gathers in one incomplete group, if anybody there can lead.
+
+    The groups are slices of the candidates; if ``gone`` is given, peers that have not mixed yet (:func:`.mixing.mix`).
+    ``gone``: who was there and has a group by now; the others' places are as if these were still there, as far as that
+    leaves over nobody, so that the plan does not change while group after group begins.
     """
+    return _cut(tuple(candidates), target, minimum, None if gone is None else tuple(gone))
+
+
+@lru_cache(maxsize=64)
+def _cut(
+    candidates: tuple[Candidate, ...], target: int | None, minimum: int, gone: tuple[Candidate, ...] | None
+) -> Cut:
     leaders = sum(candidate.can_lead for candidate in candidates)
     sizes = plan_groups(len(candidates), target, minimum, leaders)
     waiting = list(candidates)
-    groups: list[PlannedGroup] = []
-    for index, size in enumerate(sizes):
-        members = _take_slice(waiting, size, later_groups=len(sizes) - index - 1)
-        fixed = stays_full(index, len(candidates), target, minimum)
+    slices = [
+        _take_slice(waiting, size, later_groups=len(sizes) - index - 1) for index, size in enumerate(sizes)
+    ]
+    if gone is not None and len(slices) > 1:
+        slices = _mixed(slices, sizes, gone, target, minimum)
+    groups = []
+    for index, members in enumerate(slices):
+        # One newcomer changes who is with whom, and so who leads, in all mixed groups.
+        fixed = gone is None and stays_full(index, len(candidates), target, minimum)
         groups.append(PlannedGroup(members, is_complete=True, newcomers_cannot_change_it=fixed))
     left_over = tuple(waiting)
     if any(candidate.can_lead for candidate in waiting):
@@ -122,6 +137,48 @@ def cut_groups(candidates: Sequence[Candidate], target: int | None, minimum: int
     else:
         reason += f"make no group of {minimum} or more"
     return Cut(tuple(groups), left_over, reason)
+
+
+def _mixed(
+    slices: Sequence[tuple[Candidate, ...]],
+    sizes: tuple[int, ...],
+    gone: tuple[Candidate, ...],
+    target: int | None,
+    minimum: int,
+) -> list[tuple[Candidate, ...]]:
+    """The members of ``slices`` in groups of peers that have not mixed yet; leaders first."""
+    placed = sorted(member for members in slices for member in members)
+    groups = _intact_groups(placed, gone, target, minimum) if gone else []
+    taken = {member.peer_id for members in groups for member in members}
+    rest = [member for member in placed if member.peer_id not in taken]
+    rest_sizes = _sizes_for(rest, target, minimum)
+    if sum(rest_sizes) < len(rest):
+        groups, rest, rest_sizes = [], placed, sizes
+    if rest:
+        groups += mix(tuple(rest), rest_sizes)
+    result = []
+    for members in groups:
+        leader = next(member for member in members if member.can_lead)
+        result.append((leader, *(member for member in members if member is not leader)))
+    return sorted(result, key=lambda members: (-len(members), members[0]))
+
+
+def _intact_groups(
+    placed: Sequence[Candidate], gone: tuple[Candidate, ...], target: int | None, minimum: int
+) -> list[tuple[Candidate, ...]]:
+    """The groups of the plan of all, those who are gone included, of which nobody is gone."""
+    everybody = tuple(sorted((*placed, *gone)))
+    sizes = _sizes_for(everybody, target, minimum)
+    if sum(sizes) < len(everybody):
+        return []
+    missing = {candidate.peer_id for candidate in gone}
+    groups = mix(everybody, sizes)
+    return [members for members in groups if not any(member.peer_id in missing for member in members)]
+
+
+def _sizes_for(candidates: Sequence[Candidate], target: int | None, minimum: int) -> tuple[int, ...]:
+    leaders = sum(candidate.can_lead for candidate in candidates)
+    return plan_groups(len(candidates), target, minimum, leaders)
 
 
 def _take_slice(waiting: list[Candidate], size: int, *, later_groups: int) -> tuple[Candidate, ...]:
@@ -139,6 +196,17 @@ def _take_slice(waiting: list[Candidate], size: int, *, later_groups: int) -> tu
     taken = {member.peer_id for member in members}
     waiting[:] = [candidate for candidate in waiting if candidate.peer_id not in taken]
     return tuple(members)
+
+
+def count_left_over(candidates: Sequence[Candidate], target: int | None, minimum: int) -> int:
+    """How many of ``candidates`` are in no complete group, however they are cut."""
+    return len(candidates) - sum(_sizes_for(candidates, target, minimum))
+
+
+def have_mixed(peers: Iterable[Candidate]) -> bool:
+    """Whether two of ``peers`` were in one group in their last round."""
+    last = [peer.lineage.groups[0] for peer in peers if peer.lineage.groups]
+    return len(set(last)) < len(last)
 
 
 def takes_too_many_leaders(
@@ -175,18 +243,20 @@ def may_begin_early(
     target: int | None,
     minimum: int,
     everybody: Sequence[Candidate] | None = None,
+    cut: Cut | None = None,
 ) -> EarlyBeginDecision:
     """Whether ``leader`` may begin at once with ``members`` (itself included), given all visible
     ``candidates``.
 
     ``everybody``: the candidates and those who have full groups elsewhere, which can still become smaller.
+    ``cut``: the plan for the candidates, if it is not one of slices.
     Only a full group may, and only if no more peers are left over than by the plan. Several leaders decide
     this at the same time: each fills no more than its own planned slice, so their decisions add up to the
     plan.
     """
     if target is None or len(members) < target:
         return EarlyBeginDecision(EarlyBegin.NO, _missing(len(members), target))
-    cut = cut_groups(candidates, target, minimum)
+    cut = cut_groups(candidates, target, minimum) if cut is None else cut
     group = cut.group_of(leader)
     if group is None or group.leader != leader:
         return EarlyBeginDecision(EarlyBegin.NO, f"the plan has this peer follow another: {cut.reason}")
@@ -196,8 +266,8 @@ def may_begin_early(
         return EarlyBeginDecision(EarlyBegin.NO, f"others need its members as leaders: {cut.reason}")
     for peers in (candidates, everybody or candidates):
         rest = [candidate for candidate in peers if candidate.peer_id not in members]
-        stranded = len(cut_groups(rest, target, minimum).left_over)
-        if stranded > len(cut_groups(peers, target, minimum).left_over):
+        stranded = count_left_over(rest, target, minimum)
+        if stranded > count_left_over(peers, target, minimum):
             return EarlyBeginDecision(EarlyBegin.NO, f"beginning would strand {stranded}: {cut.reason}")
     takes_leaders = sum(candidate.can_lead for candidate in candidates if candidate.peer_id in members) > 1
     leaders_may_be_scarce = takes_leaders and not all(candidate.can_lead for candidate in candidates)

@@ -20,6 +20,7 @@ from shoal.averaging.group import (
     PeerMode,
     SignedMemberInfo,
 )
+from shoal.averaging.lineage import NO_LINEAGE, Lineage, lineage_problem
 from shoal.errors import InvalidValueError, ProtocolViolation
 from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Method
@@ -137,7 +138,8 @@ class Declaration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     group: tuple[Search, ...] = ()
     """If taken: everybody in its group. One record that is seen takes the whole group out of a plan at once."""
     grid_round: int = 0
-    """As in :class:`~shoal.averaging.group.MemberInfo`."""
+    """As in :class:`~shoal.averaging.group.MemberInfo`, like the next."""
+    lineage: Lineage = NO_LINEAGE
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -163,6 +165,9 @@ def decode_declaration(raw: object) -> Declaration:
         and 0 <= declaration.grid_round <= MAX_GRID_ROUND
     ):
         raise InvalidValueError("a declaration with a field out of bounds")
+    problem = lineage_problem(declaration.lineage)
+    if problem:
+        raise InvalidValueError(f"a declaration with a {problem}")
     try:
         check_searches(declaration.group)
     except ProtocolViolation as e:

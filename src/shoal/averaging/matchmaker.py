@@ -17,10 +17,12 @@ from shoal.averaging.group import (
 )
 from shoal.averaging.group_bits import GroupBits
 from shoal.averaging.join_messages import JOIN, JoinRequest, Rejected, RejectReason
+from shoal.averaging.lineage import NO_LINEAGE, after_round
 from shoal.averaging.matchmaking import MatchmakingConfig
 from shoal.averaging.matchmaking_events import Cancelled, Place
 from shoal.averaging.matchmaking_peer import LocalPeer
 from shoal.averaging.matchmaking_search import GroupSearch
+from shoal.averaging.matchmaking_view import NOBODY
 from shoal.averaging.router import Router
 from shoal.dht.node import DHTNode
 from shoal.errors import InvalidStateError, InvalidValueError, ProtocolViolation
@@ -57,6 +59,7 @@ class Matchmaker:
         rng = random.SystemRandom() if rng is None else rng
         self._peer = LocalPeer(node, prefix, schema_hash, config, mode, bandwidth, clock, rng)
         self._bits = GroupBits(node.peer_id, initial_bits)
+        self._lineage = NO_LINEAGE
         self._router = router
         self._turn = asyncio.Lock()
         self._search: GroupSearch | None = None
@@ -103,6 +106,13 @@ class Matchmaker:
         if self._peer.peer_id not in group.peer_ids:
             raise InvalidValueError(f"group {group.group_id.hex()}: this peer is no member of it")
         self._bits.round_committed(group, self._peer.config.target_group_size)
+        averaged = [
+            (member.peer_id, member.lineage)
+            for member in group.members
+            if member.mode is not PeerMode.AUXILIARY and member.weight > 0
+        ]
+        if averaged:
+            self._lineage = after_round(group.group_id, averaged)
 
     async def find_group(
         self,
@@ -130,7 +140,8 @@ class Matchmaker:
         async with self._turn:
             if self._is_closed:
                 raise InvalidStateError("the matchmaker is closed")
-            self._search = GroupSearch(self._peer, self._place(start_time), deadline, gather, weight)
+            known = NOBODY if self._search is None else self._search.known
+            self._search = GroupSearch(self._peer, self._place(start_time), deadline, gather, weight, known)
             return await self._search.run()
 
     async def close(self) -> None:
@@ -149,7 +160,7 @@ class Matchmaker:
         # if that one was scheduled far ahead and its group was full early.
         self._last_order_time = max(start_time, self._last_order_time + 0.001)
         key = group_key(self._peer.prefix, self._bits.bits)
-        return Place(key, start_time, self._last_order_time, self._bits.grid_round)
+        return Place(key, start_time, self._last_order_time, self._bits.grid_round, self._lineage)
 
     async def _serve_join(self, stream: Stream, request: JoinRequest) -> None:
         info = verify_member(request.member, now=self._peer.clock())

@@ -26,16 +26,17 @@ from __future__ import annotations
 import enum
 import math
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar, NoReturn
 
+from shoal.averaging.candidate import Candidate
 from shoal.averaging.group import MAX_GROUP_SIZE, MemberInfo, PeerMode
 from shoal.averaging.grouping import (
-    Candidate,
     Cut,
     EarlyBegin,
     cut_groups,
+    have_mixed,
     may_begin_early,
     takes_too_many_leaders,
 )
@@ -49,6 +50,7 @@ from shoal.averaging.join_messages import (
     RejectReason,
     Search,
 )
+from shoal.averaging.lineage import NO_LINEAGE, Lineage
 from shoal.averaging.matchmaking_events import (
     AnswerRequest,
     AskToJoin,
@@ -84,7 +86,7 @@ from shoal.averaging.matchmaking_events import (
     TimerFired,
 )
 from shoal.averaging.matchmaking_story import StoryTeller
-from shoal.averaging.matchmaking_view import View
+from shoal.averaging.matchmaking_view import NOBODY, View
 from shoal.errors import InvalidValueError
 from shoal.p2p.identity import PeerID
 
@@ -96,10 +98,15 @@ DECLARE_RETRY = 0.5
 """Seconds after which a declaration that failed is tried again."""
 RETRY_AFTER = 0.2
 """Seconds, at least, for which a leader that turned this peer down is left out of its plans."""
+MIX_FOR = 0.6
+"""The part of the time until the start in which peers are mixed; see :meth:`Matchmaking._is_mixing`."""
+MANY_MISSING = 2
+"""As many are missing as were seen, divided by this: a group waits rather than be the last one again."""
 AVOID_AFTER_LOSS = 10.0
 """Seconds for which a leader that could not be reached or was lost is left out."""
 MAX_REDIRECTS = 5
 HISTORY_LENGTH = 40
+PEERS_IN_HISTORY = 16
 
 
 class IllegalTransition(AssertionError):
@@ -154,6 +161,11 @@ _MOVES: dict[State, set[State]] = {
 }
 
 
+def _brief(event: Event) -> Event:
+    """For the history: without most of what a poll has found in a large swarm."""
+    return replace(event, peers=event.peers[:PEERS_IN_HISTORY]) if isinstance(event, Polled) else event
+
+
 @dataclass(frozen=True)
 class _Ask:
     number: int
@@ -169,6 +181,7 @@ class _Times:
 
     begins_at: float
     deadline: float
+    mixes_until: float = -math.inf
     declare_again: float = math.inf
     leader_begins_at: float = math.inf
 
@@ -188,26 +201,37 @@ class Matchmaking:
         order_time: float | None = None,
         deadline: float | None,
         grid_round: int = 0,
+        lineage: Lineage = NO_LINEAGE,
+        known: Mapping[PeerID, float] = NOBODY,
     ) -> None:
-        """``start_time``: when to begin if not full; ``order_time``: the place in the order, if not the same."""
+        """``start_time``: when to begin if not full; ``order_time``: the place in the order, if not the same;
+        ``known``: the ``records`` of the search before.
+        """
         self.state = State.NEW
         self.config = config
         self.key = key
         order_time = start_time if order_time is None else order_time
-        self.me = Candidate(order_time, peer_id, mode.can_lead, grid_round)
+        self.me = Candidate(order_time, peer_id, mode.can_lead, grid_round, lineage)
         self.story = StoryTeller(key, config.target_group_size, config.min_group_size)
         self._schema_hash = schema_hash
-        self._view = View(self.me, schema_hash, opens_at=start_time)
+        self._view = View(self.me, schema_hash, opens_at=start_time, known=known)
         self._times = _Times(begins_at=start_time, deadline=math.inf if deadline is None else deadline)
         self._ask: _Ask | None = None
         self._asks = 0
         self._group: tuple[Search, ...] = ()
+        self._has_mixed_peers = False
+        """Whether plans of this search were mixed ones, even if they are not any more."""
         self._effects: list[Effect] = []
-        self._history: deque[str] = deque(maxlen=HISTORY_LENGTH)
+        self._history: deque[tuple[float, State, Event]] = deque(maxlen=HISTORY_LENGTH)
+
+    @property
+    def known(self) -> Mapping[PeerID, float]:
+        """Who is declared under the key, with the start time of its last search."""
+        return self._view.records
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event at time ``now``; return what the shell has to do, in order."""
-        self._history.append(f"{now:.3f} {self.state.value}: {event}")
+        self._history.append((now, self.state, _brief(event)))
         handler = self._HANDLERS[self.state].get(type(event))
         if handler is None:
             self._raise_illegal(f"{type(event).__name__} cannot happen while {self.state.value}")
@@ -222,6 +246,7 @@ class Matchmaking:
         self._move(State.LOOKING)
         self.story.begin(now)
         self._view.start(now)
+        self._times.mixes_until = now + MIX_FOR * (self._times.begins_at - now)
         self._declare(now)
         self._poll()
 
@@ -269,11 +294,14 @@ class Matchmaking:
         if place.key != self.key:
             self._effects.append(Declare(DeclaredState.TAKEN))
         self.key = self.story.key = place.key
-        self.me = self.me._replace(start_time=place.order_time, grid_round=place.grid_round)
+        self.me = self.me._replace(
+            start_time=place.order_time, grid_round=place.grid_round, lineage=place.lineage
+        )
         self._effects.append(MoveTo(place))
         self._view = View(self.me, self._schema_hash, opens_at=place.start_time, latency=self._view.latency)
         self._view.start(now)
         self._times.begins_at = place.start_time
+        self._times.mixes_until = now + MIX_FOR * (place.start_time - now)
         self.story.note(now, f"began anew under {place.key!r}, to start in {place.start_time - now:.1f} s")
         self._declare(now)
         self._go_on_looking()
@@ -286,13 +314,20 @@ class Matchmaking:
     def _on_request(self, event: JoinRequested, now: float) -> None:
         info = event.info
         asker = Candidate(
-            info.start_time, PeerID.from_bytes(info.peer_id), info.mode.can_lead, info.grid_round
+            info.start_time,
+            PeerID.from_bytes(info.peer_id),
+            info.mode.can_lead,
+            info.grid_round,
+            info.lineage,
         )
         answer = self._answer(asker, info, now)
         self._effects.append(AnswerRequest(event.token, answer))
         if isinstance(answer, Accepted):
             self._drop_follower_of(asker.peer_id)
             self._view.followers[event.token] = asker
+            if self._has_mixed_peers:
+                # Groups come together in another order than the plan's: who is still there counts, not who was.
+                self._view.outdate(now)
             self.story.note(now, f"{asker.peer_id} joined")
 
     def _answer(self, asker: Candidate, info: MemberInfo, now: float) -> Accepted | Redirect | Rejected:
@@ -317,7 +352,10 @@ class Matchmaking:
     def _offer_place(self, asker: Candidate, now: float) -> Accepted | Redirect | Rejected:
         members = set(self._view.members) | {asker.peer_id}
         room, cut = self._room(now, asker)
-        if len(members) <= room and not self._is_needed_elsewhere(asker.peer_id, cut, now):
+        is_wanted_elsewhere = self._is_needed_elsewhere(asker.peer_id, cut, now) or self._belongs_elsewhere(
+            asker.peer_id, cut, now
+        )
+        if len(members) <= room and not is_wanted_elsewhere:
             return Accepted(begins_in=max(0.0, self._times.begins_at - now))
         planned = cut.group_of(asker.peer_id)
         if planned and planned.leader not in (asker.peer_id, *self._view.members):
@@ -443,7 +481,7 @@ class Matchmaking:
         if planned is None:
             return
         if planned.leader != self.me.peer_id:
-            if self.state is State.LOOKING:
+            if self.state is State.LOOKING and self._is_plan_ready(now):
                 self._ask_to_join(planned.leader, self._view.addresses_of(planned.leader), now, redirects=0)
             return
         places = {member.peer_id for member in planned.members}
@@ -454,8 +492,58 @@ class Matchmaking:
         )
         surplus = outside[: max(0, len(self._view.members) - room)]
         for token in outside:
-            if token in surplus or self._is_needed_elsewhere(self._view.followers[token].peer_id, cut, now):
+            if (
+                token in surplus
+                or self._belongs_elsewhere(self._view.followers[token].peer_id, cut, now)
+                or self._is_needed_elsewhere(self._view.followers[token].peer_id, cut, now)
+            ):
                 self._dismiss_to_plan(token, cut)
+
+    def _is_plan_ready(self, now: float) -> bool:
+        """Whether to go by the plan already: at once, unless there is somebody to be kept apart.
+
+        Then a peer first waits until it can see everybody who started in the same instant. It would find a group
+        without that too, but one of peers that happen to be near, who may well be those of its last group.
+        """
+        if self._view.shows_start or not self._is_mixing(now):
+            return True
+        self._view.poll_when_starters_visible(now)
+        return False
+
+    def _is_mixing(self, now: float) -> bool:
+        """Whether to mix peers: there are more of them than one group holds, and some have mixed already.
+
+        Views that stay different can keep mixed groups from becoming full, so in the last of the time only the number
+        of peers counts, as it does in a swarm that begins.
+        """
+        target = self.config.target_group_size
+        if target is None or now >= self._times.mixes_until:
+            return False
+        candidates = self._view.candidates(now)
+        if len(candidates) + self._view.yet_to_come <= target:
+            return False
+        is_mixing = any(candidate.lineage.groups for candidate in candidates)
+        self._has_mixed_peers |= is_mixing
+        return is_mixing
+
+    def _belongs_elsewhere(self, peer_id: PeerID, cut: Cut, now: float) -> bool:
+        """Whether the plan has another leader for ``peer_id``, for the sake of mixing, and is to be relied on."""
+        group = cut.group_of(peer_id)
+        mine = cut.group_of(self.me.peer_id)
+        if group is None or mine is None or group is mine or not group.is_complete:
+            return False
+        is_leader = mine.leader == self.me.peer_id and group.leader != peer_id
+        return is_leader and self._view.is_settled and self._is_mixing(now)
+
+    def _is_last_group_again(self, now: float) -> bool:
+        """Whether two members were in one group last time, though many others are not back yet.
+
+        Peers whose round was one are back in the same instant, and would be by themselves for ever. Few that are
+        missing may have died.
+        """
+        members = (self.me, *self._view.followers.values())
+        many_missing = MANY_MISSING * self._view.yet_to_come >= self._view.count_seen
+        return many_missing and self._is_mixing(now) and have_mixed(members)
 
     def _is_needed_elsewhere(self, peer_id: PeerID, cut: Cut, now: float) -> bool:
         """Whether ``peer_id`` has to lead another group, because too few others there could.
@@ -502,12 +590,16 @@ class Matchmaking:
             self.config.target_group_size,
             self.config.min_group_size,
             self._view.candidates(now, with_full_groups=True),
+            self._cut(now),
         )
         self.story.plan = decision.reason
         if decision.verdict is EarlyBegin.NO:
             return
+        if self._is_last_group_again(now):
+            self.story.plan = f"the last group again, and {self._view.yet_to_come} others are yet to come"
+            return
         # Newcomers may come without end, but those that started in the same instant as this peer do not.
-        if decision.verdict is EarlyBegin.YES:
+        if decision.verdict is EarlyBegin.YES and not self._has_mixed_peers:
             is_sure = self._view.shows_start
             self._view.poll_when_starters_visible(now)
         else:
@@ -552,9 +644,9 @@ class Matchmaking:
         self._effects.append(FinishWithout(explanation))
 
     def _cut(self, now: float, asker: Candidate | None = None) -> Cut:
-        return cut_groups(
-            self._view.candidates(now, asker), self.config.target_group_size, self.config.min_group_size
-        )
+        candidates = self._view.candidates(now, asker)
+        gone = self._view.gone(candidates, now) if self._is_mixing(now) else None
+        return cut_groups(candidates, self.config.target_group_size, self.config.min_group_size, gone)
 
     def _expects_somebody(self, now: float) -> bool:
         """Whether somebody may be on the way here: has just appeared, or is planned here and elsewhere until now."""
@@ -627,6 +719,8 @@ class Matchmaking:
     def _next_timer(self, now: float) -> float:
         time = self._times
         due = [time.deadline, self.story.next_status, time.declare_again]
+        if time.mixes_until > now:
+            due.append(time.mixes_until)
         if self.state is State.FOLLOWING:
             due.append(self._patience_ends())
         else:
@@ -647,7 +741,7 @@ class Matchmaking:
             self._ask = None
 
     def _raise_illegal(self, what: str) -> NoReturn:
-        history = "\n  ".join(self._history)
+        history = "\n  ".join(f"{at:.3f} {state.value}: {event}" for at, state, event in self._history)
         raise IllegalTransition(f"{what}; what led there:\n  {history}")
 
     _ALWAYS: ClassVar[dict[type, Callable[..., None]]] = {

@@ -19,6 +19,7 @@ from shoal.averaging.join_messages import (
     Rejected,
     Search,
 )
+from shoal.averaging.lineage import NO_LINEAGE, Lineage
 from shoal.p2p.identity import PeerID
 
 
@@ -32,6 +33,7 @@ class Place:
     order_time: float
     """Its place in the order: ``start_time``, but later than that of every earlier search of this peer."""
     grid_round: int = 0
+    lineage: Lineage = NO_LINEAGE
 
 
 @dataclass(frozen=True)

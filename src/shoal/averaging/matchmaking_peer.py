@@ -57,8 +57,9 @@ class LocalPeer:
             schema_hash=self.schema_hash,
             mode=mode,
             addresses=self.addresses(),
-            grid_round=place.grid_round,
             group=group,
+            grid_round=place.grid_round,
+            lineage=place.lineage,
         )
 
     def sign_info(self, leader: PeerID, place: Place, gather: bytes, weight: float) -> SignedMemberInfo:
@@ -77,5 +78,6 @@ class LocalPeer:
             nonce=self.rng.randbytes(NONCE_BYTES),
             weight=weight,
             grid_round=place.grid_round,
+            lineage=place.lineage,
         )
         return sign_member(self.node.host.identity, info)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from shoal.averaging.group import (
@@ -106,7 +107,13 @@ class GroupSearch:
     """One search. Its core may only be touched through :meth:`dispatch`."""
 
     def __init__(
-        self, peer: LocalPeer, place: Place, deadline: float | None, gather: bytes, weight: float
+        self,
+        peer: LocalPeer,
+        place: Place,
+        deadline: float | None,
+        gather: bytes,
+        weight: float,
+        known: Mapping[PeerID, float],
     ) -> None:
         self.place = place
         self._peer = peer
@@ -123,6 +130,8 @@ class GroupSearch:
             order_time=place.order_time,
             deadline=deadline,
             grid_round=place.grid_round,
+            lineage=place.lineage,
+            known=known,
         )
         self._loop = asyncio.get_running_loop()
         self._result: asyncio.Future[GroupInfo] = self._loop.create_future()
@@ -140,6 +149,11 @@ class GroupSearch:
     def story(self) -> SearchStory:
         """What it has seen and asked until now."""
         return self._core.story.summary(self._peer.clock())
+
+    @property
+    def known(self) -> Mapping[PeerID, float]:
+        """Who was declared at the latest poll, with the start time of its last search."""
+        return self._core.known
 
     def move_to(self, place: Place) -> None:
         """Begin anew at another place, unless the search is over."""

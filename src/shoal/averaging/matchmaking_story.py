@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shoal.averaging.grouping import Candidate
+from shoal.averaging.candidate import Candidate
 from shoal.p2p.identity import PeerID
 from shoal.utils.text import printable
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from shoal.averaging.grouping import Candidate
+from shoal.averaging.candidate import Candidate
 from shoal.averaging.join_messages import Declaration, DeclaredState, Search
 from shoal.p2p.identity import PeerID
 
@@ -20,8 +21,11 @@ SETTLE_AFTER_NEWCOMER = 1.0
 """... nor before this many declaration times after somebody appeared: peers seldom come alone."""
 LATENCY_DECAY = 0.8
 """The longest time that the DHT took counts, but not for ever: with each later answer it counts this much less."""
+GONE_WITHIN = 5.0
+"""A peer that wanted to start earlier than this one by more seconds is of an earlier round."""
 HEARSAY_LASTS = 10.0
 """Seconds within which the members of a group that has begun say so themselves."""
+NOBODY: Mapping[PeerID, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -44,25 +48,34 @@ class View:
         *,
         opens_at: float = -math.inf,
         latency: float = 0.0,
+        known: Mapping[PeerID, float] = NOBODY,
     ) -> None:
-        """``opens_at``: before that time plan without peers in another round of the grid."""
+        """``opens_at``: before that time plan without peers in another round of the grid; ``known``: the ``records``
+        at the end of the search before.
+        """
         self.followers: dict[int, Candidate] = {}
         """By the token of their request, in the order in which they came."""
         self.latency = latency
         """The longest time, lately, that the DHT took for a declaration or a poll, in seconds."""
+        self.records: dict[PeerID, float] = {}
+        """The start time of the last search of every peer that was declared at the latest poll, over or not."""
         self.next_poll = math.inf
         self.is_polling = False
         self._me = me
+        self._known = known
         self._opens_at = opens_at
         self._schema_hash = schema_hash
         self._declared: dict[PeerID, tuple[Candidate, Declaration]] = {}
         self._left_out: dict[PeerID, _LeftOut] = {}
         self._last_seen: dict[PeerID, float] = {}
         """The latest start time with which a peer was seen."""
+        self._ever: dict[PeerID, Candidate] = {}
+        """Everybody who was seen looking for a group, as it was seen last."""
         self._polls_every = FASTEST_POLL
         self._started_at = -math.inf
         self._last_newcomer = -math.inf
         self._last_poll_began = -math.inf
+        self._outdated_at = -math.inf
 
     def start(self, now: float) -> None:
         self._started_at = self._last_newcomer = now
@@ -77,24 +90,33 @@ class View:
         self._last_poll_began = began_at
         self.schedule_poll(now)
         self._declared.clear()
+        self.records.clear()
         other_schema = []
         for peer_id, declaration in peers:
             if peer_id == self._me.peer_id:
                 continue
             if declaration.schema_hash != self._schema_hash:
                 other_schema.append(peer_id)
-            elif declaration.state is DeclaredState.TAKEN:
+                continue
+            self.records[peer_id] = declaration.start_time
+            if declaration.state is DeclaredState.TAKEN:
                 self.leave_out(peer_id, math.inf, declaration.start_time)
                 self.leave_out_group(declaration.group, math.inf, now)
+                if self._was_here(peer_id, declaration):
+                    self._ever[peer_id] = _candidate(peer_id, declaration)
             else:
-                candidate = Candidate(
-                    declaration.start_time, peer_id, declaration.mode.can_lead, declaration.grid_round
-                )
+                candidate = _candidate(peer_id, declaration)
                 self._declared[peer_id] = (candidate, declaration)
                 self.note_seen(candidate, now)
         return other_schema
 
+    def _was_here(self, peer_id: PeerID, taken: Declaration) -> bool:
+        """Whether a peer that has a group looked for it beside this one, although that was over too soon to be seen."""
+        is_recent = taken.start_time > self._me.start_time - GONE_WITHIN
+        return is_recent and taken.start_time > self._known.get(peer_id, -math.inf)
+
     def note_seen(self, candidate: Candidate, now: float) -> None:
+        self._ever[candidate.peer_id] = candidate
         if self._last_seen.get(candidate.peer_id, -math.inf) < candidate.start_time:
             self._last_seen[candidate.peer_id] = candidate.start_time
             self._last_newcomer = now
@@ -104,6 +126,16 @@ class View:
     def others_looking(self) -> int:
         """How many others were declared as looking at the last poll."""
         return len(self._declared)
+
+    @property
+    def yet_to_come(self) -> int:
+        """How many of the peers that were there before have not begun another search yet."""
+        return sum(self.records.get(peer_id, math.inf) <= time for peer_id, time in self._known.items())
+
+    @property
+    def count_seen(self) -> int:
+        """How many peers have looked for a group since this search began, this one included."""
+        return 1 + len(self._ever)
 
     @property
     def members(self) -> list[PeerID]:
@@ -136,6 +168,15 @@ class View:
             found[asker.peer_id] = asker
         found[self._me.peer_id] = self._me
         return sorted(found.values())
+
+    def gone(self, candidates: Sequence[Candidate], now: float) -> list[Candidate]:
+        """Who was seen looking for a group and is not among these ``candidates`` any more, in order."""
+        present = {candidate.peer_id for candidate in candidates}
+        return sorted(
+            candidate
+            for candidate in self._ever.values()
+            if candidate.peer_id not in present and self.is_open_to(candidate.grid_round, now)
+        )
 
     def is_open_to(self, grid_round: int, now: float) -> bool:
         """Whether a peer in this round of the grid may be in this peer's group already."""
@@ -208,7 +249,12 @@ class View:
         return self._started_at + SETTLE_AFTER_START * self.latency
 
     def _settles_at(self) -> float:
-        return max(self._starters_visible_at(), self._last_newcomer + SETTLE_AFTER_NEWCOMER * self.latency)
+        newcomers_visible_at = self._last_newcomer + SETTLE_AFTER_NEWCOMER * self.latency
+        return max(self._starters_visible_at(), newcomers_visible_at, self._outdated_at)
+
+    def outdate(self, now: float) -> None:
+        """The view is not settled before a poll that begins from now on."""
+        self._outdated_at = now
 
     # ---- polls
 
@@ -226,3 +272,13 @@ class View:
     def poll_when_starters_visible(self, now: float) -> None:
         if not self.is_polling:
             self.next_poll = max(now, self._starters_visible_at())
+
+
+def _candidate(peer_id: PeerID, declaration: Declaration) -> Candidate:
+    return Candidate(
+        declaration.start_time,
+        peer_id,
+        declaration.mode.can_lead,
+        declaration.grid_round,
+        declaration.lineage,
+    )

@@ -1,0 +1,18 @@
+"""A peer as plans of groups see it. Pure."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from shoal.averaging.lineage import NO_LINEAGE, Lineage
+from shoal.p2p.identity import PeerID
+
+
+class Candidate(NamedTuple):
+    """A peer that looks for a group. Candidates are ordered by start time, then peer id."""
+
+    start_time: float
+    peer_id: PeerID
+    can_lead: bool
+    grid_round: int = 0
+    lineage: Lineage = NO_LINEAGE

@@ -1,0 +1,256 @@
+"""A swarm of matchmaking cores over an imagined network and DHT: fast, so that many seeds can be told."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from shoal.averaging.declarations import DECLARATION_LIFETIME
+from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode, order_members
+from shoal.averaging.join_messages import Accepted, Declaration, DeclaredState, Redirect, Rejected
+from shoal.averaging.lineage import NO_LINEAGE, Lineage
+from shoal.averaging.matchmaking import Matchmaking, MatchmakingConfig
+from shoal.averaging.matchmaking_events import (
+    AnswerRequest,
+    AskToJoin,
+    BeginGroup,
+    Declare,
+    Declared,
+    DismissFollower,
+    Effect,
+    Event,
+    FinishWithGroup,
+    FinishWithout,
+    FollowerLost,
+    JoinRequested,
+    LeaderAccepted,
+    LeaderBegan,
+    LeaderDismissed,
+    LeaderLost,
+    LeaderPostponed,
+    LeaderRedirected,
+    LeaderRejected,
+    LeaveLeader,
+    Log,
+    Poll,
+    Polled,
+    PostponeFollower,
+    SearchStarted,
+    SetTimer,
+    TimerFired,
+)
+from shoal.averaging.matchmaking_view import NOBODY
+from shoal.p2p.identity import Identity, PeerID
+
+__all__ = ["SwarmOfCores", "core_peer_id"]
+
+SCHEMA = bytes(32)
+KEY = "swarm.0b"
+
+
+def core_peer_id(number: int) -> PeerID:
+    """The id of the peer with this number, below 2^32."""
+    return Identity.generate(number.to_bytes(4, "big") * 8).peer_id
+
+
+@dataclass
+class Peer:
+    """One core with the imagined I/O around it."""
+
+    peer_id: PeerID
+    mode: PeerMode
+    core: Matchmaking
+    one_way: float
+    start_at: float
+    store_time: float
+    poll_time: float
+    alive: bool = True
+    group: tuple[bytes, ...] | None = None
+    group_id: int | None = None
+    failure: str | None = None
+    finished_at: float = math.inf
+    timer: int = 0
+    token_owner: dict[int, tuple[PeerID, int]] = field(default_factory=dict)
+    """Who asked under this token, and the number of its request."""
+    asked: dict[int, PeerID] = field(default_factory=dict)
+
+
+class SwarmOfCores:
+    """Cores exchange messages with random delays; the DHT shows a record some time after it is stored."""
+
+    def __init__(self, seed: int, config: MatchmakingConfig) -> None:
+        self.rng = random.Random(seed)
+        self.config = config
+        self.now = 1000.0
+        self.queue: list[tuple[float, int, Callable[[], None]]] = []
+        self.count = itertools.count()
+        self.records: dict[PeerID, tuple[Declaration, float]] = {}
+        """What was stored last, and when it expires."""
+        self.peers: dict[PeerID, Peer] = {}
+
+    def search(
+        self,
+        peer_id: PeerID,
+        starts_in: float = 0.0,
+        mode: PeerMode = PeerMode.FULL,
+        *,
+        lineage: Lineage = NO_LINEAGE,
+        known: Mapping[PeerID, float] = NOBODY,
+    ) -> Peer:
+        """Let a peer begin a search in ``starts_in`` seconds; its searches before must be over."""
+        start_at = self.now + starts_in
+        core = Matchmaking(
+            self.config,
+            peer_id=peer_id,
+            mode=mode,
+            schema_hash=SCHEMA,
+            key=KEY,
+            start_time=start_at + self.config.min_matchmaking_time,
+            deadline=start_at + 6 * self.config.min_matchmaking_time,
+            lineage=lineage,
+            known=known,
+        )
+        one_way = self.rng.uniform(0.001, 0.1) / 2
+        lookup = 2 * (one_way + 0.05) * self.rng.uniform(1.0, 2.0)
+        peer = self.peers[peer_id] = Peer(peer_id, mode, core, one_way, start_at, 2 * lookup, lookup)
+        self.at(start_at, lambda: self.send(peer_id, SearchStarted()))
+        return peer
+
+    def at(self, when: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self.queue, (when, next(self.count), action))
+
+    def run(self) -> None:
+        while self.queue:
+            self.now, _, action = heapq.heappop(self.queue)
+            action()
+
+    def send(self, to: PeerID, event: Event) -> None:
+        peer = self.peers[to]
+        if not peer.alive:
+            return
+        for effect in peer.core.handle(event, self.now):
+            self.apply(peer, effect)
+
+    def deliver(self, sender: Peer, to: PeerID, event: Event) -> None:
+        """In order between two peers, as on one stream: the delay of a pair does not vary."""
+        self.at(self.now + sender.one_way + self.peers[to].one_way, lambda: self.send(to, event))
+
+    def apply(self, peer: Peer, effect: Effect) -> None:
+        match effect:
+            case SetTimer(at):
+                peer.timer += 1
+                timer = peer.timer
+                if at < math.inf:
+                    self.at(max(at, self.now), lambda: self.fire(peer, timer))
+            case Declare(state, group):
+                me = peer.core.me
+                record = Declaration(me.start_time, state, SCHEMA, peer.mode, (), group, lineage=me.lineage)
+                seconds = peer.store_time
+                self.at(self.now + seconds * self.rng.uniform(0.6, 1.0), lambda: self.store(peer, record))
+                self.at(self.now + seconds, lambda: self.send(peer.peer_id, Declared(seconds)))
+            case Poll():
+                began = self.now
+                self.at(began + peer.poll_time * self.rng.uniform(0.4, 0.9), lambda: self.read(peer, began))
+            case FinishWithGroup(group):
+                peer.group = tuple(member.peer_id for member in group.members)
+                peer.group_id = int.from_bytes(group.group_id, "big")
+                peer.finished_at = self.now
+            case FinishWithout(explanation):
+                peer.failure = explanation
+                peer.finished_at = self.now
+            case _:
+                self.tell_others(peer, effect)
+
+    def tell_others(self, peer: Peer, effect: Effect) -> None:
+        match effect:
+            case AskToJoin(ask, leader, _):
+                peer.asked[ask] = leader
+                token = next(self.count)
+                other = self.peers[leader]
+                if other.alive:
+                    other.token_owner[token] = (peer.peer_id, ask)
+                    self.deliver(peer, leader, JoinRequested(token, self.info(peer, leader)))
+                else:
+                    self.at(self.now + 0.1, lambda: self.send(peer.peer_id, LeaderLost(ask, "refused")))
+            case LeaveLeader(ask):
+                asked = self.peers[peer.asked[ask]]
+                for token, owner in asked.token_owner.items():
+                    if owner == (peer.peer_id, ask):
+                        self.deliver(peer, asked.peer_id, FollowerLost(token, "left"))
+            case AnswerRequest(token, answer):
+                asker, ask = peer.token_owner[token]
+                self.deliver(peer, asker, _as_event(ask, answer))
+            case PostponeFollower(token, begins_in):
+                asker, ask = peer.token_owner[token]
+                self.deliver(peer, asker, LeaderPostponed(ask, begins_in))
+            case DismissFollower(token, message):
+                asker, ask = peer.token_owner[token]
+                self.deliver(peer, asker, LeaderDismissed(ask, message))
+            case BeginGroup(tokens):
+                self.begin(peer, tokens)
+            case Log():
+                pass
+
+    def fire(self, peer: Peer, timer: int) -> None:
+        if peer.timer == timer:
+            self.send(peer.peer_id, TimerFired())
+
+    def store(self, peer: Peer, record: Declaration) -> None:
+        # Stores of one peer are in order, as its expiration times grow.
+        before = self.records.get(peer.peer_id)
+        if (
+            before is None
+            or before[0].state is DeclaredState.LOOKING
+            or before[0].start_time < record.start_time
+        ):
+            self.records[peer.peer_id] = (record, self.now + DECLARATION_LIFETIME)
+
+    def read(self, peer: Peer, began: float) -> None:
+        seen = tuple(
+            (peer_id, record) for peer_id, (record, until) in self.records.items() if until > self.now
+        )
+        self.at(began + peer.poll_time, lambda: self.send(peer.peer_id, Polled(began, seen)))
+
+    def info(self, peer: Peer, leader: PeerID) -> MemberInfo:
+        return MemberInfo(
+            peer_id=peer.peer_id.to_bytes(),
+            leader=leader.to_bytes(),
+            key=KEY,
+            schema_hash=SCHEMA,
+            mode=peer.mode,
+            bandwidth=None,
+            addresses=(),
+            gather=b"",
+            start_time=peer.core.me.start_time,
+            signed_at=self.now,
+            nonce=bytes(16),
+            lineage=peer.core.me.lineage,
+        )
+
+    def begin(self, leader: Peer, tokens: tuple[int, ...]) -> None:
+        owners = [leader.token_owner[token] for token in tokens]
+        infos = [self.info(self.peers[peer_id], leader.peer_id) for peer_id, _ in owners]
+        infos.append(self.info(leader, leader.peer_id))
+        number = next(self.count)
+        group = GroupInfo(number.to_bytes(16, "big"), KEY, order_members(leader.peer_id, infos))
+        for peer_id, ask in owners:
+            self.deliver(leader, peer_id, LeaderBegan(ask, group))
+        self.apply(leader, FinishWithGroup(group))
+
+    def left_over(self) -> list[Peer]:
+        """Who lives and has found no group."""
+        return [peer for peer in self.peers.values() if peer.group is None and peer.alive]
+
+
+def _as_event(ask: int, answer: Accepted | Redirect | Rejected) -> Event:
+    match answer:
+        case Accepted(begins_in):
+            return LeaderAccepted(ask, begins_in)
+        case Redirect(leader, addresses):
+            return LeaderRedirected(ask, PeerID.from_bytes(leader), addresses)
+        case Rejected():
+            return LeaderRejected(ask, answer)

@@ -1,0 +1,115 @@
+"""Many more peers than fit into one group: groups of cores mix them, whoever comes and goes."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from shoal.averaging.lineage import NO_LINEAGE, Lineage, after_round
+from shoal.averaging.matchmaking import MatchmakingConfig
+from shoal.averaging.matchmaking_view import NOBODY
+from shoal.p2p.identity import PeerID
+from shoal.testing.matchmaking_cores import SwarmOfCores, core_peer_id
+
+ROUNDS = 5
+DIMENSIONS = 32
+PEER_IDS = [core_peer_id(number) for number in range(1100)]
+
+
+class Story:
+    """Rounds of averaging; before each, one peer joins, with the state of another, or leaves."""
+
+    def __init__(
+        self, seed: int, count: int, target: int, *, churn: bool = True, jitter: float = 0.0
+    ) -> None:
+        self.rng = random.Random(f"mixing {seed}")
+        self.swarm = SwarmOfCores(seed, MatchmakingConfig(target, min_matchmaking_time=5.0))
+        self.churn = churn
+        self.jitter = jitter
+        self.newcomers = iter(PEER_IDS[count:])
+        noise = np.random.default_rng(seed).standard_normal((count, DIMENSIONS))
+        self.values = dict(zip(PEER_IDS[:count], noise, strict=True))
+        self.stayed = set(self.values)
+        self.lineages: dict[PeerID, Lineage] = {}
+        self.seconds: list[float] = []
+        self.spreads = [self.spread()]
+        self.tries = self.found = 0
+
+    def tell(self) -> None:
+        for _ in range(ROUNDS):
+            if self.churn:
+                self.change()
+            self.round()
+            self.spreads.append(self.spread())
+
+    def change(self) -> None:
+        present = sorted(self.values)
+        if self.rng.random() < 0.5:
+            self.values[next(self.newcomers)] = self.values[self.rng.choice(present)]
+        else:
+            leaver = self.rng.choice(present)
+            del self.values[leaver]
+            self.stayed.discard(leaver)
+
+    def round(self) -> None:
+        before = self.swarm.peers
+        searches = [
+            self.swarm.search(
+                peer_id,
+                self.rng.uniform(0, self.jitter),
+                lineage=self.lineages.get(peer_id, NO_LINEAGE),
+                known=before[peer_id].core.known if peer_id in before else NOBODY,
+            )
+            for peer_id in self.values
+        ]
+        began = self.swarm.now
+        self.swarm.run()
+        groups = {search.group_id: search.group for search in searches if search.group is not None}
+        self.seconds += [search.finished_at - began for search in searches]
+        self.tries += len(searches)
+        for group_id, group in groups.items():
+            members = [PeerID.from_bytes(member) for member in group]
+            self.found += len(members)
+            average = np.mean([self.values[member] for member in members], axis=0)
+            lineage = after_round(
+                group_id.to_bytes(16, "little"),
+                [(member.to_bytes(), self.lineages.get(member, NO_LINEAGE)) for member in members],
+            )
+            for member in members:
+                self.values[member] = average
+                self.lineages[member] = lineage
+
+    def spread(self) -> float:
+        """The standard deviation over the peers present throughout, over all dimensions together."""
+        return float(np.sqrt(np.var([self.values[peer] for peer in sorted(self.stayed)], axis=0).mean()))
+
+
+def check(seed: int, count: int, target: int, limit: float, **options: float) -> None:
+    story = Story(seed, count, target, **options)
+    story.tell()
+    assert story.spreads[-1] < limit * story.spreads[0], f"seed {seed}: {story.spreads}"
+    assert story.found >= 0.99 * story.tries, f"seed {seed}: {story.found} of {story.tries}"
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_64_peers_in_groups_of_4_come_to_1_percent_of_their_spread_while_some_join_and_leave(first):
+    for seed in range(first, first + 2):
+        check(seed, 64, 4, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("count", "target", "limit"), [(16, 2, 0.02), (16, 4, 1e-9), (27, 3, 0.1), (12, 4, 0.2)]
+)
+def test_swarms_of_other_sizes_mix(count, target, limit):
+    for seed in range(2):
+        check(seed, count, target, limit, churn=False)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("first", range(100, 500, 50))
+def test_many_more_swarms_of_64(first):
+    for seed in range(first, first + 50):
+        check(seed, 64, 4, 0.01)
