@@ -7,7 +7,7 @@ import torch
 from real_swarm import Swarm
 
 import shoal
-from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.errors import InvalidTypeError, InvalidValueError, MatchmakingException
 
 pytestmark = [pytest.mark.xdist_group("averaging"), pytest.mark.timeout(300)]
 
@@ -66,6 +66,19 @@ def test_bits_can_be_set_and_asked_for_with_and_without_waiting(swarm: Swarm):
         averager.set_group_bits("2")
     with pytest.raises(InvalidTypeError, match="group_bits=3"):
         averager.set_group_bits(3)
+
+
+def test_the_report_of_a_search_that_failed_holds_its_story_as_data(swarm: Swarm):
+    averager, other = make(swarm, 2, 3, initial_group_bits="1")
+    steps = [one.step(wait=False, timeout=3.0) for one in (averager, other)]
+    assert all(isinstance(step.exception(30), MatchmakingException) for step in steps)
+    leaders = []
+    for step in steps:
+        story = step.report.to_dict()["search"]
+        assert story["key"] == f"{swarm.prefix}.0b1"
+        assert story["seconds"] == pytest.approx(3.0, abs=1.0)
+        leaders += [peer for peer, answer in story["asked"]]
+    assert leaders in ([str(averager.peer_id)], [str(other.peer_id)])
 
 
 def all_gather(swarm: Swarm, runs: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -30,6 +30,7 @@ from shoal.averaging.exchange import Arena
 from shoal.averaging.group import GroupInfo, PeerMode
 from shoal.averaging.load_balancing import load_balance_peers
 from shoal.averaging.matchmaker import Matchmaker
+from shoal.averaging.matchmaking_story import SearchStory
 from shoal.averaging.partition import Layout, Partition
 from shoal.averaging.report import RoundReport
 from shoal.averaging.round import Round, RoundResult, RoundTimeouts
@@ -202,6 +203,8 @@ class AveragerService:
             except MatchmakingException as e:
                 # what ended the groups that were found says more than that no further one came
                 reason = f"{step.report.failure}; then {e}" if found else str(e)
+                if isinstance(e.story, SearchStory):
+                    step.report = replace(step.report, search=asdict(e.story))
                 return self._finish(step, found, reason)
             except AllreduceException as e:
                 step.report = replace(step.report, failure=str(e))
