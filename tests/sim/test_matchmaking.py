@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -141,6 +142,15 @@ def check(seeds: range, caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize("first", range(0, 200, 10))
 def test_as_few_as_possible_are_left_over(first: int, caplog: pytest.LogCaptureFixture) -> None:
     check(range(first, first + 10), caplog)
+
+
+def test_a_request_timeout_above_min_matchmaking_time_keeps_nobody_from_a_group() -> None:
+    for seed in range(3000, 3012):
+        story = Story(seed)
+        timeout = story.rng.uniform(1.0, 3.0) * story.config.min_matchmaking_time
+        story.config = story.sim.config = replace(story.config, request_timeout=timeout)
+        run(story.tell)
+        story.check()
 
 
 @pytest.mark.soak

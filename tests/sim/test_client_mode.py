@@ -1,0 +1,65 @@
+"""Peers in client mode and auxiliaries: only with a full peer in the group, and clients are never dialed."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from shoal.averaging.group import GroupInfo, PeerMode
+from shoal.averaging.matchmaking import MatchmakingConfig
+from shoal.errors import MatchmakingException
+from shoal.testing.clock import run
+from shoal.testing.matchmaking import SimulatedMatchmaking
+from shoal.testing.network import HostNetwork
+
+CLIENT, FULL, AUXILIARY = PeerMode.CLIENT, PeerMode.FULL, PeerMode.AUXILIARY
+
+
+def results(seed: int, modes: list[PeerMode], target: int) -> list[GroupInfo | MatchmakingException]:
+    """What a search of each peer ends with."""
+    sim = SimulatedMatchmaking(seed, MatchmakingConfig(target, min_matchmaking_time=3.0))
+
+    async def story() -> list[GroupInfo | MatchmakingException]:
+        try:
+            await sim.start(modes)
+            searches = [sim.search(number, timeout=10.0) for number in range(len(modes))]
+            return [await search for search in searches]
+        finally:
+            await sim.close()
+
+    return run(story)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_clients_are_never_dialed_and_every_group_has_a_full_peer(seed, monkeypatch):
+    dialed: set[str] = set()
+    connect = HostNetwork.connect
+
+    async def record(self, factory, address):
+        dialed.add(address.host)
+        return await connect(self, factory, address)
+
+    monkeypatch.setattr(HostNetwork, "connect", record)
+    rng = random.Random(seed)
+    modes = [FULL, *rng.sample([FULL, FULL, CLIENT, CLIENT, CLIENT, CLIENT, CLIENT], 7)]
+    sim = SimulatedMatchmaking(seed, MatchmakingConfig(4))
+    hosts = [sim.network.host(f"node{number}").address().host for number in range(len(modes))]
+    groups = results(seed, modes, 4)
+    assert all(isinstance(group, GroupInfo) and len(group) == 4 for group in groups)
+    assert all(group.members[0].mode is FULL for group in groups if isinstance(group, GroupInfo))
+    assert dialed
+    assert not dialed & {host for host, mode in zip(hosts, modes, strict=True) if mode is CLIENT}
+
+
+def test_an_auxiliary_counts_in_the_groups_size():
+    groups = results(0, [FULL, FULL, AUXILIARY], 3)
+    assert all(isinstance(group, GroupInfo) and len(group) == 3 for group in groups)
+    assert groups[0] == groups[1] == groups[2]
+
+
+def test_auxiliaries_and_clients_alone_make_no_group_and_the_error_says_why():
+    # Peer 0 keeps the DHT up; as an auxiliary it leads nobody.
+    for failure in results(0, [AUXILIARY, CLIENT, CLIENT, AUXILIARY], 2):
+        assert isinstance(failure, MatchmakingException)
+        assert "4 in all, of which 0 can lead" in str(failure)
