@@ -196,7 +196,8 @@ def test_a_sender_that_stalls_is_left_out_of_what_it_has_not_delivered():
 
 
 def test_a_sender_that_never_comes_is_awaited_from_the_owners_own_snapshot_on():
-    member = Member(1, (0, 1, 0))
+    member = Member(1, (0, 2, 0))
+    member.handle(WeightDeclared(0, 1.0), PartDelivered(0, 0))
     assert member.core.deadline is None  # the own user may take any time
     member.at(50.0).handle(SnapshotTaken(1.0))
     assert member.core.deadline == 60.0
@@ -348,9 +349,18 @@ def test_an_owner_that_everybody_is_ready_without_may_be_lost():
 
 
 def test_a_member_that_cannot_reach_an_owner_is_excluded_but_fails_the_round_if_the_owner_is_lost():
-    leader = Member(0, (1, 1, 0))
+    leader = Member(0, (0, 1, 0))
     assert excluded(leader.handle(MemberReported(2, OwnerFailed(1, "reset", False)))) == [2]
+    leader.handle(MemberReported(1, SpanAveraged((1.0,) * 3, None, None)), MemberReported(1, Ready(1.0)))
     assert failure(leader.handle(MemberLost(1, "killed"))) == "lost member 1: killed"
+
+
+def test_a_member_that_cannot_reach_an_owner_that_is_lost_fails_the_round():
+    leader = Member(0, (0, 1, 0))
+    leader.handle(MemberReported(1, SpanAveraged((1.0,) * 3, None, None)), MemberReported(1, Ready(1.0)))
+    assert leader.handle(MemberLost(1, "killed")) == []
+    effects = leader.handle(MemberReported(2, OwnerFailed(1, "reset", False)))
+    assert failure(effects) == "member 2 got no averages from member 1: reset"
 
 
 def test_an_owner_that_cannot_reach_another_one_fails_the_round():

@@ -155,8 +155,9 @@ def test_who_sends_nothing_gets_the_average_itself(codec: CompressionBase):
     assert torch.equal(received, codec.decode(bytes(codec.encode(average)), torch.float32, part.count))
 
 
-def test_the_spread_of_a_small_span_is_exact():
-    group = Group(2, NoCompression())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_spread_of_a_small_span_is_exact_and_changes_nothing(dtype: torch.dtype):
+    group = Group(2, NoCompression(), dtype)
     before = [arena.snapshot.clone() for arena in group.arenas]
     group.exchange()
     assert all(torch.equal(arena.snapshot, old) for arena, old in zip(group.arenas, before, strict=True))
