@@ -8,6 +8,7 @@ Nesterov momentum, which moves the base.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -58,6 +59,11 @@ class OuterOptimizer:
     def state(self) -> list[torch.Tensor]:
         """The tensors themselves: all of the base, then all of the momentum."""
         return [*self.base, *self.momentum]
+
+    @property
+    def norm(self) -> float:
+        """Euclidean norm of the base: tells at a glance whether peers have the same."""
+        return math.sqrt(sum(float(tensor.square().sum()) for tensor in self.base))
 
     @torch.no_grad()
     def load_state(self, state: Sequence[torch.Tensor]) -> None:

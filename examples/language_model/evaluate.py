@@ -25,7 +25,7 @@ import torch
 
 from data import load_corpus
 from model import bits_per_byte
-from record import read_log
+from record import SUMMARY, read_log
 from training import Settings, make_model
 
 CURVE = "curve.csv"
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes")
     options = parser.parse_args()
     for run in options.runs:
-        settings = Settings(**json.loads((run / "run.json").read_text())["settings"])
+        settings = Settings(**json.loads((run / SUMMARY).read_text())["settings"])
         points = evaluate_run(run, settings, options.workers)
         write_curve(points, run / CURVE)
         last = points[-1]

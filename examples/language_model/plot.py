@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 from evaluate import CURVE, Point, curve_of_first, read_curve
+from record import SUMMARY
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -44,7 +45,7 @@ def draw(curves: Sequence[tuple[str, Path]], axis: str, top: float, title: str, 
             [position(point, axis) for point in own], [point.bits_per_byte for point in own], label=label
         )
         lowest = min(lowest, *(point.bits_per_byte for point in own))
-        for event in json.loads((run / "run.json").read_text())["events"]:
+        for event in json.loads((run / SUMMARY).read_text())["events"]:
             at = min(own, key=lambda point: abs(point.step - event["step"]))
             axes.annotate(
                 event["event"],

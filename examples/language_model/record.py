@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from training import LocalTrainer
+from training import LocalTrainer, Settings
 
 LOG = "log.jsonl"
 FINAL = "final.pt"
+SUMMARY = "run.json"
 
 
 class Record:
@@ -47,6 +49,12 @@ class Record:
 
     def close(self) -> None:
         self._log.close()
+
+
+def write_summary(run: Path, settings: Settings, **more: Any) -> None:
+    """Write what is known of a run, the folder above those of its peers, to ``run.json``."""
+    summary = {"settings": asdict(settings), "events": [], **more}
+    (run / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def read_log(folder: Path) -> Iterator[dict[str, Any]]:

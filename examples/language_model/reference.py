@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from data import load_corpus
-from record import Record
+from record import Record, write_summary
 from training import LocalTrainer, Settings
 
 
@@ -42,6 +42,7 @@ def main() -> None:
     text = torch.cat([corpus.parts[part] for part in parts])
     trainer = LocalTrainer(text, settings, seed=parts[0], batches=options.batches)
     record = Record(options.folder, options.started)
+    write_summary(options.folder.parent, settings, library="none")
     train(trainer, record, settings.steps, options.save_every)
 
 

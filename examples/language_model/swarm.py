@@ -15,7 +15,6 @@ the state of another peer.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import signal
@@ -23,11 +22,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from record import read_log
+from record import read_log, write_summary
 from training import Settings
 
 HERE = Path(__file__).resolve().parent
@@ -198,15 +196,15 @@ class Swarm:
         )
 
     def _write_summary(self) -> None:
-        summary = {
-            "library": "none" if self._options.alone else self._options.library,
-            "wrap": self._options.wrap,
-            "settings": asdict(self._settings),
-            "seconds": round(time.time() - self._started, 1),
-            "status": {process.name: process.status for process in self.processes},
-            "events": self.events,
-        }
-        (self._options.folder / "run.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_summary(
+            self._options.folder,
+            self._settings,
+            library="none" if self._options.alone else self._options.library,
+            wrap=self._options.wrap,
+            seconds=round(time.time() - self._started, 1),
+            status={process.name: process.status for process in self.processes},
+            events=self.events,
+        )
 
 
 def main() -> None:

@@ -91,7 +91,7 @@ class Peer:
             min_matchmaking_time=MATCHMAKING_TIME,
             request_timeout=REQUEST_TIMEOUT,
             allreduce_timeout=ALLREDUCE_TIMEOUT,
-            compression=hivemind.Float16Compression(),
+            compression=hivemind.compression.Float16Compression(),
             share=self._share_state,
             start=True,
         )
@@ -148,6 +148,7 @@ class Peer:
             "exchange_s": round(time.monotonic() - found, 3),
         }
         self._finish_round(search.result())
+        event["norm"] = round(self.outer.norm, 4)  # equal at all members, unless something is wrong
         return event
 
     def _begin_search(self) -> None:

@@ -83,4 +83,5 @@ def test_reference_training_leaves_the_same_kind_of_record(scripts, tmp_path):
     assert script.finish() == 0, script.output
     events = list(read_log(folder))
     assert [event["step"] for event in events if event["event"] == "round"] == [20, 40]
+    assert json.loads((folder.parent / "run.json").read_text())["settings"]["steps"] == 40
     assert events[-1] == {**events[-1], "event": "saved", "file": "final.pt", "tokens": 40 * 2 * 4 * 32}

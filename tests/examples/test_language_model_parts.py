@@ -155,11 +155,13 @@ def test_a_state_of_another_model_is_refused_and_changes_nothing(state: list[tor
     assert all(torch.equal(a, b) for a, b in zip(outer.base, random_tensors(0), strict=True))
 
 
-def test_the_base_is_a_copy():
+def test_the_base_is_a_copy_and_has_a_norm():
     parameters = random_tensors(0)
     outer = OuterOptimizer(parameters)
     parameters[0] += 1
     assert torch.equal(outer.base[0], random_tensors(0)[0])
+    expected = torch.cat([tensor.flatten() for tensor in random_tensors(0)]).norm()
+    assert outer.norm == pytest.approx(float(expected))
 
 
 def test_what_groupmates_gather_is_read_with_care():
