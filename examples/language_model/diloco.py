@@ -50,6 +50,16 @@ class OuterOptimizer:
             base.sub_(self._learning_rate * (gradient + self._decay * momentum))
 
     @torch.no_grad()
+    def rebase(self, parameters: Iterable[torch.Tensor], given: Iterable[torch.Tensor]) -> None:
+        """Begin a round whose first local steps were taken while the outer gradients were averaged: they are kept.
+
+        :param parameters: start from the base now, plus what they have changed since they were ``given``
+        :param given: the parameters whose gradient was averaged
+        """
+        for base, parameter, old in zip(self.base, parameters, given, strict=True):
+            parameter.add_(base - old)
+
+    @torch.no_grad()
     def copy_base_to(self, parameters: Iterable[torch.Tensor]) -> None:
         """Begin a round: local steps start from the base."""
         for base, parameter in zip(self.base, parameters, strict=True):

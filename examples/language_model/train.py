@@ -8,11 +8,11 @@ text, then an outer step on the average of what all peers have learnt.
 On several machines, tell each ``--host`` the address under which the others reach it. `swarm.py` starts a
 whole swarm here.
 
-How peers keep together. After H local steps a peer looks for a group, and trains on while it does. When a
-group stands, which is at once if everybody is there and after ``MATCHMAKING_TIME`` at the latest if not, its
-members average their outer gradients and take the same outer step. So nobody waits for a peer that is slow or
-dead. Who was not in the group of a round sees at the next one, by the round that its groupmates gather, that
-it is behind, and downloads the state of a peer.
+How peers keep together. After H local steps a peer looks for a group. When one stands, which is at once if
+everybody is there and after ``MATCHMAKING_TIME`` at the latest if not, its members average their outer
+gradients and take the same outer step. Local steps go on all the while: nobody waits for the network, nor for
+a peer that is slow or dead. Who was not in the group of a round sees at the next one, by the round that its
+groupmates gather, that it is behind, and downloads the state of a peer.
 """
 
 from __future__ import annotations
@@ -79,9 +79,13 @@ class Peer:
         """All steps are done and averaged; or nobody is left to average them with."""
         self._settings = settings
         self._round_began_at = 0  # by the schedule's step
-        self._own_steps = 0  # in this round
-        self._search: Any = None
-        self._search_began = 0.0
+        self._own_steps = 0  # since the base, and not in any average yet
+        self._averaging: Any = None  # a StepControl, from the search for a group to the average
+        self._search_time = 0.0
+        self._given: list[torch.Tensor] = []  # the parameters when their gradient was given into the average
+        self._given_at = 0  # at this step of the schedule
+        self._steps_given = 0
+        self._given_time = 0.0
         self._averager = Averager(
             [torch.zeros_like(tensor) for tensor in self.outer.base],
             dht,
@@ -120,40 +124,38 @@ class Peer:
     # The outer step
 
     def advance(self) -> dict[str, Any] | None:
-        """Look for a group when it is time, and average when one stands. Called after each local step.
+        """Look for a group when it is time, average when one stands, and take the outer step when the average is there.
+        Called after each local step; never waits.
 
         :returns: what happened, if a round has ended: well (``group``: its size) or not (``error``)
         """
-        if self._search is None:
+        if self._averaging is None:
             if self.trainer.step - self._round_began_at >= self._settings.local_steps:
                 self._begin_search()
             return None
-        stage = self._search.stage.name
-        if stage != "AWAITING_TRIGGER" and not self._search.done():
+        if not self._given and self._averaging.stage.name == "AWAITING_TRIGGER":
+            self._give_gradient()
+        if not self._averaging.done():
             return None
-        search, self._search = self._search, None
-        found = time.monotonic()
-        if not search.done():
-            with self._averager.get_tensors() as gradients:
-                self.outer.write_gradient(self.trainer.parameters, gradients)
-            search.allow_allreduce()
-        error = search.exception()
+        averaging, self._averaging = self._averaging, None
+        given, self._given = self._given, []
+        error = averaging.exception()
         if error is not None:
             self.done = self.trainer.step >= self._settings.steps
             return {"error": f"{type(error).__name__}: {error}"[:500]}
         event = {
-            "group": len(search.result()),
-            "steps": self._own_steps,
-            "search_s": round(found - self._search_began, 3),
-            "exchange_s": round(time.monotonic() - found, 3),
+            "group": len(averaging.result()),
+            "steps": self._steps_given,
+            "search_s": round(self._given_time - self._search_time, 3),
+            "exchange_s": round(time.monotonic() - self._given_time, 3),
         }
-        self._finish_round(search.result())
+        self._finish_round(averaging.result(), given)
         event["norm"] = round(self.outer.norm, 4)  # equal at all members, unless something is wrong
         return event
 
     def _begin_search(self) -> None:
-        self._search_began = time.monotonic()
-        self._search = self._averager.step(
+        self._search_time = time.monotonic()
+        self._averaging = self._averager.step(
             gather={"round": self.round, "step": self.trainer.step},
             weight=float(self._own_steps),
             timeout=SEARCH_TIMEOUT,
@@ -162,7 +164,16 @@ class Peer:
             wait=False,
         )
 
-    def _finish_round(self, gathered: dict[Any, Any]) -> None:
+    def _give_gradient(self) -> None:
+        """The group stands: what has been learnt so far goes into the average. Local steps go on meanwhile."""
+        self._given = [parameter.detach().clone() for parameter in self.trainer.parameters]
+        self._steps_given, self._given_at = self._own_steps, self.trainer.step
+        self._given_time = time.monotonic()
+        with self._averager.get_tensors() as gradients:
+            self.outer.write_gradient(self._given, gradients)
+        self._averaging.allow_allreduce()
+
+    def _finish_round(self, gathered: dict[Any, Any], given: list[torch.Tensor]) -> None:
         # All members read the same: they come to the end in the same round.
         enough = self._settings.steps - self._settings.local_steps // 2
         self.done = max(numbers_of("step", gathered.values()), default=0) >= enough
@@ -172,13 +183,13 @@ class Peer:
             return
         with self._averager.get_tensors() as gradients:
             self.outer.step(gradients)
-            self.outer.copy_base_to(self.trainer.parameters)
-            self._begin_round(self.round + 1, self.trainer.step)
+            self.outer.rebase(self.trainer.parameters, given)
+            self._begin_round(self.round + 1, self._given_at)
 
     def _begin_round(self, round_: int, step: int) -> None:
         self.round = round_
         self._round_began_at = step
-        self._own_steps = 0
+        self._own_steps -= self._steps_given
 
     # State: the base, the outer momentum, and how far training has come
 
@@ -203,6 +214,7 @@ class Peer:
             self.outer.load_state(tensors)
             self.outer.copy_base_to(self.trainer.parameters)
             self.trainer.step = metadata["step"]
+            self._own_steps = self._steps_given = 0
             self._begin_round(metadata["round"], metadata["round_began_at"])
         return True
 

@@ -27,7 +27,7 @@ class Settings:
     """What all peers of a run have to agree on. Each field is an option on the command line."""
 
     peers: int = option(4, "parts that the text is dealt into, and peers in a full group")
-    steps: int = option(4000, "local steps of each peer")
+    steps: int = option(4500, "local steps of each peer")
     local_steps: int = option(50, "local steps in a round (H in the DiLoCo paper)")
     hidden: int = option(128, "size of the GRU's state")
     table: int = option(4096, "rows of each table of n-grams, a power of 2")

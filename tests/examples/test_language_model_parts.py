@@ -147,6 +147,16 @@ def test_a_peer_that_took_over_the_state_stays_equal():
     assert all(torch.equal(a, b) for a, b in zip(parameters, first.base, strict=True))
 
 
+def test_local_steps_that_were_taken_while_gradients_were_averaged_are_kept():
+    outer = OuterOptimizer(random_tensors(0))
+    given, later = random_tensors(1), random_tensors(2)
+    parameters = [a + b for a, b in zip(given, later, strict=True)]
+    outer.step(random_tensors(3))
+    outer.rebase(parameters, given)
+    for parameter, base, change in zip(parameters, outer.base, later, strict=True):
+        torch.testing.assert_close(parameter, base + change)
+
+
 @pytest.mark.parametrize("state", [[], random_tensors(0), [*random_tensors(0), *random_tensors(0)[::-1]]])
 def test_a_state_of_another_model_is_refused_and_changes_nothing(state: list[torch.Tensor]):
     outer = OuterOptimizer(random_tensors(0))
