@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 
+from shoal.averaging.group_bits import LONELY_BELOW, MAX_DEPTH, SPLIT_ABOVE, GroupBits
 from shoal.averaging.lineage import NO_LINEAGE, Lineage, after_round
 from shoal.averaging.matchmaking import MatchmakingConfig
-from shoal.averaging.matchmaking_view import NOBODY
+from shoal.averaging.matchmaking_view import GONE_WITHIN, NOBODY
 from shoal.p2p.identity import PeerID
-from shoal.testing.matchmaking_cores import SwarmOfCores, core_peer_id
+from shoal.testing.matchmaking_cores import Peer, SwarmOfCores, core_peer_id
 
 ROUNDS = 5
+EXPLORE_AFTER = 1.0
 DIMENSIONS = 32
 PEER_IDS = [core_peer_id(number) for number in range(1100)]
 
@@ -22,8 +27,16 @@ class Story:
     """Rounds of averaging; before each, one peer joins, with the state of another, or leaves."""
 
     def __init__(
-        self, seed: int, count: int, target: int, *, churn: bool = True, jitter: float = 0.0
+        self,
+        seed: int,
+        count: int,
+        target: int,
+        *,
+        churn: bool = True,
+        jitter: float = 0.0,
+        rounds: int = ROUNDS,
     ) -> None:
+        self.rounds = rounds
         self.rng = random.Random(f"mixing {seed}")
         self.swarm = SwarmOfCores(seed, MatchmakingConfig(target, min_matchmaking_time=5.0))
         self.churn = churn
@@ -33,12 +46,13 @@ class Story:
         self.values = dict(zip(PEER_IDS[:count], noise, strict=True))
         self.stayed = set(self.values)
         self.lineages: dict[PeerID, Lineage] = {}
+        self.bits: dict[PeerID, GroupBits] = {}
         self.seconds: list[float] = []
         self.spreads = [self.spread()]
         self.tries = self.found = 0
 
     def tell(self) -> None:
-        for _ in range(ROUNDS):
+        for _ in range(self.rounds):
             if self.churn:
                 self.change()
             self.round()
@@ -54,18 +68,24 @@ class Story:
             self.stayed.discard(leaver)
 
     def round(self) -> None:
-        before = self.swarm.peers
+        before = dict(self.swarm.peers)
         searches = [
             self.swarm.search(
                 peer_id,
                 self.rng.uniform(0, self.jitter),
                 lineage=self.lineages.get(peer_id, NO_LINEAGE),
                 known=before[peer_id].core.known if peer_id in before else NOBODY,
+                bits=self.bits.setdefault(peer_id, GroupBits(peer_id)),
             )
             for peer_id in self.values
         ]
+        for search in searches:
+            if search.peer_id not in before:
+                self.swarm.at(self.swarm.now + EXPLORE_AFTER, partial(self.explore, search))
         began = self.swarm.now
         self.swarm.run()
+        for search in searches:
+            self.count(search)
         groups = {search.group_id: search.group for search in searches if search.group is not None}
         self.seconds += [search.finished_at - began for search in searches]
         self.tries += len(searches)
@@ -80,6 +100,25 @@ class Story:
             for member in members:
                 self.values[member] = average
                 self.lineages[member] = lineage
+                self.bits[member].round_committed(
+                    self.swarm.peers[member].formed, self.swarm.config.target_group_size
+                )
+
+    def explore(self, search: Peer) -> None:
+        counts = self.populations(search, range(MAX_DEPTH + 1), self.swarm.now)
+        if search.finished_at == math.inf and self.bits[search.peer_id].explored(counts):
+            self.swarm.move(search)
+
+    def count(self, search: Peer) -> None:
+        bits = self.bits[search.peer_id]
+        since = search.core.me.start_time - GONE_WITHIN
+        own = search.core.count_seen
+        bits.counted(own, self.populations(search, bits.depths_to_count(own), since))
+        bits.search_ended()
+
+    def populations(self, search: Peer, depths: range, since: float) -> dict[int, int]:
+        bits = self.bits[search.peer_id]
+        return {depth: self.swarm.population(bits.bits_at(depth), since, search.peer_id) for depth in depths}
 
     def spread(self) -> float:
         """The standard deviation over the peers present throughout, over all dimensions together."""
@@ -113,3 +152,29 @@ def test_swarms_of_other_sizes_mix(count, target, limit):
 def test_many_more_swarms_of_64(first):
     for seed in range(first, first + 50):
         check(seed, 64, 4, 0.01)
+
+
+def check_large(seed: int, count: int, depth: int, rounds: int) -> None:
+    """From all at one ``depth`` to where all belong, and nearly everybody in a group in every round."""
+    story = Story(seed, count, 4, rounds=rounds)
+    for peer_id in story.values:
+        story.bits[peer_id] = GroupBits(peer_id)
+        story.bits[peer_id].depth = depth
+    story.tell()
+    assert story.found >= 0.99 * story.tries, f"{story.found} of {story.tries}"
+    depths = Counter(story.bits[peer_id].depth for peer_id in story.values)
+    (final, most), *_ = depths.most_common(1)
+    assert LONELY_BELOW < count / 2**final <= SPLIT_ABOVE, depths
+    assert most >= 0.99 * count, depths
+    assert story.spreads[-1] < 0.05 * story.spreads[0], story.spreads
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("count", "depth"),
+    [(256, 0), (256, 5), (1024, 3), (1024, 5)],
+    ids=["256", "256 deep", "1024", "1024 deep"],
+)
+def test_swarms_of_hundreds_spread_over_keys_and_strand_nobody(count, depth):
+    check_large(0, count, depth, rounds=7)

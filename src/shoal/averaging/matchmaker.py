@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable
 
+from shoal.averaging.census import Census
 from shoal.averaging.group import (
     MAX_GATHER_BYTES,
     SCHEMA_HASH_BYTES,
@@ -15,7 +16,7 @@ from shoal.averaging.group import (
     group_key,
     verify_member,
 )
-from shoal.averaging.group_bits import GroupBits
+from shoal.averaging.group_bits import LONELY_BELOW, SPLIT_ABOVE, GroupBits
 from shoal.averaging.join_messages import JOIN, JoinRequest, Rejected, RejectReason
 from shoal.averaging.lineage import NO_LINEAGE, after_round
 from shoal.averaging.matchmaking import MatchmakingConfig
@@ -31,6 +32,10 @@ from shoal.utils.timed import get_dht_time
 
 WITHDRAWAL_TIMEOUT = 1.0
 """Seconds that :meth:`Matchmaker.close` gives the DHT to learn that this peer looks for no group any more."""
+EXPLORE_AFTER = 1.0
+"""Seconds after which a new peer that has no group yet looks whether the swarm is under other keys."""
+COUNT_EVERY = 10.0
+"""Seconds between looks at the keys with a bit more and a bit less."""
 
 
 class Matchmaker:
@@ -59,6 +64,8 @@ class Matchmaker:
         rng = random.SystemRandom() if rng is None else rng
         self._peer = LocalPeer(node, prefix, schema_hash, config, mode, bandwidth, clock, rng)
         self._bits = GroupBits(node.peer_id, initial_bits)
+        self._census = Census(self._peer, self._bits)
+        self._next_count = -math.inf
         self._lineage = NO_LINEAGE
         self._router = router
         self._turn = asyncio.Lock()
@@ -141,8 +148,17 @@ class Matchmaker:
             if self._is_closed:
                 raise InvalidStateError("the matchmaker is closed")
             known = NOBODY if self._search is None else self._search.known
-            self._search = GroupSearch(self._peer, self._place(start_time), deadline, gather, weight, known)
-            return await self._search.run()
+            place = self._place(start_time)
+            search = self._search = GroupSearch(
+                self._peer, place, deadline, gather, weight, known, when_too_few=self._found_too_few
+            )
+            if not known:
+                self._peer.tasks.start(self._explore(search, EXPLORE_AFTER), "explore depths")
+            try:
+                return await search.run()
+            finally:
+                self._count_neighbours(search)
+                self._bits.search_ended()
 
     async def close(self) -> None:
         """End a search that goes on (it raises), and everything else. Idempotent."""
@@ -161,6 +177,39 @@ class Matchmaker:
         self._last_order_time = max(start_time, self._last_order_time + 0.001)
         key = group_key(self._peer.prefix, self._bits.bits)
         return Place(key, start_time, self._last_order_time, self._bits.grid_round, self._lineage)
+
+    # ---- where no bits are given
+
+    def _found_too_few(self, seen: int) -> None:
+        search = self._search
+        if search is None or search.is_over or self._bits.are_given:
+            return
+        if self._bits.found_too_few(seen):
+            self._begin_anew(search)
+        elif seen == 1:
+            self._peer.tasks.start(self._explore(search, 0.0), "explore depths")
+
+    async def _explore(self, search: GroupSearch, delay: float) -> None:
+        """Look where others are, unless the search is over after ``delay`` seconds."""
+        await asyncio.sleep(delay)
+        if search.is_over or self._bits.are_given:
+            return
+        if await self._census.explore() and not search.is_over:
+            self._begin_anew(search)
+
+    def _begin_anew(self, search: GroupSearch) -> None:
+        start_time = self._peer.clock() + self._peer.config.min_matchmaking_time
+        search.move_to(self._place(max(start_time, search.place.start_time)))
+
+    def _count_neighbours(self, search: GroupSearch) -> None:
+        """Choose the number of bits for the next search, by what this one has seen; at a leisurely pace."""
+        now = self._peer.clock()
+        if self._is_closed or self._bits.are_given or not self._bits.is_at_home or now < self._next_count:
+            return
+        own = search.count_seen
+        self._next_count = now if own > SPLIT_ABOVE else now + COUNT_EVERY * (3 if own < LONELY_BELOW else 1)
+        work = self._census.count_neighbours(own, search.place.order_time)
+        self._peer.tasks.start(work, "count neighbours")
 
     async def _serve_join(self, stream: Stream, request: JoinRequest) -> None:
         info = verify_member(request.member, now=self._peer.clock())

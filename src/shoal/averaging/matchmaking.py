@@ -84,6 +84,7 @@ from shoal.averaging.matchmaking_events import (
     SearchStarted,
     SetTimer,
     TimerFired,
+    TooFew,
 )
 from shoal.averaging.matchmaking_story import StoryTeller
 from shoal.averaging.matchmaking_view import NOBODY, View
@@ -223,6 +224,11 @@ class Matchmaking:
         """Whether plans of this search were mixed ones, even if they are not any more."""
         self._effects: list[Effect] = []
         self._history: deque[tuple[float, State, Event]] = deque(maxlen=HISTORY_LENGTH)
+
+    @property
+    def count_seen(self) -> int:
+        """How many peers have looked for a group under the key during this search, this one included."""
+        return self._view.count_seen
 
     @property
     def known(self) -> Mapping[PeerID, float]:
@@ -618,6 +624,7 @@ class Matchmaking:
         self._times.begins_at = now + self.config.min_matchmaking_time
         members = f"{len(self._view.members)} of at least {self.config.min_group_size} members"
         self.story.note(now, f"{members} at the start time: postponed")
+        self._effects.append(TooFew(self._view.count_seen))
         cut = self._cut(now)
         for token, follower in list(self._view.followers.items()):
             planned = cut.group_of(follower.peer_id)

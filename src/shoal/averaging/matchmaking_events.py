@@ -234,6 +234,13 @@ class SetTimer:
 
 
 @dataclass(frozen=True)
+class TooFew:
+    """The start time came without enough members; ``seen`` peers have looked for a group here, this one included."""
+
+    seen: int
+
+
+@dataclass(frozen=True)
 class Log:
     """A line for humans about the search that goes on."""
 
@@ -258,6 +265,7 @@ class FinishWithout:
 Effect = (
     Declare
     | MoveTo
+    | TooFew
     | Poll
     | AskToJoin
     | LeaveLeader

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from shoal.averaging.group import (
@@ -73,6 +73,7 @@ from shoal.averaging.matchmaking_events import (
     SearchStarted,
     SetTimer,
     TimerFired,
+    TooFew,
 )
 from shoal.averaging.matchmaking_peer import LocalPeer
 from shoal.averaging.matchmaking_story import SearchStory
@@ -114,11 +115,15 @@ class GroupSearch:
         gather: bytes,
         weight: float,
         known: Mapping[PeerID, float],
+        *,
+        when_too_few: Callable[[int], None],
     ) -> None:
+        """``when_too_few``: called with the number of peers seen when the start time came without enough members."""
         self.place = place
         self._peer = peer
         self._gather = gather
         self._weight = weight
+        self._when_too_few = when_too_few
         self._mode = peer.mode
         self._core = Matchmaking(
             peer.config,
@@ -149,6 +154,11 @@ class GroupSearch:
     def story(self) -> SearchStory:
         """What it has seen and asked until now."""
         return self._core.story.summary(self._peer.clock())
+
+    @property
+    def count_seen(self) -> int:
+        """How many peers have looked for a group under its key while it did, this one included."""
+        return self._core.count_seen
 
     @property
     def known(self) -> Mapping[PeerID, float]:
@@ -202,13 +212,21 @@ class GroupSearch:
                 self._tell_follower(effect)
             case BeginGroup(tokens):
                 self._begin(tokens)
-            case Log(text, is_warning):
-                logger.log(logging.WARNING if is_warning else logging.INFO, "%s", text)
+            case Log() | TooFew():
+                self._report(effect)
             case FinishWithGroup() | FinishWithout():
                 self._finish(effect)
 
     def _sign_info(self, leader: PeerID) -> SignedMemberInfo:
         return self._peer.sign_info(leader, self.place, self._gather, self._weight)
+
+    def _report(self, effect: Log | TooFew) -> None:
+        match effect:
+            case Log(text, is_warning):
+                logger.log(logging.WARNING if is_warning else logging.INFO, "%s", text)
+            case TooFew(seen):
+                # Not at once: its answer may be to move, which is another event.
+                self._loop.call_soon(self._when_too_few, seen)
 
     def _finish(self, effect: FinishWithGroup | FinishWithout) -> None:
         self._set_timer(math.inf)

@@ -6,11 +6,13 @@ import heapq
 import itertools
 import math
 import random
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from shoal.averaging.declarations import DECLARATION_LIFETIME
 from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode, order_members
+from shoal.averaging.group_bits import GroupBits
 from shoal.averaging.join_messages import Accepted, Declaration, DeclaredState, Redirect, Rejected
 from shoal.averaging.lineage import NO_LINEAGE, Lineage
 from shoal.averaging.matchmaking import Matchmaking, MatchmakingConfig
@@ -36,12 +38,16 @@ from shoal.averaging.matchmaking_events import (
     LeaderRejected,
     LeaveLeader,
     Log,
+    MoveTo,
+    Place,
     Poll,
     Polled,
     PostponeFollower,
+    Restarted,
     SearchStarted,
     SetTimer,
     TimerFired,
+    TooFew,
 )
 from shoal.averaging.matchmaking_view import NOBODY
 from shoal.p2p.identity import Identity, PeerID
@@ -68,9 +74,12 @@ class Peer:
     start_at: float
     store_time: float
     poll_time: float
+    key: str = KEY
+    bits: GroupBits | None = None
     alive: bool = True
     group: tuple[bytes, ...] | None = None
     group_id: int | None = None
+    formed: GroupInfo | None = None
     failure: str | None = None
     finished_at: float = math.inf
     timer: int = 0
@@ -88,8 +97,8 @@ class SwarmOfCores:
         self.now = 1000.0
         self.queue: list[tuple[float, int, Callable[[], None]]] = []
         self.count = itertools.count()
-        self.records: dict[PeerID, tuple[Declaration, float]] = {}
-        """What was stored last, and when it expires."""
+        self.records: dict[str, dict[PeerID, tuple[Declaration, float]]] = defaultdict(dict)
+        """Under each key: what each peer stored last, and when it expires."""
         self.peers: dict[PeerID, Peer] = {}
 
     def search(
@@ -100,15 +109,22 @@ class SwarmOfCores:
         *,
         lineage: Lineage = NO_LINEAGE,
         known: Mapping[PeerID, float] = NOBODY,
+        bits: GroupBits | None = None,
     ) -> Peer:
-        """Let a peer begin a search in ``starts_in`` seconds; its searches before must be over."""
+        """Let a peer begin a search in ``starts_in`` seconds; its searches before must be over.
+
+        ``bits``: what chooses its keys, and is told when it found too few.
+        """
         start_at = self.now + starts_in
+        key = KEY
+        if bits is not None:
+            key += bits.bits
         core = Matchmaking(
             self.config,
             peer_id=peer_id,
             mode=mode,
             schema_hash=SCHEMA,
-            key=KEY,
+            key=key,
             start_time=start_at + self.config.min_matchmaking_time,
             deadline=start_at + 6 * self.config.min_matchmaking_time,
             lineage=lineage,
@@ -116,7 +132,9 @@ class SwarmOfCores:
         )
         one_way = self.rng.uniform(0.001, 0.1) / 2
         lookup = 2 * (one_way + 0.05) * self.rng.uniform(1.0, 2.0)
-        peer = self.peers[peer_id] = Peer(peer_id, mode, core, one_way, start_at, 2 * lookup, lookup)
+        peer = self.peers[peer_id] = Peer(
+            peer_id, mode, core, one_way, start_at, 2 * lookup, lookup, key, bits
+        )
         self.at(start_at, lambda: self.send(peer_id, SearchStarted()))
         return peer
 
@@ -147,16 +165,24 @@ class SwarmOfCores:
                 if at < math.inf:
                     self.at(max(at, self.now), lambda: self.fire(peer, timer))
             case Declare(state, group):
-                me = peer.core.me
+                me, key = peer.core.me, peer.key
                 record = Declaration(me.start_time, state, SCHEMA, peer.mode, (), group, lineage=me.lineage)
                 seconds = peer.store_time
-                self.at(self.now + seconds * self.rng.uniform(0.6, 1.0), lambda: self.store(peer, record))
+                self.at(
+                    self.now + seconds * self.rng.uniform(0.6, 1.0), lambda: self.store(peer, key, record)
+                )
                 self.at(self.now + seconds, lambda: self.send(peer.peer_id, Declared(seconds)))
             case Poll():
                 began = self.now
                 self.at(began + peer.poll_time * self.rng.uniform(0.4, 0.9), lambda: self.read(peer, began))
+            case MoveTo(place):
+                peer.key = place.key
+            case TooFew(seen):
+                if peer.bits is not None and peer.bits.found_too_few(seen):
+                    self.at(self.now, lambda: self.move(peer))
             case FinishWithGroup(group):
                 peer.group = tuple(member.peer_id for member in group.members)
+                peer.formed = group
                 peer.group_id = int.from_bytes(group.group_id, "big")
                 peer.finished_at = self.now
             case FinishWithout(explanation):
@@ -199,27 +225,48 @@ class SwarmOfCores:
         if peer.timer == timer:
             self.send(peer.peer_id, TimerFired())
 
-    def store(self, peer: Peer, record: Declaration) -> None:
+    def move(self, peer: Peer) -> None:
+        """Begin the search anew under the key that the peer's bits name now."""
+        if peer.bits is not None and peer.finished_at == math.inf:
+            start_time = self.now + self.config.min_matchmaking_time
+            place = Place(KEY + peer.bits.bits, start_time, start_time, 0, peer.core.me.lineage)
+            self.send(peer.peer_id, Restarted(place))
+
+    def population(self, bits: str, since: float, but: PeerID) -> int:
+        """How many peers, ``but`` one, wanted to start a group under these bits after ``since``."""
+        return sum(
+            peer_id != but and record.start_time > since and until > self.now
+            for peer_id, (record, until) in self.records[KEY + bits].items()
+        )
+
+    def store(self, peer: Peer, key: str, record: Declaration) -> None:
         # Stores of one peer are in order, as its expiration times grow.
-        before = self.records.get(peer.peer_id)
+        records = self.records[key]
+        before = records.get(peer.peer_id)
         if (
             before is None
             or before[0].state is DeclaredState.LOOKING
             or before[0].start_time < record.start_time
         ):
-            self.records[peer.peer_id] = (record, self.now + DECLARATION_LIFETIME)
+            records[peer.peer_id] = (record, self.now + DECLARATION_LIFETIME)
 
     def read(self, peer: Peer, began: float) -> None:
-        seen = tuple(
-            (peer_id, record) for peer_id, (record, until) in self.records.items() if until > self.now
-        )
-        self.at(began + peer.poll_time, lambda: self.send(peer.peer_id, Polled(began, seen)))
+        key = peer.key
+        records = self.records[key]
+        for peer_id in [peer_id for peer_id, (_, until) in records.items() if until <= self.now]:
+            del records[peer_id]
+        seen = tuple((peer_id, record) for peer_id, (record, _) in records.items())
+        self.at(began + peer.poll_time, lambda: self.show(peer, key, Polled(began, seen)))
+
+    def show(self, peer: Peer, key: str, polled: Polled) -> None:
+        if peer.key == key:
+            self.send(peer.peer_id, polled)
 
     def info(self, peer: Peer, leader: PeerID) -> MemberInfo:
         return MemberInfo(
             peer_id=peer.peer_id.to_bytes(),
             leader=leader.to_bytes(),
-            key=KEY,
+            key=peer.core.key,
             schema_hash=SCHEMA,
             mode=peer.mode,
             bandwidth=None,
@@ -236,7 +283,7 @@ class SwarmOfCores:
         infos = [self.info(self.peers[peer_id], leader.peer_id) for peer_id, _ in owners]
         infos.append(self.info(leader, leader.peer_id))
         number = next(self.count)
-        group = GroupInfo(number.to_bytes(16, "big"), KEY, order_members(leader.peer_id, infos))
+        group = GroupInfo(number.to_bytes(16, "big"), leader.core.key, order_members(leader.peer_id, infos))
         for peer_id, ask in owners:
             self.deliver(leader, peer_id, LeaderBegan(ask, group))
         self.apply(leader, FinishWithGroup(group))
