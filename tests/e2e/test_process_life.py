@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -35,11 +37,12 @@ class Script:
     def __init__(self, folder: Path, code: str, **environment: str) -> None:
         path = folder / "script.py"
         path.write_text(textwrap.dedent(code))
-        (folder / "tmp").mkdir()
+        # Short: torch's workers make Unix sockets there, whose paths have 107 characters at most.
+        self.temporary = Path(tempfile.mkdtemp(prefix="shoal-"))
         self.process = subprocess.Popen(
             [sys.executable, str(path)],
             cwd=folder,
-            env={**os.environ, "SHOAL_LOGLEVEL": "WARNING", "TMPDIR": str(folder / "tmp"), **environment},
+            env={**os.environ, "SHOAL_LOGLEVEL": "WARNING", "TMPDIR": str(self.temporary), **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -68,6 +71,7 @@ def run(tmp_path) -> Iterator[Callable[..., Script]]:
         if script.process.poll() is None:
             script.process.kill()
         script.process.communicate()
+        shutil.rmtree(script.temporary)
 
 
 def is_running(pid: int) -> bool:
@@ -249,7 +253,7 @@ def test_ctrl_c_ends_everything_in_order(run, daemon):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="DataLoader workers are forked on Linux only")
-def test_kill_9_while_forked_dataloader_workers_live(run, tmp_path):
+def test_kill_9_while_forked_dataloader_workers_live(run):
     script = run(
         START
         + """
@@ -289,7 +293,7 @@ while True:
         with contextlib.suppress(ProcessLookupError):
             os.kill(worker, signal.SIGKILL)
     assert not [name for name in set(os.listdir("/dev/shm")) - names if "shoal" in name]
-    left = [path.name for path in (tmp_path / "tmp").iterdir()]
+    left = [path.name for path in script.temporary.iterdir()]
     assert all(name.startswith(("pymp-", "torch")) for name in left)  # multiprocessing's and torch's
 
 

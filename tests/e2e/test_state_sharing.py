@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,26 +132,46 @@ async def find_donors(node: Any, key: str, count: int) -> None:
             await asyncio.sleep(0.02)
 
 
-async def wait_for_chunks(count: int) -> PartialState:
-    """A download of this process that has so many chunks."""
-    async with asyncio.timeout(LIMIT):
-        while True:
-            for one in gc.get_objects():
-                if type(one) is PartialState and one.next_chunk >= count:
-                    return one
-            await asyncio.sleep(0.005)
+async def at_the_tenth_chunk(react: Callable[[PartialState], Awaitable[None]]) -> None:
+    """What the next download of this process does when it has ten chunks."""
+    take = PartialState.take
+
+    async def take_and_react(partial: PartialState, payload: Any) -> None:
+        await take(partial, payload)
+        if partial.next_chunk == 10:
+            PartialState.take = take
+            await react(partial)
+
+    PartialState.take = take_and_react
 
 
-async def cut_connections(dht: Any, node: Any) -> int:
-    """Break the connections to the donor in the middle of a download."""
-    partial = await wait_for_chunks(10)
-    for connection in node.host._connections.to(partial.donor).all():
-        connection.abort("cut by the test")
-    return partial.next_chunk
+async def cut_the_next_download(dht: Any, node: Any) -> None:
+    """Break its connections in the middle."""
+
+    async def cut(partial: PartialState) -> None:
+        for connection in node.host._connections.to(partial.donor).all():
+            connection.abort("cut by the test")
+
+    await at_the_tenth_chunk(cut)
 
 
-async def wait_for_download(dht: Any, node: Any) -> None:
-    await wait_for_chunks(10)
+async def halt_the_next_download(dht: Any, node: Any) -> None:
+    """It waits in the middle, for :func:`go_on`."""
+    PartialState.halted, PartialState.released = asyncio.Event(), asyncio.Event()
+
+    async def halt(partial: PartialState) -> None:
+        PartialState.halted.set()
+        await PartialState.released.wait()
+
+    await at_the_tenth_chunk(halt)
+
+
+async def wait_until_halted(dht: Any, node: Any) -> None:
+    await asyncio.wait_for(PartialState.halted.wait(), LIMIT)
+
+
+async def go_on(dht: Any, node: Any) -> None:
+    PartialState.released.set()
 
 
 async def wait_until_idle(dht: Any, node: Any) -> None:
@@ -273,9 +293,8 @@ def test_64_mb_over_a_connection_that_breaks_are_resumed(swarm: Swarm, caplog: p
     joiner = swarm.joiner()
     swarm.wait_for_donors(joiner, 1)
     with caplog.at_level(logging.INFO, logger="shoal"):
-        cutting = joiner.dht.run_coroutine(cut_connections, return_future=True)
+        joiner.dht.run_coroutine(cut_the_next_download)
         _, (loaded,) = joiner.load_state_from_peers(timeout=LIMIT)
-        assert 10 <= cutting.result(LIMIT) < 64 * MB // (1 << 18)
         joiner.shutdown()
     assert torch.equal(loaded, state)
     assert donor.calls == 1
@@ -416,9 +435,11 @@ def test_a_donor_that_is_killed_is_replaced_by_the_next_one(swarm: Swarm):
     swarm.donor(("second", [state]))
     joiner = swarm.joiner()
     swarm.wait_for_donors(joiner, 2)
+    joiner.dht.run_coroutine(halt_the_next_download)
     load = joiner.load_state_from_peers(wait=False, timeout=LIMIT)
-    joiner.dht.run_coroutine(wait_for_download)
+    joiner.dht.run_coroutine(wait_until_halted)
     os.kill(doomed.dht.background.pid, signal.SIGKILL)
+    joiner.dht.run_coroutine(go_on)
     metadata, (loaded,) = load.result(LIMIT)
     assert metadata == "second"
     assert torch.equal(loaded, state)
@@ -434,8 +455,9 @@ def test_joiners_that_are_cancelled_shut_down_or_killed_free_their_slots(swarm: 
     def begin(**options: Any) -> tuple[Any, Any]:
         joiner = swarm.joiner(dht=own_dht)
         swarm.wait_for_donors(joiner, 1)
+        joiner.dht.run_coroutine(halt_the_next_download)
         load = joiner.load_state_from_peers(wait=False, timeout=LIMIT)
-        joiner.dht.run_coroutine(wait_for_download)
+        joiner.dht.run_coroutine(wait_until_halted)
         return joiner, load
 
     joiner, load = begin()

@@ -144,7 +144,7 @@ def close(creation: MPFuture[ServiceHandle], keeper: TensorKeeper, timeout: floa
         logger.warning(
             "the averager did not end within %g s; it ends with its background process at the latest", timeout
         )
-    except (PeerProcessDied, InvalidStateError) as e:
+    except (PeerProcessDied, InvalidStateError, CancelledError) as e:
         logger.debug("the averager's background process had ended before: %s", e)
     finally:
         keeper.close()

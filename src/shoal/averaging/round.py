@@ -41,7 +41,7 @@ from shoal.averaging.report import Exclusion, Spread
 from shoal.averaging.round_commit import Commitment
 from shoal.averaging.round_core import RoundCore
 from shoal.averaging.round_exchange import Exchange
-from shoal.averaging.round_messages import Outcome, is_weight
+from shoal.averaging.round_messages import MAX_WEIGHT, Outcome, is_weight
 from shoal.errors import AllreduceException, InvalidValueError, ShoalError
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
@@ -215,7 +215,7 @@ class Round:
             return
         weight = self._weight()
         if not is_weight(weight):
-            raise InvalidValueError(f"weight={weight}: a finite number of at least 0 is allowed")
+            raise InvalidValueError(f"weight={weight}: 0 to {MAX_WEIGHT:g} is allowed")
         self._exchange.contribute(weight)
         self._feed(SnapshotTaken(weight))
 

@@ -7,7 +7,7 @@ first. Texts of others become printable where they enter.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TypeAlias
 
 import msgspec
@@ -17,7 +17,9 @@ from shoal.p2p.rpc import Method
 from shoal.utils.text import printable
 
 MAX_REASON_CHARS = 1000
-_EXCLUSION_CHARS = 200_000
+MAX_WEIGHT = 1e300
+"""So that the sum of all weights is finite."""
+_EXCLUSION_CHARS = 120_000
 """Characters of all reasons in one list of exclusions: four bytes each, they fit into a message of 1 MiB."""
 
 EXCLUSION_PHASES = ("join", "snapshot", "exchange")
@@ -166,7 +168,7 @@ def exclusion_text(text: str, size: int) -> str:
 
 def is_weight(value: float) -> bool:
     """Whether a number can be a member's weight."""
-    return math.isfinite(value) and value >= 0
+    return 0 <= value <= MAX_WEIGHT
 
 
 def check_report(report: Report, size: int) -> Report:
@@ -179,9 +181,7 @@ def check_report(report: Report, size: int) -> Report:
             _check(is_weight(weight), f"weight {weight}")
         case SpanAveraged(weights, distance, average):
             _check(len(weights) == size, f"{len(weights)} weights in a group of {size}")
-            _check(
-                all(one is None or is_weight(one) for one in weights), "a weight is negative or not finite"
-            )
+            _check(all(one is None or is_weight(one) for one in weights), "a weight is negative or too large")
             _check_sums(distance, average)
         case StandsAside(phase, reason):
             _check(phase in EXCLUSION_PHASES, "an unknown phase")
@@ -210,7 +210,7 @@ def check_outcome(outcome: Outcome, size: int) -> Outcome:
     excluded = tuple(check_excluded(one, size) for one in outcome.excluded)
     _check(len({one.member for one in excluded}) == len(excluded), "a member is excluded twice")
     _check(len(outcome.weights) in (0, size), f"{len(outcome.weights)} weights in a group of {size}")
-    _check(all(map(is_weight, outcome.weights)), "a weight is negative or not finite")
+    _check(all(map(is_weight, outcome.weights)), "a weight is negative or too large")
     _check_sums(outcome.square_distance, outcome.square_average)
     reason = None if outcome.reason is None else reason_text(outcome.reason)
     return msgspec.structs.replace(outcome, reason=reason, excluded=excluded)
@@ -218,9 +218,12 @@ def check_outcome(outcome: Outcome, size: int) -> Outcome:
 
 def add_up(values: Iterable[float | None]) -> float | None:
     """The sum, if all are known and it is finite."""
-    known: Sequence[float | None] = list(values)
-    total = math.fsum(value for value in known if value is not None)
-    return total if None not in known and math.isfinite(total) else None
+    total = 0.0
+    for value in values:
+        if value is None:
+            return None
+        total += value  # math.fsum raises where this becomes infinite
+    return total if math.isfinite(total) else None
 
 
 def _check_sums(*sums: float | None) -> None:

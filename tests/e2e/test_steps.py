@@ -1,0 +1,236 @@
+"""A step and its control, as a user sees them: what can be steered until all-reduce begins, what is reported, how
+failures read.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from real_swarm import STEP_TIMEOUT, Swarm, step_all, wait_for_stage
+
+import shoal
+from shoal.averaging.control import AveragingStage
+from shoal.averaging.steps import LONELY_ROUNDS
+from shoal.errors import AllreduceException, InvalidStateError
+from shoal.utils.timed import get_dht_time
+
+pytestmark = pytest.mark.xdist_group("averaging")
+
+
+def test_the_weight_can_be_set_until_all_reduce_begins_and_no_longer(swarm: Swarm):
+    tensors = [[torch.full((1000,), value)] for value in (0.0, 4.0)]
+    averagers = [swarm.peer(own, size=2) for own in tensors]
+    controls = [a.step(wait=False, timeout=STEP_TIMEOUT, require_trigger=True) for a in averagers]
+    wait_for_stage(controls, AveragingStage.AWAITING_TRIGGER)
+    controls[1].weight = 3
+    for control in controls:
+        control.allow_allreduce()
+        control.allow_allreduce()  # twice is harmless
+    for control in controls:
+        control.result(60)
+    assert torch.equal(tensors[0][0], torch.full((1000,), 3.0))
+    assert torch.equal(tensors[1][0], tensors[0][0])
+    assert controls[0].report.weight == 4.0
+    with pytest.raises(InvalidStateError, match="weight can't be set any more: the step is finished"):
+        controls[0].weight = 2.0
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(-1.0, ValueError), (float("nan"), ValueError), ("2", TypeError)]
+)
+def test_a_weight_that_is_none_is_refused_and_the_old_one_stays(
+    swarm: Swarm, value: Any, error: type[Exception]
+):
+    control = swarm.peer([torch.zeros(2)], size=2).step(wait=False, timeout=STEP_TIMEOUT, weight=2.0)
+    with pytest.raises(error, match="weight="):
+        control.weight = value
+    assert control.weight == 2.0
+    assert control.cancel()
+
+
+def test_a_member_of_weight_0_takes_the_average_and_adds_nothing_to_it_not_even_nan(swarm: Swarm):
+    tensors = [[torch.full((1000,), value)] for value in (1.0, 3.0, float("nan"))]
+    averagers = [swarm.peer(own, size=3) for own in tensors]
+    controls = [
+        averager.step(wait=False, timeout=STEP_TIMEOUT, weight=weight)
+        for averager, weight in zip(averagers, (1.0, 1.0, 0.0), strict=True)
+    ]
+    for control in controls:
+        assert len(control.result(60)) == 3
+    for own in tensors:
+        assert torch.equal(own[0], torch.full((1000,), 2.0))
+    assert controls[0].report.weight == 2.0
+
+
+def test_a_group_in_which_nobody_has_weight_fails_with_that_reason(swarm: Swarm):
+    averagers = [swarm.peer([torch.ones(3)], size=2) for _ in range(2)]
+    controls = [a.step(wait=False, timeout=STEP_TIMEOUT, weight=0, allow_retries=False) for a in averagers]
+    for control in controls:
+        with pytest.raises(AllreduceException, match="weight"):
+            control.result(60)
+
+
+def test_a_step_can_be_brought_forward_and_put_off_while_it_looks_for_a_group(swarm: Swarm):
+    averagers = [swarm.peer([torch.full((3,), float(i))], size=4, min_group_size=2) for i in range(2)]
+    far = get_dht_time() + 3600
+    controls = [averager.step(wait=False, scheduled_time=far) for averager in averagers]
+    wait_for_stage(controls, AveragingStage.LOOKING_FOR_GROUP)
+    soon = get_dht_time() + 1.0
+    for control in controls:
+        control.scheduled_time = soon
+    for control in controls:
+        assert len(control.result(60)) == 2
+        assert control.scheduled_time == soon
+        with pytest.raises(InvalidStateError, match="scheduled_time can't be set any more"):
+            control.scheduled_time = far
+
+
+def test_a_step_that_waits_for_its_turn_can_be_rescheduled(swarm: Swarm):
+    averagers = [swarm.peer([torch.full((3,), float(i))], size=4, min_group_size=2) for i in range(2)]
+    first = [a.step(wait=False, scheduled_time=get_dht_time() + 3600) for a in averagers]
+    second = [a.step(wait=False, scheduled_time=get_dht_time() + 3600) for a in averagers]
+    wait_for_stage(first, AveragingStage.LOOKING_FOR_GROUP)
+    assert [control.stage for control in second] == [AveragingStage.IDLE] * 2
+    for control in second:
+        control.scheduled_time = get_dht_time() + 1.0
+    for control in first:
+        control.cancel()
+    for control in second:
+        assert len(control.result(60)) == 2
+
+
+def test_a_time_that_cannot_be_is_refused(swarm: Swarm):
+    control = swarm.peer([torch.zeros(2)], size=2).step(wait=False, timeout=10.0)
+    for value in (get_dht_time() + 20, float("inf"), get_dht_time() + 1e6):
+        with pytest.raises(ValueError, match="scheduled_time="):
+            control.scheduled_time = value
+    control.cancel()
+
+
+def test_several_steps_at_once_run_in_their_order(swarm: Swarm):
+    tensors = [[torch.full((10,), float(index))] for index in range(2)]
+    averagers = [swarm.peer(own, size=2) for own in tensors]
+    finished: list[tuple[int, int]] = []
+    controls = []
+    for number in range(3):
+        for peer, averager in enumerate(averagers):
+            control = averager.step(wait=False, timeout=STEP_TIMEOUT, gather=number)
+            controls.append((number, control))
+            control.add_done_callback(lambda _, at=(peer, number): finished.append(at))
+    for number, control in controls:
+        assert set(control.result(60).values()) == {number}
+    deadline = time.monotonic() + 20
+    while len(finished) < 6:
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.01)
+    assert [controls[index][1].report.step for index in (0, 2, 4)] == [0, 1, 2]
+
+
+def test_get_tensors_does_not_wait_for_a_round_in_flight(swarm: Swarm):
+    """The other member holds its lock, so that its snapshot and thereby the round waits: ours is free all the time."""
+    tensors = [[torch.full((1000,), float(index))] for index in range(2)]
+    averagers = [swarm.peer(own, size=2) for own in tensors]
+    with averagers[1].get_tensors():
+        controls = [averager.step(wait=False, timeout=STEP_TIMEOUT) for averager in averagers]
+        wait_for_stage(controls, AveragingStage.RUNNING_ALLREDUCE)
+        with averagers[0].get_tensors() as (mine,):
+            mine += 10
+        assert not controls[0].done()
+    for control in controls:
+        control.result(60)
+    assert torch.equal(tensors[0][0], torch.full((1000,), 10.5))
+    assert torch.equal(tensors[1][0], torch.full((1000,), 0.5))
+
+
+def test_storage_that_is_replaced_between_rounds_is_averaged(swarm: Swarm):
+    parameters = [torch.nn.Parameter(torch.zeros(5)) for _ in range(2)]
+    averagers = [swarm.peer([parameter], size=2) for parameter in parameters]
+    step_all(averagers)
+    parameters[0].data = torch.full((5,), 8.0)
+    step_all(averagers)
+    assert all(torch.equal(parameter.data, torch.full((5,), 4.0)) for parameter in parameters)
+    parameters[0].data = torch.zeros(6)
+    controls = [a.step(wait=False, timeout=3.0, allow_retries=False) for a in averagers]
+    with pytest.raises(AllreduceException, match=r"averaged_tensors\[0\] was float32 \[5\]"):
+        controls[0].result(60)
+    controls[1].result(60)  # the average of those who are left: itself
+    (excluded,) = controls[1].report.excluded
+    assert excluded.member == averagers[0].peer_id.to_base58()
+    assert torch.equal(parameters[1].data, torch.full((5,), 4.0))
+
+
+def test_failures_in_a_row_are_said_louder(swarm: Swarm, caplog: pytest.LogCaptureFixture):
+    averager = swarm.peer([torch.zeros(3)], size=2, min_matchmaking_time=0.3, request_timeout=0.1)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(LONELY_ROUNDS):
+            assert averager.step(timeout=0.2) is None
+    lines = [record for record in caplog.records if "averaging failed" in record.message]
+    assert [record.levelno for record in lines] == [logging.WARNING] * (LONELY_ROUNDS - 1) + [logging.ERROR]
+    assert f"trained alone for {LONELY_ROUNDS} rounds" in lines[-1].message
+
+
+def test_a_report_reads_well_and_is_made_of_plain_values(swarm: Swarm):
+    averagers = [swarm.peer([torch.full((1000,), float(i))], size=2) for i in range(2)]
+    controls = [averager.step(wait=False, timeout=STEP_TIMEOUT) for averager in averagers]
+    assert controls[0].report is None
+    for control in controls:
+        control.result(60)
+    report = controls[0].report
+    assert averagers[0].last_report is report
+    plain = report.to_dict()
+    assert_plain(plain)
+    assert plain["members"] == controls[1].report.to_dict()["members"]
+    assert plain["group_id"] == controls[1].report.to_dict()["group_id"]
+    assert plain["modes"] == ["full", "full"]
+    assert plain["weight"] == 2.0
+    assert plain["phases"]["allreduce"] > 0
+    assert "2 peers" in str(report)
+
+
+def assert_plain(value: Any) -> None:
+    if isinstance(value, dict):
+        assert all(isinstance(key, str) for key in value)
+        for item in value.values():
+            assert_plain(item)
+    elif isinstance(value, list):
+        for item in value:
+            assert_plain(item)
+    else:
+        assert value is None or isinstance(value, (bool, int, float, str)), value
+
+
+class HalfPrecisionOfUsers(shoal.Float16Compression):
+    """Not importable in the background process: travels by value."""
+
+    compression_type = 77
+
+
+HalfPrecisionOfUsers.__module__ = "__main__"
+
+
+def test_a_codec_of_the_users_own_runs_in_the_background_process(swarm: Swarm):
+    from shoal.compression import register_codec
+
+    register_codec(HalfPrecisionOfUsers())
+    tensors = [[torch.full((10_000,), float(index))] for index in range(2)]
+    step_all([swarm.peer(own, size=2, compression=HalfPrecisionOfUsers()) for own in tensors])
+    assert torch.equal(tensors[0][0], torch.full((10_000,), 0.5))
+    assert torch.equal(tensors[1][0], tensors[0][0])
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_model_of_4_gb_averages(swarm: Swarm):
+    tensors = [[torch.full((1 << 28,), float(index)) for _ in range(4)] for index in range(2)]
+    averagers = [swarm.peer(own, size=2, dht=swarm.own_dht()) for own in tensors]
+    controls = [averager.step(wait=False, timeout=600) for averager in averagers]
+    for control in controls:
+        control.result(900)
+    for own in tensors:
+        for tensor in own:
+            assert float(tensor.min()) == float(tensor.max()) == 0.5
