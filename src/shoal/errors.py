@@ -88,7 +88,7 @@ class AllreduceException(ShoalError):
 class MatchmakingException(AllreduceException):
     """No group was found; the message says what the search saw, ``story`` the same as data.
 
-    ``story``: a :class:`~shoal.averaging.matchmaking_story.SearchStory`, or None if the search never began.
+    ``story``: a :class:`~shoal.averaging.matchmaking.story.SearchStory`, or None if the search never began.
     """
 
     def __init__(self, message: str, story: object = None) -> None:

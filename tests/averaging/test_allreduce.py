@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from shoal.averaging.allreduce import AllReduce
-from shoal.averaging.allreduce_events import (
+from shoal.averaging.allreduce.core import AllReduce
+from shoal.averaging.allreduce.events import (
     AnnounceExclusion,
     AnnounceOutcome,
     AskForOutcome,
@@ -41,7 +41,7 @@ from shoal.averaging.allreduce_events import (
     WeightDeclared,
     Withdrawn,
 )
-from shoal.averaging.round_messages import (
+from shoal.averaging.allreduce.messages import (
     Excluded,
     GaveUp,
     Outcome,

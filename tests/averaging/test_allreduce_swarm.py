@@ -12,8 +12,8 @@ from functools import partial
 
 import pytest
 
-from shoal.averaging.allreduce import AllReduce
-from shoal.averaging.allreduce_events import (
+from shoal.averaging.allreduce.core import AllReduce
+from shoal.averaging.allreduce.events import (
     DECIDED,
     AnnounceExclusion,
     AnnounceOutcome,

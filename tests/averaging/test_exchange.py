@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoal.averaging.exchange import NOT_FINITE, Arena, ForeignSpan, NotFiniteError, OwnSpan
+from shoal.averaging.allreduce.exchange import NOT_FINITE, Arena, ForeignSpan, NotFiniteError, OwnSpan
 from shoal.averaging.load_balancing import load_balance_peers
 from shoal.averaging.partition import Layout, Partition
 from shoal.compression import CompressionBase, Float16Compression, NoCompression

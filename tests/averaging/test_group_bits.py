@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode, order_members
-from shoal.averaging.group_bits import (
+from shoal.averaging.matchmaking.group_bits import (
     LONELY_BELOW,
     MAX_DEPTH,
     SPLIT_ABOVE,

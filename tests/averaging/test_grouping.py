@@ -8,8 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.averaging.candidate import Candidate
-from shoal.averaging.grouping import EarlyBegin, cut_groups, may_begin_early, plan_groups, stays_full
+from shoal.averaging.matchmaking.candidate import Candidate
+from shoal.averaging.matchmaking.grouping import (
+    EarlyBegin,
+    cut_groups,
+    may_begin_early,
+    plan_groups,
+    stays_full,
+)
 from shoal.p2p.identity import Identity
 
 PEERS = sorted(Identity.generate(bytes([number]) * 32).peer_id for number in range(14))

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.averaging.exchange import Arena, ForeignSpan, OwnSpan
+from shoal.averaging.allreduce.exchange import Arena, ForeignSpan, OwnSpan
+from shoal.averaging.allreduce.reduction import encode_difference, encode_part
 from shoal.averaging.load_balancing import load_balance_peers
 from shoal.averaging.partition import Layout, Partition
-from shoal.averaging.reduction import encode_difference, encode_part
 from shoal.compression import (
     BFloat16Compression,
     BlockwiseQuantization,

@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from shoal.averaging.declarations import Declarations
 from shoal.averaging.group import (
     MAX_GATHER_BYTES,
     GroupInfo,
@@ -17,7 +16,10 @@ from shoal.averaging.group import (
     group_key,
     sign_member,
 )
-from shoal.averaging.join_messages import (
+from shoal.averaging.matchmaking.core import MatchmakingConfig
+from shoal.averaging.matchmaking.declarations import Declarations
+from shoal.averaging.matchmaking.matchmaker import Matchmaker
+from shoal.averaging.matchmaking.messages import (
     JOIN,
     Accepted,
     Begin,
@@ -31,8 +33,6 @@ from shoal.averaging.join_messages import (
     Rejected,
     RejectReason,
 )
-from shoal.averaging.matchmaker import Matchmaker
-from shoal.averaging.matchmaking import MatchmakingConfig
 from shoal.averaging.router import Router
 from shoal.dht.node import DHTNode
 from shoal.dht.tasks import TaskSet
@@ -479,9 +479,9 @@ def test_a_long_search_says_with_growing_pauses_why_there_is_no_group(caplog):
         await asyncio.sleep(215.0)
         search.cancel()
 
-    with caplog.at_level("INFO", logger="shoal.averaging.matchmaking_search"):
+    with caplog.at_level("INFO", logger="shoal.averaging.matchmaking.search"):
         tell(story, peers=1)
-    records = [one for one in caplog.records if one.name == "shoal.averaging.matchmaking_search"]
+    records = [one for one in caplog.records if one.name == "shoal.averaging.matchmaking.search"]
     assert [one.levelname for one in records] == ["INFO", "INFO", "WARNING"]  # after 30, 90 and 210 s
     lines = [one.getMessage() for one in records]
     assert all("looking for a group under 'swarm.0b'" in line and "asked nobody" in line for line in lines)

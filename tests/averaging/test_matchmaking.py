@@ -7,25 +7,14 @@ import math
 import pytest
 
 from shoal.averaging.group import MemberInfo, PeerMode
-from shoal.averaging.join_messages import (
-    Accepted,
-    Declaration,
-    DeclaredState,
-    Dismissed,
-    DismissReason,
-    Redirect,
-    Rejected,
-    RejectReason,
-    Search,
-)
-from shoal.averaging.matchmaking import (
+from shoal.averaging.matchmaking.core import (
     AVOID_AFTER_LOSS,
     IllegalTransition,
     Matchmaking,
     MatchmakingConfig,
     State,
 )
-from shoal.averaging.matchmaking_events import (
+from shoal.averaging.matchmaking.events import (
     AnswerRequest,
     AskToJoin,
     BeginGroup,
@@ -48,6 +37,17 @@ from shoal.averaging.matchmaking_events import (
     SearchStarted,
     SetTimer,
     TimerFired,
+)
+from shoal.averaging.matchmaking.messages import (
+    Accepted,
+    Declaration,
+    DeclaredState,
+    Dismissed,
+    DismissReason,
+    Redirect,
+    Rejected,
+    RejectReason,
+    Search,
 )
 from shoal.p2p.identity import Identity, PeerID
 

@@ -10,10 +10,10 @@ from functools import partial
 import numpy as np
 import pytest
 
-from shoal.averaging.group_bits import LONELY_BELOW, MAX_DEPTH, SPLIT_ABOVE, GroupBits
 from shoal.averaging.lineage import NO_LINEAGE, Lineage, after_round
-from shoal.averaging.matchmaking import MatchmakingConfig
-from shoal.averaging.matchmaking_view import GONE_WITHIN, NOBODY
+from shoal.averaging.matchmaking.core import MatchmakingConfig
+from shoal.averaging.matchmaking.group_bits import LONELY_BELOW, MAX_DEPTH, SPLIT_ABOVE, GroupBits
+from shoal.averaging.matchmaking.view import GONE_WITHIN, NOBODY
 from shoal.p2p.identity import PeerID
 from shoal.testing.matchmaking_cores import Peer, SwarmOfCores, core_peer_id
 

@@ -8,8 +8,8 @@ import random
 import pytest
 
 from shoal.averaging.group import PeerMode
-from shoal.averaging.grouping import plan_groups
-from shoal.averaging.matchmaking import MatchmakingConfig
+from shoal.averaging.matchmaking.core import MatchmakingConfig
+from shoal.averaging.matchmaking.grouping import plan_groups
 from shoal.testing.matchmaking_cores import SwarmOfCores, core_peer_id
 
 PEER_IDS = [core_peer_id(number) for number in range(16)]

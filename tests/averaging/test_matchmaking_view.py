@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from shoal.averaging.candidate import Candidate
 from shoal.averaging.group import SCHEMA_HASH_BYTES, PeerMode
-from shoal.averaging.join_messages import Declaration, DeclaredState, Search
-from shoal.averaging.matchmaking_view import HEARSAY_LASTS, View
+from shoal.averaging.matchmaking.candidate import Candidate
+from shoal.averaging.matchmaking.messages import Declaration, DeclaredState, Search
+from shoal.averaging.matchmaking.view import HEARSAY_LASTS, View
 from shoal.testing.peers import make_identity
 
 HASH = bytes(SCHEMA_HASH_BYTES)

@@ -7,8 +7,6 @@ import random
 
 import pytest
 
-from shoal.averaging.candidate import Candidate
-from shoal.averaging.grouping import cut_groups
 from shoal.averaging.lineage import (
     DIMENSIONS,
     ID_BYTES,
@@ -20,7 +18,9 @@ from shoal.averaging.lineage import (
     lineage_problem,
     sketch_of,
 )
-from shoal.averaging.mixing import mix
+from shoal.averaging.matchmaking.candidate import Candidate
+from shoal.averaging.matchmaking.grouping import cut_groups
+from shoal.averaging.matchmaking.mixing import mix
 from shoal.testing.matchmaking_cores import core_peer_id
 
 PEERS = [core_peer_id(number) for number in range(64)]

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.averaging.reduction import CHUNK, apply_difference, encode_difference, is_finite, reduce_part
+from shoal.averaging.allreduce.reduction import (
+    CHUNK,
+    apply_difference,
+    encode_difference,
+    is_finite,
+    reduce_part,
+)
 from shoal.compression import Float16Compression
 from shoal.compression.base import FLOATING_DTYPES, tensor_bytes
 from shoal.errors import InvalidValueError

@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from shoal.averaging.allreduce_events import AskForOutcome, OutcomeReceived, Phase
-from shoal.averaging.round import RoundResult, RoundTimeouts
-from shoal.averaging.round_messages import Outcome
+from shoal.averaging.allreduce.events import AskForOutcome, OutcomeReceived, Phase
+from shoal.averaging.allreduce.messages import Outcome
+from shoal.averaging.allreduce.round import RoundResult, RoundTimeouts
 from shoal.errors import AllreduceException
 from shoal.testing.clock import run
 from shoal.testing.peers import make_host
@@ -207,7 +207,7 @@ def test_a_stranger_is_refused():
     async def main() -> None:
         async with SimulatedGroup(seed=5, size=2) as group:
             stranger = await make_host(group.network, "stranger", seed=5)
-            from shoal.averaging.round_messages import EXCHANGE, Contribute
+            from shoal.averaging.allreduce.messages import EXCHANGE, Contribute
             from shoal.errors import RemoteError
 
             current = group.round(0)

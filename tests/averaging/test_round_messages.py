@@ -7,8 +7,8 @@ import math
 import msgspec
 import pytest
 
-from shoal.averaging.round_commit import read_answer
-from shoal.averaging.round_messages import (
+from shoal.averaging.allreduce.commit import read_answer
+from shoal.averaging.allreduce.messages import (
     Excluded,
     GaveUp,
     Outcome,

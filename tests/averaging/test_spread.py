@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoal.averaging.spread import BLOCK, SpreadSample
+from shoal.averaging.allreduce.spread import BLOCK, SpreadSample
 
 PART = 1 << 17
 

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.averaging.state_capture import (
+from shoal.averaging.state.capture import (
     Capture,
     capture_state,
     check_state,
     encode_in_place,
     expected_nbytes,
 )
-from shoal.averaging.state_host import available_memory, tensors_in
-from shoal.averaging.state_manifest import CHUNK_ELEMENTS, STATE_DTYPES
+from shoal.averaging.state.host import available_memory, tensors_in
+from shoal.averaging.state.manifest import CHUNK_ELEMENTS, STATE_DTYPES
 from shoal.compression import (
     CompressionBase,
     CompressionInfo,

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from shoal.averaging.state_choice import (
+from shoal.averaging.state.choice import (
     FIRST_BACKOFF,
     MAX_RESUMPTIONS,
     Action,

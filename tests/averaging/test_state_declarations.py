@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from shoal.averaging.state_declarations import DonorDeclarations, Wish
-from shoal.averaging.state_messages import DonorDeclaration, decode_donor, donors_key, encode_donor
+from shoal.averaging.state.declarations import DonorDeclarations, Wish
+from shoal.averaging.state.messages import DonorDeclaration, decode_donor, donors_key, encode_donor
 from shoal.dht.config import DHTConfig
 from shoal.dht.validation import protected_key
 from shoal.errors import InvalidValueError

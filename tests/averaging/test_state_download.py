@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from shoal.averaging.router import Router
-from shoal.averaging.state_capture import Capture, capture_state
-from shoal.averaging.state_choice import Donor
-from shoal.averaging.state_donor import CopyUnavailable, StateDonor
-from shoal.averaging.state_download import Downloaded, Progress, StateDownload
-from shoal.averaging.state_host import tensors_in
-from shoal.averaging.state_manifest import Manifest, metadata_entry
-from shoal.averaging.state_messages import (
+from shoal.averaging.state.capture import Capture, capture_state
+from shoal.averaging.state.choice import Donor
+from shoal.averaging.state.donor import CopyUnavailable, StateDonor
+from shoal.averaging.state.download import Downloaded, Progress, StateDownload
+from shoal.averaging.state.host import tensors_in
+from shoal.averaging.state.manifest import Manifest, metadata_entry
+from shoal.averaging.state.messages import (
     STATE,
     STATE_ID_BYTES,
     Digest,
@@ -31,7 +31,7 @@ from shoal.averaging.state_messages import (
     TensorEntry,
     Waiting,
 )
-from shoal.averaging.state_queue import KEEP_SECONDS, UploadQueue
+from shoal.averaging.state.queue import KEEP_SECONDS, UploadQueue
 from shoal.compression import CompressionBase, Float16Compression, NoCompression
 from shoal.errors import InvalidValueError
 from shoal.p2p.host import Host

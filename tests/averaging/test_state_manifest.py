@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from shoal.averaging.state_manifest import (
+from shoal.averaging.state.manifest import (
     CHUNK_ELEMENTS,
     MAX_TENSORS,
     STATE_DTYPES,
@@ -17,7 +17,7 @@ from shoal.averaging.state_manifest import (
     check_offer,
     metadata_entry,
 )
-from shoal.averaging.state_messages import TensorEntry
+from shoal.averaging.state.messages import TensorEntry
 from shoal.compression import Float16Compression, NoCompression
 from shoal.errors import ProtocolViolation
 

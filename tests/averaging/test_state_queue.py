@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from shoal.averaging.state_messages import BUSY, NOT_SHARING, REPLACED, STATE_FAILED
-from shoal.averaging.state_queue import (
+from shoal.averaging.state.messages import BUSY, NOT_SHARING, REPLACED, STATE_FAILED
+from shoal.averaging.state.queue import (
     FRESH_SECONDS,
     HOLD_OFF_SECONDS,
     KEEP_SECONDS,

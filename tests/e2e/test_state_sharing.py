@@ -21,8 +21,8 @@ import pytest
 import torch
 
 import shoal
-from shoal.averaging.state_donor import StateDonor
-from shoal.averaging.state_download import PartialState
+from shoal.averaging.state.donor import StateDonor
+from shoal.averaging.state.download import PartialState
 from shoal.errors import InvalidStateError, PeerProcessDied
 
 LIMIT = 60.0
@@ -120,7 +120,7 @@ def swarm(shared_dhts: list[shoal.DHT], request: pytest.FixtureRequest) -> Itera
 
 
 async def find_donors(node: Any, key: str, count: int) -> None:
-    from shoal.averaging.state_messages import decode_donor
+    from shoal.averaging.state.messages import decode_donor
     from shoal.dht.validation import protected_key
 
     async with asyncio.timeout(LIMIT):
@@ -329,7 +329,7 @@ def wait_for_priorities(joiner: shoal.DecentralizedAverager, priorities: list[fl
 
 
 async def find_priorities(node: Any, prefix: str, priorities: list[float]) -> None:
-    from shoal.averaging.state_messages import decode_donor, donors_key
+    from shoal.averaging.state.messages import decode_donor, donors_key
     from shoal.dht.validation import protected_key
 
     async with asyncio.timeout(LIMIT):
@@ -414,7 +414,7 @@ def test_rubbish_is_named_at_the_donor_and_the_joiner_goes_to_the_next(
     text = [
         r.getMessage()
         for r in caplog.records
-        if r.name.endswith("state_host") and r.levelno == logging.WARNING
+        if r.name.endswith("state.host") and r.levelno == logging.WARNING
     ]
     assert len(text) == 1
     assert problem in text[0]

@@ -12,10 +12,10 @@ from collections.abc import Awaitable, Callable
 import pytest
 import torch
 
-from shoal.averaging import round_exchange
+from shoal.averaging.allreduce import streams
+from shoal.averaging.allreduce.messages import EXCHANGE, Contribute, DeclareWeight
+from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
 from shoal.averaging.group import PeerMode
-from shoal.averaging.round import Round, RoundResult, RoundTimeouts
-from shoal.averaging.round_messages import EXCHANGE, Contribute, DeclareWeight
 from shoal.compression import BFloat16Compression
 from shoal.errors import AllreduceException, RemoteError
 from shoal.p2p.rpc import Stream
@@ -115,7 +115,7 @@ def test_an_excluded_owner_serves_its_span_to_the_others(victim: int):
 def test_a_sender_that_is_held_is_not_excluded_with_the_one_for_which_it_waits(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(round_exchange, "HELD_BYTES", 2048)  # two parts
+    monkeypatch.setattr(streams, "HELD_BYTES", 2048)  # two parts
 
     async def main() -> None:
         async with SimulatedGroup(seed=3, size=3, clients=2, shapes=[(8000,)]) as group:

@@ -30,8 +30,8 @@ from shoal.averaging.hostside import TensorKeeper, attach_arena, close, close_in
 from shoal.averaging.overriding import check_overrides
 from shoal.averaging.partition import Layout, Partition
 from shoal.averaging.schema import TensorSchema, validate_tensors
-from shoal.averaging.state_host import State, StateHost
-from shoal.averaging.state_pieces import DownloadData, state_pieces
+from shoal.averaging.state.host import State, StateHost
+from shoal.averaging.state.pieces import DownloadData, state_pieces
 from shoal.averaging.steps import Steps
 from shoal.averaging.tensors import HeldTensors, TensorStore
 from shoal.compression import CompressionBase, CompressionInfo, NoCompression

@@ -84,7 +84,7 @@ class MemberInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight: float = 1.0
     """Of its tensors in the average: here, so that every owner counts the member alike."""
     grid_round: int = 0
-    """Rounds that it has been through with the bits that it was given; see :mod:`.group_bits`."""
+    """Rounds that it has been through with the bits that it was given; see :mod:`.matchmaking.group_bits`."""
     lineage: Lineage = NO_LINEAGE
     """With whom it has mixed lately; see :mod:`.lineage`."""
 

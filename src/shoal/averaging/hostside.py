@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from shoal.averaging.commands import ApplyAverage, AttachArena, ReachStage, TakeSnapshot
 from shoal.averaging.control import StepControl
 from shoal.averaging.partition import Layout
-from shoal.averaging.state_commands import StateCommand
-from shoal.averaging.state_host import StateHost
+from shoal.averaging.state.commands import StateCommand
+from shoal.averaging.state.host import StateHost
 from shoal.averaging.tensors import TensorStore, first_non_finite
 from shoal.errors import (
     AllreduceException,

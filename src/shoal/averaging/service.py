@@ -12,6 +12,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from shoal.averaging.allreduce.exchange import Arena
+from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
+from shoal.averaging.allreduce.rounds import Rounds
 from shoal.averaging.commands import (
     AllowAllreduce,
     ApplyAverage,
@@ -26,19 +29,16 @@ from shoal.averaging.commands import (
 )
 from shoal.averaging.config import AveragerConfig, default_start
 from shoal.averaging.control import AveragingStage
-from shoal.averaging.exchange import Arena
 from shoal.averaging.group import GroupInfo, PeerMode
 from shoal.averaging.load_balancing import load_balance_peers
-from shoal.averaging.matchmaker import Matchmaker
-from shoal.averaging.matchmaking_story import SearchStory
+from shoal.averaging.matchmaking.matchmaker import Matchmaker
+from shoal.averaging.matchmaking.story import SearchStory
 from shoal.averaging.partition import Layout, Partition
 from shoal.averaging.report import RoundReport
-from shoal.averaging.round import Round, RoundResult, RoundTimeouts
-from shoal.averaging.rounds import Rounds
 from shoal.averaging.router import Router
 from shoal.averaging.schema import TensorSchema
-from shoal.averaging.state_commands import StateCommand
-from shoal.averaging.state_service import StateService
+from shoal.averaging.state.commands import StateCommand
+from shoal.averaging.state.service import StateService
 from shoal.dht.service import DHTService
 from shoal.errors import AllreduceException, InvalidStateError, MatchmakingException
 from shoal.runtime.memory import SharedMemory

@@ -15,7 +15,7 @@ from shoal.averaging.commands import AllowAllreduce, Reschedule, RunStep, StepOu
 from shoal.averaging.config import default_start
 from shoal.averaging.control import Steering, StepControl
 from shoal.averaging.group import MAX_GATHER_BYTES
-from shoal.averaging.matchmaking import MatchmakingConfig
+from shoal.averaging.matchmaking.core import MatchmakingConfig
 from shoal.errors import AllreduceException, InvalidTypeError, InvalidValueError, MatchmakingException
 from shoal.p2p.identity import PeerID
 from shoal.utils.timed import get_dht_time

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shoal.averaging.allreduce.reduction import is_finite
 from shoal.averaging.partition import Layout
-from shoal.averaging.reduction import is_finite
 from shoal.averaging.schema import overlaps_itself
 from shoal.compression.base import DTYPE_NAMES
 from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidTypeError, InvalidValueError

@@ -7,8 +7,8 @@ import random
 from collections.abc import Sequence
 
 from shoal.averaging.group import GroupInfo, PeerMode
-from shoal.averaging.matchmaker import Matchmaker
-from shoal.averaging.matchmaking import MatchmakingConfig
+from shoal.averaging.matchmaking.core import MatchmakingConfig
+from shoal.averaging.matchmaking.matchmaker import Matchmaker
 from shoal.averaging.router import Router
 from shoal.dht.config import DHTConfig
 from shoal.errors import MatchmakingException

@@ -10,13 +10,11 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from shoal.averaging.declarations import DECLARATION_LIFETIME
 from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode, order_members
-from shoal.averaging.group_bits import GroupBits
-from shoal.averaging.join_messages import Accepted, Declaration, DeclaredState, Redirect, Rejected
 from shoal.averaging.lineage import NO_LINEAGE, Lineage
-from shoal.averaging.matchmaking import Matchmaking, MatchmakingConfig
-from shoal.averaging.matchmaking_events import (
+from shoal.averaging.matchmaking.core import Matchmaking, MatchmakingConfig
+from shoal.averaging.matchmaking.declarations import DECLARATION_LIFETIME
+from shoal.averaging.matchmaking.events import (
     AnswerRequest,
     AskToJoin,
     BeginGroup,
@@ -49,7 +47,9 @@ from shoal.averaging.matchmaking_events import (
     TimerFired,
     TooFew,
 )
-from shoal.averaging.matchmaking_view import NOBODY
+from shoal.averaging.matchmaking.group_bits import GroupBits
+from shoal.averaging.matchmaking.messages import Accepted, Declaration, DeclaredState, Redirect, Rejected
+from shoal.averaging.matchmaking.view import NOBODY
 from shoal.p2p.identity import Identity, PeerID
 
 __all__ = ["SwarmOfCores", "core_peer_id"]

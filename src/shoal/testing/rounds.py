@@ -7,7 +7,9 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import torch
 
-from shoal.averaging.exchange import Arena
+from shoal.averaging.allreduce.exchange import Arena
+from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
+from shoal.averaging.allreduce.rounds import Rounds
 from shoal.averaging.group import (
     GROUP_ID_BYTES,
     NONCE_BYTES,
@@ -18,8 +20,6 @@ from shoal.averaging.group import (
 )
 from shoal.averaging.load_balancing import load_balance_peers
 from shoal.averaging.partition import Layout, Partition
-from shoal.averaging.round import Round, RoundResult, RoundTimeouts
-from shoal.averaging.rounds import Rounds
 from shoal.averaging.router import Router
 from shoal.compression.base import CompressionBase, NoCompression
 from shoal.p2p.config import HostConfig

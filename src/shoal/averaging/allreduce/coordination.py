@@ -1,0 +1,212 @@
+"""The leader's part of a round: who is ready, whom the round goes on without, and whether it commits. Pure.
+
+The rules:
+
+- A member that reported *ready* holds every average. It is never excluded afterwards, and its loss changes nothing.
+- A member that is lost, gives up or cannot get an owner's averages before it was ready is excluded: the group goes on
+  without it. If others may still need averages of its span, the round fails instead, for everybody. (This is the
+  place for successors of owners: a span would be taken over in a new epoch.)
+- The round commits when everybody who is not excluded is ready, and every owner that still serves has said which
+  weights it used. Auxiliary members apply nothing and are not waited for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from shoal.averaging.allreduce.events import AnnounceExclusion, AnnounceOutcome, Effect, Roles
+from shoal.averaging.allreduce.messages import (
+    Excluded,
+    GaveUp,
+    Outcome,
+    OwnerFailed,
+    Ready,
+    Report,
+    SenderExcluded,
+    SpanAveraged,
+    StandsAside,
+    add_up,
+    exclusion_text,
+    reason_text,
+)
+from shoal.errors import ProtocolViolation
+
+
+@dataclass
+class Coordinator:
+    """What the leader knows of the group. Each method that takes something in returns what is to be announced."""
+
+    roles: Roles
+    outcome: Outcome | None = None
+    _ready: dict[int, float] = field(default_factory=dict)
+    """Weights of the members that are ready."""
+    _excluded: dict[int, Excluded] = field(default_factory=dict)
+    _gone: set[int] = field(default_factory=set)
+    """Members that serve nobody any more."""
+    _spans: dict[int, SpanAveraged] = field(default_factory=dict)
+    _stranded_by: set[int] = field(default_factory=set)
+    """Owners whose averages an excluded member could not get: if such an owner turns out to be lost, it was not that
+    member's fault, and the round fails.
+    """
+    _told: dict[int, tuple[int, float]] = field(default_factory=dict)
+    """The weight that each member told, and to whom first."""
+
+    def take(self, member: int, report: Report, seconds: float) -> list[Effect]:
+        """A member's report, ``seconds`` into the all-reduce.
+
+        :raises ProtocolViolation: no honest member would have sent it
+        """
+        if self.outcome is not None:
+            return []
+        match report:
+            case Ready(weight):
+                return self._on_ready(member, weight)
+            case SpanAveraged():
+                return self._on_span(member, report)
+            case GaveUp(reason):
+                if member in self._ready:
+                    raise ProtocolViolation(f"{self.roles.name(member)} gave up after it had reported ready")
+                story = f"{self.roles.name(member)} gave up: {reason}"
+                return self._on_gone(member, "exchange", seconds, reason, story)
+            case StandsAside(phase, reason):
+                if member in self._ready:
+                    raise ProtocolViolation(
+                        f"{self.roles.name(member)} stood aside after it had reported ready"
+                    )
+                return self._exclude(member, phase, seconds, reason)
+            case SenderExcluded(sender, reason):
+                return self._on_sender_excluded(member, sender, seconds, reason)
+            case OwnerFailed():
+                return self._on_owner_failed(member, report, seconds)
+
+    def lose(self, member: int, reason: str, seconds: float, phase: str = "exchange") -> list[Effect]:
+        """The connection to a member ended, or it never joined."""
+        if self.outcome is not None or member in self._gone:
+            return []
+        return self._on_gone(member, phase, seconds, reason, f"lost {self.roles.name(member)}: {reason}")
+
+    def fail(self, reason: str) -> list[Effect]:
+        """The leader fails the round for everybody."""
+        return (
+            [] if self.outcome is not None else self._decide(Outcome(reason_text(reason), self._exclusions()))
+        )
+
+    # reports
+
+    def _on_ready(self, member: int, weight: float) -> list[Effect]:
+        if member in self._ready or not self.roles.contributes[member]:
+            raise ProtocolViolation(f"{self.roles.name(member)} reported ready, twice or without tensors")
+        if member in self._excluded:
+            return []  # its report and the notice of its exclusion crossed
+        self._ready[member] = weight
+        return self._hear_weight(member, member, weight) or self._settle()
+
+    def _on_span(self, owner: int, report: SpanAveraged) -> list[Effect]:
+        if owner in self._spans or not self.roles.parts_owned[owner]:
+            raise ProtocolViolation(
+                f"{self.roles.name(owner)} reported a span twice, or one that it does not own"
+            )
+        self._spans[owner] = report
+        for member, weight in enumerate(report.weights):
+            if weight is not None and self.roles.contributes[member]:
+                failed = self._hear_weight(owner, member, weight)
+                if failed:
+                    return failed
+        return self._settle()
+
+    def _hear_weight(self, witness: int, member: int, weight: float) -> list[Effect]:
+        """All that heard a member's weight must have heard the same one."""
+        first, told = self._told.setdefault(member, (witness, weight))
+        if told == weight:
+            return []
+        name = self.roles.name
+        return self.fail(
+            f"{name(member)} contributed with different weights: {told:g} by the word of {name(first)}, "
+            f"{weight:g} by that of {name(witness)}"
+        )
+
+    def _on_sender_excluded(self, owner: int, sender: int, seconds: float, reason: str) -> list[Effect]:
+        if not self.roles.parts_owned[owner] or not self.roles.contributes[sender] or owner == sender:
+            raise ProtocolViolation(f"{self.roles.name(owner)} excluded a member from which it gets nothing")
+        if sender in self._ready:
+            return []  # it has everything, so nothing is missing from it either
+        return self._exclude(sender, "exchange", seconds, f"excluded by {self.roles.name(owner)}: {reason}")
+
+    def _on_owner_failed(self, member: int, report: OwnerFailed, seconds: float) -> list[Effect]:
+        roles, owner = self.roles, report.owner
+        if member in self._ready or not roles.parts_owned[owner] or owner == member:
+            raise ProtocolViolation(
+                f"{roles.name(member)} misses averages that it has or that nobody owes it"
+            )
+        if member in self._excluded:
+            return []
+        story = f"{roles.name(member)} got no averages from {roles.name(owner)}: {report.reason}"
+        if report.timed_out or owner in self._gone or roles.parts_owned[member]:
+            return self.fail(story)
+        self._stranded_by.add(owner)
+        return self._exclude(
+            member, "exchange", seconds, f"it got no averages from {roles.name(owner)}: {report.reason}"
+        )
+
+    # exclusion
+
+    def _on_gone(self, member: int, phase: str, seconds: float, reason: str, story: str) -> list[Effect]:
+        self._gone.add(member)
+        if member in self._stranded_by:
+            return self.fail(story)
+        if member in self._ready:
+            return self._settle()
+        if self._is_needed(member):
+            return self.fail(story)
+        return self._exclude(member, phase, seconds, reason)
+
+    def _is_needed(self, owner: int) -> bool:
+        """Whether somebody may still wait for averages of this member's span."""
+        return self.roles.parts_owned[owner] > 0 and any(
+            member not in self._ready and member != owner for member in self._committers()
+        )
+
+    def _exclude(self, member: int, phase: str, seconds: float, reason: str) -> list[Effect]:
+        if member in self._excluded:
+            return self._settle()
+        notice = Excluded(member, phase, max(0.0, seconds), exclusion_text(reason, self.roles.size))
+        self._excluded[member] = notice
+        return [AnnounceExclusion(notice), *self._settle()]
+
+    # decision
+
+    def _committers(self) -> list[int]:
+        """Everybody who will apply the average if the round commits."""
+        members = range(self.roles.size)
+        return [one for one in members if self.roles.contributes[one] and one not in self._excluded]
+
+    def _settle(self) -> list[Effect]:
+        committers = self._committers()
+        if not committers:
+            first = next(iter(self._excluded.values()))
+            return self.fail(f"no member is left: {self.roles.name(first.member)}: {first.reason}")
+        owners = [owner for owner, parts in enumerate(self.roles.parts_owned) if parts]
+        if any(member not in self._ready for member in committers):
+            return []
+        if any(owner not in self._spans and owner not in self._gone for owner in owners):
+            return []
+        spans = [self._spans.get(owner) for owner in owners]
+        weights = [0.0] * self.roles.size
+        for member in committers:
+            weights[member] = self._ready[member]
+        return self._decide(
+            Outcome(
+                None,
+                self._exclusions(),
+                tuple(weights),
+                add_up(None if span is None else span.square_distance for span in spans),
+                add_up(None if span is None else span.square_average for span in spans),
+            )
+        )
+
+    def _decide(self, outcome: Outcome) -> list[Effect]:
+        self.outcome = outcome
+        return [AnnounceOutcome(outcome)]
+
+    def _exclusions(self) -> tuple[Excluded, ...]:
+        return tuple(self._excluded.values())

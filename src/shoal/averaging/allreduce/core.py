@@ -1,0 +1,426 @@
+"""One round of butterfly all-reduce, as seen by one member: who owes which part to whom, who is excluded, and
+whether the round commits.
+
+Theory of operation
+-------------------
+The flat vector of a group is cut into spans, one an owner, and each span into parts (:mod:`shoal.averaging.partition`).
+Every contributor sends each owner its weight and its version of the owner's parts, in order; the owner averages a
+part once everybody it waits for has delivered it, and returns the average to every member (reduce-scatter and
+all-gather; Thakur et al. 2005, "Optimization of collective communication operations in MPICH", section 4.4, with
+unequal spans).
+
+A sender that stalls, is lost or breaks the protocol is excluded by the owner that notices: the parts that it has not
+delivered are averaged over the weights that did arrive. The owner tells the leader, and the leader everybody. A
+member that is excluded and lives stands aside: it will not commit, but serves the averages of its span until the
+group is decided. The clock of a sender runs while the owner waits for its next part: not before the owner's own
+snapshot, not while the owner holds it back because others are slower, and not while the owner itself is late. The
+clock of an owner runs while everything that its next average needs of this member was sent. An owner whose averages
+others still need cannot be excluded: the round fails.
+
+A round commits everywhere or nowhere. The leader decides (:mod:`.coordination`), as in two-phase commit (Gray 1978,
+"Notes on data base operating systems", section 5.8.3.3): a member that holds every average *reports ready* and from
+then on may not give up by itself; the round commits when every member that is not excluded is ready. A member that
+loses the leader while it is ready is *orphaned*: it asks the others (the cooperative termination protocol of
+Bernstein, Hadzilacos and Goodman 1987, section 7.4). One that knows the leader's decision passes it on; if no member
+that can still be reached knows it, the round fails.
+
+Why no two members end differently, excluded ones aside:
+
+1. Nobody commits without the leader's decision, and there is one: the leader decides once.
+2. If it is to commit, every member that is not excluded was ready when it was made, and a ready member ends in three
+   ways only: by the decision, by the notice that it is excluded (which the leader gives to no member whose report of
+   readiness it has), or as an orphan.
+3. An orphan commits if anybody tells it of the decision. It fails when each other member is gone, or has said that it
+   is an orphan too, or that it ended without knowing the decision. Whoever has said one of these can learn the
+   decision later only from another member's answer: orphans do not listen to the leader any more, and members that
+   gave up do not listen at all. So when the first orphan fails, no member that can be reached knows the decision, and
+   none will: all of them fail. Whoever may still hear from the leader (exchanging, excluded or ready) is asked again.
+4. A member that fails by itself, because it was excluded, gave up or was never ready, has never given its word: the
+   leader cannot have counted it. That is its own failure and not the group's: to an orphan it answers that it knows
+   of no decision; an excluded leader, or member, that knows the decision passes that on.
+
+A closed connection that cannot be opened again counts as a death; what happens in a silent partition is bounded by
+the transport's keep-alive.
+
+This module is pure: no I/O; the time is an argument. :meth:`AllReduce.handle` is its one mutating entry point; the
+shell is :mod:`.round`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from shoal.averaging.allreduce.books import Collection, Returns
+from shoal.averaging.allreduce.coordination import Coordinator
+from shoal.averaging.allreduce.events import (
+    DECIDED,
+    TRANSITIONS,
+    AnnounceExclusion,
+    AnnounceOutcome,
+    AskForOutcome,
+    AveragePart,
+    AverageReceived,
+    DropSender,
+    Effect,
+    Event,
+    ExchangeOpened,
+    ExcludedByOwner,
+    ExclusionReceived,
+    Finish,
+    JoinTimedOut,
+    MemberEvent,
+    MemberLost,
+    MemberReported,
+    OutcomeAnswered,
+    OutcomeReceived,
+    OwnerEvent,
+    OwnerLost,
+    PartAveraged,
+    PartDelivered,
+    PartSent,
+    Phase,
+    ReturnAverage,
+    Roles,
+    RoundTimeouts,
+    SenderAwaited,
+    SenderEvent,
+    SenderHeld,
+    SenderLost,
+    SnapshotFailed,
+    SnapshotTaken,
+    StopContributing,
+    TellLeader,
+    TimePassed,
+    WeightDeclared,
+    Withdrawn,
+)
+from shoal.averaging.allreduce.messages import (
+    Excluded,
+    GaveUp,
+    Outcome,
+    OwnerFailed,
+    Ready,
+    Report,
+    SenderExcluded,
+    SpanAveraged,
+    StandsAside,
+    reason_text,
+)
+from shoal.errors import AllreduceException, ProtocolViolation
+
+HISTORY_LENGTH = 64
+NO_LIMITS = RoundTimeouts()
+SERVING = (Phase.EXCHANGING, Phase.EXCLUDED)
+"""While the own span may still have to be averaged: a member that is ready has done that."""
+
+
+class AllReduce:
+    """The state of one member in one round.
+
+    ``failure`` is why this member failed, ``outcome`` the leader's decision as far as it is known here: an excluded
+    member fails in a round that commits for others.
+    """
+
+    def __init__(self, roles: Roles, timeouts: RoundTimeouts = NO_LIMITS) -> None:
+        if not any(roles.contributes):
+            raise AllreduceException("no member of the group contributes tensors: all of them only help")
+        self.roles = roles
+        self.phase = Phase.EXCHANGING
+        self.failure: str | None = None
+        self.outcome: Outcome | None = None
+        self.collection = Collection(roles, timeouts.sender)
+        self._contributes = roles.contributes[roles.me]
+        self._coordinator = Coordinator(roles) if roles.me == roles.leader else None
+        self._began: float | None = None
+        self.returns = Returns(roles, timeouts.reducer)
+        self._failed_owners: set[int] = set()
+        self._answers: set[int] = set()
+        self._history: deque[tuple[str, Event]] = deque(maxlen=HISTORY_LENGTH)
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take in one event; return what has to be done, in order.
+
+        :param now: seconds of any steady clock, the same one for all events
+        :raises ProtocolViolation: the event is something that an honest peer would not have caused; the state
+          is unchanged
+        """
+        self._history.append((self.phase.name, event))
+        match event:
+            case SnapshotTaken(weight):
+                return self._on_snapshot(weight, now)
+            case SnapshotFailed(reason):
+                return self._stand_aside("snapshot", reason, now) if self.phase is Phase.EXCHANGING else []
+            case TimePassed(late):
+                return self._on_time(late, now)
+            case Withdrawn(reason):
+                return self._on_withdrawn(reason, now)
+            case (
+                WeightDeclared()
+                | SenderHeld()
+                | SenderAwaited()
+                | PartDelivered()
+                | PartAveraged()
+                | SenderLost()
+            ):
+                return self._as_owner(event, now)
+            case ExchangeOpened() | PartSent() | AverageReceived() | OwnerLost() | ExcludedByOwner():
+                return self._as_sender(event, now)
+            case _:
+                return self._as_member(event, now)
+
+    def _as_owner(self, event: OwnerEvent, now: float) -> list[Effect]:
+        match event:
+            case WeightDeclared(sender, weight):
+                self.collection.declare(sender, weight)
+            case SenderHeld(sender):
+                self.collection.hold(sender)
+            case SenderAwaited(sender):
+                self.collection.resume(sender, now)
+            case PartDelivered(sender, index):
+                self.collection.deliver(sender, index, now)
+            case PartAveraged():
+                return self._on_averaged(event, now)
+            case SenderLost(sender, reason):
+                return self._on_sender_lost(sender, reason, now)
+        return self._release()
+
+    def _as_sender(self, event: SenderEvent, now: float) -> list[Effect]:
+        match event:
+            case ExchangeOpened(owner):
+                self.returns.open(owner, now)
+            case PartSent(owner, index):
+                self.returns.send(owner, index, now)
+            case AverageReceived(owner, index):
+                self.returns.receive(owner, index, now)
+                return self._advance(now)
+            case OwnerLost(owner, reason):
+                return self._on_owner_lost(owner, reason, False, now)
+            case ExcludedByOwner(owner, reason) if self.phase is Phase.EXCHANGING:
+                return self._stand_aside("exchange", f"excluded by {self.roles.name(owner)}: {reason}", now)
+        return []
+
+    def _as_member(self, event: MemberEvent, now: float) -> list[Effect]:
+        match event:
+            case MemberLost(member, reason):
+                return self._on_lost(member, reason, now)
+            case JoinTimedOut(member, reason):
+                return self._coordinate(self._lead().lose(member, reason, self._elapsed(now), "join"), now)
+            case MemberReported(member, report):
+                return self._coordinate(self._lead().take(member, report, self._elapsed(now)), now)
+            case ExclusionReceived(excluded):
+                return self._on_exclusion(excluded, now)
+            case OutcomeReceived(outcome):
+                return self._on_outcome(outcome)
+            case OutcomeAnswered(member, phase, known):
+                return self._on_answer(member, phase, known)
+
+    @property
+    def deadline(self) -> float | None:
+        """When :class:`TimePassed` is due, if nothing else happens before."""
+        if self.phase not in SERVING:
+            return None
+        ends = [
+            one for one in (self.collection.clocks.deadline, self.returns.clocks.deadline) if one is not None
+        ]
+        return min(ends, default=None)
+
+    # as an owner
+
+    def _on_snapshot(self, weight: float, now: float) -> list[Effect]:
+        if self.phase is not Phase.EXCHANGING:
+            return []
+        if self._contributes:
+            self.returns.begin(weight, now)
+        self._settle(weight if self._contributes else None, now)
+        return [*self._release(), *self._advance(now)]
+
+    def _settle(self, weight: float | None, now: float) -> None:
+        self._began = now
+        self.collection.settle(weight, now)
+
+    def _release(self) -> list[Effect]:
+        return [AveragePart(part) for part in self.collection.release()] if self.phase in SERVING else []
+
+    def _on_averaged(self, event: PartAveraged, now: float) -> list[Effect]:
+        if self.phase not in SERVING:
+            return []
+        self.collection.average(event.index)
+        effects: list[Effect] = [ReturnAverage(event.index)]
+        if self.collection.is_averaged:
+            weights = tuple(self.collection.weights)
+            effects += self._tell(SpanAveraged(weights, event.square_distance, event.square_average), now)
+        return [*effects, *self._advance(now)]
+
+    def _on_sender_lost(self, sender: int, reason: str, now: float) -> list[Effect]:
+        if not self._takes_from(sender) or sender == self.roles.me:
+            return []  # whoever still waits for averages notices by itself
+        dropped = self._drop(sender, reason)
+        return [*dropped, *self._tell(SenderExcluded(sender, reason_text(reason)), now)]
+
+    def _takes_from(self, sender: int) -> bool:
+        """Whether this owner still counts on a member's part in the exchange."""
+        book = self.collection
+        if self.phase not in SERVING or book.is_averaged:
+            return False
+        return self.roles.contributes[sender] and sender not in book.dropped
+
+    def _drop(self, sender: int, reason: str) -> list[Effect]:
+        self.collection.drop(sender, reason)
+        return [DropSender(sender, reason), *self._release()]
+
+    # as a member
+
+    def _on_owner_lost(self, owner: int, reason: str, timed_out: bool, now: float) -> list[Effect]:
+        if self.phase is not Phase.EXCHANGING or not self.returns.missing_from(owner):
+            return []
+        if owner in self._failed_owners:
+            return []
+        self._failed_owners.add(owner)
+        self.returns.clocks.stop(owner)
+        if owner == self.roles.leader and not timed_out:
+            return self._give_up(f"lost {self.roles.name(owner)}: {reason}")
+        return self._tell(OwnerFailed(owner, reason_text(reason), timed_out), now)
+
+    def _advance(self, now: float) -> list[Effect]:
+        """Become ready, if this member has contributed and holds every average."""
+        weight = self.collection.weights[self.roles.me]
+        if self.phase is not Phase.EXCHANGING or not self._contributes or weight is None:
+            return []
+        if not (self.collection.is_averaged and self.returns.is_complete):
+            return []
+        if self._coordinator is None:
+            self._move_to(Phase.READY)
+        return self._tell(Ready(weight), now)
+
+    def _on_time(self, late: float, now: float) -> list[Effect]:
+        for clocks in (self.collection.clocks, self.returns.clocks):
+            clocks.shift(late)
+        effects: list[Effect] = []
+        for sender in self.collection.clocks.expired(now):
+            what = "no further part" if self.collection.delivered_by(sender) else "no part"
+            reason = f"it sent {what} within sender_timeout={self.collection.clocks.timeout:g} s"
+            effects += self._on_sender_lost(sender, reason, now)
+        for owner in self.returns.clocks.expired(now):
+            reason = f"it returned no average within reducer_timeout={self.returns.clocks.timeout:g} s"
+            effects += self._on_owner_lost(owner, reason, True, now)
+        return effects
+
+    # exclusion
+
+    def _stand_aside(self, phase: str, reason: str, now: float, *, by_leader: bool = False) -> list[Effect]:
+        """This member will not commit. It goes on to serve its span; without one, it is done."""
+        if self._coordinator is None and not self.collection.count:
+            return [TellLeader(StandsAside(phase, reason_text(reason))), *self._finish(reason)]
+        self._move_to(Phase.EXCLUDED)
+        self.failure = reason
+        effects: list[Effect] = [StopContributing()]
+        self.returns.clocks.clear()
+        if self._began is None:
+            self._settle(None, now)
+            effects += self._release()
+        return effects if by_leader else [*effects, *self._tell(StandsAside(phase, reason_text(reason)), now)]
+
+    def _on_exclusion(self, excluded: Excluded, now: float) -> list[Effect]:
+        """The leader's word: nobody waits any more for what this member has not delivered."""
+        member, reason = excluded.member, excluded.reason
+        if member == self.roles.me:
+            waiting = self.phase in (Phase.EXCHANGING, Phase.READY)
+            return self._stand_aside(excluded.phase, reason, now, by_leader=True) if waiting else []
+        return self._drop(member, reason) if self._takes_from(member) else []
+
+    # commit
+
+    def _lead(self) -> Coordinator:
+        if self._coordinator is None:
+            raise ProtocolViolation("a member reported to one that does not lead")
+        return self._coordinator
+
+    def _elapsed(self, now: float) -> float:
+        return 0.0 if self._began is None else now - self._began
+
+    def _tell(self, report: Report, now: float) -> list[Effect]:
+        if self._coordinator is None:
+            return [TellLeader(report)]
+        return self._coordinate(self._coordinator.take(self.roles.me, report, self._elapsed(now)), now)
+
+    def _coordinate(self, announcements: list[Effect], now: float) -> list[Effect]:
+        """What the leader announces holds for itself too."""
+        effects: list[Effect] = []
+        for announcement in announcements:
+            effects.append(announcement)
+            match announcement:
+                case AnnounceExclusion(excluded):
+                    effects += self._on_exclusion(excluded, now)
+                case AnnounceOutcome(outcome):
+                    effects += self._conclude(outcome)
+        return effects
+
+    def _on_lost(self, member: int, reason: str, now: float) -> list[Effect]:
+        if self._coordinator is not None:
+            return self._coordinate(self._coordinator.lose(member, reason, self._elapsed(now)), now)
+        if member == self.roles.leader:
+            return self._on_leader_lost(f"lost {self.roles.name(member)}: {reason}")
+        return []
+
+    def _on_leader_lost(self, story: str) -> list[Effect]:
+        if self.phase in SERVING:
+            return self._give_up(story)
+        if self.phase is Phase.READY:
+            self._move_to(Phase.ORPHANED)
+            self.failure = story
+            return [AskForOutcome(self.roles.others)]
+        return []
+
+    def _on_withdrawn(self, reason: str, now: float) -> list[Effect]:
+        if self.phase not in SERVING:
+            return []  # a member that is ready has given its word: only the outcome can free it
+        if self._coordinator is not None:
+            return self._coordinate(self._coordinator.fail(f"the leader gave up: {reason}"), now)
+        return self._give_up(reason)
+
+    def _give_up(self, reason: str) -> list[Effect]:
+        report = TellLeader(GaveUp(reason_text(reason)))
+        return [report, *self._finish(self.failure if self.phase is Phase.EXCLUDED else reason)]
+
+    def _on_outcome(self, outcome: Outcome) -> list[Effect]:
+        if self._coordinator is not None:
+            raise ProtocolViolation("the leader was sent an outcome")
+        # an orphan, and whoever ended by itself, may have answered others that it knows of no decision
+        return self._conclude(outcome) if self.phase not in (*DECIDED, Phase.ORPHANED) else []
+
+    def _conclude(self, outcome: Outcome) -> list[Effect]:
+        reason = outcome.reason
+        mine = next((one for one in outcome.excluded if one.member == self.roles.me), None)
+        if reason is None and mine is not None:
+            reason = f"excluded from the round: {mine.reason}"
+        elif reason is None and self.phase is Phase.EXCLUDED:
+            reason = self.failure
+        elif reason is None and self._is_unready():
+            raise ProtocolViolation("the leader committed a round before this member was ready")
+        self.outcome = outcome
+        return self._finish(reason)
+
+    def _is_unready(self) -> bool:
+        return self.phase is Phase.EXCHANGING and self._contributes and self._coordinator is None
+
+    def _on_answer(self, member: int, phase: Phase | None, outcome: Outcome | None) -> list[Effect]:
+        if self.phase is not Phase.ORPHANED:
+            return []
+        if outcome is not None:
+            return self._conclude(outcome)
+        if phase in (Phase.EXCHANGING, Phase.READY, Phase.EXCLUDED):
+            return [AskForOutcome((member,))]  # it may still hear from the leader
+        self._answers.add(member)
+        if len(self._answers) < len(self.roles.others):
+            return []
+        return self._finish(f"{self.failure}; no member that can be reached knows of a decision")
+
+    def _finish(self, reason: str | None) -> list[Effect]:
+        self._move_to(Phase.COMMITTED if reason is None else Phase.FAILED)
+        self.failure = reason
+        return [Finish(reason)]
+
+    def _move_to(self, phase: Phase) -> None:
+        if phase not in TRANSITIONS[self.phase]:
+            raise AssertionError(f"{self.phase.name} -> {phase.name} is no transition: {list(self._history)}")
+        self.phase = phase

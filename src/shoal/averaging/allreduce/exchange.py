@@ -1,0 +1,205 @@
+"""The tensor bytes of one round at one member: parts that arrive for its own span, and averages that arrive
+for the others'.
+
+No I/O and no waiting: :mod:`.round` moves the bytes and asks :mod:`.core` what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from shoal.averaging.allreduce.reduction import (
+    apply_difference,
+    encode_difference,
+    encode_part,
+    is_finite,
+    reduce_part,
+)
+from shoal.averaging.allreduce.spread import SpreadSample
+from shoal.averaging.partition import Part, Partition
+from shoal.compression.base import Bytes, tensor_bytes
+from shoal.errors import AllreduceException, ProtocolViolation
+
+HELD_BYTES = 8 << 20
+"""Memory for parts of one sender that wait for slower members; its next ones then stay on the wire."""
+
+
+@dataclass(frozen=True)
+class Arena:
+    """Both areas of the shared memory, as one-dimensional uint8 tensors of the layout's size."""
+
+    snapshot: torch.Tensor
+    average: torch.Tensor
+
+
+NOBODY_CONTRIBUTED = "nobody contributes: each member's weight is 0, or it was excluded"
+NOT_FINITE = "it sent values that are not finite (NaN or infinity)"
+
+
+class NotFiniteError(ProtocolViolation):
+    """A member sent NaN or infinity."""
+
+    def __init__(self, member: int) -> None:
+        super().__init__(NOT_FINITE)
+        self.member = member
+
+
+def _check_payload(part: Part, expected: int, tag: int, length: int) -> None:
+    if tag != expected or length != part.nbytes:
+        raise ProtocolViolation(
+            f"payload {tag} of {length} bytes; expected {expected} of {part.nbytes} bytes"
+        )
+
+
+class OwnSpan:
+    """The span that this member averages: what has arrived from whom, the averages, and what goes back to
+    whom.
+
+    A part is averaged in one go from what has arrived, in the members' order, so that its average does not depend on
+    the order of arrival.
+    """
+
+    def __init__(self, partition: Partition, me: int, arena: Arena, weights: Mapping[int, float]) -> None:
+        """``weights``: of the contributors, as far as they are known; see :meth:`set_weight`."""
+        self.parts = partition.parts_of(me)
+        self._weights = dict(weights)
+        self._partition = partition
+        self._layout = partition.layout
+        self._me = me
+        self._arena = arena
+        self._arrived: dict[int, dict[int, memoryview]] = {}
+        self._expected: dict[int, int] = {}
+        self._spare: dict[int, list[bytearray]] = {}
+        self._differences: dict[tuple[int, int], memoryview] = {}
+        self._sample = SpreadSample(len(self.parts))
+
+    def set_weight(self, member: int, weight: float) -> None:
+        """A member contributes with this weight; this member itself does so from its snapshot."""
+        self._weights[member] = weight
+
+    def receive_into(self, sender: int, tag: int, length: int) -> memoryview:
+        """Memory for the next part of a sender; :class:`ProtocolViolation` if it is not the next one."""
+        expected = self._expected.get(sender, 0)
+        if expected >= len(self.parts):
+            raise ProtocolViolation(f"payload {tag} after the last part")
+        part = self.parts[expected]
+        _check_payload(part, expected, tag, length)
+        self._expected[sender] = expected + 1
+        spare = self._spare.get(part.nbytes)
+        return memoryview(spare.pop() if spare else bytearray(part.nbytes))
+
+    def deliver(self, sender: int, index: int, data: memoryview) -> None:
+        """The part that was received is complete."""
+        self._arrived.setdefault(index, {})[sender] = data
+
+    def average(self, index: int) -> dict[int, str]:
+        """Average what has been delivered of a part; the average lies in the arena from then on.
+
+        :returns: members whose version was left out, and what is wrong with it
+        :raises AllreduceException: no version with a weight above 0 is left, or their sum is not finite
+        """
+        part = self.parts[index]
+        codec, dtype = self._layout.codec_of(part), self._layout.dtype_of(part)
+        arrived = self._arrived.pop(index, {})
+        received, offenders = self._decode(part, arrived)
+        inputs = dict(received)
+        if self._me in self._weights:
+            inputs[self._me] = self._layout.part_view(self._arena.snapshot, part)
+        senders = sorted(sender for sender in inputs if self._weights.get(sender, 0) > 0)
+        if not senders:
+            raise AllreduceException(NOBODY_CONTRIBUTED)
+        out = self._layout.part_view(self._arena.average, part)
+        values = [inputs[sender] for sender in senders]
+        reduce_part(values, [self._weights[sender] for sender in senders], out)
+        if not is_finite(out):
+            raise AllreduceException("the sum of the members' values exceeds the range of their dtype")
+        if self._sample.wants(index):
+            self._sample.add(index, values, out)
+        if not codec.lossless(dtype):
+            for sender, decoded in received.items():
+                self._differences[sender, index] = encode_difference(codec, out, decoded)
+        self._recycle(part, arrived.values())
+        return offenders
+
+    def _decode(
+        self, part: Part, arrived: Mapping[int, memoryview]
+    ) -> tuple[dict[int, torch.Tensor], dict[int, str]]:
+        codec, dtype = self._layout.codec_of(part), self._layout.dtype_of(part)
+        decoded: dict[int, torch.Tensor] = {}
+        offenders: dict[int, str] = {}
+        for sender, data in arrived.items():
+            try:
+                values = codec.decode(data, dtype, part.count)
+            except ProtocolViolation as e:
+                offenders[sender] = str(e)
+                continue
+            if is_finite(values):
+                decoded[sender] = values
+            else:
+                offenders[sender] = NOT_FINITE
+        return decoded, offenders
+
+    def _recycle(self, part: Part, memory: Iterable[memoryview]) -> None:
+        for data in memory:
+            if isinstance(data.obj, bytearray):
+                self._spare.setdefault(part.nbytes, []).append(data.obj)
+
+    def spread(self) -> tuple[float | None, float | None]:
+        """How far apart the senders were in this span; see :class:`.messages.SpanAveraged`."""
+        return self._sample.total(sum(part.count for part in self.parts))
+
+    def to_return(self, member: int, index: int) -> Bytes:
+        """What a member gets back for one part: the average, or under a lossy codec its encoded difference."""
+        part = self.parts[index]
+        difference = self._differences.pop((member, index), None)
+        if difference is not None:
+            return difference
+        return encode_part(self._layout.codec_of(part), self._layout.part_view(self._arena.average, part))
+
+
+class ForeignSpan:
+    """The span of another owner: what this member sends of it, and the averages that come back."""
+
+    def __init__(self, partition: Partition, owner: int, arena: Arena) -> None:
+        self.parts = partition.parts_of(owner)
+        self._owner = owner
+        self._layout = partition.layout
+        self._arena = arena
+        self._expected = 0
+        self.sends = True
+        """False for a member with weight 0: then the averages themselves come back, also under a lossy codec."""
+
+    def to_send(self, index: int) -> Bytes:
+        """This member's version of one part, encoded."""
+        part = self.parts[index]
+        return encode_part(self._layout.codec_of(part), self._layout.part_view(self._arena.snapshot, part))
+
+    def receive_into(self, tag: int, length: int) -> memoryview:
+        """Memory for the next average: its place in the arena, if it travels as it is."""
+        if self._expected >= len(self.parts):
+            raise ProtocolViolation(f"payload {tag} after the last part")
+        part = self.parts[self._expected]
+        _check_payload(part, self._expected, tag, length)
+        self._expected += 1
+        if self._layout.codec_of(part).is_raw(self._layout.dtype_of(part)):
+            return tensor_bytes(self._layout.part_view(self._arena.average, part))
+        return memoryview(bytearray(length))
+
+    def deliver(self, index: int, data: memoryview) -> None:
+        """An average has arrived whole: it lies in the arena from now on.
+
+        :raises ProtocolViolation: it does not decode, or is not finite
+        """
+        part = self.parts[index]
+        codec, dtype = self._layout.codec_of(part), self._layout.dtype_of(part)
+        out = self._layout.part_view(self._arena.average, part)
+        if codec.lossless(dtype) or not self.sends:
+            codec.decode(data, dtype, part.count, out)
+        else:
+            difference = codec.decode(data, dtype, part.count)
+            apply_difference(self._layout.part_view(self._arena.snapshot, part), difference, out)
+        if not is_finite(out):
+            raise NotFiniteError(self._owner)

@@ -1,0 +1,334 @@
+"""The shell of one round: it owns the tasks, the timers and the pure core in :mod:`.core`.
+
+:mod:`.streams` moves tensor bytes, :mod:`.commit` reports and decisions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from shoal.averaging.allreduce.commit import Commitment
+from shoal.averaging.allreduce.core import AllReduce
+from shoal.averaging.allreduce.events import (
+    AnnounceExclusion,
+    AnnounceOutcome,
+    AskForOutcome,
+    AveragePart,
+    DropSender,
+    Effect,
+    Event,
+    Finish,
+    MemberLost,
+    PartAveraged,
+    ReturnAverage,
+    Roles,
+    RoundTimeouts,
+    SenderLost,
+    SnapshotFailed,
+    SnapshotTaken,
+    StopContributing,
+    TellLeader,
+    TimePassed,
+    Withdrawn,
+)
+from shoal.averaging.allreduce.exchange import Arena
+from shoal.averaging.allreduce.messages import MAX_WEIGHT, Outcome, is_weight
+from shoal.averaging.allreduce.participants import RoundCore
+from shoal.averaging.allreduce.streams import Exchange
+from shoal.averaging.group import GroupInfo, PeerMode
+from shoal.averaging.partition import Partition
+from shoal.averaging.report import Exclusion, Spread
+from shoal.errors import AllreduceException, InvalidValueError, ShoalError
+from shoal.p2p.host import Host
+from shoal.p2p.identity import PeerID
+from shoal.p2p.rpc import Stream
+
+__all__ = ["Round", "RoundResult", "RoundTimeouts"]
+
+FAREWELL_TIMEOUT = 1.0
+"""How long a member that gives up takes to tell the leader."""
+JOIN_TIMEOUT = 15.0
+"""Seconds, from the beginning of the round, within which each member has joined it at the leader; ``sender_timeout``
+if that is shorter.
+"""
+LATE = 0.1
+"""Seconds by which a timer may be late before this process is taken for having been stopped or busy."""
+CATCH_UP = 1.0
+"""Seconds that it then takes to read what has arrived meanwhile."""
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """How a round ended for this member.
+
+    :param failure: None: committed, and the arena holds the average; else why not
+    :param applies: whether this member's tensors take the average; False for an auxiliary one
+    :param exclusions: members that the round went on without, as far as this member knows: the leader's list if
+      its decision is known
+    :param weights: of each member, as averaged; 0 for auxiliary and excluded ones; empty if the round failed
+    :param spread: how far apart the members were before; None: unknown
+    """
+
+    failure: str | None
+    applies: bool
+    bytes_sent: int
+    bytes_received: int
+    snapshot_seconds: float
+    allreduce_seconds: float
+    exclusions: tuple[Exclusion, ...] = ()
+    weights: tuple[float, ...] = ()
+    spread: Spread | None = None
+
+
+class Round:
+    """One round of all-reduce at one member.
+
+    :param take_snapshot: copies the tensors to the arena once all-reduce may begin; awaited once by every member,
+      also an auxiliary one, which has nothing to copy. If it raises, this member contributes nothing and its round
+      fails, but it serves its span
+    :param weight: read once, right after ``take_snapshot`` has returned; ignored for an auxiliary member
+    :param timeouts: in seconds; see :class:`RoundTimeouts`
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        prefix: str,
+        group: GroupInfo,
+        partition: Partition,
+        arena: Arena,
+        *,
+        take_snapshot: Callable[[], Awaitable[None]],
+        weight: Callable[[], float],
+        timeouts: RoundTimeouts,
+    ) -> None:
+        self.group = group
+        self.core = AllReduce(_roles(group, partition, host.peer_id), timeouts)
+        self._host = host
+        self._peers = group.peer_ids
+        self._partition = partition
+        self._take_snapshot = take_snapshot
+        self._weight = weight
+        self._timeouts = timeouts
+        shared = RoundCore(host, prefix, group.group_id, self._peers, self.core, self._feed)
+        self._exchange = Exchange(shared, partition, arena)
+        self._commitment = Commitment(shared)
+        self._decided = asyncio.Event()
+        self._stopped = asyncio.Event()
+        self._tasks: asyncio.TaskGroup | None = None
+        self._contributing: list[asyncio.Task[None]] = []
+        self._asking: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def part_count(self) -> int:
+        """Parts of all owners' spans."""
+        return len(self._partition.parts)
+
+    async def run(self) -> RoundResult:
+        """Take part until the round is decided; never cancel this: :meth:`withdraw`, and wait for the
+        decision.
+        """
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        unsubscribe = self._host.on_disconnect(self._on_disconnect)
+        limit: asyncio.TimerHandle | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._tasks = group
+                self._contributing = [
+                    group.create_task(self._exchange.run_with(owner)) for owner in self._exchange.owners()
+                ]
+                following = group.create_task(self._take_part_in_decision())
+                await self._snapshot()
+                snapshot_at = loop.time()
+                if self._timeouts.allreduce is not None:
+                    reason = f"all-reduce took longer than allreduce_timeout={self._timeouts.allreduce:g} s"
+                    limit = loop.call_later(self._timeouts.allreduce, self.withdraw, reason)
+                await self._decided.wait()
+                decided_at = loop.time()
+                for task in (*self._contributing, *self._asking):
+                    task.cancel()
+                if not self._commitment.leads:
+                    await asyncio.wait([following], timeout=FAREWELL_TIMEOUT)
+                following.cancel()
+        except BaseException as e:
+            # A bug. The others must not wait for a member that is no more in the round.
+            first = e.exceptions[0] if isinstance(e, BaseExceptionGroup) else e
+            self.withdraw(f"{type(first).__name__} in the round: {first}")
+            raise
+        finally:
+            self._tasks = None
+            unsubscribe()
+            for timer in (limit, self._timer):
+                if timer is not None:
+                    timer.cancel()
+        return self._result(snapshot_at - began, decided_at - snapshot_at)
+
+    def withdraw(self, reason: str) -> None:
+        """Give up, unless this member has already given its word to commit: then the decision is still to
+        come.
+        """
+        self._feed(Withdrawn(reason))
+
+    async def serve_exchange(self, stream: Stream, first: object) -> None:
+        """A member opened a stream of :data:`.messages.EXCHANGE`."""
+        await self._exchange.serve(stream, first)
+
+    async def serve_commit(self, stream: Stream, first: object) -> None:
+        """A member opened a stream of :data:`.messages.COMMIT`."""
+        await self._commitment.serve(stream, first)
+
+    async def _take_part_in_decision(self) -> None:
+        if self._commitment.leads:
+            limit = self._timeouts.sender
+            await self._commitment.expect_members(JOIN_TIMEOUT if limit is None else min(limit, JOIN_TIMEOUT))
+        else:
+            await self._commitment.follow_leader()
+
+    async def _snapshot(self) -> None:
+        waiting = [
+            asyncio.ensure_future(work)
+            for work in (self._take_snapshot(), self._decided.wait(), self._stopped.wait())
+        ]
+        taking = waiting[0]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if taking.done():
+                taking.result()
+                self._begin_exchange()
+        except ShoalError as e:
+            self._feed(SnapshotFailed(str(e)))
+        except Exception as e:  # noqa: BLE001 - it copies tensors in another process, where CUDA may raise anything
+            self._feed(SnapshotFailed(f"the snapshot failed with {type(e).__name__}: {e}"))
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+    def _begin_exchange(self) -> None:
+        if self._stopped.is_set():
+            return
+        weight = self._weight()
+        if not is_weight(weight):
+            raise InvalidValueError(f"weight={weight}: 0 to {MAX_WEIGHT:g} is allowed")
+        self._exchange.contribute(weight)
+        self._feed(SnapshotTaken(weight))
+
+    def _result(self, snapshot_seconds: float, allreduce_seconds: float) -> RoundResult:
+        roles, outcome = self.core.roles, self.core.outcome
+        known = () if outcome is None else outcome.excluded
+        return RoundResult(
+            failure=self.core.failure,
+            applies=roles.contributes[roles.me],
+            bytes_sent=self._exchange.bytes_sent,
+            bytes_received=self._exchange.bytes_received,
+            snapshot_seconds=snapshot_seconds,
+            allreduce_seconds=allreduce_seconds,
+            exclusions=tuple(
+                Exclusion(roles.name(one.member), one.phase, one.seconds, one.reason) for one in known
+            ),
+            weights=() if outcome is None else outcome.weights,
+            spread=None if outcome is None else _spread(outcome, self._partition.layout.numel),
+        )
+
+    # core
+
+    def _feed(self, event: Event) -> None:
+        now = asyncio.get_running_loop().time()
+        pending = deque([event])
+        while pending:
+            for effect in self.core.handle(pending.popleft(), now):
+                pending.extend(self._carry_out(effect))
+        self._set_timer(now)
+
+    def _carry_out(self, effect: Effect) -> list[Event]:
+        match effect:
+            case AveragePart(index):
+                return self._average(index)
+            case ReturnAverage(index):
+                self._exchange.release(index + 1)
+            case DropSender(sender, reason):
+                self._exchange.drop(sender, reason)
+            case StopContributing():
+                self._stopped.set()
+                for task in self._contributing:
+                    task.cancel()
+            case TellLeader(report):
+                self._commitment.report(report)
+            case AnnounceExclusion(excluded):
+                self._commitment.announce(excluded)
+            case AnnounceOutcome(outcome):
+                self._commitment.announce(outcome)
+            case AskForOutcome(members):
+                self._ask(members)
+            case Finish():
+                self._decided.set()
+                self._commitment.close()
+                self._exchange.wake()
+        return []
+
+    def _average(self, index: int) -> list[Event]:
+        own = self._exchange.own
+        try:
+            offenders = own.average(index)
+        except AllreduceException as e:
+            return [Withdrawn(str(e))]
+        lost = [SenderLost(member, reason) for member, reason in offenders.items()]
+        measured = own.spread() if index == len(own.parts) - 1 else (None, None)
+        return [*lost, PartAveraged(index, *measured)]
+
+    def _ask(self, members: tuple[int, ...]) -> None:
+        if self._tasks is None:
+            return
+        for member in members:
+            task = self._tasks.create_task(self._commitment.ask_for_outcome(member))
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+
+    def _set_timer(self, now: float) -> None:
+        """Have the core look at its clocks when the first one may expire. A timer that turns out to be early costs
+        less than one for each part.
+        """
+        deadline = self.core.deadline
+        if deadline is None or (self._timer is not None and self._timer.when() <= deadline):
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_at(deadline, self._on_time)
+
+    def _on_time(self) -> None:
+        timer, self._timer = self._timer, None
+        late = asyncio.get_running_loop().time() - timer.when() if timer is not None else 0.0
+        if self._tasks is not None:
+            self._feed(TimePassed(late + CATCH_UP if late > LATE else 0.0))
+
+    def _on_disconnect(self, peer: PeerID, reason: str) -> None:
+        # Other connections than the leader's come and go as the DHT needs them; a stream that ends with one says so.
+        if self._commitment.leads and peer in self._peers:
+            self._feed(MemberLost(self._peers.index(peer), reason))
+
+
+def _spread(outcome: Outcome, elements: int) -> Spread | None:
+    if outcome.square_distance is None or outcome.square_average is None or not elements:
+        return None
+    distance = math.sqrt(outcome.square_distance / elements)
+    average = math.sqrt(outcome.square_average / elements)
+    relative = distance / average if average else math.inf
+    return Spread(distance, relative if math.isfinite(relative) else None)
+
+
+def _roles(group: GroupInfo, partition: Partition, peer_id: PeerID) -> Roles:
+    peers = group.peer_ids
+    if peer_id not in peers:
+        raise AllreduceException(f"{peer_id} is no member of its own group")
+    return Roles(
+        me=peers.index(peer_id),
+        parts_owned=tuple(len(partition.parts_of(member)) for member in range(len(peers))),
+        contributes=tuple(member.mode is not PeerMode.AUXILIARY for member in group.members),
+        names=tuple(str(peer) for peer in peers),
+    )

@@ -1,0 +1,113 @@
+"""The rounds of one averager: streams of other members find theirs by group id, and orphans learn how ended
+ones ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+
+from shoal.averaging.allreduce.commit import answer_outcome
+from shoal.averaging.allreduce.core import AllReduce
+from shoal.averaging.allreduce.events import DECIDED
+from shoal.averaging.allreduce.messages import (
+    COMMIT,
+    EXCHANGE,
+    OUTCOME,
+    AskOutcome,
+    Contribute,
+    JoinRound,
+    OutcomeAnswer,
+)
+from shoal.averaging.allreduce.round import Round
+from shoal.averaging.router import Router
+from shoal.errors import RemoteError
+from shoal.p2p.rpc import Stream
+
+METHODS = (EXCHANGE, COMMIT, OUTCOME)
+ARRIVAL_TIMEOUT = 10.0
+"""Seconds for which a stream may be ahead of the message by which this member learns of the group; ``sender_timeout``
+if that is shorter.
+"""
+MAX_WAITING_STREAMS = 1024
+REMEMBERED_ROUNDS = 64
+
+
+class Rounds:
+    """Serves the methods of :mod:`.messages` for one prefix, and hands each stream to its round.
+
+    :param sender_timeout: of the rounds, in seconds; None: no limit
+    """
+
+    def __init__(self, router: Router, prefix: str, *, sender_timeout: float | None = None) -> None:
+        self._arrival_timeout = (
+            ARRIVAL_TIMEOUT if sender_timeout is None else min(sender_timeout, ARRIVAL_TIMEOUT)
+        )
+        self._router = router
+        self._prefix = prefix
+        self._current: dict[bytes, Round] = {}
+        self._ended: OrderedDict[bytes, AllReduce] = OrderedDict()
+        self._began = asyncio.Event()
+        self._waiting = 0
+        router.register(EXCHANGE, prefix, self._serve_exchange)
+        try:
+            router.register(COMMIT, prefix, self._serve_commit)
+            router.register(OUTCOME, prefix, self._serve_outcome)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        for method in METHODS:
+            self._router.unregister(method, self._prefix)
+
+    def begin(self, current: Round) -> None:
+        """From now on streams of this group find their round."""
+        self._current[current.group.group_id] = current
+        self._began.set()
+        self._began = asyncio.Event()
+
+    def end(self, ended: Round) -> None:
+        """The round is decided: its memory is let go, its outcome is kept for orphans."""
+        self._current.pop(ended.group.group_id, None)
+        if ended.core.phase not in DECIDED:
+            return  # it ended by a bug: orphans would ask for its outcome for ever
+        self._ended[ended.group.group_id] = ended.core
+        if len(self._ended) > REMEMBERED_ROUNDS:
+            self._ended.popitem(last=False)
+
+    async def _find(self, group_id: bytes) -> Round:
+        if group_id not in self._current and group_id not in self._ended:
+            await self._wait_for(group_id)
+        found = self._current.get(group_id)
+        if found is None:
+            ended = self._ended.get(group_id)
+            reason = (
+                f"it has ended: {ended.failure or 'committed'}" if ended else "its group is not known here"
+            )
+            raise RemoteError("no_such_round", f"no such round: {reason}")
+        return found
+
+    async def _wait_for(self, group_id: bytes) -> None:
+        if self._waiting >= MAX_WAITING_STREAMS:
+            raise RemoteError("busy", f"{self._waiting} streams wait for their rounds already")
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(self._arrival_timeout):
+                while group_id not in self._current and group_id not in self._ended:
+                    await self._began.wait()
+        except TimeoutError:
+            pass  # answered as any other unknown group
+        finally:
+            self._waiting -= 1
+
+    async def _serve_exchange(self, stream: Stream, first: Contribute) -> None:
+        await (await self._find(first.group_id)).serve_exchange(stream, first)
+
+    async def _serve_commit(self, stream: Stream, first: JoinRound) -> None:
+        await (await self._find(first.group_id)).serve_commit(stream, first)
+
+    async def _serve_outcome(self, stream: Stream, first: AskOutcome) -> None:
+        current = self._current.get(first.group_id)
+        core = current.core if current is not None else self._ended.get(first.group_id)
+        await stream.send(answer_outcome(core) if core is not None else OutcomeAnswer(None))

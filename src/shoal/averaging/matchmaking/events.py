@@ -1,0 +1,280 @@
+"""What happens to a search for a group (events, past tense) and what it asks its shell to do (effects,
+imperative).
+
+``ask`` numbers this peer's requests to leaders, ``token`` the requests of others to it: a late event of a
+request that is no longer of interest is recognised by its number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shoal.averaging.group import GroupInfo, MemberInfo
+from shoal.averaging.lineage import NO_LINEAGE, Lineage
+from shoal.averaging.matchmaking.messages import (
+    Accepted,
+    Declaration,
+    DeclaredState,
+    Dismissed,
+    Redirect,
+    Rejected,
+    Search,
+)
+from shoal.p2p.identity import PeerID
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a peer looks for a group, and when."""
+
+    key: str
+    start_time: float
+    """When to begin if the group is not full, in DHT time."""
+    order_time: float
+    """Its place in the order: ``start_time``, but later than that of every earlier search of this peer."""
+    grid_round: int = 0
+    lineage: Lineage = NO_LINEAGE
+
+
+@dataclass(frozen=True)
+class SearchStarted:
+    pass
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """Another start time or other group bits are wanted: the search begins anew."""
+
+    place: Place
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A :class:`Declare` is done."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class DeclareFailed:
+    reason: str
+
+
+@dataclass(frozen=True)
+class Polled:
+    """A :class:`Poll` that began at ``began_at`` found these records under the group key."""
+
+    began_at: float
+    peers: tuple[tuple[PeerID, Declaration], ...]
+
+
+@dataclass(frozen=True)
+class PollFailed:
+    reason: str
+
+
+@dataclass(frozen=True)
+class JoinRequested:
+    """Another peer asks this one to lead it; its info is verified."""
+
+    token: int
+    info: MemberInfo
+
+
+@dataclass(frozen=True)
+class FollowerLost:
+    token: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class LeaderAccepted:
+    ask: int
+    begins_in: float
+
+
+@dataclass(frozen=True)
+class LeaderRedirected:
+    ask: int
+    leader: PeerID
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LeaderRejected:
+    ask: int
+    answer: Rejected
+
+
+@dataclass(frozen=True)
+class LeaderPostponed:
+    ask: int
+    begins_in: float
+
+
+@dataclass(frozen=True)
+class LeaderDismissed:
+    ask: int
+    answer: Dismissed
+
+
+@dataclass(frozen=True)
+class LeaderBegan:
+    """The leader began a group; it is verified."""
+
+    ask: int
+    group: GroupInfo
+
+
+@dataclass(frozen=True)
+class LeaderLost:
+    """No answer can come any more: unreachable, connection lost, protocol broken."""
+
+    ask: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class TimerFired:
+    pass
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    pass
+
+
+Event = (
+    SearchStarted
+    | Restarted
+    | Declared
+    | DeclareFailed
+    | Polled
+    | PollFailed
+    | JoinRequested
+    | FollowerLost
+    | LeaderAccepted
+    | LeaderRedirected
+    | LeaderRejected
+    | LeaderPostponed
+    | LeaderDismissed
+    | LeaderBegan
+    | LeaderLost
+    | TimerFired
+    | Cancelled
+)
+
+
+@dataclass(frozen=True)
+class Declare:
+    """Store this peer's record under the group key; the newest one counts, an older one in progress may be dropped."""
+
+    state: DeclaredState
+    group: tuple[Search, ...] = ()
+
+
+@dataclass(frozen=True)
+class MoveTo:
+    """From now on this search is at another place; polls that are under way are void."""
+
+    place: Place
+
+
+@dataclass(frozen=True)
+class Poll:
+    """Read all records under the group key, the latest ones; answer with :class:`Polled` or :class:`PollFailed`."""
+
+
+@dataclass(frozen=True)
+class AskToJoin:
+    ask: int
+    leader: PeerID
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LeaveLeader:
+    """End the request ``ask``, whether it was answered or not."""
+
+    ask: int
+
+
+@dataclass(frozen=True)
+class AnswerRequest:
+    """The first answer to a request; unless it is :class:`Accepted`, the request is over."""
+
+    token: int
+    answer: Accepted | Redirect | Rejected
+
+
+@dataclass(frozen=True)
+class PostponeFollower:
+    token: int
+    begins_in: float
+
+
+@dataclass(frozen=True)
+class DismissFollower:
+    token: int
+    message: Dismissed
+
+
+@dataclass(frozen=True)
+class BeginGroup:
+    """Begin a group of this peer and these followers."""
+
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SetTimer:
+    """Send :class:`TimerFired` at this time; replaces the timer that was set before."""
+
+    at: float
+
+
+@dataclass(frozen=True)
+class TooFew:
+    """The start time came without enough members; ``seen`` peers have looked for a group here, this one included."""
+
+    seen: int
+
+
+@dataclass(frozen=True)
+class Log:
+    """A line for humans about the search that goes on."""
+
+    text: str
+    is_warning: bool = False
+
+
+@dataclass(frozen=True)
+class FinishWithGroup:
+    """The search of a follower is over: it is in this group. (A leader's ends with :class:`BeginGroup`.)"""
+
+    group: GroupInfo
+
+
+@dataclass(frozen=True)
+class FinishWithout:
+    """The search is over without a group."""
+
+    explanation: str
+
+
+Effect = (
+    Declare
+    | MoveTo
+    | TooFew
+    | Poll
+    | AskToJoin
+    | LeaveLeader
+    | AnswerRequest
+    | PostponeFollower
+    | DismissFollower
+    | BeginGroup
+    | SetTimer
+    | Log
+    | FinishWithGroup
+    | FinishWithout
+)

@@ -1,0 +1,282 @@
+"""How peers that look for a group are cut into groups: pure functions over sorted peers, each with its
+reason.
+
+Peers with equal views cut them equally, without a word between them. Sizes come first (:func:`plan_groups`),
+then who leads and who follows whom (:func:`cut_groups`), then whether a full group may begin without waiting
+for its start time (:func:`may_begin_early`).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from shoal.averaging.matchmaking.candidate import Candidate
+from shoal.averaging.matchmaking.mixing import mix
+from shoal.p2p.identity import PeerID
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """A slice of the candidates: its leader first, then the others in order."""
+
+    members: tuple[Candidate, ...]
+    is_complete: bool
+    """Has at least the minimum size; others only gather behind a leader in the hope that more will come."""
+    newcomers_cannot_change_it: bool
+    """However many later peers appear, this slice keeps the target size."""
+
+    @property
+    def leader(self) -> PeerID:
+        return self.members[0].peer_id
+
+
+@dataclass(frozen=True)
+class Cut:
+    """All candidates as groups; ``left_over`` are those in no complete group."""
+
+    groups: tuple[PlannedGroup, ...]
+    left_over: tuple[Candidate, ...]
+    reason: str
+
+    def group_of(self, peer_id: PeerID) -> PlannedGroup | None:
+        """The group that ``peer_id`` is planned for; None if nobody can lead it."""
+        for group in self.groups:
+            if any(member.peer_id == peer_id for member in group.members):
+                return group
+        return None
+
+
+def plan_groups(n: int, target: int | None, minimum: int, leaders: int | None = None) -> tuple[int, ...]:
+    """Sizes of the groups into which ``n`` peers are cut, of whom ``leaders`` (default: all) can lead.
+
+    As few peers as possible are left over; among such plans, as many groups as possible have the target size,
+    and these come first. Every size is from ``minimum`` to ``target``.
+    """
+    leaders = n if leaders is None else min(leaders, n)
+    if leaders == 0 or n < minimum:
+        return ()
+    if target is None:
+        return (n,)
+    count = min(-(-n // target), leaders)
+    if count * minimum > n:  # one group more would take in everybody, but somewhere below the minimum
+        count -= 1
+    sizes: list[int] = []
+    rest = n
+    for later_groups in reversed(range(count)):
+        sizes.append(min(target, rest - later_groups * minimum))
+        rest -= sizes[-1]
+    return tuple(sizes)
+
+
+def stays_full(index: int, n: int, target: int | None, minimum: int) -> bool:
+    """Whether group ``index`` (from 0) of the plan has the target size for ``n`` peers and for any larger
+    number.
+
+    The last groups are the smaller ones. In a plan of ``count`` groups that takes in everybody, the groups up
+    to ``index`` are full if ``n >= (index + 1) * target + (count - 1 - index) * minimum``; so it is enough to
+    look at the smallest number of peers for each count. Fewer than ``target`` places are empty, so no more
+    than the last ``target - 1`` groups are ever smaller.
+    """
+    if target is None:
+        return False
+    smallest_count = -(-n // target)
+    for count in range(smallest_count, max(smallest_count, index + target) + 1):
+        peers = max(n, (count - 1) * target + 1, count * minimum)
+        takes_in_everybody = peers <= count * target
+        if takes_in_everybody and peers < (index + 1) * target + (count - 1 - index) * minimum:
+            return False
+    return n >= (index + 1) * target
+
+
+def cut_groups(
+    candidates: Sequence[Candidate],
+    target: int | None,
+    minimum: int,
+    gone: Sequence[Candidate] | None = None,
+) -> Cut:
+    """Cut ``candidates`` (sorted, each peer once) into groups, each led by the first of its members that can.
+
+    So a peer that can lead only ever follows one that is earlier in the order: no two peers wait for each
+    other. What is left over gathers in one incomplete group, if anybody there can lead.
+
+    The groups are slices of the candidates; if ``gone`` is given, peers that have not mixed yet (:func:`.mixing.mix`).
+    ``gone``: who was there and has a group by now; the others' places are as if these were still there, as far as that
+    leaves over nobody, so that the plan does not change while group after group begins.
+    """
+    return _cut(tuple(candidates), target, minimum, None if gone is None else tuple(gone))
+
+
+@lru_cache(maxsize=64)
+def _cut(
+    candidates: tuple[Candidate, ...], target: int | None, minimum: int, gone: tuple[Candidate, ...] | None
+) -> Cut:
+    leaders = sum(candidate.can_lead for candidate in candidates)
+    sizes = plan_groups(len(candidates), target, minimum, leaders)
+    waiting = list(candidates)
+    slices = [
+        _take_slice(waiting, size, later_groups=len(sizes) - index - 1) for index, size in enumerate(sizes)
+    ]
+    if gone is not None and len(slices) > 1:
+        slices = _mixed(slices, sizes, gone, target, minimum)
+    groups = []
+    for index, members in enumerate(slices):
+        # One newcomer changes who is with whom, and so who leads, in all mixed groups.
+        fixed = gone is None and stays_full(index, len(candidates), target, minimum)
+        groups.append(PlannedGroup(members, is_complete=True, newcomers_cannot_change_it=fixed))
+    left_over = tuple(waiting)
+    if any(candidate.can_lead for candidate in waiting):
+        members = _take_slice(waiting, len(waiting), later_groups=0)
+        groups.append(PlannedGroup(members, is_complete=False, newcomers_cannot_change_it=False))
+    reason = f"{len(candidates)} in all, of which {leaders} can lead, "
+    if sizes:
+        reason += f"make groups of {', '.join(map(str, sizes))}; {len(left_over)} left over"
+    else:
+        reason += f"make no group of {minimum} or more"
+    return Cut(tuple(groups), left_over, reason)
+
+
+def _mixed(
+    slices: Sequence[tuple[Candidate, ...]],
+    sizes: tuple[int, ...],
+    gone: tuple[Candidate, ...],
+    target: int | None,
+    minimum: int,
+) -> list[tuple[Candidate, ...]]:
+    """The members of ``slices`` in groups of peers that have not mixed yet; leaders first."""
+    placed = sorted(member for members in slices for member in members)
+    groups = _intact_groups(placed, gone, target, minimum) if gone else []
+    taken = {member.peer_id for members in groups for member in members}
+    rest = [member for member in placed if member.peer_id not in taken]
+    rest_sizes = _sizes_for(rest, target, minimum)
+    if sum(rest_sizes) < len(rest):
+        groups, rest, rest_sizes = [], placed, sizes
+    if rest:
+        groups += mix(tuple(rest), rest_sizes)
+    result = []
+    for members in groups:
+        leader = next(member for member in members if member.can_lead)
+        result.append((leader, *(member for member in members if member is not leader)))
+    return sorted(result, key=lambda members: (-len(members), members[0]))
+
+
+def _intact_groups(
+    placed: Sequence[Candidate], gone: tuple[Candidate, ...], target: int | None, minimum: int
+) -> list[tuple[Candidate, ...]]:
+    """The groups of the plan of all, those who are gone included, of which nobody is gone."""
+    everybody = tuple(sorted((*placed, *gone)))
+    sizes = _sizes_for(everybody, target, minimum)
+    if sum(sizes) < len(everybody):
+        return []
+    missing = {candidate.peer_id for candidate in gone}
+    groups = mix(everybody, sizes)
+    return [members for members in groups if not any(member.peer_id in missing for member in members)]
+
+
+def _sizes_for(candidates: Sequence[Candidate], target: int | None, minimum: int) -> tuple[int, ...]:
+    leaders = sum(candidate.can_lead for candidate in candidates)
+    return plan_groups(len(candidates), target, minimum, leaders)
+
+
+def _take_slice(waiting: list[Candidate], size: int, *, later_groups: int) -> tuple[Candidate, ...]:
+    """Remove the next ``size`` candidates from ``waiting``, leaving a leader for each later group."""
+    leader = next(candidate for candidate in waiting if candidate.can_lead)
+    spare_leaders = sum(candidate.can_lead for candidate in waiting) - 1 - later_groups
+    members = [leader]
+    for candidate in waiting:
+        if len(members) == size:
+            break
+        if candidate is leader or (candidate.can_lead and spare_leaders == 0):
+            continue
+        spare_leaders -= candidate.can_lead
+        members.append(candidate)
+    taken = {member.peer_id for member in members}
+    waiting[:] = [candidate for candidate in waiting if candidate.peer_id not in taken]
+    return tuple(members)
+
+
+def count_left_over(candidates: Sequence[Candidate], target: int | None, minimum: int) -> int:
+    """How many of ``candidates`` are in no complete group, however they are cut."""
+    return len(candidates) - sum(_sizes_for(candidates, target, minimum))
+
+
+def have_mixed(peers: Iterable[Candidate]) -> bool:
+    """Whether two of ``peers`` were in one group in their last round."""
+    last = [peer.lineage.groups[0] for peer in peers if peer.lineage.groups]
+    return len(set(last)) < len(last)
+
+
+def takes_too_many_leaders(
+    candidates: Sequence[Candidate], members: Collection[PeerID], planned: PlannedGroup
+) -> bool:
+    """Whether ``members`` hold more peers that can lead than their leader's slice of the plan does.
+
+    Where some peers cannot lead, others may lack a leader then. Where all can, it does not matter who is where.
+    """
+    if all(candidate.can_lead for candidate in candidates):
+        return False
+    taken = sum(candidate.can_lead for candidate in candidates if candidate.peer_id in members)
+    return taken > sum(member.can_lead for member in planned.members)
+
+
+class EarlyBegin(enum.Enum):
+    """Whether a leader may begin before its start time."""
+
+    NO = "no"
+    IF_SETTLED = "if settled"
+    """Peers that are not visible yet could change the plan: make sure first that there are none."""
+    YES = "yes"
+
+
+class EarlyBeginDecision(NamedTuple):
+    verdict: EarlyBegin
+    reason: str
+
+
+def may_begin_early(
+    candidates: Sequence[Candidate],
+    members: Collection[PeerID],
+    leader: PeerID,
+    target: int | None,
+    minimum: int,
+    everybody: Sequence[Candidate] | None = None,
+    cut: Cut | None = None,
+) -> EarlyBeginDecision:
+    """Whether ``leader`` may begin at once with ``members`` (itself included), given all visible
+    ``candidates``.
+
+    ``everybody``: the candidates and those who have full groups elsewhere, which can still become smaller.
+    ``cut``: the plan for the candidates, if it is not one of slices.
+    Only a full group may, and only if no more peers are left over than by the plan. Several leaders decide
+    this at the same time: each fills no more than its own planned slice, so their decisions add up to the
+    plan.
+    """
+    if target is None or len(members) < target:
+        return EarlyBeginDecision(EarlyBegin.NO, _missing(len(members), target))
+    cut = cut_groups(candidates, target, minimum) if cut is None else cut
+    group = cut.group_of(leader)
+    if group is None or group.leader != leader:
+        return EarlyBeginDecision(EarlyBegin.NO, f"the plan has this peer follow another: {cut.reason}")
+    if len(group.members) < target:
+        return EarlyBeginDecision(EarlyBegin.NO, f"a full group would strand others: {cut.reason}")
+    if takes_too_many_leaders(candidates, members, group):
+        return EarlyBeginDecision(EarlyBegin.NO, f"others need its members as leaders: {cut.reason}")
+    for peers in (candidates, everybody or candidates):
+        rest = [candidate for candidate in peers if candidate.peer_id not in members]
+        stranded = count_left_over(rest, target, minimum)
+        if stranded > count_left_over(peers, target, minimum):
+            return EarlyBeginDecision(EarlyBegin.NO, f"beginning would strand {stranded}: {cut.reason}")
+    takes_leaders = sum(candidate.can_lead for candidate in candidates if candidate.peer_id in members) > 1
+    leaders_may_be_scarce = takes_leaders and not all(candidate.can_lead for candidate in candidates)
+    if group.newcomers_cannot_change_it and not leaders_may_be_scarce:
+        return EarlyBeginDecision(EarlyBegin.YES, f"full, and newcomers change nothing: {cut.reason}")
+    return EarlyBeginDecision(EarlyBegin.IF_SETTLED, f"full: {cut.reason}")
+
+
+def _missing(members: int, target: int | None) -> str:
+    if target is None:
+        return f"members: {members}, and a group without target_group_size begins at its start time"
+    return f"members: {members} of {target}"

@@ -1,0 +1,223 @@
+"""What an averager holds to find groups: one search after the other, and the group bits between them."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections.abc import Callable
+
+from shoal.averaging.group import (
+    MAX_GATHER_BYTES,
+    SCHEMA_HASH_BYTES,
+    GroupInfo,
+    PeerMode,
+    group_key,
+    verify_member,
+)
+from shoal.averaging.lineage import NO_LINEAGE, after_round
+from shoal.averaging.matchmaking.census import Census
+from shoal.averaging.matchmaking.core import MatchmakingConfig
+from shoal.averaging.matchmaking.events import Cancelled, Place
+from shoal.averaging.matchmaking.group_bits import LONELY_BELOW, SPLIT_ABOVE, GroupBits
+from shoal.averaging.matchmaking.messages import JOIN, JoinRequest, Rejected, RejectReason
+from shoal.averaging.matchmaking.peer import LocalPeer
+from shoal.averaging.matchmaking.search import GroupSearch
+from shoal.averaging.matchmaking.view import NOBODY
+from shoal.averaging.router import Router
+from shoal.dht.node import DHTNode
+from shoal.errors import InvalidStateError, InvalidValueError, ProtocolViolation
+from shoal.p2p.rpc import Stream
+from shoal.utils.timed import get_dht_time
+
+WITHDRAWAL_TIMEOUT = 1.0
+"""Seconds that :meth:`Matchmaker.close` gives the DHT to learn that this peer looks for no group any more."""
+EXPLORE_AFTER = 1.0
+"""Seconds after which a new peer that has no group yet looks whether the swarm is under other keys."""
+COUNT_EVERY = 10.0
+"""Seconds between looks at the keys with a bit more and a bit less."""
+
+
+class Matchmaker:
+    """Finds groups for one averager, one search at a time; the next waits for the one before."""
+
+    def __init__(
+        self,
+        node: DHTNode,
+        router: Router,
+        *,
+        prefix: str,
+        schema_hash: bytes,
+        config: MatchmakingConfig,
+        mode: PeerMode = PeerMode.FULL,
+        bandwidth: float | None = None,
+        initial_bits: str = "",
+        clock: Callable[[], float] = get_dht_time,
+        rng: random.Random | None = None,
+    ) -> None:
+        """:raises InvalidValueError: the prefix is in use on this host, or a value is out of range"""
+        group_key(prefix)
+        if len(schema_hash) != SCHEMA_HASH_BYTES:
+            raise InvalidValueError(f"schema_hash={schema_hash!r}: {SCHEMA_HASH_BYTES} bytes are allowed")
+        if bandwidth is not None and not (math.isfinite(bandwidth) and bandwidth >= 0):
+            raise InvalidValueError(f"bandwidth={bandwidth}: None or a finite number >= 0 is allowed")
+        rng = random.SystemRandom() if rng is None else rng
+        self._peer = LocalPeer(node, prefix, schema_hash, config, mode, bandwidth, clock, rng)
+        self._bits = GroupBits(node.peer_id, initial_bits)
+        self._census = Census(self._peer, self._bits)
+        self._next_count = -math.inf
+        self._lineage = NO_LINEAGE
+        self._router = router
+        self._turn = asyncio.Lock()
+        self._search: GroupSearch | None = None
+        self._last_order_time = -math.inf
+        self._is_closed = False
+        router.register(JOIN, prefix, self._serve_join)
+
+    @property
+    def mode(self) -> PeerMode:
+        """What this peer does in groups now: one whom nobody can dial is a client."""
+        return self._peer.mode
+
+    @property
+    def bits(self) -> str:
+        """The group bits of the next search, or of the one that goes on; without the prefix."""
+        return self._bits.bits
+
+    def set_bits(self, bits: str) -> None:
+        """Look for groups under these bits, which change with every committed round; "": choose them automatically.
+
+        A search that goes on begins anew under the new key.
+
+        :raises InvalidValueError: no string of bits, or too long
+        """
+        self._bits.set(bits)
+        if self._search is not None and not self._search.is_over:
+            self._search.move_to(self._place(self._search.place.start_time))
+
+    def reschedule(self, start_time: float) -> None:
+        """The search that goes on, if any, shall begin at ``start_time`` instead: it begins anew, at its new place.
+
+        :raises InvalidValueError: not finite
+        """
+        if not math.isfinite(start_time):
+            raise InvalidValueError(f"start_time={start_time}: must be finite")
+        if self._search is not None and not self._search.is_over:
+            self._search.move_to(self._place(start_time))
+
+    def round_committed(self, group: GroupInfo) -> None:
+        """A round of ``group``, which this peer found, has been committed: choose the bits of the next one.
+
+        :raises InvalidValueError: this peer is no member of it
+        """
+        if self._peer.peer_id not in group.peer_ids:
+            raise InvalidValueError(f"group {group.group_id.hex()}: this peer is no member of it")
+        self._bits.round_committed(group, self._peer.config.target_group_size)
+        averaged = [
+            (member.peer_id, member.lineage)
+            for member in group.members
+            if member.mode is not PeerMode.AUXILIARY and member.weight > 0
+        ]
+        if averaged:
+            self._lineage = after_round(group.group_id, averaged)
+
+    async def find_group(
+        self,
+        *,
+        start_time: float,
+        deadline: float | None,
+        gather: bytes = b"",
+        weight: float = 1.0,
+    ) -> GroupInfo:
+        """Find a group that begins at ``start_time`` or, if it is full, at once. Times are in DHT time.
+
+        Cancelling frees followers and leader at once. Without a ``deadline`` it waits for as long as it takes, and
+        logs what it sees.
+
+        :param weight: of this peer's tensors in the average; 0: it contributes nothing
+        :raises MatchmakingException: no group was found until ``deadline``; says what the search saw
+        :raises InvalidValueError: ``gather`` is too long, or a number is out of range
+        """
+        if len(gather) > MAX_GATHER_BYTES:
+            raise InvalidValueError(f"gather: {len(gather)} bytes; at most {MAX_GATHER_BYTES} are allowed")
+        if not math.isfinite(start_time) or (deadline is not None and not math.isfinite(deadline)):
+            raise InvalidValueError(f"start_time={start_time}, deadline={deadline}: must be finite")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise InvalidValueError(f"weight={weight}: a finite number of at least 0 is allowed")
+        async with self._turn:
+            if self._is_closed:
+                raise InvalidStateError("the matchmaker is closed")
+            known = NOBODY if self._search is None else self._search.known
+            place = self._place(start_time)
+            search = self._search = GroupSearch(
+                self._peer, place, deadline, gather, weight, known, when_too_few=self._found_too_few
+            )
+            if not known:
+                self._peer.tasks.start(self._explore(search, EXPLORE_AFTER), "explore depths")
+            try:
+                return await search.run()
+            finally:
+                self._count_neighbours(search)
+                self._bits.search_ended()
+
+    async def close(self) -> None:
+        """End a search that goes on (it raises), and everything else. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._router.unregister(JOIN, self._peer.prefix)
+        if self._search is not None:
+            self._search.dispatch(Cancelled())
+        await self._peer.declarations.flush(WITHDRAWAL_TIMEOUT)
+        await self._peer.tasks.close()
+
+    def _place(self, start_time: float) -> Place:
+        # Others tell a peer's searches apart by their times, so each must be later than the one before, even
+        # if that one was scheduled far ahead and its group was full early.
+        self._last_order_time = max(start_time, self._last_order_time + 0.001)
+        key = group_key(self._peer.prefix, self._bits.bits)
+        return Place(key, start_time, self._last_order_time, self._bits.grid_round, self._lineage)
+
+    # ---- where no bits are given
+
+    def _found_too_few(self, seen: int) -> None:
+        search = self._search
+        if search is None or search.is_over or self._bits.are_given:
+            return
+        if self._bits.found_too_few(seen):
+            self._begin_anew(search)
+        elif seen == 1:
+            self._peer.tasks.start(self._explore(search, 0.0), "explore depths")
+
+    async def _explore(self, search: GroupSearch, delay: float) -> None:
+        """Look where others are, unless the search is over after ``delay`` seconds."""
+        await asyncio.sleep(delay)
+        if search.is_over or self._bits.are_given:
+            return
+        if await self._census.explore() and not search.is_over:
+            self._begin_anew(search)
+
+    def _begin_anew(self, search: GroupSearch) -> None:
+        start_time = self._peer.clock() + self._peer.config.min_matchmaking_time
+        search.move_to(self._place(max(start_time, search.place.start_time)))
+
+    def _count_neighbours(self, search: GroupSearch) -> None:
+        """Choose the number of bits for the next search, by what this one has seen; at a leisurely pace."""
+        now = self._peer.clock()
+        if self._is_closed or self._bits.are_given or not self._bits.is_at_home or now < self._next_count:
+            return
+        own = search.count_seen
+        self._next_count = now if own > SPLIT_ABOVE else now + COUNT_EVERY * (3 if own < LONELY_BELOW else 1)
+        work = self._census.count_neighbours(own, search.place.order_time)
+        self._peer.tasks.start(work, "count neighbours")
+
+    async def _serve_join(self, stream: Stream, request: JoinRequest) -> None:
+        info = verify_member(request.member, now=self._peer.clock())
+        if info.peer_id != stream.remote.to_bytes():
+            raise ProtocolViolation(f"{stream.remote} asks to join as another peer")
+        if info.leader != self._peer.peer_id.to_bytes():
+            raise ProtocolViolation(f"{stream.remote} asks this peer with an info for another leader")
+        if self._search is None:
+            await stream.send(Rejected(RejectReason.NOT_LOOKING))
+        else:
+            await self._search.serve(stream, request.member, info)

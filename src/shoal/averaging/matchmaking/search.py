@@ -1,0 +1,385 @@
+"""One search for a group: the asyncio shell of a :class:`.Matchmaking`. Turns effects into I/O, and I/O into events.
+
+It owns the core, its timer, the stream to the leader that this peer asks, and the streams of its followers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from shoal.averaging.group import (
+    GROUP_ID_BYTES,
+    MAX_GATHER_BYTES,
+    MAX_GROUP_GATHER_BYTES,
+    MAX_GROUP_SIZE,
+    GroupInfo,
+    MemberInfo,
+    SignedMemberInfo,
+    order_members,
+    verify_group,
+    verify_member,
+)
+from shoal.averaging.matchmaking.core import Matchmaking
+from shoal.averaging.matchmaking.events import (
+    AnswerRequest,
+    AskToJoin,
+    BeginGroup,
+    Cancelled,
+    Declare,
+    Declared,
+    DeclareFailed,
+    DismissFollower,
+    Effect,
+    Event,
+    FinishWithGroup,
+    FinishWithout,
+    FollowerLost,
+    JoinRequested,
+    LeaderAccepted,
+    LeaderBegan,
+    LeaderDismissed,
+    LeaderLost,
+    LeaderPostponed,
+    LeaderRedirected,
+    LeaderRejected,
+    LeaveLeader,
+    Log,
+    MoveTo,
+    Place,
+    Poll,
+    Polled,
+    PollFailed,
+    PostponeFollower,
+    Restarted,
+    SearchStarted,
+    SetTimer,
+    TimerFired,
+    TooFew,
+)
+from shoal.averaging.matchmaking.messages import (
+    JOIN,
+    Accepted,
+    Begin,
+    Dismissed,
+    JoinRequest,
+    LeaderMessage,
+    Member,
+    Postponed,
+    Redirect,
+    Rejected,
+    RejectReason,
+    check_searches,
+    peer_id_of,
+)
+from shoal.averaging.matchmaking.peer import LocalPeer
+from shoal.averaging.matchmaking.story import SearchStory
+from shoal.errors import (
+    MatchmakingException,
+    ProtocolViolation,
+    ShoalError,
+)
+from shoal.p2p.identity import PeerID
+from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.rpc import Stream
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Follower:
+    """The leader's end of one request: what is to be sent, ``None`` after the last message."""
+
+    signed: SignedMemberInfo
+    info: MemberInfo
+    outbox: asyncio.Queue[LeaderMessage | None] = field(default_factory=asyncio.Queue)
+
+    def send(self, *messages: LeaderMessage, last: bool) -> None:
+        for message in messages:
+            self.outbox.put_nowait(message)
+        if last:
+            self.outbox.put_nowait(None)
+
+
+class GroupSearch:
+    """One search. Its core may only be touched through :meth:`dispatch`."""
+
+    def __init__(
+        self,
+        peer: LocalPeer,
+        place: Place,
+        deadline: float | None,
+        gather: bytes,
+        weight: float,
+        known: Mapping[PeerID, float],
+        *,
+        when_too_few: Callable[[int], None],
+    ) -> None:
+        """``when_too_few``: called with the number of peers seen when the start time came without enough members."""
+        self.place = place
+        self._peer = peer
+        self._gather = gather
+        self._weight = weight
+        self._when_too_few = when_too_few
+        self._mode = peer.mode
+        self._core = Matchmaking(
+            peer.config,
+            peer_id=peer.peer_id,
+            mode=self._mode,
+            schema_hash=peer.schema_hash,
+            key=place.key,
+            start_time=place.start_time,
+            order_time=place.order_time,
+            deadline=deadline,
+            grid_round=place.grid_round,
+            lineage=place.lineage,
+            known=known,
+        )
+        self._loop = asyncio.get_running_loop()
+        self._result: asyncio.Future[GroupInfo] = self._loop.create_future()
+        self._timer: asyncio.TimerHandle | None = None
+        self._asks: dict[int, asyncio.Task[None]] = {}
+        self._followers: dict[int, _Follower] = {}
+        self._tokens = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has found a group or has ended without one."""
+        return self._result.done()
+
+    @property
+    def story(self) -> SearchStory:
+        """What it has seen and asked until now."""
+        return self._core.story.summary(self._peer.clock())
+
+    @property
+    def count_seen(self) -> int:
+        """How many peers have looked for a group under its key while it did, this one included."""
+        return self._core.count_seen
+
+    @property
+    def known(self) -> Mapping[PeerID, float]:
+        """Who was declared at the latest poll, with the start time of its last search."""
+        return self._core.known
+
+    def move_to(self, place: Place) -> None:
+        """Begin anew at another place, unless the search is over."""
+        if not self.is_over:
+            self.dispatch(Restarted(place))
+
+    async def run(self) -> GroupInfo:
+        """:raises MatchmakingException:"""
+        self.dispatch(SearchStarted())
+        try:
+            return await self._result
+        except asyncio.CancelledError:
+            self.dispatch(Cancelled())
+            if self._result.done() and not self._result.cancelled():
+                self._result.exception()  # nobody is there to see it
+            raise
+
+    def dispatch(self, event: Event) -> None:
+        """Let the core take in ``event``, and carry out what it asks for."""
+        try:
+            for effect in self._core.handle(event, self._peer.clock()):
+                self._carry_out(effect)
+        except Exception as e:
+            # A bug: whoever waits for the group must not wait for ever.
+            if not self._result.done():
+                self._result.set_exception(e)
+            raise
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case SetTimer(at):
+                self._set_timer(at)
+            case Declare():
+                self._declare(effect)
+            case MoveTo(place):
+                self.place = place
+            case Poll():
+                self._peer.tasks.start(self._poll(), f"poll {self.place.key}")
+            case AskToJoin(ask, leader, addresses):
+                self._asks[ask] = self._peer.tasks.start(self._ask(ask, leader, addresses), f"ask {leader}")
+                self._asks[ask].add_done_callback(lambda _: self._asks.pop(ask))
+            case LeaveLeader(ask):
+                if ask in self._asks:
+                    self._asks[ask].cancel()
+            case AnswerRequest() | PostponeFollower() | DismissFollower():
+                self._tell_follower(effect)
+            case BeginGroup(tokens):
+                self._begin(tokens)
+            case Log() | TooFew():
+                self._report(effect)
+            case FinishWithGroup() | FinishWithout():
+                self._finish(effect)
+
+    def _sign_info(self, leader: PeerID) -> SignedMemberInfo:
+        return self._peer.sign_info(leader, self.place, self._gather, self._weight)
+
+    def _report(self, effect: Log | TooFew) -> None:
+        match effect:
+            case Log(text, is_warning):
+                logger.log(logging.WARNING if is_warning else logging.INFO, "%s", text)
+            case TooFew(seen):
+                # Not at once: its answer may be to move, which is another event.
+                self._loop.call_soon(self._when_too_few, seen)
+
+    def _finish(self, effect: FinishWithGroup | FinishWithout) -> None:
+        self._set_timer(math.inf)
+        if self._result.done():
+            return  # the search was cancelled
+        match effect:
+            case FinishWithGroup(group):
+                self._result.set_result(group)
+            case FinishWithout(explanation):
+                self._result.set_exception(MatchmakingException(explanation, self.story))
+
+    def _set_timer(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if at < math.inf:
+            delay = max(0.0, at - self._peer.clock())
+            self._timer = self._loop.call_later(delay, self.dispatch, TimerFired())
+
+    # ---- the DHT
+
+    def _declare(self, effect: Declare) -> None:
+        declaration = self._peer.declaration(self.place, self._mode, effect.state, effect.group)
+        self._peer.declarations.declare(self.place.key, declaration, self._declared)
+
+    def _declared(self, seconds: float, failure: str | None) -> None:
+        self.dispatch(Declared(seconds) if failure is None else DeclareFailed(failure))
+
+    async def _poll(self) -> None:
+        began_at, place = self._peer.clock(), self.place
+        result: Polled | PollFailed
+        try:
+            result = Polled(began_at, await self._peer.declarations.read(place.key))
+        except ShoalError as e:
+            result = PollFailed(str(e))
+        if place is self.place:
+            self.dispatch(result)
+
+    # ---- this peer asks a leader
+
+    async def _ask(self, ask: int, leader: PeerID, addresses: tuple[str, ...]) -> None:
+        host = self._peer.node.host
+        try:
+            host.add_addresses(leader, [Multiaddr.parse(address) for address in addresses])
+            own = self._sign_info(leader)
+            async with host.open_stream(leader, JOIN) as stream:
+                await stream.send(JoinRequest(self._peer.prefix, own))
+                await self._listen_to_leader(ask, stream, own)
+        except ShoalError as e:
+            self.dispatch(LeaderLost(ask, str(e)))
+
+    async def _listen_to_leader(self, ask: int, stream: Stream, own: SignedMemberInfo) -> None:
+        """Turn the leader's messages into events, up to the last one.
+
+        :raises ShoalError: the leader is lost, or does not keep to the protocol
+        """
+        match await stream.receive():
+            case Accepted(begins_in):
+                self.dispatch(LeaderAccepted(ask, _check_delay(begins_in)))
+            case Redirect(leader, addresses):
+                self.dispatch(LeaderRedirected(ask, peer_id_of(leader), addresses))
+                return
+            case Rejected() as rejected:
+                check_searches(rejected.members)
+                self.dispatch(LeaderRejected(ask, rejected))
+                return
+            case other:
+                raise ProtocolViolation(f"{stream.remote} answers a request by {type(other).__name__}")
+        while True:
+            match await stream.receive():
+                case Postponed(begins_in):
+                    self.dispatch(LeaderPostponed(ask, _check_delay(begins_in)))
+                case Dismissed() as dismissed:
+                    check_searches(dismissed.members)
+                    if dismissed.leader is not None:
+                        peer_id_of(dismissed.leader)
+                    self.dispatch(LeaderDismissed(ask, dismissed))
+                    return
+                case Begin(group_id, size):
+                    members = await _receive_members(stream, size)
+                    now = self._peer.clock()
+                    group = verify_group(group_id, members, leader=stream.remote, own=own, now=now)
+                    self.dispatch(LeaderBegan(ask, group))
+                    return
+                case other:
+                    raise ProtocolViolation(f"{stream.remote} sends its follower a {type(other).__name__}")
+
+    # ---- this peer leads
+
+    def _tell_follower(self, effect: AnswerRequest | PostponeFollower | DismissFollower) -> None:
+        follower = self._followers[effect.token]
+        match effect:
+            case AnswerRequest(_, answer):
+                follower.send(answer, last=not isinstance(answer, Accepted))
+            case PostponeFollower(_, begins_in):
+                follower.send(Postponed(begins_in), last=False)
+            case DismissFollower(_, message):
+                follower.send(message, last=True)
+
+    async def serve(self, stream: Stream, signed: SignedMemberInfo, info: MemberInfo) -> None:
+        """Let the core answer a request, and send all that it has to say to the asker until the request is over."""
+        held = sum(len(follower.signed.info) for follower in self._followers.values())
+        if held + len(signed.info) > MAX_GROUP_GATHER_BYTES - MAX_GATHER_BYTES:
+            await stream.send(Rejected(RejectReason.FULL))
+            return
+        self._tokens += 1
+        token = self._tokens
+        follower = self._followers[token] = _Follower(signed, info)
+        reason = "left"
+        try:
+            self.dispatch(JoinRequested(token, info))
+            while (message := await follower.outbox.get()) is not None:
+                await stream.send(message)
+        except ShoalError as e:
+            reason = str(e)
+        finally:
+            # Also when the asker went away: the host cancels this handler then.
+            del self._followers[token]
+            self.dispatch(FollowerLost(token, reason))
+
+    def _begin(self, tokens: tuple[int, ...]) -> None:
+        leader = self._peer.peer_id
+        own = self._sign_info(leader)
+        followers = [self._followers[token] for token in tokens]
+        signed = [own, *(follower.signed for follower in followers)]
+        infos = [verify_member(own, now=self._peer.clock()), *(follower.info for follower in followers)]
+        group_id = self._peer.rng.randbytes(GROUP_ID_BYTES)
+        messages: list[LeaderMessage] = [Begin(group_id, len(signed)), *(Member(member) for member in signed)]
+        for follower in followers:
+            follower.send(*messages, last=True)
+        group = GroupInfo(group_id, self.place.key, order_members(leader, infos))
+        self._finish(FinishWithGroup(group))
+
+
+async def _receive_members(stream: Stream, size: int) -> list[SignedMemberInfo]:
+    if not 1 <= size <= MAX_GROUP_SIZE:
+        raise ProtocolViolation(f"{stream.remote} begins a group of {size}")
+    members: list[SignedMemberInfo] = []
+    total = 0
+    for _ in range(size):
+        message = await stream.receive()
+        if not isinstance(message, Member):
+            raise ProtocolViolation(f"{stream.remote} sends {type(message).__name__} among the members")
+        total += len(message.member.info)
+        if total > MAX_GROUP_GATHER_BYTES:
+            raise ProtocolViolation(
+                f"{stream.remote} sends members of more than {MAX_GROUP_GATHER_BYTES} bytes"
+            )
+        members.append(message.member)
+    return members
+
+
+def _check_delay(seconds: float) -> float:
+    if not 0 <= seconds < 1e9:  # false for NaN too
+        raise ProtocolViolation(f"a group begins in {seconds} seconds")
+    return seconds

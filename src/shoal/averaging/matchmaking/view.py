@@ -1,0 +1,284 @@
+"""What a search knows of other peers, and how sure it may be that it knows them all. Pure: ``now`` is an argument."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from shoal.averaging.matchmaking.candidate import Candidate
+from shoal.averaging.matchmaking.messages import Declaration, DeclaredState, Search
+from shoal.p2p.identity import PeerID
+
+FASTEST_POLL = 0.01
+SLOWEST_POLL = 0.5
+"""Seconds between polls: the period doubles from the first to the second, and starts anew when somebody appears."""
+SETTLE_AFTER_START = 2.5
+"""A view is not settled before this many declaration times after this search started: peers that start in one
+instant are all visible then, unless the DHT takes several times longer for them than for this peer."""
+SETTLE_AFTER_NEWCOMER = 1.0
+"""... nor before this many declaration times after somebody appeared: peers seldom come alone."""
+LATENCY_DECAY = 0.8
+"""The longest time that the DHT took counts, but not for ever: with each later answer it counts this much less."""
+GONE_WITHIN = 5.0
+"""A peer that wanted to start earlier than this one by more seconds is of an earlier round."""
+HEARSAY_LASTS = 10.0
+"""Seconds within which the members of a group that has begun say so themselves."""
+NOBODY: Mapping[PeerID, float] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """A peer whose searches up to ``start_time`` are not planned with until ``until``."""
+
+    start_time: float
+    until: float
+    is_looking: bool
+    """It has a full group that has not begun: not to be asked, but to be counted."""
+
+
+class View:
+    """The peers of this search's key and schema, as far as they are visible, and when to look again."""
+
+    def __init__(
+        self,
+        me: Candidate,
+        schema_hash: bytes,
+        *,
+        opens_at: float = -math.inf,
+        latency: float = 0.0,
+        known: Mapping[PeerID, float] = NOBODY,
+    ) -> None:
+        """``opens_at``: before that time plan without peers in another round of the grid; ``known``: the ``records``
+        at the end of the search before.
+        """
+        self.followers: dict[int, Candidate] = {}
+        """By the token of their request, in the order in which they came."""
+        self.latency = latency
+        """The longest time, lately, that the DHT took for a declaration or a poll, in seconds."""
+        self.records: dict[PeerID, float] = {}
+        """The start time of the last search of every peer that was declared at the latest poll, over or not."""
+        self.next_poll = math.inf
+        self.is_polling = False
+        self._me = me
+        self._known = known
+        self._opens_at = opens_at
+        self._schema_hash = schema_hash
+        self._declared: dict[PeerID, tuple[Candidate, Declaration]] = {}
+        self._left_out: dict[PeerID, _LeftOut] = {}
+        self._last_seen: dict[PeerID, float] = {}
+        """The latest start time with which a peer was seen."""
+        self._ever: dict[PeerID, Candidate] = {}
+        """Everybody who was seen looking for a group, as it was seen last."""
+        self._polls_every = FASTEST_POLL
+        self._started_at = -math.inf
+        self._last_newcomer = -math.inf
+        self._last_poll_began = -math.inf
+        self._outdated_at = -math.inf
+
+    def start(self, now: float) -> None:
+        self._started_at = self._last_newcomer = now
+
+    # ---- who is there
+
+    def take_in(
+        self, peers: Iterable[tuple[PeerID, Declaration]], began_at: float, now: float
+    ) -> list[PeerID]:
+        """Replace what was declared before by the result of a poll; return the peers of another schema."""
+        self.note_latency(now - began_at)
+        self._last_poll_began = began_at
+        self.schedule_poll(now)
+        self._declared.clear()
+        self.records.clear()
+        other_schema = []
+        for peer_id, declaration in peers:
+            if peer_id == self._me.peer_id:
+                continue
+            if declaration.schema_hash != self._schema_hash:
+                other_schema.append(peer_id)
+                continue
+            self.records[peer_id] = declaration.start_time
+            if declaration.state is DeclaredState.TAKEN:
+                self.leave_out(peer_id, math.inf, declaration.start_time)
+                self.leave_out_group(declaration.group, math.inf, now)
+                if self._was_here(peer_id, declaration):
+                    self._ever[peer_id] = _candidate(peer_id, declaration)
+            else:
+                candidate = _candidate(peer_id, declaration)
+                self._declared[peer_id] = (candidate, declaration)
+                self.note_seen(candidate, now)
+        return other_schema
+
+    def _was_here(self, peer_id: PeerID, taken: Declaration) -> bool:
+        """Whether a peer that has a group looked for it beside this one, although that was over too soon to be seen."""
+        is_recent = taken.start_time > self._me.start_time - GONE_WITHIN
+        return is_recent and taken.start_time > self._known.get(peer_id, -math.inf)
+
+    def note_seen(self, candidate: Candidate, now: float) -> None:
+        self._ever[candidate.peer_id] = candidate
+        if self._last_seen.get(candidate.peer_id, -math.inf) < candidate.start_time:
+            self._last_seen[candidate.peer_id] = candidate.start_time
+            self._last_newcomer = now
+            self._polls_every = FASTEST_POLL
+
+    @property
+    def others_looking(self) -> int:
+        """How many others were declared as looking at the last poll."""
+        return len(self._declared)
+
+    @property
+    def yet_to_come(self) -> int:
+        """How many of the peers that were there before have not begun another search yet."""
+        return sum(self.records.get(peer_id, math.inf) <= time for peer_id, time in self._known.items())
+
+    @property
+    def count_seen(self) -> int:
+        """How many peers have looked for a group since this search began, this one included."""
+        return 1 + len(self._ever)
+
+    @property
+    def members(self) -> list[PeerID]:
+        """This peer and its followers."""
+        return [self._me.peer_id, *(follower.peer_id for follower in self.followers.values())]
+
+    @property
+    def searches(self) -> tuple[Search, ...]:
+        """As :attr:`members`, for messages and records."""
+        members = (self._me, *self.followers.values())
+        return tuple(Search(member.peer_id.to_bytes(), member.start_time) for member in members)
+
+    def candidates(
+        self, now: float, asker: Candidate | None = None, *, with_full_groups: bool = False
+    ) -> list[Candidate]:
+        """Everybody to plan with, in order: declared and not left out, followers, this peer.
+
+        ``with_full_groups``: also those who were left out because their group is full, as long as it has not
+        begun.
+        """
+        found = {}
+        for peer_id, (candidate, _) in self._declared.items():
+            if not self.is_open_to(candidate.grid_round, now):
+                continue
+            left_out = self._is_left_out(candidate, now)
+            if left_out is None or (with_full_groups and left_out.is_looking):
+                found[peer_id] = candidate
+        found.update((follower.peer_id, follower) for follower in self.followers.values())
+        if asker is not None:
+            found[asker.peer_id] = asker
+        found[self._me.peer_id] = self._me
+        return sorted(found.values())
+
+    def gone(self, candidates: Sequence[Candidate], now: float) -> list[Candidate]:
+        """Who was seen looking for a group and is not among these ``candidates`` any more, in order."""
+        present = {candidate.peer_id for candidate in candidates}
+        return sorted(
+            candidate
+            for candidate in self._ever.values()
+            if candidate.peer_id not in present and self.is_open_to(candidate.grid_round, now)
+        )
+
+    def is_open_to(self, grid_round: int, now: float) -> bool:
+        """Whether a peer in this round of the grid may be in this peer's group already."""
+        return grid_round == self._me.grid_round or now >= self._opens_at
+
+    def addresses_of(self, peer_id: PeerID) -> tuple[str, ...]:
+        known = self._declared.get(peer_id)
+        return known[1].addresses if known else ()
+
+    # ---- who is left out of plans
+
+    def leave_out(
+        self, peer_id: PeerID, until: float, start_time: float | None = None, *, is_looking: bool = False
+    ) -> None:
+        """Plan without the searches of ``peer_id`` up to ``start_time`` (default: the latest one seen)."""
+        if start_time is None:
+            start_time = self._last_seen.get(peer_id, -math.inf)
+        before = self._left_out.get(peer_id)
+        if before is None or (start_time, until) > (before.start_time, before.until):
+            self._left_out[peer_id] = _LeftOut(start_time, until, is_looking)
+
+    def leave_out_group(self, members: tuple[Search, ...], until: float, now: float) -> None:
+        """Plan without the members of a group that has begun (``until`` infinity), or is full.
+
+        That is what one of them says of the others. Its word counts once, until their own can be seen: a member that
+        never heard of the beginning, because the leader died in it, goes on looking.
+        """
+        has_begun = until == math.inf
+        for member in members:
+            peer_id = PeerID.from_bytes(member.peer_id)
+            before = self._left_out.get(peer_id)
+            is_known = before is not None and before.start_time >= member.start_time and not before.is_looking
+            if peer_id != self._me.peer_id and not is_known:
+                ends = min(until, now + HEARSAY_LASTS)
+                self.leave_out(peer_id, ends, member.start_time, is_looking=not has_begun)
+
+    def take_back(self, peer_id: PeerID) -> None:
+        """Plan with ``peer_id`` again: it has shown that it lives and looks for a group."""
+        self._left_out.pop(peer_id, None)
+
+    def may_ask(self, leader: PeerID, now: float) -> bool:
+        """Whether to follow somebody's advice to ask ``leader``, who need not be visible here."""
+        if leader in self.members:
+            return False
+        left_out = self._left_out.get(leader)
+        return left_out is None or now >= left_out.until
+
+    def _is_left_out(self, candidate: Candidate, now: float) -> _LeftOut | None:
+        left_out = self._left_out.get(candidate.peer_id)
+        if left_out is None or now >= left_out.until or candidate.start_time > left_out.start_time:
+            return None
+        return left_out
+
+    # ---- how sure
+
+    def note_latency(self, seconds: float) -> None:
+        self.latency = max(seconds, LATENCY_DECAY * self.latency)
+
+    @property
+    def is_settled(self) -> bool:
+        """The last poll began so late that it showed everybody who became visible about when the others did."""
+        return self._last_poll_began >= self._settles_at()
+
+    @property
+    def shows_start(self) -> bool:
+        """The last poll began so late that it showed everybody who started in the same instant as this peer."""
+        return self._last_poll_began >= self._starters_visible_at()
+
+    def _starters_visible_at(self) -> float:
+        return self._started_at + SETTLE_AFTER_START * self.latency
+
+    def _settles_at(self) -> float:
+        newcomers_visible_at = self._last_newcomer + SETTLE_AFTER_NEWCOMER * self.latency
+        return max(self._starters_visible_at(), newcomers_visible_at, self._outdated_at)
+
+    def outdate(self, now: float) -> None:
+        """The view is not settled before a poll that begins from now on."""
+        self._outdated_at = now
+
+    # ---- polls
+
+    def schedule_poll(self, now: float) -> None:
+        """After a poll, successful or not: when to look again."""
+        self.is_polling = False
+        self.next_poll = now + max(self._polls_every, min(self.latency, SLOWEST_POLL))
+        self._polls_every = min(2 * self._polls_every, SLOWEST_POLL)
+
+    def poll_when_settled(self, now: float) -> None:
+        """The next poll is to be one that can make the view settled."""
+        if not self.is_polling:
+            self.next_poll = max(now, self._settles_at())
+
+    def poll_when_starters_visible(self, now: float) -> None:
+        if not self.is_polling:
+            self.next_poll = max(now, self._starters_visible_at())
+
+
+def _candidate(peer_id: PeerID, declaration: Declaration) -> Candidate:
+    return Candidate(
+        declaration.start_time,
+        peer_id,
+        declaration.mode.can_lead,
+        declaration.grid_round,
+        declaration.lineage,
+    )

@@ -1,0 +1,1 @@
+"""How peers that join get the state of one that is there."""

@@ -1,0 +1,321 @@
+"""The host's end of state sharing: has ``get_current_state()`` called on a thread of its own, makes memory for what is
+downloaded, and hands it to the user.
+
+Refers to the averager weakly, so that one that nobody refers to any more is collected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import InvalidStateError as FutureIsDone
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from shoal.averaging.state.capture import Capture, capture_state, expected_nbytes
+from shoal.averaging.state.commands import (
+    AllocateState,
+    CaptureFailed,
+    CaptureState,
+    LoadedState,
+    LoadState,
+    SetStateSharing,
+    ShowProgress,
+    StateCaptured,
+    StateMemory,
+)
+from shoal.averaging.state.manifest import Manifest
+from shoal.averaging.state.progress import ProgressBar
+from shoal.averaging.tensors import TensorStore
+from shoal.compression.base import CompressionBase
+from shoal.errors import InvalidStateError, PeerProcessDied, UsageError
+from shoal.p2p.identity import PeerID
+from shoal.runtime.futures import MPFuture
+from shoal.runtime.memory import SharedMemory
+from shoal.runtime.workers import SerialThread
+
+if TYPE_CHECKING:
+    from shoal.runtime.process import ServiceHandle
+
+logger = logging.getLogger(__name__)
+
+LOCK_TIMEOUT = 30.0
+"""Seconds for which a copy waits for the averager's lock."""
+SWITCH_TIMEOUT = 10.0
+
+State = tuple[Any, list[torch.Tensor]]
+
+
+class HasState(Protocol):
+    """The averager, as far as it matters here."""
+
+    serializer: Any
+
+    def get_current_state(self) -> Any: ...
+
+
+class _Download:
+    """One download under way: its memory, and the bar that shows it."""
+
+    def __init__(self, bar: ProgressBar | None) -> None:
+        self.memory: SharedMemory | None = None
+        self.bar = bar
+
+    def close(self) -> None:
+        if self.memory is not None:
+            self.memory.close()
+        if self.bar is not None:
+            self.bar.stop()
+
+
+class StateHost:
+    """What an averager shares and loads, in the host process. Methods may be called on any thread."""
+
+    def __init__(
+        self,
+        averager: HasState,
+        store: TensorStore,
+        *,
+        prefix: str,
+        compression: CompressionBase,
+        allowed: bool | None,
+    ) -> None:
+        """``allowed`` None: :meth:`settle` says."""
+        self._averager = weakref.ref(averager)
+        self._serializer = averager.serializer
+        self._store = store
+        self._prefix = prefix
+        self._compression = compression
+        self._lock = threading.Lock()
+        self._allowed = allowed
+        self._priority = 0.0
+        self._handle: ServiceHandle | None = None
+        self._reserve = expected_nbytes(store.tensors)
+        self._thread = SerialThread(f"shoal-state {prefix}")
+        self._downloads: dict[int, _Download] = {}
+        self._last_download = 0
+
+    @property
+    def allowed(self) -> bool | None:
+        """Whether the user allows sharing; None: as is the default for a peer of this mode."""
+        return self._allowed
+
+    @property
+    def priority(self) -> float:
+        return self._priority
+
+    def settle(self, *, default: bool) -> None:
+        """The peer's mode is known, and with it whether it shares its state if the user has said nothing."""
+        with self._lock:
+            self._allowed = default if self._allowed is None else self._allowed
+
+    def attach(self, handle: ServiceHandle) -> None:
+        """The averager's service is there; what the user has wished meanwhile is told to it."""
+        with self._lock:
+            self._handle = handle
+            handle.call(SetStateSharing(bool(self._allowed), self._priority))
+
+    def close(self) -> None:
+        """The averager is shut down."""
+        with self._lock:
+            self._handle = None
+        self._thread.stop()
+
+    def switch(self, *, allowed: bool | None = None, priority: float | None = None) -> None:
+        """Change the user's wishes; back when the background process acts accordingly.
+
+        :raises PeerProcessDied: the background process has ended
+        """
+        with self._lock:
+            self._allowed = self._allowed if allowed is None else allowed
+            self._priority = self._priority if priority is None else priority
+            if self._handle is None:
+                return
+            done = self._handle.call(SetStateSharing(bool(self._allowed), self._priority))
+        with contextlib.suppress(CancelledError):  # shut down meanwhile
+            done.result(SWITCH_TIMEOUT)
+
+    def handle(self, command: object) -> None:
+        """Carry out a request of the service; never blocks, since rounds use the same thread."""
+        match command:
+            case CaptureState(number):
+                self._thread.submit(partial(self._capture_for_service, number))
+            case AllocateState(number, nbytes):
+                self._allocate(number, nbytes)
+            case ShowProgress(number, donor, received, total):
+                download = self._downloads.get(number)
+                if download is not None and download.bar is not None:
+                    download.bar.update(donor, received, total)
+            case _:
+                raise InvalidStateError(f"the host has no command {type(command).__name__}")
+
+    # as a donor
+
+    def capture(self) -> Capture:
+        """Copy the current state, under the averager's lock. Raises whatever ``get_current_state()`` raises,
+        UsageError if what it returned is no state, DeadlineExceeded if the lock is not free in time.
+        """
+        averager = self._averager()
+        if averager is None:
+            raise InvalidStateError("the averager is gone")
+        capture = capture_state(
+            averager.get_current_state,
+            hold=lambda: self._store.hold(LOCK_TIMEOUT),
+            serializer=averager.serializer,
+            compression=self._compression,
+            reserve=self._reserve,
+        )
+        self._reserve = capture.layout().nbytes
+        return capture
+
+    def _capture_for_service(self, number: int) -> None:
+        handle = self._handle
+        if handle is None:
+            return
+        with contextlib.suppress(
+            PeerProcessDied, InvalidStateError, CancelledError
+        ):  # nobody is left to share with
+            try:
+                capture = self.capture()
+            except Exception as e:  # noqa: BLE001 - of the user's get_current_state(): may be anything
+                self._explain(e)
+                handle.call(CaptureFailed(number, type(e).__name__)).result()
+                return
+            with capture.memory as memory:
+                captured = StateCaptured(number, memory.nbytes, capture.entries, capture.codecs)
+                handle.call(captured, descriptors=[memory.fd]).result()
+
+    def _explain(self, error: Exception) -> None:
+        # A traceback leads to the line of the user's that failed; what Shoal itself says needs none.
+        trace = None if isinstance(error, UsageError | TimeoutError) else error
+        logger.warning(
+            "%s: other peers cannot download this one's state, because get_current_state() failed: %s: %s",
+            self._prefix,
+            type(error).__name__,
+            error,
+            exc_info=trace,
+        )
+
+    # as a joiner
+
+    def load(self, handle: ServiceHandle, timeout: float | None, *, progress: bool) -> MPFuture[State | None]:
+        """Begin a download. The future's result is the state, or None after a warning that says why there is none."""
+        with self._lock:
+            self._last_download += 1
+            number = self._last_download
+            self._downloads[number] = _Download(ProgressBar(self._prefix) if progress else None)
+        try:
+            call: MPFuture[LoadedState] = handle.call(LoadState(number, timeout, progress))
+        except BaseException:
+            self._downloads.pop(number).close()
+            raise
+        outer: MPFuture[State | None] = MPFuture(lambda: call.cancel() or True)
+        # Past the dispatch of MPFuture: callbacks of users may be waiting on that thread for this very state.
+        Future.add_done_callback(call, partial(_on_own_thread, partial(self._finish, number, outer)))
+        return outer
+
+    def _allocate(self, number: int, nbytes: int) -> None:
+        handle, download = self._handle, self._downloads.get(number)
+        if handle is None or download is None:
+            return
+        if download.memory is not None:
+            download.memory.close()
+            download.memory = None
+        available = available_memory()
+        refusal = None
+        try:
+            if available is not None and nbytes > available:
+                refusal = f"its state takes {nbytes / 1e6:,.0f} MB, and {available / 1e6:,.0f} MB of memory are free"
+            else:
+                download.memory = SharedMemory.create(nbytes)
+        except OSError as e:
+            refusal = f"there is no memory for its state of {nbytes / 1e6:,.0f} MB: {e}"
+        descriptors = [] if download.memory is None else [download.memory.fd]
+        handle.call(StateMemory(number, nbytes, refusal), descriptors=descriptors)
+
+    def _finish(self, number: int, outer: MPFuture[State | None], call: Future[LoadedState]) -> None:
+        """The download is done: hand its result on."""
+        download = self._downloads.pop(number)
+        try:
+            if outer.cancelled():
+                return
+            if call.cancelled():
+                raise InvalidStateError("the averager was shut down during the download")
+            result = self._state_of(call.result(), download)
+        except BaseException as e:  # noqa: BLE001 - whoever waits for the state gets it
+            with contextlib.suppress(FutureIsDone):  # cancelled in the same moment
+                outer.set_exception(e)
+        else:
+            with contextlib.suppress(FutureIsDone):
+                outer.set_result(result)
+        finally:
+            download.close()
+
+    def _state_of(self, loaded: LoadedState, download: _Download) -> State | None:
+        if loaded.failure is not None:
+            logger.warning("%s: no state was loaded: %s", self._prefix, loaded.failure)
+            return None
+        assert download.memory is not None
+        manifest = Manifest(loaded.entries)
+        if download.bar is not None:
+            donor = str(PeerID.from_bytes(loaded.donor))
+            download.bar.complete(donor, manifest.nbytes)
+        metadata, *tensors = tensors_in(manifest, download.memory.buffer)
+        try:
+            return self._serializer.loads(bytes(metadata.numpy())), tensors
+        except Exception as e:  # noqa: BLE001 - serializers and classes registered with them are users' code
+            logger.warning("%s: no state was loaded: its metadata cannot be read: %s", self._prefix, e)
+            return None
+
+
+def tensors_in(manifest: Manifest, memory: memoryview) -> list[torch.Tensor]:
+    """All tensors of a decoded state, where they lie: the memory lives as long as any of them."""
+    # Of a slice, which keeps the mapping: the tensor keeps its object alone, and that of a SharedMemory is released.
+    block = torch.frombuffer(memory[:], dtype=torch.uint8)
+    tensors = []
+    for entry, dtype, count, offset in zip(
+        manifest.entries, manifest.dtypes, manifest.counts, manifest.offsets, strict=True
+    ):
+        tensors.append(block[offset : offset + count * dtype.itemsize].view(dtype).view(entry.shape))
+    return tensors
+
+
+def available_memory() -> int | None:
+    """Bytes that can still be taken without swapping; None where the system does not say."""
+    if sys.platform != "linux":
+        return _physical_memory()
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return _physical_memory()
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+        return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
+    except (OSError, ValueError):
+        return free
+
+
+def _physical_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+
+
+def _on_own_thread(work: Callable[[Future[LoadedState]], None], call: Future[LoadedState]) -> None:
+    try:
+        threading.Thread(target=work, args=(call,), name="shoal-state-loaded", daemon=True).start()
+    except RuntimeError:  # the interpreter is ending: no thread can be started any more, and none is held up
+        work(call)

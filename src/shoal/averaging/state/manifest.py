@@ -1,0 +1,217 @@
+"""What a state consists of and how it is cut: tensors of any usual dtype, each with a codec, in chunks.
+
+A *state* is what ``get_current_state`` returns. Its first tensor is made here: the bytes of the metadata. Each tensor
+is cut into *chunks* of ``CHUNK_ELEMENTS`` elements, which are encoded, sent, verified and decoded one by one. Both
+sides compute the same cut from the list of :class:`TensorEntry`, so that a receiver knows the exact size of every
+chunk, and of the memory that it needs, before either comes.
+
+Floating tensors travel with the codec that the donor chose; all others as they are. No I/O; memory is only counted
+here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import msgspec
+import torch
+
+from shoal.averaging.state.messages import TensorEntry
+from shoal.compression.base import FLOATING_DTYPES, CompressionBase, NoCompression
+from shoal.compression.registry import get_codec
+from shoal.errors import ProtocolViolation
+
+CHUNK_ELEMENTS = 1 << 18
+"""Part of the wire protocol: 1 MiB of float32."""
+MAX_CHUNK_NBYTES = 1 << 26
+"""The largest payload that a connection takes."""
+MAX_TENSORS = 1 << 17
+MAX_STATE_NBYTES = 1 << 42
+MAX_DIMENSIONS = 64
+ALIGNMENT = 64
+
+_OTHER_DTYPES = (
+    "uint8", "int8", "int16", "int32", "int64", "bool", "complex64", "complex128", "uint16", "uint32", "uint64"
+)  # fmt: skip
+STATE_DTYPES: dict[str, torch.dtype] = {
+    **FLOATING_DTYPES,
+    **{name: getattr(torch, name) for name in _OTHER_DTYPES},
+}
+"""The dtypes that a state may have, by their name on the wire."""
+STATE_DTYPE_NAMES = {dtype: name for name, dtype in STATE_DTYPES.items()}
+
+RAW = NoCompression()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """``count`` elements of one tensor from element ``start`` on; ``nbytes`` when encoded."""
+
+    tensor: int
+    start: int
+    count: int
+    nbytes: int
+
+
+class Manifest:
+    """The tensors of one state and the sequence of their chunks.
+
+    :param codecs: one for each entry; by default those that the entries name. A donor gives its own objects, whose
+      settings matter for encoding.
+    """
+
+    def __init__(
+        self, entries: Sequence[TensorEntry], codecs: Sequence[CompressionBase] | None = None
+    ) -> None:
+        """:raises ProtocolViolation: a dtype, shape, codec or size that no state has"""
+        if not 1 <= len(entries) <= MAX_TENSORS:
+            raise ProtocolViolation(f"a state of {len(entries)} tensors; 1 to {MAX_TENSORS} are allowed")
+        self.entries = tuple(entries)
+        self.dtypes = tuple(_dtype(entry) for entry in self.entries)
+        self.counts = tuple(_count(entry) for entry in self.entries)
+        found = [_codec(e, d) for e, d in zip(self.entries, self.dtypes, strict=True)]
+        self.codecs = tuple(found if codecs is None else codecs)
+        first = self.entries[0]
+        if self.dtypes[0] != torch.uint8 or len(first.shape) != 1:
+            raise ProtocolViolation(f"the metadata of a state are {first.dtype} {list(first.shape)}")
+        self.tensor_nbytes = tuple(map(self._encoded_nbytes, range(len(self.entries))))
+        self.nbytes = sum(self.tensor_nbytes)
+        """Of everything that travels."""
+        decoded = [d.itemsize * n for d, n in zip(self.dtypes, self.counts, strict=True)]
+        *offsets, end = accumulate(map(aligned, decoded), initial=0)
+        self.offsets = tuple(offsets)
+        """Where each tensor lies, once it is decoded, in one block of memory."""
+        self.decoded_nbytes = max(1, end)
+        if max(self.nbytes, self.decoded_nbytes) > MAX_STATE_NBYTES:
+            raise ProtocolViolation(
+                f"a state of {max(self.nbytes, self.decoded_nbytes)} bytes; at most {MAX_STATE_NBYTES} are allowed"
+            )
+        *firsts, self.chunk_count = accumulate(
+            (-(-count // CHUNK_ELEMENTS) for count in self.counts), initial=0
+        )
+        self._first_chunks = firsts
+
+    def chunk(self, index: int) -> Chunk:
+        """The chunk with this number, 0 to ``chunk_count`` - 1."""
+        tensor = bisect_right(self._first_chunks, index) - 1
+        start = (index - self._first_chunks[tensor]) * CHUNK_ELEMENTS
+        count = min(CHUNK_ELEMENTS, self.counts[tensor] - start)
+        return Chunk(tensor, start, count, self.codecs[tensor].encoded_nbytes(self.dtypes[tensor], count))
+
+    def is_raw(self, tensor: int) -> bool:
+        """Whether a tensor's encoded chunks are the memory of the tensor itself. Bytes that stand for bools are no
+        memory of bools before they are known to be 0 or 1.
+        """
+        dtype = self.dtypes[tensor]
+        return dtype != torch.bool and self.codecs[tensor].is_raw(dtype)
+
+    def fingerprint(self) -> bytes:
+        """What the digest of a state begins with, so that it covers dtypes and shapes too."""
+        return msgspec.msgpack.encode(self.entries)
+
+    def new_digest(self) -> hashlib._Hash:
+        """A SHA-256 that waits for the encoded chunks, in order."""
+        return hashlib.sha256(self.fingerprint())
+
+    def _encoded_nbytes(self, tensor: int) -> int:
+        dtype, codec = self.dtypes[tensor], self.codecs[tensor]
+        whole, rest = divmod(self.counts[tensor], CHUNK_ELEMENTS)
+        largest = codec.encoded_nbytes(dtype, CHUNK_ELEMENTS if whole else rest) if whole or rest else 0
+        if largest > MAX_CHUNK_NBYTES:
+            raise ProtocolViolation(f"codec {codec!r} makes chunks of {largest} bytes")
+        return whole * largest + (codec.encoded_nbytes(dtype, rest) if rest else 0) if whole else largest
+
+
+class CaptureLayout:
+    """Where the tensors of a state lie in the one block of memory in which a donor copies and then encodes them.
+
+    Tensors are copied as they are to ``raw_offsets``, under the lock, and encoded chunk by chunk to
+    ``encoded_offsets`` afterwards: what is encoded never reaches what is still to be read.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        raw_sizes = [d.itemsize * n for d, n in zip(manifest.dtypes, manifest.counts, strict=True)]
+        *raw, raw_end = accumulate(map(aligned, raw_sizes), initial=0)
+        *encoded, encoded_end = accumulate(map(aligned, manifest.tensor_nbytes), initial=0)
+        shift = aligned(
+            max(map(self._lead, range(len(raw)), raw, encoded, [*raw[1:], 2 * MAX_STATE_NBYTES]), default=0)
+        )
+        self.raw_offsets = tuple(offset + shift for offset in raw)
+        self.encoded_offsets = tuple(encoded)
+        self.encoded_nbytes = max(1, encoded_end)
+        self.nbytes = max(1, raw_end + shift, encoded_end)
+
+    def chunk_offset(self, index: int) -> tuple[int, int]:
+        """Where an encoded chunk begins and ends."""
+        chunk = self.manifest.chunk(index)
+        whole = chunk.start // CHUNK_ELEMENTS
+        full = self.manifest.codecs[chunk.tensor].encoded_nbytes(
+            self.manifest.dtypes[chunk.tensor], CHUNK_ELEMENTS
+        )
+        begin = self.encoded_offsets[chunk.tensor] + whole * full
+        return begin, begin + chunk.nbytes
+
+    def _lead(self, tensor: int, raw: int, encoded: int, next_raw: int) -> int:
+        """By how many bytes the encoded chunks of a tensor would overrun what is read after them."""
+        manifest = self.manifest
+        dtype = manifest.dtypes[tensor]
+        lead = max(0, encoded + manifest.tensor_nbytes[tensor] - next_raw)
+        followed = (manifest.counts[tensor] - 1) // CHUNK_ELEMENTS  # chunks that another one follows
+        if followed > 0:
+            step = manifest.codecs[tensor].encoded_nbytes(dtype, CHUNK_ELEMENTS)
+            raw_step = dtype.itemsize * CHUNK_ELEMENTS
+            # Both run linearly: the encoded ones are furthest ahead after the first chunk or after the last.
+            for done in (1, followed):
+                lead = max(lead, encoded + done * step - (raw + done * raw_step))
+        return lead
+
+
+def metadata_entry(nbytes: int) -> TensorEntry:
+    """The entry of the metadata's bytes: always the first."""
+    return TensorEntry("uint8", (nbytes,), RAW.compression_type)
+
+
+def tensor_entry(tensor: torch.Tensor, codec: CompressionBase) -> TensorEntry:
+    """The entry of a tensor whose dtype is in :data:`STATE_DTYPE_NAMES`."""
+    return TensorEntry(STATE_DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), codec.compression_type)
+
+
+def aligned(nbytes: int) -> int:
+    """``nbytes`` rounded up so that what follows is aligned for any dtype."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _dtype(entry: TensorEntry) -> torch.dtype:
+    dtype = STATE_DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise ProtocolViolation(f"unknown dtype {entry.dtype[:32]!r} of a tensor")
+    return dtype
+
+
+def _count(entry: TensorEntry) -> int:
+    # Torch multiplies the sizes other than 0, for the strides, even of an empty tensor.
+    if len(entry.shape) > MAX_DIMENSIONS or min(entry.shape, default=0) < 0:
+        raise ProtocolViolation("impossible shape of a tensor")
+    if math.prod(max(1, size) for size in entry.shape) >= 1 << 63:
+        raise ProtocolViolation("impossible shape of a tensor")
+    return math.prod(entry.shape)
+
+
+def _codec(entry: TensorEntry, dtype: torch.dtype) -> CompressionBase:
+    if entry.codec == RAW.compression_type:
+        return RAW
+    if not dtype.is_floating_point:
+        raise ProtocolViolation(f"codec {entry.codec} for a tensor of {entry.dtype}")
+    return get_codec(entry.codec)
+
+
+def check_offer(tensors: int, nbytes: int) -> None:
+    """:raises ProtocolViolation: no state has so many tensors or bytes"""
+    if not 1 <= tensors <= MAX_TENSORS or not 0 <= nbytes <= MAX_STATE_NBYTES:
+        raise ProtocolViolation(f"an offer of {tensors} tensors with {nbytes} bytes")
