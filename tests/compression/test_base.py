@@ -101,3 +101,24 @@ def test_estimated_ratio():
     assert Float16Compression().estimate_compression_ratio(info) == 0.5
     assert NoCompression().estimate_compression_ratio(info.get_part(3, 20)) == 1
     assert Float16Compression().estimate_compression_ratio(CompressionInfo(shape=(0,))) == 1
+
+
+class Broken(NoCompression):
+    """A user's codec with mistakes in it."""
+
+    compression_type = 202
+
+    def encode(self, part: torch.Tensor) -> memoryview:
+        raise KeyError("no table")
+
+    def _decode(
+        self, data: memoryview, dtype: torch.dtype, count: int, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        raise IndexError("no such code")
+
+
+def test_whatever_a_users_codec_raises_is_told_as_its_own_mistake_or_that_of_the_bytes():
+    with pytest.raises(InvalidValueError, match=r"could not encode: KeyError: 'no table'"):
+        Broken().encode_checked(torch.zeros(2))
+    with pytest.raises(ProtocolViolation, match="could not decode it: IndexError: no such code"):
+        Broken().decode(bytes(8), torch.float32, 2)

@@ -98,7 +98,7 @@ class DecentralizedAverager:
       peers
     :param auxiliary: help others with averaging without tensors of one's own: nothing is sent of them and they do not
       change. Counts in the group's size.
-    :param allow_state_sharing: let others download this peer's state; None: unless in client mode. See
+    :param allow_state_sharing: let others download this peer's state; None: unless in client mode or auxiliary. See
       :attr:`allow_state_sharing`.
     :param declare_state_period: time after which the peer declares itself anew as one to download the state from
     :param client_mode: this peer cannot be dialed; it only joins groups that others lead. None: as the DHT.

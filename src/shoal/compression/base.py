@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypeAlias
 import msgspec
 import torch
 
-from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
+from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation, UsageError
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
@@ -120,8 +120,10 @@ class CompressionBase(ABC):
         """Decode ``count`` elements of ``dtype`` from what another peer sent.
 
         Returns ``out`` (one-dimensional, contiguous, of that dtype and count) if it was given, else a tensor
-        that may share the memory of a writable ``data``. Raises :class:`ProtocolViolation` if ``data`` can't
-        be such a part; nothing is allocated then.
+        that may share the memory of a writable ``data``.
+
+        :raises ProtocolViolation: ``data`` can't be such a part; if it has not the right size, nothing is allocated
+        :raises InvalidValueError: a codec of the user's made something else than a part, which is its own mistake
         """
         expected = self.encoded_nbytes(dtype, count)
         view = memoryview(data).cast("B")
@@ -134,7 +136,12 @@ class CompressionBase(ABC):
             assert out.dtype == dtype, out.dtype
             assert out.shape == (count,), out.shape
             assert out.is_contiguous()
-        decoded = self._decode(view, dtype, count, out)
+        try:
+            decoded = self._decode(view, dtype, count, out)
+        except (ProtocolViolation, UsageError):
+            raise
+        except Exception as e:  # codecs of users, on bytes from strangers: may be anything
+            raise ProtocolViolation(f"{self!r} could not decode it: {type(e).__name__}: {e}") from e
         if decoded.dtype != dtype or decoded.shape != (count,):
             raise InvalidValueError(
                 f"{self!r}._decode made {decoded.dtype} {list(decoded.shape)} where {dtype} [{count}] was due"
@@ -144,9 +151,15 @@ class CompressionBase(ABC):
     def encode_checked(self, part: torch.Tensor) -> memoryview:
         """As :meth:`encode`, whose result has the size that everybody expects.
 
-        :raises InvalidValueError: it has not: a mistake in the codec, which must not look like one of its sender
+        :raises InvalidValueError: it has not, or there is none: a mistake in the codec, which must not look like one
+          of whom it is sent to
         """
-        data = self.encode(part)
+        try:
+            data = self.encode(part)
+        except UsageError:
+            raise
+        except Exception as e:  # codecs of users: may be anything
+            raise InvalidValueError(f"{self!r} could not encode: {type(e).__name__}: {e}") from e
         expected = self.encoded_nbytes(part.dtype, len(part))
         if len(view := memoryview(data).cast("B")) != expected:
             raise InvalidValueError(

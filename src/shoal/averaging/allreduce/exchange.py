@@ -21,7 +21,7 @@ from shoal.averaging.allreduce.reduction import (
 from shoal.averaging.allreduce.spread import SpreadSample
 from shoal.averaging.partition import Part, Partition
 from shoal.compression.base import Bytes, tensor_bytes
-from shoal.errors import AllreduceException, ProtocolViolation
+from shoal.errors import AllreduceException, ProtocolViolation, UsageError
 
 HELD_BYTES = 8 << 20
 """Memory for parts of one sender that wait for slower members; its next ones then stay on the wire."""
@@ -136,6 +136,8 @@ class OwnSpan:
             except ProtocolViolation as e:
                 offenders[sender] = str(e)
                 continue
+            except UsageError as e:
+                raise AllreduceException(str(e)) from e  # a mistake in this member's own codec
             if is_finite(values):
                 decoded[sender] = values
             else:

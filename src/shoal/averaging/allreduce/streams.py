@@ -110,13 +110,12 @@ class Exchange:
             span.sends = weight != 0
             await stream.send(DeclareWeight(weight))
             shared.feed(ExchangeOpened(owner))
-            sending = asyncio.ensure_future(self._send_parts(stream, span, owner))
             try:
-                await self._receive_averages(stream, span, owner)
-                await sending
-            finally:
-                sending.cancel()
-                await asyncio.wait({sending})
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._send_parts(stream, span, owner))
+                    group.create_task(self._receive_averages(stream, span, owner))
+            except* (ShoalError, EOFError) as errors:
+                raise errors.exceptions[0] from None
 
     async def _send_parts(self, stream: Stream, span: ForeignSpan, owner: int) -> None:
         for index in range(len(span.parts) if span.sends else 0):

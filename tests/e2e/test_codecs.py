@@ -1,0 +1,125 @@
+"""Codecs between real processes: each comes within its bound, members agree, adaptive ones mix, users' own travel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from real_swarm import Swarm, step_all
+
+from shoal.compression import (
+    BFloat16Compression,
+    BlockwiseQuantization,
+    CompressionBase,
+    CompressionInfo,
+    Float16Compression,
+    NoCompression,
+    Quantile8BitQuantization,
+    RoleAdaptiveCompression,
+    ScaledFloat16Compression,
+    TensorRole,
+    Uniform8BitQuantization,
+    register_codec,
+)
+from shoal.errors import AllreduceException
+from shoal.testing.codecs import error_bound
+
+pytestmark = pytest.mark.xdist_group("averaging")
+
+SIZE = 100_000
+
+
+def values(seed: int) -> torch.Tensor:
+    return torch.randn(SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [
+        Float16Compression(),
+        BFloat16Compression(),
+        ScaledFloat16Compression(),
+        Uniform8BitQuantization(),
+        Quantile8BitQuantization(),
+        BlockwiseQuantization(),
+    ],
+    ids=repr,
+)
+def test_every_codec_comes_within_its_bound(swarm: Swarm, codec: CompressionBase):
+    tensors = [values(seed) for seed in range(2)]
+    average = (tensors[0] + tensors[1]) / 2
+    # Twice for a part, once for the difference that comes back, which is no larger than the values here.
+    limit = 3 * float(torch.cat([error_bound(codec, tensor) for tensor in tensors]).max())
+    step_all([swarm.peer([tensor], size=2, compression=codec) for tensor in tensors])
+    for tensor in tensors:
+        error = (tensor - average).abs().max()
+        assert 0 < error <= limit
+    mean = (tensors[0] + tensors[1]) / 2
+    assert float((mean - average).square().mean().sqrt()) < float(
+        (tensors[0] - average).square().mean().sqrt()
+    )
+
+
+def test_an_adaptive_codec_chooses_for_each_tensor_by_its_info(swarm: Swarm):
+    models = [[values(seed), values(seed + 2)] for seed in range(2)]
+    averages = [(a + b) / 2 for a, b in zip(*models, strict=True)]
+    infos = [
+        CompressionInfo.from_tensor(tensor, key=key, role=role)
+        for key, (tensor, role) in enumerate(
+            zip(models[0], (TensorRole.PARAMETER, TensorRole.GRADIENT), strict=True)
+        )
+    ]
+    codec = RoleAdaptiveCompression(parameter=NoCompression(), gradient=Uniform8BitQuantization())
+    step_all([swarm.peer(model, size=2, compression=codec, tensor_infos=infos) for model in models])
+    for model in models:
+        assert torch.equal(model[0], averages[0])
+        assert not torch.equal(model[1], averages[1])
+        assert torch.allclose(model[1], averages[1], atol=0.1)
+
+
+def half_precision_of_users() -> CompressionBase:
+    class HalfPrecision(Float16Compression):  # not importable in the background process: travels by value
+        compression_type = 77
+
+    return HalfPrecision()
+
+
+def moody_codec() -> CompressionBase:
+    class MoodyCompression(Float16Compression):
+        """Raises for twos, and makes too few bytes of threes."""
+
+        compression_type = 78
+
+        def encode(self, part: torch.Tensor) -> memoryview:
+            if float(part[0]) == 2.0:
+                raise RuntimeError("no twos")
+            return super().encode(part[1:] if float(part[0]) == 3.0 else part)
+
+    return MoodyCompression()
+
+
+def test_a_codec_of_the_users_own_runs_in_the_background_process(swarm: Swarm):
+    codec = half_precision_of_users()
+    register_codec(codec)
+    tensors = [[torch.full((10_000,), float(index))] for index in range(2)]
+    step_all([swarm.peer(own, size=2, compression=codec) for own in tensors])
+    assert torch.equal(tensors[0][0], torch.full((10_000,), 0.5))
+    assert torch.equal(tensors[1][0], tensors[0][0])
+
+
+@pytest.mark.parametrize(("value", "reason"), [(2.0, "no twos"), (3.0, "but its encoded_nbytes says")])
+def test_a_users_codec_that_fails_fails_its_own_member_by_name(swarm: Swarm, value: float, reason: str):
+    codec = moody_codec()
+    register_codec(codec)
+    tensors = [torch.full((10_000,), each) for each in (1.0, 1.0, value)]
+    averagers = [
+        swarm.peer([tensor], size=3, compression=codec, bandwidth=0.0 if index == 2 else None)
+        for index, tensor in enumerate(tensors)
+    ]
+    controls = [averager.step(wait=False, timeout=10.0, allow_retries=False) for averager in averagers]
+    with pytest.raises(AllreduceException, match=reason):
+        controls[2].result(60)
+    for control in controls[:2]:
+        control.result(60)
+        (excluded,) = control.report.excluded
+        assert excluded.member == averagers[2].peer_id.to_base58()
+    assert [float(tensor.mean()) for tensor in tensors] == [1.0, 1.0, value]
