@@ -36,7 +36,7 @@ class Swarm:
 
     def own_dht(self) -> shoal.DHT:
         """A DHT that the test may kill or shut down."""
-        self.own.append(new_dht(self._shared))
+        self.own.append(new_dht([*self._shared, *self.own]))
         return self.own[-1]
 
     def peer(

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from real_swarm import STEP_TIMEOUT, Swarm, step_all, wait_for_stage
@@ -208,6 +209,7 @@ def assert_plain(value: Any) -> None:
 @pytest.mark.timeout(900)
 def test_a_model_of_4_gb_averages(swarm: Swarm, tmp_path: Path):
     """With both peers on one machine that takes 16 GB of arenas; one of the models lies in a file."""
+    assert psutil.virtual_memory().available > 21e9, "this test needs 21 GB of free memory"
     models = [
         torch.zeros(10**9),
         torch.from_file(str(tmp_path / "model"), shared=True, size=10**9).fill_(1.0),
