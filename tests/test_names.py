@@ -84,6 +84,39 @@ def test_every_name_of_hivemind_is_here_or_says_what_to_use_instead(package: str
     assert not hasattr(module, name)
 
 
+@pytest.mark.parametrize(
+    "module",
+    [
+        "shoal.optim",
+        "shoal.optim.optimizer",
+        "shoal.moe.server",
+        "shoal.averaging.group_info",
+        "shoal.averaging.key_manager",
+        "shoal.dht.crypto",
+        "shoal.p2p.p2p_daemon_bindings.datastructures",
+        "shoal.utils.timed_storage",
+        "shoal.utils.mpfuture",
+        "shoal.utils.tensor_descr",
+        "shoal.compression.serialization",
+    ],
+)
+def test_a_module_of_hivemind_that_is_not_here_says_what_to_use_instead(module: str):
+    package, name = next(
+        (package, name)
+        for package in ABSENT
+        for name in ABSENT[package]
+        if f"{module}.".startswith(f"{package}.{name}.")
+    )
+    with pytest.raises(ModuleNotFoundError) as error:
+        importlib.import_module(module)
+    assert str(error.value) == f"No module named '{package}.{name}': {ABSENT[package][name]}"
+
+
+def test_a_module_that_nobody_knows_is_the_usual_error():
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'shoal\.averaging\.nothing'$"):
+        importlib.import_module("shoal.averaging.nothing")
+
+
 @pytest.mark.parametrize(("package", "name"), pairs(NAMES_OF_THE_PAGE))
 def test_every_name_of_the_page_is_here(package: str, name: str):
     module = importlib.import_module(package)
@@ -135,6 +168,11 @@ def test_the_page_written_for_hivemind_runs_as_it_is():
     assert hivemind.utils.serializer.MSGPackSerializer is hivemind.DecentralizedAverager.serializer
     assert hivemind.utils.ValueWithExpiration is hivemind.dht.ValueWithExpiration
     assert hivemind.utils.get_dht_time() <= hivemind.get_dht_time()
+
+
+def test_what_belongs_to_codecs_is_at_the_top_too():
+    assert set(shoal.compression.__all__) <= set(shoal.__all__)
+    assert all(getattr(shoal, name) is getattr(shoal.compression, name) for name in shoal.compression.__all__)
 
 
 def test_averaging_mode_has_the_members_that_users_know():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shoal.utils.lazy import lazy_names
+from shoal.utils.lazy import advise_on_absent_modules, lazy_names
 
 if TYPE_CHECKING:
     from shoal.averaging.averager import DecentralizedAverager as DecentralizedAverager
@@ -18,19 +18,28 @@ if TYPE_CHECKING:
     from shoal.averaging.group import GroupInfo as GroupInfo
     from shoal.averaging.load_balancing import load_balance_peers as load_balance_peers
     from shoal.averaging.report import RoundReport as RoundReport
+    from shoal.compression import AdaptiveCompressionBase as AdaptiveCompressionBase
     from shoal.compression import BFloat16Compression as BFloat16Compression
     from shoal.compression import BlockwiseQuantization as BlockwiseQuantization
+    from shoal.compression import CodecRegistry as CodecRegistry
     from shoal.compression import CompressionBase as CompressionBase
     from shoal.compression import CompressionInfo as CompressionInfo
     from shoal.compression import Float16Compression as Float16Compression
     from shoal.compression import NoCompression as NoCompression
     from shoal.compression import PerTensorCompression as PerTensorCompression
     from shoal.compression import Quantile8BitQuantization as Quantile8BitQuantization
+    from shoal.compression import Quantization as Quantization
     from shoal.compression import RoleAdaptiveCompression as RoleAdaptiveCompression
     from shoal.compression import ScaledFloat16Compression as ScaledFloat16Compression
+    from shoal.compression import SerializedTensor as SerializedTensor
     from shoal.compression import SizeAdaptiveCompression as SizeAdaptiveCompression
     from shoal.compression import TensorRole as TensorRole
     from shoal.compression import Uniform8BitQuantization as Uniform8BitQuantization
+    from shoal.compression import deserialize_tensor as deserialize_tensor
+    from shoal.compression import get_codec as get_codec
+    from shoal.compression import register_codec as register_codec
+    from shoal.compression import serialize_tensor as serialize_tensor
+    from shoal.compression import user_codecs as user_codecs
     from shoal.dht.dht import DHT as DHT
     from shoal.dht.node import DHTNode as DHTNode
     from shoal.dht.schema import SchemaValidator as SchemaValidator
@@ -89,6 +98,15 @@ _MODULE_OF = {
     "PerTensorCompression": "shoal.compression",
     "RoleAdaptiveCompression": "shoal.compression",
     "SizeAdaptiveCompression": "shoal.compression",
+    "Quantization": "shoal.compression",
+    "AdaptiveCompressionBase": "shoal.compression",
+    "SerializedTensor": "shoal.compression",
+    "CodecRegistry": "shoal.compression",
+    "register_codec": "shoal.compression",
+    "get_codec": "shoal.compression",
+    "user_codecs": "shoal.compression",
+    "serialize_tensor": "shoal.compression",
+    "deserialize_tensor": "shoal.compression",
     # the DHT
     "DHTNode": "shoal.dht.node",
     "ValueWithExpiration": "shoal.dht.types",
@@ -126,3 +144,5 @@ __all__ = [*_MODULE_OF, "__version__"]
 __getattr__, __dir__ = lazy_names(
     __name__, _MODULE_OF | {submodule: f"{__name__}.{submodule}" for submodule in _SUBMODULES}
 )
+
+advise_on_absent_modules()

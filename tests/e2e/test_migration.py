@@ -25,8 +25,15 @@ THE_IMPORT, IN_THE_BACKGROUND, GRADIENTS = re.findall(
 def run_at_two_peers(program: str, swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Run it, on DHTs that are there already, and return what its names stand for at the end."""
     dhts = iter([swarm.dht(), swarm.dht()])
-    monkeypatch.setattr(shoal, "DHT", lambda *_, **__: next(dhts))
-    monkeypatch.setattr(sys, "argv", ["program.py"])
+    given = ["the address that the first one has printed"]
+    monkeypatch.setattr(sys, "argv", ["program.py", *given])
+
+    def dht(*, initial_peers: list[str], start: bool) -> shoal.DHT:
+        assert initial_peers == given
+        assert start
+        return next(dhts)
+
+    monkeypatch.setattr(shoal, "DHT", dht)
     namespaces: list[dict[str, Any]] = [{}, {}]
     code = compile(program, PAGE.name, "exec")
     with ThreadPoolExecutor(2) as peers:

@@ -1,13 +1,14 @@
-"""Public names of a package that load their modules on first use (PEP 562), and errors that help for names of hivemind
-that Shoal does not have.
+"""Public names of a package that load their modules on first use (PEP 562), and errors that help for names and modules
+of hivemind that Shoal does not have.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
-from types import FrameType
+from collections.abc import Callable, Mapping, Sequence
+from importlib.abc import MetaPathFinder
+from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
 _IMPORT_SYSTEM = ("_frozen_importlib", "importlib._bootstrap")
@@ -47,6 +48,28 @@ def names_with_advice(package: str) -> Callable[[str], NoReturn]:
         raise _no_such_name(package, name, sys._getframe(1))
 
     return get
+
+
+class _AbsentModules(MetaPathFinder):
+    """Asked by the import system after all others: a module that hivemind has and Shoal has not is an error that says
+    what to use instead.
+    """
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        package, _, name = fullname.rpartition(".")
+        if package.partition(".")[0] != "shoal":
+            return
+        from shoal.utils.absent import ABSENT
+
+        advice = ABSENT.get(package, {}).get(name)
+        if advice is not None:
+            raise ModuleNotFoundError(f"No module named {fullname!r}: {advice}", name=fullname)
+
+
+def advise_on_absent_modules() -> None:
+    """From now on, importing a module of hivemind that is not here says what to use instead."""
+    if not any(isinstance(finder, _AbsentModules) for finder in sys.meta_path):
+        sys.meta_path.append(_AbsentModules())
 
 
 def _no_such_name(package: str, name: str, caller: FrameType) -> Exception:
