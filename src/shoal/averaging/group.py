@@ -132,6 +132,11 @@ def group_key(prefix: str, bits: str = "") -> str:
     return f"{prefix}.0b{bits}"
 
 
+def bits_of_key(key: str) -> str:
+    """The bits in what :func:`group_key` has made."""
+    return key.rpartition(".0b")[2]
+
+
 def sign_member(identity: Identity, info: MemberInfo) -> SignedMemberInfo:
     """Encode and sign ``info``; its limits are checked here, so that the mistake shows where it was made.
 

@@ -21,7 +21,7 @@ import hashlib
 from collections.abc import Mapping
 
 from shoal.averaging.checks import check_bits
-from shoal.averaging.group import GroupInfo
+from shoal.averaging.group import MAX_GRID_ROUND, GroupInfo, bits_of_key
 from shoal.p2p.identity import PeerID
 
 SPLIT_ABOVE = 128
@@ -32,6 +32,9 @@ split, so that a number of peers that varies a little does not send them to and 
 LONELY_BELOW = 24
 """Fewer peers than this under one key use the one with a bit less."""
 MAX_DEPTH = 8
+MAX_CATCH_UP = 1 << 16
+"""Rounds by which a group's slowest member catches up with its fastest one at once. Each round that a member says it has
+been through is its word alone, and a lie must not bring the others to the end of what can be said."""
 CIRCLE_BITS = 32
 
 
@@ -81,18 +84,24 @@ class GroupBits:
         self._is_visiting = False
 
     def round_committed(self, group: GroupInfo, target_group_size: int | None) -> None:
-        """The next bits, by what all members know alike: the group's id and the order of its members."""
+        """The next bits, by what all members know alike: the group's id and the order of its members.
+
+        Bits that were given while the round ran are those of the next group already.
+        """
         index = [member.peer_id for member in group.members].index(self._peer_id)
         if not self._given:
             step = (1 << CIRCLE_BITS) // len(group)
             self._position = (_point(group.group_id) + index * step) % (1 << CIRCLE_BITS)
             return
-        base = len(group) if target_group_size is None else target_group_size
+        if bits_of_key(group.key) != self._given:
+            return
+        base = max(len(group), target_group_size or 0)  # the leader may want larger groups than this peer
         width = (base - 1).bit_length()
         digit = deal_digits(group.group_id, len(group), base)[index]
         digits = format(digit, f"0{width}b") if width else ""
         self._given = (self._given + digits)[-len(self._given) :]
-        self.grid_round = 1 + max(member.grid_round for member in group.members)
+        rounds = [member.grid_round for member in group.members]
+        self.grid_round = min(1 + min(max(rounds), min(rounds) + MAX_CATCH_UP), MAX_GRID_ROUND)
 
     # ---- the depth where no bits are given
 
