@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+from collections.abc import Callable
 
 import pytest
 
 from shoal.averaging.allreduce.events import AskForOutcome, OutcomeReceived, Phase
-from shoal.averaging.allreduce.messages import Outcome
-from shoal.averaging.allreduce.round import RoundResult, RoundTimeouts
+from shoal.averaging.allreduce.messages import Excluded, Outcome
+from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
 from shoal.errors import AllreduceException
 from shoal.testing.clock import run
+from shoal.testing.network import HostNetwork
 from shoal.testing.peers import make_host
 from shoal.testing.rounds import PREFIX, SimulatedGroup
 
@@ -181,6 +184,75 @@ def test_an_orphan_that_knows_the_outcome_waits_for_no_further_answer():
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    run(main)
+
+
+def when_decided(monkeypatch: pytest.MonkeyPatch, leader: Round, happens: Callable[[], None]) -> None:
+    """Let something happen in the instant between the leader's decision and its first word of it."""
+    announce = leader._commitment.announce
+
+    def after(message: Excluded | Outcome) -> None:
+        if isinstance(message, Outcome):
+            happens()
+        announce(message)
+
+    monkeypatch.setattr(leader._commitment, "announce", after)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 15.0])
+def test_an_outage_when_the_leader_decides_lets_nobody_end_differently(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+):
+    async def main() -> None:
+        async with SimulatedGroup(seed=2, size=2) as group:
+            rounds = [group.round(member) for member in range(2)]
+            connect, loop, until = HostNetwork.connect, asyncio.get_running_loop(), 0.0
+
+            async def has_no_route(self: HostNetwork, *arguments: object) -> asyncio.Transport:
+                if loop.time() < until:
+                    raise OSError(errno.ENETUNREACH, "Network is unreachable")
+                return await connect(self, *arguments)  # type: ignore[arg-type]
+
+            def outage() -> None:
+                nonlocal until
+                until = loop.time() + seconds
+                assert group.network.drop_connections(group.name(0), group.name(1))
+
+            monkeypatch.setattr(HostNetwork, "connect", has_no_route)
+            when_decided(monkeypatch, rounds[0], outage)
+            runs = (group.run_round(member, current) for member, current in enumerate(rounds))
+            async with asyncio.timeout(60):
+                assert [result.failure for result in await asyncio.gather(*runs)] == [None, None]
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("silently", "least", "most"), [(False, 2.0, 4.0), (True, 20.0, 60.0)], ids=["killed", "power loss"]
+)
+def test_orphans_of_a_leader_that_is_dead_fail_after_a_while(
+    silently: bool, least: float, most: float, monkeypatch: pytest.MonkeyPatch
+):
+    async def main() -> None:
+        async with SimulatedGroup(seed=2, size=3) as group:
+            rounds = [group.round(member) for member in range(3)]
+            died = 0.0
+
+            def die() -> None:
+                nonlocal died
+                died = asyncio.get_running_loop().time()
+                group.network.kill(group.name(0), silently=silently)
+
+            when_decided(monkeypatch, rounds[0], die)
+            tasks = [
+                asyncio.ensure_future(group.run_round(member, current))
+                for member, current in enumerate(rounds)
+            ]
+            results = await asyncio.gather(*tasks[1:])
+            assert all("no member that can be reached knows" in (one.failure or "") for one in results)
+            assert least <= asyncio.get_running_loop().time() - died <= most
+            await tasks[0]
 
     run(main)
 

@@ -14,6 +14,9 @@ from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Network
 from shoal.p2p.rpc import Lane
 
+REFUSED = "refused"
+"""The reason in :attr:`.PeerUnreachable.failures` where nobody listens at an address."""
+
 MakeConnection = Callable[[PeerID | None, Lane], Connection]
 
 
@@ -96,7 +99,7 @@ def describe_failure(error: OSError | ShoalError) -> str:
     if isinstance(error, TimeoutError):
         return "timed out"
     if isinstance(error, ConnectionRefusedError):
-        return "refused"
+        return REFUSED
     if isinstance(error, socket.gaierror):
         return f"the name cannot be resolved: {error.strerror}"
     if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):

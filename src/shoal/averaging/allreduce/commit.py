@@ -33,13 +33,22 @@ from shoal.averaging.allreduce.messages import (
     check_report,
 )
 from shoal.averaging.allreduce.participants import RoundCore
-from shoal.errors import ProtocolViolation, ShoalError
+from shoal.errors import ConnectionLost, DeadlineExceeded, PeerUnreachable, ProtocolViolation, ShoalError
+from shoal.p2p.dialing import REFUSED
 from shoal.p2p.rpc import EndOfStream, Stream
 
 logger = logging.getLogger(__name__)
 
 ASK_TIMEOUT = 5.0
 ASK_AGAIN_AFTER = 0.25
+UNREACHABLE_FOR = 20.0
+"""Seconds for which an orphan cannot reach a member before it takes that member for dead: a network may be away for a
+moment, and take every connection with it.
+"""
+REFUSED_FOR = 2.5
+"""Likewise while the member's machine answers that nobody listens, or no address to dial is known."""
+
+Answer = tuple[Phase | None, Outcome | None]
 
 
 class Commitment:
@@ -166,18 +175,40 @@ class Commitment:
     # as an orphan
 
     async def ask_for_outcome(self, member: int) -> None:
-        """Ask one member what it knows of the leader's decision."""
+        """Ask one member what it knows of the leader's decision, until it answers or counts as dead."""
         phase, outcome = None, None
-        shared = self._shared
         try:
-            async with shared.host.open_stream(shared.peers[member], OUTCOME, timeout=ASK_TIMEOUT) as stream:
-                await stream.send(AskOutcome(shared.prefix, shared.group_id))
-                phase, outcome = read_answer(await stream.receive(), self._roles.size)
+            phase, outcome = await self._ask_until_dead(member)
         except (ShoalError, EOFError) as e:
             logger.debug("%s does not say how the round ended: %s", self._roles.name(member), e)
         if outcome is None and phase in (Phase.EXCHANGING, Phase.READY, Phase.EXCLUDED):
             await asyncio.sleep(ASK_AGAIN_AFTER)
-        shared.feed(OutcomeAnswered(member, phase, outcome))
+        self._shared.feed(OutcomeAnswered(member, phase, outcome))
+
+    async def _ask_until_dead(self, member: int) -> Answer:
+        loop = asyncio.get_running_loop()
+        began = refused_since = loop.time()
+        while True:
+            try:
+                return await self._ask(member)
+            except (PeerUnreachable, ConnectionLost, DeadlineExceeded) as e:
+                now = loop.time()
+                if not is_refused(e):
+                    refused_since = now
+                if now - began >= UNREACHABLE_FOR or now - refused_since >= REFUSED_FOR:
+                    raise
+            await asyncio.sleep(ASK_AGAIN_AFTER)
+
+    async def _ask(self, member: int) -> Answer:
+        shared = self._shared
+        async with shared.host.open_stream(shared.peers[member], OUTCOME, timeout=ASK_TIMEOUT) as stream:
+            await stream.send(AskOutcome(shared.prefix, shared.group_id))
+            return read_answer(await stream.receive(), self._roles.size)
+
+
+def is_refused(error: ShoalError) -> bool:
+    """Whether a peer cannot be reached because nobody listens at any address that is known of it."""
+    return isinstance(error, PeerUnreachable) and all(why == REFUSED for why in error.failures.values())
 
 
 def answer_outcome(core: AllReduce) -> OutcomeAnswer:
@@ -185,7 +216,7 @@ def answer_outcome(core: AllReduce) -> OutcomeAnswer:
     return OutcomeAnswer(core.phase.name, core.outcome)
 
 
-def read_answer(answer: object, size: int) -> tuple[Phase | None, Outcome | None]:
+def read_answer(answer: object, size: int) -> Answer:
     """The answer of a member; a phase that this version does not know counts as no answer.
 
     :raises ProtocolViolation: it is not well-formed
