@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import functools
+import types
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
@@ -49,6 +54,63 @@ def test_users_register_their_own():
     registry.register(NoCompression())
     assert registry.codec(64) is mine
     assert 64 in registry
+
+
+class Grid(NoCompression):
+    compression_type = 66
+
+    def __init__(self, step: Any) -> None:
+        self.step = step
+
+
+def attribute(number: int) -> list[Any]:
+    """Settings that have no equality of their own, or one that raises."""
+    holder = types.SimpleNamespace(value=torch.tensor([number]))
+    return [
+        torch.tensor([1.0, number]),
+        np.array([1.0, number]),
+        {"table": [torch.arange(number)]},
+        lambda x: x + number,
+        functools.partial(pow, torch.tensor([number])),
+        Grid(torch.ones(number)),
+        holder,
+        torch.Generator().manual_seed(number),
+    ]
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_codecs_are_equal_if_they_are_configured_alike_whatever_their_attributes_are(index: int):
+    assert Grid(attribute(1)[index]) == Grid(attribute(1)[index])
+    assert Grid(attribute(1)[index]) != Grid(attribute(2)[index])
+    again = loads(dumps(Grid(attribute(1)[index])))
+    assert again == Grid(attribute(1)[index])
+
+
+def test_a_setting_that_cannot_be_compared_is_another_one():
+    class Odd:
+        def __eq__(self, other: object) -> bool:
+            raise RuntimeError
+
+    assert Grid(Odd()) != Grid(Odd())
+    assert Grid(1.0) != NoCompression()
+    assert Grid(1.0) != Grid("x")
+
+
+def test_one_class_has_one_set_of_settings():
+    registry = CodecRegistry([NoCompression()])
+    registry.register(Grid(1.0))
+    registry.register(Grid(1.0))
+    with pytest.raises(
+        InvalidValueError, match=r"Grid with step=0\.01, but Grid is registered with step=1\.0"
+    ):
+        registry.register(Grid(0.01))
+    registry.check("compression", Grid(1.0))
+    with pytest.raises(InvalidValueError, match=r"compression: Grid with step=0\.01, but Grid is registered"):
+        registry.check("compression", Grid(0.01))
+    with pytest.raises(InvalidValueError, match="compression: Mine is not registered"):
+        registry.check("compression", Mine())
+    with pytest.raises(InvalidValueError, match="compression: Impostor is not registered"):
+        registry.check("compression", Impostor())
 
 
 @pytest.mark.parametrize("codec", [Reserved(), TooLarge(), Impostor(), AlsoMine()], ids=repr)

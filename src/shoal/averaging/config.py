@@ -13,7 +13,7 @@ from shoal.averaging.group import PeerMode, group_key
 from shoal.averaging.matchmaking.core import MatchmakingConfig
 from shoal.compression import CompressionBase, CompressionInfo
 from shoal.compression.registry import CODECS
-from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
+from shoal.errors import InvalidTypeError, InvalidValueError
 
 DEFAULT_PART_SIZE_BYTES = 1 << 19
 MIN_PART_SIZE_BYTES = 1 << 10
@@ -121,12 +121,17 @@ def _check_prefix(prefix: Any) -> None:
 
 
 def check_codec(name: str, codec: Any) -> None:
-    """:raises InvalidTypeError: ``codec`` is no codec object"""
+    """:raises InvalidTypeError: ``codec`` is no codec object
+    :raises InvalidValueError: a plain codec that receivers would not find under its id, or with other settings;
+      those that an adaptive codec chooses are checked when they are known
+    """
     if not isinstance(codec, CompressionBase):
         raise InvalidTypeError(
             f"{name}={codec!r}: an object of a CompressionBase subclass is allowed, "
             "e.g. shoal.Float16Compression()"
         )
+    if codec.is_plain:
+        CODECS.check(name, codec)
 
 
 def choose_codecs(
@@ -137,11 +142,11 @@ def choose_codecs(
     :param tensor_infos: a :class:`~shoal.compression.CompressionInfo` for each tensor; None: its number is its key
     :raises InvalidTypeError: not a sequence of such objects
     :raises InvalidValueError: another number of items than tensors, an item of another shape or dtype, or a codec that
-      was not registered
+      was not registered, or with other settings
     """
     codecs = [compression.choose(info) for info in _infos(tensors, tensor_infos)]
     for codec in codecs:
-        _check_registered(codec)
+        CODECS.check("compression", codec)
     return codecs
 
 
@@ -170,18 +175,6 @@ def _infos(tensors: Sequence[torch.Tensor], tensor_infos: Any) -> list[Compressi
                 f"{tensor.dtype} {list(tensor.shape)}"
             )
     return infos
-
-
-def _check_registered(codec: CompressionBase) -> None:
-    try:
-        known = type(CODECS.codec(codec.compression_type)) is type(codec)
-    except ProtocolViolation:
-        known = False
-    if not known:
-        raise InvalidValueError(
-            f"compression: {type(codec).__name__} is not registered; "
-            f"call shoal.compression.register_codec({type(codec).__name__}()) first, in every peer"
-        )
 
 
 def matchmaking_config(

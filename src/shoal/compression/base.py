@@ -19,6 +19,7 @@ from typing import Any, ClassVar, TypeAlias
 import msgspec
 import torch
 
+from shoal.compression.settings import alike
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation, UsageError
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
@@ -196,6 +197,11 @@ class CompressionBase(ABC):
         """
         return self
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the codec itself is used for every tensor; false for those that :meth:`choose` another one."""
+        return type(self).choose is CompressionBase.choose
+
     def estimate_compression_ratio(self, info: CompressionInfo) -> float:
         """Encoded size over original size: below 1 if the codec saves bytes; 1 for an empty tensor."""
         if info.numel == 0:
@@ -245,7 +251,7 @@ class CompressionBase(ABC):
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
-        return vars(self) == vars(other)
+        return alike(vars(self), vars(other))
 
     def __hash__(self) -> int:
         return hash(type(self))

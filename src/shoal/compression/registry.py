@@ -1,13 +1,16 @@
 """Which codec a wire id means. The set is closed: an id that nobody registered in this process is a protocol
 violation.
 
-Ids 0 to 63 belong to Shoal, 64 to 255 to users, who must agree on them among their peers. Codecs on the wire have no
-parameters: an id says all that a receiver needs to know.
+Ids 0 to 63 belong to Shoal, 64 to 255 to users, who must agree on them, and on their codecs' settings, among their
+peers. Codecs on the wire have no parameters: an id says all that a receiver needs to know. So each id has one object
+in a process, with one set of settings.
 """
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -18,6 +21,7 @@ from shoal.compression.quantization import (
     Quantile8BitQuantization,
     Uniform8BitQuantization,
 )
+from shoal.compression.settings import alike
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
 
 USER_IDS = range(64, 256)
@@ -33,14 +37,20 @@ class CodecRegistry:
         self._codecs: dict[int, CompressionBase] = {codec.compression_type: codec for codec in codecs}
 
     def register(self, codec: CompressionBase) -> None:
-        """Add a user's codec; registering its class again is harmless. Raises UsageError for a bad or taken
-        id.
+        """Add a user's codec; registering an equal one again is harmless.
+
+        :raises InvalidTypeError: no codec object
+        :raises InvalidValueError: a bad or taken id, or its class is registered with other settings
         """
         if not isinstance(codec, CompressionBase):
             raise InvalidTypeError(f"codec must be a CompressionBase object, not {codec!r}")
         wire_id = getattr(codec, "compression_type", None)
         known = self._codecs.get(wire_id) if isinstance(wire_id, int) else None
         if known is not None and type(known) is type(codec):
+            if not alike(known, codec):
+                raise InvalidValueError(
+                    f"{_differs(codec, known)}; a class has one set of settings in a process"
+                )
             return
         if known is not None and wire_id in USER_IDS and _name(known) == _name(codec):
             known = None
@@ -62,12 +72,45 @@ class CodecRegistry:
             raise ProtocolViolation(f"unknown codec {wire_id}; known here: {sorted(self._codecs)}")
         return codec
 
+    def check(self, name: str, codec: CompressionBase) -> None:
+        """A plain codec, given as parameter ``name``, is what receivers find under its id.
+
+        :raises InvalidValueError: it was not registered, or with other settings
+        """
+        known = self._codecs.get(getattr(codec, "compression_type", -1))
+        kind = type(codec).__name__
+        if known is None or type(known) is not type(codec):
+            raise InvalidValueError(
+                f"{name}: {kind} is not registered; "
+                f"call shoal.compression.register_codec({kind}()) first, in every peer"
+            )
+        if not alike(known, codec):
+            raise InvalidValueError(
+                f"{name}: {_differs(codec, known)}; pass that one: shoal.get_codec({codec.compression_type})"
+            )
+
     def user_codecs(self) -> tuple[CompressionBase, ...]:
         """What users registered, in the order of the ids: what another process needs besides Shoal's own."""
         return tuple(self._codecs[wire_id] for wire_id in sorted(self._codecs) if wire_id in USER_IDS)
 
     def __contains__(self, wire_id: object) -> bool:
         return wire_id in self._codecs
+
+
+def _differs(codec: CompressionBase, known: CompressionBase) -> str:
+    kind, ours, theirs = type(codec).__name__, vars(codec), vars(known)
+    names = [name for name in {**ours, **theirs} if not alike(ours.get(name), theirs.get(name))]
+    return (
+        f"{kind} with {_told(ours, names)}, but {kind} is registered with {_told(theirs, names)}"
+        if names
+        else f"{codec!r} does not equal the registered {known!r}"
+    )
+
+
+def _told(settings: dict[str, Any], names: list[str]) -> str:
+    return ", ".join(
+        f"{name}={reprlib.repr(settings[name])}" if name in settings else f"no {name}" for name in names
+    )
 
 
 def _name(codec: CompressionBase) -> tuple[str, str]:

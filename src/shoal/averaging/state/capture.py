@@ -25,6 +25,7 @@ from shoal.averaging.state.manifest import (
 )
 from shoal.averaging.state.messages import TensorEntry
 from shoal.compression.base import CompressionBase, CompressionInfo, NoCompression
+from shoal.compression.registry import CODECS
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
 from shoal.runtime.memory import SharedMemory
 
@@ -113,6 +114,8 @@ def check_state(state: Any, serializer: Any, compression: CompressionBase) -> Ch
     if not isinstance(encoded, bytes | bytearray):
         raise InvalidTypeError(f"the serializer made {type(encoded).__name__} of the metadata, not bytes")
     codecs = [_choose(compression, info) for info in _check_infos(tensors, infos)]
+    for codec in {id(codec): codec for codec in codecs}.values():
+        CODECS.check("state_compression", codec)
     return CheckedState(bytes(encoded), tensors, (NoCompression(), *codecs))
 
 
@@ -152,7 +155,7 @@ def _check_infos(tensors: Sequence[torch.Tensor], infos: Any) -> Sequence[Compre
     if infos is None:
         return [CompressionInfo.from_tensor(tensor, key=i) for i, tensor in enumerate(tensors)]
     given: list[CompressionInfo] = list(infos)
-    if len(infos) != len(tensors):
+    if len(given) != len(tensors):
         raise InvalidValueError(
             f"get_current_state() returned {len(tensors)} tensors, but {len(given)} infos"
         )
