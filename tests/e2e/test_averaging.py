@@ -247,6 +247,44 @@ def test_a_callback_of_a_step_may_run_another_step(swarm: Swarm):
     assert results == [None]
 
 
+def test_a_callback_of_any_call_may_run_a_step_and_make_an_averager(swarm: Swarm):
+    """Both wait for answers of the very process whose callbacks wait for it."""
+    averager = swarm.peer([torch.zeros(3)], size=2, min_matchmaking_time=0.5, request_timeout=0.2)
+    results: list[object] = []
+    finished = threading.Event()
+
+    def callback(_: object) -> None:
+        results.append(averager.step(timeout=0.3))
+        other = swarm.peer([torch.zeros(3)], size=2, dht=averager.dht, prefix="made_in_a_callback")
+        results.append(other.is_alive())
+        finished.set()
+
+    averager.dht.get("nothing", return_future=True).add_done_callback(callback)
+    assert finished.wait(20)
+    assert results == [None, True]
+
+
+def test_steps_begun_by_several_threads_at_once_are_different_steps(swarm: Swarm):
+    averager = swarm.peer([torch.zeros(3)], size=2, min_matchmaking_time=0.3, request_timeout=0.1)
+    controls: list[Any] = []
+    barrier = threading.Barrier(4)
+
+    def begin() -> None:
+        barrier.wait(20)
+        # Encoding what is gathered takes long enough for each to begin before another has ended.
+        controls.append(averager.step(wait=False, timeout=0.2, gather=list(range(60_000))))
+
+    threads = [threading.Thread(target=begin) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    for control in controls:
+        with pytest.raises(MatchmakingException):
+            control.result(20)
+    assert sorted(control.report.step for control in controls) == [0, 1, 2, 3]
+
+
 def test_gathered_data_that_one_member_cannot_read_does_not_hold_up_its_step(
     swarm: Swarm, caplog: pytest.LogCaptureFixture
 ):

@@ -48,6 +48,12 @@ async def make_runner_with_farewell(path: str, context: Any) -> Runner:
     return Runner(context, path)
 
 
+async def make_runner_with_birth_note(path: str, context: Any) -> Runner:
+    with open(path, "w") as file:  # noqa: ASYNC230
+        file.write("born\n")
+    return Runner(context, path)
+
+
 async def make_failing(context: Any) -> Runner:
     raise ConnectionRefusedError("nobody there")
 

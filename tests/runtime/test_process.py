@@ -87,6 +87,16 @@ def test_callbacks_may_wait_for_further_calls(runner):
     assert done.result(LIMIT) == 2
 
 
+def test_a_callback_that_calls_exit_does_not_keep_others_from_running(runner, caplog):
+    done = threading.Event()
+    release = runner.call((services.wait_for, "release"))
+    release.add_done_callback(lambda _: sys.exit("by a callback"))
+    release.add_done_callback(lambda _: done.set())
+    runner.call((services.set_event, "release"))
+    assert done.wait(LIMIT)
+    assert "by a callback" in caplog.text
+
+
 def test_cancelling_the_future_cancels_the_command(runner):
     future = runner.call((services.wait_for_cancellation,))
     runner.call((services.wait_for, "waiting")).result(LIMIT)
@@ -154,6 +164,28 @@ def test_services_find_each_other_by_name(process, runner):
 def test_a_factory_s_failure_reaches_the_host(process):
     with pytest.raises(ConnectionRefusedError, match="nobody there"):
         process.create_service(services.make_failing).result(LIMIT)
+
+
+@pytest.mark.parametrize("factory", [services.make_failing, services.make_runner])
+def test_a_service_that_does_not_come_to_be_leaves_no_thread(process, factory):
+    creation = process.create_service(factory, name="unborn", handler=print)
+    creation.cancel()
+    concurrent.futures.wait([creation], LIMIT)
+    wait_until(lambda: "shared-unborn" not in {thread.name for thread in threading.enumerate()})
+
+
+def test_a_service_whose_creation_is_cancelled_too_late_is_closed(process, runner, tmp_path):
+    release, path = threading.Event(), tmp_path / "story"
+    held = runner.call((services.echo, 1))
+    # On the receiving thread, so that the answer to the creation is not read yet when that is cancelled.
+    concurrent.futures.Future.add_done_callback(held, lambda _: release.wait(LIMIT))
+    creation = process.create_service(partial(services.make_runner_with_birth_note, str(path)))
+    wait_until(path.exists)
+    assert creation.cancel()
+    release.set()
+    wait_until(lambda: path.read_text().startswith("born\n") and path.read_text() != "born\n")
+    present = "[type(s).__name__ for s in service.context.services.values()]"
+    assert runner.call((services.evaluate, present)).result(LIMIT) == ["Runner"]
 
 
 def test_closing_a_service_cancels_its_commands_and_says_farewell(process, runner, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -198,7 +199,7 @@ class DecentralizedAverager:
         self.__states = StateHost(
             self, store, prefix=prefix, compression=state_compression, allowed=allow_state_sharing
         )
-        self.__keeper = TensorKeeper(store, layout, float(averaging_alpha), auxiliary, self.__states)
+        self.__keeper = TensorKeeper(store, layout, float(averaging_alpha), auxiliary, self.__states, prefix)
         self.__steps = Steps(self.__keeper, self.__config.matchmaking, prefix)
         self.__shutdown_timeout = shutdown_timeout
         self.__started: MPFuture[ServiceHandle] | None = None
@@ -236,7 +237,10 @@ class DecentralizedAverager:
         self.__finalizer.atexit = (
             False  # the end of the interpreter ends the background process and all in it
         )
-        creation.add_done_callback(partial(attach_arena, self.__started, self.__keeper))
+        attach = partial(attach_arena, self.__started, self.__keeper)
+        strand = self.__keeper.strand
+        # Past the dispatch of MPFuture: callbacks of users may be waiting on that thread for this very averager.
+        Future.add_done_callback(creation, lambda creation: strand.submit(partial(attach, creation)))
         if await_ready:
             try:
                 self.wait_until_ready(timeout)
@@ -439,7 +443,8 @@ class DecentralizedAverager:
         return bits.result() if wait else bits
 
     def set_group_bits(self, group_bits: str, wait: bool = True) -> MPFuture[None] | None:
-        """Look for groups among the peers with these bits from now on, in a search that has no group yet as well.
+        """Look for groups among the peers with these bits from now on, in a search that has no group yet as well;
+        while a round runs, from the next one on.
 
         After each round the bits change, so that peers who start from a full grid of bits meet new ones in every round.
 

@@ -68,7 +68,7 @@ class StepControl(MPFuture[Any]):
         steering: Steering,
     ) -> None:
         super().__init__(dispatch=_run_on_its_own_thread)
-        self._lock = threading.Lock()  # between the user, who steers, and the round, which begins
+        self._lock = threading.RLock()  # between the user, who steers, and the round, which begins
         self._stage = AveragingStage.IDLE
         self._scheduled_time = scheduled_time
         self._deadline = deadline
@@ -148,11 +148,12 @@ class StepControl(MPFuture[Any]):
 
         :returns: False if the step has finished already
         """
-        if self.cancelled():
-            return True
-        if not super().cancel():
-            return False
-        self.set_running_or_notify_cancel()
+        with self._lock:  # of several threads that cancel, one is the first
+            if self.cancelled():
+                return True
+            if not super().cancel():
+                return False
+            self.set_running_or_notify_cancel()
         if self._call is not None:
             self._call.cancel()
         return True

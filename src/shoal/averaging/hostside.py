@@ -26,6 +26,7 @@ from shoal.errors import (
     PeerProcessDied,
 )
 from shoal.runtime.memory import SharedMemory
+from shoal.runtime.workers import Strand
 
 if TYPE_CHECKING:
     from shoal.averaging.report import RoundReport
@@ -39,14 +40,18 @@ LOCK_TIMEOUT = 30.0
 
 
 class TensorKeeper:
-    """The tensors of one averager, their arena, and the steps that are under way."""
+    """The tensors of one averager, their arena, and the steps that are under way.
+
+    ``strand`` is where the averager's own calls are concluded: it is never held up by callbacks of users.
+    """
 
     def __init__(
-        self, store: TensorStore, layout: Layout, alpha: float, auxiliary: bool, states: StateHost
+        self, store: TensorStore, layout: Layout, alpha: float, auxiliary: bool, states: StateHost, name: str
     ) -> None:
         self.store = store
         self.layout = layout
         self.states = states
+        self.strand = Strand(f"shoal-steps {name}")
         self._auxiliary = auxiliary
         self.controls: dict[int, StepControl] = {}
         self.last_report: RoundReport | None = None

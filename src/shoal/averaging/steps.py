@@ -6,7 +6,9 @@ Holds no reference to the averager itself, so that an averager that nobody refer
 
 from __future__ import annotations
 
+import itertools
 import logging
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +43,7 @@ class Steps:
         self._keeper = keeper
         self._settings = settings
         self._prefix = prefix
-        self._begun = 0
+        self._numbers = itertools.count()
         self.failures_in_a_row = 0
 
     def begin(
@@ -72,7 +74,7 @@ class Steps:
         check_flag("allow_retries", allow_retries)
         check_flag("require_trigger", require_trigger)
         command = RunStep(
-            self._begun,
+            next(self._numbers),
             float(weight),
             _encode(serializer, gather),
             float(scheduled_time),
@@ -80,7 +82,6 @@ class Steps:
             allow_retries,
             require_trigger,
         )
-        self._begun += 1
         self._keeper.store.mark_stream()
         control = StepControl(
             scheduled_time=command.scheduled_time,
@@ -93,13 +94,19 @@ class Steps:
             ),
         )
         self._keeper.controls[command.step] = control
-        call: MPFuture[StepOutcome] = handle.call(command)
+        try:
+            call: MPFuture[StepOutcome] = handle.call(command)
+        except BaseException:
+            del self._keeper.controls[command.step]
+            raise
         control.follow(call)
-        call.add_done_callback(partial(self._conclude, control, command.step, serializer, wait))
+        conclude = partial(self._conclude, control, command.step, serializer, wait)
+        # Past the dispatch of MPFuture: callbacks of users may be waiting on that thread for this very step.
+        Future.add_done_callback(call, lambda call: self._keeper.strand.submit(partial(conclude, call)))
         return control
 
     def _conclude(self, control: StepControl, step: int, serializer: Any, wait: bool, call: Any) -> None:
-        """The call of a step is done: hand its result on. Runs on a thread that callbacks may block."""
+        """The call of a step is done: hand its result on. Runs on the averager's own strand."""
         self._keeper.controls.pop(step, None)
         if call.cancelled():
             if not control.cancelled():

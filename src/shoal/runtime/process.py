@@ -13,6 +13,7 @@ import os
 import sys
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, NoReturn
 
 from shoal.errors import DeadlineExceeded, InvalidTypeError
@@ -84,7 +85,20 @@ class BackgroundProcess:
         def make_handle(_: object) -> ServiceHandle:
             return ServiceHandle(self, service_id)
 
-        return connection.call(Kind.CREATE, service_id, body, convert=make_handle)
+        creation: MPFuture[ServiceHandle] = connection.call(
+            Kind.CREATE, service_id, body, convert=make_handle
+        )
+
+        def clean_up(creation: Future[ServiceHandle]) -> None:
+            if creation.cancelled():
+                # It may have been made already, and nobody will ever have its handle.
+                connection.call(Kind.CLOSE, service_id, b"")
+            if creation.cancelled() or creation.exception() is not None:
+                connection.forget_service(service_id)
+
+        # Past the dispatch of MPFuture: a callback of a user may be running there for long.
+        Future.add_done_callback(creation, clean_up)
+        return creation
 
     @property
     def name(self) -> str:
@@ -165,7 +179,7 @@ class ServiceHandle:
         """Close the service alone: its commands are cancelled, then its ``close()`` runs. Idempotent."""
         connection = self.process._usable()
         future: MPFuture[None] = connection.call(Kind.CLOSE, self.service_id, b"")
-        future.add_done_callback(lambda _: connection.forget_service(self.service_id))
+        Future.add_done_callback(future, lambda _: connection.forget_service(self.service_id))
         return future
 
     def __reduce__(self) -> NoReturn:

@@ -248,10 +248,10 @@ class Server:
     async def _close(self, frame: Frame) -> None:
         service = self.services.pop(frame.service, None)
         self.contexts.pop(frame.service, None)
-        if service is None:
-            return
+        # Among them may be the one that makes the service, whose end is awaited: nothing comes to be afterwards.
         await self._cancel_calls(self._calls_of.get(frame.service, set()) - {frame.call})
-        await service.close()
+        if service is not None:
+            await service.close()
 
     async def _cancel_calls(self, numbers: set[int]) -> None:
         tasks = [self._calls[number] for number in numbers if number in self._calls]

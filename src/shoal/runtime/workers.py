@@ -1,10 +1,11 @@
-"""A thread that runs what it is given, one after the other."""
+"""Threads that run what they are given, one after the other."""
 
 from __future__ import annotations
 
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
@@ -46,8 +47,48 @@ class SerialThread:
 
     def _run(self) -> None:
         while (work := self._queue.get()) is not None:
-            try:
-                work()
-            except Exception:  # the thread's outer edge: what it runs are callables of users, too
-                logger.exception("%s failed", self._name)
+            _run_logged(work, self._name)
             del work
+
+
+class Strand:
+    """Runs callables in order, one at a time, on a thread that lives for as long as there is one to run: there is
+    nothing to stop, and nothing that was submitted is ever lost.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.RLock()
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._is_running = False
+
+    def submit(self, work: Callable[[], None]) -> None:
+        with self._lock:
+            self._waiting.append(work)
+            if self._is_running:
+                return
+            self._is_running = True
+        try:
+            threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        except RuntimeError:  # the interpreter is ending: no thread can be started, and none is held up
+            self._run()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._is_running = False
+                    return
+                work = self._waiting.popleft()
+            _run_logged(work, self._name)
+            del work
+
+
+def _run_logged(work: Callable[[], None], name: str) -> None:
+    """The outer edge of a thread, which has more to run: what it runs are callables of users, too, that may call
+    sys.exit().
+    """
+    try:
+        work()
+    except BaseException:
+        logger.exception("%s failed", name)
