@@ -39,6 +39,7 @@ def normal(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(seed))
 
 
+LAST = torch.tensor([-1])
 DISTRIBUTIONS = {
     "normal": lambda n, seed: normal(n, seed),
     "heavy tails": lambda n, seed: normal(n, seed) / normal(n, seed + 1),
@@ -50,6 +51,7 @@ DISTRIBUTIONS = {
     "sparse": lambda n, seed: normal(n, seed) * (normal(n, seed + 1) > 2.5),
     "one outlier": lambda n, seed: normal(n, seed).index_fill_(0, torch.tensor([n // 2]), 3e4),
     "positive": lambda n, seed: normal(n, seed).square(),
+    "equal lowest values": lambda n, seed: (1e-3 * normal(n, seed)).relu().index_fill_(0, LAST, 1.0),
 }
 
 
@@ -66,8 +68,7 @@ def rms(codec: CompressionBase, values: torch.Tensor) -> float:
     ("dtype", "count"),
     [
         *[(dtype, count) for dtype in FLOATING_DTYPES.values() for count in (1, 5000)],
-        (torch.float32, 300),
-        (torch.float32, 300_000),
+        *[(torch.float32, count) for count in (257, 300, 1025, 300_000)],
     ],
     ids=str,
 )
@@ -181,6 +182,26 @@ def test_halfway_points_of_every_block_are_not_further_than_half_a_level():
         values[0] = peak
         error = (there_and_back(codec, values) - values).abs()
         assert bool((error <= error_bound(codec, values)).all())
+
+
+@pytest.mark.parametrize("exponent", [-149, -140, -130, -120, -110, -100, -80, -60, -30, 0, 60, 120])
+@pytest.mark.parametrize("peak", [1.0, 20.0])
+def test_blocks_of_tiny_and_huge_values_keep_their_bound(exponent: int, peak: float):
+    codec = BlockwiseQuantization()
+    values = normal(4096).clamp(-3, 3).index_fill_(0, LAST, 3 * peak)
+    values = torch.cat([(values.double() * 2.0**exponent).float(), torch.zeros(4096)])
+    back = there_and_back(codec, values)
+    error = (back.double() - values.double()).abs()
+    assert bool((error <= error_bound(codec, values)).all())
+    largest = values.abs().max().item()
+    assert back.abs().max().item() == pytest.approx(largest, rel=2**-22, abs=2**-134)
+
+
+def test_the_levels_of_tiny_values_are_those_of_others():
+    codec = BlockwiseQuantization()
+    values = normal(5000)
+    small = there_and_back(codec, values * 2.0**-80) * 2.0**80
+    assert torch.equal(small, there_and_back(codec, values))
 
 
 def test_bounds_are_not_far_from_what_happens():

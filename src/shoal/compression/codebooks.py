@@ -138,7 +138,9 @@ def _fit_levels(sample: Floats) -> Floats:
         # A cell of error m w^2 / 12 (mass m, width w) is worth m^(1/3) w^(2/3) levels.
         worth = np.concatenate([[0.0], np.cumsum(np.cbrt(errors))])
         if worth[-1] == 0:
-            break
+            if best is not None:
+                break
+            worth = np.arange(len(edges))  # as many values as cells, or fewer, each a cell of its own
         share = (1 - _UNIFORM_SHARE) * worth / worth[-1] + _UNIFORM_SHARE * edges
         share[-1] = 1.0
         edges = np.interp(np.arange(LEVELS + 1) / LEVELS, share, edges)
@@ -147,9 +149,7 @@ def _fit_levels(sample: Floats) -> Floats:
         if best is not None and errors.sum() > best.errors.sum() / 2:
             break
         best = fit
-    if best is None:  # as many values as cells, or fewer, each a cell of its own
-        edges = np.interp(np.arange(LEVELS + 1) / LEVELS, np.linspace(0, 1, len(edges)), edges)
-        best = _fill(sample, edges)
+    assert best is not None
     return best.levels
 
 

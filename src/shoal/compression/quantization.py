@@ -204,9 +204,9 @@ class Quantile8BitQuantization(Quantization):
 
     Best where values are spread unevenly and magnitudes alike matter. The levels are those of
     :func:`shoal.compression.codebooks.fit_codebook`: dense where values are many, though not in proportion as pure
-    quantiles are, which would lose four times as much on a normal distribution. The error of any value is at most
-    1/16 of the chunk's range, and much less where values are many: 0.007 standard deviations (RMS) of a normal
-    distribution. Constant chunks come back exactly.
+    quantiles are, which would lose four times as much on a normal distribution. The error of any value x is at most
+    1/16 of the chunk's range + 2^-22 |x|, and much less where values are many: 0.007 standard deviations (RMS) of a
+    normal distribution. Constant chunks come back exactly.
     """
 
     compression_type = 5
@@ -237,6 +237,8 @@ class Quantile8BitQuantization(Quantization):
 _BLOCK = 4096
 _PEAKED = 6.0
 _STEPS = 127
+_TINY = 2.0**-50
+"""A norm below that has lost squares that matter."""
 _ROWS = PIECE // _BLOCK
 
 
@@ -249,7 +251,8 @@ class BlockwiseQuantization(Quantization):
     in *peaked* blocks, where the largest magnitude is more than 6 times the root mean square. For all usual
     distributions that loses less than the levels of that paper, which spread over seven decades: 0.0073 standard
     deviations (RMS) for a normal one. The error is at most 1/160 of the block's largest magnitude, in
-    peaked blocks 1/120. Zeros come back exactly; the largest magnitude, and so constant blocks, to 2^-22 of it.
+    peaked blocks 1/120. Zeros come back exactly; the largest magnitude, and so constant blocks, to 2^-22 of it. All of
+    that is to within 2^-134, which float32 cannot do better, and which shows below 1e-34.
     """
 
     compression_type = 6
@@ -284,7 +287,7 @@ class BlockwiseQuantization(Quantization):
 def _encode_blocks(blocks: torch.Tensor, codes: torch.Tensor, scales: npt.NDArray[np.float32]) -> None:
     """Blocks are rows of one length; a negative scale says that its block is peaked."""
     largest = torch.maximum(blocks.amax(1), -blocks.amin(1))
-    norms = torch.linalg.vector_norm(blocks, dim=1)
+    norms = _norms(blocks, largest)
     peaked = largest > norms * (_PEAKED / math.sqrt(blocks.shape[1]))
     scales[:] = torch.where(peaked, -largest, largest).numpy()
     divisors = torch.where(largest > 0, largest, 1.0).unsqueeze(1)
@@ -296,6 +299,15 @@ def _encode_blocks(blocks: torch.Tensor, codes: torch.Tensor, scales: npt.NDArra
         if any_peaked:
             indices.add_(offsets[rows])
         torch.index_select(_codes_of_halves(), 0, indices.view(-1), out=codes[rows].view(-1))
+
+
+def _norms(blocks: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """Of each row, in float64 where the squares of small or huge values are beyond float32."""
+    norms = torch.linalg.vector_norm(blocks, dim=1).double()
+    rows = ((largest > 0) & ~((norms > _TINY) & (norms < math.inf))).nonzero().squeeze(1)
+    if len(rows):
+        norms[rows] = torch.linalg.vector_norm(blocks[rows], dim=1, dtype=torch.float64)
+    return norms
 
 
 def _decode_blocks(codes: torch.Tensor, scales: npt.NDArray[np.float32], out: torch.Tensor) -> None:

@@ -60,7 +60,7 @@ def _by_piece(bound: Callable[[torch.Tensor], torch.Tensor], wide: torch.Tensor,
 
 
 def _scaled(block: torch.Tensor) -> torch.Tensor:
-    mean = block.mean()
+    mean = block.mean() if block.abs().max() <= 2.0**126 else torch.zeros((), dtype=block.dtype)
     deviations = (block - mean).abs()
     return torch.clamp(deviations * 2**-11, min=float(deviations.max()) * 2**-40) + 2**-21 * (
         block.abs() + mean.abs()
@@ -81,4 +81,4 @@ def _quantile(chunk: torch.Tensor) -> torch.Tensor:
 def _blockwise(block: torch.Tensor) -> torch.Tensor:
     largest = block.abs().max()
     share = 1 / 120 if largest > 6 * block.square().mean().sqrt() else 1 / 160
-    return (largest * share + 2**-128).expand_as(block)
+    return (largest * share + 2**-134).expand_as(block)
