@@ -24,6 +24,12 @@ def test_fit_tensors_of_any_iterable():
     assert [id(t) for t in result] == [id(t) for t in tensors]
 
 
+def without_memory():
+    tensor = torch.zeros(3)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 def leaf():
     return torch.ones(2, 2, requires_grad=True)
 
@@ -43,6 +49,9 @@ def leaf():
         (leaf()[0], "grad_fn"),
         (torch.zeros(1).expand(4), "share memory"),
         (torch.zeros(8).as_strided((3, 3), (2, 1)), "share memory"),
+        (torch.nn.LazyLinear(3).weight, "UninitializedParameter"),
+        (torch._neg_view(torch.ones(3)), "resolve_neg()"),
+        (without_memory(), "storage of 0 bytes"),
     ],
 )
 def test_unfit_tensors_are_named(bad, words):

@@ -209,6 +209,61 @@ def test_changed_storage_that_cannot_be_averaged_is_named_and_nothing_is_written
     assert first.tolist() == [0.0, 0.0]
 
 
+def test_memory_that_was_given_back_is_named_and_not_read():
+    first, second = torch.zeros(2), torch.zeros(3)
+    store = store_of(first, second[1:])
+    second.untyped_storage().resize_(8)
+    with pytest.raises(InvalidStateError, match=r"averaged_tensors\[1\] has a storage of 8 bytes now"):
+        snapshot_of(store)
+    second.untyped_storage().resize_(12)
+    snapshot_of(store)
+
+
+def test_tensors_that_share_memory_since_are_named_and_nothing_is_written():
+    first, second = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    store = store_of(first, second)
+    before, after = snapshot_of(store), area_of(store)
+    fill(store, after, 9.0)
+    second.data = first.data
+    for call in (lambda: store.snapshot(before), lambda: store.apply(before, after)):
+        with pytest.raises(InvalidStateError, match=r"averaged_tensors\[1\] shares memory with .*\[0\] now"):
+            call()
+    assert first.tolist() == [0.0] * 3
+    second.data = torch.ones(3)
+    store.apply(before, after)
+    assert first.tolist() == [9.0] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_values_far_apart_move_without_overflow(dtype, alpha, device):
+    largest = torch.finfo(dtype).max
+    tensor = torch.tensor([-largest, 1.0], dtype=dtype, device=device)
+    store = store_of(tensor)
+    before, after = snapshot_of(store), area_of(store)
+    store.layout.tensor_view(after, 0).copy_(torch.tensor([largest, 2.0], dtype=torch.float64))
+    tensor[0] *= 0.5
+    store.apply(before, after, alpha)
+    goal = torch.tensor(
+        [-0.5 * largest + alpha * largest + alpha * largest, 1.0 + alpha], dtype=torch.float64
+    )
+    if alpha == 1:
+        goal[0] = math.inf  # 1.5 times the largest value
+    torch.testing.assert_close(tensor.cpu().double(), goal, rtol=0.01, atol=0)
+
+
+@dtypes
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_what_was_not_finite_takes_the_average_unless_the_trainer_has_mended_it(dtype, alpha, device):
+    tensor = torch.tensor([math.nan, -math.inf, math.nan, 1.0], dtype=dtype, device=device)
+    store = store_of(tensor)
+    before, after = snapshot_of(store), area_of(store)
+    fill(store, after, 3.0)
+    tensor[2] = 5.0
+    store.apply(before, after, alpha)
+    assert tensor.tolist() == [3.0, 3.0, 5.0, 1.0 + 2.0 * alpha]
+
+
 def test_areas_in_plain_memory():
     tensor = torch.arange(5.0)
     store = store_of(tensor)
@@ -316,6 +371,25 @@ def test_others_wait_for_the_lock_and_learn_who_holds_it():
     assert message is not None
     assert "not free within 0.01 s" in message
     assert threading.current_thread().name in message
+    assert in_thread(attempt) is None
+
+
+def test_a_wait_for_the_lock_ends_when_nobody_needs_it_any_more():
+    store = store_of(torch.zeros(2))
+    over = threading.Event()
+
+    def attempt():
+        try:
+            store.snapshot(area_of(store), abandoned=over.is_set)
+        except InvalidStateError as e:
+            return str(e)
+        return None
+
+    with store.hold():
+        threading.Timer(0.1, over.set).start()
+        assert in_thread(attempt) == "nobody needs the averaged tensors any more"
+    assert in_thread(attempt) == "nobody needs the averaged tensors any more"
+    over.clear()
     assert in_thread(attempt) is None
 
 

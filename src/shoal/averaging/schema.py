@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from shoal.compression.base import DTYPE_NAMES, FLOATING_DTYPES, CompressionBase
 from shoal.errors import InvalidTypeError, InvalidValueError
@@ -89,7 +90,9 @@ def validate_tensors(averaged_tensors: Iterable[torch.Tensor]) -> tuple[torch.Te
         raise InvalidValueError("averaged_tensors is empty; there must be at least one tensor")
     for index, tensor in enumerate(tensors):
         _validate(index, tensor)
-    _reject_shared_memory(tensors)
+    sharing = shared_memory(tensors)
+    if sharing is not None:
+        raise InvalidValueError(f"{sharing}; each element must be given once")
     return tensors
 
 
@@ -97,6 +100,10 @@ def _validate(index: int, tensor: object) -> None:
     name = f"averaged_tensors[{index}]"
     if not isinstance(tensor, torch.Tensor):
         raise InvalidTypeError(f"{name} is {type(tensor).__name__}; {_ALLOWED}")
+    if is_lazy(tensor):
+        raise InvalidTypeError(
+            f"{name} is {type(tensor).__name__} and has no shape yet; run the model once before, so that it is made"
+        )
     if tensor.is_nested or tensor.layout != torch.strided:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise InvalidTypeError(f"{name} is a {kind} tensor; {_ALLOWED}")
@@ -104,6 +111,8 @@ def _validate(index: int, tensor: object) -> None:
         raise InvalidTypeError(f"{name} has dtype {tensor.dtype}; {_ALLOWED}")
     if tensor.device.type == "meta":
         raise InvalidTypeError(f"{name} is on the meta device and has no values; {_ALLOWED}")
+    if tensor.is_neg():
+        raise InvalidValueError(f"{name} is a view that negates what it shows; pass tensor.resolve_neg()")
     if tensor.is_inference():
         raise InvalidValueError(
             f"{name} was made in inference mode; such a tensor can't be written outside of it"
@@ -118,6 +127,19 @@ def _validate(index: int, tensor: object) -> None:
             f"{name} has elements that share memory (shape {tuple(tensor.shape)}, strides"
             f" {tensor.stride()}); pass a copy"
         )
+    if lacks_storage(tensor):
+        raise InvalidValueError(
+            f"{name} has a storage of {tensor.untyped_storage().nbytes()} bytes, which does not hold its elements; "
+            "give it memory first"
+        )
+
+
+def lacks_storage(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's elements lie beyond the end of its storage, as after ``untyped_storage().resize_(0)``."""
+    if tensor.numel() == 0:
+        return False
+    end = (tensor.storage_offset() + _extent(tensor)) * tensor.itemsize
+    return end > tensor.untyped_storage().nbytes()
 
 
 def overlaps_itself(tensor: torch.Tensor) -> bool:
@@ -156,17 +178,14 @@ def _places(tensor: torch.Tensor, offset: int, extent: int) -> torch.Tensor:
     return places
 
 
-def _reject_shared_memory(tensors: Sequence[torch.Tensor]) -> None:
+def shared_memory(tensors: Sequence[torch.Tensor]) -> str | None:
+    """Which two tensors have an element in common, for people; None: no two."""
     for first, second in _pairs_with_crossing_extents(tensors):
         if tensors[first] is tensors[second]:
-            raise InvalidValueError(
-                f"averaged_tensors[{second}] is averaged_tensors[{first}] again; pass it once"
-            )
+            return f"averaged_tensors[{second}] is averaged_tensors[{first}] again"
         if _share_memory(tensors[first], tensors[second]):
-            raise InvalidValueError(
-                f"averaged_tensors[{second}] shares memory with averaged_tensors[{first}];"
-                " each element must be given once"
-            )
+            return f"averaged_tensors[{second}] shares memory with averaged_tensors[{first}]"
+    return None
 
 
 def _pairs_with_crossing_extents(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:

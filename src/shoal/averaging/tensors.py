@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -23,7 +23,7 @@ import torch
 
 from shoal.averaging.allreduce.reduction import is_finite
 from shoal.averaging.partition import Layout
-from shoal.averaging.schema import overlaps_itself
+from shoal.averaging.schema import lacks_storage, overlaps_itself, shared_memory
 from shoal.compression.base import DTYPE_NAMES
 from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidTypeError, InvalidValueError
 
@@ -31,6 +31,8 @@ Area: TypeAlias = torch.Tensor | memoryview | bytearray
 """An arena of ``layout.nbytes`` bytes: a one-dimensional uint8 CPU tensor, or writable memory."""
 
 CHUNK_NBYTES = 1 << 20
+LOOK_SECONDS = 0.05
+"""While waiting for the lock: time between two looks at whether that still makes sense."""
 MERGE_ELEMENTS = 1 << 15
 """What is computed on at a time: the most elements for which torch does not wake its intra-op threads."""
 
@@ -65,18 +67,24 @@ class TensorStore:
         self._holder_name = ""
         self._held_since = 0.0
         self._depth = 0
+        self._seen_apart: list[tuple[int, tuple[int, ...]]] = []
         self._cuda: dict[torch.device, CudaCopier] = {}
         for device in {tensor.device for tensor in self.tensors}:
             self._cuda_copier(device)
 
     @contextmanager
-    def hold(self, timeout: float | None = None) -> Iterator[HeldTensors]:
+    def hold(
+        self, timeout: float | None = None, abandoned: Callable[[], bool] | None = None
+    ) -> Iterator[HeldTensors]:
         """Hold the lock (re-entrant) and yield the tensors.
 
-        Raises :class:`DeadlineExceeded` saying who has held it for how long if it is not free within
-        ``timeout`` seconds.
+        :param timeout: seconds to wait for it
+        :param abandoned: whether nobody needs it any more; asked while waiting, and when it is held
+        :raises DeadlineExceeded: it was not free in time; says who has held it for how long
+        :raises InvalidStateError: the wait was abandoned
         """
-        if not self._lock.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
+        limit = threading.TIMEOUT_MAX if timeout is None else min(timeout, threading.TIMEOUT_MAX)
+        if not self._acquire(limit, abandoned):
             held = time.monotonic() - self._held_since
             raise DeadlineExceeded(
                 f"the lock of the averaged tensors was not free within {timeout:g} s:"
@@ -95,6 +103,20 @@ class TensorStore:
                 self._holder = None
             self._lock.release()
 
+    def _acquire(self, limit: float, abandoned: Callable[[], bool] | None) -> bool:
+        if abandoned is None:
+            return self._lock.acquire(timeout=limit)
+        deadline = time.monotonic() + limit
+        while not abandoned():
+            left = deadline - time.monotonic()
+            if self._lock.acquire(timeout=max(0.0, min(left, LOOK_SECONDS))):
+                if not abandoned():
+                    return True
+                self._lock.release()
+            elif left <= LOOK_SECONDS:
+                return False
+        raise InvalidStateError("nobody needs the averaged tensors any more")
+
     @property
     def held_by_this_thread(self) -> bool:
         return self._holder == threading.get_ident()
@@ -109,14 +131,17 @@ class TensorStore:
         for copier in self._cuda.values():
             copier.mark_stream()
 
-    def snapshot(self, area: Area, *, timeout: float | None = None) -> None:
+    def snapshot(
+        self, area: Area, *, timeout: float | None = None, abandoned: Callable[[], bool] | None = None
+    ) -> None:
         """Copy every tensor into the arena under the lock.
 
-        Raises :class:`DeadlineExceeded` if the lock is not free in time, :class:`InvalidStateError` naming
-        the tensor if one has changed its shape or dtype. Says nothing of NaN: see :func:`first_non_finite`.
+        Raises :class:`DeadlineExceeded` if the lock is not free in time, :class:`InvalidStateError` if the wait for it
+        was ``abandoned``, or naming the tensor if one has changed its shape or dtype, has lost its memory, or shares
+        it with another one now. Says nothing of NaN: see :func:`first_non_finite`.
         """
         target = self._area(area)
-        with self.hold(timeout):
+        with self.hold(timeout, abandoned):
             self._check_unchanged()
             for index, tensor in enumerate(self.tensors):
                 view = self.layout.tensor_view(target, index)
@@ -129,17 +154,25 @@ class TensorStore:
                     view.view(tensor.shape).copy_(tensor.data)
 
     def apply(
-        self, snapshot: Area, average: Area, alpha: float = 1.0, *, timeout: float | None = None
+        self,
+        snapshot: Area,
+        average: Area,
+        alpha: float = 1.0,
+        *,
+        timeout: float | None = None,
+        abandoned: Callable[[], bool] | None = None,
     ) -> None:
         """Move every tensor by ``alpha`` times what the round changed, under the lock.
 
         Where ``alpha`` is 1 and an element still has the bits that it had in the snapshot (so that a NaN
         equals itself, and 0.0 is not -0.0), the average itself is written. Elsewhere the element becomes
-        ``element + alpha * (average - snapshot)``, computed in float32 or wider. Raises as :meth:`snapshot`
-        does, before anything was written.
+        ``element + alpha * (average - snapshot)``, computed in float32 or wider, which is infinite only if the result
+        is beyond the range. Where the snapshot was not finite (its weight was 0), there is no way to go: the average
+        itself is written, unless the trainer has put a finite value there since, which stays. Raises as
+        :meth:`snapshot` does, before anything was written.
         """
         before, after = self._area(snapshot), self._area(average)
-        with self.hold(timeout):
+        with self.hold(timeout, abandoned):
             self._check_unchanged()
             for index, tensor in enumerate(self.tensors):
                 old, new = self.layout.tensor_view(before, index), self.layout.tensor_view(after, index)
@@ -172,11 +205,27 @@ class TensorStore:
                 )
             if tensor.layout != torch.strided:
                 raise InvalidStateError(f"averaged_tensors[{index}] is no longer dense, but {tensor.layout}")
+            if lacks_storage(tensor):
+                raise InvalidStateError(
+                    f"averaged_tensors[{index}] has a storage of {tensor.untyped_storage().nbytes()} bytes now, which "
+                    "does not hold its elements; a round needs them all"
+                )
             if overlaps_itself(tensor):
                 raise InvalidStateError(
                     f"averaged_tensors[{index}] has elements that share memory now (strides {tensor.stride()}); "
                     "give it storage of its own"
                 )
+        self._check_apart()
+
+    def _check_apart(self) -> None:
+        """Two tensors that share memory would each have their own average written over the other's."""
+        places = [(tensor.data_ptr(), tensor.stride()) for tensor in self.tensors]
+        if places == self._seen_apart:
+            return
+        sharing = shared_memory(self.tensors)
+        if sharing is not None:
+            raise InvalidStateError(f"{sharing} now; give it storage of its own")
+        self._seen_apart = places
 
     def _cuda_copier(self, device: torch.device) -> CudaCopier | None:
         if device.type != "cuda":
@@ -306,6 +355,12 @@ def _merge_numpy(
         if alpha != 1:
             np.multiply(moved, alpha, out=moved)
         np.add(moved, current, out=moved)
+        finite = np.isfinite(moved)
+        if not finite.all():
+            half = old.dtype.type(0.5)  # of finite values: differences of halves stay in range
+            carefully = 2 * (current * half + alpha * (new * half - old * half))
+            rescued = np.where(np.isfinite(current), current, new)
+            np.copyto(moved, np.where(np.isfinite(old), carefully, rescued), where=~finite)
     if alpha == 1:
         np.copyto(moved, new, where=np.equal(bits, old_bits))
     np.copyto(current, moved)
@@ -315,6 +370,12 @@ def _merge(current: torch.Tensor, old: torch.Tensor, new: torch.Tensor, alpha: f
     """The rule of :meth:`TensorStore.apply` for flat tensors on one device; writes to ``current``."""
     wide = torch.float64 if current.dtype == torch.float64 else torch.float32
     moved = torch.sub(new.to(wide), old.to(wide)).mul_(alpha).add_(current)
+    finite = moved.isfinite()
+    if current.is_cuda or not bool(finite.all()):  # to look at CUDA's would hold up its stream
+        now, before, after = current.to(wide) / 2, old.to(wide) / 2, new.to(wide) / 2
+        carefully = 2 * (now + alpha * (after - before))
+        rescued = torch.where(current.isfinite(), current, new).to(wide)
+        moved = torch.where(finite, moved, torch.where(old.isfinite(), carefully, rescued))
     if alpha != 1:
         current.copy_(moved)
         return
