@@ -19,8 +19,10 @@ from shoal.averaging.state.choice import Donor
 from shoal.averaging.state.donor import CopyUnavailable, StateDonor
 from shoal.averaging.state.download import Downloaded, Progress, StateDownload
 from shoal.averaging.state.host import tensors_in
-from shoal.averaging.state.manifest import Manifest, metadata_entry
+from shoal.averaging.state.manifest import MAX_TENSORS, Manifest, metadata_entry
 from shoal.averaging.state.messages import (
+    MAX_DIMENSIONS,
+    PAGE_ENTRIES,
     STATE,
     STATE_ID_BYTES,
     Digest,
@@ -33,6 +35,7 @@ from shoal.averaging.state.messages import (
 )
 from shoal.averaging.state.queue import KEEP_SECONDS, UploadQueue
 from shoal.compression import CompressionBase, Float16Compression, NoCompression
+from shoal.compression.registry import CODECS
 from shoal.errors import InvalidValueError
 from shoal.p2p.host import Host
 from shoal.p2p.rpc import Stream
@@ -533,6 +536,25 @@ async def more_entries_than_offered(stream: Stream) -> None:
     await stream.send(ManifestPage(ENTRIES))
 
 
+async def too_many_dimensions(stream: Stream) -> None:
+    await _offer(stream, (metadata_entry(3), TensorEntry("int8", (0,) * 100_000, 0)), 3)
+
+
+async def endless_dimensions(stream: Stream) -> None:
+    await stream.send(Offer(ID, MAX_TENSORS, 3))
+    await stream.send(ManifestPage((metadata_entry(3),)))
+    for _ in range(MAX_TENSORS // PAGE_ENTRIES):
+        await stream.send(ManifestPage((TensorEntry("int8", (0,) * MAX_DIMENSIONS, 0),) * PAGE_ENTRIES))
+
+
+async def long_dtype(stream: Stream) -> None:
+    await _offer(stream, (metadata_entry(3), TensorEntry("x" * 100_000, (0,), 0)), 3)
+
+
+async def too_much_metadata(stream: Stream) -> None:
+    await _offer(stream, (metadata_entry((1 << 24) + 1),), (1 << 24) + 1)
+
+
 async def resumes_nothing(stream: Stream) -> None:
     await stream.send(Resumed())
 
@@ -581,7 +603,11 @@ REASONS = {
     huge_tensor: "there is no memory",
     bad_dtype: "unknown dtype '__import__'",
     bad_codec: "unknown codec 250",
-    more_entries_than_offered: "another manifest than it had offered",
+    more_entries_than_offered: "more tensors than the 1 that were offered",
+    too_many_dimensions: "Expected `array` of length <= 64",
+    endless_dimensions: "dimensions in all; at most 1048576 are allowed",
+    long_dtype: "Expected `str` of length <= 32",
+    too_much_metadata: "metadata of 16777217 bytes",
     resumes_nothing: "resumed what had not begun",
     short_id: "a state id of 1 bytes",
     message_instead_of_chunk: "sent Waiting instead of a chunk",
@@ -609,6 +635,46 @@ def test_a_liar_is_found_out_and_the_next_donor_gives_the_state(lie: Any):
             assert str(swarm.hosts["liar"].peer_id) in alone
             assert REASONS[lie] in alone
             assert asyncio.get_running_loop().time() < 60.0
+
+    run(main)
+
+
+class KnowsFloat32(NoCompression):
+    """A user's codec that was never asked about other dtypes."""
+
+    compression_type = 88
+
+    def is_raw(self, dtype):
+        return {torch.float32: False}[dtype]
+
+    def encoded_nbytes(self, dtype, count):
+        return {torch.float32: 4 * count, torch.float16: -count, torch.bfloat16: 2.0 * count}[dtype]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reason"),
+    [
+        ("float64", "has no size for torch.float64: KeyError"),
+        ("float16", "makes chunks of -3 bytes"),
+        ("bfloat16", "makes chunks of 6.0 bytes"),
+    ],
+)
+def test_a_donor_that_offers_what_a_users_codec_cannot_do_is_left(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, reason: str
+):
+    monkeypatch.setitem(CODECS._codecs, KnowsFloat32.compression_type, KnowsFloat32())
+
+    async def main() -> None:
+        async def handler(stream: Stream, first: RequestState) -> None:
+            await _offer(stream, (metadata_entry(3), TensorEntry(dtype, (3,), 88)), 15)
+
+        async with Swarm(22, bandwidth=None) as swarm:
+            await swarm.liar("liar", handler)
+            await swarm.donor("honest")
+            swarm.check(await swarm.load("j", [swarm.known("liar", 9.0), swarm.known("honest")]), "honest")
+            alone = await swarm.load("k", [swarm.known("liar")])
+            assert isinstance(alone, str)
+            assert reason in alone
 
     run(main)
 

@@ -9,12 +9,14 @@ import torch
 
 from shoal.averaging.state.manifest import (
     CHUNK_ELEMENTS,
+    MAX_DIMENSIONS_IN_ALL,
+    MAX_METADATA_NBYTES,
     MAX_TENSORS,
     STATE_DTYPES,
     CaptureLayout,
     Manifest,
+    ManifestReader,
     aligned,
-    check_offer,
     metadata_entry,
 )
 from shoal.averaging.state.messages import TensorEntry
@@ -58,9 +60,12 @@ def test_tensors_are_cut_into_chunks_whose_sizes_both_sides_know():
         entries(TensorEntry("float32", (1 << 40, 1 << 40, 0), 0)),
         entries(TensorEntry("float32", (1,) * 65, 0)),
         entries(TensorEntry("float32", (1 << 41,), 0)),  # more than a state may have
+        [metadata_entry(MAX_METADATA_NBYTES + 1)],
+        entries(*[TensorEntry("int8", (0,) * 64, 0)] * (MAX_DIMENSIONS_IN_ALL // 64)),
         entries(TensorEntry("float32", (3,), 63)),  # no such codec
         entries(TensorEntry("int64", (3,), 1)),  # float16 of integers
     ],
+    ids=range(13),
 )
 def test_what_no_state_can_be_is_refused_before_memory_is_taken(bad: list[TensorEntry]):
     with pytest.raises(ProtocolViolation):
@@ -70,7 +75,26 @@ def test_what_no_state_can_be_is_refused_before_memory_is_taken(bad: list[Tensor
 @pytest.mark.parametrize(("tensors", "nbytes"), [(0, 1), (MAX_TENSORS + 1, 1), (1, -1), (1, 1 << 60)])
 def test_an_impossible_offer_is_refused(tensors: int, nbytes: int):
     with pytest.raises(ProtocolViolation):
-        check_offer(tensors, nbytes)
+        ManifestReader(tensors, nbytes)
+
+
+def test_each_page_of_a_manifest_is_held_to_the_offer():
+    float32 = TensorEntry("float32", (2, 2), 0)
+    reader = ManifestReader(3, 3 + 16 + 16)
+    reader.add([metadata_entry(3), float32])
+    assert not reader.is_complete
+    with pytest.raises(ProtocolViolation, match="more tensors than the 3"):
+        reader.add([float32, float32])
+    reader.add([float32])
+    assert reader.is_complete
+    assert reader.manifest().nbytes == 35
+    reader = ManifestReader(1000, 18)
+    with pytest.raises(ProtocolViolation, match="offered a state of 18 bytes; its tensors take 19 and more"):
+        reader.add([metadata_entry(3), float32])
+    reader = ManifestReader(2, 20)
+    reader.add([metadata_entry(3), float32])
+    with pytest.raises(ProtocolViolation, match="offered a state of 20 bytes; its tensors take 19"):
+        reader.manifest()
 
 
 class Wide(NoCompression):

@@ -23,6 +23,9 @@ import torch
 import shoal
 from shoal.averaging.state.donor import StateDonor
 from shoal.averaging.state.download import PartialState
+from shoal.averaging.state.queue import UploadQueue
+from shoal.compression import PerTensorCompression
+from shoal.compression.registry import CODECS
 from shoal.errors import InvalidStateError, PeerProcessDied
 
 LIMIT = 60.0
@@ -178,6 +181,13 @@ async def wait_until_idle(dht: Any, node: Any) -> None:
     async with asyncio.timeout(LIMIT):
         while any(type(one) is StateDonor and one.uploads for one in gc.get_objects()):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
+
+
+async def forget_the_failure(dht: Any, node: Any) -> None:
+    """The next request makes a donor try again at once."""
+    for one in gc.get_objects():
+        if type(one) is UploadQueue:
+            one._hold_off_until = None
 
 
 async def stop_collecting(dht: Any, node: Any) -> None:
@@ -400,6 +410,8 @@ def fail() -> Any:
         ((None, [torch.zeros(3), 7]), "tensor 1 of get_current_state() is int"),
         ((object(), []), "metadata that the serializer refuses"),
         ((None, [torch.zeros(3)], []), "1 tensors, but 0 infos"),
+        (sys.exit, "get_current_state() failed: SystemExit"),
+        ((bytes((16 << 20) + 1), []), "metadata of 16777"),
     ],
 )
 def test_rubbish_is_named_at_the_donor_and_the_joiner_goes_to_the_next(
@@ -418,6 +430,29 @@ def test_rubbish_is_named_at_the_donor_and_the_joiner_goes_to_the_next(
     ]
     assert len(text) == 1
     assert problem in text[0]
+
+
+class CannotBeSent(shoal.Float16Compression):
+    compression_type = 92
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+def test_a_copy_that_cannot_be_handed_on_is_named_and_the_next_one_is_made(
+    swarm: Swarm, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """The donor must not wait for a copy that will never come."""
+    codec = CannotBeSent()
+    donor = swarm.donor((None, [torch.ones(3)]), state_compression=PerTensorCompression([codec]))
+    joiner = swarm.joiner()
+    swarm.wait_for_donors(joiner, 1)
+    monkeypatch.setitem(CODECS._codecs, codec.compression_type, codec)  # after both have started
+    assert joiner.load_state_from_peers(timeout=LIMIT) is None
+    assert "its copy could not be handed to the background process: InvalidTypeError" in caplog.text
+    donor.state = ("good", [])
+    donor.dht.run_coroutine(forget_the_failure)
+    assert joiner.load_state_from_peers(timeout=LIMIT) == ("good", [])
 
 
 def test_no_donor_is_one_warning_that_explains(swarm: Swarm, caplog: pytest.LogCaptureFixture):

@@ -369,9 +369,9 @@ class DecentralizedAverager:
         averaged tensors is the subclass's to protect. If it raises, or returns something else, a warning says so here,
         and the peer that asked is sent to the next donor.
 
-        :returns: metadata that :attr:`serializer` encodes (None and empty ones are fine), any number of dense tensors
-          of any usual dtype, shape and device, and optionally a CompressionInfo for each (or None). Floating tensors
-          travel with ``state_compression``, others as they are.
+        :returns: metadata that :attr:`serializer` encodes (None and empty ones are fine; 16 MiB at most), any number of
+          dense tensors of any usual dtype, shape and device, and optionally a CompressionInfo for each (or None).
+          Floating tensors travel with ``state_compression``, others as they are.
         """
         bits = self.get_group_bits() if self.is_alive() else self.__config.initial_group_bits
         with self.get_tensors() as tensors:
@@ -396,7 +396,8 @@ class DecentralizedAverager:
         in one block of memory, which is freed with the last of them.
 
         :param wait: return the state; otherwise return at once a future of it, that can be awaited and cancelled
-        :param timeout: seconds for all of it; None: until it is there, or nobody is left to ask
+        :param timeout: seconds until all of it has come and is verified; None: until then, or until nobody is left to
+          ask. The metadata (16 MiB at most) are decoded after that.
         :param progress: show a progress bar on stderr
         :returns: metadata and tensors as the donor's :meth:`get_current_state` returned them, on the CPU, verified by
           their SHA-256; or None, after a warning that says whom was asked and what each answered

@@ -303,7 +303,7 @@ def _encode_blocks(blocks: torch.Tensor, codes: torch.Tensor, scales: npt.NDArra
 
 def _norms(blocks: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     """Of each row, in float64 where the squares of small or huge values are beyond float32."""
-    norms = torch.linalg.vector_norm(blocks, dim=1).double()
+    norms: torch.Tensor = torch.linalg.vector_norm(blocks, dim=1).double()
     rows = ((largest > 0) & ~((norms > _TINY) & (norms < math.inf))).nonzero().squeeze(1)
     if len(rows):
         norms[rows] = torch.linalg.vector_norm(blocks[rows], dim=1, dtype=torch.float64)

@@ -16,6 +16,7 @@ import torch
 
 from shoal.averaging.state.manifest import (
     CHUNK_ELEMENTS,
+    MAX_METADATA_NBYTES,
     STATE_DTYPE_NAMES,
     STATE_DTYPES,
     CaptureLayout,
@@ -113,6 +114,11 @@ def check_state(state: Any, serializer: Any, compression: CompressionBase) -> Ch
         ) from e
     if not isinstance(encoded, bytes | bytearray):
         raise InvalidTypeError(f"the serializer made {type(encoded).__name__} of the metadata, not bytes")
+    if len(encoded) > MAX_METADATA_NBYTES:
+        raise InvalidValueError(
+            f"get_current_state() returned metadata of {len(encoded)} bytes when encoded; at most "
+            f"{MAX_METADATA_NBYTES} are allowed: return what is large as tensors"
+        )
     codecs = [_choose(compression, info) for info in _check_infos(tensors, infos)]
     for codec in {id(codec): codec for codec in codecs}.values():
         CODECS.check("state_compression", codec)

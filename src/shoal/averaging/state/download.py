@@ -30,7 +30,7 @@ from shoal.averaging.state.choice import (
     LookForDonors,
     Stay,
 )
-from shoal.averaging.state.manifest import Chunk, Manifest, check_offer
+from shoal.averaging.state.manifest import Chunk, Manifest, ManifestReader
 from shoal.averaging.state.messages import (
     REPLACED,
     SHA256_BYTES,
@@ -43,7 +43,6 @@ from shoal.averaging.state.messages import (
     RequestState,
     Resume,
     Resumed,
-    TensorEntry,
     Waiting,
 )
 from shoal.errors import (
@@ -356,20 +355,15 @@ class StateDownload:
         return partial
 
     async def _accept(self, stream: Stream, offer: Offer, limit: float | None) -> PartialState:
-        check_offer(offer.tensors, offer.nbytes)
+        reader = ManifestReader(offer.tensors, offer.nbytes)
         if len(offer.state_id) != STATE_ID_BYTES:
             raise ProtocolViolation(f"a state id of {len(offer.state_id)} bytes")
-        entries: list[TensorEntry] = []
-        while len(entries) < offer.tensors:
+        while not reader.is_complete:
             page = await self._receive(stream, limit, "its manifest")
-            if not isinstance(page, ManifestPage) or len(entries) + len(page.entries) > offer.tensors:
-                raise ProtocolViolation("sent another manifest than it had offered")
-            entries += page.entries
-        manifest = Manifest(entries)
-        if manifest.nbytes != offer.nbytes:
-            raise ProtocolViolation(
-                f"offered a state of {offer.nbytes} bytes; its tensors take {manifest.nbytes}"
-            )
+            if not isinstance(page, ManifestPage):
+                raise ProtocolViolation(f"sent {type(page).__name__} instead of its manifest")
+            reader.add(page.entries)
+        manifest = reader.manifest()
         memory = await self._allocate(manifest.decoded_nbytes)
         return PartialState(stream.remote, offer.state_id, manifest, memory)
 

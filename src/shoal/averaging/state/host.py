@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import InvalidStateError as FutureIsDone
 from functools import partial
@@ -37,7 +37,7 @@ from shoal.averaging.state.manifest import Manifest
 from shoal.averaging.state.progress import ProgressBar
 from shoal.averaging.tensors import TensorStore
 from shoal.compression.base import CompressionBase
-from shoal.errors import InvalidStateError, PeerProcessDied, UsageError
+from shoal.errors import DeadlineExceeded, InvalidStateError, PeerProcessDied, UsageError
 from shoal.p2p.identity import PeerID
 from shoal.runtime.futures import MPFuture
 from shoal.runtime.memory import SharedMemory
@@ -61,6 +61,10 @@ class HasState(Protocol):
     serializer: Any
 
     def get_current_state(self) -> Any: ...
+
+
+class LockNotFree(DeadlineExceeded):
+    """The averager's lock was held by somebody else for as long as a copy waits for it."""
 
 
 class _Download:
@@ -162,14 +166,14 @@ class StateHost:
 
     def capture(self) -> Capture:
         """Copy the current state, under the averager's lock. Raises whatever ``get_current_state()`` raises,
-        UsageError if what it returned is no state, DeadlineExceeded if the lock is not free in time.
+        UsageError if what it returned is no state, LockNotFree if the lock is not free in time.
         """
         averager = self._averager()
         if averager is None:
             raise InvalidStateError("the averager is gone")
         capture = capture_state(
             averager.get_current_state,
-            hold=lambda: self._store.hold(LOCK_TIMEOUT),
+            hold=self._hold,
             serializer=averager.serializer,
             compression=self._compression,
             reserve=self._reserve,
@@ -181,29 +185,42 @@ class StateHost:
         handle = self._handle
         if handle is None:
             return
-        with contextlib.suppress(
-            PeerProcessDied, InvalidStateError, CancelledError
-        ):  # nobody is left to share with
-            try:
-                capture = self.capture()
-            except Exception as e:  # noqa: BLE001 - of the user's get_current_state(): may be anything
-                self._explain(e)
-                handle.call(CaptureFailed(number, type(e).__name__)).result()
-                return
+        try:
+            capture = self.capture()
+        except LockNotFree as e:
+            self._fail(handle, number, "its lock was not free", e)
+        except BaseException as e:  # noqa: BLE001 - of the user's get_current_state(): may be anything, SystemExit too
+            self._fail(handle, number, "get_current_state() failed", e)
+        else:
             with capture.memory as memory:
                 captured = StateCaptured(number, memory.nbytes, capture.entries, capture.codecs)
-                handle.call(captured, descriptors=[memory.fd]).result()
+                try:
+                    _tell(handle, captured, [memory.fd])
+                except BaseException as e:  # noqa: BLE001 - of the user's codecs, which are pickled
+                    self._fail(handle, number, "its copy could not be handed to the background process", e)
 
-    def _explain(self, error: Exception) -> None:
+    def _fail(self, handle: ServiceHandle, number: int, what: str, error: BaseException) -> None:
+        """Say why there is no copy; the donor would wait for it, and have no other made."""
         # A traceback leads to the line of the user's that failed; what Shoal itself says needs none.
         trace = None if isinstance(error, UsageError | TimeoutError) else error
         logger.warning(
-            "%s: other peers cannot download this one's state, because get_current_state() failed: %s: %s",
+            "%s: other peers cannot download this one's state, because %s: %s: %s",
             self._prefix,
+            what,
             type(error).__name__,
             error,
             exc_info=trace,
         )
+        _tell(handle, CaptureFailed(number, type(error).__name__))
+
+    @contextlib.contextmanager
+    def _hold(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._store.hold(LOCK_TIMEOUT))
+            except DeadlineExceeded as e:
+                raise LockNotFree(str(e)) from None
+            yield
 
     # as a joiner
 
@@ -275,6 +292,13 @@ class StateHost:
         except Exception as e:  # noqa: BLE001 - serializers and classes registered with them are users' code
             logger.warning("%s: no state was loaded: its metadata cannot be read: %s", self._prefix, e)
             return None
+
+
+def _tell(handle: ServiceHandle, command: object, descriptors: Sequence[int] = ()) -> None:
+    with contextlib.suppress(
+        PeerProcessDied, InvalidStateError, CancelledError
+    ):  # nobody is left to share with
+        handle.call(command, descriptors=descriptors).result()
 
 
 def tensors_in(manifest: Manifest, memory: memoryview) -> list[torch.Tensor]:

@@ -21,7 +21,7 @@ from itertools import accumulate
 import msgspec
 import torch
 
-from shoal.averaging.state.messages import TensorEntry
+from shoal.averaging.state.messages import MAX_DIMENSIONS, TensorEntry
 from shoal.compression.base import FLOATING_DTYPES, CompressionBase, NoCompression
 from shoal.compression.registry import get_codec
 from shoal.errors import ProtocolViolation
@@ -32,7 +32,10 @@ MAX_CHUNK_NBYTES = 1 << 26
 """The largest payload that a connection takes."""
 MAX_TENSORS = 1 << 17
 MAX_STATE_NBYTES = 1 << 42
-MAX_DIMENSIONS = 64
+MAX_METADATA_NBYTES = 1 << 24
+"""Decoding takes much more than that, on threads of the host."""
+MAX_DIMENSIONS_IN_ALL = 1 << 20
+"""Of all tensors: a manifest is in memory before anything of the state has come."""
 ALIGNMENT = 64
 
 _OTHER_DTYPES = (
@@ -79,7 +82,13 @@ class Manifest:
         first = self.entries[0]
         if self.dtypes[0] != torch.uint8 or len(first.shape) != 1:
             raise ProtocolViolation(f"the metadata of a state are {first.dtype} {list(first.shape)}")
-        self.tensor_nbytes = tuple(map(self._encoded_nbytes, range(len(self.entries))))
+        if self.counts[0] > MAX_METADATA_NBYTES:
+            raise ProtocolViolation(
+                f"a state with metadata of {self.counts[0]} bytes; at most {MAX_METADATA_NBYTES} are allowed"
+            )
+        _check_dimensions(sum(len(entry.shape) for entry in self.entries))
+        self._raw = tuple(map(_is_raw, self.codecs, self.dtypes))
+        self.tensor_nbytes = tuple(map(encoded_nbytes, self.codecs, self.dtypes, self.counts))
         self.nbytes = sum(self.tensor_nbytes)
         """Of everything that travels."""
         decoded = [d.itemsize * n for d, n in zip(self.dtypes, self.counts, strict=True)]
@@ -107,8 +116,7 @@ class Manifest:
         """Whether a tensor's encoded chunks are the memory of the tensor itself. Bytes that stand for bools are no
         memory of bools before they are known to be 0 or 1.
         """
-        dtype = self.dtypes[tensor]
-        return dtype != torch.bool and self.codecs[tensor].is_raw(dtype)
+        return self._raw[tensor]
 
     def fingerprint(self) -> bytes:
         """What the digest of a state begins with, so that it covers dtypes and shapes too."""
@@ -118,13 +126,47 @@ class Manifest:
         """A SHA-256 that waits for the encoded chunks, in order."""
         return hashlib.sha256(self.fingerprint())
 
-    def _encoded_nbytes(self, tensor: int) -> int:
-        dtype, codec = self.dtypes[tensor], self.codecs[tensor]
-        whole, rest = divmod(self.counts[tensor], CHUNK_ELEMENTS)
-        largest = codec.encoded_nbytes(dtype, CHUNK_ELEMENTS if whole else rest) if whole or rest else 0
-        if largest > MAX_CHUNK_NBYTES:
-            raise ProtocolViolation(f"codec {codec!r} makes chunks of {largest} bytes")
-        return whole * largest + (codec.encoded_nbytes(dtype, rest) if rest else 0) if whole else largest
+
+class ManifestReader:
+    """Takes in the pages of a manifest that another peer sends, and refuses at once what exceeds its offer."""
+
+    def __init__(self, tensors: int, nbytes: int) -> None:
+        """:raises ProtocolViolation: no state has so many tensors or bytes"""
+        if not 1 <= tensors <= MAX_TENSORS or not 0 <= nbytes <= MAX_STATE_NBYTES:
+            raise ProtocolViolation(f"an offer of {tensors} tensors with {nbytes} bytes")
+        self._tensors = tensors
+        self._nbytes = nbytes
+        self._entries: list[TensorEntry] = []
+        self._encoded = self._dimensions = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """All tensors that were offered are known."""
+        return len(self._entries) == self._tensors
+
+    def add(self, entries: Sequence[TensorEntry]) -> None:
+        """:raises ProtocolViolation: more tensors, bytes or dimensions than were offered or are allowed"""
+        if len(self._entries) + len(entries) > self._tensors:
+            raise ProtocolViolation(f"more tensors than the {self._tensors} that were offered")
+        for entry in entries:
+            dtype = _dtype(entry)
+            self._encoded += encoded_nbytes(_codec(entry, dtype), dtype, _count(entry))
+            self._dimensions += len(entry.shape)
+        _check_dimensions(self._dimensions)
+        if self._encoded > self._nbytes:
+            raise ProtocolViolation(
+                f"offered a state of {self._nbytes} bytes; its tensors take {self._encoded} and more"
+            )
+        self._entries += entries
+
+    def manifest(self) -> Manifest:
+        """:raises ProtocolViolation: what was sent is not what was offered, or no state"""
+        manifest = Manifest(self._entries)
+        if manifest.nbytes != self._nbytes:
+            raise ProtocolViolation(
+                f"offered a state of {self._nbytes} bytes; its tensors take {manifest.nbytes}"
+            )
+        return manifest
 
 
 class CaptureLayout:
@@ -211,7 +253,37 @@ def _codec(entry: TensorEntry, dtype: torch.dtype) -> CompressionBase:
     return get_codec(entry.codec)
 
 
-def check_offer(tensors: int, nbytes: int) -> None:
-    """:raises ProtocolViolation: no state has so many tensors or bytes"""
-    if not 1 <= tensors <= MAX_TENSORS or not 0 <= nbytes <= MAX_STATE_NBYTES:
-        raise ProtocolViolation(f"an offer of {tensors} tensors with {nbytes} bytes")
+def encoded_nbytes(codec: CompressionBase, dtype: torch.dtype, count: int) -> int:
+    """Size in bytes of all encoded chunks of a tensor.
+
+    :raises ProtocolViolation: the codec, which may be a user's, has no size for it, or none that a chunk may have: the
+      donor chose dtype and codec
+    """
+    whole, rest = divmod(count, CHUNK_ELEMENTS)
+    return (whole * _chunk_nbytes(codec, dtype, CHUNK_ELEMENTS) if whole else 0) + (
+        _chunk_nbytes(codec, dtype, rest) if rest else 0
+    )
+
+
+def _chunk_nbytes(codec: CompressionBase, dtype: torch.dtype, count: int) -> int:
+    try:
+        nbytes: object = codec.encoded_nbytes(dtype, count)
+    except Exception as e:  # codecs of users: may be anything
+        raise ProtocolViolation(f"{codec!r} has no size for {dtype}: {type(e).__name__}: {e}") from e
+    if not isinstance(nbytes, int) or not 0 <= nbytes <= MAX_CHUNK_NBYTES:
+        raise ProtocolViolation(f"codec {codec!r} makes chunks of {nbytes!r} bytes")
+    return nbytes
+
+
+def _is_raw(codec: CompressionBase, dtype: torch.dtype) -> bool:
+    try:
+        return dtype != torch.bool and codec.is_raw(dtype)
+    except Exception as e:  # codecs of users: may be anything
+        raise ProtocolViolation(f"{codec!r} cannot tell about {dtype}: {type(e).__name__}: {e}") from e
+
+
+def _check_dimensions(dimensions: int) -> None:
+    if dimensions > MAX_DIMENSIONS_IN_ALL:
+        raise ProtocolViolation(
+            f"tensors with {dimensions} dimensions in all; at most {MAX_DIMENSIONS_IN_ALL} are allowed"
+        )

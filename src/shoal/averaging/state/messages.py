@@ -19,6 +19,8 @@ from shoal.p2p.rpc import Method
 
 STATE_ID_BYTES = 16
 SHA256_BYTES = 32
+MAX_DTYPE_LENGTH = 32
+MAX_DIMENSIONS = 64
 PAGE_ENTRIES = 512
 """A page of entries with as many dimensions as torch allows still fits into a message."""
 
@@ -32,8 +34,8 @@ REPLACED = "replaced"
 class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
     """One tensor of a state; ``codec`` is the wire id of the codec of its chunks."""
 
-    dtype: str
-    shape: tuple[int, ...]
+    dtype: Annotated[str, msgspec.Meta(max_length=MAX_DTYPE_LENGTH)]
+    shape: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)]
     codec: int
 
 
@@ -60,7 +62,7 @@ class Waiting(msgspec.Struct, frozen=True, tag=True):
 class Offer(msgspec.Struct, frozen=True, tag=True):
     """A state of ``tensors`` tensors, metadata included, and ``nbytes`` encoded bytes; its manifest follows."""
 
-    state_id: bytes
+    state_id: Annotated[bytes, msgspec.Meta(max_length=STATE_ID_BYTES)]
     tensors: int
     nbytes: int
 
