@@ -18,6 +18,7 @@ from shoal.averaging.group import (
 )
 from shoal.averaging.matchmaking.core import MatchmakingConfig
 from shoal.averaging.matchmaking.declarations import Declarations
+from shoal.averaging.matchmaking.events import FinishWithGroup, FinishWithout
 from shoal.averaging.matchmaking.matchmaker import Matchmaker
 from shoal.averaging.matchmaking.messages import (
     JOIN,
@@ -33,6 +34,7 @@ from shoal.averaging.matchmaking.messages import (
     Rejected,
     RejectReason,
 )
+from shoal.averaging.matchmaking.search import GroupSearch
 from shoal.averaging.router import Router
 from shoal.dht.node import DHTNode
 from shoal.dht.tasks import TaskSet
@@ -454,6 +456,77 @@ def test_cancelling_frees_followers_and_leader_at_once():
         assert set(groups[0].peer_ids) == {peer_id(sim, 1), peer_id(sim, 2)}
 
     tell(story, peers=4, target=5)
+
+
+# ---- who leaves while the group begins
+
+
+@pytest.mark.parametrize("what", ["cancelled", "other bits", "another time"])
+def test_the_leader_learns_at_once_that_a_follower_left_before_it_heard_that_the_group_begins(what):
+    async def story(sim: SimulatedMatchmaking) -> None:
+        leader, follower, leaver = (sim.search(number, starts_in=4.0 + number) for number in range(3))
+        assert (await leader).leader == peer_id(sim, 0)
+        gone = []
+        sim.matchmakers[0].watch_members(lambda peer, reason: gone.append((peer, reason)))
+        if what == "cancelled":
+            leaver.cancel()
+        elif what == "other bits":
+            sim.matchmakers[2].set_bits("1")
+        else:
+            sim.matchmakers[2].reschedule(sim.now() + 3.0)
+        assert await follower == leader.result()
+        await settle(0.1)
+        assert [peer for peer, _ in gone] == [peer_id(sim, 2)]
+        assert "left before it heard" in gone[0][1]
+        again = []
+        sim.matchmakers[0].watch_members(lambda peer, reason: again.append((peer, reason)))
+        assert again == gone
+        assert not leaver.done() or leaver.cancelled()
+
+    tell(story, peers=3, target=3)
+
+
+def test_nobody_is_said_to_have_left_a_group_that_all_have_heard_of():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        gone = []
+        searches = [sim.search(number) for number in range(4)]
+        groups = [await search for search in searches]
+        leader = next(number for number in range(4) if peer_id(sim, number) == groups[0].leader)
+        sim.matchmakers[leader].watch_members(lambda peer, reason: gone.append(peer))
+        await settle(100.0)
+        assert gone == []
+
+    tell(story, peers=4, target=4)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_who_is_cancelled_in_the_moment_when_the_group_stands_gets_it_to_withdraw_from_it(
+    number, monkeypatch
+):
+    async def story(sim: SimulatedMatchmaking) -> None:
+        found: list[GroupInfo] = []
+
+        async def step() -> None:
+            matchmaker = sim.matchmakers[number]
+            start_time = sim.now() + 4.0 + number
+            found.append(await matchmaker.find_group(start_time=start_time, deadline=None))
+            await asyncio.sleep(1.0)
+            raise AssertionError("the cancellation is lost")
+
+        def finish(search: GroupSearch, effect: FinishWithGroup | FinishWithout) -> None:
+            original(search, effect)
+            if search is sim.matchmakers[number]._search:
+                task.cancel()
+
+        original = GroupSearch._finish
+        monkeypatch.setattr(GroupSearch, "_finish", finish)
+        task = asyncio.ensure_future(step())
+        other = sim.search(1 - number, starts_in=4.0 + (1 - number))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert found == [await other]
+
+    tell(story, peers=2, target=2)
 
 
 # ---- failure and misuse

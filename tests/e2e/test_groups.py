@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from typing import Any
+
 import pytest
 import torch
 from real_swarm import Swarm
 
 import shoal
-from shoal.errors import InvalidTypeError, InvalidValueError, MatchmakingException
+from shoal.averaging.matchmaking import search
+from shoal.averaging.matchmaking.search import GroupSearch
+from shoal.errors import AllreduceException, InvalidTypeError, InvalidValueError, MatchmakingException
 
 pytestmark = [pytest.mark.xdist_group("averaging"), pytest.mark.timeout(300)]
 
@@ -79,6 +85,59 @@ def test_the_report_of_a_search_that_failed_holds_its_story_as_data(swarm: Swarm
         assert story["seconds"] == pytest.approx(3.0, abs=1.0)
         leaders += [peer for peer, answer in story["asked"]]
     assert leaders in ([str(averager.peer_id)], [str(other.peer_id)])
+
+
+async def cancel_the_next_search_when_the_group_stands(dht: Any, node: Any) -> None:
+    """As a step that is cancelled then does."""
+    run, finish = GroupSearch.run, GroupSearch._finish
+    tasks = {}
+
+    async def run_and_remember(self: GroupSearch) -> Any:
+        tasks[self] = asyncio.current_task()
+        return await run(self)
+
+    def finish_and_cancel(self: GroupSearch, effect: Any) -> None:
+        GroupSearch.run, GroupSearch._finish = run, finish
+        finish(self, effect)
+        tasks[self].cancel()
+
+    GroupSearch.run, GroupSearch._finish = run_and_remember, finish_and_cancel
+
+
+async def cancel_the_next_search_when_it_is_told_of_the_group(dht: Any, node: Any) -> None:
+    """As a step that is cancelled while that is on its way does."""
+    run, receive = GroupSearch.run, search._receive_members
+    tasks = []
+
+    async def run_and_remember(self: GroupSearch) -> Any:
+        tasks.append(asyncio.current_task())
+        return await run(self)
+
+    async def cancel(stream: Any, size: int) -> Any:
+        GroupSearch.run, search._receive_members = run, receive
+        tasks[-1].cancel()
+        await asyncio.sleep(1.0)
+        raise AssertionError("it still listens")
+
+    GroupSearch.run, search._receive_members = run_and_remember, cancel
+
+
+@pytest.mark.parametrize(
+    "cancel",
+    [cancel_the_next_search_when_the_group_stands, cancel_the_next_search_when_it_is_told_of_the_group],
+)
+def test_who_is_cancelled_while_the_group_begins_does_not_hold_up_the_others(swarm: Swarm, cancel):
+    averagers = make(swarm, 2, 2)
+    averagers[1].dht.run_coroutine(cancel)
+    now = shoal.get_dht_time()
+    steps = [
+        averager.step(wait=False, timeout=PATIENCE, scheduled_time=now + 5 + number, allow_retries=False)
+        for number, averager in enumerate(averagers)
+    ]
+    began = time.monotonic()
+    assert isinstance(steps[0].exception(PATIENCE), AllreduceException)
+    assert time.monotonic() - began < 5.0  # a member that says nothing is waited for twice as long
+    assert steps[1].exception(PATIENCE) is not None
 
 
 def all_gather(swarm: Swarm, runs: int) -> None:

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -254,7 +255,8 @@ class AveragerService:
         await self._context.call_host(ReachStage(step.command.step, stage))
 
     async def _run_round(self, step: Step, group: GroupInfo) -> None:
-        """Run one round in ``group`` and, if it commits, have the average applied.
+        """Run one round in ``group`` and, if it commits, have the average applied. Waits for nothing before the round
+        can be withdrawn from: the step may have been cancelled in the moment when the group stood.
 
         :raises AllreduceException: it did not commit
         """
@@ -299,6 +301,7 @@ class AveragerService:
             modes=tuple(str(member.mode) for member in group.members),
         )
         self._rounds.begin(current)
+        self._matchmaker.watch_members(partial(self._rounds.lose_member, group.group_id))
         try:
             result, cancelled = await _run_to_the_end(
                 current.run(), lambda: current.withdraw("its user cancelled the step")

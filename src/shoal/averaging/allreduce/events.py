@@ -212,7 +212,7 @@ class MemberLost:
 
 @dataclass(frozen=True)
 class JoinTimedOut:
-    """To the leader: ``member`` has not joined the round in time."""
+    """To the leader: ``member`` has not joined the round in time, or never will."""
 
     member: int
     reason: str

@@ -22,6 +22,7 @@ from shoal.averaging.allreduce.events import (
     Effect,
     Event,
     Finish,
+    JoinTimedOut,
     MemberLost,
     PartAveraged,
     ReturnAverage,
@@ -174,6 +175,11 @@ class Round:
         come.
         """
         self._feed(Withdrawn(reason))
+
+    def lose_member(self, peer: PeerID, reason: str) -> None:
+        """As the leader: ``peer`` left before it heard that the group begins, so that it never joins."""
+        if self._commitment.leads:
+            self._feed(JoinTimedOut(self._peers.index(peer), reason))
 
     async def serve_exchange(self, stream: Stream, first: object) -> None:
         """A member opened a stream of :data:`.messages.EXCHANGE`."""

@@ -22,6 +22,7 @@ from shoal.averaging.allreduce.messages import (
 from shoal.averaging.allreduce.round import Round
 from shoal.averaging.router import Router
 from shoal.errors import RemoteError
+from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Stream
 
 METHODS = (EXCHANGE, COMMIT, OUTCOME)
@@ -75,6 +76,12 @@ class Rounds:
         self._ended[ended.group.group_id] = ended.core
         if len(self._ended) > REMEMBERED_ROUNDS:
             self._ended.popitem(last=False)
+
+    def lose_member(self, group_id: bytes, peer: PeerID, reason: str) -> None:
+        """This member leads the round of ``group_id``, if that still runs, and ``peer`` will not join it."""
+        current = self._current.get(group_id)
+        if current is not None:
+            current.lose_member(peer, reason)
 
     async def _find(self, group_id: bytes) -> Round:
         if group_id not in self._current and group_id not in self._ended:

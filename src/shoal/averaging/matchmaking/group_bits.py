@@ -33,8 +33,8 @@ LONELY_BELOW = 24
 """Fewer peers than this under one key use the one with a bit less."""
 MAX_DEPTH = 8
 MAX_CATCH_UP = 1 << 16
-"""Rounds by which a group's slowest member catches up with its fastest one at once. Each round that a member says it has
-been through is its word alone, and a lie must not bring the others to the end of what can be said."""
+"""Rounds by which a group's slowest member catches up with its fastest one at once. How many a member has been through
+is its word alone, and a lie must not bring the others to the end of what can be said."""
 CIRCLE_BITS = 32
 
 

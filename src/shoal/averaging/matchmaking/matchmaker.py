@@ -22,7 +22,7 @@ from shoal.averaging.matchmaking.events import Cancelled, Place
 from shoal.averaging.matchmaking.group_bits import LONELY_BELOW, SPLIT_ABOVE, GroupBits
 from shoal.averaging.matchmaking.messages import JOIN, JoinRequest, Rejected, RejectReason
 from shoal.averaging.matchmaking.peer import LocalPeer
-from shoal.averaging.matchmaking.search import GroupSearch
+from shoal.averaging.matchmaking.search import GroupSearch, WhenMemberGone
 from shoal.averaging.matchmaking.view import NOBODY
 from shoal.averaging.router import Router
 from shoal.dht.node import DHTNode
@@ -121,6 +121,13 @@ class Matchmaker:
         if averaged:
             self._lineage = after_round(group.group_id, averaged)
 
+    def watch_members(self, when_gone: WhenMemberGone) -> None:
+        """If this peer leads the group that it found last, call ``when_gone`` for each member that leaves before it has
+        heard of the group, and so will not take part. They may have left already.
+        """
+        if self._search is not None:
+            self._search.watch_members(when_gone)
+
     async def find_group(
         self,
         *,
@@ -131,8 +138,9 @@ class Matchmaker:
     ) -> GroupInfo:
         """Find a group that begins at ``start_time`` or, if it is full, at once. Times are in DHT time.
 
-        Cancelling frees followers and leader at once. Without a ``deadline`` it waits for as long as it takes, and
-        logs what it sees.
+        Cancelling frees followers and leader at once. If it comes in the very moment when the group stands, the
+        group is returned, and the task is cancelled at its next wait: to withdraw is up to the round then. Without
+        a ``deadline`` it waits for as long as it takes, and logs what it sees.
 
         :param weight: of this peer's tensors in the average; 0: it contributes nothing
         :raises MatchmakingException: no group was found until ``deadline``; says what the search saw

@@ -1,8 +1,8 @@
 """Messages by which peers join a group, and what a peer declares of itself in the DHT.
 
 One stream per request: the follower sends a :class:`JoinRequest`, the leader answers once; if it accepted,
-the stream stays open until the leader begins the group or dismisses the follower, or until either side goes
-away.
+the stream stays open until the leader dismisses the follower or the follower has heard that the group begins, or until
+either side goes away. A follower that goes away before it has finished its side is not in the group.
 """
 
 from __future__ import annotations

@@ -84,9 +84,15 @@ from shoal.errors import (
 )
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
-from shoal.p2p.rpc import Stream
+from shoal.p2p.rpc import EndOfStream, Stream
 
 logger = logging.getLogger(__name__)
+
+END_TIMEOUT = 60.0
+"""Seconds for which a stream is kept when all has been said."""
+
+WhenMemberGone = Callable[[PeerID, str], None]
+"""Called with a member of a group that this peer leads, and why it is not there any more."""
 
 
 @dataclass
@@ -95,6 +101,8 @@ class _Follower:
 
     signed: SignedMemberInfo
     info: MemberInfo
+    has_begun: bool = False
+    """It is in the group that this peer leads, and is being told so."""
     outbox: asyncio.Queue[LeaderMessage | None] = field(default_factory=asyncio.Queue)
 
     def send(self, *messages: LeaderMessage, last: bool) -> None:
@@ -144,11 +152,18 @@ class GroupSearch:
         self._asks: dict[int, asyncio.Task[None]] = {}
         self._followers: dict[int, _Follower] = {}
         self._tokens = 0
+        self._gone: list[tuple[PeerID, str]] = []
+        self._when_member_gone: WhenMemberGone | None = None
 
     @property
     def is_over(self) -> bool:
         """Whether it has found a group or has ended without one."""
         return self._result.done()
+
+    @property
+    def _found_group(self) -> bool:
+        result = self._result
+        return result.done() and not result.cancelled() and result.exception() is None
 
     @property
     def story(self) -> SearchStory:
@@ -170,12 +185,25 @@ class GroupSearch:
         if not self.is_over:
             self.dispatch(Restarted(place))
 
+    def watch_members(self, when_gone: WhenMemberGone) -> None:
+        """Call ``when_gone`` for each member of the group that this peer leads that left before it heard of it."""
+        self._when_member_gone = when_gone
+        for peer_id, reason in self._gone:
+            when_gone(peer_id, reason)
+
     async def run(self) -> GroupInfo:
-        """:raises MatchmakingException:"""
+        """Cancelled in the very moment when the group stands, it returns the group, and the task is cancelled at its
+        next wait: the others count on this member, and only its round can tell them that it leaves.
+
+        :raises MatchmakingException:
+        """
         self.dispatch(SearchStarted())
         try:
             return await self._result
         except asyncio.CancelledError:
+            if self._found_group:
+                _cancel_later()
+                return self._result.result()
             self.dispatch(Cancelled())
             if self._result.done() and not self._result.cancelled():
                 self._result.exception()  # nobody is there to see it
@@ -310,6 +338,8 @@ class GroupSearch:
                     now = self._peer.clock()
                     group = verify_group(group_id, members, leader=stream.remote, own=own, now=now)
                     self.dispatch(LeaderBegan(ask, group))
+                    # Before the leader has finished too, to leave would reset the stream: as if out of the group.
+                    await _expect_end(stream)
                     return
                 case other:
                     raise ProtocolViolation(f"{stream.remote} sends its follower a {type(other).__name__}")
@@ -340,12 +370,24 @@ class GroupSearch:
             self.dispatch(JoinRequested(token, info))
             while (message := await follower.outbox.get()) is not None:
                 await stream.send(message)
+            if follower.has_begun:
+                await stream.finish()
+                await _expect_end(stream)
+                follower.has_begun = False
         except ShoalError as e:
             reason = str(e)
         finally:
             # Also when the asker went away: the host cancels this handler then.
             del self._followers[token]
             self.dispatch(FollowerLost(token, reason))
+            if follower.has_begun:
+                self._lose_member(stream.remote, str(stream.failure or reason))
+
+    def _lose_member(self, peer_id: PeerID, why: str) -> None:
+        reason = f"it left before it heard that the group begins: {why}"
+        self._gone.append((peer_id, reason))
+        if self._when_member_gone is not None:
+            self._when_member_gone(peer_id, reason)
 
     def _begin(self, tokens: tuple[int, ...]) -> None:
         leader = self._peer.peer_id
@@ -356,9 +398,31 @@ class GroupSearch:
         group_id = self._peer.rng.randbytes(GROUP_ID_BYTES)
         messages: list[LeaderMessage] = [Begin(group_id, len(signed)), *(Member(member) for member in signed)]
         for follower in followers:
+            follower.has_begun = True
             follower.send(*messages, last=True)
         group = GroupInfo(group_id, self.place.key, order_members(leader, infos))
         self._finish(FinishWithGroup(group))
+
+
+def _cancel_later() -> None:
+    """The cancellation of this task, which was caught, comes again when it next waits."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.uncancel()
+    task.cancel()
+
+
+async def _expect_end(stream: Stream) -> None:
+    """Wait until the other side has finished, but not for ever: whether a member takes part shows in its round too.
+
+    :raises ProtocolViolation: it sends something else
+    """
+    try:
+        async with asyncio.timeout(END_TIMEOUT):
+            message = await stream.receive()
+    except (EndOfStream, TimeoutError):
+        return
+    raise ProtocolViolation(f"{stream.remote} sends {type(message).__name__} after a group began")
 
 
 async def _receive_members(stream: Stream, size: int) -> list[SignedMemberInfo]:
