@@ -9,6 +9,7 @@ import pytest
 from shoal.averaging.state.choice import (
     FIRST_BACKOFF,
     MAX_RESUMPTIONS,
+    WAIT_PATIENCE,
     Action,
     AskDonor,
     ChunkReceived,
@@ -99,6 +100,26 @@ def test_a_queue_is_left_for_an_equal_donor_but_not_for_a_lesser_one():
     assert asked(choice.handle(DonorFailed("gone"))) == 2
 
 
+def test_a_donor_that_only_asks_to_wait_is_left_for_any_other_but_each_only_once():
+    choice = DonorChoice()
+    choice.handle(DonorsFound((donor(0, 9.0), donor(1, 1.0), donor(2, 1.0))))
+    assert choice.handle(DonorBusy(0, WAIT_PATIENCE - 1)) == Stay()
+    assert asked(choice.handle(DonorBusy(0, WAIT_PATIENCE))) == 1
+    assert asked(choice.handle(DonorBusy(3, 0.0))) == 2
+    assert asked(choice.handle(DonorBusy(5, 0.0))) == 1
+    assert asked(choice.handle(DonorBusy(3, WAIT_PATIENCE))) == 2
+    assert choice.handle(DonorBusy(5, 10 * WAIT_PATIENCE)) == Stay()  # all others were left so
+    assert asked(choice.handle(DonorFailed("gone"))) == 0
+    assert choice.handle(DonorBusy(0, WAIT_PATIENCE)) == Stay()
+    assert "nothing but place 0 in its queue for 120 s" in choice.story()
+
+
+def test_a_donor_alone_is_waited_for():
+    choice = DonorChoice()
+    choice.handle(DonorsFound((donor(0),)))
+    assert choice.handle(DonorBusy(0, 1e6)) == Stay()
+
+
 def test_who_waits_to_resume_stays():
     choice = DonorChoice()
     choice.handle(DonorsFound((donor(0), donor(1))))
@@ -123,7 +144,7 @@ def test_whatever_donors_answer_it_ends_and_everybody_was_asked(seed: int):
                             DonorFailed("no"),
                             ConnectionBroke("lost"),
                             ChunkReceived(),
-                            DonorBusy(rng.randrange(5)),
+                            DonorBusy(rng.randrange(5), rng.choice([0.0, WAIT_PATIENCE])),
                         ]
                     )
                 )

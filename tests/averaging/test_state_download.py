@@ -15,7 +15,7 @@ import torch
 
 from shoal.averaging.router import Router
 from shoal.averaging.state.capture import Capture, capture_state
-from shoal.averaging.state.choice import Donor
+from shoal.averaging.state.choice import WAIT_PATIENCE, Donor
 from shoal.averaging.state.donor import CopyUnavailable, StateDonor
 from shoal.averaging.state.download import Downloaded, Progress, StateDownload
 from shoal.averaging.state.host import tensors_in
@@ -637,6 +637,68 @@ def test_a_liar_is_found_out_and_the_next_donor_gives_the_state(lie: Any):
             assert asyncio.get_running_loop().time() < 60.0
 
     run(main)
+
+
+async def always_asks_to_wait(stream: Stream) -> None:
+    while True:
+        await stream.send(Waiting(0))
+        await asyncio.sleep(1.0)
+
+
+async def begins_again_and_again(stream: Stream) -> None:
+    await _offer(stream)
+    await stream.send_payload(0, BODY[:3])
+    await asyncio.sleep(0.2)
+    stream.reset("cancelled", "about to end")
+
+
+@pytest.mark.parametrize(
+    ("lie", "seconds"), [(always_asks_to_wait, WAIT_PATIENCE + 5.0), (begins_again_and_again, 10.0)]
+)
+def test_a_donor_that_never_comes_to_the_point_holds_nobody_up(lie: Any, seconds: float):
+    async def main() -> None:
+        async def handler(stream: Stream, first: RequestState) -> None:
+            await lie(stream)
+
+        async with Swarm(23, bandwidth=None) as swarm:
+            await swarm.liar("liar", handler)
+            await swarm.donor("honest")
+            donors = [swarm.known("liar", 9.0), swarm.known("honest")]
+            swarm.check(await swarm.load("j", donors, timeout=None), "honest")
+            assert asyncio.get_running_loop().time() < seconds
+
+    run(main)
+
+
+def test_one_slow_joiner_does_not_stop_a_donor(caplog: pytest.LogCaptureFixture):
+    async def main() -> None:
+        async with Swarm(24, bandwidth=None) as swarm:
+            donor = await swarm.donor("a", chunks=40)
+            joiner = await swarm.host("slow")
+            joiner.add_addresses(swarm.hosts["a"].peer_id, swarm.hosts["a"].announced_addresses)
+
+            async def download_slowly() -> None:
+                async with joiner.open_stream(swarm.hosts["a"].peer_id, STATE) as stream:
+                    await stream.send(RequestState(PREFIX))
+                    while not isinstance(await stream.receive(), ManifestPage):
+                        pass
+                    stream.accept_payloads(lambda tag, nbytes: memoryview(bytearray(nbytes)), CHUNK)
+                    while True:
+                        await stream.receive()
+                        await asyncio.sleep(45.0)
+
+            slow = asyncio.create_task(download_slowly())
+            await asyncio.sleep(70.0)
+            assert donor.uploads == 1
+            swarm.check(await swarm.load("j", [swarm.known("a")]), "a")
+            assert asyncio.get_running_loop().time() < 70.0 + 40.0
+            assert swarm.captures["a"] == 1
+            slow.cancel()
+            await asyncio.wait([slow])
+
+    with caplog.at_level(logging.INFO):
+        run(main)
+    assert "gets a copy of 1" in caplog.text
 
 
 class KnowsFloat32(NoCompression):

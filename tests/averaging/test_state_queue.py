@@ -11,6 +11,7 @@ from shoal.averaging.state.queue import (
     FRESH_SECONDS,
     HOLD_OFF_SECONDS,
     KEEP_SECONDS,
+    MAX_PATIENCE,
     MAX_UPLOADS,
     MAX_WAITING,
     CopyFailed,
@@ -73,6 +74,31 @@ def test_a_stale_copy_in_use_is_replaced_when_its_last_joiner_has_it_and_never_b
     assert queue.handle(RequestEnded(0), late) == []
     assert queue.handle(RequestEnded(1), late + 1) == [DropCopy(), TakeCopy(), TellPosition(5, 0)]
     assert queue.handle(CopyTaken(b"second"), late + 2) == [Serve(5)]
+
+
+def test_a_slow_joiner_does_not_keep_newcomers_from_the_free_slots():
+    queue = queue_with_copy(1)
+    late = FRESH_SECONDS + 1
+    assert queue.handle(arrive(5), late) == [TellPosition(5, 1)]
+    assert queue.handle(arrive(6), late + 1) == [TellPosition(6, 2)]
+    ends = late + late / 2  # half of the copy's age
+    assert queue.deadline == ends
+    assert queue.handle(TimePassed(), ends - 0.1) == []
+    assert queue.handle(TimePassed(), ends) == [Serve(5), TellPosition(6, 1)]
+    queue.handle(TimePassed(), ends + 5)
+    queue.handle(RequestEnded(5), ends + 6)
+    assert queue.handle(arrive(7), 10_000.0) == [TellPosition(7, 1)]
+    assert queue.deadline == 10_000.0 + MAX_PATIENCE
+    assert queue.handle(RequestEnded(6), 10_001.0) == []
+    # It had patience enough for the slow one to end: the copy is a new one.
+    assert queue.handle(RequestEnded(0), 10_002.0) == [DropCopy(), TakeCopy(), TellPosition(7, 0)]
+
+
+def test_who_waited_for_a_slot_while_the_copy_was_fresh_gets_it_when_it_is_stale():
+    queue = queue_with_copy(MAX_UPLOADS)
+    queue.handle(arrive(10), 10.0)
+    assert queue.deadline is None
+    assert queue.handle(RequestEnded(0), FRESH_SECONDS + 1) == [Serve(10)]
 
 
 def test_a_copy_is_kept_for_a_minute_after_its_last_use_and_then_freed():
@@ -146,6 +172,8 @@ def test_queue_and_requests_of_one_peer_are_bounded():
     (refused,) = queue.handle(arrive(200, peer=39), 1.0)
     assert isinstance(refused, Refuse)
     assert refused.code == BUSY
+    # Who has a part of the state is not refused by that.
+    assert Serve(201) in queue.handle(arrive(201, b"first", peer=0), 1.0)
     queue = queue_with_copy(1)
     queue.handle(arrive(50, peer=0), 1.0)
     (refused,) = queue.handle(arrive(51, peer=0), 1.0)

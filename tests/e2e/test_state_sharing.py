@@ -432,6 +432,14 @@ def test_rubbish_is_named_at_the_donor_and_the_joiner_goes_to_the_next(
     assert problem in text[0]
 
 
+def test_many_downloads_at_once_at_one_peer_wait_for_each_other(swarm: Swarm):
+    swarm.donor((1, [large(4)]))
+    joiner = swarm.joiner()
+    swarm.wait_for_donors(joiner, 1)
+    loads = [joiner.load_state_from_peers(wait=False, timeout=LIMIT) for _ in range(5)]
+    assert [load.result(LIMIT)[0] for load in loads] == [1] * 5
+
+
 class CannotBeSent(shoal.Float16Compression):
     compression_type = 92
 

@@ -83,8 +83,8 @@ class DecentralizedAverager:
     :param part_size_bytes: tensors travel in parts of at most this many bytes, after compression (1 KiB to 64
       MiB); the same at all peers
     :param allreduce_timeout: time for the exchange of tensors once a group has begun; None: no limit
-    :param next_chunk_timeout: default of ``sender_timeout``; also the longest pause between two pieces of a state that
-      is downloaded. None: no limit.
+    :param next_chunk_timeout: default of ``sender_timeout``; also the longest time between two whole pieces (2^18
+      elements each, 1 MiB of float32) of a state that is downloaded. None: no limit.
     :param sender_timeout: a member that sends no next part for this long is excluded: the others average without what
       it has not sent, and its own step fails. Default: ``next_chunk_timeout``.
     :param reducer_timeout: when a member returns no next average for this long, the round fails for everybody, and the
@@ -493,11 +493,12 @@ class DecentralizedAverager:
         :param scheduled_time: when all-reduce is expected to begin (:func:`~shoal.utils.get_dht_time`
           seconds, at most a day ahead); a group that is not full waits for further peers until then. Default: in
           ``min_matchmaking_time`` seconds, or when four fifths of a shorter ``timeout`` have passed.
-        :param weight: of this peer in the average; 0: contributes nothing, but takes the average; default: 1
+        :param weight: of this peer in the average, at most 1e300; 0: contributes nothing, but takes the average;
+          default: 1
         :param timeout: seconds for finding a group, from now on, the wait for earlier steps included; None:
           search until one is found
-        :param allow_retries: look for another group within ``timeout`` if the round fails, unless this peer's
-          own tensors are the reason (NaN, another shape than before)
+        :param allow_retries: look for another group within ``timeout`` if the round fails, after a pause that grows
+          from 0.1 to 5 seconds, unless this peer's own tensors are the reason (NaN, another shape than before)
         :param require_trigger: let the group wait until :meth:`StepControl.allow_allreduce` is called; needs
           ``wait=False``
         :param wait: return when finished; otherwise return a :class:`StepControl` at once

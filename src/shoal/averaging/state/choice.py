@@ -2,9 +2,11 @@
 
 Theory of operation. Donors of the highest priority come first, in random order among equals (the caller shuffles by
 ``tiebreak``). A donor that puts the joiner into its queue is left at once for another one of the same priority that
-was not asked yet; when all of them have a queue, the joiner waits at the shortest. A connection to a donor that has
-answered is made again when it breaks, ``MAX_RESUMPTIONS`` times in a row without progress; whatever else goes wrong,
-the next donor's turn comes. When nobody is left, the DHT is asked once more for donors that have come meanwhile.
+was not asked yet; when all of them have a queue, the joiner waits at the shortest. A donor that has asked it to wait
+for ``WAIT_PATIENCE`` is left for any other one, whatever its priority, that was not left so before. A connection to a
+donor that has answered is made again when it breaks, ``MAX_RESUMPTIONS`` times in a row without progress; whatever else
+goes wrong, the next donor's turn comes. When nobody is left, the DHT is asked once more for donors that have come
+meanwhile.
 
 :meth:`DonorChoice.handle` is the one entry point: what has happened in, what to do now out.
 """
@@ -18,6 +20,8 @@ from typing import TypeAlias
 from shoal.p2p.identity import PeerID
 
 MAX_RESUMPTIONS = 4
+WAIT_PATIENCE = 120.0
+"""Seconds without a chunk at a donor that says that it lives; what it says costs a liar nothing."""
 FIRST_BACKOFF = 0.25
 """Seconds before a broken connection is made again; doubled for each further try."""
 
@@ -41,9 +45,12 @@ class DonorsFound:
 
 @dataclass(frozen=True)
 class DonorBusy:
-    """The donor that was asked has put the joiner at this place of its queue; 0: it is about to begin."""
+    """The donor that was asked has put the joiner at this place of its queue; 0: it is about to begin. For ``waited``
+    seconds it has sent nothing of the state.
+    """
 
     position: int
+    waited: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,8 @@ class _Candidate:
     position: int | None = None
     """Its place in this donor's queue, as last heard."""
     has_answered: bool = False
+    was_left: bool = False
+    """It made the joiner wait too long; it is asked again only when nobody else is left."""
     resumptions: int = 0
     answers: list[str] = field(default_factory=list)
 
@@ -119,8 +128,8 @@ class DonorChoice:
         match event:
             case DonorsFound(donors):
                 return self._add(donors)
-            case DonorBusy(position):
-                return self._hear_position(position)
+            case DonorBusy(position, waited):
+                return self._hear_position(position, waited)
             case ChunkReceived():
                 current = self._asked()
                 current.has_answered, current.resumptions = True, 0
@@ -144,14 +153,22 @@ class DonorChoice:
         self._candidates |= {donor.peer: _Candidate(donor) for donor in new}
         return self._choose() if new else GiveUp()
 
-    def _hear_position(self, position: int) -> Action:
+    def _hear_position(self, position: int, waited: float) -> Action:
         current = self._asked()
         current.position, current.has_answered = position, True
+        if waited >= WAIT_PATIENCE and any(one is not current and not one.was_left for one in self._left()):
+            current.was_left, self._has_settled = True, False
+            current.answers.append(f"nothing but place {position} in its queue for {waited:.0f} s")
+            return self._choose()
         if position == 0:
             return Stay()
         if self._has_settled or current.resumptions:
             return Stay()
-        equals = [one for one in self._left() if one.donor.priority == current.donor.priority]
+        equals = [
+            one
+            for one in self._left()
+            if (one.donor.priority, one.was_left) == (current.donor.priority, current.was_left)
+        ]
         # Leaving a queue costs the place in it: one round through all of them, and then patience.
         self._has_settled = all(one.was_asked for one in equals)
         shortest = min(equals, key=_wait)
@@ -177,8 +194,7 @@ class DonorChoice:
         left = self._left()
         if not left:
             return LookForDonors()
-        highest = max(one.donor.priority for one in left)
-        return self._ask(min((one for one in left if one.donor.priority == highest), key=_wait))
+        return self._ask(min(left, key=lambda one: (one.was_left, -one.donor.priority, *_wait(one))))
 
     def _ask(self, candidate: _Candidate) -> Action:
         self._current = candidate

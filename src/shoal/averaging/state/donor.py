@@ -31,6 +31,7 @@ from shoal.averaging.state.messages import (
     check_request,
 )
 from shoal.averaging.state.queue import (
+    FRESH_SECONDS,
     CopyFailed,
     CopyTaken,
     DropCopy,
@@ -70,9 +71,11 @@ class HeldState:
     """The encoded state in shared memory, which lives until this object and all uploads from it are gone.
 
     :param capture: taken over
+    :param taken_at: when it was asked for, by the loop's clock
     """
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Capture, taken_at: float) -> None:
+        self.taken_at = taken_at
         self.state_id = secrets.token_bytes(STATE_ID_BYTES)
         self.layout = capture.layout()
         self.manifest = self.layout.manifest
@@ -218,7 +221,8 @@ class StateDonor:
     async def _take_copy(self) -> None:
         try:
             async with asyncio.timeout(COPY_TIMEOUT):
-                self._held = await self._prepared(await self._capture())
+                asked_at = self._now()
+                self._held = await self._prepared(await self._capture(), asked_at)
         except TimeoutError:
             logger.warning("%s: the state was not copied within %g s", self._prefix, COPY_TIMEOUT)
             self._feed(CopyFailed(FAILED))
@@ -236,9 +240,9 @@ class StateDonor:
             )
             self._feed(CopyTaken(self._held.state_id))
 
-    async def _prepared(self, capture: Capture) -> HeldState:
+    async def _prepared(self, capture: Capture, taken_at: float) -> HeldState:
         try:
-            held = HeldState(capture)
+            held = HeldState(capture, taken_at)
             await asyncio.to_thread(held.encode)
         except BaseException:
             capture.memory.close()
@@ -296,6 +300,8 @@ class StateDonor:
             start = resume.next_chunk
             await _promptly(stream.send(Resumed()))
         else:
+            if (age := self._now() - held.taken_at) > FRESH_SECONDS:
+                logger.info("%s: %s gets a copy of %.0f s ago", self._prefix, stream.remote, age)
             await _promptly(_send_offer(stream, held))
         for index in range(start, manifest.chunk_count):
             await _promptly(stream.send_payload(index, held.chunk(index)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import torch
 
 from shoal.averaging.state.capture import drop_tracebacks
 from shoal.averaging.state.choice import (
+    MAX_RESUMPTIONS,
     Action,
     AskDonor,
     ChunkReceived,
@@ -204,7 +206,8 @@ class StateDownload:
     :param find_donors: asks the DHT, and draws a tiebreak for each donor
     :param allocate: makes memory of so many bytes for a state, in place of what was made before; raises
       :class:`InvalidValueError` if there is not so much
-    :param next_chunk_timeout: seconds between two chunks after which the next donor's turn comes; None: no limit
+    :param next_chunk_timeout: seconds between two whole chunks (2^18 elements; 1 MiB of float32) after which the next
+      donor's turn comes; None: no limit
     :param on_progress: called now and then
     """
 
@@ -226,16 +229,21 @@ class StateDownload:
         self._on_progress = on_progress
         self._choice = DonorChoice()
         self._partial: PartialState | None = None
+        self._offers: Counter[PeerID] = Counter()
+        self._waiting: tuple[PeerID, float] | None = None
+        """For whom, and since when nothing of the state has come."""
         self._began = self._logged = self._shown = 0.0
         self._began_at_byte = 0
 
-    async def run(self, timeout: float | None = None) -> Downloaded | str:
+    async def run(self, timeout: float | None = None, *, began: float | None = None) -> Downloaded | str:
         """A whole state, or why there is none.
 
         :param timeout: seconds for all of it
+        :param began: from when they count, by the loop's clock; None: from now on
         """
+        began = asyncio.get_running_loop().time() if began is None else began
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout_at(None if timeout is None else began + timeout):
                 return await self._run()
         except TimeoutError:
             return f"it took longer than timeout={timeout:g} s. {self._story()}"
@@ -276,6 +284,8 @@ class StateDownload:
         """Get what is missing from one donor: the state, or what to do instead."""
         if self._partial is not None and self._partial.donor != donor.peer:
             await self._drop()
+        if self._waiting is None or self._waiting[0] != donor.peer:
+            self._waiting = donor.peer, asyncio.get_running_loop().time()
         event: Event
         try:
             try:
@@ -314,6 +324,7 @@ class StateDownload:
                 if not isinstance(payload, Payload):
                     raise ProtocolViolation(f"sent {type(payload).__name__} instead of a chunk")
                 await partial.take(payload)
+                self._waiting = donor.peer, asyncio.get_running_loop().time()
                 self._tell(ChunkReceived())
                 self._show(partial)
             await self._check_digest(stream, partial)
@@ -338,7 +349,9 @@ class StateDownload:
             None if self._next_chunk_timeout is None else max(self._next_chunk_timeout, LEAST_FIRST_TIMEOUT)
         )
         while isinstance(answer := await self._receive(stream, limit, "its state"), Waiting):
-            self._tell(DonorBusy(answer.position))
+            assert self._waiting is not None
+            waited = asyncio.get_running_loop().time() - self._waiting[1]
+            self._tell(DonorBusy(answer.position, waited))
         partial = self._partial
         if isinstance(answer, Resumed):
             if partial is None:
@@ -347,6 +360,9 @@ class StateDownload:
             logger.info("%s: resuming the download from %s", self._prefix, donor.peer)
         elif isinstance(answer, Offer):
             await self._drop()
+            self._offers[donor.peer] += 1
+            if self._offers[donor.peer] > 1 + MAX_RESUMPTIONS:
+                raise ProtocolViolation(f"began {MAX_RESUMPTIONS + 1} times, and did not come to the end")
             partial = self._partial = await self._accept(stream, answer, limit)
         else:
             raise ProtocolViolation(f"sent {type(answer).__name__} instead of an offer")

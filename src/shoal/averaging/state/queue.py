@@ -3,8 +3,9 @@
 Theory of operation. A request is *waiting* in the queue or *admitted* to one of ``max_uploads`` slots. The donor holds
 one copy at a time: newcomers share it while it is fresh (``FRESH_SECONDS``). A stale copy is replaced as soon as nobody
 downloads it any more; until then newcomers wait, so that there are never two copies, and whoever began gets the end of
-what it began. A copy that nobody uses is kept for ``KEEP_SECONDS``, for joiners whose connection broke; they go to the
-front of the queue.
+what it began. One slow joiner does not stop the donor by that: who has waited for half of the copy's age, but at most
+``MAX_PATIENCE``, gets the stale copy. The pauses in which a copy may come to its end grow with its age so. A copy that
+nobody uses is kept for ``KEEP_SECONDS``, for joiners whose connection broke; they go to the front of the queue.
 
 :meth:`UploadQueue.handle` is the one entry point: events and ``now`` in, effects out.
 """
@@ -25,6 +26,9 @@ FRESH_SECONDS = 60.0
 """A newcomer shares a copy up to this old."""
 KEEP_SECONDS = 60.0
 """For how long a copy is kept after its last use."""
+MIN_PATIENCE = 30.0
+MAX_PATIENCE = 120.0
+"""Bounds of the time for which a newcomer waits for a fresh copy while others download a stale one."""
 HOLD_OFF_SECONDS = 5.0
 """After a copy could not be made, nobody's request makes the donor try again for so long."""
 
@@ -116,6 +120,7 @@ class _Request:
     request: int
     peer: PeerID
     state_id: bytes | None
+    arrived: float
     told: int | None = None
 
 
@@ -138,8 +143,12 @@ class UploadQueue:
     @property
     def deadline(self) -> float | None:
         """When TimePassed is due, if ever."""
-        is_idle = self._state_id is not None and not self._admitted
-        return self._used_at + KEEP_SECONDS if is_idle else None
+        if self._state_id is None:
+            return None
+        if not self._admitted:
+            return self._used_at + KEEP_SECONDS
+        has_room = len(self._admitted) < self._max_uploads
+        return self._patience_ends(self._waiting[0]) if self._waiting and has_room else None
 
     @property
     def uploads(self) -> int:
@@ -151,7 +160,7 @@ class UploadQueue:
         effects: list[Effect] = []
         match event:
             case RequestArrived(request, peer, state_id):
-                effects += self._arrive(_Request(request, peer, state_id))
+                effects += self._arrive(_Request(request, peer, state_id, now))
             case RequestEnded(request):
                 self._end(request, now)
             case CopyTaken(state_id):
@@ -185,7 +194,7 @@ class UploadQueue:
         elif len(own) >= MAX_REQUESTS_PER_PEER:
             yield Refuse(new.request, BUSY, f"{new.peer} has {len(own)} requests here already")
             return
-        if len(self._waiting) >= self._max_waiting:
+        if not resumes and len(self._waiting) >= self._max_waiting:
             yield Refuse(new.request, BUSY, f"{len(self._waiting)} others wait for this peer's state already")
             return
         self._waiting.insert(0 if resumes else len(self._waiting), new)
@@ -217,8 +226,7 @@ class UploadQueue:
     def _admit(self, now: float) -> Iterator[Effect]:
         while self._waiting and len(self._admitted) < self._max_uploads:
             first = self._waiting[0]
-            is_fresh = self._state_id is not None and now <= self._taken_at + FRESH_SECONDS
-            if self._state_id is not None and (is_fresh or first.state_id == self._state_id):
+            if self._state_id is not None and self._is_served(first, now):
                 yield Serve(first.request)
             elif self._copying:
                 pass  # served with the others when the copy is there
@@ -236,8 +244,20 @@ class UploadQueue:
                 yield TakeCopy()
             self._admitted[first.request] = self._waiting.pop(0)
 
+    def _is_served(self, one: _Request, now: float) -> bool:
+        """Whether a request gets the copy that there is: it is fresh, or the joiner has a part of it, or it has waited
+        enough for those who keep it from being replaced.
+        """
+        is_fresh = now <= self._taken_at + FRESH_SECONDS
+        had_patience = bool(self._admitted) and now >= self._patience_ends(one)
+        return is_fresh or one.state_id == self._state_id or had_patience
+
+    def _patience_ends(self, one: _Request) -> float:
+        age = one.arrived - self._taken_at
+        return one.arrived + min(max(MIN_PATIENCE, age / 2), MAX_PATIENCE)
+
     def _expire(self, now: float) -> Iterator[Effect]:
-        is_kept = self._allowed and (self.deadline is None or now < self.deadline)
+        is_kept = self._allowed and now < self._used_at + KEEP_SECONDS
         if self._state_id is not None and not self._admitted and not is_kept:
             self._state_id = None
             yield DropCopy()

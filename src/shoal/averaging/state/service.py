@@ -25,6 +25,7 @@ from shoal.averaging.state.commands import (
 from shoal.averaging.state.declarations import DonorDeclarations, Wish
 from shoal.averaging.state.donor import CopyUnavailable, StateDonor
 from shoal.averaging.state.download import Progress, StateDownload
+from shoal.averaging.state.queue import MAX_REQUESTS_PER_PEER
 from shoal.dht.node import DHTNode
 from shoal.dht.tasks import TaskSet
 from shoal.errors import InvalidStateError, InvalidValueError
@@ -59,6 +60,7 @@ class StateService:
         self._next_chunk_timeout = next_chunk_timeout
         self._captures: dict[int, asyncio.Future[Capture]] = {}
         self._last_capture = 0
+        self._downloads = asyncio.Semaphore(MAX_REQUESTS_PER_PEER)
         self._memories: dict[int, asyncio.Future[SharedMemory]] = {}
         self._tasks = TaskSet()
         self._rng = random.SystemRandom()
@@ -122,6 +124,19 @@ class StateService:
     # as a joiner
 
     async def _load(self, command: LoadState) -> LoadedState:
+        began = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(command.timeout):
+                await self._downloads.acquire()  # donors refuse more requests of one peer
+        except TimeoutError:
+            reason = "the downloads that this peer had begun before took longer"
+            return LoadedState(b"", (), f"{reason} than timeout={command.timeout:g} s")
+        try:
+            return await self._download(command, began)
+        finally:
+            self._downloads.release()
+
+    async def _download(self, command: LoadState, began: float) -> LoadedState:
         download = StateDownload(
             self._node.host,
             self._prefix,
@@ -131,7 +146,7 @@ class StateService:
             on_progress=lambda progress: self._show(command, progress),
         )
         try:
-            result = await download.run(command.timeout)
+            result = await download.run(command.timeout, began=began)
         finally:
             self._forget_memory(command.download)
         if isinstance(result, str):
