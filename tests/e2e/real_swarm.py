@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,4 +77,11 @@ def wait_for_stage(steps: list[Any], stage: AveragingStage, limit: float = 30.0)
     while any(step.stage is not stage for step in steps):
         assert time.monotonic() < deadline, [step.stage for step in steps]
         assert not any(step.done() for step in steps), steps
+        threading.Event().wait(0.002)
+
+
+def wait_until(condition: Callable[[], bool], limit: float = 20.0) -> None:
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline
         threading.Event().wait(0.002)

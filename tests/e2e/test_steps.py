@@ -13,11 +13,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from real_swarm import STEP_TIMEOUT, Swarm, step_all, wait_for_stage
+from real_swarm import STEP_TIMEOUT, Swarm, step_all, wait_for_stage, wait_until
 
 from shoal.averaging.control import AveragingStage
+from shoal.averaging.service import WARN_AFTER_ATTEMPTS
 from shoal.averaging.steps import LONELY_ROUNDS
-from shoal.errors import AllreduceException, InvalidStateError
+from shoal.errors import AllreduceException, InvalidStateError, MatchmakingException
 from shoal.utils.timed import get_dht_time
 
 pytestmark = pytest.mark.xdist_group("averaging")
@@ -42,7 +43,8 @@ def test_the_weight_can_be_set_until_all_reduce_begins_and_no_longer(swarm: Swar
 
 
 @pytest.mark.parametrize(
-    ("value", "error"), [(-1.0, ValueError), (float("nan"), ValueError), ("2", TypeError)]
+    ("value", "error"),
+    [(-1.0, ValueError), (float("nan"), ValueError), (1e301, ValueError), ("2", TypeError)],
 )
 def test_a_weight_that_is_none_is_refused_and_the_old_one_stays(
     swarm: Swarm, value: Any, error: type[Exception]
@@ -74,6 +76,21 @@ def test_a_group_in_which_nobody_has_weight_fails_with_that_reason(swarm: Swarm)
     for control in controls:
         with pytest.raises(AllreduceException, match="weight"):
             control.result(60)
+        assert control.report.attempts == 1
+
+
+def test_a_round_that_fails_again_and_again_is_retried_with_growing_pauses_and_warnings(
+    swarm: Swarm, caplog: pytest.LogCaptureFixture
+):
+    averagers = [swarm.peer([torch.ones(3)], size=2) for _ in range(2)]
+    with caplog.at_level(logging.WARNING):
+        controls = [averager.step(wait=False, timeout=1.5, weight=0) for averager in averagers]
+        for control in controls:
+            with pytest.raises(AllreduceException):
+                control.result(60)
+            assert WARN_AFTER_ATTEMPTS <= control.report.attempts < 10
+    assert f"attempt {WARN_AFTER_ATTEMPTS} failed" in caplog.text
+    assert "attempt 1 failed" not in caplog.text
 
 
 def test_a_step_can_be_brought_forward_and_put_off_while_it_looks_for_a_group(swarm: Swarm):
@@ -165,6 +182,77 @@ def test_storage_that_is_replaced_between_rounds_is_averaged(swarm: Swarm):
     assert torch.equal(parameters[1].data, torch.full((5,), 4.0))
 
 
+def test_an_average_that_cannot_be_written_fails_the_step_and_says_so(
+    swarm: Swarm, caplog: pytest.LogCaptureFixture
+):
+    parameters = [torch.nn.Parameter(torch.full((5,), float(index))) for index in range(2)]
+    averagers = [swarm.peer([parameter], size=2) for parameter in parameters]
+    copied = when_copied(averagers[0])
+    with averagers[1].get_tensors():
+        controls = [averager.step(wait=False, timeout=STEP_TIMEOUT) for averager in averagers]
+        assert copied.wait(20)
+        parameters[0].data = torch.zeros(6)
+    with pytest.raises(
+        AllreduceException, match=r"could not be written .*averaged_tensors\[0\] was float32 \[5\]"
+    ):
+        controls[0].result(30)
+    assert controls[0].report.failure == str(controls[0].exception())
+    assert averagers[0].last_report is controls[0].report
+    assert len(controls[1].result(30)) == 2
+    assert parameters[1].tolist() == [0.5] * 5
+
+
+def test_a_step_whose_round_is_decided_cannot_be_cancelled_and_takes_the_average(swarm: Swarm):
+    tensors = [[torch.full((1000,), float(index))] for index in range(2)]
+    averagers = [swarm.peer(own, size=2) for own in tensors]
+    copied = when_copied(averagers[0])
+    controls = [a.step(wait=False, timeout=STEP_TIMEOUT, require_trigger=True) for a in averagers]
+    controls[0].allow_allreduce()
+    assert copied.wait(20)
+    with averagers[0].get_tensors() as (mine,):
+        controls[1].allow_allreduce()
+        controls[1].result(30)
+        wait_until(lambda: controls[0]._is_bound)
+        assert not controls[0].cancel()
+        assert mine[0] == 0.0  # it waits for the lock
+    assert len(controls[0].result(30)) == 2
+    assert torch.equal(tensors[0][0], torch.full((1000,), 0.5))
+
+
+def test_a_shutdown_inside_get_tensors_does_not_wait_for_the_average_that_is_to_be_written(
+    swarm: Swarm, caplog: pytest.LogCaptureFixture
+):
+    tensors = [[torch.full((1000,), float(index))] for index in range(2)]
+    averagers = [swarm.peer(own, size=2) for own in tensors]
+    copied = when_copied(averagers[0])
+    controls = [a.step(wait=False, timeout=STEP_TIMEOUT, require_trigger=True) for a in averagers]
+    controls[0].allow_allreduce()
+    assert copied.wait(20)
+    with caplog.at_level(logging.WARNING), averagers[0].get_tensors():
+        controls[1].allow_allreduce()
+        controls[1].result(30)
+        wait_until(lambda: controls[0]._is_bound)
+        averagers[0].shutdown()
+    assert "did not end" not in caplog.text
+    with pytest.raises(AllreduceException):
+        controls[0].result(30)
+    assert torch.equal(tensors[0][0], torch.zeros(1000))
+
+
+def test_a_cancelled_step_does_not_go_on_to_wait_for_the_lock(swarm: Swarm):
+    averagers = [swarm.peer([torch.zeros(3)], size=2) for _ in range(2)]
+    with averagers[0].get_tensors():
+        controls = [averager.step(wait=False, timeout=STEP_TIMEOUT) for averager in averagers]
+        wait_for_stage(controls[:1], AveragingStage.RUNNING_ALLREDUCE)
+        for control in controls:
+            assert control.cancel()
+        # The next one needs the thread that waited for the lock, to tell that it looks for a group.
+        following = averagers[0].step(wait=False, timeout=0.5)
+        wait_until(following.done)
+        with pytest.raises(MatchmakingException):
+            following.result()
+
+
 def test_failures_in_a_row_are_said_louder(swarm: Swarm, caplog: pytest.LogCaptureFixture):
     averager = swarm.peer([torch.zeros(3)], size=2, min_matchmaking_time=0.3, request_timeout=0.1)
     with caplog.at_level(logging.WARNING):
@@ -191,6 +279,19 @@ def test_a_report_reads_well_and_is_made_of_plain_values(swarm: Swarm):
     assert plain["weight"] == 2.0
     assert plain["phases"]["allreduce"] > 0
     assert "2 peers" in str(report)
+
+
+def when_copied(averager: Any) -> threading.Event:
+    """Set when a round has copied this averager's tensors."""
+    store, copied = averager._DecentralizedAverager__keeper.store, threading.Event()
+    snapshot = store.snapshot
+
+    def note(*arguments: Any, **options: Any) -> None:
+        snapshot(*arguments, **options)
+        copied.set()
+
+    store.snapshot = note
+    return copied
 
 
 def assert_plain(value: Any) -> None:

@@ -83,6 +83,15 @@ class ReachStage:
 
 
 @dataclass(frozen=True)
+class BoundByWord:
+    """This peer has given its word to commit the step's round, or the round is decided: until the step reaches another
+    stage it can't be cancelled any more.
+    """
+
+    step: int
+
+
+@dataclass(frozen=True)
 class TakeSnapshot:
     """All-reduce begins: copy the user's tensors to the arena (unless auxiliary); answered by the step's weight.
 
@@ -95,6 +104,9 @@ class TakeSnapshot:
 
 @dataclass(frozen=True)
 class ApplyAverage:
-    """The round has committed: write the average to the user's tensors."""
+    """The round has committed: write the average to the user's tensors.
+
+    Raises :class:`AllreduceException` if the step has been cancelled before the host knew that it was bound.
+    """
 
     step: int

@@ -21,6 +21,8 @@ MAX_PART_SIZE_BYTES = 1 << 26
 """The largest payload that a connection takes."""
 
 START_BEFORE_DEADLINE = 0.8
+FIRST_RETRY_PAUSE = 0.1
+MAX_RETRY_PAUSE = 5.0
 DEFAULT_DECLARE_STATE_PERIOD = 30.0
 MAX_DECLARE_STATE_PERIOD = 3000.0
 """Seconds; with the time until it expires, a declaration stays below the hour that the DHT keeps records."""
@@ -197,3 +199,20 @@ def default_start(now: float, deadline: float | None, settings: MatchmakingConfi
     """
     wait = settings.min_matchmaking_time
     return now + (wait if deadline is None else min(wait, START_BEFORE_DEADLINE * (deadline - now)))
+
+
+def retry_start(planned: float, now: float, deadline: float | None, settings: MatchmakingConfig) -> float:
+    """When a group that is not full begins after one has failed: as if the step were made ``now``, but not before the
+    time that was ``planned``, which may be the user's. DHT seconds.
+    """
+    return max(planned, default_start(now, deadline, settings))
+
+
+def retry_pause(failures: int, time_left: float | None) -> float:
+    """Seconds to wait after so many failures of one step before another group is looked for: whatever makes rounds fail
+    may last, and each attempt costs all members of a group. The same for all of them, so that they meet again.
+
+    :param time_left: until the deadline of the search; None: there is none
+    """
+    pause = min(MAX_RETRY_PAUSE, FIRST_RETRY_PAUSE * 2.0 ** min(failures - 1, 16))
+    return pause if time_left is None else max(0.0, min(pause, time_left / 2))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from shoal.averaging.allreduce.messages import MAX_WEIGHT
 from shoal.averaging.checks import check_number, check_scheduled_time
 from shoal.errors import InvalidStateError
 from shoal.runtime.futures import MPFuture
@@ -75,6 +76,7 @@ class StepControl(MPFuture[Any]):
         self._weight = weight
         self._triggered = not needs_trigger
         self._steering = steering
+        self._is_bound = False
         self._call: Future[Any] | None = None
         self._report: RoundReport | None = None
 
@@ -110,13 +112,13 @@ class StepControl(MPFuture[Any]):
         tensors. 0: contributes nothing.
 
         :raises InvalidStateError: on setting, when all-reduce has begun
-        :raises InvalidValueError: on setting, negative or not finite
+        :raises InvalidValueError: on setting, negative, or beyond 1e300
         """
         return self._weight
 
     @weight.setter
     def weight(self, weight: float) -> None:
-        check_number("weight", weight, minimum=0)
+        check_weight(weight)
         with self._settable("weight"):
             self._weight = float(weight)
 
@@ -144,14 +146,18 @@ class StepControl(MPFuture[Any]):
             self._steering.trigger()
 
     def cancel(self) -> bool:
-        """Withdraw from the step, at any time until its round is decided; groupmates learn it at once.
+        """Withdraw from the step; groupmates learn it at once.
 
-        :returns: False if the step has finished already
+        Possible until this peer has told its group that it holds the whole average, which binds it to commit together
+        with the others, or the round is decided; and again if that round fails and another group is looked for.
+
+        :returns: True: the step is cancelled, and will write nothing to the tensors; False: it has finished, or is
+          bound, and its outcome is about to follow
         """
         with self._lock:  # of several threads that cancel, one is the first
             if self.cancelled():
                 return True
-            if not super().cancel():
+            if self._is_bound or not super().cancel():
                 return False
             self.set_running_or_notify_cancel()
         if self._call is not None:
@@ -167,6 +173,12 @@ class StepControl(MPFuture[Any]):
     def reach(self, stage: AveragingStage) -> None:
         with self._lock:
             self._stage = stage
+            self._is_bound = False
+
+    def bind(self) -> None:
+        """This peer has given its word: until the step reaches another stage it can't be cancelled any more."""
+        with self._lock:
+            self._is_bound = True
 
     def begin_allreduce(self) -> float:
         """From now on the weight is settled; returns it."""
@@ -192,6 +204,11 @@ class StepControl(MPFuture[Any]):
 
     def __repr__(self) -> str:
         return f"<StepControl {self.stage.value}, weight {self._weight:g}>"
+
+
+def check_weight(weight: Any) -> None:
+    """:raises InvalidTypeError: not a number; :raises InvalidValueError: negative, or too large to be summed up"""
+    check_number("weight", weight, minimum=0, maximum=MAX_WEIGHT)
 
 
 def _run_on_its_own_thread(callback: Callable[[], None]) -> None:

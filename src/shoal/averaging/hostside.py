@@ -12,7 +12,7 @@ import threading
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any
 
-from shoal.averaging.commands import ApplyAverage, AttachArena, ReachStage, TakeSnapshot
+from shoal.averaging.commands import ApplyAverage, AttachArena, BoundByWord, ReachStage, TakeSnapshot
 from shoal.averaging.control import StepControl
 from shoal.averaging.partition import Layout
 from shoal.averaging.state.commands import StateCommand
@@ -57,11 +57,16 @@ class TensorKeeper:
         self.last_report: RoundReport | None = None
         self._alpha = alpha
         self._memory: SharedMemory | None = None
+        self._is_ending = False
 
     def create_memory(self) -> SharedMemory:
         """The shared memory of both areas: the snapshot, and the average behind it."""
         self._memory = SharedMemory.create(max(1, 2 * self.layout.nbytes))
         return self._memory
+
+    def begin_to_end(self) -> None:
+        """From now on nothing waits for the lock of the tensors: whoever ends the averager may hold it."""
+        self._is_ending = True
 
     def close(self) -> None:
         self.states.close()
@@ -77,8 +82,11 @@ class TensorKeeper:
                     self.controls[step].reach(stage)
             case TakeSnapshot(step):
                 return self._begin_allreduce(step)
-            case ApplyAverage():
-                self.store.apply(self._area(0), self._area(1), self._alpha)
+            case BoundByWord(step):
+                if step in self.controls:
+                    self.controls[step].bind()
+            case ApplyAverage(step):
+                self._apply(step)
             case StateCommand():
                 self.states.handle(command)
             case _:
@@ -93,18 +101,30 @@ class TensorKeeper:
 
     def _begin_allreduce(self, step: int) -> float:
         """Copy the tensors, and settle the weight, which is returned."""
-        if step not in self.controls:
-            raise AllreduceException("the step has ended")
-        control = self.controls[step]
+        control = self._control(step)
         weight = control.begin_allreduce()
         if not self._auxiliary:
-            self._take_snapshot(check=weight > 0)
+            self._take_snapshot(control, check=weight > 0)
         return weight
 
-    def _take_snapshot(self, check: bool) -> None:
+    def _control(self, step: int) -> StepControl:
+        control = self.controls.get(step)
+        if control is None or control.done():
+            raise AllreduceException("the step has ended")
+        return control
+
+    def _apply(self, step: int) -> None:
+        # Of those that were cancelled in the moment when they got bound nobody awaits an average any more.
+        self._control(step)
+        self.store.apply(self._area(0), self._area(1), self._alpha, abandoned=lambda: self._is_ending)
+
+    def _take_snapshot(self, control: StepControl, check: bool) -> None:
         area = self._area(0)
         try:
-            self.store.snapshot(area, timeout=LOCK_TIMEOUT)
+            # The next step's request waits behind this one, on the same thread.
+            self.store.snapshot(
+                area, timeout=LOCK_TIMEOUT, abandoned=lambda: control.done() or self._is_ending
+            )
         except DeadlineExceeded as e:
             logger.warning("withdrawing from a round, whose other members wait: %s", e)
             raise AllreduceException(f"withdrawn from the round: {e}") from e
@@ -142,6 +162,7 @@ def close_in_background(creation: MPFuture[ServiceHandle], keeper: TensorKeeper)
 
 def close(creation: MPFuture[ServiceHandle], keeper: TensorKeeper, timeout: float = 5.0) -> None:
     """End the service in the background process, if it came to be and that still runs."""
+    keeper.begin_to_end()
     try:
         if not creation.cancel() and creation.exception(timeout) is None:
             creation.result().close().result(timeout)

@@ -20,6 +20,7 @@ from shoal.averaging.commands import (
     AllowAllreduce,
     ApplyAverage,
     AttachArena,
+    BoundByWord,
     GetGroupBits,
     ReachStage,
     Reschedule,
@@ -28,7 +29,7 @@ from shoal.averaging.commands import (
     StepOutcome,
     TakeSnapshot,
 )
-from shoal.averaging.config import AveragerConfig, default_start
+from shoal.averaging.config import AveragerConfig, retry_pause, retry_start
 from shoal.averaging.control import AveragingStage
 from shoal.averaging.group import GroupInfo, PeerMode
 from shoal.averaging.load_balancing import load_balance_peers
@@ -47,6 +48,9 @@ from shoal.runtime.service import ServiceContext
 from shoal.utils.timed import get_dht_time
 
 logger = logging.getLogger(__name__)
+
+WARN_AFTER_ATTEMPTS = 3
+"""From as many failed groups in one step on, each failure is a warning."""
 
 T = TypeVar("T")
 
@@ -213,17 +217,23 @@ class AveragerService:
                 time_is_up = command.deadline is not None and now >= command.deadline
                 if not command.allow_retries or time_is_up or isinstance(e, StepFailed):
                     return self._finish(step, found, str(e))
-                logger.info(
-                    "%s: round %d: attempt %d failed: %s",
-                    self._config.prefix,
-                    command.step,
-                    step.report.attempts,
-                    e,
-                )
-                step.start_time = default_start(now, command.deadline, self._config.matchmaking)
+                await self._prepare_retry(step, e)
                 continue
             gathered = tuple((member.peer_id, member.gather) for member in group.members)
             return replace(self._finish(step, found, None), gathered=gathered)
+
+    async def _prepare_retry(self, step: Step, failure: AllreduceException) -> None:
+        attempts, deadline = step.report.attempts, step.command.deadline
+        logger.log(
+            logging.INFO if attempts < WARN_AFTER_ATTEMPTS else logging.WARNING,
+            "%s: round %d: attempt %d failed: %s",
+            self._config.prefix,
+            step.command.step,
+            attempts,
+            failure,
+        )
+        await asyncio.sleep(retry_pause(attempts, _seconds_until(deadline)))
+        step.start_time = retry_start(step.start_time, get_dht_time(), deadline, self._config.matchmaking)
 
     def _finish(self, step: Step, found_group: bool, failure: str | None) -> StepOutcome:
         step.report = replace(step.report, failure=failure)
@@ -254,8 +264,12 @@ class AveragerService:
     async def _reach(self, step: Step, stage: AveragingStage) -> None:
         await self._context.call_host(ReachStage(step.command.step, stage))
 
+    async def _notify_bound(self, step: Step) -> None:
+        await self._context.call_host(BoundByWord(step.command.step))
+
     async def _run_round(self, step: Step, group: GroupInfo) -> None:
-        """Run one round in ``group`` and, if it commits, have the average applied. Waits for nothing before the round
+        """Run one round in ``group`` and, if it commits, have the average applied, unless the step was cancelled before
+        the host knew that this peer was bound: then its tensors stay as they are. Waits for nothing before the round
         can be withdrawn from: the step may have been cancelled in the moment when the group stood.
 
         :raises AllreduceException: it did not commit
@@ -267,21 +281,30 @@ class AveragerService:
         waited = 0.0
         own_fault = False
         weight = step.command.weight
+        notices: list[asyncio.Future[None]] = []
 
         async def take_snapshot() -> None:
             nonlocal waited, own_fault, weight
             loop = asyncio.get_running_loop()
             began = loop.time()
-            if not step.triggered.is_set():
-                await self._reach(step, AveragingStage.AWAITING_TRIGGER)
-                await step.triggered.wait()
-            waited = loop.time() - began
+            try:
+                if not step.triggered.is_set():
+                    await self._reach(step, AveragingStage.AWAITING_TRIGGER)
+                    await step.triggered.wait()
+            finally:  # the round may fail meanwhile
+                waited = loop.time() - began
             await asyncio.shield(populating)
             try:
                 weight = cast("float", await self._context.call_host(TakeSnapshot(step.command.step)))
             except Exception as e:  # of the user's tensors and their devices: may be anything
                 own_fault = not isinstance(e, AllreduceException)
                 raise
+
+        async def run() -> RoundResult:
+            try:
+                return await current.run()
+            finally:
+                await asyncio.gather(*notices)
 
         current = Round(
             self._host,
@@ -292,6 +315,7 @@ class AveragerService:
             take_snapshot=take_snapshot,
             weight=lambda: weight,
             timeouts=self._timeouts,
+            on_bound=lambda: notices.append(asyncio.ensure_future(self._notify_bound(step))),
         )
         step.report = replace(
             step.report,
@@ -304,7 +328,7 @@ class AveragerService:
         self._matchmaker.watch_members(partial(self._rounds.lose_member, group.group_id))
         try:
             result, cancelled = await _run_to_the_end(
-                current.run(), lambda: current.withdraw("its user cancelled the step")
+                run(), lambda: current.withdraw("its user cancelled the step")
             )
         finally:
             self._rounds.end(current)
@@ -312,10 +336,12 @@ class AveragerService:
         if result.failure is not None and cancelled is None:
             raise (StepFailed if own_fault else AllreduceException)(result.failure)
         if result.failure is None:
-            self._matchmaker.round_committed(group)
-        if result.failure is None and result.applies:
-            _, late = await _run_to_the_end(self._apply(step), lambda: None)
-            cancelled = cancelled or late
+            try:  # the others apply the average, whatever matchmaking makes of this group
+                if result.applies and cancelled is None:
+                    # Who cancels from now on comes too late, and gets the outcome.
+                    await _run_to_the_end(self._apply(step), lambda: None)
+            finally:
+                self._matchmaker.round_committed(group)
         if cancelled is not None:
             raise cancelled
 
@@ -338,8 +364,14 @@ class AveragerService:
     async def _apply(self, step: Step) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
-        await self._context.call_host(ApplyAverage(step.command.step))
-        step.spend(apply=loop.time() - began)
+        try:
+            await self._context.call_host(ApplyAverage(step.command.step))
+        except Exception as e:  # of the user's tensors and their devices: may be anything
+            raise StepFailed(
+                f"the group has averaged, but the average could not be written to this peer's tensors: {e}"
+            ) from e
+        finally:
+            step.spend(apply=loop.time() - began)
 
     def _divide(self, group: GroupInfo) -> Partition:
         modes = [member.mode for member in group.members]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.averaging.checks import check_flag, check_number, check_scheduled_time
 from shoal.averaging.commands import AllowAllreduce, Reschedule, RunStep, StepOutcome
 from shoal.averaging.config import default_start
-from shoal.averaging.control import Steering, StepControl
+from shoal.averaging.control import Steering, StepControl, check_weight
 from shoal.averaging.group import MAX_GATHER_BYTES
 from shoal.averaging.matchmaking.core import MatchmakingConfig
 from shoal.errors import AllreduceException, InvalidTypeError, InvalidValueError, MatchmakingException
@@ -70,7 +70,7 @@ class Steps:
             check_scheduled_time(scheduled_time, deadline)
         if weight is None:
             weight = 1.0
-        check_number("weight", weight, minimum=0)
+        check_weight(weight)
         check_flag("allow_retries", allow_retries)
         check_flag("require_trigger", require_trigger)
         command = RunStep(

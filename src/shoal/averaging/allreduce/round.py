@@ -25,6 +25,7 @@ from shoal.averaging.allreduce.events import (
     JoinTimedOut,
     MemberLost,
     PartAveraged,
+    Phase,
     ReturnAverage,
     Roles,
     RoundTimeouts,
@@ -58,6 +59,8 @@ if that is shorter.
 """
 LATE = 0.1
 """Seconds by which a timer may be late before this process is taken for having been stopped or busy."""
+BOUND = (Phase.READY, Phase.ORPHANED, Phase.COMMITTED)
+"""Once a member has given its word, or the round is decided."""
 CATCH_UP = 1.0
 """Seconds that it then takes to read what has arrived meanwhile."""
 
@@ -93,6 +96,7 @@ class Round:
       fails, but it serves its span
     :param weight: read once, right after ``take_snapshot`` has returned; ignored for an auxiliary member
     :param timeouts: in seconds; see :class:`RoundTimeouts`
+    :param on_bound: called once, when :meth:`withdraw` has become of no effect in a round that may commit
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class Round:
         take_snapshot: Callable[[], Awaitable[None]],
         weight: Callable[[], float],
         timeouts: RoundTimeouts,
+        on_bound: Callable[[], None] = lambda: None,
     ) -> None:
         self.group = group
         self.core = AllReduce(_roles(group, partition, host.peer_id), timeouts)
@@ -120,6 +125,8 @@ class Round:
         self._commitment = Commitment(shared)
         self._decided = asyncio.Event()
         self._stopped = asyncio.Event()
+        self._on_bound = on_bound
+        self._is_bound = False
         self._tasks: asyncio.TaskGroup | None = None
         self._contributing: list[asyncio.Task[None]] = []
         self._asking: set[asyncio.Task[None]] = set()
@@ -250,6 +257,9 @@ class Round:
         while pending:
             for effect in self.core.handle(pending.popleft(), now):
                 pending.extend(self._carry_out(effect))
+        if self.core.phase in BOUND and not self._is_bound:
+            self._is_bound = True
+            self._on_bound()
         self._set_timer(now)
 
     def _carry_out(self, effect: Effect) -> list[Event]:
