@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 HEADER = ["name", "what it does here", "differs from hivemind: how and why", "test"]
 
 # Called by the averager when a step goes on; not for users.
-OF_THE_AVERAGER = {"follow", "reach", "begin_allreduce", "succeed", "fail"}
+OF_THE_AVERAGER = {"follow", "reach", "bind", "begin_allreduce", "succeed", "fail"}
 OF_FUTURES = {"result", "exception", "done", "cancelled", "cancel", "add_done_callback"}
 
 
