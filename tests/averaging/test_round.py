@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from shoal.averaging.allreduce import streams
 from shoal.averaging.allreduce.events import AskForOutcome, OutcomeReceived, Phase
 from shoal.averaging.allreduce.messages import Excluded, Outcome
 from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
@@ -301,5 +302,66 @@ def test_a_slow_link_full_of_parts_is_not_taken_for_a_dead_member():
                 group.network.set_bandwidth(group.name(member), group.name(1 - member), 2000.0)
             results = await asyncio.gather(*(group.run(member) for member in range(2)))
             assert [result.failure for result in results] == [None, None]
+
+    run(main)
+
+
+@pytest.mark.parametrize("method", ["average", "to_return"])
+def test_an_owner_whose_own_arithmetic_fails_leaves_the_round_with_the_reason(
+    method: str, monkeypatch: pytest.MonkeyPatch
+):
+    async def main() -> None:
+        async with SimulatedGroup(seed=3, size=3) as group:
+            rounds = [group.round(member) for member in range(3)]
+            own = rounds[1]._exchange.own
+            original, calls = getattr(own, method), iter(range(1000))
+
+            def short_of_memory(*arguments: int) -> object:
+                if next(calls) == 2:
+                    raise RuntimeError("can't allocate memory")
+                return original(*arguments)
+
+            monkeypatch.setattr(own, method, short_of_memory)
+            runs = (group.run_round(member, current) for member, current in enumerate(rounds))
+            async with asyncio.timeout(5):
+                results = await asyncio.gather(*runs)
+            assert all("RuntimeError while it averaged: can't al" in (one.failure or "") for one in results)
+            assert all(group.peer(1) in (results[member].failure or "") for member in (0, 2))
+            assert not results[1].exclusions  # nobody else is blamed
+
+    run(main)
+
+
+def test_a_failed_round_holds_nothing_for_a_member_that_keeps_its_streams_open(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    async def main() -> None:
+        async with SimulatedGroup(seed=3, size=3, clients=1, shapes=[(200_000,)]) as group:
+            monkeypatch.setattr(streams, "WINDOW_BYTES", 4096)
+            rounds = [group.round(member) for member in range(3)]
+            never = asyncio.Event()
+            # it neither takes averages nor leaves when it hears the end
+            monkeypatch.setattr(rounds[2]._exchange, "_receive_averages", lambda *_: never.wait())
+            monkeypatch.setattr(rounds[2]._commitment, "_hear_leader", lambda _: never.wait())
+            tasks = [
+                asyncio.ensure_future(group.run_round(member, current))
+                for member, current in enumerate(rounds)
+            ]
+            await asyncio.sleep(3.0)
+            assert all(current._exchange.own._spare for current in rounds[:2])
+            monkeypatch.setattr(
+                rounds[2], "_feed", lambda event: None
+            )  # it does not leave when it hears the end
+            rounds[0].withdraw("enough")
+            results = await asyncio.gather(*tasks[:2])
+            assert all("enough" in (result.failure or "") for result in results)
+            await asyncio.sleep(1.0)
+            for host, current in zip(group.hosts, rounds[:2], strict=False):
+                own = current._exchange.own
+                assert not own._arrived
+                assert not own._spare
+                assert not any(one.calls.handlers for one in host._connections._connections)
+            tasks[2].cancel()
+            await asyncio.gather(tasks[2], return_exceptions=True)
 
     run(main)

@@ -149,6 +149,12 @@ class OwnSpan:
             if isinstance(data.obj, bytearray):
                 self._spare.setdefault(part.nbytes, []).append(data.obj)
 
+    def clear(self) -> None:
+        """Nothing more is averaged or returned: let go of all parts and differences."""
+        self._arrived.clear()
+        self._spare.clear()
+        self._differences.clear()
+
     def spread(self) -> tuple[float | None, float | None]:
         """How far apart the senders were in this span; see :class:`.messages.SpanAveraged`."""
         return self._sample.total(sum(part.count for part in self.parts))

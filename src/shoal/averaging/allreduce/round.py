@@ -40,7 +40,7 @@ from shoal.averaging.allreduce.events import (
 from shoal.averaging.allreduce.exchange import Arena
 from shoal.averaging.allreduce.messages import MAX_WEIGHT, Outcome, is_weight
 from shoal.averaging.allreduce.participants import RoundCore
-from shoal.averaging.allreduce.streams import Exchange
+from shoal.averaging.allreduce.streams import Exchange, describe_failure
 from shoal.averaging.group import GroupInfo, PeerMode
 from shoal.averaging.partition import Partition
 from shoal.averaging.report import Exclusion, Spread
@@ -131,6 +131,7 @@ class Round:
         self._contributing: list[asyncio.Task[None]] = []
         self._asking: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._is_broken = False
 
     @property
     def part_count(self) -> int:
@@ -282,20 +283,23 @@ class Round:
                 self._commitment.announce(outcome)
             case AskForOutcome(members):
                 self._ask(members)
-            case Finish():
+            case Finish(reason):
                 self._decided.set()
                 self._commitment.close()
-                self._exchange.wake()
+                self._exchange.close(reason)
         return []
 
     def _average(self, index: int) -> list[Event]:
+        if self._is_broken:
+            return []  # an earlier part of the same batch could not be averaged
         own = self._exchange.own
         try:
             offenders = own.average(index)
-        except AllreduceException as e:
-            return [Withdrawn(str(e))]
+            measured = own.spread() if index == len(own.parts) - 1 else (None, None)
+        except Exception as e:  # noqa: BLE001 - memory may be short, a codec is the user's: whose part came last is not to blame
+            self._is_broken = True
+            return [Withdrawn(describe_failure(e))]
         lost = [SenderLost(member, reason) for member, reason in offenders.items()]
-        measured = own.spread() if index == len(own.parts) - 1 else (None, None)
         return [*lost, PartAveraged(index, *measured)]
 
     def _ask(self, members: tuple[int, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from functools import partial
 
@@ -26,6 +27,8 @@ from shoal.averaging.partition import Partition
 from shoal.compression.base import Bytes
 from shoal.errors import AllreduceException, ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.rpc import Lane, Payload, Stream
+
+logger = logging.getLogger(__name__)
 
 WINDOW_BYTES = 4 << 20
 """Credit of each stream of parts or averages; at least two parts, whatever their size."""
@@ -73,6 +76,16 @@ class Exchange:
         """Let everybody look again who waits for parts to be averaged."""
         self._progress.set()
         self._progress = asyncio.Event()
+
+    def close(self, failure: str | None) -> None:
+        """The round is decided: whoever has not got its averages gets none any more. A peer that neither takes them nor
+        leaves would keep the round in memory otherwise.
+        """
+        for member, stream in self._streams.items():
+            if self._returned.get(member, 0) < len(self.own.parts):
+                stream.reset(ROUND_FAILED, failure or "the round is over")
+        self.own.clear()
+        self.wake()
 
     def drop(self, sender: int, reason: str) -> None:
         """Take nothing more from a sender, and tell it so."""
@@ -125,11 +138,11 @@ class Exchange:
         await stream.finish()
 
     def _encoded(self, encode: Callable[[int], Bytes], index: int) -> Bytes:
-        """A part as it is sent. A codec of the user's own that fails is no fault of whom it is sent to."""
+        """A part as it is sent. A codec of the user's own that fails, say, is no fault of whom it is sent to."""
         try:
             return encode(index)
-        except AllreduceException as e:
-            self._shared.feed(Withdrawn(str(e)))
+        except Exception as e:
+            self._shared.feed(Withdrawn(describe_failure(e)))
             raise
 
     async def _receive_averages(self, stream: Stream, span: ForeignSpan, owner: int) -> None:
@@ -214,3 +227,11 @@ class Exchange:
         """
         settled = min(self._averaged, self._returned.get(member, 0))
         return index - settled > self._max_held
+
+
+def describe_failure(error: Exception) -> str:
+    """Why this member's own arithmetic failed: it has to leave the round with that reason."""
+    if isinstance(error, AllreduceException):
+        return str(error)
+    logger.error("a part could not be averaged or encoded", exc_info=error)
+    return f"{type(error).__name__} while it averaged: {error}"

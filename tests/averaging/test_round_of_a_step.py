@@ -1,0 +1,73 @@
+"""A committed round is applied, whatever becomes of the rest: the service's part of a round, without a process."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import cast
+from unittest.mock import Mock
+
+import pytest
+
+from shoal.averaging.allreduce.round import RoundTimeouts
+from shoal.averaging.commands import ApplyAverage, RunStep, TakeSnapshot
+from shoal.averaging.group import GroupInfo
+from shoal.averaging.service import AveragerService, Step
+from shoal.testing.clock import run
+from shoal.testing.rounds import PART_BYTES, PREFIX, SimulatedGroup
+
+
+class Host:
+    """The process of the user: it hears what is applied."""
+
+    def __init__(self, *, fails: bool) -> None:
+        self.story: list[str] = []
+        self.fails = fails
+
+    async def call_host(self, command: object) -> object:
+        if isinstance(command, ApplyAverage):
+            self.story.append("applied")
+            if self.fails:
+                raise RuntimeError("a device is gone")
+        return 1.0 if isinstance(command, TakeSnapshot) else None
+
+    def watch_members(self, when_gone: object) -> None:
+        """All of them stay."""
+
+    def hear_of(self, group: GroupInfo) -> None:
+        self.story.append(f"a group of {len(group.members)}")
+        raise IndexError("of matchmaking")
+
+
+def service_of(group: SimulatedGroup, host: Host) -> AveragerService:
+    service = cast("AveragerService", object.__new__(AveragerService))
+    populated: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    populated.set_result(None)
+    vars(service).update(
+        _arena=group.arenas[0],
+        _populating=populated,
+        _layout=group.layout,
+        _min_span_nbytes=0,
+        _config=SimpleNamespace(prefix=PREFIX, part_size_bytes=PART_BYTES),
+        _timeouts=RoundTimeouts(),
+        _host=group.hosts[0],
+        _rounds=group.rounds[0],
+        _context=host,
+        _matchmaker=Mock(**{"round_committed.side_effect": host.hear_of}),
+    )
+    return service
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["applied", "a device is gone"])
+def test_a_committed_round_is_applied_before_matchmaking_hears_of_it(fails: bool):
+    async def main() -> None:
+        async with SimulatedGroup(seed=1, size=2) as group:
+            host = Host(fails=fails)
+            step = Step(RunStep(0, 1.0, b"", 0.0, None, False, False))
+            other = asyncio.ensure_future(group.run(1))
+            with pytest.raises(IndexError):
+                await service_of(group, host)._run_round(step, group.group)
+            assert host.story == ["applied", "a group of 2"]
+            assert (await other).failure is None
+
+    run(main)
