@@ -6,12 +6,15 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from shoal.averaging.state import capture as capture_module
 from shoal.averaging.state.capture import (
+    GROWTH,
     Capture,
     capture_state,
     check_state,
@@ -28,6 +31,7 @@ from shoal.compression import (
     TensorRole,
 )
 from shoal.errors import InvalidTypeError, InvalidValueError, UsageError
+from shoal.runtime.memory import SharedMemory
 from shoal.utils.serializer import MSGPackSerializer
 
 
@@ -177,6 +181,61 @@ def test_the_lock_is_held_for_the_call_and_the_copy_alone():
     assert torch.equal(decoded(captured)[1], torch.ones(3))
 
 
+def test_a_state_beyond_what_is_ready_is_asked_for_again_when_its_memory_is(monkeypatch: pytest.MonkeyPatch):
+    """No page faults of a large state under the lock."""
+    monkeypatch.setattr(capture_module, "MAX_UNREADY", 1000)
+    lock, asked, made = threading.Lock(), [], []
+    create = SharedMemory.create
+
+    def create_noted(nbytes: int) -> SharedMemory:
+        made.append((nbytes, lock.locked()))
+        return create(nbytes)
+
+    monkeypatch.setattr(SharedMemory, "create", create_noted)
+    tensor = torch.arange(10_000)
+
+    def get_state() -> Any:
+        asked.append(len(made))
+        return None, [tensor]
+
+    def take(reserve: int) -> Capture:
+        return capture_state(
+            get_state,
+            hold=lambda: lock,
+            serializer=MSGPackSerializer,
+            compression=NoCompression(),
+            reserve=reserve,
+        )
+
+    captured = take(reserve=500)
+    nbytes = captured.layout().nbytes
+    assert asked == [1, 2]
+    assert made == [(500, False), (nbytes + GROWTH, False)]
+    assert torch.equal(decoded(captured)[1], tensor)
+    asked.clear()
+    take(reserve=nbytes).memory.close()
+    assert len(asked) == 1
+    monkeypatch.setattr(capture_module, "MAX_UNREADY", nbytes)
+    take(reserve=500).memory.close()
+    assert len(asked) == 2
+    assert made[-1] == (nbytes, True)
+
+
+def test_a_state_that_grows_while_its_memory_is_made_ready_is_copied_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(capture_module, "MAX_UNREADY", 1000)
+    sizes = iter([100_000, 400_000])
+    captured = capture_state(
+        lambda: (None, [torch.ones(next(sizes), dtype=torch.uint8)]),
+        hold=contextlib.nullcontext,
+        serializer=MSGPackSerializer,
+        compression=NoCompression(),
+        reserve=1,
+    )
+    assert len(decoded(captured)[1]) == 400_000
+
+
 class Lying(NoCompression):
     compression_type = 0
 
@@ -221,6 +280,37 @@ def test_a_failure_under_the_lock_gives_the_memory_back():
 def test_what_is_reserved_suffices_for_the_default_state():
     tensors = [torch.zeros(3), torch.zeros(CHUNK_ELEMENTS + 1), torch.zeros(0)]
     assert expected_nbytes(tensors) >= capture(({"group_key": "run.0b"}, tensors)).layout().nbytes
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, 8000),
+        ({"memory.max": "max", "memory.current": "7", "memory.stat": "anon 1"}, 8000),
+        ({"memory.max": "5000", "memory.current": "4000", "memory.stat": "anon 1\ninactive_file 3000"}, 4000),
+        ({"memory.max": "5000", "memory.current": "4000"}, 1000),
+        ({"memory.max": "5000", "memory.current": "6000", "memory.stat": "anon 1"}, 0),
+        (
+            {
+                "memory/memory.limit_in_bytes": "5000",
+                "memory/memory.usage_in_bytes": "4000",
+                "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 2000",
+            },
+            3000,
+        ),
+    ],
+)
+def test_what_a_container_may_take_counts_and_files_in_its_cache_do_not(
+    tmp_path: Path, files: dict[str, str], free: int
+):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  8 kB\nHugePages_Total:  0\n")
+    for name, text in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    expected = free if free != 8000 else 8 * 1024
+    assert available_memory(tmp_path) == expected
 
 
 def test_the_system_says_how_much_memory_is_free():

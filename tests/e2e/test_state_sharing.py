@@ -504,6 +504,8 @@ def test_joiners_that_are_cancelled_shut_down_or_killed_free_their_slots(swarm: 
         return joiner, load
 
     joiner, load = begin()
+    calls = donor.calls  # twice, for the memory of a state so large was not ready
+    assert calls <= 2
     assert load.cancel()
     donor.dht.run_coroutine(wait_until_idle)
     assert shared_memory(own_dht) < 10 * MB
@@ -520,7 +522,7 @@ def test_joiners_that_are_cancelled_shut_down_or_killed_free_their_slots(swarm: 
     with pytest.raises(PeerProcessDied):
         load.result(LIMIT)
     donor.dht.run_coroutine(wait_until_idle)
-    assert donor.calls == 1
+    assert donor.calls == calls
     assert shared_memory(donor.dht) > before + 190 * MB
     donor.allow_state_sharing = False
     assert shared_memory(donor.dht) < before + 10 * MB

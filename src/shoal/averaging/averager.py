@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -24,6 +24,7 @@ from shoal.averaging.config import (
     check_codec,
     choose_codecs,
     matchmaking_config,
+    settle_modes,
 )
 from shoal.averaging.control import StepControl
 from shoal.averaging.group import PeerMode, group_key
@@ -38,15 +39,22 @@ from shoal.averaging.tensors import HeldTensors, TensorStore
 from shoal.compression import CompressionBase, CompressionInfo, NoCompression
 from shoal.compression.registry import user_codecs
 from shoal.dht.dht import DHT
-from shoal.errors import AllreduceException, InvalidStateError, InvalidTypeError, InvalidValueError
+from shoal.errors import (
+    AllreduceException,
+    DeadlineExceeded,
+    InvalidStateError,
+    InvalidTypeError,
+    InvalidValueError,
+)
 from shoal.p2p.identity import PeerID
 from shoal.runtime import pickling
-from shoal.runtime.futures import MPFuture
+from shoal.runtime.futures import MPFuture, chain
 from shoal.utils.serializer import MSGPackSerializer
 
 if TYPE_CHECKING:
     from shoal.averaging.report import RoundReport
-    from shoal.runtime.process import ServiceHandle
+    from shoal.dht.commands import NodeDescription
+    from shoal.runtime.process import BackgroundProcess, ServiceFactory, ServiceHandle
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +161,7 @@ class DecentralizedAverager:
         for name, flag in (("start", start), ("daemon", daemon)):
             check_flag(name, flag)
         check_number("averaging_alpha", averaging_alpha, above=0)
-        check_number("shutdown_timeout", shutdown_timeout, minimum=0)
+        check_number("shutdown_timeout", shutdown_timeout, minimum=0, maximum=threading.TIMEOUT_MAX)
         self.__config = AveragerConfig(
             prefix=prefix,
             matchmaking=matchmaking_config(
@@ -172,8 +180,8 @@ class DecentralizedAverager:
             allow_state_sharing=allow_state_sharing,
             declare_state_period=declare_state_period,
         )
-        if dht.is_alive():
-            self.__config = _with_client_mode(self.__config, dht)
+        if dht._is_ready():  # otherwise this is found out at the start
+            settle_modes(self.__config, dht.client_mode)
         if not daemon and dht.daemon:
             raise InvalidValueError(
                 "daemon=False: the averager lives in the background process of its DHT, which was made with daemon=True"
@@ -214,24 +222,20 @@ class DecentralizedAverager:
     # life
 
     def run_in_background(self, await_ready: bool = True, timeout: float | None = None) -> None:
-        """Start the averager in the background process of its DHT.
+        """Start the averager in the background process of its DHT, as soon as that is ready.
 
-        :param await_ready: wait until it can take steps, for up to ``timeout`` seconds
+        :param await_ready: wait until it can take steps, for up to ``timeout`` seconds, the wait for the DHT included
         :raises InvalidStateError: it was started before, or the DHT is not running
         :raises TimeoutError: it was not ready in time; it is shut down
         """
         check_flag("await_ready", await_ready)
-        if timeout is not None:
-            check_number("timeout", timeout, minimum=0)
+        _check_timeout(timeout)
         if self.__started is not None:
             raise InvalidStateError("this averager was started already")
-        self.__config = _with_client_mode(self.__config, self.dht)
-        self.__states.settle(default=self.__config.mode is PeerMode.FULL)
         setup = pickling.dumps((user_codecs(), self.__config, self.__schema), "the averager's setup")
         factory = partial(create_averager_service, setup, self.dht.service_name)
-        creation = self.dht.background.create_service(
-            factory, name=f"averager {self.__config.prefix}", handler=self.__keeper.handle
-        )
+        begin = partial(_create_service, self.dht.background, factory, self.__config, self.__keeper)
+        creation = chain(self.dht._describe_later(), begin)
         self.__started = MPFuture()
         self.__finalizer = weakref.finalize(self, close_in_background, creation, self.__keeper)
         self.__finalizer.atexit = (
@@ -253,10 +257,18 @@ class DecentralizedAverager:
 
         :raises TimeoutError: not in time; the start goes on
         :raises InvalidStateError: not started, or shut down
+        :raises InvalidValueError: client_mode=False, and the DHT turned out to be in client mode
         """
-        if self.__started is None:
+        _check_timeout(timeout)
+        started = self.__started
+        if started is None:
             raise InvalidStateError("this averager is not started; call run_in_background() first")
-        self.__started.result(timeout)
+        try:
+            started.result(timeout)
+        except TimeoutError as error:
+            if started.done():
+                raise  # the start's own failure
+            raise DeadlineExceeded(f"the averager was not ready after {timeout:g} s") from error
 
     def shutdown(self) -> None:
         """End the averager: steps that run are cancelled, groupmates learn it at once. Idempotent; the DHT runs on."""
@@ -268,8 +280,11 @@ class DecentralizedAverager:
             close(creation, keeper, self.__shutdown_timeout)
 
     def is_alive(self) -> bool:
-        """Whether steps can be taken."""
-        return self.__finalizer is not None and self.__finalizer.alive and self.dht.is_alive()
+        """Whether steps can be taken, or will be when it is ready; False once the start has failed."""
+        if self.__started is None or self.__finalizer is None:
+            return False
+        has_failed = self.__started.done() and self.__started.exception() is not None
+        return not has_failed and self.__finalizer.alive and self.dht.is_alive()
 
     def __enter__(self) -> DecentralizedAverager:
         if self.__started is None:
@@ -302,13 +317,13 @@ class DecentralizedAverager:
 
     @property
     def client_mode(self) -> bool:
-        """Whether this averager only joins groups that others lead."""
-        return bool(_with_client_mode(self.__config, self.dht).client_mode)
+        """Whether this averager only joins groups that others lead: it was told to, or nobody can dial its DHT."""
+        return bool(self.__config.client_mode) or self.dht.client_mode
 
     @property
     def mode(self) -> PeerMode:
         """What this peer does in a group: ``AveragingMode.NODE``, ``CLIENT`` or ``AUX``."""
-        return _with_client_mode(self.__config, self.dht).mode
+        return PeerMode.CLIENT if self.client_mode else self.__config.mode
 
     @property
     def total_size(self) -> int:
@@ -365,7 +380,8 @@ class DecentralizedAverager:
 
         Called in the host process, on a thread for this alone (also while ``__init__`` of a subclass still runs after
         ``super().__init__(start=True)``), with the lock of :meth:`get_tensors` held; that is kept until what was
-        returned is copied, so that no round writes meanwhile, and nothing needs to be cloned. What is not among the
+        returned is copied, so that no round writes meanwhile, and nothing needs to be cloned. For the first copy of
+        a state that is larger than the averaged tensors it may be called twice. What is not among the
         averaged tensors is the subclass's to protect. If it raises, or returns something else, a warning says so here,
         and the peer that asked is sent to the next donor.
 
@@ -550,13 +566,18 @@ class DecentralizedAverager:
         return self.__started.result()
 
 
-def _with_client_mode(config: AveragerConfig, dht: DHT) -> AveragerConfig:
-    """``config`` with the client mode that follows from the DHT's, where none was given."""
-    if config.client_mode is None:
-        config = replace(config, client_mode=dht.client_mode)
-    elif dht.client_mode and not config.client_mode:
-        raise InvalidValueError(
-            "client_mode=False: the averager's DHT is in client mode, so other peers can't dial it; "
-            "True or None is allowed"
-        )
-    return config
+def _create_service(
+    process: BackgroundProcess,
+    factory: ServiceFactory,
+    config: AveragerConfig,
+    keeper: TensorKeeper,
+    dht: NodeDescription,
+) -> MPFuture[ServiceHandle]:
+    """The DHT is ready: what depends on it is settled, and the service can be made."""
+    keeper.states.settle(default=settle_modes(config, dht.client_mode) is PeerMode.FULL)
+    return process.create_service(factory, name=f"averager {config.prefix}", handler=keeper.handle)
+
+
+def _check_timeout(timeout: float | None) -> None:
+    if timeout is not None:
+        check_number("timeout", timeout, minimum=0, maximum=threading.TIMEOUT_MAX)

@@ -17,6 +17,7 @@ import torch
 from shoal.averaging.state.manifest import (
     CHUNK_ELEMENTS,
     MAX_METADATA_NBYTES,
+    MAX_STATE_NBYTES,
     STATE_DTYPE_NAMES,
     STATE_DTYPES,
     CaptureLayout,
@@ -29,6 +30,11 @@ from shoal.compression.base import CompressionBase, CompressionInfo, NoCompressi
 from shoal.compression.registry import CODECS
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
 from shoal.runtime.memory import SharedMemory
+
+MAX_UNREADY = 1 << 26
+"""Bytes whose pages may be got under the lock: some 70 ms."""
+GROWTH = 1 << 16
+"""Bytes by which a state, its metadata for instance, may grow until it is asked for again."""
 
 _EXPECTED = "get_current_state() must return (metadata, tensors) or (metadata, tensors, infos)"
 
@@ -65,28 +71,46 @@ def capture_state(
     """Call ``get_state`` and copy what it returns, both under the lock that ``hold()`` takes.
 
     :param reserve: how many bytes the copy will probably take; that much memory is made ready before, so that
-      the lock is held only for copying
+      the lock is held only for copying. A state that takes more, and more than ``MAX_UNREADY``, is asked for once again
+      when the memory for it is ready: the lock is free meanwhile.
     :raises UsageError: what was returned is no state; the message says what is wrong with it. Whatever
       ``get_state`` itself raises passes through.
     """
-    memory = SharedMemory.create(max(1, reserve))
-    try:
-        np.frombuffer(memory.buffer, dtype=np.uint8).fill(0)
-        with hold():
-            state = check_state(get_state(), serializer, compression)
-            entries = (
-                metadata_entry(len(state.metadata)),
-                *map(tensor_entry, state.tensors, state.codecs[1:]),
-            )
-            layout = _layout(entries, state.codecs)
-            if memory.nbytes < layout.nbytes:
-                memory.close()
-                memory = SharedMemory.create(layout.nbytes)
-            _copy(state, layout, memory.buffer)
-    except BaseException:
-        memory.close()
-        raise
-    return Capture(memory, entries, state.codecs)
+
+    def attempt(memory: SharedMemory, unready: int) -> Capture | int:
+        """A copy, or how many bytes it takes, if these are more than those of ``memory`` and than ``unready``."""
+        try:
+            with hold():
+                state = check_state(get_state(), serializer, compression)
+                entries = (
+                    metadata_entry(len(state.metadata)),
+                    *map(tensor_entry, state.tensors, state.codecs[1:]),
+                )
+                layout = _layout(entries, state.codecs)
+                if layout.nbytes > max(memory.nbytes, unready):
+                    memory.close()
+                    return layout.nbytes
+                if memory.nbytes < layout.nbytes:
+                    memory.close()
+                    memory = SharedMemory.create(layout.nbytes)
+                _copy(state, layout, memory.buffer)
+        except BaseException:
+            memory.close()
+            raise
+        return Capture(memory, entries, state.codecs)
+
+    made = attempt(_ready_memory(reserve), MAX_UNREADY)
+    if isinstance(made, int):
+        made = attempt(_ready_memory(made + GROWTH), MAX_STATE_NBYTES * 2)
+    assert isinstance(made, Capture)
+    return made
+
+
+def _ready_memory(nbytes: int) -> SharedMemory:
+    """Memory that has its pages already: getting them takes several times as long as filling them."""
+    memory = SharedMemory.create(max(1, nbytes))
+    np.frombuffer(memory.buffer, dtype=np.uint8).fill(0)
+    return memory
 
 
 def check_state(state: Any, serializer: Any, compression: CompressionBase) -> CheckedState:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from shoal.averaging.state.capture import Capture, capture_state, expected_nbytes
+from shoal.averaging.state.capture import GROWTH, Capture, capture_state, expected_nbytes
 from shoal.averaging.state.commands import (
     AllocateState,
     CaptureFailed,
@@ -178,7 +178,7 @@ class StateHost:
             compression=self._compression,
             reserve=self._reserve,
         )
-        self._reserve = capture.layout().nbytes
+        self._reserve = capture.layout().nbytes + GROWTH
         return capture
 
     def _capture_for_service(self, number: int) -> None:
@@ -313,22 +313,44 @@ def tensors_in(manifest: Manifest, memory: memoryview) -> list[torch.Tensor]:
     return tensors
 
 
-def available_memory() -> int | None:
-    """Bytes that can still be taken without swapping; None where the system does not say."""
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that can still be taken without swapping; None where the system does not say.
+
+    :param root: where ``proc`` and ``sys`` are found
+    """
     if sys.platform != "linux":
         return _physical_memory()
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        free = int(fields["MemAvailable"].split()[0]) * 1024
+        fields = _fields(root / "proc/meminfo")
+        free = fields["MemAvailable"] * 1024
     except (OSError, KeyError, ValueError):
         return _physical_memory()
+    groups = root / "sys/fs/cgroup"
+    rooms = [
+        _room(groups, "memory.max", "memory.current", "inactive_file"),
+        _room(groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ]
+    return min([free, *(room for room in rooms if room is not None)])
+
+
+def _room(group: Path, limit: str, used: str, reclaimable: str) -> int | None:
+    """Bytes that a control group (version 2 or 1) leaves; what it has of files that nobody reads counts as free."""
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
-        return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
+        bound = (group / limit).read_text().strip()
+        if bound == "max":
+            return None
+        room = int(bound) - int((group / used).read_text())
     except (OSError, ValueError):
-        return free
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        room += _fields(group / "memory.stat").get(reclaimable, 0)
+    return max(0, room)
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """The numbers of a file with a name and a number in each line."""
+    lines = (line.replace(":", " ").split() for line in path.read_text().splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1}
 
 
 def _physical_memory() -> int | None:
