@@ -106,6 +106,7 @@ def test_waiting_for_an_averager_that_was_not_started_says_so():
         ({"bandwidth": -1.0}, "bandwidth=-1.0"),
         ({"bandwidth": math.inf}, "bandwidth=inf"),
         ({"shutdown_timeout": -1}, "shutdown_timeout=-1"),
+        ({"shutdown_timeout": 1e10}, "shutdown_timeout=10000000000.0"),
         ({"initial_group_bits": "012"}, "initial_group_bits='012'"),
         ({"initial_group_bits": "0" * 65}, "initial_group_bits="),
         ({"next_chunk_timeout": 0}, "next_chunk_timeout=0"),
@@ -175,6 +176,14 @@ def test_a_wrong_type_is_a_type_error_that_names_it(options: dict[str, Any], mes
 def test_a_tensor_computed_by_autograd_is_refused():
     with pytest.raises(ValueError, match=r"averaged_tensors\[0\] was computed by autograd"):
         make(averaged_tensors=[torch.zeros(3, requires_grad=True) * 2])
+
+
+@pytest.mark.parametrize("timeout", [-1, 1e10, math.nan])
+def test_a_time_to_wait_for_the_start_that_cannot_be_is_named(timeout: float):
+    with pytest.raises(ValueError, match="timeout="):
+        make().run_in_background(timeout=timeout)
+    with pytest.raises(ValueError, match="timeout="):
+        make().wait_until_ready(timeout)
 
 
 def test_a_step_before_the_start_says_so():

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -16,9 +17,12 @@ from real_swarm import STEP_TIMEOUT, Swarm, step_all, wait_for_stage
 
 import shoal
 from shoal.averaging.control import AveragingStage
+from shoal.averaging.group import PeerMode
 from shoal.errors import AllreduceException, InvalidStateError, MatchmakingException, PeerProcessDied
 from shoal.utils.serializer import MSGPackSerializer
 from shoal.utils.timed import get_dht_time
+
+NODE, CLIENT = PeerMode.FULL, PeerMode.CLIENT
 
 pytestmark = pytest.mark.xdist_group("averaging")  # one worker, so that the background processes are shared
 
@@ -379,6 +383,64 @@ def test_a_step_after_a_shutdown_that_came_before_the_start_says_so(swarm: Swarm
     averager.shutdown()
     with pytest.raises(InvalidStateError, match="shut down"):
         averager.step()
+
+
+def test_a_start_does_not_wait_for_a_dht_that_is_not_ready_unless_it_is_told_to():
+    other = shoal.DHT(start=True)
+    nobody = f"/ip4/127.0.0.1/tcp/9/p2p/{other.peer_id}"
+    other.shutdown()
+    dht = shoal.DHT(initial_peers=[nobody], start=True, await_ready=False, bootstrap_timeout=90)
+    began = time.monotonic()
+    settings: dict[str, Any] = {"dht": dht, "start": False, "client_mode": False}
+    averagers = [
+        shoal.DecentralizedAverager([torch.zeros(2)], prefix=f"early{number}", **settings)
+        for number in range(2)
+    ]
+    averagers[0].run_in_background(await_ready=False)
+    assert averagers[0].is_alive()
+    with pytest.raises(TimeoutError, match=r"not ready after 0\.1 s"):
+        averagers[0].wait_until_ready(0.1)
+    with pytest.raises(TimeoutError, match=r"not ready after 0\.1 s"):
+        averagers[1].run_in_background(timeout=0.1)
+    assert not averagers[1].is_alive()
+    averagers[0].shutdown()
+    dht.shutdown()
+    assert time.monotonic() - began < 45
+
+
+def test_an_averager_goes_on_as_a_client_when_nobody_can_dial_its_dht(swarm: Swarm):
+    async def become_unreachable(dht: Any, node: Any) -> None:
+        node.host._is_reachable = False  # what the reachability check finds out
+
+    averager = swarm.peer([torch.zeros(3)], size=2, dht=swarm.own_dht())
+    second, refused = (
+        swarm.peer([torch.zeros(3)], size=2, dht=averager.dht, prefix=prefix, start=False, client_mode=mode)
+        for prefix, mode in (("second", None), ("refused", False))
+    )
+    assert (averager.client_mode, averager.mode, averager.allow_state_sharing) == (False, NODE, True)
+    averager.dht.run_coroutine(become_unreachable)
+    assert (averager.client_mode, averager.mode) == (True, CLIENT)
+    averager.allow_state_sharing = False
+    averager.state_sharing_priority = 0.0
+    with pytest.raises(ValueError, match="client mode"):
+        averager.allow_state_sharing = True
+    second.run_in_background()
+    assert second.mode is CLIENT
+    assert not second.allow_state_sharing
+    with pytest.raises(ValueError, match="client_mode=False"):
+        refused.run_in_background()
+
+
+def test_a_start_that_failed_is_not_alive(swarm: Swarm):
+    first = swarm.peer([torch.zeros(2)], size=2)
+    second = swarm.peer([torch.zeros(2)], size=2, dht=first.dht, start=False)
+    second.run_in_background(await_ready=False)
+    with pytest.raises(ValueError, match="is in use"):
+        second.wait_until_ready(20)
+    assert not second.is_alive()
+    assert "ended" in repr(second)
+    with pytest.raises(ValueError, match="is in use"):
+        second.step()
 
 
 def test_the_garbage_collector_does_not_wait_for_the_end_of_an_averager(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ class AveragerConfig:
 
     @property
     def mode(self) -> PeerMode:
-        """What this peer does in a group; ``client_mode`` must be known by now."""
+        """What this peer does in a group; where ``client_mode`` is None: if it can be dialed."""
         if self.client_mode:
             return PeerMode.CLIENT
         return PeerMode.AUXILIARY if self.auxiliary else PeerMode.FULL
@@ -111,6 +111,19 @@ def _check_modes(config: AveragerConfig) -> None:
             "allow_state_sharing=True with client_mode=True: others can't dial this peer to download its "
             "state; False or None is allowed"
         )
+
+
+def settle_modes(config: AveragerConfig, dht_is_client: bool) -> PeerMode:
+    """What this peer does in a group, now that the DHT's client mode is known.
+
+    :raises InvalidValueError: a combination that cannot be
+    """
+    if dht_is_client and config.client_mode is False:
+        raise InvalidValueError(
+            "client_mode=False: the averager's DHT is in client mode, so other peers can't dial it; "
+            "True or None is allowed"
+        )
+    return replace(config, client_mode=bool(config.client_mode) or dht_is_client).mode
 
 
 def _check_prefix(prefix: Any) -> None:

@@ -383,6 +383,13 @@ class DHT:
         validators = options.check_validators(record_validators)
         self._call(AddValidators(pickling.dumps(validators, "record_validators"))).result()
 
+    def _is_ready(self) -> bool:
+        """Whether the node can be asked without waiting for it to join."""
+        creation = self._creation
+        if not self.is_alive() or creation is None or not creation.done():
+            return False
+        return not creation.cancelled() and creation.exception() is None
+
     def _started(self) -> MPFuture[ServiceHandle]:
         """The node's service, which may still be in the making."""
         self.background  # noqa: B018 - raises if it was not started
@@ -432,9 +439,11 @@ class DHT:
         return register
 
     def _describe(self) -> NodeDescription:
-        description = self._call(DescribeNode()).result()
-        assert isinstance(description, NodeDescription)
-        return description
+        return self._describe_later().result()
+
+    def _describe_later(self) -> MPFuture[NodeDescription]:
+        """As soon as the node is ready; returns at once."""
+        return self._call(DescribeNode())
 
 
 def _serialize(name: str, value: object) -> bytes:
