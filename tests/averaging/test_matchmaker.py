@@ -560,6 +560,19 @@ def test_a_long_search_says_with_growing_pauses_why_there_is_no_group(caplog):
     assert all("looking for a group under 'swarm.0b'" in line and "asked nobody" in line for line in lines)
 
 
+@pytest.mark.parametrize("wait", [2.0, 4.7, 5.0, 7.0])
+def test_a_search_that_lasts_longer_than_it_should_warns_however_often_its_start_is_postponed(wait, caplog):
+    async def story(sim: SimulatedMatchmaking) -> None:
+        search = sim.search(0, timeout=None)
+        await asyncio.sleep(31.0 + 60 + 120)
+        search.cancel()
+
+    with caplog.at_level("INFO", logger="shoal.averaging.matchmaking.search"):
+        tell(story, peers=1, wait=wait)
+    levels = [one.levelname for one in caplog.records if one.name == "shoal.averaging.matchmaking.search"]
+    assert levels == ["WARNING"] * 3
+
+
 def test_closing_ends_a_search_with_an_error():
     async def story(sim: SimulatedMatchmaking) -> None:
         search = sim.search(0)

@@ -28,6 +28,7 @@ from shoal.averaging.matchmaking.events import (
     LeaderAccepted,
     LeaderDismissed,
     LeaderLost,
+    LeaderPostponed,
     LeaderRedirected,
     LeaderRejected,
     LeaveLeader,
@@ -223,6 +224,20 @@ def test_no_answer_in_time_means_a_lost_leader():
     driver.at(103.0)
     assert driver.only(LeaveLeader) == LeaveLeader(1)
     assert driver.core.state is State.LOOKING
+
+
+@pytest.mark.parametrize("says", [LeaderAccepted, LeaderPostponed])
+def test_a_leader_that_says_it_begins_in_31_years_is_left_soon_after_this_peers_own_start_time(says):
+    driver = Driver()
+    driver.see(declared(0))
+    driver.send(LeaderAccepted(1, 1e9))
+    driver.send(says(1, 1e9))
+    config = driver.core.config
+    patience_ends = START + config.min_matchmaking_time + config.request_timeout
+    driver.at(patience_ends - 0.1)
+    assert driver.core.state is State.FOLLOWING
+    driver.at(patience_ends)
+    assert driver.only(LeaveLeader) == LeaveLeader(1)
 
 
 def test_answers_of_a_leader_that_was_left_are_ignored():

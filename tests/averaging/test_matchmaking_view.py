@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
+
 from shoal.averaging.group import SCHEMA_HASH_BYTES, PeerMode
 from shoal.averaging.matchmaking.candidate import Candidate
-from shoal.averaging.matchmaking.messages import Declaration, DeclaredState, Search
-from shoal.averaging.matchmaking.view import HEARSAY_LASTS, View
+from shoal.averaging.matchmaking.messages import (
+    MAX_DECLARED_MEMBERS,
+    Declaration,
+    DeclaredState,
+    Search,
+    decode_declaration,
+    encode_declaration,
+)
+from shoal.averaging.matchmaking.view import (
+    HEARSAY_AT_LEAST,
+    HEARSAY_AT_MOST,
+    HEARSAY_LATENCIES,
+    MAX_HEARSAY,
+    View,
+)
+from shoal.errors import InvalidValueError
+from shoal.testing.matchmaking_cores import core_peer_id
 from shoal.testing.peers import make_identity
 
 HASH = bytes(SCHEMA_HASH_BYTES)
@@ -27,11 +46,54 @@ def test_one_record_takes_a_whole_group_out_of_the_plan_at_once():
     assert view.candidates(0.0) == [ME]
 
 
-def test_a_member_that_never_heard_of_its_group_is_planned_with_again_though_the_dead_leaders_record_lasts():
-    view = View(ME, HASH)
-    for now in (0.0, HEARSAY_LASTS / 2, HEARSAY_LASTS):
+@pytest.mark.parametrize("latency", [0.0, 0.5, 100.0])
+def test_a_member_that_never_heard_of_its_group_is_planned_with_again_though_the_dead_leaders_record_lasts(
+    latency,
+):
+    lasts = min(HEARSAY_AT_LEAST + HEARSAY_LATENCIES * latency, HEARSAY_AT_MOST)
+    view = View(ME, HASH, latency=latency)
+    for now in (0.0, lasts / 2, lasts):
         view.take_in([LEADER_BEGAN, MEMBER_LOOKS], now, now)
-    assert view.candidates(HEARSAY_LASTS) == [ME, MEMBER]
+        assert (view.candidates(now) == [ME]) == (now < lasts)
+    assert view.candidates(lasts) == [ME, MEMBER]
+
+
+def test_one_record_that_names_everybody_again_and_again_hides_each_search_once_and_briefly():
+    view = View(ME, HASH)
+    hidden = 0
+    for poll in range(100):
+        later = MEMBER._replace(start_time=1e12 + poll)
+        for group in ((LEADER, MEMBER), (LEADER, later)):
+            view.take_in([declaration(LEADER, DeclaredState.TAKEN, *group), MEMBER_LOOKS], 0.0, poll / 10)
+            hidden += view.candidates(poll / 10) == [ME]
+    assert 0 < hidden <= 2 * 10 * HEARSAY_AT_LEAST
+
+
+def test_what_others_say_of_peers_that_were_never_seen_takes_little_memory():
+    view = View(ME, HASH)
+    view.take_in([LEADER_BEGAN, MEMBER_LOOKS], 0.0, 0.0)
+    for poll in range(100):
+        strangers = [MEMBER._replace(start_time=1e12 + 64 * poll + number) for number in range(64)]
+        view.take_in([declaration(LEADER, DeclaredState.TAKEN, *strangers), MEMBER_LOOKS], 0.0, float(poll))
+    assert len(view._hearsay) <= MAX_HEARSAY
+    view.take_in([LEADER_BEGAN, MEMBER_LOOKS], 200.0, 200.0)
+    assert view.candidates(200.0) == [ME, MEMBER]  # what was said of it is not forgotten: it counts once
+
+
+def test_what_was_said_of_a_search_counts_when_that_is_seen_later():
+    view = View(ME, HASH)
+    view.leave_out_group((Search(MEMBER.peer_id.to_bytes(), MEMBER.start_time),), math.inf, 0.0)
+    view.take_in([MEMBER_LOOKS], 0.1, 0.1)
+    assert view.candidates(0.1) == [ME]
+
+
+def test_a_declaration_names_so_many_members_at_most_that_many_of_them_fit_a_record():
+    members = [MEMBER._replace(peer_id=core_peer_id(number)) for number in range(MAX_DECLARED_MEMBERS + 1)]
+    _, fits = declaration(LEADER, DeclaredState.TAKEN, *members[1:])
+    assert len(encode_declaration(decode_declaration(encode_declaration(fits)))) < 4096
+    _, larger = declaration(LEADER, DeclaredState.TAKEN, *members)
+    with pytest.raises(InvalidValueError, match="of a group"):
+        decode_declaration(encode_declaration(larger))
 
 
 def test_what_a_member_says_of_itself_counts_for_ever():

@@ -33,7 +33,7 @@ MAX_ADDRESSES = 32
 MAX_ADDRESS_CHARS = 300
 MAX_GRID_ROUND = 1 << 48
 MAX_MEMBER_AGE = 3600.0
-"""Seconds: a member signs its info when it asks, and the leader may keep it for as long as it collects followers."""
+"""Seconds: a member signs its info when it asks. The leader may keep it for as long as it collects followers."""
 CLOCK_SKEW = 60.0
 """Seconds by which another peer's clock may be ahead of ours."""
 
@@ -149,9 +149,10 @@ def sign_member(identity: Identity, info: MemberInfo) -> SignedMemberInfo:
     return SignedMemberInfo(encoded, identity.sign(MEMBER_DOMAIN, encoded))
 
 
-def verify_member(signed: SignedMemberInfo, *, now: float) -> MemberInfo:
+def verify_member(signed: SignedMemberInfo, *, now: float, max_age: float = MAX_MEMBER_AGE) -> MemberInfo:
     """Decode one member's info; it is well-formed, fresh, and signed by the peer that it names.
 
+    :param max_age: seconds since it was signed
     :raises ProtocolViolation: naming what is wrong
     """
     try:
@@ -163,7 +164,7 @@ def verify_member(signed: SignedMemberInfo, *, now: float) -> MemberInfo:
     problem = _field_problem(info)
     if problem:
         raise ProtocolViolation(f"member info of {peer_id}: {problem}")
-    if not now - MAX_MEMBER_AGE <= info.signed_at <= now + CLOCK_SKEW:
+    if not now - max_age <= info.signed_at <= now + CLOCK_SKEW:
         raise ProtocolViolation(
             f"member info of {peer_id} was signed at {info.signed_at:.3f}, now is {now:.3f}: it is not fresh"
         )
@@ -183,9 +184,8 @@ def verify_group(
 ) -> GroupInfo:
     """Check what a leader sent when it began a group, as seen by the member that had sent it ``own``.
 
-    :raises ProtocolViolation: a signature, key, schema, leader or age is wrong, a member occurs twice, the
-    leader
-        is missing or not allowed to lead, or this member is not included exactly as it sent itself
+    :raises ProtocolViolation: a signature, key, schema or leader is wrong, a member signed in the future or occurs
+        twice, the leader is missing or not allowed to lead, or this member is not included exactly as it sent itself
     """
     if len(group_id) != GROUP_ID_BYTES:
         raise ProtocolViolation(f"group id of {len(group_id)} bytes instead of {GROUP_ID_BYTES}")
@@ -194,7 +194,8 @@ def verify_group(
     if own not in members:
         raise ProtocolViolation("the leader does not include this member as it sent itself")
     mine = _decoder.decode(own.info)
-    infos = [verify_member(signed, now=now) for signed in members]
+    # Each was fresh when its member joined the leader; since then they may have waited for long.
+    infos = [verify_member(signed, now=now, max_age=math.inf) for signed in members]
     _check_agreement(infos, mine, leader)
     return GroupInfo(group_id, mine.key, order_members(leader, infos))
 

@@ -182,6 +182,8 @@ class _Times:
 
     begins_at: float
     deadline: float
+    expected_at: float
+    """When a group was expected at first: the start time before it was postponed."""
     mixes_until: float = -math.inf
     declare_again: float = math.inf
     leader_begins_at: float = math.inf
@@ -216,7 +218,8 @@ class Matchmaking:
         self.story = StoryTeller(key, config.target_group_size, config.min_group_size)
         self._schema_hash = schema_hash
         self._view = View(self.me, schema_hash, opens_at=start_time, known=known)
-        self._times = _Times(begins_at=start_time, deadline=math.inf if deadline is None else deadline)
+        ends_at = math.inf if deadline is None else deadline
+        self._times = _Times(begins_at=start_time, deadline=ends_at, expected_at=start_time)
         self._ask: _Ask | None = None
         self._asks = 0
         self._group: tuple[Search, ...] = ()
@@ -279,7 +282,7 @@ class Matchmaking:
             return
         if now >= self.story.next_status:
             text = self.story.status(now, self._view.candidates(now), self.me.peer_id)
-            self._effects.append(Log(text, is_warning=now >= self._times.begins_at))
+            self._effects.append(Log(text, is_warning=now >= time.expected_at))
         if now >= time.declare_again:
             self._declare(now)
         if now >= self._view.next_poll:
@@ -306,6 +309,8 @@ class Matchmaking:
         self._effects.append(MoveTo(place))
         self._view = View(self.me, self._schema_hash, opens_at=place.start_time, latency=self._view.latency)
         self._view.start(now)
+        if now < self._times.expected_at:
+            self._times.expected_at = place.start_time
         self._times.begins_at = place.start_time
         self._times.mixes_until = now + MIX_FOR * (place.start_time - now)
         self.story.note(now, f"began anew under {place.key!r}, to start in {place.start_time - now:.1f} s")
@@ -351,7 +356,7 @@ class Matchmaking:
         if self.state is State.FOLLOWING:
             assert self._ask is not None
             return Redirect(self._ask.leader.to_bytes(), self._ask.addresses)
-        self._view.take_back(asker.peer_id)  # it lives
+        self._view.take_back(asker)  # it lives
         self._view.note_seen(asker, now)
         return self._offer_place(asker, now)
 
@@ -404,7 +409,7 @@ class Matchmaking:
             return
         self._move(State.FOLLOWING)
         self.story.answered(ask.leader, "accepted", now)
-        self._times.leader_begins_at = now + event.begins_in
+        self._times.leader_begins_at = self._believed_begin(event.begins_in, now)
         message = Dismissed(DismissReason.JOINED_ANOTHER, ask.leader.to_bytes(), ask.addresses)
         self._dismiss_all(message)
 
@@ -452,7 +457,7 @@ class Matchmaking:
 
     def _on_postponed(self, event: LeaderPostponed, now: float) -> None:
         if self._current(event.ask):
-            self._times.leader_begins_at = now + event.begins_in
+            self._times.leader_begins_at = self._believed_begin(event.begins_in, now)
 
     def _on_began(self, event: LeaderBegan, now: float) -> None:
         if self._current(event.ask) is None:
@@ -719,6 +724,10 @@ class Matchmaking:
 
     def _retry_time(self) -> float:
         return max(RETRY_AFTER, 2 * self._view.latency)
+
+    def _believed_begin(self, begins_in: float, now: float) -> float:
+        """When a leader begins that says so; what no leader does that is earlier in the order is not believed."""
+        return min(now + begins_in, max(now, self._times.begins_at) + self.config.min_matchmaking_time)
 
     def _patience_ends(self) -> float:
         return self._times.leader_begins_at + self.config.request_timeout + BEGIN_GRACE * self._view.latency

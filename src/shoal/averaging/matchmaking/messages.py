@@ -119,6 +119,10 @@ JOIN: Method[JoinRequest, LeaderMessage] = Method(
 )
 
 
+MAX_DECLARED_MEMBERS = 64
+"""Of a large group a record names so many: the members' records lie under one key, whose size the DHT limits."""
+
+
 class DeclaredState(enum.StrEnum):
     """Whether a peer that declared itself can still be planned with; stored values."""
 
@@ -136,7 +140,7 @@ class Declaration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mode: PeerMode
     addresses: tuple[str, ...]
     group: tuple[Search, ...] = ()
-    """If taken: everybody in its group. One record that is seen takes the whole group out of a plan at once."""
+    """If taken: who is in its group. One record that is seen takes all of them out of a plan at once."""
     grid_round: int = 0
     """As in :class:`~shoal.averaging.group.MemberInfo`, like the next."""
     lineage: Lineage = NO_LINEAGE
@@ -169,16 +173,16 @@ def decode_declaration(raw: object) -> Declaration:
     if problem:
         raise InvalidValueError(f"a declaration with a {problem}")
     try:
-        check_searches(declaration.group)
+        check_searches(declaration.group, MAX_DECLARED_MEMBERS)
     except ProtocolViolation as e:
         raise InvalidValueError(f"a declaration of a group: {e}") from e
     return declaration
 
 
-def check_searches(members: tuple[Search, ...]) -> None:
+def check_searches(members: tuple[Search, ...], limit: int = MAX_GROUP_SIZE) -> None:
     """:raises ProtocolViolation: they cannot be the members of a group"""
-    if len(members) > MAX_GROUP_SIZE:
-        raise ProtocolViolation(f"a group of {len(members)} members; at most {MAX_GROUP_SIZE} are allowed")
+    if len(members) > limit:
+        raise ProtocolViolation(f"a group of {len(members)} members; at most {limit} are allowed")
     for member in members:
         peer_id_of(member.peer_id)
         if not math.isfinite(member.start_time):

@@ -62,6 +62,7 @@ from shoal.averaging.matchmaking.events import (
 )
 from shoal.averaging.matchmaking.messages import (
     JOIN,
+    MAX_DECLARED_MEMBERS,
     Accepted,
     Begin,
     Dismissed,
@@ -277,7 +278,8 @@ class GroupSearch:
     # ---- the DHT
 
     def _declare(self, effect: Declare) -> None:
-        declaration = self._peer.declaration(self.place, self._mode, effect.state, effect.group)
+        group = effect.group[:MAX_DECLARED_MEMBERS]
+        declaration = self._peer.declaration(self.place, self._mode, effect.state, group)
         self._peer.declarations.declare(self.place.key, declaration, self._declared)
 
     def _declared(self, seconds: float, failure: str | None) -> None:

@@ -116,7 +116,7 @@ class StoryTeller:
             shown = ", ".join(map(str, self._other_schema))
             text += (
                 f", peers that average tensors of another schema: {shown}"
-                " (shapes, dtypes, compression, part_size_bytes or min_group_size differ)"
+                " (shapes, dtypes, compression, part_size_bytes, min_group_size or min_vector_size differ)"
             )
         return text
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from shoal.averaging.matchmaking.candidate import Candidate
@@ -23,8 +23,13 @@ LATENCY_DECAY = 0.8
 """The longest time that the DHT took counts, but not for ever: with each later answer it counts this much less."""
 GONE_WITHIN = 5.0
 """A peer that wanted to start earlier than this one by more seconds is of an earlier round."""
-HEARSAY_LASTS = 10.0
-"""Seconds within which the members of a group that has begun say so themselves."""
+HEARSAY_AT_LEAST = 1.0
+HEARSAY_LATENCIES = 4.0
+HEARSAY_AT_MOST = 10.0
+"""Within the first number of seconds, and the second one times the longest that the DHT took, the members of a group
+that has begun say so themselves; within the third in any case."""
+MAX_HEARSAY = 4096
+"""What is said of more searches than these is forgotten, except of those that were seen."""
 NOBODY: Mapping[PeerID, float] = MappingProxyType({})
 
 
@@ -67,6 +72,8 @@ class View:
         self._schema_hash = schema_hash
         self._declared: dict[PeerID, tuple[Candidate, Declaration]] = {}
         self._left_out: dict[PeerID, _LeftOut] = {}
+        self._hearsay: dict[tuple[PeerID, float], _LeftOut] = {}
+        """Peers and the start times of their searches, of which others have said that they have a group."""
         self._last_seen: dict[PeerID, float] = {}
         """The latest start time with which a peer was seen."""
         self._ever: dict[PeerID, Candidate] = {}
@@ -92,6 +99,7 @@ class View:
         self._declared.clear()
         self.records.clear()
         other_schema = []
+        groups = []
         for peer_id, declaration in peers:
             if peer_id == self._me.peer_id:
                 continue
@@ -101,13 +109,15 @@ class View:
             self.records[peer_id] = declaration.start_time
             if declaration.state is DeclaredState.TAKEN:
                 self.leave_out(peer_id, math.inf, declaration.start_time)
-                self.leave_out_group(declaration.group, math.inf, now)
+                groups.append(declaration.group)
                 if self._was_here(peer_id, declaration):
                     self._ever[peer_id] = _candidate(peer_id, declaration)
             else:
                 candidate = _candidate(peer_id, declaration)
                 self._declared[peer_id] = (candidate, declaration)
                 self.note_seen(candidate, now)
+        for group in groups:
+            self.leave_out_group(group, math.inf, now)
         return other_schema
 
     def _was_here(self, peer_id: PeerID, taken: Declaration) -> bool:
@@ -160,7 +170,7 @@ class View:
         for peer_id, (candidate, _) in self._declared.items():
             if not self.is_open_to(candidate.grid_round, now):
                 continue
-            left_out = self._is_left_out(candidate, now)
+            left_out = self._is_left_out(peer_id, candidate.start_time, now)
             if left_out is None or (with_full_groups and left_out.is_looking):
                 found[peer_id] = candidate
         found.update((follower.peer_id, follower) for follower in self.followers.values())
@@ -201,34 +211,43 @@ class View:
     def leave_out_group(self, members: tuple[Search, ...], until: float, now: float) -> None:
         """Plan without the members of a group that has begun (``until`` infinity), or is full.
 
-        That is what one of them says of the others. Its word counts once, until their own can be seen: a member that
-        never heard of the beginning, because the leader died in it, goes on looking.
+        That is what one of them says of the others. Its word counts once for each search that it names, until the
+        others' own can be seen: a member that never heard of the beginning, because the leader died in it, goes on
+        looking; and who lies can hide nobody for long, nor fill memory.
         """
-        has_begun = until == math.inf
+        ends = min(until, now + self._hearsay_lasts)
         for member in members:
-            peer_id = PeerID.from_bytes(member.peer_id)
-            before = self._left_out.get(peer_id)
-            is_known = before is not None and before.start_time >= member.start_time and not before.is_looking
-            if peer_id != self._me.peer_id and not is_known:
-                ends = min(until, now + HEARSAY_LASTS)
-                self.leave_out(peer_id, ends, member.start_time, is_looking=not has_begun)
+            search = (PeerID.from_bytes(member.peer_id), member.start_time)
+            before = self._hearsay.get(search)
+            if search[0] != self._me.peer_id and (before is None or before.is_looking):
+                self._hearsay[search] = _LeftOut(member.start_time, ends, is_looking=until < math.inf)
+        if len(self._hearsay) > MAX_HEARSAY:
+            seen = self._last_seen.items() & self._hearsay.keys()
+            self._hearsay = {search: self._hearsay[search] for search in seen}
 
-    def take_back(self, peer_id: PeerID) -> None:
-        """Plan with ``peer_id`` again: it has shown that it lives and looks for a group."""
-        self._left_out.pop(peer_id, None)
+    @property
+    def _hearsay_lasts(self) -> float:
+        return min(HEARSAY_AT_LEAST + HEARSAY_LATENCIES * self.latency, HEARSAY_AT_MOST)
+
+    def take_back(self, candidate: Candidate) -> None:
+        """Plan with ``candidate`` again: it has shown that it lives and looks for a group."""
+        self._left_out.pop(candidate.peer_id, None)
+        search = (candidate.peer_id, candidate.start_time)
+        if search in self._hearsay:
+            self._hearsay[search] = replace(self._hearsay[search], until=-math.inf)
 
     def may_ask(self, leader: PeerID, now: float) -> bool:
         """Whether to follow somebody's advice to ask ``leader``, who need not be visible here."""
         if leader in self.members:
             return False
-        left_out = self._left_out.get(leader)
-        return left_out is None or now >= left_out.until
+        return self._is_left_out(leader, self._last_seen.get(leader, -math.inf), now) is None
 
-    def _is_left_out(self, candidate: Candidate, now: float) -> _LeftOut | None:
-        left_out = self._left_out.get(candidate.peer_id)
-        if left_out is None or now >= left_out.until or candidate.start_time > left_out.start_time:
-            return None
-        return left_out
+    def _is_left_out(self, peer_id: PeerID, start_time: float, now: float) -> _LeftOut | None:
+        left_out = self._left_out.get(peer_id)
+        if left_out is not None and now < left_out.until and start_time <= left_out.start_time:
+            return left_out
+        rumour = self._hearsay.get((peer_id, start_time))
+        return rumour if rumour is not None and now < rumour.until else None
 
     # ---- how sure
 
