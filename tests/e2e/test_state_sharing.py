@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import shoal
+from shoal.averaging.state import host
 from shoal.averaging.state.donor import StateDonor
 from shoal.averaging.state.download import PartialState
 from shoal.averaging.state.queue import UploadQueue
@@ -461,6 +462,21 @@ def test_a_copy_that_cannot_be_handed_on_is_named_and_the_next_one_is_made(
     donor.state = ("good", [])
     donor.dht.run_coroutine(forget_the_failure)
     assert joiner.load_state_from_peers(timeout=LIMIT) == ("good", [])
+
+
+def test_a_lock_that_is_not_free_is_said_and_not_taken_for_a_failure_of_the_state(
+    swarm: Swarm, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(host, "LOCK_TIMEOUT", 0.1)
+    donor = swarm.donor((1, []))
+    joiner = swarm.joiner()
+    swarm.wait_for_donors(joiner, 1)
+    with donor.get_tensors():
+        assert joiner.load_state_from_peers(timeout=LIMIT) is None
+    assert donor.calls == 0
+    (text,) = [r.getMessage() for r in caplog.records if "cannot download" in r.getMessage()]
+    assert "because its lock was not free" in text
+    assert "thread 'MainThread' has held it" in text
 
 
 def test_no_donor_is_one_warning_that_explains(swarm: Swarm, caplog: pytest.LogCaptureFixture):
