@@ -22,11 +22,9 @@ class Setup:
     """The first message to the process.
 
     :param preload: modules that it imports on a thread once its first service is made
-    :param host_loaded_torch: whether the host had imported torch by then
     :param environment: variables to put back to the host's values (None: it has none)
     """
 
     state: HostState
     preload: tuple[str, ...]
-    host_loaded_torch: bool
     environment: tuple[tuple[str, str | None], ...]

@@ -55,7 +55,7 @@ class BackgroundProcess:
         state = _host_state()
         # Put back in the process: it is there to let its interpreter find this package, not for its own children.
         environment = (("PYTHONPATH", os.environ.get("PYTHONPATH")),)
-        setup = Setup(state, preload, "torch" in sys.modules, environment)
+        setup = Setup(state, preload, environment)
         connection = Connection.spawn(name, _python_path(), pickling.dumps(setup))
         connection.state = state
         lifetime.add(connection, daemon=daemon)

@@ -51,10 +51,6 @@ class Context:
     def services(self) -> Mapping[int, Service]:
         return self._server.services
 
-    @property
-    def host_loaded_torch(self) -> bool:
-        return self._server.host_loaded_torch
-
     def find(self, name: str) -> Service:
         for service_id, context in self._server.contexts.items():
             if context.name == name and service_id in self._server.services:
@@ -77,7 +73,6 @@ class Server:
     def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
         self.services: dict[int, Service] = {}
         self.contexts: dict[int, Context] = {}
-        self.host_loaded_torch = False
         self._loop = loop
         self._channel = Channel(sock, self._watch_writable)
         self.log_handler = ForwardingHandler(self._send_log, lambda: self._channel.unsent_bytes)
@@ -162,7 +157,6 @@ class Server:
     def _receive_state(self, frame: Frame) -> None:
         message = pickling.loads(frame.body)
         if isinstance(message, Setup):
-            self.host_loaded_torch = message.host_loaded_torch
             self._preload = message.preload
             for name, value in message.environment:
                 if value is None:

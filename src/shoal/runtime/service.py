@@ -38,10 +38,6 @@ class ServiceContext(Protocol):
     def services(self) -> Mapping[int, Service]:
         """Every open service of the process by its number, itself included once its factory has returned."""
 
-    @property
-    def host_loaded_torch(self) -> bool:
-        """Whether the host had imported torch when the process was started."""
-
     def find(self, name: str) -> Service:
         """The open service that was created under this name.
 
