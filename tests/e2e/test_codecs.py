@@ -20,7 +20,7 @@ from shoal.compression import (
     Uniform8BitQuantization,
     register_codec,
 )
-from shoal.errors import AllreduceException
+from shoal.errors import AllreduceException, InvalidValueError
 from shoal.testing.codecs import error_bound
 
 pytestmark = pytest.mark.xdist_group("averaging")
@@ -104,6 +104,42 @@ def test_a_codec_of_the_users_own_runs_in_the_background_process(swarm: Swarm):
     step_all([swarm.peer(own, size=2, compression=codec) for own in tensors])
     assert torch.equal(tensors[0][0], torch.full((10_000,), 0.5))
     assert torch.equal(tensors[1][0], tensors[0][0])
+
+
+def rounding_codec(step: float) -> CompressionBase:
+    class RoundingCompression(NoCompression):
+        compression_type = 79
+
+        def __init__(self, step: float) -> None:
+            self.step = torch.tensor(step)  # has no equality of its own
+
+        def lossless(self, dtype: torch.dtype) -> bool:
+            return False
+
+        def is_raw(self, dtype: torch.dtype) -> bool:
+            return False
+
+        def encode(self, part: torch.Tensor) -> memoryview:
+            return super().encode((part / self.step).round() * self.step)
+
+    return RoundingCompression(step)
+
+
+def test_a_users_codec_works_with_its_settings_and_with_no_others(swarm: Swarm):
+    codec = rounding_codec(0.25)
+    register_codec(codec)
+    tensors = [torch.full((100,), value) for value in (0.0, 0.6)]
+    step_all(
+        [
+            swarm.peer([tensor], size=2, compression=codec, bandwidth=bandwidth)
+            for tensor, bandwidth in zip(tensors, (1.0, 0.0), strict=True)
+        ]
+    )
+    # The owner got 0.5 for 0.6, and sent the difference of the average to that: -0.25.
+    assert torch.allclose(tensors[0], torch.full((100,), 0.25))
+    assert torch.allclose(tensors[1], torch.full((100,), 0.35))
+    with pytest.raises(InvalidValueError, match="compression: RoundingCompression with step=tensor"):
+        swarm.peer([tensors[0]], size=2, compression=type(codec)(0.01))
 
 
 @pytest.mark.parametrize(("value", "reason"), [(2.0, "no twos"), (3.0, "but its encoded_nbytes says")])
