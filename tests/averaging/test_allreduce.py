@@ -42,6 +42,7 @@ from shoal.averaging.allreduce.events import (
     Withdrawn,
 )
 from shoal.averaging.allreduce.messages import (
+    AveragesReceived,
     Excluded,
     GaveUp,
     Outcome,
@@ -54,6 +55,10 @@ from shoal.averaging.allreduce.messages import (
 from shoal.errors import AllreduceException, ProtocolViolation
 
 TIMEOUTS = RoundTimeouts(None, sender=10.0, reducer=20.0)
+
+
+LIMIT = 21.0
+"""How long the leader awaits a member: ``reducer``, and the interval between two words of progress."""
 
 
 class Member:
@@ -186,7 +191,7 @@ def test_a_sender_that_stalls_is_left_out_of_what_it_has_not_delivered():
     assert member.at(5.0).handle(PartDelivered(2, 0)) == [AveragePart(0)]
     assert member.core.deadline == 15.0
     assert member.at(14.9).handle(TimePassed()) == []
-    reason = "it sent no further part within sender_timeout=10 s"
+    reason = "it sent no further part, or took no average, within sender_timeout=10 s"
     assert member.at(15.0).handle(TimePassed()) == [
         DropSender(2, reason),
         AveragePart(1),
@@ -258,10 +263,85 @@ def test_without_timeouts_there_is_no_deadline():
     assert member.at(1e9).handle(TimePassed()) == []
 
 
-def test_an_owner_that_times_out_fails_the_round_for_everybody():
+@pytest.mark.parametrize("waiting", [0, 2], ids=["the leader", "an owner"])
+def test_an_owner_that_times_out_fails_the_round_for_everybody(waiting: int):
     leader = Member(0, (0, 1, 1))
-    effects = leader.handle(MemberReported(2, OwnerFailed(1, "too slow", True)))
-    assert "member 2 got no averages from member 1: too slow" in (failure(effects) or "")
+    leader.handle(SnapshotTaken(1.0))
+    report = MemberReported(2, OwnerFailed(1, "too slow", True))
+    effects = leader.handle(report) if waiting else leader.at(20.0).handle(TimePassed())
+    assert f"member {waiting} got no averages from member 1: " in (failure(effects) or "")
+
+
+def test_a_member_that_owns_nothing_cannot_fail_the_round_by_calling_an_owner_slow():
+    leader = Member(0, (1, 1, 0))
+    assert excluded(leader.handle(MemberReported(2, OwnerFailed(1, "too slow", True)))) == [2]
+    # the word of an owner is believed
+    effects = leader.handle(MemberReported(1, OwnerFailed(0, "too slow", True)))
+    assert failure(effects) == "member 1 got no averages from member 0: too slow"
+
+
+def test_members_that_own_nothing_are_believed_when_all_of_them_call_the_owner_slow():
+    """Its user may never have given the trigger: it must not be left behind in a round of its own."""
+    leader = Member(0, (1, 0, 0))
+    assert excluded(leader.handle(MemberReported(2, OwnerFailed(0, "too slow", True)))) == [2]
+    effects = leader.handle(MemberReported(1, OwnerFailed(0, "too slow", True)))
+    assert failure(effects) == "member 1 got no averages from member 0: too slow"
+
+
+def averaged_everything(owned: tuple[int, ...], contributes: tuple[bool, ...] | None = None) -> Member:
+    """A leader that is ready, with what it could hear from an owner: member 1."""
+    leader = Member(0, owned, contributes)
+    others = [member for member in range(1, len(owned)) if contributes is None or contributes[member]]
+    leader.handle(SnapshotTaken(1.0))
+    for member in others:
+        leader.handle(WeightDeclared(member, 1.0), PartDelivered(member, 0))
+    leader.handle(PartAveraged(0), AverageReceived(1, 0))
+    return leader
+
+
+def test_who_is_not_ready_when_everything_was_averaged_is_awaited_and_then_excluded():
+    leader = averaged_everything((1, 1, 0))
+    leader.handle(MemberReported(1, SpanAveraged((1.0,) * 3, None, None)), MemberReported(1, Ready(1.0)))
+    assert leader.core.deadline == LIMIT
+    leader.at(15.0).handle(MemberReported(2, AveragesReceived(1)))  # it does take averages
+    assert leader.core.deadline == 15.0 + LIMIT
+    effects = leader.at(15.0 + LIMIT).handle(TimePassed())
+    assert excluded(effects) == [2]
+    assert leader.phase is Phase.COMMITTED
+
+
+def test_nobody_is_awaited_while_an_owner_may_still_wait_for_parts():
+    leader = Member(0, (1, 1, 0))
+    leader.handle(SnapshotTaken(0.0), MemberReported(2, Ready(1.0)))
+    leader.core.collection.clocks.clear()
+    leader.core.returns.clocks.clear()
+    assert leader.core.deadline is None
+
+
+def test_an_owner_that_never_says_what_it_averaged_is_not_waited_for():
+    """Only an auxiliary one can hold up the others by that, which are all ready."""
+    leader = averaged_everything((1, 1, 0), (True, False, True))
+    leader.handle(MemberReported(2, Ready(1.0)))
+    assert leader.core.deadline == LIMIT
+    assert excluded(leader.at(LIMIT).handle(TimePassed())) == [1]
+    assert leader.phase is Phase.COMMITTED
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (2,), (3,)])
+def test_progress_that_is_none_breaks_the_protocol(counts: tuple[int, ...]):
+    leader = Member(0, (1, 1, 0))
+    *before, last = [MemberReported(2, AveragesReceived(count)) for count in counts]
+    leader.handle(*before)
+    with pytest.raises(ProtocolViolation, match="out of turn or too many"):
+        leader.handle(last)
+
+
+def test_a_member_tells_the_leader_now_and_then_that_averages_come():
+    member = Member(2, (3, 3, 0))
+    member.handle(SnapshotTaken(1.0))
+    assert member.handle(AverageReceived(0, 0)) == [TellLeader(AveragesReceived(1))]
+    assert member.at(0.9).handle(AverageReceived(0, 1)) == []
+    assert member.at(1.0).handle(AverageReceived(1, 0)) == [TellLeader(AveragesReceived(3))]
 
 
 # exclusion

@@ -52,7 +52,7 @@ from shoal.averaging.allreduce.events import (
 
 TIMEOUT = 400.0
 """Of senders and owners, in steps of the scheduler: now and then somebody who only has bad luck is excluded too."""
-FAULTS = ("kill", "drop", "withdraw", "stall", "no snapshot", "nan", "late")
+FAULTS = ("kill", "drop", "withdraw", "stall", "no snapshot", "nan", "late", "takes nothing", "says nothing")
 
 Link = tuple[str, int, int]
 """Kind of stream ("parts", "averages", "reports", "word", "questions"), source, target: each in order by itself."""
@@ -260,6 +260,11 @@ class SimulatedGroup:
         for owner in self.cores[sender].roles.others:
             self.stalled.add(("parts", sender, owner))
 
+    def takes_nothing(self, member: int) -> None:
+        """It delivers its parts, but no average arrives there."""
+        for owner in self.cores[member].roles.others:
+            self.stalled.add(("averages", owner, member))
+
     def inject(self, fault: str) -> None:
         living = [member for member, alive in enumerate(self.alive) if alive]
         if len(living) == 1:
@@ -274,6 +279,10 @@ class SimulatedGroup:
                 self.feed(member, Withdrawn("cancelled"))
             case "stall":
                 self.stall(member)
+            case "takes nothing":
+                self.takes_nothing(member)
+            case "says nothing":
+                self.stalled.add(("reports", member, self.roles.leader))
             case "no snapshot":
                 self.without_snapshot.add(member)
             case "nan":

@@ -132,6 +132,49 @@ def test_a_sender_that_is_held_is_not_excluded_with_the_one_for_which_it_waits(
     run(main)
 
 
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        (3000, "everything was averaged, but it said nothing for 5 s"),
+        (400_000, "it sent no further part, or took no average, within sender_timeout=2 s"),
+    ],
+    ids=["all of them fit into its buffers", "the owners hold it back"],
+)
+def test_a_member_that_takes_no_averages_is_excluded(
+    shape: int, reason: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(streams, "HELD_BYTES", 2048)
+    monkeypatch.setattr(streams, "WINDOW_BYTES", 2048)
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=3, size=4, clients=1, shapes=[(shape,)]) as group:
+            rounds = [group.round(member, timeouts=TIMEOUTS) for member in range(3)]
+            rounds.append(group.round(3))  # it has no limits itself
+            monkeypatch.setattr(rounds[3]._exchange, "_receive_averages", lambda *_: forever())
+            runs = (group.run_round(member, current) for member, current in enumerate(rounds))
+            async with asyncio.timeout(60):
+                results = await asyncio.gather(*runs)
+            check_exclusion(group, results, 3, reason=reason)
+
+    run(main)
+
+
+def test_a_member_with_a_slow_link_that_does_take_averages_is_waited_for():
+    """It contributes nothing but its link: the others have averaged everything long before."""
+
+    async def main() -> None:
+        weights = [1.0, 1.0, 0.0]
+        async with SimulatedGroup(seed=3, size=3, clients=1, weights=weights, shapes=[(30_000,)]) as group:
+            for member in (0, 1):
+                group.network.set_bandwidth(group.name(member), group.name(2), 8000.0)  # a part in 0.13 s
+            results = await all_of(group, timeouts=TIMEOUTS)
+            assert [result.failure for result in results] == [None] * 3
+            assert not results[0].exclusions
+            assert results[0].allreduce_seconds > 6.0
+
+    run(main)
+
+
 def test_a_client_that_is_killed_does_not_fail_the_round():
     async def main() -> None:
         async with SimulatedGroup(seed=4, size=4, clients=1, shapes=[(50_000,)]) as group:
@@ -465,7 +508,17 @@ def test_cancelling_frees_the_groupmates_at_once(victim: int, before_trigger: bo
 class Trouble:
     """What befalls one round of a group, chosen by a seed."""
 
-    KINDS = ("kill", "drop", "withdraw", "silence", "no snapshot", "nan", "never triggered", "nothing")
+    KINDS = (
+        "kill",
+        "drop",
+        "withdraw",
+        "silence",
+        "no snapshot",
+        "nan",
+        "never triggered",
+        "takes nothing",
+        "nothing",
+    )
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -521,6 +574,8 @@ class Trouble:
                 asyncio.ensure_future(group.run_round(member, current))
                 for member, current in enumerate(self.rounds)
             ]
+            if self.kind == "takes nothing":
+                self.rounds[self.victim]._exchange._receive_averages = lambda *_: forever()  # type: ignore[method-assign]
             await asyncio.sleep(self.rng.uniform(0.0, 0.8))
             self.strike()
             await asyncio.wait(tasks, timeout=300)

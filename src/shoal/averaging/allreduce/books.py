@@ -140,6 +140,8 @@ class Returns:
             for owner, parts in enumerate(roles.parts_owned)
         ]
         self._missing = sum(self._owed)
+        self.received = 0
+        """Averages of all owners that have come."""
         self._sends = True
         self._sent, self._received = [0] * roles.size, [0] * roles.size
 
@@ -174,6 +176,7 @@ class Returns:
                 f"{self._received[owner]}"
             )
         self._received[owner] += 1
+        self.received += 1
         self._missing -= 1
         self._watch(owner, now)
 

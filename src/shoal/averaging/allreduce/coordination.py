@@ -6,6 +6,8 @@ The rules:
 - A member that is lost, gives up or cannot get an owner's averages before it was ready is excluded: the group goes on
   without it. If others may still need averages of its span, the round fails instead, for everybody. (This is the
   place for successors of owners: a span would be taken over in a new epoch.)
+- When every span has been averaged, each member that is still not ready, and each owner that has not said so, is
+  *awaited*: the group goes on without it if it does nothing for too long.
 - The round commits when everybody who is not excluded is ready, and every owner that still serves has said which
   weights it used. Auxiliary members apply nothing and are not waited for.
 """
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field
 
 from shoal.averaging.allreduce.events import AnnounceExclusion, AnnounceOutcome, Effect, Roles
 from shoal.averaging.allreduce.messages import (
+    AveragesReceived,
     Excluded,
     GaveUp,
     Outcome,
@@ -45,9 +48,11 @@ class Coordinator:
     """Members that serve nobody any more."""
     _spans: dict[int, SpanAveraged] = field(default_factory=dict)
     _stranded_by: set[int] = field(default_factory=set)
-    """Owners whose averages an excluded member could not get: if such an owner turns out to be lost, it was not that
-    member's fault, and the round fails.
+    """Owners whose averages an excluded member, which owns nothing, could not get: if such an owner turns out to be
+    lost, it was not that member's fault, and the round fails.
     """
+    _received: dict[int, int] = field(default_factory=dict)
+    """Averages that members said they have taken."""
     _told: dict[int, tuple[int, float]] = field(default_factory=dict)
     """The weight that each member told, and to whom first."""
 
@@ -61,6 +66,8 @@ class Coordinator:
         match report:
             case Ready(weight):
                 return self._on_ready(member, weight)
+            case AveragesReceived(count):
+                return self._on_progress(member, count)
             case SpanAveraged():
                 return self._on_span(member, report)
             case GaveUp(reason):
@@ -85,6 +92,29 @@ class Coordinator:
             return []
         return self._on_gone(member, phase, seconds, reason, f"lost {self.roles.name(member)}: {reason}")
 
+    @property
+    def awaited(self) -> set[int]:
+        """Members that hold up the decision though every span has been averaged: all owners said so, or the leader
+        itself, which is ready, holds all averages.
+        """
+        if self.outcome is not None:
+            return set()
+        unready = {member for member in self._committers() if member not in self._ready}
+        unreported = {
+            owner for owner in self._owners() if owner not in self._spans and owner not in self._gone
+        }
+        if unready and unreported and self.roles.leader not in self._ready:
+            return set()
+        return (unready | unreported) - {self.roles.leader}
+
+    def pass_over(self, member: int, reason: str, seconds: float) -> list[Effect]:
+        """An awaited member has done nothing for too long."""
+        if self.outcome is not None:
+            return []
+        if member in self._committers() and member not in self._ready:
+            return self._exclude(member, "exchange", seconds, reason)
+        return self.lose(member, reason, seconds)
+
     def fail(self, reason: str) -> list[Effect]:
         """The leader fails the round for everybody."""
         return (
@@ -100,6 +130,14 @@ class Coordinator:
             return []  # its report and the notice of its exclusion crossed
         self._ready[member] = weight
         return self._hear_weight(member, member, weight) or self._settle()
+
+    def _on_progress(self, member: int, count: int) -> list[Effect]:
+        if member in self._ready or not self._received.get(member, 0) < count < sum(self.roles.parts_owned):
+            raise ProtocolViolation(
+                f"{self.roles.name(member)} took {count} averages, out of turn or too many"
+            )
+        self._received[member] = count
+        return []
 
     def _on_span(self, owner: int, report: SpanAveraged) -> list[Effect]:
         if owner in self._spans or not self.roles.parts_owned[owner]:
@@ -141,8 +179,11 @@ class Coordinator:
         if member in self._excluded:
             return []
         story = f"{roles.name(member)} got no averages from {roles.name(owner)}: {report.reason}"
-        if report.timed_out or owner in self._gone or roles.parts_owned[member]:
+        if owner in self._gone or roles.parts_owned[member]:
             return self.fail(story)
+        others = (one for one in self._committers() if one not in (member, owner))
+        if report.timed_out and (member == roles.leader or next(others, None) is None):
+            return self.fail(story)  # who owns nothing is believed where nobody is left to know better
         self._stranded_by.add(owner)
         return self._exclude(
             member, "exchange", seconds, f"it got no averages from {roles.name(owner)}: {report.reason}"
@@ -180,12 +221,15 @@ class Coordinator:
         members = range(self.roles.size)
         return [one for one in members if self.roles.contributes[one] and one not in self._excluded]
 
+    def _owners(self) -> list[int]:
+        return [owner for owner, parts in enumerate(self.roles.parts_owned) if parts]
+
     def _settle(self) -> list[Effect]:
         committers = self._committers()
         if not committers:
             first = next(iter(self._excluded.values()))
             return self.fail(f"no member is left: {self.roles.name(first.member)}: {first.reason}")
-        owners = [owner for owner, parts in enumerate(self.roles.parts_owned) if parts]
+        owners = self._owners()
         if any(member not in self._ready for member in committers):
             return []
         if any(owner not in self._spans and owner not in self._gone for owner in owners):

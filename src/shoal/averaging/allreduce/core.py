@@ -15,7 +15,8 @@ member that is excluded and lives stands aside: it will not commit, but serves t
 group is decided. The clock of a sender runs while the owner waits for its next part: not before the owner's own
 snapshot, not while the owner holds it back because others are slower, and not while the owner itself is late. The
 clock of an owner runs while everything that its next average needs of this member was sent. An owner whose averages
-others still need cannot be excluded: the round fails.
+others still need cannot be excluded: the round fails. When everything has been averaged, the leader's clocks run for
+members that are not ready, since each last said that it has taken a further average.
 
 A round commits everywhere or nowhere. The leader decides (:mod:`.coordination`), as in two-phase commit (Gray 1978,
 "Notes on data base operating systems", section 5.8.3.3): a member that holds every average *reports ready* and from
@@ -48,6 +49,7 @@ shell is :mod:`.round`.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 from shoal.averaging.allreduce.books import Collection, Returns
@@ -95,6 +97,7 @@ from shoal.averaging.allreduce.events import (
     Withdrawn,
 )
 from shoal.averaging.allreduce.messages import (
+    AveragesReceived,
     Excluded,
     GaveUp,
     Outcome,
@@ -106,9 +109,12 @@ from shoal.averaging.allreduce.messages import (
     StandsAside,
     reason_text,
 )
+from shoal.averaging.allreduce.part_clocks import PartClocks
 from shoal.errors import AllreduceException, ProtocolViolation
 
 HISTORY_LENGTH = 64
+PROGRESS_INTERVAL = 1.0
+"""Seconds between two words of a member to the leader about averages that it has taken."""
 NO_LIMITS = RoundTimeouts()
 SERVING = (Phase.EXCHANGING, Phase.EXCLUDED)
 """While the own span may still have to be averaged: a member that is ready has done that."""
@@ -133,6 +139,9 @@ class AllReduce:
         self._coordinator = Coordinator(roles) if roles.me == roles.leader else None
         self._began: float | None = None
         self.returns = Returns(roles, timeouts.reducer)
+        limit = timeouts.reducer
+        self._awaited = PartClocks(None if limit is None else limit + PROGRESS_INTERVAL)
+        self._progress_told = -math.inf
         self._failed_owners: set[int] = set()
         self._answers: set[int] = set()
         self._history: deque[tuple[str, Event]] = deque(maxlen=HISTORY_LENGTH)
@@ -192,7 +201,7 @@ class AllReduce:
                 self.returns.send(owner, index, now)
             case AverageReceived(owner, index):
                 self.returns.receive(owner, index, now)
-                return self._advance(now)
+                return self._advance(now) or self._tell_progress(now)
             case OwnerLost(owner, reason):
                 return self._on_owner_lost(owner, reason, False, now)
             case ExcludedByOwner(owner, reason) if self.phase is Phase.EXCHANGING:
@@ -206,6 +215,8 @@ class AllReduce:
             case JoinTimedOut(member, reason):
                 return self._coordinate(self._lead().lose(member, reason, self._elapsed(now), "join"), now)
             case MemberReported(member, report):
+                if isinstance(report, AveragesReceived):
+                    self._awaited.stop(member)
                 return self._coordinate(self._lead().take(member, report, self._elapsed(now)), now)
             case ExclusionReceived(excluded):
                 return self._on_exclusion(excluded, now)
@@ -219,10 +230,11 @@ class AllReduce:
         """When :class:`TimePassed` is due, if nothing else happens before."""
         if self.phase not in SERVING:
             return None
-        ends = [
-            one for one in (self.collection.clocks.deadline, self.returns.clocks.deadline) if one is not None
-        ]
-        return min(ends, default=None)
+        ends = (clocks.deadline for clocks in self._clocks())
+        return min((one for one in ends if one is not None), default=None)
+
+    def _clocks(self) -> tuple[PartClocks, ...]:
+        return (self.collection.clocks, self.returns.clocks, self._awaited)
 
     # as an owner
 
@@ -292,17 +304,36 @@ class AllReduce:
             self._move_to(Phase.READY)
         return self._tell(Ready(weight), now)
 
+    def _tell_progress(self, now: float) -> list[Effect]:
+        """Let the leader know, now and then, that this member is not stuck."""
+        is_due = now - self._progress_told >= PROGRESS_INTERVAL
+        if self._coordinator is not None or self.phase is not Phase.EXCHANGING or not is_due:
+            return []
+        if self.returns.is_complete:
+            return []
+        self._progress_told = now
+        return [TellLeader(AveragesReceived(self.returns.received))]
+
     def _on_time(self, late: float, now: float) -> list[Effect]:
-        for clocks in (self.collection.clocks, self.returns.clocks):
+        for clocks in self._clocks():
             clocks.shift(late)
         effects: list[Effect] = []
         for sender in self.collection.clocks.expired(now):
-            what = "no further part" if self.collection.delivered_by(sender) else "no part"
+            begun = self.collection.delivered_by(sender)
+            what = "no further part, or took no average," if begun else "no part"
             reason = f"it sent {what} within sender_timeout={self.collection.clocks.timeout:g} s"
             effects += self._on_sender_lost(sender, reason, now)
         for owner in self.returns.clocks.expired(now):
             reason = f"it returned no average within reducer_timeout={self.returns.clocks.timeout:g} s"
             effects += self._on_owner_lost(owner, reason, True, now)
+        return effects + self._pass_over_awaited(now)
+
+    def _pass_over_awaited(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for member in self._awaited.expired(now):
+            self._awaited.stop(member)
+            reason = f"everything was averaged, but it said nothing for {self._awaited.timeout:g} s"
+            effects += self._coordinate(self._lead().pass_over(member, reason, self._elapsed(now)), now)
         return effects
 
     # exclusion
@@ -353,7 +384,16 @@ class AllReduce:
                     effects += self._on_exclusion(excluded, now)
                 case AnnounceOutcome(outcome):
                     effects += self._conclude(outcome)
+        self._watch_awaited(now)
         return effects
+
+    def _watch_awaited(self, now: float) -> None:
+        awaited = self._lead().awaited
+        for member in self.roles.others:
+            if member not in awaited:
+                self._awaited.stop(member)
+            elif not self._awaited.runs(member):
+                self._awaited.start(member, now)
 
     def _on_lost(self, member: int, reason: str, now: float) -> list[Effect]:
         if self._coordinator is not None:

@@ -61,6 +61,12 @@ class Ready(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     weight: float
 
 
+class AveragesReceived(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """The member has taken so many averages of other owners, and misses some: it is slow, but not stuck."""
+
+    count: int
+
+
 class SpanAveraged(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """An owner has averaged its whole span.
 
@@ -102,7 +108,9 @@ class OwnerFailed(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=T
     timed_out: bool
 
 
-Report: TypeAlias = Ready | SpanAveraged | GaveUp | StandsAside | SenderExcluded | OwnerFailed
+Report: TypeAlias = (
+    Ready | AveragesReceived | SpanAveraged | GaveUp | StandsAside | SenderExcluded | OwnerFailed
+)
 
 
 # The leader's word.
@@ -179,6 +187,8 @@ def check_report(report: Report, size: int) -> Report:
     match report:
         case Ready(weight):
             _check(is_weight(weight), f"weight {weight}")
+        case AveragesReceived(count):
+            _check(count > 0, f"{count} averages")
         case SpanAveraged(weights, distance, average):
             _check(len(weights) == size, f"{len(weights)} weights in a group of {size}")
             _check(all(one is None or is_weight(one) for one in weights), "a weight is negative or too large")

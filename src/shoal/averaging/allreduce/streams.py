@@ -204,10 +204,17 @@ class Exchange:
             self._shared.feed(PartDelivered(member, index))
 
     async def _hold(self, member: int, index: int) -> None:
-        """Read no further until the member is no longer ahead; it is not to blame for that time."""
-        self._shared.feed(SenderHeld(member))
+        """Read no further until the member is no longer ahead. While slower members are the cause, and not that it
+        takes no averages, it is not to blame for that time.
+        """
+        is_held = False
         while self._is_ahead(member, index) and not self._shared.is_decided:
-            await self._progress.wait()
+            waits_for_others = index - self._averaged > self._max_held
+            if waits_for_others == is_held:
+                await self._progress.wait()
+                continue
+            is_held = waits_for_others
+            self._shared.feed(SenderHeld(member) if is_held else SenderAwaited(member))
         self._shared.feed(SenderAwaited(member))
 
     async def _return_averages(self, stream: Stream, member: int) -> None:
