@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 
 import shoal
 from shoal.averaging import DecentralizedAverager
+from shoal.averaging.checks import check_scheduled_time
 from shoal.averaging.config import default_start, matchmaking_config
+from shoal.utils.timed import get_dht_time
 
 SIGNATURE = [
     "averaged_tensors",
@@ -81,6 +84,22 @@ def test_the_defaults_make_an_averager():
     assert not averager.is_alive()
 
 
+def test_what_tensors_are_for_may_be_any_iterable():
+    tensors = [torch.zeros(3), torch.zeros(2)]
+    infos = [shoal.CompressionInfo.from_tensor(tensor, key=f"k{tensor.numel()}") for tensor in tensors]
+    averager = make(averaged_tensors=tensors, tensor_infos=(info for info in infos))
+    _, _, kept = averager.get_current_state()
+    assert kept == tuple(infos)
+
+
+def test_a_bound_is_said_with_all_its_digits():
+    now = get_dht_time()
+    with pytest.raises(ValueError, match="scheduled_time=") as caught:
+        check_scheduled_time(now + 86500, None)
+    allowed = float(re.search(r"at most (\S+) is allowed", str(caught.value))[1])
+    assert abs(allowed - now - 86400) < 10
+
+
 def test_waiting_for_an_averager_that_was_not_started_says_so():
     with pytest.raises(shoal.InvalidStateError, match="run_in_background"):
         make().wait_until_ready(1)
@@ -114,6 +133,13 @@ def test_waiting_for_an_averager_that_was_not_started_says_so():
         ({"reducer_timeout": math.inf}, "reducer_timeout=inf"),
         ({"allreduce_timeout": math.inf}, "allreduce_timeout=inf"),
         ({"min_vector_size": -1}, "min_vector_size=-1"),
+        ({"min_vector_size": 1 << 64}, "min_vector_size="),
+        ({"min_vector_size": 10**5000}, "min_vector_size=(a whole number of 16610 bits)"),
+        ({"target_group_size": 10**5000}, "target_group_size=(a whole number of"),
+        ({"min_group_size": 10**5000}, "min_group_size=(a whole number of"),
+        ({"part_size_bytes": 10**5000}, "part_size_bytes=(a whole number of"),
+        ({"declare_state_period": 1e-9}, "declare_state_period=1e-09: at least 0.1 is allowed"),
+        ({"prefix": "a\ud800"}, "prefix='a\\ud800'"),
         ({"declare_state_period": 0}, "declare_state_period=0"),
         ({"declare_state_period": 4000}, "declare_state_period=4000"),
         ({"client_mode": True, "auxiliary": True}, "auxiliary=True with client_mode=True"),

@@ -9,11 +9,13 @@ import os
 import signal
 import threading
 import time
+import weakref
+from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
 import torch
-from real_swarm import STEP_TIMEOUT, Swarm, step_all, wait_for_stage
+from real_swarm import STEP_TIMEOUT, Swarm, step_all, wait_for_stage, wait_until
 
 import shoal
 from shoal.averaging.control import AveragingStage
@@ -349,8 +351,47 @@ def test_cancelling_frees_the_groupmates_at_once(swarm: Swarm):
 
 def test_waiting_for_a_step_inside_get_tensors_is_an_error(swarm: Swarm):
     averager = swarm.peer([torch.zeros(2)], size=2)
-    with averager.get_tensors(), pytest.raises(InvalidStateError, match="get_tensors"):
-        averager.step()
+    control = averager.step(wait=False)
+    with averager.get_tensors():
+        for wait in (averager.step, averager.load_state_from_peers, control.result, control.exception):
+            with pytest.raises(InvalidStateError, match="get_tensors"):
+                wait()
+        with pytest.raises(TimeoutError):
+            control.result(timeout=0)  # this only looks
+        assert control.cancel()
+        with pytest.raises(CancelledError):
+            control.result()
+
+
+def test_a_shutdown_during_a_step_that_is_waited_for_is_a_warning(
+    swarm: Swarm, caplog: pytest.LogCaptureFixture
+):
+    averager = swarm.peer([torch.zeros(2)], size=2)
+    threading.Timer(0.2, averager.shutdown).start()
+    with caplog.at_level(logging.WARNING):
+        assert averager.step() is None
+    assert "the averager was shut down during the step" in caplog.text
+
+
+def test_a_step_that_has_ended_keeps_nothing_alive(swarm: Swarm):
+    averager = swarm.peer([torch.zeros(2)], size=2, min_matchmaking_time=0.3, request_timeout=0.1)
+    cancelled = averager.step(wait=False)
+    cancelled.cancel()
+    failed = averager.step(wait=False, timeout=0.1)
+    with pytest.raises(MatchmakingException):
+        failed.result(20)
+    assert not cancelled.began_allreduce
+    assert not failed.began_allreduce  # there never was a group
+    wait_until(lambda: failed._steering is None)
+    gone = [threading.Event() for _ in range(2)]
+    gc.disable()  # no cycle is in the way
+    try:
+        weakref.finalize(cancelled, gone[0].set)
+        weakref.finalize(failed, gone[1].set)
+        del cancelled, failed
+        assert all(event.wait(20) for event in gone)
+    finally:
+        gc.enable()
 
 
 def test_mistakes_in_a_step_name_the_parameter(swarm: Swarm):

@@ -22,6 +22,7 @@ from shoal.averaging.config import (
     DEFAULT_PART_SIZE_BYTES,
     AveragerConfig,
     check_codec,
+    check_infos,
     choose_codecs,
     matchmaking_config,
     settle_modes,
@@ -197,13 +198,14 @@ class DecentralizedAverager:
         check_codec("state_compression", state_compression)
         tensors = validate_tensors(averaged_tensors)
         self.dht = dht
-        self.__schema = TensorSchema.from_tensors(tensors, choose_codecs(tensors, compression, tensor_infos))
+        infos = check_infos(tensors, tensor_infos)
+        self.__schema = TensorSchema.from_tensors(tensors, choose_codecs(tensors, compression, infos))
         layout = Layout.from_schema(self.__schema)
         Partition.create(
             layout, [layout.data_nbytes], part_size_bytes
         )  # raises if there would be too many parts
         store = TensorStore(tensors, layout)
-        self.__infos = None if tensor_infos is None else tuple(tensor_infos)
+        self.__infos = infos
         self.__states = StateHost(
             self, store, prefix=prefix, compression=state_compression, allowed=allow_state_sharing
         )
@@ -418,7 +420,7 @@ class DecentralizedAverager:
         :returns: metadata and tensors as the donor's :meth:`get_current_state` returned them, on the CPU, verified by
           their SHA-256; or None, after a warning that says whom was asked and what each answered
         :raises InvalidValueError: ``timeout`` out of range
-        :raises InvalidStateError: not started, or shut down (meanwhile)
+        :raises InvalidStateError: not started, shut down (meanwhile), or ``wait=True`` inside :meth:`get_tensors`
         :raises PeerProcessDied: the background process has ended
         """
         for name, flag in (("wait", wait), ("progress", progress)):
@@ -426,6 +428,8 @@ class DecentralizedAverager:
         if timeout is not None:
             check_number("timeout", timeout, above=0)
         loading = self.__states.load(self.__ready(), timeout, progress=progress)
+        if wait:
+            self.__check_lock("load_state_from_peers(wait=True)")
         if not wait:
             return loading
         try:
@@ -531,11 +535,8 @@ class DecentralizedAverager:
             raise InvalidValueError(
                 "require_trigger=True needs wait=False: with wait=True nobody could trigger it"
             )
-        if wait and self.__keeper.store.held_by_this_thread:
-            raise InvalidStateError(
-                "step(wait=True) inside get_tensors() would wait for a lock that this thread holds; "
-                "leave the block first or use wait=False"
-            )
+        if wait:
+            self.__check_lock("step(wait=True)")
         control = self.__steps.begin(
             self.__ready(),
             self.serializer,
@@ -557,8 +558,17 @@ class DecentralizedAverager:
             control.cancel()  # Ctrl+C: groupmates need not wait
             raise
         return gathered
+        finally:
+            del control  # the error that it holds refers to this frame
 
     def __ready(self) -> ServiceHandle:
+    def __check_lock(self, call: str) -> None:
+        if self.__keeper.store.held_by_this_thread:
+            raise InvalidStateError(
+                f"{call} inside get_tensors() would wait for a lock that this thread holds; "
+                "leave the block first or use wait=False"
+            )
+
         if self.__started is None or self.__finalizer is None:
             raise InvalidStateError("this averager is not started; call run_in_background() first")
         if not self.__finalizer.alive:

@@ -25,13 +25,17 @@ def check_flag(name: str, value: Any) -> None:
         raise InvalidTypeError(f"{name}={value!r}: True or False is allowed, not {type(value).__name__}")
 
 
-def check_count(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
+def check_count(name: str, value: Any, minimum: int, maximum: int) -> None:
     """:raises InvalidTypeError: not an int; :raises InvalidValueError: out of range"""
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidTypeError(f"{name}={value!r}: a whole number is allowed, not {type(value).__name__}")
-    if value < minimum or (maximum is not None and value > maximum):
-        allowed = f"at least {minimum}" if maximum is None else f"{minimum} to {maximum}"
-        raise InvalidValueError(f"{name}={value}: {allowed} is allowed")
+    if value < minimum or value > maximum:
+        raise InvalidValueError(f"{name}={_shown(value)}: {minimum} to {maximum} is allowed")
+
+
+def _shown(value: int) -> str:
+    # Python refuses to write numbers of thousands of digits.
+    return str(value) if value.bit_length() <= 256 else f"(a whole number of {value.bit_length()} bits)"
 
 
 def check_number(
@@ -52,11 +56,11 @@ def check_number(
     if not is_finite:
         raise InvalidValueError(f"{name}={value}: a finite number is allowed")
     if minimum is not None and value < minimum:
-        raise InvalidValueError(f"{name}={value}: at least {minimum:g} is allowed")
+        raise InvalidValueError(f"{name}={value}: at least {minimum:.15g} is allowed")
     if above is not None and value <= above:
-        raise InvalidValueError(f"{name}={value}: more than {above:g} is allowed")
+        raise InvalidValueError(f"{name}={value}: more than {above:.15g} is allowed")
     if maximum is not None and value > maximum:
-        raise InvalidValueError(f"{name}={value}: at most {maximum:g} is allowed")
+        raise InvalidValueError(f"{name}={value}: at most {maximum:.15g} is allowed")
 
 
 def check_scheduled_time(scheduled_time: Any, deadline: float | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from shoal.averaging.checks import MAX_WAIT, check_bits, check_count, check_flag, check_number, check_string
-from shoal.averaging.group import PeerMode, group_key
+from shoal.averaging.group import MAX_GROUP_SIZE, PeerMode, group_key
 from shoal.averaging.matchmaking.core import MatchmakingConfig
 from shoal.compression import CompressionBase, CompressionInfo
 from shoal.compression.registry import CODECS
@@ -21,9 +21,11 @@ MAX_PART_SIZE_BYTES = 1 << 26
 """The largest payload that a connection takes."""
 
 START_BEFORE_DEADLINE = 0.8
+MAX_VECTOR_SIZE = 1 << 62
 FIRST_RETRY_PAUSE = 0.1
 MAX_RETRY_PAUSE = 5.0
 DEFAULT_DECLARE_STATE_PERIOD = 30.0
+MIN_DECLARE_STATE_PERIOD = 0.1
 MAX_DECLARE_STATE_PERIOD = 3000.0
 """Seconds; with the time until it expires, a declaration stays below the hour that the DHT keeps records."""
 REDUCER_PATIENCE = 2
@@ -65,14 +67,17 @@ class AveragerConfig:
                 check_flag(name, flag)
         _check_modes(self)
         check_count("part_size_bytes", self.part_size_bytes, MIN_PART_SIZE_BYTES, MAX_PART_SIZE_BYTES)
-        check_count("min_vector_size", self.min_vector_size, 0)
+        check_count("min_vector_size", self.min_vector_size, 0, MAX_VECTOR_SIZE)
         for name in ("allreduce_timeout", "next_chunk_timeout", "sender_timeout", "reducer_timeout"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), above=0)
         if self.bandwidth is not None:
             check_number("bandwidth", self.bandwidth, minimum=0)
         check_number(
-            "declare_state_period", self.declare_state_period, above=0, maximum=MAX_DECLARE_STATE_PERIOD
+            "declare_state_period",
+            self.declare_state_period,
+            minimum=MIN_DECLARE_STATE_PERIOD,
+            maximum=MAX_DECLARE_STATE_PERIOD,
         )
 
     @property
@@ -133,6 +138,10 @@ def _check_prefix(prefix: Any) -> None:
             f"prefix={prefix!r}: a dot separates the prefix from the group bits; use another character"
         )
     group_key(prefix)
+    try:
+        prefix.encode()
+    except UnicodeEncodeError:
+        raise InvalidValueError(f"prefix={prefix!r}: text that can be written in UTF-8 is allowed") from None
 
 
 def check_codec(name: str, codec: Any) -> None:
@@ -150,26 +159,31 @@ def check_codec(name: str, codec: Any) -> None:
 
 
 def choose_codecs(
-    tensors: Sequence[torch.Tensor], compression: CompressionBase, tensor_infos: Any
+    tensors: Sequence[torch.Tensor], compression: CompressionBase, infos: Sequence[CompressionInfo] | None
 ) -> list[CompressionBase]:
     """The codec of each tensor, known to the registry by its wire id.
 
-    :param tensor_infos: a :class:`~shoal.compression.CompressionInfo` for each tensor; None: its number is its key
-    :raises InvalidTypeError: not a sequence of such objects
-    :raises InvalidValueError: another number of items than tensors, an item of another shape or dtype, or a codec that
-      was not registered, or with other settings
+    :param infos: as :func:`check_infos` returns them; None: the number of a tensor is its key
+    :raises InvalidValueError: a codec that was not registered, or with other settings
     """
-    codecs = [compression.choose(info) for info in _infos(tensors, tensor_infos)]
+    if infos is None:
+        infos = [CompressionInfo.from_tensor(tensor, key=index) for index, tensor in enumerate(tensors)]
+    codecs = [compression.choose(info) for info in infos]
     for codec in codecs:
         CODECS.check("compression", codec)
     return codecs
 
 
-def _infos(tensors: Sequence[torch.Tensor], tensor_infos: Any) -> list[CompressionInfo]:
+def check_infos(tensors: Sequence[torch.Tensor], tensor_infos: Any) -> tuple[CompressionInfo, ...] | None:
+    """
+    :param tensor_infos: any iterable of a :class:`~shoal.compression.CompressionInfo` for each tensor, or None
+    :raises InvalidTypeError: not an iterable of such objects
+    :raises InvalidValueError: another number of items than tensors, or an item of another shape or dtype
+    """
     if tensor_infos is None:
-        return [CompressionInfo.from_tensor(tensor, key=index) for index, tensor in enumerate(tensors)]
+        return None
     try:
-        infos = list(tensor_infos)
+        infos = tuple(tensor_infos)
     except TypeError:
         raise InvalidTypeError(
             f"tensor_infos={tensor_infos!r}: None or a CompressionInfo for each tensor is allowed"
@@ -197,8 +211,8 @@ def matchmaking_config(
 ) -> MatchmakingConfig:
     """Group sizes and search times; types are checked here, ranges where the object is made."""
     if target_group_size is not None:
-        check_count("target_group_size", target_group_size, 1)
-    check_count("min_group_size", min_group_size, 1)
+        check_count("target_group_size", target_group_size, 1, MAX_GROUP_SIZE)
+    check_count("min_group_size", min_group_size, 1, MAX_GROUP_SIZE)
     check_number("min_matchmaking_time", min_matchmaking_time, above=0, maximum=MAX_WAIT)
     check_number("request_timeout", request_timeout, above=0)
     return MatchmakingConfig(

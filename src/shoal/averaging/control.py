@@ -43,6 +43,8 @@ class Steering:
     """All-reduce may begin."""
     reschedule: Callable[[float], object]
     """All-reduce is expected to begin at another time (DHT seconds)."""
+    would_wait_for_itself: Callable[[], bool] = lambda: False
+    """Whether this thread holds the lock of the tensors, which the step needs."""
 
 
 class StepControl(MPFuture[Any]):
@@ -75,7 +77,9 @@ class StepControl(MPFuture[Any]):
         self._deadline = deadline
         self._weight = weight
         self._triggered = not needs_trigger
-        self._steering = steering
+        self._steering: Steering | None = (
+            steering  # None: it has ended, and refers to nothing of the averager
+        )
         self._is_bound = False
         self._call: Future[Any] | None = None
         self._report: RoundReport | None = None
@@ -100,7 +104,9 @@ class StepControl(MPFuture[Any]):
         check_scheduled_time(scheduled_time, self._deadline)
         with self._settable("scheduled_time"):
             self._scheduled_time = float(scheduled_time)
-        self._steering.reschedule(self._scheduled_time)
+            steering = self._steering
+        if steering is not None:
+            steering.reschedule(self._scheduled_time)
 
     @property
     def deadline(self) -> float | None:
@@ -130,9 +136,9 @@ class StepControl(MPFuture[Any]):
     @property
     def began_allreduce(self) -> bool:
         """Whether the tensors and the weight were taken; False again while, after a failure, another group is
-        looked for.
+        looked for. Stays as it is when the step has finished.
         """
-        return self.done() or self._stage is AveragingStage.RUNNING_ALLREDUCE
+        return self._stage is AveragingStage.RUNNING_ALLREDUCE
 
     @property
     def report(self) -> RoundReport | None:
@@ -141,9 +147,24 @@ class StepControl(MPFuture[Any]):
 
     def allow_allreduce(self) -> None:
         """Let all-reduce begin as soon as the group stands. Calling it again is harmless."""
+        steering = self._steering
         if not self._triggered:
             self._triggered = True
-            self._steering.trigger()
+            if steering is not None:
+                steering.trigger()
+
+    def result(self, timeout: float | None = None) -> Any:
+        """As of Future, and :raises InvalidStateError: inside ``get_tensors()``, whose lock the step needs to end."""
+        self._check_wait(timeout)
+        try:
+            return super().result(timeout)
+        finally:
+            del self  # as Future does: the error that it holds would refer to this frame, and thereby to it
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """As of Future, and :raises InvalidStateError: inside ``get_tensors()``, whose lock the step needs to end."""
+        self._check_wait(timeout)
+        return super().exception(timeout)
 
     def cancel(self) -> bool:
         """Withdraw from the step; groupmates learn it at once.
@@ -160,8 +181,10 @@ class StepControl(MPFuture[Any]):
             if self._is_bound or not super().cancel():
                 return False
             self.set_running_or_notify_cancel()
-        if self._call is not None:
-            self._call.cancel()
+            call = self._call
+        self._let_go()
+        if call is not None:
+            call.cancel()
         return True
 
     # for the averager
@@ -189,16 +212,31 @@ class StepControl(MPFuture[Any]):
         self._report = report
         with contextlib.suppress(FutureIsDone):  # cancelled in the same moment
             self.set_result(gathered)
+        self._let_go()
 
     def fail(self, error: BaseException, report: RoundReport | None = None) -> None:
         self._report = report
         with contextlib.suppress(FutureIsDone):  # cancelled in the same moment
             self.set_exception(error)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """A step that has ended keeps neither the averager's process nor what was sent alive."""
+        self._call = None
+        self._steering = None
+
+    def _check_wait(self, timeout: float | None) -> None:
+        steering = self._steering
+        if timeout != 0 and not self.done() and steering is not None and steering.would_wait_for_itself():
+            raise InvalidStateError(
+                "waiting for a step inside get_tensors() would wait for a lock that this thread holds; "
+                "leave the block first"
+            )
 
     @contextlib.contextmanager
     def _settable(self, name: str) -> Iterator[None]:
         with self._lock:
-            if self.began_allreduce:
+            if self.done() or self.began_allreduce:
                 raise InvalidStateError(f"{name} can't be set any more: the step is {self.stage.value}")
             yield
 

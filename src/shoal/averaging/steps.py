@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_FAILED = "%s: averaging failed, tensors are unchanged: %s"
 LONELY_ROUNDS = 5
 """After as many failures in a row the log says it louder."""
 
@@ -91,6 +92,7 @@ class Steps:
             steering=Steering(
                 trigger=lambda: handle.call(AllowAllreduce(command.step)),
                 reschedule=lambda time: handle.call(Reschedule(command.step, time)),
+                would_wait_for_itself=lambda: self._keeper.store.held_by_this_thread,
             ),
         )
         self._keeper.controls[command.step] = control
@@ -110,7 +112,10 @@ class Steps:
         self._keeper.controls.pop(step, None)
         if call.cancelled():
             if not control.cancelled():
-                control.fail(AllreduceException("the averager was shut down during the step"))
+                reason = "the averager was shut down during the step"
+                if wait:
+                    logger.warning(_FAILED, self._prefix, reason)
+                control.fail(AllreduceException(reason))
             return
         error = call.exception()
         if error is not None:
@@ -146,7 +151,7 @@ class Steps:
                 failure,
             )
         elif wait:
-            logger.warning("%s: averaging failed, tensors are unchanged: %s", self._prefix, failure)
+            logger.warning(_FAILED, self._prefix, failure)
 
 
 def _encode(serializer: Any, gather: Any) -> bytes:

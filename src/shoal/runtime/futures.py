@@ -48,7 +48,10 @@ class MPFuture(concurrent.futures.Future[T]):
 
     def result(self, timeout: float | None = None) -> T:
         self._check_process()
-        return super().result(timeout)
+        try:
+            return super().result(timeout)
+        finally:
+            del self  # as Future does: the error that it holds would refer to this frame, and thereby to it
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         self._check_process()
