@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -267,11 +268,11 @@ def encoded_nbytes(codec: CompressionBase, dtype: torch.dtype, count: int) -> in
 
 def _chunk_nbytes(codec: CompressionBase, dtype: torch.dtype, count: int) -> int:
     try:
-        nbytes: object = codec.encoded_nbytes(dtype, count)
+        nbytes = operator.index(codec.encoded_nbytes(dtype, count))
     except Exception as e:  # codecs of users: may be anything
         raise ProtocolViolation(f"{codec!r} has no size for {dtype}: {type(e).__name__}: {e}") from e
-    if not isinstance(nbytes, int) or not 0 <= nbytes <= MAX_CHUNK_NBYTES:
-        raise ProtocolViolation(f"codec {codec!r} makes chunks of {nbytes!r} bytes")
+    if not 0 <= nbytes <= MAX_CHUNK_NBYTES:
+        raise ProtocolViolation(f"codec {codec!r} makes chunks of {nbytes} bytes")
     return nbytes
 
 
