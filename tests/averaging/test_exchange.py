@@ -8,7 +8,7 @@ import torch
 from shoal.averaging.allreduce.exchange import NOT_FINITE, Arena, ForeignSpan, NotFiniteError, OwnSpan
 from shoal.averaging.load_balancing import load_balance_peers
 from shoal.averaging.partition import Layout, Partition
-from shoal.compression import CompressionBase, Float16Compression, NoCompression
+from shoal.compression import BFloat16Compression, CompressionBase, Float16Compression, NoCompression
 from shoal.errors import AllreduceException, ProtocolViolation
 
 SHAPES = [(300, 7), (), (0,), (1000,)]
@@ -122,6 +122,34 @@ def test_values_that_are_not_finite_are_left_out_and_name_their_sender():
     assert group.own[0].average(0) == {1: NOT_FINITE}
     own = group.layout.part_view(group.arenas[0].snapshot, part)
     assert torch.equal(group.layout.part_view(group.arenas[0].average, part), own)
+
+
+def test_values_whose_sum_overflows_have_an_average():
+    group = Group(3, NoCompression())
+    for arena, value in zip(group.arenas, (2e38, 2e38, 1.0), strict=True):
+        group.layout.tensor_view(arena.snapshot, 0).fill_(value)
+    group.exchange()
+    for me in range(3):
+        assert torch.allclose(group.results(me)[0], torch.tensor(4e38 / 3))
+
+
+def test_own_values_that_are_not_finite_are_an_error():
+    group = Group(2, NoCompression())
+    group.layout.tensor_view(group.arenas[0].snapshot, 0).fill_(float("inf"))
+    with pytest.raises(AllreduceException, match="own values are not finite"):
+        group.own[0].average(0)
+
+
+def test_a_member_too_far_from_the_average_for_its_dtype_is_named():
+    group = Group(3, BFloat16Compression(), weights=[4.0, 4.0, 1.0])
+    for arena, sign in zip(group.arenas, (1, 1, -1), strict=True):
+        group.layout.tensor_view(arena.snapshot, 0).fill_(sign * 3e38)
+    for sender in (1, 2):
+        span = ForeignSpan(group.partition, 0, group.arenas[sender])
+        group.send(span.to_send(0), owner=0, sender=sender, index=0)
+    offenders = group.own[0].average(0)
+    assert list(offenders) == [2]
+    assert "further from the average" in offenders[2]
 
 
 def test_a_part_is_averaged_over_the_weights_that_arrived():

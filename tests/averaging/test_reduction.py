@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from shoal.averaging.allreduce.reduction import (
     CHUNK,
+    OutOfRangeError,
     apply_difference,
     encode_difference,
     is_finite,
     reduce_part,
+    reduce_wide,
 )
-from shoal.compression import Float16Compression
+from shoal.compression import Float16Compression, ScaledFloat16Compression
 from shoal.compression.base import FLOATING_DTYPES, tensor_bytes
 from shoal.errors import InvalidValueError
 
@@ -136,6 +138,30 @@ def test_large_and_small_weights_neither_overflow_nor_vanish():
 
 
 @dtypes
+@pytest.mark.parametrize("weights", [[1.0] * 5, [4.0, 0.0, 1.7, 0.3, 1e-300]])
+def test_where_a_sum_overflows_the_average_is_still_that_of_the_values(dtype, weights):
+    largest = torch.finfo(dtype).max
+    parts = [part.clamp_(-1, 1) * largest for part in random_parts(11, 5, CHUNK + 9, dtype)]
+    for part in parts:
+        part[-2:] = largest
+    by_shares = sum(
+        part.double() * (weight / sum(weights)) for part, weight in zip(parts, weights, strict=True)
+    )
+    result = reduce_wide(parts, weights, torch.full_like(parts[0], math.nan))
+    assert result.isfinite().all()
+    assert result[-1] >= (1 - 2 * torch.finfo(dtype).eps) * largest
+    bound = torch.finfo(dtype).eps * largest
+    assert (result.double() - by_shares.clamp(-largest, largest)).abs().max() <= bound
+
+
+@dtypes
+def test_a_wide_average_is_that_of_the_usual_sum(dtype):
+    parts = random_parts(12, 3, 1000, dtype)
+    wide = reduce_wide(parts, [1.0, 2.0, 0.5], torch.empty_like(parts[0]))
+    assert torch.allclose(wide, reduced(parts, [1.0, 2.0, 0.5]), rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+@dtypes
 def test_empty_part(dtype):
     assert reduced([torch.empty(0, dtype=dtype)] * 2, [1, 2]).numel() == 0
 
@@ -179,6 +205,13 @@ def test_differences_keep_the_mean_where_decoded_averages_lose_it():
     assert (naive - mean_before).abs().max() > 0.1
     # each member is as near to the average as the codec sees its part
     assert all((result - average).abs().max() < 0.6 for result in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_difference_that_the_dtype_cannot_hold_is_an_error_and_not_a_wrong_average(dtype):
+    large = torch.full((8,), 0.9 * torch.finfo(dtype).max, dtype=dtype)
+    with pytest.raises(OutOfRangeError, match=f"further from the average than {dtype} reaches"):
+        encode_difference(ScaledFloat16Compression(), large, -large)
 
 
 @dtypes

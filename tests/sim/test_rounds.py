@@ -204,6 +204,27 @@ def test_a_sender_of_nan_is_excluded_and_named(bandwidths: list[float]):
     run(main)
 
 
+def test_a_member_too_far_from_the_average_to_be_told_is_excluded_and_nobody_gets_a_wrong_one():
+    """A difference of two finite values can be beyond the range of their dtype."""
+
+    async def main() -> None:
+        weights = [4.0, 4.0, 1.0]
+        async with SimulatedGroup(
+            seed=5, size=3, weights=weights, codec=BFloat16Compression(), shapes=[(3000,)]
+        ) as group:
+            for arena, value in zip(group.arenas, (3e38, 3e38, -3e38), strict=True):
+                group.layout.tensor_view(arena.snapshot, 0).fill_(value)
+            results = await all_of(group, timeouts=TIMEOUTS)
+            check_exclusion(group, results, 2, reason="further from the average than torch.float32 reaches")
+            for member in (0, 1):
+                for owner, average in ((0, 7 / 9), (1, 7 / 9), (2, 7 / 9)):
+                    span = group.partition().spans[owner]
+                    seen = group.results(member)[0][span.start : span.start + span.count]
+                    assert bool((seen > 0.9 * average * 3e38).all()), (member, owner)
+
+    run(main)
+
+
 def test_an_owner_that_returns_nothing_fails_the_round_for_all_by_name(monkeypatch: pytest.MonkeyPatch):
     async def main() -> None:
         async with SimulatedGroup(seed=6, size=3) as group:

@@ -12,15 +12,17 @@ from dataclasses import dataclass
 import torch
 
 from shoal.averaging.allreduce.reduction import (
+    OutOfRangeError,
     apply_difference,
     encode_difference,
     encode_part,
     is_finite,
     reduce_part,
+    reduce_wide,
 )
 from shoal.averaging.allreduce.spread import SpreadSample
 from shoal.averaging.partition import Part, Partition
-from shoal.compression.base import Bytes, tensor_bytes
+from shoal.compression.base import Bytes, CompressionBase, tensor_bytes
 from shoal.errors import AllreduceException, ProtocolViolation, UsageError
 
 HELD_BYTES = 8 << 20
@@ -98,8 +100,8 @@ class OwnSpan:
     def average(self, index: int) -> dict[int, str]:
         """Average what has been delivered of a part; the average lies in the arena from then on.
 
-        :returns: members whose version was left out, and what is wrong with it
-        :raises AllreduceException: no version with a weight above 0 is left, or their sum is not finite
+        :returns: members whose version was left out, or that cannot be told the average, and what is wrong
+        :raises AllreduceException: no version with a weight above 0 is left, or this member's own is not finite
         """
         part = self.parts[index]
         codec, dtype = self._layout.codec_of(part), self._layout.dtype_of(part)
@@ -113,15 +115,28 @@ class OwnSpan:
             raise AllreduceException(NOBODY_CONTRIBUTED)
         out = self._layout.part_view(self._arena.average, part)
         values = [inputs[sender] for sender in senders]
-        reduce_part(values, [self._weights[sender] for sender in senders], out)
+        weights = [self._weights[sender] for sender in senders]
+        reduce_part(values, weights, out)
         if not is_finite(out):
-            raise AllreduceException("the sum of the members' values exceeds the range of their dtype")
+            if not all(map(is_finite, values)):
+                raise AllreduceException("this member's own values are not finite")
+            reduce_wide(values, weights, out)
         if self._sample.wants(index):
             self._sample.add(index, values, out)
         if not codec.lossless(dtype):
-            for sender, decoded in received.items():
-                self._differences[sender, index] = encode_difference(codec, out, decoded)
+            offenders |= self._encode_differences(index, codec, out, received)
         self._recycle(part, arrived.values())
+        return offenders
+
+    def _encode_differences(
+        self, index: int, codec: CompressionBase, average: torch.Tensor, received: Mapping[int, torch.Tensor]
+    ) -> dict[int, str]:
+        offenders: dict[int, str] = {}
+        for sender, decoded in received.items():
+            try:
+                self._differences[sender, index] = encode_difference(codec, average, decoded)
+            except OutOfRangeError as e:
+                offenders[sender] = str(e)  # it cannot get the average; a wrong one would be worse
         return offenders
 
     def _decode(

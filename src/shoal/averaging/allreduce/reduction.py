@@ -7,7 +7,8 @@ not hold for unequal weights, where one input may count for nearly all of the re
 there the sums are in float64, and the only rounding that matters is the last one. float16 and bfloat16 are
 summed in float32, float64 in itself. Sums are taken in the order of the members, never in that of arrival,
 and each operation rounds once (no fused multiply-add), so that the same parts give the same bits on every
-machine.
+machine. Where such a sum exceeds the range of its type, :func:`reduce_wide` does it again in float64, of inputs that
+are scaled first: an average of finite values is always finite.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def reduce_part(parts: Sequence[torch.Tensor], weights: Sequence[float], out: to
 
     All are one-dimensional, contiguous and of one dtype and count; ``out`` may be one of the parts. Inputs
     are finite; the result is too unless the sum of the inputs, each times its weight over the largest weight,
-    exceeds the range of the type that sums are in.
+    exceeds the range of the type that sums are in: then see :func:`reduce_wide`.
     """
     _check_weights(weights)
     if len(parts) != len(weights):
@@ -56,6 +57,27 @@ def reduce_part(parts: Sequence[torch.Tensor], weights: Sequence[float], out: to
             chunk_total.div_(divisor)
         if not in_place:
             target.copy_(chunk_total)
+    return out
+
+
+def reduce_wide(parts: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor) -> torch.Tensor:
+    """As :func:`reduce_part`, for inputs so large that their sum overflows; ``out`` is none of the parts.
+
+    Each input is multiplied with its share of all weights before it is added, in float64; what the last rounding takes
+    beyond the range of the dtype is the end of the range.
+    """
+    _check_weights(weights)
+    largest = max(weights)
+    whole = math.fsum(weight / largest for weight in weights)
+    shares = [weight / largest / whole for weight in weights]
+    limit = torch.finfo(out.dtype).max
+    for start in range(0, len(out), CHUNK):
+        target = out[start : start + CHUNK]
+        total = torch.zeros(len(target), dtype=torch.float64)
+        for part, share in zip(parts, shares, strict=True):
+            if share:
+                total.add_(part[start : start + CHUNK].double() * share)
+        target.copy_(total.clamp_(-limit, limit))
     return out
 
 
@@ -114,6 +136,10 @@ def is_finite(part: torch.Tensor) -> bool:
     return bool(torch.isfinite(part).all())
 
 
+class OutOfRangeError(AllreduceException):
+    """A difference between finite values is not finite."""
+
+
 def encode_part(codec: CompressionBase, values: torch.Tensor) -> memoryview:
     """What a member sends of finite values.
 
@@ -136,8 +162,13 @@ def encode_difference(codec: CompressionBase, average: torch.Tensor, decoded: to
     average, or added the difference to its decoded part, would let the mean drift by the codec's errors in
     every round. Differences also shrink as the members agree, and with them what the codec loses on the way
     back.
+
+    :raises OutOfRangeError: the dtype of the tensor cannot hold the difference
     """
-    return encode_part(codec, torch.sub(average, decoded))
+    difference = torch.sub(average, decoded)
+    if not is_finite(difference):
+        raise OutOfRangeError(f"its values are further from the average than {average.dtype} reaches")
+    return encode_part(codec, difference)
 
 
 def apply_difference(local: torch.Tensor, difference: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
