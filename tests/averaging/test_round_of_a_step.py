@@ -12,7 +12,8 @@ import pytest
 from shoal.averaging.allreduce.round import RoundTimeouts
 from shoal.averaging.commands import ApplyAverage, RunStep, TakeSnapshot
 from shoal.averaging.group import GroupInfo
-from shoal.averaging.service import AveragerService, Step
+from shoal.averaging.service import AveragerService, Step, StepFailed
+from shoal.errors import AllreduceException
 from shoal.testing.clock import run
 from shoal.testing.rounds import PART_BYTES, PREFIX, SimulatedGroup
 
@@ -68,6 +69,65 @@ def test_a_committed_round_is_applied_before_matchmaking_hears_of_it(fails: bool
             with pytest.raises(IndexError):
                 await service_of(group, host)._run_round(step, group.group)
             assert host.story == ["applied", "a group of 2"]
+            assert (await other).failure is None
+
+    run(main)
+
+
+class SlowHost(Host):
+    """Takes 2 s to copy the tensors, and 3 s to write the average."""
+
+    async def call_host(self, command: object) -> object:
+        seconds = {TakeSnapshot: 2.0, ApplyAverage: 3.0}.get(type(command), 0.0)
+        await asyncio.sleep(seconds)
+        return await super().call_host(command)
+
+
+def test_a_report_tells_the_phases_of_a_round_apart():
+    async def main() -> None:
+        async with SimulatedGroup(seed=1, size=2) as group:
+            step = Step(RunStep(0, 1.0, b"", 0.0, None, False, True))
+            asyncio.get_running_loop().call_later(5.0, step.triggered.set)
+            other = asyncio.ensure_future(group.run(1))
+            with pytest.raises(IndexError):
+                await service_of(group, SlowHost(fails=False))._run_round(step, group.group)
+            await other
+            phases = step.report.phases
+            assert (phases.trigger, phases.snapshot, phases.apply) == pytest.approx((5.0, 2.0, 3.0))
+            assert 0 < phases.allreduce < 1
+            assert step.report.parts == len(group.partition().parts) > 2
+
+    run(main)
+
+
+def test_a_wait_for_the_trigger_that_was_in_vain_is_no_copying():
+    async def main() -> None:
+        async with SimulatedGroup(seed=1, size=2) as group:
+            step = Step(RunStep(0, 1.0, b"", 0.0, None, False, True))
+            leader = group.round(1)
+            asyncio.get_running_loop().call_later(5.0, leader.withdraw, "its user cancelled the step")
+            other = asyncio.ensure_future(group.run_round(1, leader))
+            with pytest.raises(AllreduceException):
+                await service_of(group, SlowHost(fails=False))._run_round(step, group.group)
+            await other
+            assert step.report.phases.trigger == pytest.approx(5.0, abs=0.5)
+            assert step.report.phases.snapshot == pytest.approx(0.0, abs=0.5)
+
+    run(main)
+
+
+def test_an_average_that_cannot_be_written_is_this_peer_s_own_failure():
+    async def main() -> None:
+        async with SimulatedGroup(seed=1, size=2) as group:
+            host = Host(fails=True)
+            step = Step(RunStep(0, 1.0, b"", 0.0, None, False, False))
+            other = asyncio.ensure_future(group.run(1))
+            service = service_of(group, host)
+            service._matchmaker.round_committed.side_effect = None
+            with pytest.raises(
+                StepFailed, match="could not be written to this peer's tensors: a device is gone"
+            ):
+                await service._run_round(step, group.group)
             assert (await other).failure is None
 
     run(main)

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from real_swarm import STEP_TIMEOUT, Swarm, step_all, wait_for_stage, wait_until
+from real_swarm import STEP_TIMEOUT, Swarm, step_all, wait_for_stage
 
 import shoal
-from shoal.averaging.control import AveragingStage
+from shoal.averaging.control import AveragingStage, StepControl
 from shoal.averaging.group import PeerMode
 from shoal.errors import AllreduceException, InvalidStateError, MatchmakingException, PeerProcessDied
 from shoal.utils.serializer import MSGPackSerializer
@@ -373,6 +373,24 @@ def test_a_shutdown_during_a_step_that_is_waited_for_is_a_warning(
     assert "the averager was shut down during the step" in caplog.text
 
 
+def test_ctrl_c_during_a_step_that_is_waited_for_frees_the_groupmates(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+):
+    averagers = [swarm.peer([torch.zeros(2)], size=2) for _ in range(2)]
+    other = averagers[1].step(wait=False, timeout=STEP_TIMEOUT, require_trigger=True, allow_retries=False)
+
+    def press_ctrl_c(control: Any, timeout: float | None = None) -> None:
+        wait_for_stage([other], AveragingStage.AWAITING_TRIGGER)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepControl, "result", press_ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            averagers[0].step(timeout=STEP_TIMEOUT)
+    with pytest.raises(AllreduceException, match="cancelled"):
+        other.result(20)
+
+
 def test_a_step_that_has_ended_keeps_nothing_alive(swarm: Swarm):
     averager = swarm.peer([torch.zeros(2)], size=2, min_matchmaking_time=0.3, request_timeout=0.1)
     cancelled = averager.step(wait=False)
@@ -382,7 +400,6 @@ def test_a_step_that_has_ended_keeps_nothing_alive(swarm: Swarm):
         failed.result(20)
     assert not cancelled.began_allreduce
     assert not failed.began_allreduce  # there never was a group
-    wait_until(lambda: failed._steering is None)
     gone = [threading.Event() for _ in range(2)]
     gc.disable()  # no cycle is in the way
     try:
@@ -490,14 +507,17 @@ def test_the_garbage_collector_does_not_wait_for_the_end_of_an_averager(
     """It may run on the thread that would receive the answer, and everything would stand still until the timeout."""
     dht = swarm.own_dht()
     averager = swarm.peer([torch.zeros(2)], size=2, dht=dht)
+    other = swarm.peer([torch.zeros(2)], size=2, dht=dht, prefix="other", shutdown_timeout=0.1)
     step = averager.step(wait=False)
     os.kill(dht.background.pid, signal.SIGSTOP)
     with caplog.at_level(logging.WARNING):
         swarm.averagers.clear()
         del averager
         gc.collect()
+        assert "did not end" not in caplog.text
+        other.shutdown()  # this waits, for as long as was said
     os.kill(dht.background.pid, signal.SIGCONT)
-    assert "did not end" not in caplog.text
+    assert "did not end within 0.1 s" in caplog.text
     with pytest.raises(AllreduceException, match="shut down"):
         step.result(30)
 

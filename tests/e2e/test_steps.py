@@ -263,6 +263,33 @@ def test_failures_in_a_row_are_said_louder(swarm: Swarm, caplog: pytest.LogCaptu
     assert f"trained alone for {LONELY_ROUNDS} rounds" in lines[-1].message
 
 
+def test_a_success_ends_a_row_of_failures(swarm: Swarm, caplog: pytest.LogCaptureFixture):
+    tensor = torch.full((3,), float("nan"))
+    averager = swarm.peer([tensor], size=1)
+    with caplog.at_level(logging.WARNING):
+        for value in (float("nan"), 1.0, float("nan")):
+            tensor.fill_(value)
+            for _ in range(1 if value == 1.0 else LONELY_ROUNDS - 1):
+                assert (averager.step(timeout=STEP_TIMEOUT) is None) == (value != 1.0)
+    lines = [record for record in caplog.records if "averaging failed" in record.message]
+    assert [record.levelno for record in lines] == [logging.WARNING] * (2 * LONELY_ROUNDS - 2)
+
+
+def test_a_step_begins_when_it_was_scheduled(swarm: Swarm):
+    averagers = [
+        swarm.peer([torch.zeros(3)], size=3, min_group_size=2, min_matchmaking_time=0.2, request_timeout=0.1)
+        for _ in range(2)
+    ]
+    start = get_dht_time() + 1.0
+    controls = [
+        averager.step(wait=False, timeout=STEP_TIMEOUT, scheduled_time=start) for averager in averagers
+    ]
+    for control in controls:
+        control.result(20)
+        assert control.report.phases.search >= 0.8
+    assert get_dht_time() >= start
+
+
 def test_a_report_reads_well_and_is_made_of_plain_values(swarm: Swarm):
     averagers = [swarm.peer([torch.full((1000,), float(i))], size=2) for i in range(2)]
     controls = [averager.step(wait=False, timeout=STEP_TIMEOUT) for averager in averagers]

@@ -197,8 +197,8 @@ class DecentralizedAverager:
         check_codec("compression", compression)
         check_codec("state_compression", state_compression)
         tensors = validate_tensors(averaged_tensors)
-        self.dht = dht
         infos = check_infos(tensors, tensor_infos)
+        self.dht = dht
         self.__schema = TensorSchema.from_tensors(tensors, choose_codecs(tensors, compression, infos))
         layout = Layout.from_schema(self.__schema)
         Partition.create(
@@ -427,9 +427,9 @@ class DecentralizedAverager:
             check_flag(name, flag)
         if timeout is not None:
             check_number("timeout", timeout, above=0)
-        loading = self.__states.load(self.__ready(), timeout, progress=progress)
         if wait:
             self.__check_lock("load_state_from_peers(wait=True)")
+        loading = self.__states.load(self.__ready(), timeout, progress=progress)
         if not wait:
             return loading
         try:
@@ -485,6 +485,10 @@ class DecentralizedAverager:
     def get_tensors(self) -> Iterator[HeldTensors]:
         """Hold the averager's lock (re-entrant) and yield the averaged tensors: the very objects that were
         given. Change them in place (``tensors[0] += 1``), parameters under :class:`torch.no_grad`.
+
+        While steps run in the background, the trainer's update belongs inside: ``with averager.get_tensors():
+        optimizer.step()``. An update outside that meets the writing of an average would undo it, or be undone by it,
+        in some elements.
 
         Waits for a copy that is under way at most, never for the network. While the lock is held no round
         takes or writes the tensors; hold it shortly. Do not call ``step(wait=True)`` inside.
@@ -557,11 +561,10 @@ class DecentralizedAverager:
         except BaseException:
             control.cancel()  # Ctrl+C: groupmates need not wait
             raise
-        return gathered
         finally:
             del control  # the error that it holds refers to this frame
+        return gathered
 
-    def __ready(self) -> ServiceHandle:
     def __check_lock(self, call: str) -> None:
         if self.__keeper.store.held_by_this_thread:
             raise InvalidStateError(
@@ -569,6 +572,7 @@ class DecentralizedAverager:
                 "leave the block first or use wait=False"
             )
 
+    def __ready(self) -> ServiceHandle:
         if self.__started is None or self.__finalizer is None:
             raise InvalidStateError("this averager is not started; call run_in_background() first")
         if not self.__finalizer.alive:
