@@ -16,7 +16,7 @@ from shoal.averaging.group import (
     group_key,
     sign_member,
 )
-from shoal.averaging.matchmaking.core import MatchmakingConfig
+from shoal.averaging.matchmaking.core import AVOID_AFTER_LOSS, MatchmakingConfig
 from shoal.averaging.matchmaking.declarations import Declarations
 from shoal.averaging.matchmaking.events import FinishWithGroup, FinishWithout
 from shoal.averaging.matchmaking.matchmaker import Matchmaker
@@ -211,6 +211,39 @@ def test_a_peer_finds_groups_again_and_again_even_after_one_that_was_scheduled_f
             assert sim.now() - began < 1.0
 
     tell(story, peers=3, target=3)
+
+
+def test_a_search_that_was_scheduled_far_ahead_does_not_put_its_peer_last_in_later_ones():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        far = sim.search(0, starts_in=3600.0, timeout=None)
+        await settle()
+        far.cancel()
+        await settle()
+        watching = [sim.search(number, starts_in=100.0 + number) for number in (1, 2)]
+        await settle()  # they see that it has left
+        began = sim.now()
+        found = sim.search(0, starts_in=5.0)
+        groups = [await search for search in (found, *watching)]
+        assert groups == [groups[0]] * 3
+        assert groups[0].leader == peer_id(sim, 0)
+        assert sim.now() - began < 1.0
+
+    tell(story, peers=3, target=3, minimum=3)
+
+
+def test_after_a_group_that_was_scheduled_far_ahead_who_was_too_late_for_it_plans_with_its_members_again():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        searches = [sim.search(number, starts_in=3600.0, timeout=None) for number in range(4)]
+        await settle()
+        (late,) = (number for number, search in enumerate(searches) if not search.done())
+        again = [number for number in range(4) if number != late][:2]
+        assert await sim.matchmakers[late]._census._population("", sim.now()) == 3
+        began = sim.now()
+        groups = [await search for search in (*(sim.search(number) for number in again), searches[late])]
+        assert groups == [groups[0]] * 3
+        assert sim.now() - began < AVOID_AFTER_LOSS + 1.0
+
+    tell(story, peers=4, target=3, minimum=3)
 
 
 def test_searches_of_one_matchmaker_wait_for_each_other():

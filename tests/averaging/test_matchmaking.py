@@ -207,6 +207,17 @@ def test_a_lost_leader_is_avoided_for_a_while():
     assert driver.only(AskToJoin).leader == IDS[0]
 
 
+def test_a_leader_whose_group_has_begun_is_asked_again_when_it_looks_for_another_though_for_an_earlier_time():
+    driver = Driver()
+    driver.see(declared(0))
+    driver.send(LeaderRejected(1, Rejected(RejectReason.BEGUN, (search(0), search(1)))))
+    driver.see(declared(0))
+    assert driver.only(AskToJoin) is None
+    driver.now += AVOID_AFTER_LOSS
+    driver.see(declared(0, start=START - 1.0))
+    assert driver.only(AskToJoin).leader == IDS[0]
+
+
 def test_a_dismissed_peer_asks_whom_it_is_sent_to():
     driver = Driver()
     driver.see(declared(0))

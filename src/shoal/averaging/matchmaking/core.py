@@ -433,11 +433,16 @@ class Matchmaking:
             return
         reason = event.answer.reason
         self.story.answered(ask.leader, f"rejected ({reason})", now)
-        forever = reason in (RejectReason.BEGUN, RejectReason.NOT_LOOKING, RejectReason.OTHER_SCHEMA)
-        until = math.inf if forever else now + self._retry_time()
+        until = now + self._retry_time()
+        if reason in (RejectReason.BEGUN, RejectReason.NOT_LOOKING):
+            until = (
+                now + AVOID_AFTER_LOSS
+            )  # it will say so itself, and its next search may be earlier in the order
+        elif reason is RejectReason.OTHER_SCHEMA:
+            until = math.inf
         is_looking = reason is RejectReason.FULL
         self._view.leave_out(ask.leader, until, is_looking=is_looking)
-        self._view.leave_out_group(event.answer.members, until, now)
+        self._view.leave_out_group(event.answer.members, until, now, is_looking=is_looking)
         self._go_on_looking()
 
     def _on_dismissed(self, event: LeaderDismissed, now: float) -> None:
@@ -448,7 +453,7 @@ class Matchmaking:
         self.story.answered(ask.leader, f"dismissed ({answer.reason})", now)
         is_looking = answer.reason is DismissReason.BETTER_CUT
         self._view.leave_out(ask.leader, now + self._retry_time(), is_looking=is_looking)
-        self._view.leave_out_group(answer.members, now + self._retry_time(), now)
+        self._view.leave_out_group(answer.members, now + self._retry_time(), now, is_looking=True)
         suggested = PeerID.from_bytes(answer.leader) if answer.leader else None
         if suggested is not None and self._view.may_ask(suggested, now):
             self._ask_to_join(suggested, answer.addresses, now, redirects=0)

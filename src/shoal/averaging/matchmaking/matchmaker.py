@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from shoal.averaging.group import (
     MAX_GATHER_BYTES,
@@ -27,6 +27,7 @@ from shoal.averaging.matchmaking.view import NOBODY
 from shoal.averaging.router import Router
 from shoal.dht.node import DHTNode
 from shoal.errors import InvalidStateError, InvalidValueError, ProtocolViolation
+from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Stream
 from shoal.utils.timed import get_dht_time
 
@@ -71,6 +72,8 @@ class Matchmaker:
         self._turn = asyncio.Lock()
         self._search: GroupSearch | None = None
         self._last_order_time = -math.inf
+        self._known: Mapping[PeerID, float] = NOBODY
+        """Who was declared at the end of the last search, with the start time of its own."""
         self._is_closed = False
         router.register(JOIN, prefix, self._serve_join)
 
@@ -155,16 +158,19 @@ class Matchmaker:
         async with self._turn:
             if self._is_closed:
                 raise InvalidStateError("the matchmaker is closed")
-            known = NOBODY if self._search is None else self._search.known
             place = self._place(start_time)
             search = self._search = GroupSearch(
-                self._peer, place, deadline, gather, weight, known, when_too_few=self._found_too_few
+                self._peer, place, deadline, gather, weight, self._known, when_too_few=self._found_too_few
             )
-            if not known:
+            if not self._known:
                 self._peer.tasks.start(self._explore(search, EXPLORE_AFTER), "explore depths")
             try:
                 return await search.run()
             finally:
+                self._last_order_time = self._peer.after_search(self._last_order_time)
+                self._known = {
+                    peer: self._peer.after_search(start_time) for peer, start_time in search.known.items()
+                }
                 self._count_neighbours(search)
                 self._bits.search_ended()
 
@@ -180,8 +186,8 @@ class Matchmaker:
         await self._peer.tasks.close()
 
     def _place(self, start_time: float) -> Place:
-        # Others tell a peer's searches apart by their times, so each must be later than the one before, even
-        # if that one was scheduled far ahead and its group was full early.
+        # Others tell a peer's searches apart by their times, so each must be later than what the one before has
+        # left behind.
         self._last_order_time = max(start_time, self._last_order_time + 0.001)
         key = group_key(self._peer.prefix, self._bits.bits)
         return Place(key, start_time, self._last_order_time, self._bits.grid_round, self._lineage)
@@ -216,7 +222,7 @@ class Matchmaker:
             return
         own = search.count_seen
         self._next_count = now if own > SPLIT_ABOVE else now + COUNT_EVERY * (3 if own < LONELY_BELOW else 1)
-        work = self._census.count_neighbours(own, search.place.order_time)
+        work = self._census.count_neighbours(own, self._peer.after_search(search.place.order_time))
         self._peer.tasks.start(work, "count neighbours")
 
     async def _serve_join(self, stream: Stream, request: JoinRequest) -> None:

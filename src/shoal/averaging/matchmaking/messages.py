@@ -134,7 +134,8 @@ class Declaration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A peer under its group key; stored with the peer's id as sub-key, so that the DHT checks its signature."""
 
     start_time: float
-    """Its place in the order: the time at which it wanted to start when its search began; never changes in a search."""
+    """Its place in the order: the time at which it wanted to start when its search began; never changes in a search.
+    Of one that is over: what its later ones come after, see :meth:`.LocalPeer.after_search`."""
     state: DeclaredState
     schema_hash: bytes
     mode: PeerMode

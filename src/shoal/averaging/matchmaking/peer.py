@@ -48,11 +48,19 @@ class LocalPeer:
     def addresses(self) -> tuple[str, ...]:
         return tuple(str(address) for address in self.node.host.announced_addresses)
 
+    def after_search(self, order_time: float) -> float:
+        """What a search at ``order_time`` that ends now leaves behind: the peer's later ones have places after that.
+
+        Not as far ahead as it may have been scheduled, or this peer would come last in every search until then.
+        """
+        return min(order_time, self.clock() + self.config.min_matchmaking_time)
+
     def declaration(
         self, place: Place, mode: PeerMode, state: DeclaredState, group: tuple[Search, ...]
     ) -> Declaration:
+        taken = state is DeclaredState.TAKEN
         return Declaration(
-            start_time=place.order_time,
+            start_time=self.after_search(place.order_time) if taken else place.order_time,
             state=state,
             schema_hash=self.schema_hash,
             mode=mode,

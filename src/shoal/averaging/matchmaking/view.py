@@ -208,8 +208,10 @@ class View:
         if before is None or (start_time, until) > (before.start_time, before.until):
             self._left_out[peer_id] = _LeftOut(start_time, until, is_looking)
 
-    def leave_out_group(self, members: tuple[Search, ...], until: float, now: float) -> None:
-        """Plan without the members of a group that has begun (``until`` infinity), or is full.
+    def leave_out_group(
+        self, members: tuple[Search, ...], until: float, now: float, *, is_looking: bool = False
+    ) -> None:
+        """Plan without the members of a group that has begun, or is full (``is_looking``).
 
         That is what one of them says of the others. Its word counts once for each search that it names, until the
         others' own can be seen: a member that never heard of the beginning, because the leader died in it, goes on
@@ -220,7 +222,7 @@ class View:
             search = (PeerID.from_bytes(member.peer_id), member.start_time)
             before = self._hearsay.get(search)
             if search[0] != self._me.peer_id and (before is None or before.is_looking):
-                self._hearsay[search] = _LeftOut(member.start_time, ends, is_looking=until < math.inf)
+                self._hearsay[search] = _LeftOut(member.start_time, ends, is_looking)
         if len(self._hearsay) > MAX_HEARSAY:
             seen = self._last_seen.items() & self._hearsay.keys()
             self._hearsay = {search: self._hearsay[search] for search in seen}
