@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 
 from shoal.averaging.allreduce import streams
 from shoal.averaging.allreduce.events import AskForOutcome, OutcomeReceived, Phase
-from shoal.averaging.allreduce.messages import Excluded, Outcome
+from shoal.averaging.allreduce.messages import EXCHANGE, Contribute, Excluded, Outcome
 from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
-from shoal.errors import AllreduceException
+from shoal.averaging.allreduce.rounds import MAX_WAITING_STREAMS_PER_PEER
+from shoal.averaging.group import GROUP_ID_BYTES
+from shoal.errors import AllreduceException, ProtocolViolation, RemoteError
+from shoal.p2p.wire import decode, encode
 from shoal.testing.clock import run
 from shoal.testing.network import HostNetwork
 from shoal.testing.peers import make_host
@@ -280,9 +284,6 @@ def test_a_stranger_is_refused():
     async def main() -> None:
         async with SimulatedGroup(seed=5, size=2) as group:
             stranger = await make_host(group.network, "stranger", seed=5)
-            from shoal.averaging.allreduce.messages import EXCHANGE, Contribute
-            from shoal.errors import RemoteError
-
             current = group.round(0)
             stranger.add_addresses(group.hosts[0].peer_id, group.hosts[0].announced_addresses)
             async with stranger.open_stream(group.hosts[0].peer_id, EXCHANGE, timeout=10) as stream:
@@ -293,6 +294,39 @@ def test_a_stranger_is_refused():
             await stranger.close()
 
     run(main)
+
+
+def test_strangers_take_no_places_from_members_whose_streams_are_early():
+    async def main() -> None:
+        async with SimulatedGroup(seed=5, size=3) as group:
+            stranger = await make_host(group.network, "stranger", seed=5)
+            owner = group.hosts[1].peer_id
+            stranger.add_addresses(owner, group.hosts[1].announced_addresses)
+
+            async def open_early() -> str:
+                async with stranger.open_stream(owner, EXCHANGE) as stream:
+                    await stream.send(Contribute(PREFIX, bytes(GROUP_ID_BYTES)))
+                    with pytest.raises(RemoteError) as caught:
+                        await stream.receive()
+                    return caught.value.code
+
+            flood = [asyncio.ensure_future(open_early()) for _ in range(200)]
+            early = [asyncio.ensure_future(group.run(member)) for member in (0, 2)]
+            await asyncio.sleep(1.0)
+            results = await asyncio.gather(*early, group.run(1))
+            assert [result.failure for result in results] == [None] * 3
+            codes = Counter(await asyncio.gather(*flood))
+            assert codes == {"busy": 200 - MAX_WAITING_STREAMS_PER_PEER, "no_such_round": 8}
+            assert not group.rounds[1]._waiting
+            await stranger.close()
+
+    run(main)
+
+
+@pytest.mark.parametrize("length", [0, 15, 17, 1 << 16])
+def test_a_group_id_of_another_length_breaks_the_protocol(length: int):
+    with pytest.raises(ProtocolViolation):
+        decode(encode(Contribute(PREFIX, bytes(length))), Contribute, "message")
 
 
 def test_a_slow_link_full_of_parts_is_not_taken_for_a_dead_member():

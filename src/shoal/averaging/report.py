@@ -79,7 +79,8 @@ class RoundReport:
     :param weight: sum of the weights of the members that were averaged
     :param excluded: members that the round went on without
     :param weights: the weight of each member in the average, in the order of ``members``; 0 for auxiliary and
-      excluded ones
+      excluded ones, though parts that an excluded member had delivered before are in the average, with the weight
+      that it declared: there is no one weight to report for it
     :param spread_distance: how far apart the members were before; see :class:`Spread`. None: unknown
     :param spread_relative: likewise, relative to the average
     :param search: what the search for a group saw, in plain dictionaries, lists and strings; None: nothing to tell

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 import msgspec
 
+from shoal.averaging.group import GROUP_ID_BYTES
 from shoal.errors import ProtocolViolation
 from shoal.p2p.rpc import Method
 from shoal.utils.text import printable
@@ -21,6 +22,8 @@ MAX_WEIGHT = 1e300
 """So that the sum of all weights is finite."""
 _EXCLUSION_CHARS = 120_000
 """Characters of all reasons in one list of exclusions: four bytes each, they fit into a message of 1 MiB."""
+
+GroupID: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=GROUP_ID_BYTES, max_length=GROUP_ID_BYTES)]
 
 EXCLUSION_PHASES = ("join", "snapshot", "exchange")
 
@@ -32,7 +35,7 @@ class Contribute(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=Tr
     """
 
     prefix: str
-    group_id: bytes
+    group_id: GroupID
 
 
 class ReadyForParts(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -49,7 +52,7 @@ class JoinRound(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=Tru
     """A member tells the leader that it takes part; its reports will follow."""
 
     prefix: str
-    group_id: bytes
+    group_id: GroupID
 
 
 # Reports of a member to the leader.
@@ -143,7 +146,7 @@ class AskOutcome(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=Tr
     """An orphan asks another member what it knows of the leader's decision."""
 
     prefix: str
-    group_id: bytes
+    group_id: GroupID
 
 
 class OutcomeAnswer(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):

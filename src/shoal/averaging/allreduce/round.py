@@ -73,7 +73,8 @@ class RoundResult:
     :param applies: whether this member's tensors take the average; False for an auxiliary one
     :param exclusions: members that the round went on without, as far as this member knows: the leader's list if
       its decision is known
-    :param weights: of each member, as averaged; 0 for auxiliary and excluded ones; empty if the round failed
+    :param weights: of each member, as averaged; 0 for auxiliary and excluded ones (what these had delivered before is
+      in the average all the same); empty if the round failed
     :param spread: how far apart the members were before; None: unknown
     """
 

@@ -5,7 +5,7 @@ ones ended.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 from shoal.averaging.allreduce.commit import answer_outcome
 from shoal.averaging.allreduce.core import AllReduce
@@ -31,6 +31,8 @@ ARRIVAL_TIMEOUT = 10.0
 if that is shorter.
 """
 MAX_WAITING_STREAMS = 1024
+MAX_WAITING_STREAMS_PER_PEER = 8
+"""A member opens two in a round. Bytes of streams that wait are bounded by the connection, as of all streams."""
 REMEMBERED_ROUNDS = 64
 
 
@@ -49,7 +51,7 @@ class Rounds:
         self._current: dict[bytes, Round] = {}
         self._ended: OrderedDict[bytes, AllReduce] = OrderedDict()
         self._began = asyncio.Event()
-        self._waiting = 0
+        self._waiting: Counter[PeerID] = Counter()
         router.register(EXCHANGE, prefix, self._serve_exchange)
         try:
             router.register(COMMIT, prefix, self._serve_commit)
@@ -83,9 +85,9 @@ class Rounds:
         if current is not None:
             current.lose_member(peer, reason)
 
-    async def _find(self, group_id: bytes) -> Round:
+    async def _find(self, group_id: bytes, peer: PeerID) -> Round:
         if group_id not in self._current and group_id not in self._ended:
-            await self._wait_for(group_id)
+            await self._wait_for(group_id, peer)
         found = self._current.get(group_id)
         if found is None:
             ended = self._ended.get(group_id)
@@ -95,10 +97,11 @@ class Rounds:
             raise RemoteError("no_such_round", f"no such round: {reason}")
         return found
 
-    async def _wait_for(self, group_id: bytes) -> None:
-        if self._waiting >= MAX_WAITING_STREAMS:
-            raise RemoteError("busy", f"{self._waiting} streams wait for their rounds already")
-        self._waiting += 1
+    async def _wait_for(self, group_id: bytes, peer: PeerID) -> None:
+        of_all, of_peer = self._waiting.total(), self._waiting[peer]
+        if of_all >= MAX_WAITING_STREAMS or of_peer >= MAX_WAITING_STREAMS_PER_PEER:
+            raise RemoteError("busy", f"{of_all} streams, {of_peer} of yours, wait for their rounds already")
+        self._waiting[peer] += 1
         try:
             async with asyncio.timeout(self._arrival_timeout):
                 while group_id not in self._current and group_id not in self._ended:
@@ -106,13 +109,15 @@ class Rounds:
         except TimeoutError:
             pass  # answered as any other unknown group
         finally:
-            self._waiting -= 1
+            self._waiting[peer] -= 1
+            if not self._waiting[peer]:
+                del self._waiting[peer]
 
     async def _serve_exchange(self, stream: Stream, first: Contribute) -> None:
-        await (await self._find(first.group_id)).serve_exchange(stream, first)
+        await (await self._find(first.group_id, stream.remote)).serve_exchange(stream, first)
 
     async def _serve_commit(self, stream: Stream, first: JoinRound) -> None:
-        await (await self._find(first.group_id)).serve_commit(stream, first)
+        await (await self._find(first.group_id, stream.remote)).serve_commit(stream, first)
 
     async def _serve_outcome(self, stream: Stream, first: AskOutcome) -> None:
         current = self._current.get(first.group_id)
