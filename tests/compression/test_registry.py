@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import types
 from typing import Any
 
@@ -75,15 +76,34 @@ def attribute(number: int) -> list[Any]:
         Grid(torch.ones(number)),
         holder,
         torch.Generator().manual_seed(number),
+        float("nan") if number == 1 else 0.0,
+        torch.tensor([math.nan, number]),
+        np.array([math.nan, number]),
+        ["rows", (number, torch.tensor(number))],
     ]
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(12))
 def test_codecs_are_equal_if_they_are_configured_alike_whatever_their_attributes_are(index: int):
     assert Grid(attribute(1)[index]) == Grid(attribute(1)[index])
     assert Grid(attribute(1)[index]) != Grid(attribute(2)[index])
     again = loads(dumps(Grid(attribute(1)[index])))
     assert again == Grid(attribute(1)[index])
+
+
+def test_a_codec_may_refer_to_itself():
+    class Holder:
+        def __init__(self, codec: Grid) -> None:
+            self.codec, self.itself = codec, self
+
+    def made(step: float) -> Grid:
+        codec = Grid(step)
+        codec.method = codec.encode
+        codec.holder = Holder(codec)
+        return codec
+
+    assert made(1.0) == made(1.0)
+    assert made(1.0) != made(2.0)
 
 
 def test_a_setting_that_cannot_be_compared_is_another_one():

@@ -251,7 +251,7 @@ class CompressionBase(ABC):
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
-        return alike(vars(self), vars(other))
+        return alike(vars(self), vars(other), (self, other))
 
     def __hash__(self) -> int:
         return hash(type(self))

@@ -4,7 +4,7 @@ Theory of operation. A request is *waiting* in the queue or *admitted* to one of
 one copy at a time: newcomers share it while it is fresh (``FRESH_SECONDS``). A stale copy is replaced as soon as nobody
 downloads it any more; until then newcomers wait, so that there are never two copies, and whoever began gets the end of
 what it began. One slow joiner does not stop the donor by that: who has waited for half of the copy's age, but at most
-``MAX_PATIENCE``, gets the stale copy. The pauses in which a copy may come to its end grow with its age so. A copy that
+``MAX_PATIENCE``, gets the stale copy. So the pauses in which a copy may come to its end grow with its age. A copy that
 nobody uses is kept for ``KEEP_SECONDS``, for joiners whose connection broke; they go to the front of the queue.
 
 :meth:`UploadQueue.handle` is the one entry point: events and ``now`` in, effects out.
