@@ -382,10 +382,10 @@ class DecentralizedAverager:
 
         Called in the host process, on a thread for this alone (also while ``__init__`` of a subclass still runs after
         ``super().__init__(start=True)``), with the lock of :meth:`get_tensors` held; that is kept until what was
-        returned is copied, so that no round writes meanwhile, and nothing needs to be cloned. For the first copy of
-        a state that is larger than the averaged tensors it may be called twice. What is not among the
-        averaged tensors is the subclass's to protect. If it raises, or returns something else, a warning says so here,
-        and the peer that asked is sent to the next donor.
+        returned is copied, so that no round writes meanwhile, and nothing needs to be cloned. A large state that takes
+        more memory than was made ready for it (as much as the last copy took; before the first one, as much as the
+        averaged tensors) is asked for twice. What is not among the averaged tensors is the subclass's to protect. If it
+        raises, or returns something else, a warning says so here, and the peer that asked is sent to the next donor.
 
         :returns: metadata that :attr:`serializer` encodes (None and empty ones are fine; 16 MiB at most), any number of
           dense tensors of any usual dtype, shape and device, and optionally a CompressionInfo for each (or None).
