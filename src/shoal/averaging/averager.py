@@ -81,10 +81,12 @@ class DecentralizedAverager:
     :param start: start at once; otherwise call :meth:`run_in_background`
     :param prefix: peers with the same prefix average together; no dots. An averager's prefix is its own on
       its ``dht``.
-    :param target_group_size: a group of this many peers is full
+    :param target_group_size: a group of this many peers is full. Best the same at all peers: where it is not, that of
+      a group's leader counts.
     :param min_group_size: a smaller group does not begin; the same at all peers
     :param initial_group_bits: look for groups among the peers with these bits ('0' and '1', at most 64) only; they
-      change after every round. Empty: chosen automatically by the number of peers. See :meth:`set_group_bits`.
+      change after every round. Empty: chosen automatically by the number of peers. Unless the bits of all peers make a
+      full grid, some may find no partners. See :meth:`set_group_bits`.
     :param min_matchmaking_time: time that a group that is not full waits for further peers
     :param request_timeout: time to wait for a leader's first answer; should be smaller than ``min_matchmaking_time``
     :param averaging_alpha: tensors move by this fraction of the way to the average; 1: they become the
@@ -468,6 +470,7 @@ class DecentralizedAverager:
         while a round runs, from the next one on.
 
         After each round the bits change, so that peers who start from a full grid of bits meet new ones in every round.
+        Without a full grid some may find no partners, in one step after the other: nobody looks under other bits.
 
         :param group_bits: '0' and '1', at most 64; empty: back to automatic, where the bits follow the number of peers
         :param wait: return when it is done; otherwise return at once a future that can be awaited
@@ -513,7 +516,8 @@ class DecentralizedAverager:
         """Find a group and average with it once.
 
         :param gather: sent to every member of the group; anything that :attr:`serializer` encodes, at most
-          512 KiB
+          512 KiB. The leader sends what all n members gathered to each of them before the round, which fails if
+          that (n * n times the size) takes more than some seconds.
         :param scheduled_time: when all-reduce is expected to begin (:func:`~shoal.utils.get_dht_time`
           seconds, at most a day ahead); a group that is not full waits for further peers until then. Default: in
           ``min_matchmaking_time`` seconds, or when four fifths of a shorter ``timeout`` have passed.

@@ -435,9 +435,8 @@ class Matchmaking:
         self.story.answered(ask.leader, f"rejected ({reason})", now)
         until = now + self._retry_time()
         if reason in (RejectReason.BEGUN, RejectReason.NOT_LOOKING):
-            until = (
-                now + AVOID_AFTER_LOSS
-            )  # it will say so itself, and its next search may be earlier in the order
+            # It says so itself before long, and its next search may be earlier in the order.
+            until = now + AVOID_AFTER_LOSS
         elif reason is RejectReason.OTHER_SCHEMA:
             until = math.inf
         is_looking = reason is RejectReason.FULL
