@@ -491,6 +491,18 @@ def test_cancelling_frees_followers_and_leader_at_once():
     tell(story, peers=4, target=5)
 
 
+def test_what_all_have_gathered_may_take_longer_than_the_request_timeout_on_a_slow_link():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        for number in (1, 2):
+            sim.network.set_bandwidth("node0", f"node{number}", 200_000.0)
+        searches = [sim.search(n, starts_in=5.0 + n, gather=bytes(MAX_GATHER_BYTES - 1000)) for n in range(3)]
+        groups = [await search for search in searches]
+        assert groups == [groups[0]] * 3
+        assert sim.now() - groups[0].members[0].signed_at > 6.0
+
+    tell(story, peers=3, request_timeout=3.0)
+
+
 # ---- who leaves while the group begins
 
 

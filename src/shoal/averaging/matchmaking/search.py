@@ -89,6 +89,9 @@ from shoal.p2p.rpc import EndOfStream, Stream
 
 logger = logging.getLogger(__name__)
 
+BEGIN_TIMEOUT = 10.0
+"""Seconds for which a follower that hears the beginning of a group takes in its members: no longer than its round waits
+for whoever has not heard of it."""
 END_TIMEOUT = 60.0
 """Seconds for which a stream is kept when all has been said."""
 
@@ -336,6 +339,8 @@ class GroupSearch:
                     self.dispatch(LeaderDismissed(ask, dismissed))
                     return
                 case Begin(group_id, size):
+                    # What all gathered takes its time on a slow link.
+                    self.dispatch(LeaderPostponed(ask, BEGIN_TIMEOUT))
                     members = await _receive_members(stream, size)
                     now = self._peer.clock()
                     group = verify_group(group_id, members, leader=stream.remote, own=own, now=now)
