@@ -12,10 +12,11 @@ import torch
 from shoal.averaging.commands import ApplyAverage, BoundByWord, ReachStage, TakeSnapshot
 from shoal.averaging.config import MAX_RETRY_PAUSE, matchmaking_config, retry_pause, retry_start
 from shoal.averaging.control import AveragingStage, Steering, StepControl
-from shoal.averaging.hostside import TensorKeeper
+from shoal.averaging.hostside import TensorKeeper, close
 from shoal.averaging.partition import Layout
 from shoal.averaging.tensors import TensorStore
 from shoal.errors import AllreduceException
+from shoal.runtime.futures import MPFuture
 
 LIMIT = 20  # seconds, against hanging only
 
@@ -95,6 +96,24 @@ def test_a_step_that_was_cancelled_writes_nothing_even_if_its_group_has_averaged
         keeper.handle(ApplyAverage(0))
     assert tensor.tolist() == [0.0] * 3
     keeper.close()
+
+
+def test_a_service_that_came_to_be_while_its_start_was_cancelled_is_closed():
+    class Handle:
+        closed = False
+
+        def close(self) -> MPFuture[None]:
+            self.closed = True
+            done: MPFuture[None] = MPFuture()
+            done.set_result(None)
+            return done
+
+    keeper, start, made = make_keeper(torch.zeros(3)), MPFuture(), MPFuture()
+    made.set_result(Handle())
+    keeper.creation = made
+    close(start, keeper, LIMIT)  # start waits for the DHT, made comes of it
+    assert start.cancelled()
+    assert made.result().closed
 
 
 def test_pauses_between_attempts_grow_and_leave_time_for_another():

@@ -593,7 +593,8 @@ def _create_service(
 ) -> MPFuture[ServiceHandle]:
     """The DHT is ready: what depends on it is settled, and the service can be made."""
     keeper.states.settle(default=settle_modes(config, dht.client_mode) is PeerMode.FULL)
-    return process.create_service(factory, name=f"averager {config.prefix}", handler=keeper.handle)
+    keeper.creation = process.create_service(factory, name=f"averager {config.prefix}", handler=keeper.handle)
+    return keeper.creation
 
 
 def _check_timeout(timeout: float | None) -> None:

@@ -54,6 +54,8 @@ class TensorKeeper:
         self.strand = Strand(f"shoal-steps {name}")
         self._auxiliary = auxiliary
         self.controls: dict[int, StepControl] = {}
+        self.creation: MPFuture[ServiceHandle] | None = None
+        """Of the service itself, once the DHT is ready."""
         self.last_report: RoundReport | None = None
         self._alpha = alpha
         self._memory: SharedMemory | None = None
@@ -164,8 +166,10 @@ def close(creation: MPFuture[ServiceHandle], keeper: TensorKeeper, timeout: floa
     """End the service in the background process, if it came to be and that still runs."""
     keeper.begin_to_end()
     try:
-        if not creation.cancel() and creation.exception(timeout) is None:
-            creation.result().close().result(timeout)
+        # Of a creation that waits for the DHT, which may have ended well in the moment when that was cancelled.
+        made = keeper.creation if creation.cancel() else creation
+        if made is not None and not made.cancel() and made.exception(timeout) is None:
+            made.result().close().result(timeout)
     except TimeoutError:
         logger.warning(
             "the averager did not end within %g s; it ends with its background process at the latest", timeout
