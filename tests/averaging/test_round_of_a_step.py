@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 
 from shoal.averaging.allreduce.round import RoundTimeouts
-from shoal.averaging.commands import ApplyAverage, RunStep, TakeSnapshot
+from shoal.averaging.commands import ApplyAverage, BoundByWord, RunStep, TakeSnapshot
 from shoal.averaging.group import GroupInfo
 from shoal.averaging.service import AveragerService, Step, StepFailed
 from shoal.errors import AllreduceException
@@ -130,4 +130,32 @@ def test_an_average_that_cannot_be_written_is_this_peer_s_own_failure():
                 await service._run_round(step, group.group)
             assert (await other).failure is None
 
+    run(main)
+
+
+@pytest.mark.parametrize("crosses", [False, True], ids=["in time", "crossed by a cancellation"])
+def test_the_host_hears_that_the_step_is_bound_before_the_average_is_written(crosses: bool):
+    class HostThatIsTold(Host):
+        async def call_host(self, command: object) -> object:
+            if isinstance(command, BoundByWord):
+                self.story.append("bound")
+                if crosses:  # cancel() had said True when this came
+                    stepping.cancel()
+            return await super().call_host(command)
+
+    async def main() -> None:
+        nonlocal stepping
+        async with SimulatedGroup(seed=1, size=2) as group:
+            host = HostThatIsTold(fails=False)
+            service = service_of(group, host)
+            service._matchmaker.round_committed.side_effect = None
+            other = asyncio.ensure_future(group.run(1))
+            step = Step(RunStep(0, 1.0, b"", 0.0, None, False, False))
+            stepping = asyncio.ensure_future(service._run_round(step, group.group))
+            await asyncio.wait([stepping])
+            assert stepping.cancelled() == crosses
+            assert host.story == (["bound"] if crosses else ["bound", "applied"])
+            assert (await other).failure is None
+
+    stepping: asyncio.Future[None]
     run(main)
