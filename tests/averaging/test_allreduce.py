@@ -562,9 +562,33 @@ def test_an_orphan_asks_again_while_somebody_may_still_hear_from_the_leader():
     orphan.handle(SnapshotTaken(1.0), MemberLost(0, "killed"))
     for phase in (Phase.READY, Phase.EXCHANGING, Phase.EXCLUDED):
         assert orphan.handle(OutcomeAnswered(1, phase)) == [AskForOutcome((1,))]
-    assert orphan.handle(OutcomeAnswered(0, None)) == []
+    assert orphan.handle(OutcomeAnswered(0, Phase.FAILED)) == []
     assert isinstance(orphan.handle(OutcomeAnswered(1, Phase.ORPHANED))[0], Finish)
     assert orphan.phase is Phase.FAILED
+
+
+def test_an_orphan_asks_other_orphans_again_after_a_member_turned_out_to_be_gone():
+    """That one may have told them the decision, after their answers, and died then."""
+    orphan = Member(3, (0, 0, 0, 0))
+    orphan.handle(SnapshotTaken(1.0), MemberLost(0, "killed"))
+    orphan.handle(OutcomeAnswered(1, Phase.ORPHANED), OutcomeAnswered(2, Phase.ORPHANED))
+    assert orphan.handle(OutcomeAnswered(0, None)) == [AskForOutcome((1, 2))]
+    assert orphan.handle(OutcomeAnswered(1, Phase.ORPHANED)) == []
+    assert orphan.handle(OutcomeAnswered(2, None)) == [AskForOutcome((1,))]
+    assert orphan.handle(OutcomeAnswered(1, Phase.COMMITTED, COMMITTED)) == [Finish()]
+
+
+def test_an_orphan_that_owns_nothing_waits_for_owners_and_an_owner_for_nobody():
+    """Two clients cannot reach each other; an owner reaches everybody."""
+    client, owner = Member(2, (1, 1, 0)), Member(1, (1, 1, 0))
+    client.handle(SnapshotTaken(1.0), AverageReceived(0, 0), AverageReceived(1, 0), MemberLost(0, "killed"))
+    assert client.phase is Phase.ORPHANED
+    assert client.handle(OutcomeAnswered(1, Phase.ORPHANED)) == [AskForOutcome((1,))]
+    owner.handle(SnapshotTaken(1.0), WeightDeclared(0, 0.0), WeightDeclared(2, 0.0), PartAveraged(0))
+    owner.handle(AverageReceived(0, 0), MemberLost(0, "killed"))
+    assert owner.phase is Phase.ORPHANED
+    assert owner.handle(OutcomeAnswered(2, Phase.ORPHANED), OutcomeAnswered(0, Phase.FAILED)) != []
+    assert owner.phase is Phase.FAILED
 
 
 def test_an_orphan_does_not_listen_to_the_leader_any_more():

@@ -434,7 +434,42 @@ def sweep_cuts(seeds: range) -> None:
     assert set(endings) >= {"failed", "committed", "committed without some"}, endings
 
 
-SWEEPS = [sweep, sweep_leader_crash, sweep_cuts]
+def sweep_orphans(seeds: range) -> None:
+    """The leader dies while it tells its decision, and others while orphans ask each other; members that own nothing
+    cannot reach each other. One owner lives.
+    """
+    endings: Counter[str] = Counter()
+    orphaned = 0
+    for seed in seeds:
+        rng = random.Random(seed)
+        group = SimulatedGroup(rng, size=rng.randint(3, 8), auxiliaries=False)
+        members = range(1, group.roles.size)
+        owners = [member for member in members if group.roles.parts_owned[member]]
+        if not owners:
+            continue
+        clients = [member for member in members if member not in owners]
+        group.cut.update(frozenset((a, b)) for a in clients for b in clients if a != b)
+        leader = group.cores[group.roles.leader]
+        while leader.outcome is None and group.step():
+            pass
+        for _ in range(rng.randrange(2 * group.roles.size)):
+            group.step()
+        group.kill(group.roles.leader)
+        survivor = rng.choice(owners)
+        for victim in rng.sample(members, rng.randint(0, len(members))):
+            for _ in range(rng.randrange(12)):
+                group.step()
+            orphaned += sum(core.phase is Phase.ORPHANED for core in group.cores)
+            if victim != survivor:
+                group.kill(victim)
+        group.run()
+        endings[group.check(seed)] += 1
+    assert endings["committed"] > len(seeds) // 10, endings
+    assert endings["failed"] > len(seeds) // 20, endings
+    assert orphaned > len(seeds) // 2, orphaned
+
+
+SWEEPS = [sweep, sweep_leader_crash, sweep_cuts, sweep_orphans]
 
 
 @pytest.mark.parametrize("what", SWEEPS)

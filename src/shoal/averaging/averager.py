@@ -99,7 +99,9 @@ class DecentralizedAverager:
     :param sender_timeout: a member that sends no next part for this long is excluded: the others average without what
       it has not sent, and its own step fails. Default: ``next_chunk_timeout``.
     :param reducer_timeout: when a member returns no next average for this long, the round fails for everybody, and the
-      step looks for another group. Default: twice ``sender_timeout``.
+      step looks for another group; if the one that waits averages nothing itself (a client), only for that one. A
+      member that takes no average for so long, and 1 s, when all are there is excluded. Default: twice
+      ``sender_timeout``.
     :param compression: the codec of the parts; the same at all peers
     :param state_compression: the codec of the state that others download from this peer
     :param tensor_infos: what each tensor is for, one :class:`~shoal.compression.CompressionInfo` for each; for codecs

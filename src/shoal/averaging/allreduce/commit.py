@@ -9,6 +9,7 @@ import logging
 
 from shoal.averaging.allreduce.core import AllReduce
 from shoal.averaging.allreduce.events import (
+    DECIDED,
     Event,
     ExclusionReceived,
     JoinTimedOut,
@@ -181,7 +182,7 @@ class Commitment:
             phase, outcome = await self._ask_until_dead(member)
         except (ShoalError, EOFError) as e:
             logger.debug("%s does not say how the round ended: %s", self._roles.name(member), e)
-        if outcome is None and phase in (Phase.EXCHANGING, Phase.READY, Phase.EXCLUDED):
+        if outcome is None and phase is not None and phase not in DECIDED:
             await asyncio.sleep(ASK_AGAIN_AFTER)
         self._shared.feed(OutcomeAnswered(member, phase, outcome))
 

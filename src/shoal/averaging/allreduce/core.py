@@ -34,8 +34,12 @@ Why no two members end differently, excluded ones aside:
 3. An orphan commits if anybody tells it of the decision. It fails when each other member is gone, or has said that it
    is an orphan too, or that it ended without knowing the decision. Whoever has said one of these can learn the
    decision later only from another member's answer: orphans do not listen to the leader any more, and members that
-   gave up do not listen at all. So when the first orphan fails, no member that can be reached knows the decision, and
-   none will: all of them fail. Whoever may still hear from the leader (exchanging, excluded or ready) is asked again.
+   gave up do not listen at all. Whoever may still hear from the leader (exchanging, excluded or ready) is asked again.
+   One that is gone may have told an orphan, after that orphan's answer, and then died: so when somebody turned out to
+   be gone, all orphans are asked once more, until nobody is newly gone. Then none of them knew the decision when that
+   last inquiry began, nobody else does, and none will: all of them fail.
+   Two members that own nothing may not reach each other (both are clients), but every owner reaches everybody:
+   whoever owns nothing asks owners that are orphans until they are decided, and owners wait for nobody so.
 4. A member that fails by itself, because it was excluded, gave up or was never ready, has never given its word: the
    leader cannot have counted it. That is its own failure and not the group's: to an orphan it answers that it knows
    of no decision; an excluded leader, or member, that knows the decision passes that on.
@@ -143,7 +147,9 @@ class AllReduce:
         self._awaited = PartClocks(None if limit is None else limit + PROGRESS_INTERVAL)
         self._progress_told = -math.inf
         self._failed_owners: set[int] = set()
-        self._answers: set[int] = set()
+        self._answers: dict[int, Phase | None] = {}
+        self._lost_some = False
+        """Whether somebody did not answer, since the orphans that did were asked."""
         self._history: deque[tuple[str, Event]] = deque(maxlen=HISTORY_LENGTH)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -448,11 +454,30 @@ class AllReduce:
             return []
         if outcome is not None:
             return self._conclude(outcome)
-        if phase in (Phase.EXCHANGING, Phase.READY, Phase.EXCLUDED):
-            return [AskForOutcome((member,))]  # it may still hear from the leader
-        self._answers.add(member)
+        may_hear = phase in (Phase.EXCHANGING, Phase.READY, Phase.EXCLUDED)
+        if may_hear or (phase is Phase.ORPHANED and self._relies_on(member)):
+            return [AskForOutcome((member,))]
+        self._answers[member] = phase
+        self._lost_some |= phase is None
         if len(self._answers) < len(self.roles.others):
             return []
+        return self._conclude_answers()
+
+    def _relies_on(self, member: int) -> bool:
+        """Owners reach everybody, and can be reached; two members that own nothing may both be clients."""
+        owned = self.roles.parts_owned
+        return owned[member] > 0 and owned[self.roles.me] == 0
+
+    def _conclude_answers(self) -> list[Effect]:
+        """Everybody has answered, or counts as dead."""
+        answers = self._answers.items()
+        others = tuple(one for one, phase in answers if phase is Phase.ORPHANED)
+        if others and self._lost_some:
+            # Who died may have told one of the orphans before, after that one's answer.
+            self._lost_some = False
+            for one in others:
+                del self._answers[one]
+            return [AskForOutcome(others)]
         return self._finish(f"{self.failure}; no member that can be reached knows of a decision")
 
     def _finish(self, reason: str | None) -> list[Effect]:
