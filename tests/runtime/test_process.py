@@ -175,10 +175,18 @@ def test_a_service_that_does_not_come_to_be_leaves_no_thread(process, factory):
 
 
 def test_a_service_whose_creation_is_cancelled_too_late_is_closed(process, runner, tmp_path):
-    release, path = threading.Event(), tmp_path / "story"
-    held = runner.call((services.echo, 1))
-    # On the receiving thread, so that the answer to the creation is not read yet when that is cancelled.
-    concurrent.futures.Future.add_done_callback(held, lambda _: release.wait(LIMIT))
+    path = tmp_path / "story"
+    reading, release = threading.Event(), threading.Event()
+
+    def hold_the_reader(_: object) -> None:
+        reading.set()
+        release.wait(LIMIT)
+
+    # On the thread that reads answers, so that the one to the creation is not read yet when that is cancelled.
+    held = runner.call((services.wait_for, "the reader is to be held"))
+    concurrent.futures.Future.add_done_callback(held, hold_the_reader)
+    runner.call((services.set_event, "the reader is to be held"))
+    assert reading.wait(LIMIT)
     creation = process.create_service(partial(services.make_runner_with_birth_note, str(path)))
     wait_until(path.exists)
     assert creation.cancel()

@@ -90,11 +90,10 @@ class HeldState:
         os.ftruncate(self._memory.fd, self.layout.encoded_nbytes)
 
     def compute_digest(self) -> bytes:
-        """Goes through all of the state; for a thread."""
-        view, digest = self._view(), self.manifest.new_digest()
+        """Goes through all of the state; for a thread. Ends early, with an error, when the state is closed."""
+        digest = self.manifest.new_digest()
         for index in range(self.manifest.chunk_count):
-            begin, end = self.layout.chunk_offset(index)
-            digest.update(view[begin:end])
+            digest.update(self.chunk(index))
         return digest.digest()
 
     def chunk(self, index: int) -> memoryview:
@@ -103,8 +102,10 @@ class HeldState:
         return self._view()[begin:end]
 
     def close(self) -> None:
-        """Nobody is served from it any more; the memory goes with the last chunk that is on its way."""
+        """Nobody is served from it any more; the memory goes with the last chunk that is on its way, or hashed."""
         self._buffer = None
+        if self.digest is not None:
+            self.digest.cancel()
         self._memory.close()
 
     def _view(self) -> memoryview:
