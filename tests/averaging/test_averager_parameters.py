@@ -84,6 +84,27 @@ def test_the_defaults_make_an_averager():
     assert not averager.is_alive()
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"bandwidth": 50.0},
+        {"next_chunk_timeout": 2.5},
+        {"declare_state_period": 7.0},
+        {"shutdown_timeout": 3.0},
+        {"state_compression": shoal.Float16Compression()},
+        {"tensor_infos": (shoal.compression.CompressionInfo.from_tensor(torch.zeros(3), "weights"),)},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_what_holds_for_life_can_be_read_and_not_be_set(given: dict[str, Any]):
+    """Who sets it would rely on it, as with hivemind."""
+    averager = make(**given)
+    ((name, value),) = given.items()
+    assert getattr(averager, name) == value
+    with pytest.raises(AttributeError, match=name):
+        setattr(averager, name, value)
+
+
 def test_what_tensors_are_for_may_be_any_iterable():
     tensors = [torch.zeros(3), torch.zeros(2)]
     infos = [shoal.CompressionInfo.from_tensor(tensor, key=f"k{tensor.numel()}") for tensor in tensors]

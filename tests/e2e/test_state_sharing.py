@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from tests.e2e.real_swarm import wait_until
 
 import shoal
 from shoal.averaging.state import host
@@ -28,7 +29,6 @@ from shoal.averaging.state.queue import UploadQueue
 from shoal.compression import PerTensorCompression
 from shoal.compression.registry import CODECS
 from shoal.errors import InvalidStateError, PeerProcessDied
-from tests.e2e.real_swarm import wait_until
 
 LIMIT = 60.0
 MB = 1_000_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import copy
 import gc
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 
 import background_services as services
@@ -166,34 +168,41 @@ def test_a_factory_s_failure_reaches_the_host(process):
         process.create_service(services.make_failing).result(LIMIT)
 
 
-@pytest.mark.parametrize("factory", [services.make_failing, services.make_runner])
-def test_a_service_that_does_not_come_to_be_leaves_no_thread(process, factory):
-    creation = process.create_service(factory, name="unborn", handler=print)
-    creation.cancel()
-    concurrent.futures.wait([creation], LIMIT)
+def test_a_service_that_does_not_come_to_be_leaves_no_thread(process, runner):
+    process.create_service(services.make_failing, name="unborn", handler=print).exception(LIMIT)
+    with no_answers_read(runner):
+        assert process.create_service(services.make_runner, name="unborn", handler=print).cancel()
     wait_until(lambda: "shared-unborn" not in {thread.name for thread in threading.enumerate()})
 
 
 def test_a_service_whose_creation_is_cancelled_too_late_is_closed(process, runner, tmp_path):
     path = tmp_path / "story"
-    reading, release = threading.Event(), threading.Event()
-
-    def hold_the_reader(_: object) -> None:
-        reading.set()
-        release.wait(LIMIT)
-
-    # On the thread that reads answers, so that the one to the creation is not read yet when that is cancelled.
-    held = runner.call((services.wait_for, "the reader is to be held"))
-    concurrent.futures.Future.add_done_callback(held, hold_the_reader)
-    runner.call((services.set_event, "the reader is to be held"))
-    assert reading.wait(LIMIT)
-    creation = process.create_service(partial(services.make_runner_with_birth_note, str(path)))
-    wait_until(path.exists)
-    assert creation.cancel()
-    release.set()
+    with no_answers_read(runner):
+        creation = process.create_service(partial(services.make_runner_with_birth_note, str(path)))
+        wait_until(path.exists)
+        assert creation.cancel()
     wait_until(lambda: path.read_text().startswith("born\n") and path.read_text() != "born\n")
     present = "[type(s).__name__ for s in service.context.services.values()]"
     assert runner.call((services.evaluate, present)).result(LIMIT) == ["Runner"]
+
+
+@contextlib.contextmanager
+def no_answers_read(runner) -> Iterator[None]:
+    """Hold the thread that reads what the background process sends: no future ends by that meanwhile."""
+    reading, release = threading.Event(), threading.Event()
+
+    def hold(_: object) -> None:
+        reading.set()
+        release.wait(LIMIT)
+
+    held = runner.call((services.wait_for, "the reader is to be held"))
+    concurrent.futures.Future.add_done_callback(held, hold)
+    runner.call((services.set_event, "the reader is to be held"))
+    assert reading.wait(LIMIT)
+    try:
+        yield
+    finally:
+        release.set()
 
 
 def test_closing_a_service_cancels_its_commands_and_says_farewell(process, runner, tmp_path):

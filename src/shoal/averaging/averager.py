@@ -337,6 +337,31 @@ class DecentralizedAverager:
         return self.__keeper.layout.numel
 
     @property
+    def bandwidth(self) -> float | None:
+        """As given to the constructor, in Mbit/s; like the parameters below it cannot be set later."""
+        return self.__config.bandwidth
+
+    @property
+    def next_chunk_timeout(self) -> float | None:
+        return self.__config.next_chunk_timeout
+
+    @property
+    def declare_state_period(self) -> float:
+        return self.__config.declare_state_period
+
+    @property
+    def state_compression(self) -> CompressionBase:
+        return self.__states.compression
+
+    @property
+    def tensor_infos(self) -> Sequence[CompressionInfo] | None:
+        return self.__infos
+
+    @property
+    def shutdown_timeout(self) -> float:
+        return self.__shutdown_timeout
+
+    @property
     def last_report(self) -> RoundReport | None:
         """What happened in the last step that has finished."""
         return self.__keeper.last_report

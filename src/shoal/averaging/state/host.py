@@ -98,7 +98,7 @@ class StateHost:
         self._serializer = averager.serializer
         self._store = store
         self._prefix = prefix
-        self._compression = compression
+        self.compression = compression
         self._lock = threading.Lock()
         self._allowed = allowed
         self._priority = 0.0
@@ -175,7 +175,7 @@ class StateHost:
             averager.get_current_state,
             hold=self._hold,
             serializer=averager.serializer,
-            compression=self._compression,
+            compression=self.compression,
             reserve=self._reserve,
         )
         self._reserve = capture.layout().nbytes + GROWTH
