@@ -35,10 +35,7 @@ LONELY_ROUNDS = 5
 
 
 class Steps:
-    """Makes steps and concludes them.
-
-    :param serializer: encodes what members gather, and decodes what they have gathered
-    """
+    """Makes steps and concludes them."""
 
     def __init__(self, keeper: TensorKeeper, settings: MatchmakingConfig, prefix: str) -> None:
         self._keeper = keeper
@@ -60,7 +57,10 @@ class Steps:
         require_trigger: bool,
         wait: bool,
     ) -> StepControl:
-        """Check what the user asks for, and send it on its way; parameters as of ``DecentralizedAverager.step``."""
+        """Check what the user asks for, and send it on its way; parameters as of ``DecentralizedAverager.step``.
+
+        :param serializer: encodes what members gather, and decodes what they have gathered
+        """
         now = get_dht_time()
         if timeout is not None:
             check_number("timeout", timeout, above=0)

@@ -37,7 +37,10 @@ from shoal.utils.serializer import MSGPackSerializer
 T = TypeVar("T")
 Address = str | Multiaddr
 
-_PRELOAD = ("torch",)
+_PRELOAD = {"torch": ("shoal.averaging.service",)}
+"""What the background process imports ahead, by the module that the host has imported: an averager is likely to follow.
+Names, not imports: a process that only runs a DHT has nothing to do with them.
+"""
 
 
 class DHT:
@@ -162,7 +165,7 @@ class DHT:
         if self._process is not None:
             raise InvalidStateError("this DHT was started before; make a new one to start again")
         show_logs()
-        process = BackgroundProcess.start("shoal-dht", daemon=self._daemon, preload=_loaded(_PRELOAD))
+        process = BackgroundProcess.start("shoal-dht", daemon=self._daemon, preload=_likely_modules())
         self._process = process
         try:
             from shoal.dht.factory import make_service  # imports nothing of the node here
@@ -455,10 +458,8 @@ def _serialize(name: str, value: object) -> bytes:
         raise InvalidValueError(f"{name}: {error}") from None
 
 
-def _loaded(names: Sequence[str]) -> tuple[str, ...]:
-    """Those modules that this process has imported: an averager is likely to follow."""
-
-    return tuple(name for name in names if name in sys.modules)
+def _likely_modules() -> tuple[str, ...]:
+    return tuple(name for loaded, names in _PRELOAD.items() if loaded in sys.modules for name in names)
 
 
 def _end_after_failure(process: weakref.ref[BackgroundProcess], creation: Future[ServiceHandle]) -> None:

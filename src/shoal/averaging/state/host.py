@@ -34,7 +34,6 @@ from shoal.averaging.state.commands import (
     StateMemory,
 )
 from shoal.averaging.state.manifest import Manifest
-from shoal.averaging.state.progress import ProgressBar
 from shoal.averaging.tensors import TensorStore
 from shoal.compression.base import CompressionBase
 from shoal.errors import DeadlineExceeded, InvalidStateError, PeerProcessDied, UsageError
@@ -44,6 +43,7 @@ from shoal.runtime.memory import SharedMemory
 from shoal.runtime.workers import SerialThread
 
 if TYPE_CHECKING:
+    from shoal.averaging.state.progress import ProgressBar
     from shoal.runtime.process import ServiceHandle
 
 logger = logging.getLogger(__name__)
@@ -226,10 +226,11 @@ class StateHost:
 
     def load(self, handle: ServiceHandle, timeout: float | None, *, progress: bool) -> MPFuture[State | None]:
         """Begin a download. The future's result is the state, or None after a warning that says why there is none."""
+        bar = self._make_bar() if progress else None
         with self._lock:
             self._last_download += 1
             number = self._last_download
-            self._downloads[number] = _Download(ProgressBar(self._prefix) if progress else None)
+            self._downloads[number] = _Download(bar)
         try:
             call: MPFuture[LoadedState] = handle.call(LoadState(number, timeout, progress))
         except BaseException:
@@ -239,6 +240,11 @@ class StateHost:
         # Past the dispatch of MPFuture: callbacks of users may be waiting on that thread for this very state.
         Future.add_done_callback(call, partial(_on_own_thread, partial(self._finish, number, outer)))
         return outer
+
+    def _make_bar(self) -> ProgressBar:
+        from shoal.averaging.state.progress import ProgressBar  # most programs never draw one
+
+        return ProgressBar(self._prefix)
 
     def _allocate(self, number: int, nbytes: int) -> None:
         handle, download = self._handle, self._downloads.get(number)
