@@ -44,8 +44,8 @@ Why no two members end differently, excluded ones aside:
    leader cannot have counted it. That is its own failure and not the group's: to an orphan it answers that it knows
    of no decision; an excluded leader, or member, that knows the decision passes that on.
 
-A member that an orphan cannot reach counts as dead only after a while (see :mod:`.commit`); what happens in a silent
-partition is bounded by the transport's keep-alive, and that.
+A member that an orphan cannot reach counts as dead only after a while (see :mod:`.commit`): in a silent partition, that
+long after the transport's keep-alive has noticed.
 
 This module is pure: no I/O; the time is an argument. :meth:`AllReduce.handle` is its one mutating entry point; the
 shell is :mod:`.round`.
