@@ -142,6 +142,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes")
     options = parser.parse_args()
     for run in options.runs:
+        if not (run / SUMMARY).is_file():
+            parser.error(f"{run}: no run is there, since it has no {SUMMARY}")
         settings = Settings(**json.loads((run / SUMMARY).read_text())["settings"])
         points = evaluate_run(run, settings, options.workers)
         write_curve(points, run / CURVE)

@@ -82,6 +82,8 @@ def main() -> None:
         label, equals, folder = run.rpartition("=")
         if not equals:
             raise SystemExit(f"{run}: LABEL=RUN is expected")
+        if not (Path(folder) / CURVE).is_file():
+            raise SystemExit(f"{run}: no {CURVE} is there; evaluate.py makes it")
         curves.append((label, Path(folder)))
     draw(curves, options.x, options.top, options.title, options.output)
 

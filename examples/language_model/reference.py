@@ -37,7 +37,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     settings = Settings.from_options(options)
-    parts = [int(part) for part in options.parts.split(",")]
+    allowed = {str(part): part for part in range(settings.peers)}
+    if not set(options.parts.split(",")) <= set(allowed):
+        parser.error(
+            f"--parts {options.parts}: numbers from 0 to {settings.peers - 1}, with commas between them"
+        )
+    parts = [allowed[part] for part in options.parts.split(",")]
     corpus = load_corpus(settings.peers, Path(settings.text) if settings.text else None)
     text = torch.cat([corpus.parts[part] for part in parts])
     trainer = LocalTrainer(text, settings, seed=parts[0], batches=options.batches)

@@ -381,7 +381,7 @@ def test_the_story_names_what_was_seen_and_answered():
     driver.send(LeaderRejected(1, Rejected(RejectReason.OTHER_SCHEMA)))
     driver.send(Cancelled())
     text = driver.only(FinishWithout).explanation
-    assert "1 other peer looks for a group there (2 declared in all)" in text
+    assert "1 other peer looks for a group there (2 records in all, this one's included)" in text
     assert f"another schema: {IDS[5]}" in text
     assert f"asked {IDS[0]} (rejected (other_schema))" in text
 

@@ -59,7 +59,6 @@ class Swarm:
         self.states: dict[str, list[torch.Tensor]] = {}
         self.captures: dict[str, int] = {}
         self.memories: list[Any] = []
-        self.downloads: dict[str, list[StateDownload]] = {}
 
     async def __aenter__(self) -> Swarm:
         return self

@@ -55,7 +55,10 @@ def test_averaging_in_the_background_instead_of_the_optimizer(swarm: Swarm, monk
 
 
 def test_averaged_gradients(swarm: Swarm, monkeypatch: pytest.MonkeyPatch):
-    for space in run_at_two_peers(GRADIENTS, swarm, monkeypatch):
+    one, other = spaces = run_at_two_peers(GRADIENTS, swarm, monkeypatch)
+    assert torch.equal(one["model"].weight, other["model"].weight)
+    assert not torch.equal(one["model"].weight, torch.full((1, 10), 0.1))
+    for space in spaces:
         assert space["averager"].last_report.succeeded
         assert space["averager"].last_report.step == 1
         assert space["averager"].last_report.weight == 64

@@ -25,7 +25,6 @@ from shoal.p2p.frames import (
 )
 
 CONNECTION_KINDS = (FrameKind.PING, FrameKind.PONG, FrameKind.HELLO, FrameKind.GOODBYE)
-STREAM_KINDS = tuple(kind for kind in FrameKind if kind not in CONNECTION_KINDS)
 
 
 def decoder(sink: PayloadSink = allocate_payload, limits: Limits = DEFAULT_LIMITS) -> FrameDecoder:

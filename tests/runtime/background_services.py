@@ -20,7 +20,6 @@ class Runner:
 
     def __init__(self, context: Any, farewell: str | None = None) -> None:
         self.context = context
-        self.notes: list[str] = []
         self.events: dict[str, asyncio.Event] = {}
         self._farewell = farewell
         self.descriptors: Sequence[int] = ()

@@ -67,7 +67,7 @@ class DecentralizedAverager:
     so that **each step takes** ``min_matchmaking_time``: give a size if you know how many peers there are.
 
     The averager runs in the background process of its ``dht``, and the trainer is never blocked by the
-    network: when a group stands, the tensors are copied under the lock of :meth:`get_tensors`; when its round
+    network: when a group is complete, the tensors are copied under the lock of :meth:`get_tensors`; when its round
     has committed, the average is written under the same lock. What the trainer has added in between is kept.
     A round that fails leaves every tensor as it was.
 
@@ -315,10 +315,12 @@ class DecentralizedAverager:
 
     @property
     def peer_id(self) -> PeerID:
+        """The identity of the DHT's node; waits until that is ready."""
         return self.dht.peer_id
 
     @property
     def prefix(self) -> str:
+        """As given: averagers of one prefix, and with tensors of the same shapes, average with each other."""
         return self.__config.prefix
 
     @property
@@ -338,27 +340,32 @@ class DecentralizedAverager:
 
     @property
     def bandwidth(self) -> float | None:
-        """As given to the constructor, in Mbit/s; like the parameters below it cannot be set later."""
+        """As given, in Mbit/s; like all that was given to the constructor it cannot be set later."""
         return self.__config.bandwidth
 
     @property
     def next_chunk_timeout(self) -> float | None:
+        """As given, in seconds."""
         return self.__config.next_chunk_timeout
 
     @property
     def declare_state_period(self) -> float:
+        """As given, in seconds."""
         return self.__config.declare_state_period
 
     @property
     def state_compression(self) -> CompressionBase:
+        """As given."""
         return self.__states.compression
 
     @property
     def tensor_infos(self) -> Sequence[CompressionInfo] | None:
+        """As given, as a tuple; None: none were."""
         return self.__infos
 
     @property
     def shutdown_timeout(self) -> float:
+        """As given, in seconds."""
         return self.__shutdown_timeout
 
     @property

@@ -35,7 +35,7 @@ class RunStep:
 
 @dataclass(frozen=True)
 class AllowAllreduce:
-    """All-reduce of this step may begin as soon as its group stands."""
+    """All-reduce of this step may begin as soon as its group is complete."""
 
     step: int
 

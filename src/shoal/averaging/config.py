@@ -237,7 +237,8 @@ def retry_start(planned: float, now: float, deadline: float | None, settings: Ma
 
 def retry_pause(failures: int, time_left: float | None) -> float:
     """Seconds to wait after so many failures of one step before another group is looked for: whatever makes rounds fail
-    may last, and each attempt costs all members of a group. The same for all of them, so that they meet again.
+    may last, and each attempt costs all members of a group. The same for all that have failed as often, so that
+    they meet again.
 
     :param time_left: until the deadline of the search; None: there is none
     """

@@ -30,7 +30,7 @@ class AveragingStage(Enum):
     """Still queued behind an earlier step."""
     LOOKING_FOR_GROUP = "looking for group"
     AWAITING_TRIGGER = "awaiting trigger"
-    """The group stands; ``allow_allreduce()`` lets it begin."""
+    """The group is complete; ``allow_allreduce()`` lets it begin."""
     RUNNING_ALLREDUCE = "running all-reduce"
     FINISHED = "finished"
 
@@ -86,6 +86,7 @@ class StepControl(MPFuture[Any]):
 
     @property
     def stage(self) -> AveragingStage:
+        """How far the step has come."""
         return AveragingStage.FINISHED if self.done() else self._stage
 
     @property
@@ -110,6 +111,7 @@ class StepControl(MPFuture[Any]):
 
     @property
     def deadline(self) -> float | None:
+        """When the search for a group ends at the latest, in :func:`~shoal.utils.get_dht_time` seconds; None: never."""
         return self._deadline
 
     @property
@@ -130,7 +132,7 @@ class StepControl(MPFuture[Any]):
 
     @property
     def triggered(self) -> bool:
-        """Whether all-reduce may begin as soon as the group stands."""
+        """Whether all-reduce may begin as soon as the group is complete."""
         return self._triggered
 
     @property
@@ -146,7 +148,7 @@ class StepControl(MPFuture[Any]):
         return self._report
 
     def allow_allreduce(self) -> None:
-        """Let all-reduce begin as soon as the group stands. Calling it again is harmless."""
+        """Let all-reduce begin as soon as the group is complete. Calling it again is harmless."""
         steering = self._steering
         if not self._triggered:
             self._triggered = True
@@ -189,11 +191,14 @@ class StepControl(MPFuture[Any]):
 
     # for the averager
 
+    # what the averager tells its steps
+
     def follow(self, call: Future[Any]) -> None:
         """``call`` runs the step in the background process; cancelling the step cancels it."""
         self._call = call
 
     def reach(self, stage: AveragingStage) -> None:
+        """The step has come to ``stage``, and can be cancelled."""
         with self._lock:
             self._stage = stage
             self._is_bound = False
@@ -209,14 +214,16 @@ class StepControl(MPFuture[Any]):
         return self._weight
 
     def succeed(self, report: RoundReport, gathered: dict[PeerID, Any]) -> None:
+        """The step ends with what its group gathered, unless it was cancelled in the same moment."""
         self._report = report
-        with contextlib.suppress(FutureIsDone):  # cancelled in the same moment
+        with contextlib.suppress(FutureIsDone):
             self.set_result(gathered)
         self._let_go()
 
     def fail(self, error: BaseException, report: RoundReport | None = None) -> None:
+        """The step ends with ``error``, unless it was cancelled in the same moment."""
         self._report = report
-        with contextlib.suppress(FutureIsDone):  # cancelled in the same moment
+        with contextlib.suppress(FutureIsDone):
             self.set_exception(error)
         self._let_go()
 

@@ -109,10 +109,12 @@ class GroupInfo:
 
     @property
     def leader(self) -> PeerID:
+        """The first member."""
         return PeerID.from_bytes(self.members[0].peer_id)
 
     @property
     def peer_ids(self) -> tuple[PeerID, ...]:
+        """All members, in the order that all of them know."""
         return tuple(PeerID.from_bytes(member.peer_id) for member in self.members)
 
     def __len__(self) -> int:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 BITS_PER_BYTE = 8
+MEASURABLE = 0.01
+"""Seconds; shorter phases say nothing of a rate."""
 
 
 @dataclass(frozen=True)
@@ -115,15 +117,14 @@ class RoundReport:
 
     def __str__(self) -> str:
         if self.failure is not None:
-            return f"round {self.step}: failed after {_seconds(self.phases.total)} s: {self.failure}"
+            return f"step {self.step}: failed after {_seconds(self.phases.total)} s: {self.failure}"
         moved = self.bytes_sent + self.bytes_received
-        seconds = self.phases.allreduce
-        rate = moved * BITS_PER_BYTE / seconds / 1e6 if seconds > 0 else 0.0
         work = self.phases.snapshot + self.phases.allreduce + self.phases.apply
+        rate = f" at {moved * BITS_PER_BYTE / work / 1e6:.3g} Mbit/s" if work >= MEASURABLE else ""
         return (
-            f"round {self.step}: {len(self.members)} peers in {_seconds(self.phases.total)} s "
+            f"step {self.step}: {len(self.members)} peers in {_seconds(self.phases.total)} s "
             f"(search {_seconds(self.phases.search)}, all-reduce {_seconds(work)}), "
-            f"{moved / 1e6:.3g} MB at {rate:.3g} Mbit/s{self._apart()}, "
+            f"{moved / 1e6:.3g} MB{rate}{self._apart()}, "
             f"excluded: {', '.join(map(str, self.excluded)) or 'none'}"
         )
 

@@ -226,7 +226,7 @@ class AveragerService:
         attempts, deadline = step.report.attempts, step.command.deadline
         logger.log(
             logging.INFO if attempts < WARN_AFTER_ATTEMPTS else logging.WARNING,
-            "%s: round %d: attempt %d failed: %s",
+            "%s: step %d: attempt %d failed: %s",
             self._config.prefix,
             step.command.step,
             attempts,
@@ -237,7 +237,10 @@ class AveragerService:
 
     def _finish(self, step: Step, found_group: bool, failure: str | None) -> StepOutcome:
         step.report = replace(step.report, failure=failure)
-        logger.info("%s: %s", self._config.prefix, step.report)
+        # The host warns of failures, or hands them out.
+        logger.log(
+            logging.INFO if failure is None else logging.DEBUG, "%s: %s", self._config.prefix, step.report
+        )
         return StepOutcome(step.report, found_group)
 
     async def _find_group(self, step: Step) -> GroupInfo:

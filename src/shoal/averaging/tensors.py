@@ -159,7 +159,6 @@ class TensorStore:
         average: Area,
         alpha: float = 1.0,
         *,
-        timeout: float | None = None,
         abandoned: Callable[[], bool] | None = None,
     ) -> None:
         """Move every tensor by ``alpha`` times what the round changed, under the lock.
@@ -169,10 +168,10 @@ class TensorStore:
         ``element + alpha * (average - snapshot)``, computed in float32 or wider, which is infinite only if the result
         is beyond the range. Where the snapshot was not finite (its weight was 0), there is no way to go: the average
         itself is written, unless the trainer has put a finite value there since, which stays. Raises as
-        :meth:`snapshot` does, before anything was written.
+        :meth:`snapshot` does, but for the time, before anything was written.
         """
         before, after = self._area(snapshot), self._area(average)
-        with self.hold(timeout, abandoned):
+        with self.hold(None, abandoned):
             self._check_unchanged()
             for index, tensor in enumerate(self.tensors):
                 old, new = self.layout.tensor_view(before, index), self.layout.tensor_view(after, index)

@@ -97,7 +97,9 @@ def _print_addresses(addresses: Sequence[Multiaddr], console: Console) -> None:
     if not addresses:
         _print_line("No other peer can dial this one: it takes part as a client, under no address.", console)
         return
-    _print_line("This peer can be reached at", console)
+    is_local = all(address.is_loopback for address in addresses)
+    whence = "from this machine only (see --host), " if is_local else ""
+    _print_line(f"This peer can be reached {whence}at", console)
     for address in addresses:
         _print_line(f"  {address}", console)
 

@@ -65,13 +65,16 @@ class CompressionInfo:
     def from_tensor(
         cls, tensor: torch.Tensor, key: Any = None, role: TensorRole = TensorRole.UNSPECIFIED
     ) -> CompressionInfo:
+        """That of a whole tensor, with its shape and dtype."""
         return cls(key=key, shape=tuple(tensor.shape), dtype=tensor.dtype, role=role)
 
     def get_part(self, part_index: int, part_size: int | None) -> CompressionInfo:
+        """That of one part of the flattened tensor, of ``part_size`` elements."""
         return replace(self, part_index=part_index, part_size=part_size)
 
     @property
     def numel(self) -> int:
+        """Number of elements: of the part, or of the whole tensor."""
         return math.prod(self.shape) if self.part_size is None else self.part_size
 
 

@@ -39,7 +39,7 @@ Address = str | Multiaddr
 
 _PRELOAD = {"torch": ("shoal.averaging.service",)}
 """What the background process imports ahead, by the module that the host has imported: an averager is likely to follow.
-Names, not imports: a process that only runs a DHT has nothing to do with them.
+Names, not imports: for a host without torch it stays light.
 """
 
 
@@ -186,6 +186,7 @@ class DHT:
         :raises DeadlineExceeded: it is not ready after ``timeout`` seconds; it goes on
         """
         self._ready(timeout)
+        self._peer_id = self.peer_id  # from now on repr() says it
 
     def is_alive(self) -> bool:
         """Whether the background process runs."""

@@ -50,6 +50,7 @@ __all__ = ["Host"]
 logger = logging.getLogger(__name__)
 
 _DIAL_BACK_TIMEOUT = 5.0
+_ANNOUNCE_TIMEOUT = 10.0
 LOOPBACK_IPS = ("127.0.0.1", "::1")
 
 
@@ -320,7 +321,7 @@ class Host:
             logger.info("peers can connect to this one now, at %s: it is a client no longer", through)
         return result
 
-    async def announce(self, *, timeout: float = 10.0) -> None:
+    async def announce(self) -> None:
         """Tell all connected peers where this host can be dialed now, or that it cannot; those that fail are left out.
 
         For a change: who connects learns it anyway.
@@ -330,7 +331,7 @@ class Host:
 
         async def tell(peer: PeerID) -> None:
             try:
-                await self.call(peer, ANNOUNCE, request, timeout=timeout)
+                await self.call(peer, ANNOUNCE, request, timeout=_ANNOUNCE_TIMEOUT)
             except ShoalError as error:
                 logger.debug("%s heard no announcement: %s", peer, error)
 

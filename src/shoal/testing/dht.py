@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from shoal.dht.config import DHTConfig
 from shoal.dht.node import DHTNode
@@ -49,15 +49,13 @@ class SimulatedDHT:
         address = self.network.host(f"node{number}").address(PORT)
         return address.with_peer_id(self.identity(number).peer_id) if with_peer_id else address
 
-    async def start_host(
-        self, number: int, *, client_mode: bool = False, clock: Callable[[], float] | None = None
-    ) -> Host:
+    async def start_host(self, number: int, *, client_mode: bool = False) -> Host:
         """The host of a node, listening unless it is in client mode."""
         host = Host(
             self.identity(number),
             self.network.host(f"node{number}"),
             HostConfig(client_mode=client_mode),
-            clock=clock or self.now,
+            clock=self.now,
             rng=random.Random(self.rng.getrandbits(64)),
         )
         await host.start([] if client_mode else [self.address(number, with_peer_id=False)])

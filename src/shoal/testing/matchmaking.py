@@ -43,7 +43,7 @@ class SimulatedMatchmaking:
             await self.start_one(number, mode, schema=schema)
 
     async def start_one(
-        self, number: int, mode: PeerMode = PeerMode.FULL, *, schema: bytes = SCHEMA, prefix: str = "swarm"
+        self, number: int, mode: PeerMode = PeerMode.FULL, *, schema: bytes = SCHEMA
     ) -> Matchmaker:
         """Start one peer, joining the DHT by peer 0."""
         client = mode is PeerMode.CLIENT and number != 0
@@ -52,7 +52,7 @@ class SimulatedMatchmaking:
         matchmaker = self.matchmakers[number] = Matchmaker(
             node,
             Router.of(node.host),
-            prefix=prefix,
+            prefix="swarm",
             schema_hash=schema,
             config=self.config,
             mode=mode,

@@ -72,10 +72,6 @@ class SimulatedNetwork:
 
     # ---- conditions ----
 
-    def set_latency(self, a: str, b: str, seconds: float) -> None:
-        """One-way delay between two hosts, in both directions, for what is sent from now on."""
-        self._path(a, b).latency = self._path(b, a).latency = seconds
-
     def set_bandwidth(self, a: str, b: str, bytes_per_second: float | None) -> None:
         """Bandwidth between two hosts, of each direction."""
         self._path(a, b).bandwidth = self._path(b, a).bandwidth = bytes_per_second

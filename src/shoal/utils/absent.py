@@ -12,8 +12,9 @@ _TRAINING = (
     "every few steps with shoal.DecentralizedAverager (docs/migration.md shows the loop)"
 )
 _GRADIENTS = (
-    "average gradients with shoal.DecentralizedAverager([p.grad for p in model.parameters()], ...) and "
-    "step(weight=batch_size) before your optimizer's step"
+    "average gradients with shoal.DecentralizedAverager([p.grad for p in model.parameters()], ...): "
+    "step(weight=batch_size) before your optimizer's step, and zero_grad(set_to_none=False), so that the gradients "
+    "stay the same tensors (docs/migration.md shows the loop)"
 )
 _EXPERTS = (
     "Shoal averages tensors and has no mixture of experts; hivemind's servers and experts stay with hivemind"

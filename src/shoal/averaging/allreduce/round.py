@@ -262,7 +262,7 @@ class Round:
         if self.core.phase in BOUND and not self._is_bound:
             self._is_bound = True
             self._on_bound()
-        self._set_timer(now)
+        self._set_timer()
 
     def _carry_out(self, effect: Effect) -> list[Event]:
         match effect:
@@ -311,7 +311,7 @@ class Round:
             self._asking.add(task)
             task.add_done_callback(self._asking.discard)
 
-    def _set_timer(self, now: float) -> None:
+    def _set_timer(self) -> None:
         """Have the core look at its clocks when the first one may expire. A timer that turns out to be early costs
         less than one for each part.
         """

@@ -621,14 +621,14 @@ class Matchmaking:
             is_sure = self._view.is_settled
             self._view.poll_when_settled(now)
         if is_sure:
-            self._begin(now)
+            self._begin()
 
     def _begin_or_postpone(self, now: float) -> None:
         if now < self._begins_at_latest() and self._expects_somebody(now):
             self._view.poll_when_settled(now)
             return
         if len(self._view.members) >= self.config.min_group_size:
-            self._begin(now)
+            self._begin()
             return
         self._times.begins_at = now + self.config.min_matchmaking_time
         members = f"{len(self._view.members)} of at least {self.config.min_group_size} members"
@@ -642,7 +642,7 @@ class Matchmaking:
             else:
                 self._effects.append(PostponeFollower(token, self.config.min_matchmaking_time))
 
-    def _begin(self, now: float) -> None:
+    def _begin(self) -> None:
         if self._ask is not None:
             self._effects.append(LeaveLeader(self._ask.number))
         self._group = self._view.searches
@@ -684,7 +684,7 @@ class Matchmaking:
         self._ask = _Ask(self._asks, leader, addresses, now, redirects)
         self._move(State.ASKING)
         self._effects.append(AskToJoin(self._ask.number, leader, addresses))
-        self.story.asked(leader, now)
+        self.story.asked(leader)
 
     def _current(self, ask: int) -> _Ask | None:
         """The request ``ask`` if it still counts: answers may cross with our leaving."""

@@ -141,7 +141,7 @@ class Matchmaker:
     ) -> GroupInfo:
         """Find a group that begins at ``start_time`` or, if it is full, at once. Times are in DHT time.
 
-        Cancelling frees followers and leader at once. If it comes in the very moment when the group stands, the
+        Cancelling frees followers and leader at once. If it comes in the very moment when the group is complete, the
         group is returned, and the task is cancelled at its next wait: to withdraw is up to the round then. Without
         a ``deadline`` it waits for as long as it takes, and logs what it sees.
 

@@ -196,8 +196,8 @@ class GroupSearch:
             when_gone(peer_id, reason)
 
     async def run(self) -> GroupInfo:
-        """Cancelled in the very moment when the group stands, it returns the group, and the task is cancelled at its
-        next wait: the others count on this member, and only its round can tell them that it leaves.
+        """Cancelled in the very moment when the group is complete, it returns the group, and the task is cancelled at
+        its next wait: the others count on this member, and only its round can tell them that it leaves.
 
         :raises MatchmakingException:
         """

@@ -41,7 +41,7 @@ class StoryTeller:
         self.plan = "nothing was planned yet"
         """The reason of the latest decision."""
         self.key = key
-        self._sizes = f"{minimum} to {target}" if target is not None else f"{minimum} or more"
+        self._sizes = _sizes(minimum, target)
         self._began_at = 0.0
         self._status_pause = FIRST_STATUS
         self.next_status = math.inf
@@ -72,7 +72,7 @@ class StoryTeller:
         if len(self._other_schema) < MAX_PEERS_NAMED:
             self._other_schema[peer_id] = None
 
-    def asked(self, leader: PeerID, now: float) -> None:
+    def asked(self, leader: PeerID) -> None:
         self._answers[leader] = "no answer yet"
         while len(self._answers) > MAX_PEERS_NAMED:
             del self._answers[next(iter(self._answers))]
@@ -109,7 +109,7 @@ class StoryTeller:
         others = sum(candidate.peer_id != me for candidate in candidates)
         found = {0: "no other peer looks", 1: "1 other peer looks"}
         text = found.get(self._looking, f"{self._looking} other peers look")
-        text += f" for a group there ({self._records} declared in all)"
+        text += f" for a group there ({self._records} records in all, this one's included)"
         if others != self._looking:
             text += f", this one counts on {others} of them"
         if self._other_schema:
@@ -124,3 +124,9 @@ class StoryTeller:
         if not self._answers:
             return "; asked nobody"
         return "; asked " + ", ".join(f"{leader} ({answer})" for leader, answer in self._answers.items())
+
+
+def _sizes(minimum: int, target: int | None) -> str:
+    if target is None:
+        return f"{minimum} or more"
+    return str(minimum) if minimum == target else f"{minimum} to {target}"

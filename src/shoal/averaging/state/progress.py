@@ -20,14 +20,14 @@ class ProgressBar:
     called on any thread.
     """
 
-    def __init__(self, prefix: str, console: Console | None = None) -> None:
+    def __init__(self, prefix: str) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
-            console=console or Console(stderr=True),
+            console=Console(stderr=True),
         )
         self._task = self._progress.add_task(f"state of {prefix}", total=None)
         self._lock = threading.Lock()

@@ -127,9 +127,8 @@ class _Request:
 class UploadQueue:
     """See the module."""
 
-    def __init__(self, *, max_uploads: int = MAX_UPLOADS, max_waiting: int = MAX_WAITING) -> None:
+    def __init__(self, *, max_uploads: int = MAX_UPLOADS) -> None:
         self._max_uploads = max_uploads
-        self._max_waiting = max_waiting
         self._allowed = True
         self._waiting: list[_Request] = []
         self._admitted: dict[int, _Request] = {}
@@ -194,7 +193,7 @@ class UploadQueue:
         elif len(own) >= MAX_REQUESTS_PER_PEER:
             yield Refuse(new.request, BUSY, f"{new.peer} has {len(own)} requests here already")
             return
-        if not resumes and len(self._waiting) >= self._max_waiting:
+        if not resumes and len(self._waiting) >= MAX_WAITING:
             yield Refuse(new.request, BUSY, f"{len(self._waiting)} others wait for this peer's state already")
             return
         self._waiting.insert(0 if resumes else len(self._waiting), new)

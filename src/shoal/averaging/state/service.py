@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from shoal.averaging.router import Router
 from shoal.averaging.state.capture import Capture
@@ -52,7 +52,6 @@ class StateService:
         *,
         declare_period: float,
         next_chunk_timeout: float | None,
-        clock: Callable[[], float] = get_dht_time,
     ) -> None:
         self._context = context
         self._node = node
@@ -66,7 +65,7 @@ class StateService:
         self._rng = random.SystemRandom()
         self._donor = StateDonor(router, prefix, allowed=False, capture=self._capture)
         self._declarations = DonorDeclarations(
-            node, prefix, Wish(False, 0.0), period=declare_period, clock=clock
+            node, prefix, Wish(False, 0.0), period=declare_period, clock=get_dht_time
         )
 
     def start(self) -> None:
