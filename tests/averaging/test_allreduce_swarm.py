@@ -469,6 +469,25 @@ def sweep_orphans(seeds: range) -> None:
     assert orphaned > len(seeds) // 2, orphaned
 
 
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("is_excluded", [False, True], ids=["leader takes part", "leader is excluded"])
+def test_a_member_whose_reports_never_come_holds_up_no_leader_excluded_or_not(size: int, is_excluded: bool):
+    """An excluded leader takes no averages, by which it would know how far the others can be."""
+    for seed in range(20):
+        group = SimulatedGroup(random.Random(seed), size, auxiliaries=False)
+        timeouts = RoundTimeouts(None, TIMEOUT, 2 * TIMEOUT)
+        roles = [Roles(me, (1,) * size, (True,) * size) for me in range(size)]
+        group.cores = [AllReduce(role, timeouts) for role in roles]
+        group.weights = [1.0] * size
+        if is_excluded:
+            group.without_snapshot.add(0)
+        group.stalled.add(("reports", size - 1, 0))
+        group.run()
+        assert all(core.phase in DECIDED for core in group.cores[: size - 1]), seed
+        committed = {me for me, core in enumerate(group.cores) if core.phase is Phase.COMMITTED}
+        assert committed == set(range(int(is_excluded), size - 1)), seed
+
+
 SWEEPS = [sweep, sweep_leader_crash, sweep_cuts, sweep_orphans]
 
 

@@ -6,10 +6,12 @@ import asyncio
 import errno
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from shoal.averaging.allreduce import streams
+from shoal.averaging.allreduce.commit import Commitment
 from shoal.averaging.allreduce.events import AskForOutcome, OutcomeReceived, Phase
 from shoal.averaging.allreduce.messages import EXCHANGE, Contribute, Excluded, Outcome
 from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
@@ -229,6 +231,31 @@ def test_an_outage_when_the_leader_decides_lets_nobody_end_differently(
             runs = (group.run_round(member, current) for member, current in enumerate(rounds))
             async with asyncio.timeout(60):
                 assert [result.failure for result in await asyncio.gather(*runs)] == [None, None]
+
+    run(main)
+
+
+def test_an_orphan_asks_a_member_that_is_busy_again(monkeypatch: pytest.MonkeyPatch):
+    """Its connection serves as many streams as it may; it lives, and may know the decision."""
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=2, size=2) as group:
+            rounds = [group.round(member) for member in range(2)]
+            answers: list[Any] = [RemoteError("busy", "256 streams")] * 3 + [
+                (Phase.COMMITTED, Outcome(None, ()))
+            ]
+
+            async def ask(commitment: Commitment, member: int) -> Any:
+                answer = answers.pop(0)
+                if isinstance(answer, RemoteError):
+                    raise answer
+                return answer
+
+            monkeypatch.setattr(Commitment, "_ask", ask)
+            assert (await rounds[1]._commitment._ask_until_dead(0))[0] is Phase.COMMITTED
+            answers.append(RemoteError("unknown_method", "no such round"))
+            with pytest.raises(RemoteError):
+                await rounds[1]._commitment._ask_until_dead(0)
 
     run(main)
 

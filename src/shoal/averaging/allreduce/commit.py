@@ -34,7 +34,14 @@ from shoal.averaging.allreduce.messages import (
     check_report,
 )
 from shoal.averaging.allreduce.participants import RoundCore
-from shoal.errors import ConnectionLost, DeadlineExceeded, PeerUnreachable, ProtocolViolation, ShoalError
+from shoal.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    PeerUnreachable,
+    ProtocolViolation,
+    RemoteError,
+    ShoalError,
+)
 from shoal.p2p.dialing import REFUSED
 from shoal.p2p.rpc import EndOfStream, Stream
 
@@ -192,7 +199,9 @@ class Commitment:
         while True:
             try:
                 return await self._ask(member)
-            except (PeerUnreachable, ConnectionLost, DeadlineExceeded) as e:
+            except (PeerUnreachable, ConnectionLost, DeadlineExceeded, RemoteError) as e:
+                if isinstance(e, RemoteError) and e.code != "busy":
+                    raise
                 now = loop.time()
                 if not is_refused(e):
                     refused_since = now

@@ -95,7 +95,8 @@ class Coordinator:
     @property
     def awaited(self) -> set[int]:
         """Members that hold up the decision though every span has been averaged: all owners said so, or the leader
-        itself, which is ready, holds all averages.
+        itself, which is ready, holds all averages. An excluded leader never does: then it counts that somebody else is
+        ready, or that everybody has sent what the leader averages, so that whoever is alive says how it gets on.
         """
         if self.outcome is not None:
             return set()
@@ -103,9 +104,11 @@ class Coordinator:
         unreported = {
             owner for owner in self._owners() if owner not in self._spans and owner not in self._gone
         }
-        if unready and unreported and self.roles.leader not in self._ready:
+        leader = self.roles.leader
+        is_under_way = leader in self._excluded and (bool(self._ready) or leader in self._spans)
+        if unready and unreported and leader not in self._ready and not is_under_way:
             return set()
-        return (unready | unreported) - {self.roles.leader}
+        return (unready | unreported) - {leader}
 
     def pass_over(self, member: int, reason: str, seconds: float) -> list[Effect]:
         """An awaited member has done nothing for too long."""

@@ -39,7 +39,8 @@ Why no two members end differently, excluded ones aside:
    be gone, all orphans are asked once more, until nobody is newly gone. Then none of them knew the decision when that
    last inquiry began, nobody else does, and none will: all of them fail.
    Two members that own nothing may not reach each other (both are clients), but every owner reaches everybody:
-   whoever owns nothing asks owners that are orphans until they are decided, and owners wait for nobody so.
+   whoever owns nothing asks owners that are orphans until they are decided, and owners wait for nobody so. This takes
+   an owner that lives and is to commit: one that is excluded or auxiliary gives up with the leader, and asks nobody.
 4. A member that fails by itself, because it was excluded, gave up or was never ready, has never given its word: the
    leader cannot have counted it. That is its own failure and not the group's: to an orphan it answers that it knows
    of no decision; an excluded leader, or member, that knows the decision passes that on.
