@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import types
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -64,6 +66,19 @@ class Grid(NoCompression):
         self.step = step
 
 
+@dataclasses.dataclass
+class Levels(NoCompression):
+    """Its == raises: the tensors in it have no truth value."""
+
+    levels: torch.Tensor
+    compression_type = 67
+
+
+@dataclasses.dataclass(slots=True)
+class Table:
+    rows: torch.Tensor
+
+
 def attribute(number: int) -> list[Any]:
     """Settings that have no equality of their own, or one that raises."""
     holder = types.SimpleNamespace(value=torch.tensor([number]))
@@ -80,10 +95,14 @@ def attribute(number: int) -> list[Any]:
         torch.tensor([math.nan, number]),
         np.array([math.nan, number]),
         ["rows", (number, torch.tensor(number))],
+        types.SimpleNamespace(value=torch.tensor([1, number])),
+        deque([np.array([1, number])]),
+        Levels(torch.tensor([1, number])),
+        Table(torch.tensor([1, number])),
     ]
 
 
-@pytest.mark.parametrize("index", range(12))
+@pytest.mark.parametrize("index", range(16))
 def test_codecs_are_equal_if_they_are_configured_alike_whatever_their_attributes_are(index: int):
     assert Grid(attribute(1)[index]) == Grid(attribute(1)[index])
     assert Grid(attribute(1)[index]) != Grid(attribute(2)[index])
@@ -131,6 +150,54 @@ def test_one_class_has_one_set_of_settings():
         registry.check("compression", Mine())
     with pytest.raises(InvalidValueError, match="compression: Impostor is not registered"):
         registry.check("compression", Impostor())
+
+
+class Counting(Grid):
+    """Its attributes change in use."""
+
+    compression_type = 68
+    _table: torch.Tensor | None = None
+
+    def __init__(self, step: float) -> None:
+        super().__init__(step)
+        self.uses = 0
+
+    def use(self) -> Counting:
+        self._table = torch.arange(3)
+        self.uses += 1
+        return self
+
+
+def test_attributes_with_an_underscore_are_no_settings():
+    used = Counting(1.0).use()
+    used.uses = 0
+    assert used == Counting(1.0)
+    registry = CodecRegistry()
+    registry.register(used)
+    registry.register(Counting(1.0))
+    registry.check("compression", Counting(1.0))
+    other = Levels(torch.arange(3))
+    other._cache = 1
+    registry.register(Levels(torch.arange(3)))
+    registry.register(other)
+    with pytest.raises(InvalidValueError, match=r"Counting with step=2\.0, uses=1, but"):
+        registry.register(Counting(2.0).use())
+
+
+def test_what_follows_another_registry_keeps_the_object_that_is_in_use():
+    """The background process is sent all codecs of the host with each averager."""
+    followed = CodecRegistry([NoCompression()])
+    sent = dumps((Counting(1.0), Levels(torch.arange(3))))
+    first, levels = loads(sent)
+    followed.adopt(first)
+    followed.adopt(levels)
+    first.use()
+    for codec in loads(sent):
+        followed.adopt(codec)
+    assert followed.user_codecs() == (levels, first)
+    assert followed.codec(68) is first
+    with pytest.raises(InvalidValueError, match="is taken by Counting"):
+        followed.adopt(type("Other", (Mine,), {"compression_type": 68})())
 
 
 @pytest.mark.parametrize("codec", [Reserved(), TooLarge(), Impostor(), AlsoMine()], ids=repr)

@@ -106,6 +106,34 @@ def test_a_codec_of_the_users_own_runs_in_the_background_process(swarm: Swarm):
     assert torch.equal(tensors[1][0], tensors[0][0])
 
 
+def counting_codec() -> CompressionBase:
+    class CountingCompression(Float16Compression):
+        compression_type = 80
+
+        def __init__(self) -> None:
+            self.uses = 0
+
+        def encode(self, part: torch.Tensor) -> memoryview:
+            self.uses += 1
+            return super().encode(part)
+
+    return CountingCompression()
+
+
+def test_a_codec_that_changes_in_use_serves_further_averagers_on_its_dht(swarm: Swarm):
+    codec = counting_codec()
+    register_codec(codec)
+    dhts = [swarm.dht(), swarm.dht()]
+    for number in range(2):
+        tensors = [torch.full((1_000,), float(index)) for index in range(2)]
+        averagers = [
+            swarm.peer([tensor], 2, dht=dht, compression=codec, prefix=f"{swarm.prefix}{number}")
+            for tensor, dht in zip(tensors, dhts, strict=True)
+        ]
+        step_all(averagers)
+        assert all(torch.equal(tensor, torch.full((1_000,), 0.5)) for tensor in tensors)
+
+
 def rounding_codec(step: float) -> CompressionBase:
     class RoundingCompression(NoCompression):
         compression_type = 79

@@ -31,6 +31,6 @@ async def create_averager_service(setup: bytes, dht_service: str, context: Servi
     codecs, config, schema = await asyncio.to_thread(pickling.loads, setup)
     registry = importlib.import_module("shoal.compression.registry")
     for codec in codecs:
-        registry.register_codec(codec)
+        registry.CODECS.adopt(codec)
     service: AveragerService = service_module.AveragerService(context, config, schema, dht_service)
     return service

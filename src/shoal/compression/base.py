@@ -17,9 +17,11 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from shoal.compression.settings import alike
+from shoal.compression.settings import Configured
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation, UsageError
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
@@ -87,12 +89,13 @@ class SerializedTensor(msgspec.Struct, frozen=True, array_like=True):
     data: bytes
 
 
-class CompressionBase(ABC):
+class CompressionBase(Configured, ABC):
     """A tensor codec. Subclasses define ``compression_type``, ``lossless``, ``encoded_nbytes``, ``encode``
     and ``_decode``; :func:`shoal.compression.register_codec` makes them known.
 
     The size of an encoded part follows from its dtype and count alone, so that a receiver knows it
-    beforehand. Codecs are equal if they are of one class and configured alike.
+    beforehand. Codecs are equal if they are of one class and configured alike: in all attributes but those whose names
+    begin with an underscore, which are for caches and whatever else changes in use.
     """
 
     compression_type: ClassVar[int]
@@ -251,14 +254,6 @@ class CompressionBase(ABC):
         flat = self.decode(serialized.data, dtype, count)
         return flat.reshape(serialized.shape)
 
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return alike(vars(self), vars(other), (self, other))
-
-    def __hash__(self) -> int:
-        return hash(type(self))
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
@@ -290,7 +285,33 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as writable bytes; it lives as long as the view does."""
     if not tensor.is_contiguous() or tensor.device.type != "cpu":
         raise InvalidValueError("tensor must be contiguous and on the CPU")
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    return tensor_array(tensor, "u1").data
+
+
+def tensor_array(tensor: torch.Tensor, dtype: str) -> npt.NDArray[Any]:
+    """The memory of a contiguous CPU tensor as a flat writable array, which keeps it alive.
+
+    Unlike that of ``tensor.numpy()``, which nobody can resize ever again, the tensor's storage stays the caller's to
+    resize: only while the array is used, it may not be. Nor does it matter which stride a single element has.
+
+    :param dtype: of the array, as numpy writes it: ``"u1"``, ``"f4"``
+    """
+    return np.asarray(_Memory(tensor.detach(), np.dtype(dtype)))
+
+
+class _Memory:
+    """Tells numpy where a tensor lies, and keeps it there."""
+
+    __slots__ = ("__array_interface__", "_tensor")
+
+    def __init__(self, tensor: torch.Tensor, dtype: np.dtype[Any]) -> None:
+        self._tensor = tensor
+        self.__array_interface__ = {
+            "data": (tensor.data_ptr(), False),
+            "shape": (tensor.numel() * tensor.itemsize // dtype.itemsize,),
+            "typestr": dtype.str,
+            "version": 3,
+        }
 
 
 def decode_raw(data: memoryview, dtype: torch.dtype, count: int, out: torch.Tensor | None) -> torch.Tensor:

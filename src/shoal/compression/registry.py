@@ -21,7 +21,7 @@ from shoal.compression.quantization import (
     Quantile8BitQuantization,
     Uniform8BitQuantization,
 )
-from shoal.compression.settings import alike
+from shoal.compression.settings import alike, settings_of
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
 
 USER_IDS = range(64, 256)
@@ -37,7 +37,8 @@ class CodecRegistry:
         self._codecs: dict[int, CompressionBase] = {codec.compression_type: codec for codec in codecs}
 
     def register(self, codec: CompressionBase) -> None:
-        """Add a user's codec; registering an equal one again is harmless.
+        """Add a user's codec; registering an equal one again is harmless. Attributes whose names begin with an
+        underscore do not count.
 
         :raises InvalidTypeError: no codec object
         :raises InvalidValueError: a bad or taken id, or its class is registered with other settings
@@ -64,6 +65,15 @@ class CodecRegistry:
                 f"compression_type {wire_id} of {type(codec).__name__} is taken by {type(known).__name__}"
             )
         self._codecs[wire_id] = codec
+
+    def adopt(self, codec: CompressionBase) -> None:
+        """Add what another registry holds, of which this one follows the registrations: a class has one object there.
+        The one that was adopted first stays: in use by now, it may differ from its original.
+
+        :raises InvalidValueError: as :meth:`register`
+        """
+        if type(self._codecs.get(codec.compression_type)) is not type(codec):
+            self.register(codec)
 
     def codec(self, wire_id: int) -> CompressionBase:
         """The codec of an id that came from another peer; :class:`ProtocolViolation` if it is unknown."""
@@ -98,7 +108,7 @@ class CodecRegistry:
 
 
 def _differs(codec: CompressionBase, known: CompressionBase) -> str:
-    kind, ours, theirs = type(codec).__name__, vars(codec), vars(known)
+    kind, ours, theirs = type(codec).__name__, settings_of(codec), settings_of(known)
     names = [name for name in {**ours, **theirs} if not alike(ours.get(name), theirs.get(name))]
     return (
         f"{kind} with {_told(ours, names)}, but {kind} is registered with {_told(theirs, names)}"
