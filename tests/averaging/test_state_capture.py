@@ -78,6 +78,8 @@ def every_kind() -> list[torch.Tensor]:
         torch.randn(3, dtype=torch.complex64, generator=generator).conj(),
         torch.ones(1).expand(5),
         torch.randn(CHUNK_ELEMENTS + 3, generator=generator),
+        grid[:1, 3],
+        torch.randn(2, generator=generator)[1::2],
     ]
 
 
@@ -85,6 +87,7 @@ def every_kind() -> list[torch.Tensor]:
 def test_tensors_of_every_kind_come_back_bit_for_bit(reserve: int):
     tensors = every_kind()
     metadata, *back = decoded(capture(({"a": (1, 2)}, tensors), reserve=reserve))
+    assert all(tensor.untyped_storage().resizable() for tensor in tensors)
     assert MSGPackSerializer.loads(bytes(metadata.numpy())) == {"a": (1, 2)}
     for ours, theirs in zip(tensors, back, strict=True):
         assert theirs.dtype == ours.dtype

@@ -60,6 +60,8 @@ def zoo(dtype, device):
         torch.randn(8, 6).to(dtype).to(device)[::2, 1:3],
         torch.randn(()).to(dtype).to(device),
         torch.randn(3, 0).to(dtype).to(device),
+        torch.randn(2).to(dtype).to(device)[::2],
+        torch.randn(1, 5).to(dtype).to(device)[:, 2],
     ]
 
 
@@ -262,6 +264,20 @@ def test_what_was_not_finite_takes_the_average_unless_the_trainer_has_mended_it(
     tensor[2] = 5.0
     store.apply(before, after, alpha)
     assert tensor.tolist() == [3.0, 3.0, 5.0, 1.0 + 2.0 * alpha]
+
+
+@dtypes
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_a_round_leaves_storages_resizable(dtype, alpha):
+    tensors = zoo(dtype, "cpu")
+    store = store_of(*tensors)
+    before, after = snapshot_of(store), area_of(store)
+    for _ in range(2):  # as in the snapshot, then not
+        store.apply(before, after, alpha)
+        with torch.no_grad():
+            for tensor in tensors:
+                tensor += 1
+    assert all(tensor.untyped_storage().resizable() for tensor in tensors)
 
 
 def test_areas_in_plain_memory():

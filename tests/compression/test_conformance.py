@@ -56,6 +56,18 @@ def bits(tensor: torch.Tensor) -> bytes:
     return bytes(tensor_bytes(tensor.contiguous()))
 
 
+@codecs
+@dtypes
+@pytest.mark.parametrize("count", [1, 300])
+def test_a_callers_tensor_of_any_strides_is_encoded_and_stays_resizable(codec, dtype, count):
+    values = some_values(2 * count, dtype)[::2]
+    assert deserialize_tensor(codec.compress(values)).shape == (count,)
+    whole = some_values(count, dtype)
+    codec.compress(whole)
+    assert whole.untyped_storage().resizable()
+    assert values.untyped_storage().resizable()
+
+
 def there_and_back(codec: CompressionBase, values: torch.Tensor) -> torch.Tensor:
     return codec.decode(bytearray(codec.encode_checked(values)), values.dtype, len(values))
 

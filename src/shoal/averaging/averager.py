@@ -525,7 +525,8 @@ class DecentralizedAverager:
 
         While steps run in the background, the trainer's update belongs inside: ``with averager.get_tensors():
         optimizer.step()``. An update outside that meets the writing of an average would undo it, or be undone by it,
-        in some elements.
+        in some elements. A storage may be resized or replaced between rounds, inside too: a round finds those of all
+        elements, of the same shapes, or fails.
 
         Waits for a copy that is under way at most, never for the network. While the lock is held no round
         takes or writes the tensors; hold it shortly. Do not call ``step(wait=True)`` inside.

@@ -24,7 +24,7 @@ import torch
 from shoal.averaging.allreduce.reduction import is_finite
 from shoal.averaging.partition import Layout
 from shoal.averaging.schema import lacks_storage, overlaps_itself, shared_memory
-from shoal.compression.base import DTYPE_NAMES
+from shoal.compression.base import DTYPE_NAMES, tensor_array
 from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidTypeError, InvalidValueError
 
 Area: TypeAlias = torch.Tensor | memoryview | bytearray
@@ -149,7 +149,7 @@ class TensorStore:
                 if copier is not None:
                     copier.read(tensor.data, view)
                 elif _is_plain(tensor):
-                    np.copyto(_bytes(view), _bytes(tensor.data.view(-1)))
+                    np.copyto(_bytes(view), tensor_array(tensor, "u1"))
                 else:
                     view.view(tensor.shape).copy_(tensor.data)
 
@@ -321,7 +321,7 @@ def first_non_finite(layout: Layout, area: Area) -> int | None:
 def _merge_flat(flat: torch.Tensor, old: torch.Tensor, new: torch.Tensor, alpha: float) -> None:
     """:func:`_merge` on the CPU, in chunks; those that the trainer did not touch are only copied."""
     size = flat.itemsize
-    bits, old_bits, new_bits = (t.view(_INTEGERS[size]).numpy() for t in (flat, old, new))
+    bits, old_bits, new_bits = (tensor_array(t, f"i{size}") for t in (flat, old, new))
     scratch = np.empty(MERGE_ELEMENTS, dtype=f"f{size}")
     for chunk in _slices(flat.numel(), CHUNK_NBYTES // size):
         if alpha == 1 and _equal(bits[chunk], old_bits[chunk]):
@@ -393,7 +393,7 @@ def _pieces(flat: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor's memory is its elements in order, readable by the CPU."""
-    return tensor.device.type == "cpu" and tensor.is_contiguous()
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_neg()
 
 
 def _as_tensor(area: memoryview | bytearray) -> torch.Tensor:

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shoal.compression.base import tensor_array
+
 Floats: TypeAlias = npt.NDArray[np.floating]
 
 LEVELS = 256
@@ -91,7 +93,7 @@ def fit_codebook(values: torch.Tensor) -> Codebook:
     a sixteenth of it. Large inputs are judged by 32,768 of their values and the two extremes.
     """
     if len(values) <= LEVELS:
-        own = np.sort(values.numpy())
+        own = np.sort(tensor_array(values, "f4"))
         return Codebook(own, own[:-1], 0.0, 0.0)
     sample = np.sort(_sample(values))
     first, last = float(sample[0]), float(sample[-1])
@@ -111,7 +113,7 @@ def fit_codebook(values: torch.Tensor) -> Codebook:
 
 def _sample(values: torch.Tensor) -> npt.NDArray[np.float32]:
     if len(values) <= _SAMPLE:
-        return values.numpy()
+        return tensor_array(values, "f4")
     low, high = torch.aminmax(values)
     chosen = values.index_select(0, _places(len(values)))
     return torch.cat([chosen, low.view(1), high.view(1)]).numpy()
