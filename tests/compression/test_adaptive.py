@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 
 import pytest
 import torch
@@ -94,6 +95,17 @@ def test_users_can_write_their_own():
 
     assert ByDtype().choose(info(5, dtype=torch.float64)) is NONE
     assert ByDtype().choose(info(5)) is HALF
+
+
+@pytest.mark.parametrize("choice", [None, "fp16", Float16Compression])
+def test_a_choice_that_is_no_codec_is_named(choice):
+    class Undecided(AdaptiveCompressionBase):
+        def choose_compression(self, info: CompressionInfo) -> CompressionBase:
+            return choice
+
+    says = rf"Undecided\.choose_compression\(CompressionInfo\(key=7, .* returned {re.escape(repr(choice))};"
+    with pytest.raises(InvalidTypeError, match=says):
+        Undecided().choose(info(5, key=7))
 
 
 @adaptive

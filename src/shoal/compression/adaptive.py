@@ -37,7 +37,7 @@ class AdaptiveCompressionBase(CompressionBase):
 
     :meth:`choose` gives the plain codec, :meth:`compress` uses it, :meth:`extract` follows the message. All that only
     a plain codec can answer (``compression_type``, ``encode``, ``encoded_nbytes`` and so on) raises
-    :class:`InvalidTypeError`.
+    :class:`InvalidTypeError`, and so does a choice that is no codec.
     """
 
     compression_type: ClassVar[int] = cast("int", _NoWireId())
@@ -47,7 +47,13 @@ class AdaptiveCompressionBase(CompressionBase):
         """The codec for the tensor that ``info`` describes."""
 
     def choose(self, info: CompressionInfo) -> CompressionBase:
-        return self.choose_compression(info).choose(info)
+        codec: object = self.choose_compression(info)
+        if not isinstance(codec, CompressionBase):
+            raise InvalidTypeError(
+                f"{type(self).__name__}.choose_compression({info}) returned {codec!r}; it must return a codec, such as"
+                " Float16Compression()"
+            )
+        return codec.choose(info)
 
     def extract(self, serialized: SerializedTensor, *, max_elements: int | None = None) -> torch.Tensor:
         return deserialize_tensor(serialized, max_elements=max_elements)
