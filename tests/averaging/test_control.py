@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
+import types
 from typing import Any
 
 import pytest
 import torch
 
-from shoal.averaging.commands import ApplyAverage, BoundByWord, ReachStage, TakeSnapshot
+from shoal.averaging.commands import ApplyAverage, BoundByWord, ReachStage, StepOutcome, TakeSnapshot
 from shoal.averaging.config import MAX_RETRY_PAUSE, matchmaking_config, retry_pause, retry_start
 from shoal.averaging.control import AveragingStage, Steering, StepControl
 from shoal.averaging.hostside import TensorKeeper, close
 from shoal.averaging.partition import Layout
+from shoal.averaging.report import RoundReport
+from shoal.averaging.steps import Steps
 from shoal.averaging.tensors import TensorStore
-from shoal.errors import AllreduceException
+from shoal.errors import AllreduceException, InvalidTypeError
+from shoal.p2p.identity import Identity
 from shoal.runtime.futures import MPFuture
+from shoal.utils.serializer import MSGPackSerializer
 
 LIMIT = 20  # seconds, against hanging only
 
@@ -129,3 +135,78 @@ def test_another_attempt_does_not_begin_before_the_time_that_was_asked_for():
     settings = matchmaking_config(None, 2, 5.0, 3.0)
     assert retry_start(100.0, 110.0, None, settings) == 115.0
     assert retry_start(3600.0, 110.0, None, settings) == 3600.0
+
+
+class Background:
+    """In place of the averager's service: takes a step, whose outcome is told by the test."""
+
+    def __init__(self) -> None:
+        self.commands: list[Any] = []
+        self.outcome: MPFuture[Any] = MPFuture()
+
+    def call(self, command: object) -> MPFuture[Any]:
+        self.commands.append(command)
+        return self.outcome
+
+
+def begin_step(background: Background, serializer: Any, gather: Any = None) -> StepControl:
+    steps = Steps(make_keeper(torch.zeros(3)), matchmaking_config(2, 2, 5.0, 3.0), "test")
+    wishes: dict[str, Any] = dict.fromkeys(("scheduled_time", "weight", "timeout"))
+    handle: Any = background
+    return steps.begin(
+        handle, serializer, gather=gather, allow_retries=True, require_trigger=False, wait=False, **wishes
+    )
+
+
+def own_serializer(**methods: Any) -> Any:
+    return types.SimpleNamespace(**{"dumps": lambda _: b"data", "loads": bytes.upper, **methods})
+
+
+PEER = Identity.generate(bytes(32)).peer_id.to_bytes()
+
+
+def outcome_of_a_round(gathered: tuple[tuple[bytes, bytes], ...]) -> StepOutcome:
+    report = RoundReport(step=0, group_id="00", members=(), modes=(), failure=None, attempts=1)
+    return StepOutcome(report, found_group=True, gathered=gathered)
+
+
+@pytest.mark.parametrize(
+    ("serializer", "says"),
+    [
+        (json, r"json.* its dumps\(\) made str of gather; bytes are allowed"),
+        (own_serializer(dumps=lambda _: memoryview(b"")), "made memoryview of gather"),
+        (1, r"serializer=1: a class with dumps\(\) and loads\(\)"),
+        (own_serializer(loads=None), "serializer=.* a class with"),
+    ],
+)
+def test_a_serializer_that_makes_no_bytes_is_an_error_before_the_step_begins(serializer: Any, says: str):
+    background = Background()
+    with pytest.raises(InvalidTypeError, match=says):
+        begin_step(background, serializer, gather="x")
+    assert background.commands == []
+
+
+def test_a_bytearray_will_do():
+    background = Background()
+    begin_step(background, own_serializer(dumps=lambda _: bytearray(b"abc")))
+    assert background.commands[0].gather == b"abc"
+    assert type(background.commands[0].gather) is bytes
+
+
+@pytest.mark.parametrize("error", [ValueError("rubbish"), SystemExit("unreadable"), KeyboardInterrupt()])
+def test_whatever_reading_what_was_gathered_raises_the_step_ends(error: BaseException):
+    def loads(data: bytes) -> Any:
+        raise error
+
+    background = Background()
+    control = begin_step(background, own_serializer(loads=loads))
+    background.outcome.set_result(outcome_of_a_round(((PEER, b"data"),)))
+    assert list(control.result(LIMIT).values()) == [None]
+
+
+def test_a_step_whose_outcome_makes_no_sense_fails():
+    background = Background()
+    control = begin_step(background, MSGPackSerializer)
+    background.outcome.set_result(outcome_of_a_round(((b"no peer", b"data"),)))
+    with pytest.raises(ValueError):
+        control.result(LIMIT)

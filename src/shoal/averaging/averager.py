@@ -129,7 +129,7 @@ class DecentralizedAverager:
     """
 
     serializer = MSGPackSerializer
-    """Encodes what is given to ``step(gather=...)``."""
+    """Encodes what is given to ``step(gather=...)``: anything with ``dumps``, which makes bytes, and ``loads``."""
 
     def __init__(
         self,
@@ -569,7 +569,7 @@ class DecentralizedAverager:
           read, with a warning), or None if the step failed: then the tensors are as they were, a warning says
           why (an error from the fifth failure in a row on), and so does :attr:`last_report`
         :raises InvalidValueError: a parameter out of range
-        :raises InvalidTypeError: ``gather`` can't be encoded
+        :raises InvalidTypeError: ``gather`` can't be encoded, or :attr:`serializer` makes no bytes of it
         :raises InvalidStateError: not started, shut down, or ``wait=True`` inside :meth:`get_tensors`
         :raises PeerProcessDied: the background process has ended
         """

@@ -108,8 +108,15 @@ class Steps:
         return control
 
     def _conclude(self, control: StepControl, step: int, serializer: Any, wait: bool, call: Any) -> None:
-        """The call of a step is done: hand its result on. Runs on the averager's own strand."""
+        """The call of a step is done: the step ends, whatever happens. Runs on the averager's own strand."""
         self._keeper.controls.pop(step, None)
+        try:
+            self._hand_on(control, serializer, wait, call)
+        except BaseException as e:
+            control.fail(e)  # nobody would do it later
+            raise
+
+    def _hand_on(self, control: StepControl, serializer: Any, wait: bool, call: Any) -> None:
         if call.cancelled():
             if not control.cancelled():
                 reason = "the averager was shut down during the step"
@@ -155,21 +162,27 @@ class Steps:
 
 
 def _encode(serializer: Any, gather: Any) -> bytes:
+    if not all(callable(getattr(serializer, name, None)) for name in ("dumps", "loads")):
+        raise InvalidTypeError(f"serializer={serializer!r}: a class with dumps() and loads() is allowed")
     try:
-        encoded: bytes = serializer.dumps(gather)
+        encoded = serializer.dumps(gather)
     except (InvalidTypeError, InvalidValueError) as e:
         raise type(e)(f"gather: {e}") from None
+    if not isinstance(encoded, bytes | bytearray):
+        raise InvalidTypeError(
+            f"serializer={serializer!r}: its dumps() made {type(encoded).__name__} of gather; bytes are allowed"
+        )
     if len(encoded) > MAX_GATHER_BYTES:
         raise InvalidValueError(
             f"gather takes {len(encoded)} bytes when encoded; at most {MAX_GATHER_BYTES} are allowed"
         )
-    return encoded
+    return bytes(encoded)
 
 
 def _decode(serializer: Any, peer: PeerID, data: bytes) -> Any:
     """What a member gathered; None if it cannot be read, since by now its tensors have been averaged."""
     try:
         return serializer.loads(data)
-    except Exception as e:  # noqa: BLE001 - serializers and classes registered with them are users' code
+    except BaseException as e:  # noqa: BLE001 - serializers and their classes are users' code: may call sys.exit()
         logger.warning("what %s gathered cannot be read, None is returned for it: %s", peer, e)
         return None
