@@ -156,6 +156,7 @@ def test_client_mode(pair):
         assert client.get_visible_maddrs() == []
         assert client.store("from a client", 1, soon())
         assert pair[1].get("from a client", latest=True).value == 1
+    assert client.client_mode is True, "as it was"
 
 
 def test_an_identity_is_kept(tmp_path, monkeypatch):
@@ -345,14 +346,35 @@ def test_it_can_be_started_later():
     assert dht.get("k") is None
     with pytest.raises(InvalidStateError, match="started before"):
         dht.run_in_background()
+    peer_id = dht.peer_id
     dht.shutdown()
     dht.shutdown()
     assert not dht.is_alive()
     assert "ended" in repr(dht)
+    assert (dht.peer_id, dht.client_mode) == (peer_id, False)
     with pytest.raises(InvalidStateError, match="shut down"):
         dht.get("k")
     with pytest.raises(InvalidStateError, match="started before"):
         dht.run_in_background()
+
+
+def test_what_an_averager_was_told_while_the_node_was_alive_is_known_after_its_end():
+    dht = DHT(start=True, await_ready=False)
+    assert dht._describe_later().result(LIMIT).client_mode is False
+    dht.shutdown()
+    assert dht.client_mode is False
+    assert str(dht.peer_id) in repr(dht)
+
+
+def test_of_a_node_that_never_was_ready_nothing_is_known():
+    address = f"/ip4/127.0.0.1/tcp/{closed_port()}"
+    dht = DHT(
+        [address], start=True, await_ready=False, ensure_bootstrap_success=False, bootstrap_timeout=LIMIT
+    )
+    dht.shutdown()
+    for name in ("peer_id", "client_mode"):
+        with pytest.raises((InvalidStateError, concurrent.futures.CancelledError)):
+            getattr(dht, name)
 
 
 def test_a_port_in_use_is_a_clear_error_at_once():
@@ -475,6 +497,8 @@ def test_death_of_its_process(pair):
     with pytest.raises(PeerProcessDied, match="SIGKILL"):
         dht.get("k")
     assert not dht.is_alive()
+    assert str(dht.peer_id) in repr(dht)
+    assert dht.client_mode is False
     dht.shutdown()
 
 

@@ -524,6 +524,8 @@ def test_the_garbage_collector_does_not_wait_for_the_end_of_an_averager(
 
 def test_the_dht_may_be_shut_down_first(swarm: Swarm):
     averager = swarm.peer([torch.zeros(2)], size=2, dht=swarm.own_dht())
+    seen = (averager.peer_id, averager.client_mode, averager.mode, averager.allow_state_sharing)
     averager.dht.shutdown()
     assert not averager.is_alive()
+    assert (averager.peer_id, averager.client_mode, averager.mode, averager.allow_state_sharing) == seen
     averager.shutdown()

@@ -315,7 +315,7 @@ class DecentralizedAverager:
 
     @property
     def peer_id(self) -> PeerID:
-        """The identity of the DHT's node; waits until that is ready."""
+        """The identity of the DHT's node, also after its end; waits until that is ready."""
         return self.dht.peer_id
 
     @property
@@ -325,7 +325,9 @@ class DecentralizedAverager:
 
     @property
     def client_mode(self) -> bool:
-        """Whether this averager only joins groups that others lead: it was told to, or nobody can dial its DHT."""
+        """Whether this averager only joins groups that others lead: it was told to, or nobody can dial its DHT. After
+        the DHT's end: as it was last known.
+        """
         return bool(self.__config.client_mode) or self.dht.client_mode
 
     @property

@@ -7,7 +7,7 @@ import os
 import sys
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, NoReturn, TypeVar, overload
@@ -25,7 +25,13 @@ from shoal.dht.commands import (
 )
 from shoal.dht.types import ValueWithExpiration
 from shoal.dht.validation import RecordValidatorBase
-from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidTypeError, InvalidValueError
+from shoal.errors import (
+    DeadlineExceeded,
+    InvalidStateError,
+    InvalidTypeError,
+    InvalidValueError,
+    PeerProcessDied,
+)
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.runtime import pickling
@@ -114,6 +120,7 @@ class DHT:
         self._process: BackgroundProcess | None = None
         self._creation: MPFuture[ServiceHandle] | None = None
         self._peer_id: PeerID | None = None
+        self._last_description: NodeDescription | None = None
         self._shared_classes: dict[int, type[Any]] = {}
         for name, flag in (("start", start), ("daemon", daemon), ("await_ready", await_ready)):
             options.check_number(name, flag, "bool")
@@ -245,15 +252,20 @@ class DHT:
 
     @property
     def peer_id(self) -> PeerID:
-        """This node's identity; waits until the node is ready."""
+        """This node's identity, also after its end; waits until the node is ready.
+
+        :raises InvalidStateError: it was not started, or ended before it was ready
+        """
         if self._peer_id is None:
-            self._peer_id = PeerID.from_bytes(self._describe().peer_id)
+            self._peer_id = PeerID.from_bytes(self._describe_at_last().peer_id)
         return self._peer_id
 
     @property
     def client_mode(self) -> bool:
-        """Whether this node is a client now: it was told to be one, or nobody can dial it."""
-        return self._describe().client_mode
+        """Whether this node is a client now: it was told to be one, or nobody can dial it. After its end: as it was
+        last known here.
+        """
+        return self._describe_at_last().client_mode
 
     @property
     def initial_peers(self) -> tuple[Multiaddr, ...]:
@@ -443,11 +455,23 @@ class DHT:
         return register
 
     def _describe(self) -> NodeDescription:
-        return self._describe_later().result()
+        self._last_description = self._describe_later().result()
+        return self._last_description
+
+    def _describe_at_last(self) -> NodeDescription:
+        """What the node is now, or was when it was last asked, if it has ended."""
+        try:
+            return self._describe()
+        except (InvalidStateError, PeerProcessDied, CancelledError):
+            if self._last_description is None:
+                raise
+            return self._last_description
 
     def _describe_later(self) -> MPFuture[NodeDescription]:
         """As soon as the node is ready; returns at once."""
-        return self._call(DescribeNode())
+        call: MPFuture[NodeDescription] = self._call(DescribeNode())
+        Future.add_done_callback(call, partial(_note_description, weakref.ref(self)))
+        return call
 
 
 def _serialize(name: str, value: object) -> bytes:
@@ -457,6 +481,12 @@ def _serialize(name: str, value: object) -> bytes:
         raise InvalidTypeError(f"{name}: {error}") from None
     except InvalidValueError as error:
         raise InvalidValueError(f"{name}: {error}") from None
+
+
+def _note_description(owner: weakref.ref[DHT], call: Future[NodeDescription]) -> None:
+    dht = owner()
+    if dht is not None and not call.cancelled() and call.exception() is None:
+        dht._last_description = call.result()
 
 
 def _likely_modules() -> tuple[str, ...]:
