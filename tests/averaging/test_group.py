@@ -12,6 +12,8 @@ from shoal.averaging.group import (
     MemberInfo,
     PeerMode,
     SignedMemberInfo,
+    automatic_key,
+    bits_of_key,
     group_key,
     sign_member,
     verify_group,
@@ -58,6 +60,15 @@ def test_group_keys():
         group_key("swarm", "012")
     with pytest.raises(InvalidValueError, match="prefix=''"):
         group_key("")
+
+
+def test_automatic_bits_have_keys_of_their_own_and_without_bits_there_is_one():
+    assert automatic_key("swarm", "") == group_key("swarm")
+    assert automatic_key("swarm", "0110") != group_key("swarm", "0110")
+    assert bits_of_key(group_key("swarm", "0110")) == "0110"
+    assert bits_of_key(automatic_key("swarm", "0110")) == bits_of_key(group_key("swarm")) == ""
+    with pytest.raises(InvalidValueError, match="prefix=''"):
+        automatic_key("", "0")
 
 
 def test_an_info_survives_its_way():

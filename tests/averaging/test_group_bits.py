@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -226,6 +227,29 @@ def test_who_finds_too_few_looks_where_all_meet_who_do_and_then_at_home_again():
     assert bits.depth == 2
     bits.search_ended()
     assert bits.bits == bits.bits_at(2)
+
+
+def test_who_was_given_the_bits_that_others_have_by_their_number_is_under_another_key():
+    bits = GroupBits(PEERS[0])
+    bits.depth = 3
+    given = GroupBits(PEERS[1], bits.bits)
+    assert given.bits == bits.bits
+    assert (
+        given.key("swarm") == group_key("swarm", given.bits) != bits.key("swarm") == bits.key_at("swarm", 3)
+    )
+    bits.found_too_few(60)
+    given.set("")
+    assert bits.key("swarm") == given.key("swarm") == group_key("swarm")
+
+
+def test_bits_that_are_given_while_a_round_of_all_runs_are_not_taken_for_those_of_its_key():
+    bits = GroupBits(PEERS[0])
+    bits.depth = 2
+    begun = replace(group(PEERS[:2], bytes(16)), key=bits.key("swarm"))
+    bits.set(bits.bits)
+    before = bits.bits
+    bits.round_committed(begun, 2)
+    assert (bits.bits, bits.grid_round) == (before, 0)
 
 
 def test_given_bits_do_not_follow_the_number_of_peers():

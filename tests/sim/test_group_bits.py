@@ -56,6 +56,65 @@ def test_a_full_grid_holds_the_exact_average_though_its_peers_run_free(base, dim
         check_grid(seed, base, dimensions, pause=2.0)
 
 
+class Rounds:
+    """Peers in pairs that all take their steps at once, each of which finds its partner before its start time."""
+
+    def __init__(self, seed: int) -> None:
+        config = MatchmakingConfig(target_group_size=2, min_matchmaking_time=5.0)
+        self.sim = SimulatedMatchmaking(seed, config, latency=(0.001, 0.01))
+        self._averaging = SimulatedAveraging(self.sim)
+
+    async def take(self, count: int) -> None:
+        numbers = list(self.sim.matchmakers)
+        self._averaging.vectors.update((number, np.zeros(1)) for number in numbers)
+        for _ in range(count):
+            began = self.sim.now()
+            groups = await asyncio.gather(*(self._averaging.step(number) for number in numbers))
+            assert all(len(group) == 2 for group in groups)
+            assert self.sim.now() - began < self.sim.config.min_matchmaking_time
+            await asyncio.sleep(0.2)  # peers without bits look at other keys between their rounds
+
+    def bits(self) -> list[str]:
+        return [matchmaker.bits for matchmaker in self.sim.matchmakers.values()]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_grid_whose_bits_are_taken_back_is_one_swarm_at_once_and_stays_one(seed):
+    async def story() -> None:
+        rounds = Rounds(seed)
+        try:
+            await rounds.sim.start([PeerMode.FULL] * 8)
+            for number, matchmaker in rounds.sim.matchmakers.items():
+                matchmaker.set_bits(grid_bits(number, 2, 3))
+            await rounds.take(3)
+            assert {len(bits) for bits in rounds.bits()} == {2}
+            for matchmaker in rounds.sim.matchmakers.values():
+                matchmaker.set_bits("")
+            for _ in range(4):
+                await rounds.take(1)
+                assert rounds.bits() == [""] * 8
+        finally:
+            await rounds.sim.close()
+
+    run(story)
+
+
+def test_two_without_bits_stay_together_beside_a_grid():
+    async def story() -> None:
+        rounds = Rounds(1)
+        try:
+            await rounds.sim.start([PeerMode.FULL] * 6)
+            for number, bits in enumerate(("0", "0", "1", "1")):
+                rounds.sim.matchmakers[number].set_bits(bits)
+            for _ in range(5):
+                await rounds.take(1)
+                assert rounds.bits()[4:] == ["", ""]
+        finally:
+            await rounds.sim.close()
+
+    run(story)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize(("base", "dimensions"), [(2, 3), (4, 2), (3, 2), (2, 4)])
 def test_many_grids(base, dimensions):

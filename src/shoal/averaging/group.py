@@ -134,9 +134,19 @@ def group_key(prefix: str, bits: str = "") -> str:
     return f"{prefix}.0b{bits}"
 
 
+def automatic_key(prefix: str, bits: str) -> str:
+    """As :func:`group_key`, for peers that were given no bits and use ``bits`` because they are many.
+
+    Another name, so that they never meet those to whom these very bits were given, nor count them as their own.
+    """
+    key = group_key(prefix)
+    return f"{prefix}.auto{bits}" if bits else key
+
+
 def bits_of_key(key: str) -> str:
-    """The bits in what :func:`group_key` has made."""
-    return key.rpartition(".0b")[2]
+    """The bits in what :func:`group_key` has made; none in other keys."""
+    _, separator, bits = key.rpartition(".0b")
+    return bits if separator else ""
 
 
 def sign_member(identity: Identity, info: MemberInfo) -> SignedMemberInfo:

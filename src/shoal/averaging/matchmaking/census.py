@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from shoal.averaging.group import group_key
 from shoal.averaging.matchmaking.group_bits import MAX_DEPTH, GroupBits
 from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.view import GONE_WITHIN
@@ -36,18 +35,17 @@ class Census:
             logger.info("%s: %d peers under one key: %d bits instead of %d", prefix, own, found, depth)
 
     async def _populations(self, depths: range, since: float) -> dict[int, int]:
-        keys = [
-            self._bits.bits_at(depth) for depth in depths
-        ]  # now: the position may change before an answer comes
-        counts = await asyncio.gather(*(self._population(bits, since) for bits in keys))
+        # Now: the position may change before an answer comes.
+        keys = [self._bits.key_at(self._peer.prefix, depth) for depth in depths]
+        counts = await asyncio.gather(*(self._population(key, since) for key in keys))
         return dict(zip(depths, counts, strict=True))
 
-    async def _population(self, bits: str, since: float) -> int:
-        """How many others of the same schema wanted to start a group under these bits after ``since``."""
+    async def _population(self, key: str, since: float) -> int:
+        """How many others of the same schema wanted to start a group under ``key`` after ``since``."""
         try:
-            peers = await self._peer.declarations.read(group_key(self._peer.prefix, bits))
+            peers = await self._peer.declarations.read(key)
         except ShoalError as e:
-            logger.debug("could not read who is under bits %r: %s", bits, e)
+            logger.debug("could not read who is under %r: %s", key, e)
             return 0
         return sum(
             peer_id != self._peer.peer_id

@@ -12,7 +12,9 @@ again and again, so that more peers spread over 2^depth keys: each has a positio
 every round so that the members of a group go apart, and its bits are the first *depth* bits of that. All must come to
 the same depth, though each knows only whom it sees. They do as the sizes of populations tell them, which neighbours on
 two depths see alike: one that is too large splits, two that would be small enough together unite. Who finds nobody
-under its key looks under the key without bits, where all meet who were left over.
+under its key looks under the key without bits, where all meet who were left over. Their keys have names of their own
+(:func:`~shoal.averaging.group.automatic_key`): who counts them must not count a grid beside them, or what is left of
+one whose bits were taken back.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import hashlib
 from collections.abc import Mapping
 
 from shoal.averaging.checks import check_bits
-from shoal.averaging.group import MAX_GRID_ROUND, GroupInfo, bits_of_key
+from shoal.averaging.group import MAX_GRID_ROUND, GroupInfo, automatic_key, bits_of_key, group_key
 from shoal.p2p.identity import PeerID
 
 SPLIT_ABOVE = 128
@@ -74,6 +76,14 @@ class GroupBits:
     def is_at_home(self) -> bool:
         """Whether this peer looks under the key of its depth, and not under that of those who were left over."""
         return not self._is_visiting
+
+    def key(self, prefix: str) -> str:
+        """The group key that goes with :attr:`bits`."""
+        return group_key(prefix, self._given) if self._given else automatic_key(prefix, self.bits)
+
+    def key_at(self, prefix: str, depth: int) -> str:
+        """The key of this peer's position at ``depth``, where those are who were given no bits."""
+        return automatic_key(prefix, self.bits_at(depth))
 
     def bits_at(self, depth: int) -> str:
         """The first ``depth`` bits of this peer's position."""

@@ -189,7 +189,7 @@ class Matchmaker:
         # Others tell a peer's searches apart by their times, so each must be later than what the one before has
         # left behind.
         self._last_order_time = max(start_time, self._last_order_time + 0.001)
-        key = group_key(self._peer.prefix, self._bits.bits)
+        key = self._bits.key(self._peer.prefix)
         return Place(key, start_time, self._last_order_time, self._bits.grid_round, self._lineage)
 
     # ---- where no bits are given
