@@ -91,6 +91,13 @@ def test_clients_that_come_first_are_led_too():
     ]
 
 
+@pytest.mark.parametrize("modes", ["cc", "cccccF", "F"])
+def test_where_some_cannot_lead_the_plan_says_who_they_are(modes):
+    reason = cut_groups(candidates(modes), 2, 2).reason
+    assert f"{len(modes)} in all, of which {modes.count('F')} can lead" in reason
+    assert ("(clients and auxiliaries never lead)" in reason) == ("c" in modes)
+
+
 def verdict(modes: str, members: list[int], target: int, minimum: int) -> EarlyBegin:
     peers = [PEERS[number] for number in members]
     return may_begin_early(candidates(modes), peers, peers[0], target, minimum).verdict

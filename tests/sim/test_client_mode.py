@@ -62,4 +62,4 @@ def test_auxiliaries_and_clients_alone_make_no_group_and_the_error_says_why():
     # Peer 0 keeps the DHT up; as an auxiliary it leads nobody.
     for failure in results(0, [AUXILIARY, CLIENT, CLIENT, AUXILIARY], 2):
         assert isinstance(failure, MatchmakingException)
-        assert "4 in all, of which 0 can lead" in str(failure)
+        assert "4 in all, of which 0 can lead (clients and auxiliaries never lead)" in str(failure)

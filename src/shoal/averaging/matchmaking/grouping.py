@@ -131,7 +131,8 @@ def _cut(
     if any(candidate.can_lead for candidate in waiting):
         members = _take_slice(waiting, len(waiting), later_groups=0)
         groups.append(PlannedGroup(members, is_complete=False, newcomers_cannot_change_it=False))
-    reason = f"{len(candidates)} in all, of which {leaders} can lead, "
+    why = "" if leaders == len(candidates) else " (clients and auxiliaries never lead)"
+    reason = f"{len(candidates)} in all, of which {leaders} can lead{why}, "
     if sizes:
         reason += f"make groups of {', '.join(map(str, sizes))}; {len(left_over)} left over"
     else:
