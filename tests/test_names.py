@@ -9,9 +9,11 @@ import sys
 
 import msgspec
 import pytest
+import torch
 
 import shoal
-from shoal.utils.absent import ABSENT
+from shoal.averaging.control import Steering
+from shoal.utils.absent import ABSENT, ABSENT_OF_OBJECTS
 
 PACKAGES = ["shoal", "shoal.averaging", "shoal.compression", "shoal.dht", "shoal.p2p", "shoal.utils"]
 
@@ -133,6 +135,63 @@ def test_no_name_is_both_here_and_absent(package: str):
     assert set(module.__all__) <= set(dir(module))
 
 
+# What the objects of hivemind 1.1.12 have besides, mp.Process included, as far as programs use it.
+ATTRIBUTES_OF_HIVEMIND = {
+    "DecentralizedAverager": """
+        lock_averaged_tensors _averaged_tensors start run join terminate kill close pid name exitcode daemon
+        request_timeout matchmaking_kwargs allreduce_kwargs schema_hash add_p2p_handlers get_stub _p2p""",
+    "DHT": """
+        start run terminate kill close pid name exitcode replicate_p2p shutdown_timeout kwargs num_workers""",
+    "StepControl": """
+        get_timeout allow_retries data_for_gather attach wait_for_trigger wait_for_cancel""",
+}
+
+
+@pytest.fixture(scope="module")
+def objects() -> dict[str, object]:
+    dht = shoal.DHT(start=False)
+    averager = shoal.DecentralizedAverager([torch.zeros(1)], dht, start=False, prefix="names")
+    steering = Steering(trigger=lambda: None, reschedule=lambda _: None)
+    control = shoal.StepControl(
+        scheduled_time=0.0, deadline=None, weight=1.0, needs_trigger=False, steering=steering
+    )
+    return {type(thing).__name__: thing for thing in (averager, dht, control)}
+
+
+@pytest.mark.parametrize(("kind", "name"), pairs(ATTRIBUTES_OF_HIVEMIND))
+def test_every_attribute_of_hivemind_s_objects_says_what_to_use_instead(
+    objects: dict[str, object], kind: str, name: str
+):
+    with pytest.raises(AttributeError) as error:
+        getattr(objects[kind], name)
+    advice = ABSENT_OF_OBJECTS[kind][name]
+    assert str(error.value) == f"'{kind}' object has no attribute '{name}': {advice}"
+
+
+@pytest.mark.parametrize("kind", ABSENT_OF_OBJECTS)
+def test_objects_with_advice_have_none_of_its_names_and_are_else_as_ever(
+    objects: dict[str, object], kind: str
+):
+    assert not set(ABSENT_OF_OBJECTS[kind]) & set(dir(objects[kind]))
+    with pytest.raises(AttributeError, match=f"^'{kind}' object has no attribute 'no_such_name'$"):
+        _ = objects[kind].no_such_name
+
+
+def test_a_subclass_of_the_averager_may_have_these_names():
+    class Own(shoal.DecentralizedAverager):
+        name = "own"
+
+        @property
+        def broken(self) -> int:
+            return self.missing_inside
+
+    own = Own([torch.zeros(1)], shoal.DHT(start=False), start=False, prefix="names")
+    own.pid = 7
+    assert (own.name, own.pid) == ("own", 7)
+    with pytest.raises(AttributeError, match="'Own' object has no attribute 'missing_inside'"):
+        _ = own.broken
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_misspelt_name_is_the_usual_error(package: str):
     module = importlib.import_module(package)
@@ -144,7 +203,7 @@ def test_a_misspelt_name_is_the_usual_error(package: str):
 
 def test_advice_names_only_what_is_here():
     """`shoal.x.Y` in an advice can be typed as it stands."""
-    for package, names in ABSENT.items():
+    for package, names in [*ABSENT.items(), *ABSENT_OF_OBJECTS.items()]:
         for name, advice in names.items():
             for word in advice.replace("(", " ").replace(",", " ").replace(";", " ").split():
                 path = word.rstrip(".:)").split(".")

@@ -50,6 +50,7 @@ from shoal.errors import (
 from shoal.p2p.identity import PeerID
 from shoal.runtime import pickling
 from shoal.runtime.futures import MPFuture, chain
+from shoal.utils.lazy import attributes_with_advice
 from shoal.utils.serializer import MSGPackSerializer
 
 if TYPE_CHECKING:
@@ -310,6 +311,9 @@ class DecentralizedAverager:
         raise InvalidTypeError(
             "a DecentralizedAverager can't be pickled or copied: it belongs to this process; make one in each process"
         )
+
+    if not TYPE_CHECKING:
+        __getattr__ = attributes_with_advice("DecentralizedAverager")
 
     # properties
 

@@ -17,6 +17,7 @@ from shoal.averaging.allreduce.messages import MAX_WEIGHT
 from shoal.averaging.checks import check_number, check_scheduled_time
 from shoal.errors import InvalidStateError
 from shoal.runtime.futures import MPFuture
+from shoal.utils.lazy import attributes_with_advice
 
 if TYPE_CHECKING:
     from shoal.averaging.report import RoundReport
@@ -188,6 +189,9 @@ class StepControl(MPFuture[Any]):
         if call is not None:
             call.cancel()
         return True
+
+    if not TYPE_CHECKING:
+        __getattr__ = attributes_with_advice("StepControl")
 
     # for the averager
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, NoReturn, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 
 from shoal.dht import options
 from shoal.dht.commands import (
@@ -37,6 +37,7 @@ from shoal.p2p.multiaddr import Multiaddr
 from shoal.runtime import pickling
 from shoal.runtime.futures import MPFuture, chain
 from shoal.runtime.process import BackgroundProcess, ServiceHandle
+from shoal.utils.lazy import attributes_with_advice
 from shoal.utils.logging import show_logs
 from shoal.utils.serializer import MSGPackSerializer
 
@@ -230,6 +231,9 @@ class DHT:
     def __repr__(self) -> str:
         state = "alive" if self.is_alive() else "not started" if self._process is None else "ended"
         return f"<DHT {self._peer_id or 'of unknown peer id'}, {state}>"
+
+    if not TYPE_CHECKING:
+        __getattr__ = attributes_with_advice("DHT")
 
     # Properties
 

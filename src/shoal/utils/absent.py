@@ -1,6 +1,7 @@
 """Names of hivemind that Shoal does not have, and what to use instead: data for :mod:`shoal.utils.lazy`.
 
-They are listed by the package in which a user of hivemind would look for them; docs/migration.md says more.
+They are listed by the package, or the class of the object, in which a user of hivemind would look for them;
+docs/migration.md says more.
 """
 
 from __future__ import annotations
@@ -132,3 +133,59 @@ ABSENT: Mapping[str, Mapping[str, str]] = {
     },
 }
 """Package -> name -> what to use instead."""
+
+_PROCESS_OF_DHT = "the process is that of the DHT: dht.background"
+_PROCESS: Mapping[str, str] = {
+    "start": "use run_in_background()",
+    "run": _INTERNALS,
+    "terminate": "use shutdown(), which uses force if that takes too long",
+    "kill": "use shutdown(), which uses force if that takes too long",
+    "close": "use shutdown()",
+    "pid": f"{_PROCESS_OF_DHT}.pid",
+    "ident": f"{_PROCESS_OF_DHT}.pid",
+    "exitcode": f"{_PROCESS_OF_DHT}.exit_status",
+    "name": f"{_PROCESS_OF_DHT}.name",
+    "sentinel": "dht.join() waits until the process has ended",
+}
+_AS_GIVEN = "keep what you gave to the constructor"
+_OWN_CALLS = "calls of your own: node.host.serve() and node.host.call() inside dht.run_coroutine()"
+_STEERING = (
+    "allow_allreduce() lets all-reduce begin, cancel() withdraws, and result() or await waits for the end"
+)
+
+ABSENT_OF_OBJECTS: Mapping[str, Mapping[str, str]] = {
+    "DecentralizedAverager": {
+        **_PROCESS,
+        "join": "dht.join() waits until the process has ended",
+        "daemon": "the averager lives in the process of its DHT: dht.daemon",
+        "lock_averaged_tensors": "use `with averager.get_tensors() as tensors:`, which holds the lock",
+        "_averaged_tensors": "use `with averager.get_tensors() as tensors:`",
+        "request_timeout": _AS_GIVEN,
+        "matchmaking_kwargs": _AS_GIVEN,
+        "allreduce_kwargs": _AS_GIVEN,
+        "schema_hash": "peers that do not fit are named by the error of a step that found no group",
+        "add_p2p_handlers": _OWN_CALLS,
+        "remove_p2p_handlers": _OWN_CALLS,
+        "get_stub": _OWN_CALLS,
+        "_p2p": _OWN_CALLS,
+    },
+    "DHT": {
+        **_PROCESS,
+        "run": "the node is made by run_in_background(); dht.run_coroutine() runs your own code beside it",
+        "replicate_p2p": f"{_LIBP2P}; {_OWN_CALLS}",
+        "shutdown_timeout": _AS_GIVEN,
+        "kwargs": _AS_GIVEN,
+        "num_workers": "there is no such limit; parallel_rpc limits the calls of one search",
+    },
+    "StepControl": {
+        "get_timeout": "control.deadline - shoal.get_dht_time(), unless the deadline is None",
+        "allow_retries": "keep what you gave to step()",
+        "data_for_gather": "keep what you gave to step(gather=...)",
+        "attach": _STEERING,
+        "attach_trigger": _STEERING,
+        "wait_for_trigger": _STEERING,
+        "wait_for_cancel": _STEERING,
+        "can_modify": "see control.began_allreduce",
+    },
+}
+"""Class -> name -> what to use instead."""

@@ -1,5 +1,5 @@
-"""Public names of a package that load their modules on first use (PEP 562), and errors that help for names and modules
-of hivemind that Shoal does not have.
+"""Public names of a package that load their modules on first use (PEP 562), and errors that help for names, modules and
+attributes of hivemind that Shoal does not have.
 """
 
 from __future__ import annotations
@@ -46,6 +46,26 @@ def names_with_advice(package: str) -> Callable[[str], NoReturn]:
 
     def get(name: str) -> NoReturn:
         raise _no_such_name(package, name, sys._getframe(1))
+
+    return get
+
+
+def attributes_with_advice(kind: str) -> Callable[[Any, str], Any]:
+    """``__getattr__`` for the class ``kind``: it only helps with names that its objects do not have.
+
+    For type checkers it would mean that there is every name: define it under ``if not TYPE_CHECKING``.
+    """
+
+    def get(owner: Any, name: str) -> Any:
+        from shoal.utils.absent import ABSENT_OF_OBJECTS
+
+        advice = ABSENT_OF_OBJECTS[kind].get(name)
+        if advice is None or hasattr(type(owner), name):
+            # The usual error. What the class has is a property that raised one of its own: it is raised again.
+            return object.__getattribute__(owner, name)
+        raise AttributeError(
+            f"{type(owner).__name__!r} object has no attribute {name!r}: {advice}", name=name, obj=owner
+        )
 
     return get
 
