@@ -145,6 +145,13 @@ def test_256_values_or_fewer_are_their_own_quantile_levels():
     assert torch.equal(there_and_back(Quantile8BitQuantization(), values), values)
 
 
+@pytest.mark.parametrize(("part_size_bytes", "expected"), [(65536, 1.02), (4096, 1.33), (1024, 5.0)])
+def test_quantile_levels_go_with_every_part_so_that_small_ones_cost_more(part_size_bytes, expected):
+    codec = Quantile8BitQuantization()
+    count = codec.max_count(torch.float32, part_size_bytes)
+    assert codec.encoded_nbytes(torch.float32, count) / count == pytest.approx(expected, abs=0.005)
+
+
 def test_quantile_levels_without_a_table_where_it_would_be_too_coarse():
     peaks = DISTRIBUTIONS["two narrow peaks"](100_000, 5)
     assert fit_codebook(peaks).scale == 0
