@@ -140,6 +140,7 @@ def test_waiting_for_an_averager_that_was_not_started_says_so():
         ({"averaging_alpha": math.nan}, "averaging_alpha=nan"),
         ({"averaging_alpha": 10**5000}, "averaging_alpha is a whole number beyond"),
         ({"averaging_alpha": 0}, "averaging_alpha=0"),
+        ({"averaging_alpha": 1e300}, "averaging_alpha=1e+300: at most 2 is allowed"),
         ({"part_size_bytes": 10}, "part_size_bytes=10"),
         ({"part_size_bytes": 1 << 40}, "part_size_bytes="),
         ({"allreduce_timeout": 0}, "allreduce_timeout=0"),

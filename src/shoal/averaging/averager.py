@@ -20,6 +20,7 @@ from shoal.averaging.commands import GetGroupBits, SetGroupBits
 from shoal.averaging.config import (
     DEFAULT_DECLARE_STATE_PERIOD,
     DEFAULT_PART_SIZE_BYTES,
+    MAX_ALPHA,
     AveragerConfig,
     check_codec,
     check_infos,
@@ -90,8 +91,8 @@ class DecentralizedAverager:
       full grid, some may find no partners. See :meth:`set_group_bits`.
     :param min_matchmaking_time: time that a group that is not full waits for further peers
     :param request_timeout: time to wait for a leader's first answer; should be smaller than ``min_matchmaking_time``
-    :param averaging_alpha: tensors move by this fraction of the way to the average; 1: they become the
-      average
+    :param averaging_alpha: tensors move by this fraction of the way to the average; 1: they become the average; above 1
+      they go beyond it, and by 2 at most, where they end as far from it as they were
     :param part_size_bytes: tensors travel in parts of at most this many bytes, after compression (1 KiB to 64
       MiB); the same at all peers
     :param allreduce_timeout: time for the exchange of tensors once a group has begun; None: no limit
@@ -166,7 +167,7 @@ class DecentralizedAverager:
             raise InvalidTypeError(f"dht={dht!r}: a shoal.DHT is allowed, not {type(dht).__name__}")
         for name, flag in (("start", start), ("daemon", daemon)):
             check_flag(name, flag)
-        check_number("averaging_alpha", averaging_alpha, above=0)
+        check_number("averaging_alpha", averaging_alpha, above=0, maximum=MAX_ALPHA)
         check_number("shutdown_timeout", shutdown_timeout, minimum=0, maximum=threading.TIMEOUT_MAX)
         self.__config = AveragerConfig(
             prefix=prefix,
@@ -563,7 +564,7 @@ class DecentralizedAverager:
           seconds, at most a day ahead); a group that is not full waits for further peers until then. Default: in
           ``min_matchmaking_time`` seconds, or when four fifths of a shorter ``timeout`` have passed.
         :param weight: of this peer in the average, at most 1e300; 0: contributes nothing, but takes the average;
-          default: 1
+          default: 1. Of no effect if ``auxiliary``.
         :param timeout: seconds for finding a group, from now on, the wait for earlier steps included; None:
           search until one is found
         :param allow_retries: look for another group within ``timeout`` if the round fails, after a pause that grows

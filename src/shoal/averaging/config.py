@@ -20,6 +20,11 @@ MIN_PART_SIZE_BYTES = 1 << 10
 MAX_PART_SIZE_BYTES = 1 << 26
 """The largest payload that a connection takes."""
 
+MAX_ALPHA = 2.0
+"""A round leaves ``abs(1 - alpha)`` of a peer's distance to the average: with more than this, peers would drift further
+apart in every round, and at last to infinity.
+"""
+
 START_BEFORE_DEADLINE = 0.8
 MAX_VECTOR_SIZE = 1 << 62
 FIRST_RETRY_PAUSE = 0.1
