@@ -138,8 +138,8 @@ _PROCESS_OF_DHT = "the process is that of the DHT: dht.background"
 _PROCESS: Mapping[str, str] = {
     "start": "use run_in_background()",
     "run": _INTERNALS,
-    "terminate": "use shutdown(), which uses force if that takes too long",
-    "kill": "use shutdown(), which uses force if that takes too long",
+    "terminate": "use shutdown()",
+    "kill": "use shutdown()",
     "close": "use shutdown()",
     "pid": f"{_PROCESS_OF_DHT}.pid",
     "ident": f"{_PROCESS_OF_DHT}.pid",
