@@ -236,6 +236,26 @@ def test_tensors_that_share_memory_since_are_named_and_nothing_is_written():
     assert first.tolist() == [9.0] * 3
 
 
+def test_tensors_that_lie_where_they_lay_are_not_checked_again(monkeypatch):
+    first, second = torch.zeros(2), torch.zeros(3)
+    store = store_of(first, second)
+    checked = []
+    check = store._check_unchanged
+    monkeypatch.setattr(
+        store, "_check_unchanged", lambda index, tensor: (checked.append(index), check(index, tensor))
+    )
+    before = snapshot_of(store)
+    first += 1
+    store.apply(before, before)
+    assert checked == [0, 1]
+    second.data = torch.ones(3)
+    store.snapshot(before)
+    assert checked == [0, 1, 1]
+    second.untyped_storage().resize_(0)
+    with pytest.raises(InvalidStateError, match=r"averaged_tensors\[1\] has a storage of 0 bytes now"):
+        store.snapshot(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
 def test_values_far_apart_move_without_overflow(dtype, alpha, device):
@@ -313,6 +333,14 @@ def test_first_non_finite():
     assert first_non_finite(store.layout, snapshot_of(store)) == 2
     tensors[1][0] = -math.inf
     assert first_non_finite(store.layout, bytearray(snapshot_of(store).numpy().tobytes())) == 1
+
+
+def test_first_non_finite_of_many_small_ones():
+    tensors = [torch.zeros(size) for size in (0, 2, 0, 1, 3, 0)]
+    store = store_of(*tensors)
+    for index in (4, 3, 1):
+        tensors[index][-1] = math.nan
+        assert first_non_finite(store.layout, snapshot_of(store)) == index
 
 
 def test_thread_pool_of_torch_is_left_alone(monkeypatch):

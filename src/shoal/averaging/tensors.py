@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -24,7 +25,7 @@ import torch
 from shoal.averaging.allreduce.reduction import is_finite
 from shoal.averaging.partition import Layout
 from shoal.averaging.schema import lacks_storage, overlaps_itself, shared_memory
-from shoal.compression.base import DTYPE_NAMES, tensor_array
+from shoal.compression.base import DTYPE_NAMES, UINT8, tensor_array
 from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidTypeError, InvalidValueError
 
 Area: TypeAlias = torch.Tensor | memoryview | bytearray
@@ -37,6 +38,11 @@ MERGE_ELEMENTS = 1 << 15
 """What is computed on at a time: the most elements for which torch does not wake its intra-op threads."""
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {size: np.dtype(f"i{size}") for size in _INTEGERS}
+_CPU = torch.device("cpu")
+
+Bits: TypeAlias = npt.NDArray[Any]
+"""The elements of a tensor in the CPU's memory, as integers of their size: a flat view that can be written."""
 
 
 class HeldTensors(tuple[torch.Tensor, ...]):
@@ -67,9 +73,9 @@ class TensorStore:
         self._holder_name = ""
         self._held_since = 0.0
         self._depth = 0
-        self._seen_apart: list[tuple[int, tuple[int, ...]]] = []
+        self._seen: list[tuple[object, ...] | None] = [None] * len(self.tensors)
         self._cuda: dict[torch.device, CudaCopier] = {}
-        for device in {tensor.device for tensor in self.tensors}:
+        for device in {tensor.device for tensor in self.tensors if tensor.is_cuda}:
             self._cuda_copier(device)
 
     @contextmanager
@@ -140,18 +146,15 @@ class TensorStore:
         was ``abandoned``, or naming the tensor if one has changed its shape or dtype, has lost its memory, or shares
         it with another one now. Says nothing of NaN: see :func:`first_non_finite`.
         """
-        target = self._area(area)
+        targets = self._slots(area)  # before the lock: whoever waits for it, waits for copies alone
         with self.hold(timeout, abandoned):
-            self._check_unchanged()
-            for index, tensor in enumerate(self.tensors):
-                view = self.layout.tensor_view(target, index)
-                copier = self._cuda_copier(tensor.device)
-                if copier is not None:
-                    copier.read(tensor.data, view)
-                elif _is_plain(tensor):
-                    np.copyto(_bytes(view), tensor_array(tensor, "u1"))
+            for tensor, target in zip(self._unchanged(), targets, strict=True):
+                if _is_plain(tensor):
+                    np.copyto(target, tensor_array(tensor, target.dtype))
+                elif tensor.is_cuda:
+                    self._cuda_copier(tensor.device).read(tensor, _elements(target, tensor.dtype))
                 else:
-                    view.view(tensor.shape).copy_(tensor.data)
+                    _elements(target, tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def apply(
         self,
@@ -170,20 +173,30 @@ class TensorStore:
         itself is written, unless the trainer has put a finite value there since, which stays. Raises as
         :meth:`snapshot` does, but for the time, before anything was written.
         """
-        before, after = self._area(snapshot), self._area(average)
-        with self.hold(None, abandoned):
-            self._check_unchanged()
-            for index, tensor in enumerate(self.tensors):
-                old, new = self.layout.tensor_view(before, index), self.layout.tensor_view(after, index)
-                copier = self._cuda_copier(tensor.device)
-                if copier is not None:
-                    copier.merge(tensor.data, old, new, alpha)
-                elif _is_plain(tensor):
-                    _merge_flat(tensor.data.view(-1), old, new, alpha)
+        merge = _Merge(alpha)
+        before, after = self._slots(snapshot), self._slots(average)
+        with (
+            self.hold(None, abandoned),
+            np.errstate(all="ignore"),
+        ):  # the trainer's own infinities are not ours
+            for tensor, old, new in zip(self._unchanged(), before, after, strict=True):
+                if _is_plain(tensor):
+                    merge(tensor_array(tensor, old.dtype), old, new, tensor.dtype)
+                elif tensor.is_cuda:
+                    old_elements, new_elements = _elements(old, tensor.dtype), _elements(new, tensor.dtype)
+                    self._cuda_copier(tensor.device).merge(tensor, old_elements, new_elements, alpha)
                 else:
-                    flat = tensor.data.to("cpu", copy=True).reshape(-1)
-                    _merge_flat(flat, old, new, alpha)
-                    tensor.data.copy_(flat.view(tensor.shape))
+                    flat = tensor.to("cpu", copy=True).reshape(-1).contiguous()
+                    merge(tensor_array(flat, old.dtype), old, new, tensor.dtype)
+                    tensor.copy_(flat.view(tensor.shape))
+
+    def _slots(self, area: Area) -> list[Bits]:
+        """Where in an arena each tensor's elements lie."""
+        memory = tensor_array(self._area(area), UINT8)
+        return [
+            memory[slot.offset : slot.offset + slot.nbytes].view(_BITS[slot.dtype.itemsize])
+            for slot in self.layout.slots
+        ]
 
     def _area(self, area: Area) -> torch.Tensor:
         tensor = area if isinstance(area, torch.Tensor) else _as_tensor(area)
@@ -194,41 +207,46 @@ class TensorStore:
             )
         return tensor
 
-    def _check_unchanged(self) -> None:
-        for index, (tensor, slot) in enumerate(zip(self.tensors, self.layout.slots, strict=True)):
-            if tuple(tensor.shape) != slot.shape or tensor.dtype != slot.dtype:
-                raise InvalidStateError(
-                    f"averaged_tensors[{index}] was {DTYPE_NAMES[slot.dtype]} {list(slot.shape)} when the"
-                    f" averager was made, and is {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} now;"
-                    " shapes and dtypes can't change"
-                )
-            if tensor.layout != torch.strided:
-                raise InvalidStateError(f"averaged_tensors[{index}] is no longer dense, but {tensor.layout}")
-            if lacks_storage(tensor):
-                raise InvalidStateError(
-                    f"averaged_tensors[{index}] has a storage of {tensor.untyped_storage().nbytes()} bytes now, which "
-                    "does not hold its elements; a round needs them all"
-                )
-            if overlaps_itself(tensor):
-                raise InvalidStateError(
-                    f"averaged_tensors[{index}] has elements that share memory now (strides {tensor.stride()}); "
-                    "give it storage of its own"
-                )
-        self._check_apart()
-
-    def _check_apart(self) -> None:
-        """Two tensors that share memory would each have their own average written over the other's."""
-        places = [(tensor.data_ptr(), tensor.stride()) for tensor in self.tensors]
-        if places == self._seen_apart:
-            return
-        sharing = shared_memory(self.tensors)
+    def _unchanged(self) -> list[torch.Tensor]:
+        """The tensors as they are now, outside of autograd, once it is known that they can be averaged still: those
+        that lie where they lay are not looked at again.
+        """
+        tensors = [tensor.data for tensor in self.tensors]
+        seen: list[tuple[object, ...] | None] = [_place(tensor) for tensor in tensors]
+        if seen == self._seen:
+            return tensors
+        for index, (place, former) in enumerate(zip(seen, self._seen, strict=True)):
+            if place != former:
+                self._check_unchanged(index, tensors[index])
+        # Two tensors that share memory would each have their own average written over the other's.
+        sharing = shared_memory(tensors)
         if sharing is not None:
             raise InvalidStateError(f"{sharing} now; give it storage of its own")
-        self._seen_apart = places
+        self._seen = seen
+        return tensors
 
-    def _cuda_copier(self, device: torch.device) -> CudaCopier | None:
-        if device.type != "cuda":
-            return None
+    def _check_unchanged(self, index: int, tensor: torch.Tensor) -> None:
+        slot = self.layout.slots[index]
+        if tuple(tensor.shape) != slot.shape or tensor.dtype != slot.dtype:
+            raise InvalidStateError(
+                f"averaged_tensors[{index}] was {DTYPE_NAMES[slot.dtype]} {list(slot.shape)} when the"
+                f" averager was made, and is {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} now;"
+                " shapes and dtypes can't change"
+            )
+        if tensor.layout != torch.strided:
+            raise InvalidStateError(f"averaged_tensors[{index}] is no longer dense, but {tensor.layout}")
+        if lacks_storage(tensor):
+            raise InvalidStateError(
+                f"averaged_tensors[{index}] has a storage of {tensor.untyped_storage().nbytes()} bytes now, which "
+                "does not hold its elements; a round needs them all"
+            )
+        if overlaps_itself(tensor):
+            raise InvalidStateError(
+                f"averaged_tensors[{index}] has elements that share memory now (strides {tensor.stride()}); "
+                "give it storage of its own"
+            )
+
+    def _cuda_copier(self, device: torch.device) -> CudaCopier:
         if device not in self._cuda:
             self._cuda[device] = CudaCopier(device)
         return self._cuda[device]
@@ -311,45 +329,39 @@ class CudaCopier:
 def first_non_finite(layout: Layout, area: Area) -> int | None:
     """Index of the first tensor of a snapshot that has NaN or infinite elements; needs no lock."""
     source = area if isinstance(area, torch.Tensor) else _as_tensor(area)
-    for index in range(len(layout.slots)):
-        view = layout.tensor_view(source, index)
-        if not all(map(is_finite, _pieces(view, MERGE_ELEMENTS))):
-            return index
+    for section in layout.sections:
+        view = source[section.offset : section.offset + section.nbytes].view(section.dtype)
+        for number, piece in enumerate(_pieces(view, MERGE_ELEMENTS)):
+            if not is_finite(piece):
+                element = number * MERGE_ELEMENTS + int(piece.isfinite().logical_not().nonzero()[0])
+                place = section.offset + element * section.dtype.itemsize
+                return bisect_right(layout.slots, place, key=lambda slot: slot.offset) - 1
     return None
 
 
-def _merge_flat(flat: torch.Tensor, old: torch.Tensor, new: torch.Tensor, alpha: float) -> None:
+class _Merge:
     """:func:`_merge` on the CPU, in chunks; those that the trainer did not touch are only copied."""
-    size = flat.itemsize
-    bits, old_bits, new_bits = (tensor_array(t, f"i{size}") for t in (flat, old, new))
-    scratch = np.empty(MERGE_ELEMENTS, dtype=f"f{size}")
-    for chunk in _slices(flat.numel(), CHUNK_NBYTES // size):
-        if alpha == 1 and _equal(bits[chunk], old_bits[chunk]):
-            np.copyto(bits[chunk], new_bits[chunk])
-            continue
-        for piece in _slices(chunk.stop, MERGE_ELEMENTS, chunk.start):
-            if size == 2:
-                _merge(flat[piece], old[piece], new[piece], alpha)
-            else:
-                _merge_numpy(bits[piece], old_bits[piece], new_bits[piece], alpha, scratch)
 
+    def __init__(self, alpha: float) -> None:
+        self._alpha = alpha
+        self._scratch = {size: np.empty(MERGE_ELEMENTS, dtype=f"f{size}") for size in (4, 8)}
 
-def _equal(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> bool:
-    head = 256  # an optimizer's step changes nearly every element: seldom is more than this looked at in vain
-    return np.array_equal(first[:head], second[:head]) and np.array_equal(first, second)
+    def __call__(self, bits: Bits, old: Bits, new: Bits, dtype: torch.dtype) -> None:
+        for chunk in _slices(len(bits), CHUNK_NBYTES // bits.itemsize):
+            if self._alpha == 1 and _equal(bits[chunk], old[chunk]):
+                np.copyto(bits[chunk], new[chunk])
+                continue
+            for piece in _slices(chunk.stop, MERGE_ELEMENTS, chunk.start):
+                if bits.itemsize == 2:
+                    current, before, after = (_elements(array[piece], dtype) for array in (bits, old, new))
+                    _merge(current, before, after, self._alpha)
+                else:
+                    self._merge_wide(bits[piece], old[piece], new[piece])
 
-
-def _merge_numpy(
-    bits: npt.NDArray[Any],
-    old_bits: npt.NDArray[Any],
-    new_bits: npt.NDArray[Any],
-    alpha: float,
-    scratch: npt.NDArray[Any],
-) -> None:
-    """:func:`_merge` for float32 and float64 on the CPU, where numpy takes half the time."""
-    moved = scratch[: len(bits)]
-    current, old, new = (array.view(moved.dtype) for array in (bits, old_bits, new_bits))
-    with np.errstate(all="ignore"):  # the trainer's own infinities are none of our business
+    def _merge_wide(self, bits: Bits, old_bits: Bits, new_bits: Bits) -> None:
+        """For float32 and float64, where numpy takes half the time."""
+        alpha, moved = self._alpha, self._scratch[bits.itemsize][: len(bits)]
+        current, old, new = (array.view(moved.dtype) for array in (bits, old_bits, new_bits))
         np.subtract(new, old, out=moved)
         if alpha != 1:
             np.multiply(moved, alpha, out=moved)
@@ -360,9 +372,16 @@ def _merge_numpy(
             carefully = 2 * (current * half + alpha * (new * half - old * half))
             rescued = np.where(np.isfinite(current), current, new)
             np.copyto(moved, np.where(np.isfinite(old), carefully, rescued), where=~finite)
-    if alpha == 1:
-        np.copyto(moved, new, where=np.equal(bits, old_bits))
-    np.copyto(current, moved)
+        if alpha == 1:
+            np.copyto(moved, new, where=np.equal(bits, old_bits))
+        np.copyto(current, moved)
+
+
+def _equal(first: Bits, second: Bits) -> bool:
+    head = 256  # an optimizer's step changes nearly every element: seldom is more than this looked at in vain
+    if first[:head].tobytes() != second[:head].tobytes():
+        return False
+    return len(first) <= head or np.array_equal(first, second)
 
 
 def _merge(current: torch.Tensor, old: torch.Tensor, new: torch.Tensor, alpha: float) -> None:
@@ -393,7 +412,26 @@ def _pieces(flat: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor's memory is its elements in order, readable by the CPU."""
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_neg()
+    return tensor.device == _CPU and tensor.is_contiguous() and not tensor.is_neg()
+
+
+def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+    """All that the checks of :meth:`TensorStore._unchanged` depend on."""
+    if tensor.layout != torch.strided:
+        return (tensor.layout,)
+    return (
+        tensor.data_ptr(),
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        tensor.device,
+        tensor.storage_offset(),
+        tensor.untyped_storage().nbytes(),
+    )
+
+
+def _elements(bits: Bits, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(bits).view(dtype)
 
 
 def _as_tensor(area: memoryview | bytearray) -> torch.Tensor:

@@ -34,6 +34,8 @@ FLOATING_DTYPES: dict[str, torch.dtype] = {
 }
 """The dtypes that can be averaged, by their name on the wire."""
 
+UINT8 = np.dtype(np.uint8)
+
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in FLOATING_DTYPES.items()}
 
 
@@ -285,33 +287,35 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as writable bytes; it lives as long as the view does."""
     if not tensor.is_contiguous() or tensor.device.type != "cpu":
         raise InvalidValueError("tensor must be contiguous and on the CPU")
-    return tensor_array(tensor, "u1").data
+    return tensor_array(tensor.detach(), UINT8).data
 
 
-def tensor_array(tensor: torch.Tensor, dtype: str) -> npt.NDArray[Any]:
+def tensor_array(tensor: torch.Tensor, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """The memory of a contiguous CPU tensor as a flat writable array, which keeps it alive.
 
     Unlike that of ``tensor.numpy()``, which nobody can resize ever again, the tensor's storage stays the caller's to
     resize: only while the array is used, it may not be. Nor does it matter which stride a single element has.
 
-    :param dtype: of the array, as numpy writes it: ``"u1"``, ``"f4"``
+    :param dtype: of the array: one whose size divides that of the memory
     """
-    return np.asarray(_Memory(tensor.detach(), np.dtype(dtype)))
+    memory = _Memory()
+    memory.owner = tensor
+    memory.__array_interface__ = {
+        "data": (tensor.data_ptr(), False),
+        "shape": (tensor.nbytes // dtype.itemsize,),
+        "typestr": dtype.str,
+        "version": 3,
+    }
+    return np.asarray(memory)
 
 
 class _Memory:
     """Tells numpy where a tensor lies, and keeps it there."""
 
-    __slots__ = ("__array_interface__", "_tensor")
+    __slots__ = ("__array_interface__", "owner")
 
-    def __init__(self, tensor: torch.Tensor, dtype: np.dtype[Any]) -> None:
-        self._tensor = tensor
-        self.__array_interface__ = {
-            "data": (tensor.data_ptr(), False),
-            "shape": (tensor.numel() * tensor.itemsize // dtype.itemsize,),
-            "typestr": dtype.str,
-            "version": 3,
-        }
+    owner: torch.Tensor
+    __array_interface__: dict[str, Any]
 
 
 def decode_raw(data: memoryview, dtype: torch.dtype, count: int, out: torch.Tensor | None) -> torch.Tensor:

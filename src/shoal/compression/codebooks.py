@@ -24,6 +24,7 @@ HALVES = 1 << 16
 PIECE = 1 << 16
 """Elements that are worked on at a time, so that all operations after the first find them in the cache."""
 
+_FLOAT32 = np.dtype(np.float32)
 _FINITE = 0x7C00  # half-precision numbers of one sign that are finite, zero included
 _SAMPLE = 1 << 15
 _CELLS = 1 << 10
@@ -93,7 +94,7 @@ def fit_codebook(values: torch.Tensor) -> Codebook:
     a sixteenth of it. Large inputs are judged by 32,768 of their values and the two extremes.
     """
     if len(values) <= LEVELS:
-        own = np.sort(tensor_array(values, "f4"))
+        own = np.sort(tensor_array(values, _FLOAT32))
         return Codebook(own, own[:-1], 0.0, 0.0)
     sample = np.sort(_sample(values))
     first, last = float(sample[0]), float(sample[-1])
@@ -113,7 +114,7 @@ def fit_codebook(values: torch.Tensor) -> Codebook:
 
 def _sample(values: torch.Tensor) -> npt.NDArray[np.float32]:
     if len(values) <= _SAMPLE:
-        return tensor_array(values, "f4")
+        return tensor_array(values, _FLOAT32)
     low, high = torch.aminmax(values)
     chosen = values.index_select(0, _places(len(values)))
     return torch.cat([chosen, low.view(1), high.view(1)]).numpy()

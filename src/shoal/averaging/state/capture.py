@@ -26,7 +26,7 @@ from shoal.averaging.state.manifest import (
     tensor_entry,
 )
 from shoal.averaging.state.messages import TensorEntry
-from shoal.compression.base import CompressionBase, CompressionInfo, NoCompression, tensor_array
+from shoal.compression.base import UINT8, CompressionBase, CompressionInfo, NoCompression, tensor_array
 from shoal.compression.registry import CODECS
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
 from shoal.runtime.memory import SharedMemory
@@ -223,7 +223,7 @@ def _copy(state: CheckedState, layout: CaptureLayout, buffer: memoryview) -> Non
         target = block[offset : offset + source.numel() * source.itemsize]
         if source.device.type == "cpu" and source.is_contiguous() and not _is_lazy(source):
             # numpy copies on this thread alone: the trainer keeps its cores
-            np.copyto(target.numpy(), tensor_array(source, "u1"))
+            np.copyto(target.numpy(), tensor_array(source, UINT8))
         else:
             target.view(source.dtype).view(source.shape).copy_(source)
 
