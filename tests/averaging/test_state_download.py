@@ -16,8 +16,8 @@ import torch
 from shoal.averaging.router import Router
 from shoal.averaging.state.capture import Capture, capture_state
 from shoal.averaging.state.choice import WAIT_PATIENCE, Donor
-from shoal.averaging.state.donor import CopyUnavailable, StateDonor
-from shoal.averaging.state.download import Downloaded, Progress, StateDownload
+from shoal.averaging.state.donor import YIELD_CHUNKS, CopyUnavailable, StateDonor
+from shoal.averaging.state.download import Downloaded, PartialState, Progress, StateDownload
 from shoal.averaging.state.host import tensors_in
 from shoal.averaging.state.manifest import MAX_TENSORS, Manifest, metadata_entry
 from shoal.averaging.state.messages import (
@@ -182,6 +182,33 @@ def test_a_state_arrives_whole_and_the_copy_is_freed_a_minute_later():
                 assert memory.buffer
 
     run(main)
+
+
+@pytest.mark.parametrize("place", [(Stream, "send_payload"), (PartialState, "take")], ids=["donor", "joiner"])
+def test_many_small_tensors_leave_others_their_turns_on_the_event_loop(place, monkeypatch):
+    original = getattr(*place)
+    since, longest = 0, 0
+
+    def turn_of_others() -> None:
+        nonlocal since
+        since = 0
+
+    async def counted(*args: Any) -> None:
+        nonlocal since, longest
+        since += 1
+        longest = max(longest, since)
+        asyncio.get_running_loop().call_soon(turn_of_others)
+        await original(*args)
+
+    async def main() -> None:
+        async with Swarm(3, bandwidth=None) as swarm:
+            await swarm.donor("a")
+            swarm.states["a"] = [torch.tensor(float(i)) for i in range(1000)]
+            monkeypatch.setattr(*place, counted)
+            swarm.check(await swarm.load("j", [swarm.known("a")]), "a")
+
+    run(main)
+    assert 0 < longest <= YIELD_CHUNKS
 
 
 def test_a_lossy_codec_is_decoded_as_it_comes():

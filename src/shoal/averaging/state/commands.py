@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shoal.averaging.state.messages import TensorEntry
 from shoal.compression.base import CompressionBase
 
 
@@ -43,11 +42,14 @@ class StateMemory(StateCommand):
 
 @dataclass(frozen=True)
 class StateCaptured(StateCommand):
-    """Answers :class:`CaptureState`: the copy's memory, of ``nbytes`` bytes, follows as a descriptor."""
+    """Answers :class:`CaptureState`: the copy's memory, of ``nbytes`` bytes, follows as a descriptor.
+
+    ``entries``: packed.
+    """
 
     capture: int
     nbytes: int
-    entries: tuple[TensorEntry, ...]
+    entries: bytes
     codecs: tuple[CompressionBase, ...]
 
 
@@ -61,12 +63,12 @@ class CaptureFailed(StateCommand):
 
 @dataclass(frozen=True)
 class LoadedState:
-    """``donor`` (PeerID bytes) has given a state of these tensors, which lies in the memory of the download; or why
-    nobody has.
+    """``donor`` (PeerID bytes) has given a state of these tensors (packed), which lies in the memory of the download;
+    or why nobody has.
     """
 
     donor: bytes
-    entries: tuple[TensorEntry, ...]
+    entries: bytes
     failure: str | None = None
 
 

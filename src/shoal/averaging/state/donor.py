@@ -60,6 +60,10 @@ COPY_TIMEOUT = 600.0
 """Seconds that the host may take to make a copy."""
 STALL_TIMEOUT = 60.0
 """A joiner that takes nothing for so long loses its slot."""
+YIELD_CHUNKS = 32
+"""Chunks after which others on the event loop get their turn, whether or not the connection makes one wait: those of a
+state of many small tensors fit into its buffers by the thousand.
+"""
 FAILED = "the donor's get_current_state failed"
 
 
@@ -243,7 +247,7 @@ class StateDonor:
 
     async def _prepared(self, capture: Capture, taken_at: float) -> HeldState:
         try:
-            held = HeldState(capture, taken_at)
+            held = await asyncio.to_thread(HeldState, capture, taken_at)
             await asyncio.to_thread(held.encode)
         except BaseException:
             capture.memory.close()
@@ -306,6 +310,8 @@ class StateDonor:
             await _promptly(_send_offer(stream, held))
         for index in range(start, manifest.chunk_count):
             await _promptly(stream.send_payload(index, held.chunk(index)))
+            if index % YIELD_CHUNKS == 0:
+                await asyncio.sleep(0)
         assert held.digest is not None
         await stream.send(Digest(await asyncio.shield(held.digest)))
         # The copy is in use until the joiner has taken everything.
@@ -320,6 +326,7 @@ async def _send_offer(stream: Stream, held: HeldState) -> None:
     await stream.send(Offer(held.state_id, len(entries), held.manifest.nbytes))
     for first in range(0, len(entries), PAGE_ENTRIES):
         await stream.send(ManifestPage(entries[first : first + PAGE_ENTRIES]))
+        await asyncio.sleep(0)
 
 
 async def _promptly(taking: Awaitable[T]) -> T:

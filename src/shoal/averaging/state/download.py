@@ -32,6 +32,7 @@ from shoal.averaging.state.choice import (
     LookForDonors,
     Stay,
 )
+from shoal.averaging.state.donor import YIELD_CHUNKS
 from shoal.averaging.state.manifest import Chunk, Manifest, ManifestReader
 from shoal.averaging.state.messages import (
     REPLACED,
@@ -324,6 +325,8 @@ class StateDownload:
                 if not isinstance(payload, Payload):
                     raise ProtocolViolation(f"sent {type(payload).__name__} instead of a chunk")
                 await partial.take(payload)
+                if partial.next_chunk % YIELD_CHUNKS == 0:
+                    await asyncio.sleep(0)
                 self._waiting = donor.peer, asyncio.get_running_loop().time()
                 self._tell(ChunkReceived())
                 self._show(partial)
@@ -379,7 +382,8 @@ class StateDownload:
             if not isinstance(page, ManifestPage):
                 raise ProtocolViolation(f"sent {type(page).__name__} instead of its manifest")
             reader.add(page.entries)
-        manifest = reader.manifest()
+            await asyncio.sleep(0)
+        manifest = await asyncio.to_thread(reader.manifest)
         memory = await self._allocate(manifest.decoded_nbytes)
         return PartialState(stream.remote, offer.state_id, manifest, memory)
 

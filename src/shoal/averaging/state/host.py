@@ -34,6 +34,7 @@ from shoal.averaging.state.commands import (
     StateMemory,
 )
 from shoal.averaging.state.manifest import Manifest
+from shoal.averaging.state.messages import pack_entries, unpack_entries
 from shoal.averaging.tensors import TensorStore
 from shoal.compression.base import CompressionBase
 from shoal.errors import DeadlineExceeded, InvalidStateError, PeerProcessDied, UsageError
@@ -193,7 +194,8 @@ class StateHost:
             self._fail(handle, number, "get_current_state() failed", e)
         else:
             with capture.memory as memory:
-                captured = StateCaptured(number, memory.nbytes, capture.entries, capture.codecs)
+                packed = pack_entries(capture.entries)
+                captured = StateCaptured(number, memory.nbytes, packed, capture.codecs)
                 try:
                     _tell(handle, captured, [memory.fd])
                 except BaseException as e:  # noqa: BLE001 - of the user's codecs, which are pickled
@@ -288,7 +290,7 @@ class StateHost:
             logger.warning("%s: no state was loaded: %s", self._prefix, loaded.failure)
             return None
         assert download.memory is not None
-        manifest = Manifest(loaded.entries)
+        manifest = Manifest(unpack_entries(loaded.entries))
         if download.bar is not None:
             donor = str(PeerID.from_bytes(loaded.donor))
             download.bar.complete(donor, manifest.nbytes)

@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-import msgspec
 import torch
 
-from shoal.averaging.state.messages import MAX_DIMENSIONS, TensorEntry
+from shoal.averaging.state.messages import MAX_DIMENSIONS, TensorEntry, pack_entries
 from shoal.compression.base import FLOATING_DTYPES, CompressionBase, NoCompression
 from shoal.compression.registry import get_codec
 from shoal.errors import ProtocolViolation
@@ -121,7 +120,7 @@ class Manifest:
 
     def fingerprint(self) -> bytes:
         """What the digest of a state begins with, so that it covers dtypes and shapes too."""
-        return msgspec.msgpack.encode(self.entries)
+        return pack_entries(self.entries)
 
     def new_digest(self) -> hashlib._Hash:
         """A SHA-256 that waits for the encoded chunks, in order."""

@@ -39,6 +39,16 @@ class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
     codec: int
 
 
+def pack_entries(entries: tuple[TensorEntry, ...]) -> bytes:
+    """One string of bytes, which is pickled, hashed and read in a fraction of the time that as many objects take."""
+    return msgspec.msgpack.encode(entries)
+
+
+def unpack_entries(packed: bytes) -> tuple[TensorEntry, ...]:
+    """What was packed in this process or in its other half."""
+    return msgspec.msgpack.decode(packed, type=tuple[TensorEntry, ...])
+
+
 class Resume(msgspec.Struct, frozen=True):
     """What the joiner has of a state: all chunks before ``next_chunk``."""
 

@@ -25,6 +25,7 @@ from shoal.averaging.state.commands import (
 from shoal.averaging.state.declarations import DonorDeclarations, Wish
 from shoal.averaging.state.donor import CopyUnavailable, StateDonor
 from shoal.averaging.state.download import Progress, StateDownload
+from shoal.averaging.state.messages import pack_entries, unpack_entries
 from shoal.averaging.state.queue import MAX_REQUESTS_PER_PEER
 from shoal.dht.node import DHTNode
 from shoal.dht.tasks import TaskSet
@@ -118,7 +119,7 @@ class StateService:
             return
         (descriptor,) = descriptors
         memory = SharedMemory.from_descriptor(descriptor, captured.nbytes)
-        waiting.set_result(Capture(memory, captured.entries, captured.codecs))
+        waiting.set_result(Capture(memory, unpack_entries(captured.entries), captured.codecs))
 
     # as a joiner
 
@@ -129,7 +130,7 @@ class StateService:
                 await self._downloads.acquire()  # donors refuse more requests of one peer
         except TimeoutError:
             reason = "the downloads that this peer had begun before took longer"
-            return LoadedState(b"", (), f"{reason} than timeout={command.timeout:g} s")
+            return LoadedState(b"", b"", f"{reason} than timeout={command.timeout:g} s")
         try:
             return await self._download(command, began)
         finally:
@@ -149,8 +150,8 @@ class StateService:
         finally:
             self._forget_memory(command.download)
         if isinstance(result, str):
-            return LoadedState(b"", (), result)
-        return LoadedState(result.donor.to_bytes(), result.manifest.entries)
+            return LoadedState(b"", b"", result)
+        return LoadedState(result.donor.to_bytes(), pack_entries(result.manifest.entries))
 
     async def _find_donors(self) -> list[Donor]:
         found = await self._declarations.read()
