@@ -214,18 +214,17 @@ def _layout(entries: Sequence[TensorEntry], codecs: Sequence[CompressionBase]) -
 
 
 def _copy(state: CheckedState, layout: CaptureLayout, buffer: memoryview) -> None:
-    block = torch.frombuffer(buffer, dtype=torch.uint8)
+    memory = np.frombuffer(buffer, dtype=np.uint8)
     buffer[layout.raw_offsets[0] : layout.raw_offsets[0] + len(state.metadata)] = state.metadata
     for device in {tensor.device for tensor in state.tensors if tensor.is_cuda}:
         torch.cuda.synchronize(device)  # whatever the trainer has enqueued, on whatever stream
-    for tensor, offset in zip(state.tensors, layout.raw_offsets[1:], strict=True):
-        source = tensor.detach()
-        target = block[offset : offset + source.numel() * source.itemsize]
+    for source, offset in zip(state.tensors, layout.raw_offsets[1:], strict=True):
+        target = memory[offset : offset + source.nbytes]
         if source.device.type == "cpu" and source.is_contiguous() and not _is_lazy(source):
             # numpy copies on this thread alone: the trainer keeps its cores
-            np.copyto(target.numpy(), tensor_array(source, UINT8))
+            np.copyto(target, tensor_array(source, UINT8))
         else:
-            target.view(source.dtype).view(source.shape).copy_(source)
+            torch.from_numpy(target).view(source.dtype).view(source.shape).copy_(source.detach())
 
 
 def _is_lazy(tensor: torch.Tensor) -> bool:
