@@ -21,7 +21,9 @@ def grid_bits(number: int, base: int, dimensions: int) -> str:
 
 
 def check_grid(seed: int, base: int, dimensions: int, *, pause: float) -> None:
-    """Each peer begins its next round as soon as its last one is over, ``pause`` seconds at most later."""
+    """Each peer begins its next round as soon as its last one is over, ``pause`` seconds at most later: twice that is less
+    than ``min_matchmaking_time``, so that the first peers of a group still wait when its last one comes.
+    """
     rng = random.Random(f"grid {seed}")
     config = MatchmakingConfig(target_group_size=base, min_matchmaking_time=5.0)
     sim = SimulatedMatchmaking(seed, config)
@@ -119,4 +121,4 @@ def test_two_without_bits_stay_together_beside_a_grid():
 @pytest.mark.parametrize(("base", "dimensions"), [(2, 3), (4, 2), (3, 2), (2, 4)])
 def test_many_grids(base, dimensions):
     for seed in range(100):
-        check_grid(seed, base, dimensions, pause=3.0)
+        check_grid(seed, base, dimensions, pause=2.0)
