@@ -21,8 +21,8 @@ def grid_bits(number: int, base: int, dimensions: int) -> str:
 
 
 def check_grid(seed: int, base: int, dimensions: int, *, pause: float) -> None:
-    """Each peer begins its next round as soon as its last one is over, ``pause`` seconds at most later: twice that is less
-    than ``min_matchmaking_time``, so that the first peers of a group still wait when its last one comes.
+    """Each peer begins its next round as soon as its last one is over, ``pause`` seconds at most later. Twice that is
+    less than ``min_matchmaking_time``, so that the first peers of a group still wait when its last one comes.
     """
     rng = random.Random(f"grid {seed}")
     config = MatchmakingConfig(target_group_size=base, min_matchmaking_time=5.0)
