@@ -139,8 +139,7 @@ def automatic_key(prefix: str, bits: str) -> str:
 
     Another name, so that they never meet those to whom these very bits were given, nor count them as their own.
     """
-    key = group_key(prefix)
-    return f"{prefix}.auto{bits}" if bits else key
+    return f"{prefix}.auto{bits}" if bits else group_key(prefix)
 
 
 def bits_of_key(key: str) -> str:
