@@ -97,4 +97,6 @@ def test_missing_demo_packages_are_named(
 
     monkeypatch.setattr(importlib.util, "find_spec", find_all_but_matplotlib)
     assert run(["demo"]) == 2
-    assert capsys.readouterr().err == "shoal: the demo needs matplotlib: pip install 'shoal[demo]'\n"
+    assert (
+        capsys.readouterr().err == "shoal: the demo needs matplotlib: pip install -e '.[demo]' in a clone\n"
+    )

@@ -70,9 +70,7 @@ def require_demo_packages() -> None:
     packages = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
     missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise UsageError(
-            f"the demo needs {' and '.join(missing)}: install Shoal with its extra, as in pip install -e '.[demo]'"
-        )
+        raise UsageError(f"the demo needs {' and '.join(missing)}: pip install -e '.[demo]' in a clone")
 
 
 def load_samples() -> Samples:
