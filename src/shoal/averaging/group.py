@@ -139,7 +139,8 @@ def automatic_key(prefix: str, bits: str) -> str:
 
     Another name, so that they never meet those to whom these very bits were given, nor count them as their own.
     """
-    return f"{prefix}.auto{bits}" if bits else group_key(prefix)
+    without_bits = group_key(prefix)  # checks the prefix, too
+    return f"{prefix}.auto{bits}" if bits else without_bits
 
 
 def bits_of_key(key: str) -> str:

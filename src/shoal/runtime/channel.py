@@ -21,6 +21,10 @@ _HEADER = struct.Struct("<QQIBB")  # length of the body, call, service, kind, nu
 _READ_SIZE = 64 * 1024
 _MAX_DESCRIPTORS = 64
 _ANCILLARY_SIZE = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
+_PATIENCE = 0.05
+"""Seconds to wait for a thread that is sending. That takes microseconds, unless a signal handler has interrupted it,
+which may wait in turn for whoever waits here.
+"""
 _CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 
@@ -109,11 +113,14 @@ class Channel:
             self._watch_writable(True)
 
     def flush(self) -> None:
-        """Send what is queued, as far as the socket has room.
+        """Send what is queued, as far as the socket has room. Does nothing while a thread was interrupted as it sent:
+        call it again when the socket is writable still.
 
         :raises BrokenPipeError: the other side is gone
         """
-        with self._lock:
+        if not self._lock.acquire(timeout=_PATIENCE):
+            return
+        try:
             while self._unsent and not self.closed:
                 data, descriptors = self._unsent[0]
                 sent = self._send_now(data, descriptors)
@@ -126,6 +133,8 @@ class Channel:
                     return
                 self._unsent.popleft()
             self._watch_writable(False)
+        finally:
+            self._lock.release()
 
     def receive(self) -> list[Frame]:
         """The frames that have arrived whole by now; the receiver owns their descriptors.
@@ -150,7 +159,8 @@ class Channel:
 
     def close(self) -> None:
         """Close this end; idempotent. What was not sent is dropped."""
-        with self._lock:
+        is_free = self._lock.acquire(timeout=_PATIENCE)
+        try:
             if self.closed:
                 return
             self.closed = True
@@ -160,6 +170,9 @@ class Channel:
                     os.close(descriptor)
             self._unsent.clear()
             self._unsent_bytes = 0
+        finally:
+            if is_free:
+                self._lock.release()
         while self._descriptors:
             os.close(self._descriptors.popleft())
 

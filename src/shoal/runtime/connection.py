@@ -31,6 +31,7 @@ _TAIL_LINES = 40
 _MAX_LOG_BACKLOG = 10_000
 _TERMINATE_SECONDS = 0.5
 _END_SECONDS = 2.0
+_KILL_SECONDS = 10.0
 
 Handler = Callable[[Any], Any]
 
@@ -186,7 +187,8 @@ class Connection:
         self._process.terminate()
         if not self.ended.wait(_TERMINATE_SECONDS):
             self.kill()
-            self.ended.wait()
+            # No longer: in a signal handler, this very thread may hold what the receiving thread needs for its end.
+            self.ended.wait(_KILL_SECONDS)
 
     def kill(self) -> None:
         self._process.kill()
