@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import socket
 from collections.abc import Callable, Coroutine
 from typing import Any, cast
@@ -117,14 +119,28 @@ def test_a_closed_listener_accepts_nobody_and_frees_its_port(run: Run) -> None:
     run(scenario())
 
 
+def free_port() -> int:
+    """A port that neither family uses, below those that the system gives to whoever asks for any."""
+    for port in range(20_000 + os.getpid() % 5_000, 32_000):
+        with (
+            socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as one,
+            socket.socket(socket.AF_INET, socket.SOCK_STREAM) as other,
+            contextlib.suppress(OSError),
+        ):
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            one.bind(("::", port))
+            other.bind(("0.0.0.0", port))
+            return port
+    raise AssertionError("every port is taken")
+
+
 def test_both_families_listen_on_one_port(run: Run) -> None:
     async def scenario() -> None:
-        network = TcpNetwork()
-        first = await network.listen(Acceptor(), Multiaddr.parse("/ip6/::/tcp/0"))
-        second = await network.listen(Acceptor(), Multiaddr("ip4", "0.0.0.0", first.address.port))
-        for listener in (first, second):
-            listener.close()
-            await listener.wait_closed()
+        network, port = TcpNetwork(), free_port()
+        async with contextlib.AsyncExitStack() as listeners:  # a uvloop does not close before its servers
+            for protocol, host in (("ip6", "::"), ("ip4", "0.0.0.0")):
+                listener = await network.listen(Acceptor(), Multiaddr(protocol, host, port))
+                listeners.callback(listener.close)
 
     run(scenario())
 
