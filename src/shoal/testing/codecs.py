@@ -15,6 +15,7 @@ from shoal.compression import (
     ScaledFloat16Compression,
     Uniform8BitQuantization,
 )
+from shoal.errors import InvalidTypeError
 
 _ROUNDING = {
     torch.float16: 2.0**-11,
@@ -52,7 +53,7 @@ def _bound(codec: CompressionBase, wide: torch.Tensor) -> torch.Tensor:
             return _by_piece(_quantile, wide, 1 << 19)
         case BlockwiseQuantization():
             return _by_piece(_blockwise, wide, 4096)
-    raise NotImplementedError(f"no bound is known for {codec!r}")
+    raise InvalidTypeError(f"no bound is known for {codec!r}; it is known for Shoal's own plain codecs")
 
 
 def _by_piece(bound: Callable[[torch.Tensor], torch.Tensor], wide: torch.Tensor, size: int) -> torch.Tensor:
