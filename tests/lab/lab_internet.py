@@ -133,12 +133,18 @@ class Internet:
         return made
 
     def site(
-        self, name: str, nat: str, *, machines: int = 1, forward: Mapping[int, int] | None = None
+        self,
+        name: str,
+        nat: str,
+        *,
+        machines: int = 1,
+        forward: Mapping[int, int] | None = None,
+        refuse: bool = False,
     ) -> Site:
         """A LAN behind an address translator of one of the kinds :data:`NATS`.
 
-        The router drops what comes unasked, but for connections to the outer ports ``forward``, each of which it
-        gives to a port of the first machine.
+        The router drops what comes unasked, or refuses it, but for connections to the outer ports ``forward``, each
+        of which it gives to a port of the first machine.
         """
         made = self._lan(name, machines, subnet="192.168.1")
         forwarded = "".join(
@@ -152,7 +158,8 @@ class Internet:
             )
             forwarded += 'iifname "net0" meta l4proto tcp dnat to tcp dport map @mapped\n'
             remember = 'oifname "net0" meta l4proto tcp update @mapped { tcp sport : ip saddr }\n'
-        made.router.namespace.nft(_translator(mapping, forwarded, remember + f'oifname "net0" {NATS[nat]}'))
+        outgoing = remember + f'oifname "net0" {NATS[nat]}'
+        made.router.namespace.nft(_translator(mapping, forwarded, outgoing, "accept" if refuse else "drop"))
         return made
 
     def one_to_one(self, name: str) -> Site:
@@ -160,7 +167,7 @@ class Internet:
         made = self._lan(name, machines=1, subnet="10.0.0")
         inner = made.machines[0].ip
         made.router.namespace.nft(
-            _translator("", f'iifname "net0" dnat to {inner}\n', f'oifname "net0" snat to {made.ip}')
+            _translator("", f'iifname "net0" dnat to {inner}\n', f'oifname "net0" snat to {made.ip}', "drop")
         )
         return made
 
@@ -194,8 +201,8 @@ class Internet:
         return Site(router, inside)
 
 
-def _translator(mapping: str, incoming: str, outgoing: str) -> str:
-    """The rules of a router: translate, let answers in, and drop what comes from outside unasked."""
+def _translator(mapping: str, incoming: str, outgoing: str, unasked: str) -> str:
+    """The rules of a router: translate, let answers in, and keep out what comes from outside unasked."""
     return f"""
     table ip translator {{
         {mapping}
@@ -216,7 +223,7 @@ def _translator(mapping: str, incoming: str, outgoing: str) -> str:
         chain to_router {{
             type filter hook input priority filter; policy accept;
             ct state established,related accept
-            iifname "net0" meta l4proto tcp drop
+            iifname "net0" meta l4proto tcp {unasked}
         }}
     }}
     """

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import shoal
+from shoal.dht.node import DHTNode
 
 ELEMENTS = 50_000
 STEP_TIMEOUT = 20.0
@@ -61,7 +62,20 @@ def _average(averager: shoal.DecentralizedAverager, tensor: torch.Tensor) -> Non
 
 def _describe(dht: shoal.DHT, averager: shoal.DecentralizedAverager) -> dict[str, Any]:
     addresses = [str(address) for address in dht.get_visible_maddrs()]
-    return {"addresses": addresses, "client": averager.client_mode, "peer_id": str(dht.peer_id)}
+    return {
+        "addresses": addresses,
+        "client": averager.client_mode,
+        "known": dht.run_coroutine(_known_addresses),
+        "peer_id": str(dht.peer_id),
+    }
+
+
+async def _known_addresses(dht: Any, node: DHTNode) -> dict[str, list[str]]:
+    """In the background process: where it would dial each peer that it is connected to."""
+    return {
+        str(peer): [str(address) for address in node.host.addresses_of(peer)]
+        for peer in node.host.connected_peers()
+    }
 
 
 def _say(event: str, **fields: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +18,6 @@ from lab_internet import Machine
 
 PATIENCE = 100.0
 """Seconds; only a peer that hangs takes as long."""
-END_PATIENCE = 10.0
 
 Event = dict[str, Any]
 
@@ -39,7 +38,7 @@ class Template:
         return self._ask({"start": program}, [machine.namespace.descriptor, stdin, stdout])
 
     def end(self, pid: int) -> int:
-        """End a peer, if it has not ended by itself; returns its exit status."""
+        """Kill a peer, if it has not ended by itself; returns its exit status."""
         return self._ask({"end": pid})
 
     def close(self) -> None:
@@ -54,25 +53,66 @@ class Template:
         return int(json.loads(answer))
 
 
-class Peer:
-    """A peer on a machine. What it says is kept, with the time at which it was said."""
+class Talker:
+    """A process whose lines are kept, with the time at which it said them."""
 
-    def __init__(self, name: str, machine: Machine, template: Template, program: dict[str, Any]) -> None:
+    def __init__(self, name: str, output: int) -> None:
         self.name = name
-        self.machine = machine
         self.lines: list[tuple[float, str]] = []
+        self._ended = False
+        self._news = threading.Condition()
+        self._reader = threading.Thread(target=self._read, args=(output,), name=f"lab-{name}", daemon=True)
+        self._reader.start()
+
+    def wait_for_line(self, holds: Callable[[str], bool], what: str, *, after: int = 0) -> int:
+        """The number of the first line for which this holds, of those from the number ``after`` on."""
+        number = after
+        deadline = time.monotonic() + PATIENCE
+        with self._news:
+            while True:
+                while number < len(self.lines):
+                    if holds(self.lines[number][1]):
+                        return number
+                    number += 1
+                if self._ended:
+                    raise AssertionError(f"{self.name} has ended, and did not say {what}")
+                if not self._news.wait(deadline - time.monotonic()):
+                    raise AssertionError(f"{self.name} did not say {what} within {PATIENCE:g} s")
+
+    def wait_until_silent(self, patience: float = PATIENCE) -> bool:
+        """Wait until it has closed its output, as it does in its end; false if it does not."""
+        self._reader.join(patience)
+        return self._ended
+
+    def _read(self, output: int) -> None:
+        rest = b""
+        while data := os.read(output, 1 << 16):
+            *lines, rest = (rest + data).split(b"\n")
+            with self._news:
+                self.lines += [(time.monotonic(), line.decode(errors="replace")) for line in lines]
+                self._news.notify_all()
+        os.close(output)
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
+
+
+class Peer(Talker):
+    """A peer on a machine, which runs ``lab_peer_program.py``."""
+
+    def __init__(self, machine: Machine, template: Template, program: dict[str, Any]) -> None:
+        self.machine = machine
         self.peer_id = ""
         self.addresses: list[str] = []
         """Where others join by it, as it said when it had joined."""
         self._template = template
-        self._fresh: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._heard = 0
         theirs, self._input = os.pipe()
-        self._output, their_output = os.pipe()
+        output, their_output = os.pipe()
         self._pid = template.start(machine, program, theirs, their_output)
         os.close(theirs)
         os.close(their_output)
-        self._reader = threading.Thread(target=self._read, name=f"lab-{name}", daemon=True)
-        self._reader.start()
+        super().__init__(machine.name, output)
 
     def tell(self, command: str) -> None:
         os.write(self._input, f"{command}\n".encode())
@@ -85,34 +125,25 @@ class Peer:
 
     def wait_for(self, event: str) -> Event:
         """The next such event."""
-        return self.wait_until(lambda said: said["event"] == event, event)
+        marked = f'{{"event": "{event}"'
+        number = self.wait_for_line(lambda line: line.startswith(marked), repr(event), after=self._heard)
+        self._heard = number + 1
+        said: Event = json.loads(self.lines[number][1])
+        return said
 
     def wait_for_log(self, text: str) -> str:
-        """The first record of the log, old or new, that has this in it."""
-        for message in self.logged():
-            if text in message:
-                return message
-        said = self.wait_until(lambda one: one["event"] == "logged" and text in one["message"], repr(text))
-        return str(said["message"])
+        """The first message of its log, old or to come, that has this in it."""
 
-    def wait_until(self, holds: Callable[[Event], bool], what: str) -> Event:
-        """The next event for which this holds."""
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                said = self._fresh.get(timeout=max(deadline - time.monotonic(), 0.0))
-            except queue.Empty:
-                raise AssertionError(f"{self.name} did not say {what} within {PATIENCE:g} s") from None
-            if said is None:
-                self._fresh.put(None)
-                raise AssertionError(f"{self.name} ended without {what}")
-            if holds(said):
-                return said
+        def holds(line: str) -> bool:
+            return line.startswith('{"event": "logged"') and text in json.loads(line)["message"]
 
-    def logged(self, level: str | None = None) -> list[str]:
-        """The messages of its log so far, of one level or all."""
-        said = [json.loads(line) for _, line in list(self.lines) if line.startswith("{")]
-        return [one["message"] for one in said if one["event"] == "logged" and level in (None, one["level"])]
+        number = self.wait_for_line(holds, f"{text!r} in its log")
+        return str(json.loads(self.lines[number][1])["message"])
+
+    def logged(self, level: str) -> list[str]:
+        """The messages of this level that are in its log so far."""
+        said = [json.loads(line) for _, line in self.lines if line.startswith('{"event": "logged"')]
+        return [one["message"] for one in said if one["level"] == level]
 
     def describe(self) -> Event:
         """How others reach it now, in its own view."""
@@ -123,30 +154,46 @@ class Peer:
         """Ask it to shut down."""
         os.close(self._input)
 
-    def end(self) -> None:
-        """Wait until it has shut down, which :meth:`begin_end` asked for; by force if it does not."""
-        self._reader.join(END_PATIENCE)
-        self._template.end(self._pid)
-        self._reader.join()
-        os.close(self._output)
+    def end(self) -> int:
+        """Wait until it has shut down, which :meth:`begin_end` asked for; its exit status."""
+        self.wait_until_silent()
+        return self._template.end(self._pid)
 
-    def _read(self) -> None:
-        rest = b""
-        while data := os.read(self._output, 1 << 16):
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                text = line.decode(errors="replace")
-                self.lines.append((time.monotonic(), text))
-                if text.startswith("{"):
-                    self._fresh.put(json.loads(text))
-        self._fresh.put(None)
+
+class Command(Talker):
+    """``shoal`` with these arguments, on a machine."""
+
+    def __init__(self, machine: Machine, arguments: Sequence[str]) -> None:
+        output, their_output = os.pipe()
+        self._process = machine.namespace.start(
+            [sys.executable, "-m", "shoal.cli.main", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=their_output,
+            stderr=their_output,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "80"},
+        )
+        os.close(their_output)
+        super().__init__(f"{machine.name}$", output)
+
+    def wait_for_text(self, text: str) -> list[str]:
+        """What it has printed up to the line that has this in it, and that line."""
+        number = self.wait_for_line(lambda line: text in line, repr(text))
+        return [line for _, line in self.lines[: number + 1]]
+
+    def begin_end(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+
+    def end(self) -> int:
+        self.wait_until_silent()
+        return self._process.wait(PATIENCE)
 
 
 class Swarm:
-    """The peers of one test, who average together."""
+    """The peers of one test, who average together, and the commands beside them."""
 
     def __init__(self, template: Template) -> None:
         self.peers: list[Peer] = []
+        self.commands: list[Command] = []
         self._template = template
         self._began = time.monotonic()
 
@@ -154,10 +201,9 @@ class Swarm:
         self,
         machine: Machine,
         *,
-        listen: str | Sequence[str] = (),
+        listen: Sequence[str] = (),
         join: Sequence[str] | None = None,
         size: int = 2,
-        averager: dict[str, Any] | None = None,
         **dht: Any,
     ) -> Peer:
         """Start a peer, and return at once.
@@ -169,37 +215,40 @@ class Swarm:
         """
         if join is None:
             join = self.peers[0].addresses if self.peers else []
-        where = [listen] if isinstance(listen, str) else list(listen)
-        program = {
-            "dht": {
-                "host_maddrs": where or [f"/ip4/{machine.ip}/tcp/0"],
-                "initial_peers": list(join) or None,
-                **dht,
-            },
-            "averager": {
-                "prefix": "lab",
-                "target_group_size": size,
-                "min_group_size": 2,
-                "min_matchmaking_time": 4.0,
-                "request_timeout": 2.0,
-                **(averager or {}),
-            },
-            "value": float(len(self.peers)),
+        family, ip = ("ip4", machine.ip) if machine.ip else ("ip6", machine.ip6)
+        options = {
+            "host_maddrs": list(listen) or [f"/{family}/{ip}/tcp/0"],
+            "initial_peers": list(join) or None,
+            **dht,
         }
-        made = Peer(machine.name, machine, self._template, program)
+        averager = {
+            "prefix": "lab",
+            "target_group_size": size,
+            "min_group_size": 2,
+            "min_matchmaking_time": 4.0,
+            "request_timeout": 2.0,
+        }
+        program = {"dht": options, "averager": averager, "value": float(len(self.peers))}
+        made = Peer(machine, self._template, program)
         self.peers.append(made)
         return made
 
-    def average(self, peers: Sequence[Peer] | None = None) -> list[Event]:
-        """Run one step of all at once; what came of it for each."""
-        chosen = self.peers if peers is None else peers
-        for peer in chosen:
+    def command(self, machine: Machine, *arguments: str) -> Command:
+        """Start ``shoal ARGUMENTS``, and return at once."""
+        made = Command(machine, arguments)
+        self.commands.append(made)
+        return made
+
+    def average(self) -> list[Event]:
+        """Run one step of all peers at once; what came of it for each."""
+        for peer in self.peers:
             peer.tell("average")
-        return [peer.wait_for("averaged") for peer in chosen]
+        return [peer.wait_for("averaged") for peer in self.peers]
 
     def story(self) -> str:
-        """All that the peers have said, in the order of time, with their names in place of their PeerIDs."""
-        said = sorted((when, peer.name, line) for peer in self.peers for when, line in list(peer.lines))
+        """All that was said, in the order of time, with the peers' names in place of their PeerIDs."""
+        talkers = [*self.peers, *self.commands]
+        said = sorted((when, one.name, line) for one in talkers for when, line in list(one.lines))
         text = "\n".join(
             f"{when - self._began:7.3f} {name:12} {_readable(line)}" for when, name, line in said
         )
@@ -208,10 +257,12 @@ class Swarm:
         return text
 
     def close(self) -> None:
-        for peer in self.peers:
-            peer.begin_end()
-        for peer in self.peers:
-            peer.end()
+        """End all in order; an error if one does not end so."""
+        talkers = [*self.peers, *self.commands]
+        for one in talkers:
+            one.begin_end()
+        statuses = {one.name: one.end() for one in talkers}
+        assert not any(statuses.values()), f"exit statuses: {statuses}"
 
 
 def _readable(line: str) -> str:

@@ -89,6 +89,12 @@ def test_translators_are_of_their_kind(internet: Internet, nat: str):
     assert is_dropped(servers[0], site.ip, 40_001)
 
 
+def test_a_router_may_refuse_what_comes_unasked(internet: Internet):
+    outside, site = internet.machine("a"), internet.site("home", "cone", refuse=True)
+    with listener(site.machines[0]), pytest.raises(ConnectionRefusedError):
+        dial(outside, site.ip)
+
+
 def test_a_forwarded_port_leads_inside_and_others_do_not(internet: Internet):
     outside, site = internet.machine("a"), internet.site("home", "cone", forward={PORT: 4000})
     with listener(site.machines[0], 4000), dial(outside, site.ip):
