@@ -130,7 +130,6 @@ def test_waiting_for_an_averager_that_was_not_started_says_so():
     ("options", "message"),
     [
         ({"prefix": ""}, "prefix=''"),
-        ({"prefix": "a.b"}, "prefix='a.b'"),
         ({"target_group_size": 0}, "target_group_size=0"),
         ({"target_group_size": 2, "min_group_size": 3}, "target_group_size=2"),
         ({"min_group_size": 0}, "min_group_size=0"),

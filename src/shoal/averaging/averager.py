@@ -81,7 +81,7 @@ class DecentralizedAverager:
       and order.
     :param dht: a started :class:`~shoal.dht.DHT`, through which peers find each other
     :param start: start at once; otherwise call :meth:`run_in_background`
-    :param prefix: peers with the same prefix average together; no dots. An averager's prefix is its own on
+    :param prefix: peers with the same prefix average together. An averager's prefix is its own on
       its ``dht``.
     :param target_group_size: a group of this many peers is full. Best the same at all peers: where it is not, that of
       a group's leader counts.
