@@ -126,6 +126,15 @@ def test_tensors_of_former_rounds_are_not_kept():
     assert gone() is None
 
 
+def test_parameters_of_an_averager_can_be_swapped():
+    """torch refuses that for tensors to which weak references exist."""
+    model = torch.nn.Linear(3, 2)
+    for bound in (Bound(model), Bound(list(model.parameters()))):
+        bound.snapshot()
+        torch.utils.swap_tensors(model.weight, torch.nn.Parameter(torch.full((2, 3), 5.0)))
+        assert bound.values_of(bound.snapshot())[0] == 5
+
+
 def test_a_source_that_is_gone_with_its_averager_says_so():
     bound = Bound(lambda: [constant(2, 1)])
     del bound.source

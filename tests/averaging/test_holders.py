@@ -93,7 +93,10 @@ def test_gradients_that_zero_grad_dropped_are_a_warning(user_keeps_the_list, lin
         del gradients
     model.zero_grad()
     (line,) = lines(watch)
-    assert "tensors[0] was the gradient of a parameter of shape [2, 3], which is None now" in line
+    assert (
+        "tensors[0] was the gradient of a parameter of shape [2, 3], which has another one or none now"
+        in line
+    )
     assert "zero_grad(set_to_none=False)" in line
 
 
@@ -105,6 +108,22 @@ def test_gradients_that_stay_the_same_tensors_are_fine(lines):
     assert not lines(watch)
 
 
+def test_gradients_that_stay_may_be_accumulated_and_clipped(lines):
+    model = model_with_gradients()
+    watch = watch_of([parameter.grad for parameter in model.parameters()])
+    model(torch.ones(1, 3)).sum().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert not lines(watch)
+
+
+def test_detached_parameters_whose_module_was_swapped_are_a_warning(lines):
+    model = torch.nn.Linear(3, 2)
+    watch = watch_of([parameter.detach() for parameter in model.parameters()])
+    torch.utils.swap_tensors(model.weight, torch.nn.Parameter(torch.zeros(2, 3)))
+    (line,) = lines(watch)
+    assert "1 of the 2" in line
+
+
 def test_an_optimizers_state_that_was_loaded_anew_is_a_warning(lines):
     model = model_with_gradients()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -114,7 +133,7 @@ def test_an_optimizers_state_that_was_loaded_anew_is_a_warning(lines):
     assert not lines(watch)
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     (line,) = lines(watch)
-    assert "'momentum_buffer' in the state of an optimizer (SGD), which is another tensor now" in line
+    assert "'momentum_buffer' in the state of an optimizer (SGD), which holds another tensor now" in line
 
 
 def test_a_model_that_is_gone_is_a_warning(lines):
@@ -161,6 +180,7 @@ USES = {
     "parameter of the same memory": lambda model: setattr(
         model, "weight", torch.nn.Parameter(model.weight.data)
     ),
+    "swapping": lambda model: torch.utils.swap_tensors(model.weight, torch.nn.Parameter(torch.zeros(2, 3))),
     "compiling": lambda model: torch.compile(model, backend="eager"),
 }
 

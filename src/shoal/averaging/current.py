@@ -38,8 +38,8 @@ class CurrentTensors:
         self._labels = labels
         self._given = HeldTensors.of(tensors) if source is None else None
         self._source = None if source is None else weakref.ref(source)
-        self._known = [weakref.ref(tensor) for tensor in tensors]
-        """The objects that were checked last."""
+        self._known = list(map(_appearance, tensors))
+        """Of the tensors of a source: as they were when they were checked last."""
         self._seen: list[tuple[object, ...] | None] = [None] * len(tensors)
         self._check_writable(tensors, range(len(tensors)), InvalidValueError)
 
@@ -55,15 +55,13 @@ class CurrentTensors:
         if source is None:
             raise InvalidStateError("the averager is gone, and with it the source of its tensors")
         found = source.find().tensors
-        formers = [reference() for reference in self._known]
-        new = [
-            index for index, one in enumerate(found) if formers[index] is None or formers[index] is not one
-        ]
+        known = list(map(_appearance, found))
+        new = [index for index, one in enumerate(known) if one is None or one != self._known[index]]
         for index in new:
             check_tensor(self._labels[index], found[index])
             self._check_unchanged(index, found[index])
         self._check_writable(found, new, InvalidStateError)
-        self._known = [weakref.ref(tensor) for tensor in found]
+        self._known = known
         return found
 
     def _check_writable(
@@ -116,6 +114,20 @@ class CurrentTensors:
                 f"{self._labels[index]} has elements that share memory now (strides {tensor.stride()}); "
                 "give it storage of its own"
             )
+
+
+def _appearance(tensor: object) -> tuple[object, ...] | None:
+    """All that the checks of a tensor by itself depend on; None: it is of no usual type, and checked each time.
+
+    Not the object: one that was freed and a new one may have the same identity, and a weak reference to a tensor
+    would stand in the way of ``torch.utils.swap_tensors``.
+    """
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return None
+    assert isinstance(tensor, torch.Tensor)
+    if tensor.is_nested:
+        return None
+    return *_place(tensor), tensor.grad_fn is None, tensor.is_inference(), tensor.is_neg()
 
 
 def _place(tensor: torch.Tensor) -> tuple[object, ...]:

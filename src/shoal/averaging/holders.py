@@ -7,7 +7,7 @@ the averager is made are looked at before each step. A tensor is reported if non
 nor any other slot of the process: modules are wrapped and parametrized, and their tensors move. Tensors that were
 in no slot (plain lists, copies) are left alone.
 
-Slots are found among the objects that the garbage collector knows, and referred to weakly.
+Slots are found among the objects that the garbage collector knows, and their owners are referred to weakly.
 """
 
 from __future__ import annotations
@@ -32,16 +32,35 @@ SHOWN = 3
 
 
 class Slot(Protocol):
-    """A place in which torch keeps a tensor."""
+    """A place in which torch keeps a tensor. None refers to a tensor, not even weakly: a tensor with a weak reference
+    is refused by ``torch.utils.swap_tensors``, which modules may be told to use.
+    """
 
     @property
     def is_gone(self) -> bool:
         """Whether its owner does not exist any more."""
 
-    def read(self) -> Any:
-        """What is in it now; None: nothing, or it is gone."""
+    def holds(self, tensor: torch.Tensor, look: Look) -> bool:
+        """Whether a tensor, or another view of its memory, is in it now."""
 
-    def __str__(self) -> str: ...
+    def __str__(self) -> str:
+        """What it is, and what has become of it if it does not hold the tensor any more."""
+
+
+class Look:
+    """What is found in one look at many slots."""
+
+    def __init__(self) -> None:
+        self._of_optimizers: dict[int, set[int]] = {}
+
+    def state_of(self, optimizer: torch.optim.Optimizer) -> set[int]:
+        """The identities of all that an optimizer keeps for its parameters."""
+        known = self._of_optimizers.get(id(optimizer))
+        if known is None:
+            states = (state for state in list(optimizer.state.values()) if isinstance(state, dict))
+            known = {id(value) for state in states for value in list(state.values())}
+            self._of_optimizers[id(optimizer)] = known
+        return known
 
 
 @dataclass(frozen=True)
@@ -51,37 +70,42 @@ class _ModuleSlot:
     module: weakref.ref[torch.nn.Module]
     kind: str
     name: str
-    text: str
+    owner: str
 
     @property
     def is_gone(self) -> bool:
         return self.module() is None
 
-    def read(self) -> Any:
+    def holds(self, tensor: torch.Tensor, look: Look) -> bool:
+        return _is_same(self._read(), tensor)
+
+    def _read(self) -> Any:
         module = self.module()
         return None if module is None else _entries(module, self.kind).get(self.name)
 
     def __str__(self) -> str:
-        return self.text
+        what = "parameter" if self.kind == "_parameters" else "buffer"
+        now = "None" if self._read() is None else "another tensor"
+        return (
+            f"the {what} {self.name!r} of a {self.owner}, which is {'gone' if self.is_gone else f'{now} now'}"
+        )
 
 
 @dataclass(frozen=True)
 class _GradientSlot:
-    """The gradient of a leaf."""
+    """The gradient of a leaf: in C++, where references are counted."""
 
-    leaf: weakref.ref[torch.Tensor]
-    text: str
+    shape: tuple[int, ...]
 
     @property
     def is_gone(self) -> bool:
-        return self.leaf() is None
+        return False
 
-    def read(self) -> Any:
-        leaf = self.leaf()
-        return None if leaf is None else leaf.grad
+    def holds(self, tensor: torch.Tensor, look: Look) -> bool:
+        return not _is_alone(tensor)
 
     def __str__(self) -> str:
-        return self.text
+        return f"the gradient of a parameter of shape {list(self.shape)}, which has another one or none now"
 
 
 @dataclass(frozen=True)
@@ -89,23 +113,20 @@ class _OptimizerSlot:
     """An entry of what an optimizer keeps for a parameter."""
 
     optimizer: weakref.ref[torch.optim.Optimizer]
-    parameter: weakref.ref[torch.Tensor]
     key: Any
-    text: str
+    owner: str
 
     @property
     def is_gone(self) -> bool:
-        return self.optimizer() is None or self.parameter() is None
+        return self.optimizer() is None
 
-    def read(self) -> Any:
-        optimizer, parameter = self.optimizer(), self.parameter()
-        if optimizer is None or parameter is None:
-            return None
-        state = optimizer.state.get(parameter)
-        return state.get(self.key) if isinstance(state, dict) else None
+    def holds(self, tensor: torch.Tensor, look: Look) -> bool:
+        optimizer = self.optimizer()
+        return optimizer is not None and id(tensor) in look.state_of(optimizer)
 
     def __str__(self) -> str:
-        return self.text
+        fate = "is gone" if self.is_gone else "holds another tensor now"
+        return f"{self.key!r} in the state of an optimizer ({self.owner}), which {fate}"
 
 
 class UsageWatch:
@@ -121,10 +142,11 @@ class UsageWatch:
 
     def check(self) -> None:
         """Warn, once for each tensor, of those that are no longer used."""
+        look = Look()
         suspects = [
             index
             for index, slots in list(self._slots.items())  # of several threads that step, each may look
-            if not any(_is_same(slot.read(), self._tensors[index]) for slot in slots)
+            if not any(slot.holds(self._tensors[index], look) for slot in slots)
         ]
         if not suspects:
             return
@@ -142,9 +164,7 @@ class UsageWatch:
             self._warn(lost)
 
     def _warn(self, lost: Sequence[tuple[int, Slot]]) -> None:
-        shown = "; ".join(
-            f"{self._labels[index]} was {slot}, which {_fate(slot)}" for index, slot in lost[:SHOWN]
-        )
+        shown = "; ".join(f"{self._labels[index]} was {slot}" for index, slot in lost[:SHOWN])
         more = f"; and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
         gradients = any(isinstance(slot, _GradientSlot) for _, slot in lost)
         advice = (
@@ -225,25 +245,21 @@ class _Search:
         for kind in ("_parameters", "_buffers"):
             for name, value in list(_entries(module, kind).items()):
                 for index in self._indices(value):
-                    what = "parameter" if kind == "_parameters" else "buffer"
-                    text = f"the {what} {name!r} of a {type(module).__name__}"
-                    self.found[index].append(_ModuleSlot(weakref.ref(module), kind, name, text))
+                    slot = _ModuleSlot(weakref.ref(module), kind, name, type(module).__name__)
+                    self.found[index].append(slot)
 
     def _look_at_gradient(self, tensor: torch.Tensor) -> None:
         with contextlib.suppress(RuntimeError, NotImplementedError):  # wrappers of other tensors
             gradient = tensor.grad if tensor.is_leaf else None
             for index in self._indices(gradient):
-                text = f"the gradient of a parameter of shape {list(tensor.shape)}"
-                self.found[index].append(_GradientSlot(weakref.ref(tensor), text))
+                self.found[index].append(_GradientSlot(tuple(tensor.shape)))
 
     def _look_into_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        for parameter, state in list(getattr(optimizer, "state", {}).items()):
-            if not isinstance(parameter, torch.Tensor) or not isinstance(state, dict):
-                continue
-            for key, value in list(state.items()):
-                for index in self._indices(value):
-                    text = f"{key!r} in the state of an optimizer ({type(optimizer).__name__})"
-                    slot = _OptimizerSlot(weakref.ref(optimizer), weakref.ref(parameter), key, text)
+        for state in list(getattr(optimizer, "state", {}).values()):
+            for key, value in list(state.items()) if isinstance(state, dict) else ():
+                index = self._by_identity.get(id(value))
+                if index is not None:
+                    slot = _OptimizerSlot(weakref.ref(optimizer), key, type(optimizer).__name__)
                     self.found[index].append(slot)
 
     def _indices(self, value: Any) -> Iterable[int]:
@@ -275,19 +291,15 @@ def _memory(tensor: torch.Tensor) -> tuple[str, int] | None:
 
 
 def _is_alone(tensor: torch.Tensor) -> bool:
-    """Whether no other object of C++ refers to a tensor (as its gradient), and no other tensor to its memory."""
+    """Whether no other object of C++ refers to a tensor (as a gradient), and no other tensor to its memory. False also
+    if torch does not count.
+    """
     count_tensors = getattr(tensor, "_use_count", None)
     count_storages = getattr(torch._C, "_storage_Use_Count", None)
     if count_tensors is None or count_storages is None or tensor.layout != torch.strided:
         return False
     storage = tensor.untyped_storage()  # itself the second reference
     return bool(count_tensors() == 1 and count_storages(storage._cdata) <= 2)
-
-
-def _fate(slot: Slot) -> str:
-    if slot.is_gone:
-        return "is gone"
-    return "is None now" if slot.read() is None else "is another tensor now"
 
 
 def _references_of_optimizers(tensor: torch.Tensor) -> int:
