@@ -210,7 +210,7 @@ class DecentralizedAverager:
         Partition.create(
             layout, [layout.data_nbytes], part_size_bytes
         )  # raises if there would be too many parts
-        store = TensorStore(tensors, layout)
+        store = TensorStore(tensors, layout, prefix)
         self.__infos = infos
         self.__states = StateHost(
             self, store, prefix=prefix, compression=state_compression, allowed=allow_state_sharing

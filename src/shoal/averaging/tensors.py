@@ -11,8 +11,6 @@ its own: autograd does not see them, and a round may land between forward and ba
 
 from __future__ import annotations
 
-import threading
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,17 +21,16 @@ import numpy.typing as npt
 import torch
 
 from shoal.averaging.allreduce.reduction import is_finite
+from shoal.averaging.locks import MemoryGuard
 from shoal.averaging.partition import Layout
 from shoal.averaging.schema import lacks_storage, overlaps_itself, shared_memory
 from shoal.compression.base import DTYPE_NAMES, UINT8, tensor_array
-from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidTypeError, InvalidValueError
+from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError
 
 Area: TypeAlias = torch.Tensor | memoryview | bytearray
 """An arena of ``layout.nbytes`` bytes: a one-dimensional uint8 CPU tensor, or writable memory."""
 
 CHUNK_NBYTES = 1 << 20
-LOOK_SECONDS = 0.05
-"""While waiting for the lock: time between two looks at whether that still makes sense."""
 MERGE_ELEMENTS = 1 << 15
 """What is computed on at a time: the most elements for which torch does not wake its intra-op threads."""
 
@@ -63,16 +60,13 @@ class TensorStore:
     rounds.
 
     :param tensors: as returned by :func:`~.schema.validate_tensors`
+    :param name: of the averager, for people
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], layout: Layout) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], layout: Layout, name: str = "") -> None:
         self.tensors = HeldTensors(tensors)
         self.layout = layout
-        self._lock = threading.RLock()
-        self._holder: int | None = None
-        self._holder_name = ""
-        self._held_since = 0.0
-        self._depth = 0
+        self._guard = MemoryGuard(self.tensors, name)
         self._seen: list[tuple[object, ...] | None] = [None] * len(self.tensors)
         self._cuda: dict[torch.device, CudaCopier] = {}
         for device in {tensor.device for tensor in self.tensors if tensor.is_cuda}:
@@ -82,50 +76,13 @@ class TensorStore:
     def hold(
         self, timeout: float | None = None, abandoned: Callable[[], bool] | None = None
     ) -> Iterator[HeldTensors]:
-        """Hold the lock (re-entrant) and yield the tensors.
-
-        :param timeout: seconds to wait for it
-        :param abandoned: whether nobody needs it any more; asked while waiting, and when it is held
-        :raises DeadlineExceeded: it was not free in time; says who has held it for how long
-        :raises InvalidStateError: the wait was abandoned
-        """
-        limit = threading.TIMEOUT_MAX if timeout is None else min(timeout, threading.TIMEOUT_MAX)
-        if not self._acquire(limit, abandoned):
-            held = time.monotonic() - self._held_since
-            raise DeadlineExceeded(
-                f"the lock of the averaged tensors was not free within {timeout:g} s:"
-                f" thread {self._holder_name!r} has held it for {held:.1f} s"
-            )
-        try:
-            if self._depth == 0:
-                self._holder = threading.get_ident()
-                self._holder_name = threading.current_thread().name
-                self._held_since = time.monotonic()
-            self._depth += 1
+        """Hold the lock (re-entrant) and yield the tensors; parameters and errors as of :meth:`.MemoryGuard.hold`."""
+        with self._guard.hold(timeout, abandoned):
             yield self.tensors
-        finally:
-            self._depth -= 1
-            if self._depth == 0:
-                self._holder = None
-            self._lock.release()
-
-    def _acquire(self, limit: float, abandoned: Callable[[], bool] | None) -> bool:
-        if abandoned is None:
-            return self._lock.acquire(timeout=limit)
-        deadline = time.monotonic() + limit
-        while not abandoned():
-            left = deadline - time.monotonic()
-            if self._lock.acquire(timeout=max(0.0, min(left, LOOK_SECONDS))):
-                if not abandoned():
-                    return True
-                self._lock.release()
-            elif left <= LOOK_SECONDS:
-                return False
-        raise InvalidStateError("nobody needs the averaged tensors any more")
 
     @property
     def held_by_this_thread(self) -> bool:
-        return self._holder == threading.get_ident()
+        return self._guard.held_by_this_thread
 
     def mark_stream(self) -> None:
         """Remember this thread's current CUDA streams as the trainer's: copies are ordered after what it has
@@ -147,8 +104,9 @@ class TensorStore:
         it with another one now. Says nothing of NaN: see :func:`first_non_finite`.
         """
         targets = self._slots(area)  # before the lock: whoever waits for it, waits for copies alone
-        with self.hold(timeout, abandoned):
-            for tensor, target in zip(self._unchanged(), targets, strict=True):
+        with self._hold_unchanged(timeout, abandoned) as tensors:
+            self._guard.begin_round()
+            for tensor, target in zip(tensors, targets, strict=True):
                 if _is_plain(tensor):
                     np.copyto(target, tensor_array(tensor, target.dtype))
                 elif tensor.is_cuda:
@@ -175,20 +133,37 @@ class TensorStore:
         """
         merge = _Merge(alpha)
         before, after = self._slots(snapshot), self._slots(average)
-        with (
-            self.hold(None, abandoned),
-            np.errstate(all="ignore"),
-        ):  # the trainer's own infinities are not ours
-            for tensor, old, new in zip(self._unchanged(), before, after, strict=True):
-                if _is_plain(tensor):
-                    merge(tensor_array(tensor, old.dtype), old, new, tensor.dtype)
-                elif tensor.is_cuda:
-                    old_elements, new_elements = _elements(old, tensor.dtype), _elements(new, tensor.dtype)
-                    self._cuda_copier(tensor.device).merge(tensor, old_elements, new_elements, alpha)
-                else:
-                    flat = tensor.to("cpu", copy=True).reshape(-1).contiguous()
-                    merge(tensor_array(flat, old.dtype), old, new, tensor.dtype)
-                    tensor.copy_(flat.view(tensor.shape))
+        # The trainer's own infinities are not ours to report.
+        with self._hold_unchanged(None, abandoned) as tensors, np.errstate(all="ignore"):
+            self._guard.end_round()
+            for tensor, old, new in zip(tensors, before, after, strict=True):
+                self._move(tensor, old, new, merge)
+
+    def _move(self, tensor: torch.Tensor, old: Bits, new: Bits, merge: _Merge) -> None:
+        """Apply an average to one tensor."""
+        if _is_plain(tensor):
+            merge(tensor_array(tensor, old.dtype), old, new, tensor.dtype)
+        elif tensor.is_cuda:
+            old_elements, new_elements = _elements(old, tensor.dtype), _elements(new, tensor.dtype)
+            self._cuda_copier(tensor.device).merge(tensor, old_elements, new_elements, merge.alpha)
+        else:
+            flat = tensor.to("cpu", copy=True).reshape(-1).contiguous()
+            merge(tensor_array(flat, old.dtype), old, new, tensor.dtype)
+            tensor.copy_(flat.view(tensor.shape))
+
+    @contextmanager
+    def _hold_unchanged(
+        self, timeout: float | None, abandoned: Callable[[], bool] | None
+    ) -> Iterator[list[torch.Tensor]]:
+        """Hold the lock of the memory where the tensors lie now, and yield :meth:`_unchanged`."""
+        while True:
+            with self.hold(timeout, abandoned):
+                seen = self._seen
+                tensors = self._unchanged()
+                # Where they lie now, another averager's tensors may lie too, whose lock is not held yet.
+                if self._seen is seen or not self._guard.look_around(self.tensors):
+                    yield tensors
+                    return
 
     def _slots(self, area: Area) -> list[Bits]:
         """Where in an arena each tensor's elements lie."""
@@ -343,24 +318,24 @@ class _Merge:
     """:func:`_merge` on the CPU, in chunks; those that the trainer did not touch are only copied."""
 
     def __init__(self, alpha: float) -> None:
-        self._alpha = alpha
+        self.alpha = alpha
         self._scratch = {size: np.empty(MERGE_ELEMENTS, dtype=f"f{size}") for size in (4, 8)}
 
     def __call__(self, bits: Bits, old: Bits, new: Bits, dtype: torch.dtype) -> None:
         for chunk in _slices(len(bits), CHUNK_NBYTES // bits.itemsize):
-            if self._alpha == 1 and _equal(bits[chunk], old[chunk]):
+            if self.alpha == 1 and _equal(bits[chunk], old[chunk]):
                 np.copyto(bits[chunk], new[chunk])
                 continue
             for piece in _slices(chunk.stop, MERGE_ELEMENTS, chunk.start):
                 if bits.itemsize == 2:
                     current, before, after = (_elements(array[piece], dtype) for array in (bits, old, new))
-                    _merge(current, before, after, self._alpha)
+                    _merge(current, before, after, self.alpha)
                 else:
                     self._merge_wide(bits[piece], old[piece], new[piece])
 
     def _merge_wide(self, bits: Bits, old_bits: Bits, new_bits: Bits) -> None:
         """For float32 and float64, where numpy takes half the time."""
-        alpha, moved = self._alpha, self._scratch[bits.itemsize][: len(bits)]
+        alpha, moved = self.alpha, self._scratch[bits.itemsize][: len(bits)]
         current, old, new = (array.view(moved.dtype) for array in (bits, old_bits, new_bits))
         np.subtract(new, old, out=moved)
         if alpha != 1:

@@ -1,0 +1,215 @@
+"""One lock for one memory: averagers of this process whose tensors overlap exclude each other.
+
+Each :class:`MemoryGuard` has a lock of its own. It takes the locks of other guards besides, if their tensors share
+memory with its own and they have no lock in common yet. So of two guards that overlap, the one that looked last takes
+the other's lock. Locks are taken in the order in which they were made, so no two threads wait for each other.
+
+Guards only ever gain locks. Dropping one could part two guards that had it in common.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from shoal.averaging.schema import lacks_storage, memory_in_common
+from shoal.errors import DeadlineExceeded, InvalidStateError
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.05
+"""While waiting for the lock: time between two looks at whether that still makes sense."""
+
+_numbers = itertools.count()
+
+
+class TensorLock:
+    """A re-entrant lock that knows which thread has held it, and since when."""
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)
+        self.holder: int | None = None
+        self.holder_name = ""
+        self.held_since = 0.0
+        self._lock = threading.RLock()
+        self._depth = 0
+
+    @contextmanager
+    def hold(self, timeout: float, deadline: float, abandoned: Callable[[], bool] | None) -> Iterator[None]:
+        """
+        :param timeout: how long is waited in all, for people
+        :param deadline: the same on the monotonic clock
+        :raises DeadlineExceeded: it was not free in time; says which thread has held it for how long
+        :raises InvalidStateError: the wait was abandoned
+        """
+        if not self._acquire(deadline, abandoned):
+            held = time.monotonic() - self.held_since
+            raise DeadlineExceeded(
+                f"the lock of the averaged tensors was not free within {timeout:g} s:"
+                f" thread {self.holder_name!r} has held it for {held:.1f} s"
+            )
+        try:
+            if self._depth == 0:
+                self.holder = threading.get_ident()
+                self.holder_name = threading.current_thread().name
+                self.held_since = time.monotonic()
+            self._depth += 1
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self.holder = None
+            self._lock.release()
+
+    def _acquire(self, deadline: float, abandoned: Callable[[], bool] | None) -> bool:
+        if abandoned is None:
+            return self._lock.acquire(
+                timeout=max(0.0, min(deadline - time.monotonic(), threading.TIMEOUT_MAX))
+            )
+        while not abandoned():
+            left = deadline - time.monotonic()
+            if self._lock.acquire(timeout=max(0.0, min(left, LOOK_SECONDS))):
+                if not abandoned():
+                    return True
+                self._lock.release()
+            elif left <= LOOK_SECONDS:
+                return False
+        raise InvalidStateError("nobody needs the averaged tensors any more")
+
+
+class MemoryGuard:
+    """What one averager holds to touch its tensors.
+
+    :param tensors: those of the averager, whose memory may be replaced between rounds; not kept alive
+    :param name: of the averager, for people
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], name: str = "") -> None:
+        self._tensors: tuple[weakref.ref[torch.Tensor], ...] = ()
+        self._name = name
+        self._own = TensorLock()
+        self._locks: tuple[TensorLock, ...] = (self._own,)
+        self._neighbours: weakref.WeakSet[MemoryGuard] = weakref.WeakSet()
+        self._round_is_open = False
+        self._crossed_by: str | None = None
+        self._has_warned = False
+        _live.add(self)
+        self.look_around(tensors)
+
+    @contextmanager
+    def hold(
+        self, timeout: float | None = None, abandoned: Callable[[], bool] | None = None
+    ) -> Iterator[None]:
+        """Hold all locks (re-entrant).
+
+        :param timeout: seconds to wait for them
+        :param abandoned: whether nobody needs them any more; asked while waiting, and when they are held
+        :raises DeadlineExceeded: not free in time; says which thread has held it for how long
+        :raises InvalidStateError: the wait was abandoned
+        """
+        limit = threading.TIMEOUT_MAX if timeout is None else min(timeout, threading.TIMEOUT_MAX)
+        deadline = time.monotonic() + limit
+        with ExitStack() as held:
+            for lock in self._locks:
+                held.enter_context(lock.hold(limit, deadline, abandoned))
+            yield
+
+    @property
+    def held_by_this_thread(self) -> bool:
+        """Whether this thread holds a lock that :meth:`hold` takes, be it for another averager."""
+        return any(lock.holder == threading.get_ident() for lock in self._locks)
+
+    def look_around(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Find the guards whose tensors share memory with these, which are the averager's from now on.
+
+        :returns: whether :meth:`hold` takes a further lock from now on; hold it anew then
+        """
+        self._tensors = tuple(map(weakref.ref, tensors))
+        return _live.connect(self)
+
+    # Rounds of two averagers on one memory: each adds its correction, and the sum of both goes too far.
+
+    def begin_round(self) -> None:
+        """The tensors are being copied for a round; call it under the lock."""
+        self._round_is_open, self._crossed_by = True, None
+
+    def end_round(self) -> None:
+        """The average is being written; call it under the lock. Warns, once, if another averager has written its own
+        since :meth:`begin_round`.
+        """
+        for neighbour in list(self._neighbours):
+            if neighbour._round_is_open:
+                neighbour._crossed_by = self._name
+        self._round_is_open = False
+        if self._crossed_by is not None and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%s: while a round of this averager ran, averager %r wrote its average to the same tensors; both "
+                "corrections are added, which goes beyond either average. Step averagers of the same tensors one "
+                "after the other",
+                self._name,
+                self._crossed_by,
+            )
+
+
+class _LiveGuards:
+    """The guards of this process. A forked child begins with none: the parent's averagers do not run in it."""
+
+    def __init__(self) -> None:
+        self._guards: weakref.WeakSet[MemoryGuard] = weakref.WeakSet()
+        self._lock = threading.RLock()
+        self._watches_forks = False
+
+    def add(self, guard: MemoryGuard) -> None:
+        with self._lock:
+            if not self._watches_forks:
+                self._watches_forks = True
+                os.register_at_fork(after_in_child=self._forget_all)
+            self._guards.add(guard)
+
+    def connect(self, guard: MemoryGuard) -> bool:
+        tensors = _lying(guard)
+        with self._lock:
+            neighbours = [
+                other
+                for other in self._guards
+                if other is not guard and memory_in_common(tensors, _lying(other))
+            ]
+            for other in set(guard._neighbours).difference(neighbours):
+                guard._neighbours.discard(other)
+                other._neighbours.discard(guard)
+            former = guard._locks
+            for other in neighbours:
+                guard._neighbours.add(other)
+                other._neighbours.add(guard)
+                if not set(guard._locks).intersection(other._locks):
+                    guard._locks = tuple(sorted((*guard._locks, other._own), key=lambda lock: lock.number))
+            return guard._locks != former
+
+    def _forget_all(self) -> None:
+        self._guards = weakref.WeakSet()
+        self._lock = threading.RLock()  # a thread that the child lacks may have held the old one
+
+
+def _lying(guard: MemoryGuard) -> list[torch.Tensor]:
+    """The tensors of a guard that have memory now."""
+    tensors = (reference() for reference in guard._tensors)
+    return [
+        tensor
+        for tensor in tensors
+        if tensor is not None
+        and tensor.layout == torch.strided
+        and not tensor.is_meta
+        and not lacks_storage(tensor)
+    ]
+
+
+_live = _LiveGuards()
