@@ -36,13 +36,12 @@ from shoal.averaging.partition import Layout, Partition
 from shoal.averaging.schema import TensorSchema, validate_tensors
 from shoal.averaging.state.host import State, StateHost
 from shoal.averaging.state.pieces import DownloadData, state_pieces
-from shoal.averaging.steps import Steps
+from shoal.averaging.steps import Steps, WhenBusy
 from shoal.averaging.tensors import HeldTensors, TensorStore
 from shoal.compression import CompressionBase, CompressionInfo, NoCompression
 from shoal.compression.registry import user_codecs
 from shoal.dht.dht import DHT
 from shoal.errors import (
-    AllreduceException,
     DeadlineExceeded,
     InvalidStateError,
     InvalidTypeError,
@@ -554,6 +553,8 @@ class DecentralizedAverager:
         allow_retries: bool = True,
         require_trigger: bool = False,
         wait: bool = True,
+        *,
+        when_busy: WhenBusy = "queue",
     ) -> dict[PeerID, Any] | StepControl | None:
         """Find a group and average with it once.
 
@@ -572,6 +573,8 @@ class DecentralizedAverager:
         :param require_trigger: let the group wait until :meth:`StepControl.allow_allreduce` is called; needs
           ``wait=False``
         :param wait: return when finished; otherwise return a :class:`StepControl` at once
+        :param when_busy: while an earlier step is under way, "queue" runs this one after it, and "current" returns that
+          one, or waits for it. The other parameters are of no effect then.
         :returns: with ``wait=True`` what each member gathered, ``{PeerID: data}`` (None where it cannot be
           read, with a warning), or None if the step failed: then the tensors are as they were, a warning says
           why (an error from the fifth failure in a row on), and so does :attr:`last_report`
@@ -587,7 +590,7 @@ class DecentralizedAverager:
             )
         if wait:
             self.__check_lock("step(wait=True)")
-        control = self.__steps.begin(
+        control, is_new = self.__steps.begin(
             self.__ready(),
             self.serializer,
             gather=gather,
@@ -596,20 +599,15 @@ class DecentralizedAverager:
             timeout=timeout,
             allow_retries=allow_retries,
             require_trigger=require_trigger,
+            when_busy=when_busy,
             wait=wait,
         )
         if not wait:
             return control
         try:
-            gathered: dict[PeerID, Any] = control.result()
-        except AllreduceException:  # the log says why
-            return None
-        except BaseException:
-            control.cancel()  # Ctrl+C: groupmates need not wait
-            raise
+            return self.__steps.wait_for(control, is_new)
         finally:
             del control  # the error that it holds refers to this frame
-        return gathered
 
     def __check_lock(self, call: str) -> None:
         if self.__keeper.store.held_by_this_thread:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from shoal.errors import InvalidTypeError, InvalidValueError
@@ -23,6 +24,13 @@ def check_flag(name: str, value: Any) -> None:
     """:raises InvalidTypeError: ``value`` is neither True nor False"""
     if not isinstance(value, bool):
         raise InvalidTypeError(f"{name}={value!r}: True or False is allowed, not {type(value).__name__}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """:raises InvalidValueError: ``value`` is none of the choices"""
+    if value not in choices:
+        allowed = " or ".join(map(repr, choices))
+        raise InvalidValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def check_count(name: str, value: Any, minimum: int, maximum: int) -> None:
