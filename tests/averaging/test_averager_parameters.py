@@ -43,6 +43,7 @@ SIGNATURE = [
     "client_mode",
     "daemon",
     "shutdown_timeout",
+    "apply_when",
 ]
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from shoal.averaging.background import create_averager_service
-from shoal.averaging.checks import check_bits, check_flag, check_number
+from shoal.averaging.checks import check_bits, check_choice, check_flag, check_number
 from shoal.averaging.commands import GetGroupBits, SetGroupBits
 from shoal.averaging.config import (
     DEFAULT_DECLARE_STATE_PERIOD,
@@ -33,6 +33,7 @@ from shoal.averaging.group import PeerMode, group_key
 from shoal.averaging.hostside import TensorKeeper, attach_arena, close, close_in_background
 from shoal.averaging.overriding import check_overrides
 from shoal.averaging.partition import Layout, Partition
+from shoal.averaging.pending import APPLY_WHEN, ApplyWhen
 from shoal.averaging.schema import TensorSchema, validate_tensors
 from shoal.averaging.state.host import State, StateHost
 from shoal.averaging.state.pieces import DownloadData, state_pieces
@@ -71,6 +72,12 @@ class DecentralizedAverager:
     network: when a group is complete, the tensors are copied under the lock of :meth:`get_tensors`; when its round
     has committed, the average is written under the same lock. What the trainer has added in between is kept.
     A round that fails leaves every tensor as it was.
+
+    **Update the tensors under that lock**, since an update and an average that meet overwrite each other, and nothing
+    raises. Or give ``apply_when="called"``, and have averages written between two training steps::
+
+        optimizer.step()
+        averager.step(wait=False, when_busy="current")  # writes the average that is there; begins a round if none runs
 
     Peers average together if they agree on ``prefix``, the tensors' shapes, dtypes and codecs, ``min_group_size``,
     ``part_size_bytes`` and ``min_vector_size``; the other parameters are each peer's own. Times are in seconds.
@@ -119,6 +126,9 @@ class DecentralizedAverager:
     :param client_mode: this peer cannot be dialed; it only joins groups that others lead. None: as the DHT.
     :param daemon: False is allowed only if the DHT, whose process the averager shares, was made so
     :param shutdown_timeout: time that :meth:`shutdown` waits for the service to end
+    :param apply_when: "ready": write each average as soon as its round has committed, on a thread of the averager;
+      update the tensors inside :meth:`get_tensors` then. "called": write it when :meth:`apply_average` or :meth:`step`
+      is called, on the caller's thread; updates need no lock.
 
     Subclasses may override every public method. A class that defines a method by which hivemind's averager is changed
     and which nothing calls here (``_aggregate_with_group``, ``rpc_...``, see :mod:`~shoal.averaging.overriding`) is an
@@ -161,11 +171,13 @@ class DecentralizedAverager:
         client_mode: bool | None = None,
         daemon: bool = True,
         shutdown_timeout: float = 5,
+        apply_when: ApplyWhen = "ready",
     ) -> None:
         if not isinstance(dht, DHT):
             raise InvalidTypeError(f"dht={dht!r}: a shoal.DHT is allowed, not {type(dht).__name__}")
         for name, flag in (("start", start), ("daemon", daemon)):
             check_flag(name, flag)
+        check_choice("apply_when", apply_when, APPLY_WHEN)
         check_number("averaging_alpha", averaging_alpha, above=0, maximum=MAX_ALPHA)
         check_number("shutdown_timeout", shutdown_timeout, minimum=0, maximum=threading.TIMEOUT_MAX)
         self.__config = AveragerConfig(
@@ -214,7 +226,9 @@ class DecentralizedAverager:
         self.__states = StateHost(
             self, store, prefix=prefix, compression=state_compression, allowed=allow_state_sharing
         )
-        self.__keeper = TensorKeeper(store, layout, float(averaging_alpha), auxiliary, self.__states, prefix)
+        self.__keeper = TensorKeeper(
+            store, layout, float(averaging_alpha), auxiliary, self.__states, prefix, apply_when
+        )
         self.__steps = Steps(self.__keeper, self.__config.matchmaking, prefix)
         self.__shutdown_timeout = shutdown_timeout
         self.__started: MPFuture[ServiceHandle] | None = None
@@ -531,8 +545,8 @@ class DecentralizedAverager:
 
         While steps run in the background, the trainer's update belongs inside: ``with averager.get_tensors():
         optimizer.step()``. An update outside that meets the writing of an average would undo it, or be undone by it,
-        in some elements. A storage may be resized or replaced between rounds, inside too: a round finds those of all
-        elements, of the same shapes, or fails.
+        in some elements; with ``apply_when="called"`` none meets it. A storage may be resized or replaced between
+        rounds, inside too: a round finds those of all elements, of the same shapes, or fails.
 
         Waits for a copy that is under way at most, never for the network. While the lock is held no round
         takes or writes the tensors; hold it shortly. Do not call ``step(wait=True)`` inside.
@@ -557,6 +571,9 @@ class DecentralizedAverager:
         when_busy: WhenBusy = "queue",
     ) -> dict[PeerID, Any] | StepControl | None:
         """Find a group and average with it once.
+
+        With ``apply_when="called"``, an average that waits for :meth:`apply_average` is written first. With
+        ``wait=True``, so is that of this step, before the call returns.
 
         :param gather: sent to every member of the group; anything that :attr:`serializer` encodes, at most
           512 KiB. The leader sends what all n members gathered to each of them before the round, which fails if
@@ -590,7 +607,8 @@ class DecentralizedAverager:
             )
         if wait:
             self.__check_lock("step(wait=True)")
-        control, is_new = self.__steps.begin(
+        begin = partial(
+            self.__steps.begin,
             self.__ready(),
             self.serializer,
             gather=gather,
@@ -602,12 +620,32 @@ class DecentralizedAverager:
             when_busy=when_busy,
             wait=wait,
         )
+        writer = self.__keeper.writer
         if not wait:
-            return control
-        try:
-            return self.__steps.wait_for(control, is_new)
-        finally:
-            del control  # the error that it holds refers to this frame
+            writer.apply()
+            return begin()[0]
+        with writer.caller_in_step():
+            return self.__steps.wait_for(*begin())
+
+    def apply_average(self) -> bool:
+        """Write the average of a round that has committed, if one is there; for ``apply_when="called"``.
+
+        Call it between two training steps: after :meth:`torch.optim.Optimizer.step` and before the next forward pass.
+        The average is written on this thread, and what the trainer has changed since the round began is kept. No
+        update can get lost, and no forward pass has begun with other values. Where one has all the same, autograd
+        raises an error in its backward pass.
+
+        :returns: whether there was one
+        :raises InvalidStateError: made with ``apply_when="ready"``; not started, shut down; or the average can't be
+          written, since a tensor has another shape now, for instance: it is dropped then
+        """
+        if not self.__keeper.writer.on_call:
+            raise InvalidStateError(
+                "apply_average() needs an averager that is made with apply_when='called'; this one writes each average "
+                "as soon as it is ready"
+            )
+        self.__check_running()
+        return self.__keeper.writer.apply()
 
     def __check_lock(self, call: str) -> None:
         if self.__keeper.store.held_by_this_thread:
@@ -617,11 +655,14 @@ class DecentralizedAverager:
             )
 
     def __ready(self) -> ServiceHandle:
+        return self.__check_running().result()
+
+    def __check_running(self) -> MPFuture[ServiceHandle]:
         if self.__started is None or self.__finalizer is None:
             raise InvalidStateError("this averager is not started; call run_in_background() first")
         if not self.__finalizer.alive:
             raise InvalidStateError("this averager was shut down")
-        return self.__started.result()
+        return self.__started
 
 
 def _create_service(

@@ -6,7 +6,8 @@ takes. Between them the trainer may change the tensors; what it adds is kept.
 
 Neither uses torch's intra-op thread pool for tensors on the CPU (numpy's copies, and pieces too small for the
 pool), so that the trainer keeps its cores. Writes go through ``tensor.data``, which has a version counter of
-its own: autograd does not see them, and a round may land between forward and backward.
+its own: autograd does not see them, and a round may land between forward and backward. (:mod:`.pending` has averages
+written when the user calls, and tells autograd.)
 """
 
 from __future__ import annotations
