@@ -44,6 +44,7 @@ SIGNATURE = [
     "daemon",
     "shutdown_timeout",
     "apply_when",
+    "detect_lost_updates",
 ]
 
 

@@ -63,6 +63,25 @@ def test_a_loop_without_pause_loses_no_update(swarm: Swarm, apply_when: str, upd
     assert all(averager.last_report.succeeded for averager in averagers)
 
 
+def test_a_loop_outside_of_the_lock_is_noticed(swarm: Swarm, caplog: pytest.LogCaptureFixture):
+    tensors = [torch.zeros(300_000) for _ in range(2)]
+    averagers = [swarm.peer([tensor], size=2, detect_lost_updates=True) for tensor in tensors]
+
+    def train_until_noticed() -> bool:
+        for averager in averagers:
+            averager.step(wait=False, when_busy="current", timeout=STEP_TIMEOUT)
+        for _ in range(100):
+            tensors[0].add_(1)
+        return "was updated while it was" in caplog.text
+
+    wait_until(train_until_noticed, 60)
+    (line,) = [record.getMessage() for record in caplog.records if "was updated while" in record.getMessage()]
+    assert line.startswith(f"{swarm.prefix}: averaged_tensors[0] was updated while it was")
+    assert line.endswith(
+        "Update inside `with averager.get_tensors():`, or make the averager with apply_when='called'"
+    )
+
+
 def make_models() -> list[torch.nn.Module]:
     torch.manual_seed(0)
     return [

@@ -31,9 +31,10 @@ from shoal.averaging.config import (
 from shoal.averaging.control import StepControl
 from shoal.averaging.group import PeerMode, group_key
 from shoal.averaging.hostside import TensorKeeper, attach_arena, close, close_in_background
+from shoal.averaging.lost_updates import UpdateWatch
 from shoal.averaging.overriding import check_overrides
 from shoal.averaging.partition import Layout, Partition
-from shoal.averaging.pending import APPLY_WHEN, ApplyWhen
+from shoal.averaging.pending import APPLY_WHEN, WATCH_ADVICE, ApplyWhen
 from shoal.averaging.schema import TensorSchema, validate_tensors
 from shoal.averaging.state.host import State, StateHost
 from shoal.averaging.state.pieces import DownloadData, state_pieces
@@ -129,6 +130,8 @@ class DecentralizedAverager:
     :param apply_when: "ready": write each average as soon as its round has committed, on a thread of the averager;
       update the tensors inside :meth:`get_tensors` then. "called": write it when :meth:`apply_average` or :meth:`step`
       is called, on the caller's thread; updates need no lock.
+    :param detect_lost_updates: a debug switch: warn of the first tensor on the CPU that is updated while the averager
+      copies or writes it. Takes twice the memory of the tensors, and several times as long under the lock.
 
     Subclasses may override every public method. A class that defines a method by which hivemind's averager is changed
     and which nothing calls here (``_aggregate_with_group``, ``rpc_...``, see :mod:`~shoal.averaging.overriding`) is an
@@ -172,10 +175,15 @@ class DecentralizedAverager:
         daemon: bool = True,
         shutdown_timeout: float = 5,
         apply_when: ApplyWhen = "ready",
+        detect_lost_updates: bool = False,
     ) -> None:
         if not isinstance(dht, DHT):
             raise InvalidTypeError(f"dht={dht!r}: a shoal.DHT is allowed, not {type(dht).__name__}")
-        for name, flag in (("start", start), ("daemon", daemon)):
+        for name, flag in (
+            ("start", start),
+            ("daemon", daemon),
+            ("detect_lost_updates", detect_lost_updates),
+        ):
             check_flag(name, flag)
         check_choice("apply_when", apply_when, APPLY_WHEN)
         check_number("averaging_alpha", averaging_alpha, above=0, maximum=MAX_ALPHA)
@@ -221,7 +229,13 @@ class DecentralizedAverager:
         Partition.create(
             layout, [layout.data_nbytes], part_size_bytes
         )  # raises if there would be too many parts
-        store = TensorStore(tensors, layout, prefix)
+        store = TensorStore(
+            tensors,
+            layout,
+            prefix,
+            watch=UpdateWatch(prefix, WATCH_ADVICE[apply_when]) if detect_lost_updates else None,
+            updates_while_copying=apply_when == "called",
+        )
         self.__infos = infos
         self.__states = StateHost(
             self, store, prefix=prefix, compression=state_compression, allowed=allow_state_sharing

@@ -6,7 +6,7 @@ The arena keeps an average that waits for the user's call, so no further round b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, TypeAlias, get_args
 
@@ -20,6 +20,12 @@ ApplyWhen: TypeAlias = Literal["ready", "called"]
 ``apply_average()`` or ``step()``, on the user's thread.
 """
 APPLY_WHEN: tuple[str, ...] = get_args(ApplyWhen)
+
+WATCH_ADVICE: Mapping[str, str] = {
+    "ready": "Update inside `with averager.get_tensors():`, or make the averager with apply_when='called'",
+    "called": "Call apply_average() and step() on the thread that updates the tensors",
+}
+"""What to do when :class:`~.lost_updates.UpdateWatch` has noticed something."""
 
 
 class AverageWriter:

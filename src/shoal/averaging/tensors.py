@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 
 from shoal.averaging.allreduce.reduction import is_finite
 from shoal.averaging.locks import MemoryGuard
+from shoal.averaging.lost_updates import UpdateWatch
 from shoal.averaging.partition import Layout
 from shoal.averaging.schema import lacks_storage, overlaps_itself, shared_memory
 from shoal.compression.base import DTYPE_NAMES, UINT8, tensor_array
@@ -62,12 +64,24 @@ class TensorStore:
 
     :param tensors: as returned by :func:`~.schema.validate_tensors`
     :param name: of the averager, for people
+    :param watch: compares what the tensors hold with what they should, for debugging
+    :param updates_while_copying: the trainer may update the tensors while they are copied: ``watch`` ignores that
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], layout: Layout, name: str = "") -> None:
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        layout: Layout,
+        name: str = "",
+        *,
+        watch: UpdateWatch | None = None,
+        updates_while_copying: bool = False,
+    ) -> None:
         self.tensors = HeldTensors(tensors)
         self.layout = layout
         self._guard = MemoryGuard(self.tensors, name)
+        self._watch = watch
+        self._copy_watch = None if updates_while_copying else watch
         self._seen: list[tuple[object, ...] | None] = [None] * len(self.tensors)
         self._cuda: dict[torch.device, CudaCopier] = {}
         for device in {tensor.device for tensor in self.tensors if tensor.is_cuda}:
@@ -105,15 +119,18 @@ class TensorStore:
         it with another one now. Says nothing of NaN: see :func:`first_non_finite`.
         """
         targets = self._slots(area)  # before the lock: whoever waits for it, waits for copies alone
+        watch = self._copy_watch
         with self._hold_unchanged(timeout, abandoned) as tensors:
             self._guard.begin_round()
-            for tensor, target in zip(tensors, targets, strict=True):
+            for index, (tensor, target) in enumerate(zip(tensors, targets, strict=True)):
                 if _is_plain(tensor):
                     np.copyto(target, tensor_array(tensor, target.dtype))
                 elif tensor.is_cuda:
                     self._cuda_copier(tensor.device).read(tensor, _elements(target, tensor.dtype))
                 else:
                     _elements(target, tensor.dtype).view(tensor.shape).copy_(tensor)
+                if watch is not None and not tensor.is_cuda:
+                    watch.check_copy(index, tensor, _elements(target, tensor.dtype))
 
     def apply(
         self,
@@ -134,11 +151,18 @@ class TensorStore:
         """
         merge = _Merge(alpha)
         before, after = self._slots(snapshot), self._slots(average)
+        watch = self._watch
         # The trainer's own infinities are not ours to report.
         with self._hold_unchanged(None, abandoned) as tensors, np.errstate(all="ignore"):
             self._guard.end_round()
-            for tensor, old, new in zip(tensors, before, after, strict=True):
-                self._move(tensor, old, new, merge)
+            for index, (tensor, old, new) in enumerate(zip(tensors, before, after, strict=True)):
+                move = partial(self._move, old=old, new=new, merge=merge)
+                if watch is None or tensor.is_cuda:
+                    move(tensor)
+                else:
+                    watch.write(index, tensor, move)
+            if watch is not None:
+                watch.finish()
 
     def _move(self, tensor: torch.Tensor, old: Bits, new: Bits, merge: _Merge) -> None:
         """Apply an average to one tensor."""
