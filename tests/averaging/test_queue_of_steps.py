@@ -73,7 +73,7 @@ def test_many_waiting_steps_are_warned_of_once(caplog: pytest.LogCaptureFixture)
         for _ in range(100):
             user.begin()
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith(f"run: {MANY_WAITING} steps wait behind step 0, which is idle: ")
+    assert line.startswith(f"run: {MANY_WAITING} steps wait behind step 0 (stage: idle): ")
     assert "when_busy='current'" in line
 
 

@@ -103,7 +103,31 @@ def test_one_that_overlaps_with_two_excludes_both_and_leaves_them_apart():
     assert not excludes(first, last)
 
 
-def test_locks_of_many_are_taken_in_one_order():
+def test_whoever_waits_for_several_locks_holds_up_nobody():
+    """A user may hold two averagers, one inside the other, and a third one's tensors overlap with those of both."""
+    base = BASE.clone()
+    first, last = store_of(base[:2]), store_of(base[2:])
+    both = store_of(base)
+    done = threading.Event()
+
+    def hold_both() -> None:
+        with both.hold():
+            done.set()
+
+    for outer, inner in ((first, last), (last, first)):
+        with outer.hold():
+            thread = threading.Thread(target=hold_both)
+            thread.start()
+            for _ in range(1000):
+                assert not done.is_set()
+                with inner.hold(timeout=LIMIT):
+                    pass
+        thread.join(LIMIT)
+        assert done.is_set()
+        done.clear()
+
+
+def test_locks_of_many_are_taken_in_any_order():
     """Threads that hold overlapping averagers in turn, each in an order of its own, never wait for each other."""
     base = torch.zeros(6, 6)
     stores = [store_of(base[row : row + 2]) for row in (2, 0, 4, 1, 3)] + [store_of(base)]

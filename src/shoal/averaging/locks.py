@@ -2,21 +2,20 @@
 
 Each :class:`MemoryGuard` has a lock of its own. It takes the locks of other guards besides, if their tensors share
 memory with its own and they have no lock in common yet. So of two guards that overlap, the one that looked last takes
-the other's lock. Locks are taken in the order in which they were made, so no two threads wait for each other.
+the other's lock. No thread waits for one of its locks while it keeps another one, so no two wait for each other.
 
 Guards only ever gain locks. Dropping one could part two guards that had it in common.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 
@@ -28,52 +27,49 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS = 0.05
 """While waiting for the lock: time between two looks at whether that still makes sense."""
 
-_numbers = itertools.count()
-
 
 class TensorLock:
     """A re-entrant lock that knows which thread has held it, and since when."""
 
     def __init__(self) -> None:
-        self.number = next(_numbers)
-        self.holder: int | None = None
-        self.holder_name = ""
-        self.held_since = 0.0
         self._lock = threading.RLock()
+        self._holder: int | None = None
+        self._holder_name = ""
+        self._held_since = 0.0
         self._depth = 0
 
-    @contextmanager
-    def hold(self, timeout: float, deadline: float, abandoned: Callable[[], bool] | None) -> Iterator[None]:
+    @property
+    def held_by_this_thread(self) -> bool:
+        return self._holder == threading.get_ident()
+
+    def acquire(self, deadline: float, abandoned: Callable[[], bool] | None = None) -> bool:
         """
-        :param timeout: how long is waited in all, for people
-        :param deadline: the same on the monotonic clock
-        :raises DeadlineExceeded: it was not free in time; says which thread has held it for how long
+        :param deadline: on the monotonic clock
         :raises InvalidStateError: the wait was abandoned
         """
-        if not self._acquire(deadline, abandoned):
-            held = time.monotonic() - self.held_since
-            raise DeadlineExceeded(
-                f"the lock of the averaged tensors was not free within {timeout:g} s:"
-                f" thread {self.holder_name!r} has held it for {held:.1f} s"
-            )
-        try:
-            if self._depth == 0:
-                self.holder = threading.get_ident()
-                self.holder_name = threading.current_thread().name
-                self.held_since = time.monotonic()
-            self._depth += 1
-            yield
-        finally:
-            self._depth -= 1
-            if self._depth == 0:
-                self.holder = None
-            self._lock.release()
+        if not self._wait(deadline, abandoned):
+            return False
+        if self._depth == 0:
+            self._holder = threading.get_ident()
+            self._holder_name = threading.current_thread().name
+            self._held_since = time.monotonic()
+        self._depth += 1
+        return True
 
-    def _acquire(self, deadline: float, abandoned: Callable[[], bool] | None) -> bool:
+    def release(self) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._holder = None
+        self._lock.release()
+
+    def __str__(self) -> str:
+        held = time.monotonic() - self._held_since
+        return f"thread {self._holder_name!r} has held it for {held:.1f} s"
+
+    def _wait(self, deadline: float, abandoned: Callable[[], bool] | None) -> bool:
         if abandoned is None:
-            return self._lock.acquire(
-                timeout=max(0.0, min(deadline - time.monotonic(), threading.TIMEOUT_MAX))
-            )
+            left = deadline - time.monotonic()
+            return self._lock.acquire(timeout=max(0.0, min(left, threading.TIMEOUT_MAX)))
         while not abandoned():
             left = deadline - time.monotonic()
             if self._lock.acquire(timeout=max(0.0, min(left, LOOK_SECONDS))):
@@ -117,15 +113,25 @@ class MemoryGuard:
         """
         limit = threading.TIMEOUT_MAX if timeout is None else min(timeout, threading.TIMEOUT_MAX)
         deadline = time.monotonic() + limit
-        with ExitStack() as held:
-            for lock in self._locks:
-                held.enter_context(lock.hold(limit, deadline, abandoned))
+        locks = self._locks
+        missing: TensorLock | None = locks[0]
+        while missing is not None:
+            first = missing
+            if not first.acquire(deadline, abandoned):
+                raise DeadlineExceeded(
+                    f"the lock of the averaged tensors was not free within {timeout:g} s: {first}"
+                )
+            missing = _acquire_besides(first, locks)
+        try:
             yield
+        finally:
+            for lock in locks:
+                lock.release()
 
     @property
     def held_by_this_thread(self) -> bool:
         """Whether this thread holds a lock that :meth:`hold` takes, be it for another averager."""
-        return any(lock.holder == threading.get_ident() for lock in self._locks)
+        return any(lock.held_by_this_thread for lock in self._locks)
 
     def look_around(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Find the guards whose tensors share memory with these, which are the averager's from now on.
@@ -176,13 +182,10 @@ class _LiveGuards:
             self._guards.add(guard)
 
     def connect(self, guard: MemoryGuard) -> bool:
-        tensors = _lying(guard)
         with self._lock:
-            neighbours = [
-                other
-                for other in self._guards
-                if other is not guard and memory_in_common(tensors, _lying(other))
-            ]
+            others = [other for other in self._guards if other is not guard]
+            tensors = _lying(guard) if others else []
+            neighbours = [other for other in others if memory_in_common(tensors, _lying(other))]
             for other in set(guard._neighbours).difference(neighbours):
                 guard._neighbours.discard(other)
                 other._neighbours.discard(guard)
@@ -191,12 +194,30 @@ class _LiveGuards:
                 guard._neighbours.add(other)
                 other._neighbours.add(guard)
                 if not set(guard._locks).intersection(other._locks):
-                    guard._locks = tuple(sorted((*guard._locks, other._own), key=lambda lock: lock.number))
+                    guard._locks = (*guard._locks, other._own)
             return guard._locks != former
 
     def _forget_all(self) -> None:
         self._guards = weakref.WeakSet()
         self._lock = threading.RLock()  # a thread that the child lacks may have held the old one
+
+
+def _acquire_besides(held: TensorLock, locks: tuple[TensorLock, ...]) -> TensorLock | None:
+    """Acquire all of ``locks`` but ``held``, which this thread has just acquired; None: done.
+
+    If one is not free, all are released, and that one is returned: the caller is to wait for it first. So no thread
+    waits for a lock while it keeps another one that it has taken for the same purpose.
+    """
+    taken = [held]
+    for lock in locks:
+        if lock is held:
+            continue
+        if not lock.acquire(deadline=0.0):
+            for other in taken:
+                other.release()
+            return lock
+        taken.append(lock)
+    return None
 
 
 def _lying(guard: MemoryGuard) -> list[torch.Tensor]:

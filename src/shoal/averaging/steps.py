@@ -207,7 +207,7 @@ class Steps:
         self._has_warned_of_queue = True
         number, first = under_way[0]
         logger.warning(
-            "%s: %d steps wait behind step %d, which is %s: step(wait=False) is called faster than steps end, and the "
+            "%s: %d steps wait behind step %d (stage: %s): step(wait=False) is called faster than steps end, and the "
             "queue has no limit. Call it when the last one is done(), or as step(wait=False, when_busy='current'), "
             "which returns the step under way",
             self._prefix,
