@@ -18,9 +18,9 @@ from shoal.averaging.tensors import TensorStore
 AVERAGE = 0.5
 
 
-def store_of(*tensors: torch.Tensor, watched: bool = True, **options: Any) -> TensorStore:
-    watch = UpdateWatch("run", "Do this.") if watched else None
-    return TensorStore(tensors, Layout.from_tensors(tensors), "run", watch=watch, **options)
+def store_of(*tensors: torch.Tensor, compares: bool = True, **options: Any) -> TensorStore:
+    watch = UpdateWatch("run", "Do this.", compares=compares, **options)
+    return TensorStore(tensors, Layout.from_tensors(tensors), "run", watch)
 
 
 def areas_of(store: TensorStore) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,15 +44,29 @@ def call_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, update: C
     monkeypatch.setattr(owner, name, call)
 
 
-def test_an_update_between_reading_and_writing_is_lost(monkeypatch: pytest.MonkeyPatch):
-    """Why updates belong under the lock: this is what the switch is there to notice."""
+@pytest.mark.parametrize("through_data", [False, True], ids=["in place", "through data"])
+def test_an_update_between_reading_and_writing_is_lost(
+    through_data: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Why updates belong under the lock. Torch's count shows it, unless the update goes past it."""
     tensor = torch.zeros(4)
-    store = store_of(tensor, watched=False)
+    store = store_of(tensor, compares=False)
     snapshot, average = areas_of(store)
     store.snapshot(snapshot)
-    call_after(monkeypatch, tensors_module, "_equal", lambda: tensor.add_(1))  # the elements have been read
-    store.apply(snapshot, average)
+    updated = tensor.data if through_data else tensor
+    call_after(monkeypatch, tensors_module, "_equal", lambda: updated.add_(1))  # the elements have been read
+    with caplog.at_level(logging.WARNING):
+        store.apply(snapshot, average)
     assert tensor.tolist() == [AVERAGE] * 4
+    lines = [record.getMessage() for record in caplog.records]
+    if through_data:
+        assert not lines
+    else:
+        (line,) = lines
+        assert line.startswith(
+            "run: averaged_tensors[0] was updated while it was averaged. An update that meets"
+        )
+        assert line.endswith("Do this.")
 
 
 def test_a_lost_update_is_noticed_with_the_tensor_named(
@@ -69,7 +83,7 @@ def test_a_lost_update_is_noticed_with_the_tensor_named(
         merge(self, bits, *rest)
         seen.append(len(bits))
         if len(bits) == 4:
-            tensors[1][:3] += 1
+            tensors[1].data[:3] += 1  # past torch's own count
 
     monkeypatch.setattr(tensors_module._Merge, "__call__", merge_and_update)
     with caplog.at_level(logging.WARNING):
@@ -82,20 +96,22 @@ def test_a_lost_update_is_noticed_with_the_tensor_named(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_an_average_that_is_overwritten_is_noticed(dtype: torch.dtype, caplog: pytest.LogCaptureFixture):
+def test_an_average_that_is_overwritten_is_noticed(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     """An optimizer has read the elements before, and writes them afterwards."""
     tensor = torch.zeros(4, 3, dtype=dtype).t()
     store = store_of(tensor)
     snapshot, average = areas_of(store)
     store.snapshot(snapshot)
-    finish = UpdateWatch.finish
+    watch = store._watch
+    write = watch.write
 
-    class Late(UpdateWatch):
-        def finish(self) -> None:
-            tensor.fill_(0.125)
-            finish(self)
+    def write_and_overwrite(*args: Any) -> None:
+        write(*args)
+        tensor.data.fill_(0.125)
 
-    store._watch = Late("run", "")
+    monkeypatch.setattr(watch, "write", write_and_overwrite)
     with caplog.at_level(logging.WARNING):
         store.apply(snapshot, average)
     assert "in 12 of 12 elements" in caplog.text
@@ -149,9 +165,9 @@ def test_updates_between_copy_and_average_are_nothing_to_notice(caplog: pytest.L
 def test_the_switch_changes_no_result(alpha: float):
     torch.manual_seed(0)
     results = []
-    for watched in (False, True):
+    for compares in (False, True):
         tensor = torch.arange(1000.0)
-        store = store_of(tensor, watched=watched)
+        store = store_of(tensor, compares=compares)
         snapshot, average = areas_of(store)
         store.snapshot(snapshot)
         tensor[::3] *= 1.1

@@ -130,8 +130,9 @@ class DecentralizedAverager:
     :param apply_when: "ready": write each average as soon as its round has committed, on a thread of the averager;
       update the tensors inside :meth:`get_tensors` then. "called": write it when :meth:`apply_average` or :meth:`step`
       is called, on the caller's thread; updates need no lock.
-    :param detect_lost_updates: a debug switch: warn of the first tensor on the CPU that is updated while the averager
-      copies or writes it. Takes twice the memory of the tensors, and several times as long under the lock.
+    :param detect_lost_updates: a debug switch: compare all elements of tensors on the CPU, to warn of the first that is
+      updated while the averager copies or writes it. Without it, what torch's own count of in-place updates shows is
+      warned of. Takes twice the memory of the tensors, and several times as long under the lock.
 
     Subclasses may override every public method. A class that defines a method by which hivemind's averager is changed
     and which nothing calls here (``_aggregate_with_group``, ``rpc_...``, see :mod:`~shoal.averaging.overriding`) is an
@@ -233,8 +234,12 @@ class DecentralizedAverager:
             tensors,
             layout,
             prefix,
-            watch=UpdateWatch(prefix, WATCH_ADVICE[apply_when]) if detect_lost_updates else None,
-            updates_while_copying=apply_when == "called",
+            UpdateWatch(
+                prefix,
+                WATCH_ADVICE[apply_when],
+                compares=detect_lost_updates,
+                updates_while_copying=apply_when == "called",
+            ),
         )
         self.__infos = infos
         self.__states = StateHost(

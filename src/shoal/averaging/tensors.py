@@ -64,8 +64,7 @@ class TensorStore:
 
     :param tensors: as returned by :func:`~.schema.validate_tensors`
     :param name: of the averager, for people
-    :param watch: compares what the tensors hold with what they should, for debugging
-    :param updates_while_copying: the trainer may update the tensors while they are copied: ``watch`` ignores that
+    :param watch: notices updates while the lock is held here; default: with no advice
     """
 
     def __init__(
@@ -73,15 +72,12 @@ class TensorStore:
         tensors: Sequence[torch.Tensor],
         layout: Layout,
         name: str = "",
-        *,
         watch: UpdateWatch | None = None,
-        updates_while_copying: bool = False,
     ) -> None:
         self.tensors = HeldTensors(tensors)
         self.layout = layout
         self._guard = MemoryGuard(self.tensors, name)
-        self._watch = watch
-        self._copy_watch = None if updates_while_copying else watch
+        self._watch = UpdateWatch(name) if watch is None else watch
         self._seen: list[tuple[object, ...] | None] = [None] * len(self.tensors)
         self._cuda: dict[torch.device, CudaCopier] = {}
         for device in {tensor.device for tensor in self.tensors if tensor.is_cuda}:
@@ -119,7 +115,7 @@ class TensorStore:
         it with another one now. Says nothing of NaN: see :func:`first_non_finite`.
         """
         targets = self._slots(area)  # before the lock: whoever waits for it, waits for copies alone
-        watch = self._copy_watch
+        watch = self._watch
         with self._hold_unchanged(timeout, abandoned) as tensors:
             self._guard.begin_round()
             for index, (tensor, target) in enumerate(zip(tensors, targets, strict=True)):
@@ -129,7 +125,7 @@ class TensorStore:
                     self._cuda_copier(tensor.device).read(tensor, _elements(target, tensor.dtype))
                 else:
                     _elements(target, tensor.dtype).view(tensor.shape).copy_(tensor)
-                if watch is not None and not tensor.is_cuda:
+                if watch.checks_copies:
                     watch.check_copy(index, tensor, _elements(target, tensor.dtype))
 
     def apply(
@@ -155,14 +151,9 @@ class TensorStore:
         # The trainer's own infinities are not ours to report.
         with self._hold_unchanged(None, abandoned) as tensors, np.errstate(all="ignore"):
             self._guard.end_round()
-            for index, (tensor, old, new) in enumerate(zip(tensors, before, after, strict=True)):
-                move = partial(self._move, old=old, new=new, merge=merge)
-                if watch is None or tensor.is_cuda:
-                    move(tensor)
-                else:
-                    watch.write(index, tensor, move)
-            if watch is not None:
-                watch.finish()
+            with watch.writing(self.tensors):
+                for index, (tensor, old, new) in enumerate(zip(tensors, before, after, strict=True)):
+                    watch.write(index, tensor, partial(self._move, old=old, new=new, merge=merge))
 
     def _move(self, tensor: torch.Tensor, old: Bits, new: Bits, merge: _Merge) -> None:
         """Apply an average to one tensor."""
