@@ -20,7 +20,7 @@ AVERAGE = 0.5
 
 def store_of(*tensors: torch.Tensor, compares: bool = True, **options: Any) -> TensorStore:
     watch = UpdateWatch("run", "Do this.", compares=compares, **options)
-    return TensorStore(tensors, Layout.from_tensors(tensors), "run", watch)
+    return TensorStore(tensors, Layout.from_tensors(tensors), name="run", watch=watch)
 
 
 def areas_of(store: TensorStore) -> tuple[torch.Tensor, torch.Tensor]:

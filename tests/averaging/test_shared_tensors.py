@@ -21,7 +21,7 @@ LIMIT = 20  # seconds, against hanging only
 
 
 def store_of(*tensors: torch.Tensor, name: str = "") -> TensorStore:
-    return TensorStore(tensors, Layout.from_tensors(tensors), name)
+    return TensorStore(tensors, Layout.from_tensors(tensors), name=name)
 
 
 def area_of(store: TensorStore, value: float | None = None) -> torch.Tensor:

@@ -233,8 +233,8 @@ class DecentralizedAverager:
         store = TensorStore(
             tensors,
             layout,
-            prefix,
-            UpdateWatch(
+            name=prefix,
+            watch=UpdateWatch(
                 prefix,
                 WATCH_ADVICE[apply_when],
                 compares=detect_lost_updates,

@@ -52,7 +52,7 @@ class AverageWriter:
         if not self.on_call:
             self._write()
             return True
-        with self._store.hold(None, abandoned):
+        with self._store.lock(None, abandoned):
             if self._callers_in_step == 0:
                 self._pending = step
                 return False
@@ -66,7 +66,7 @@ class AverageWriter:
         """
         if not self.on_call:
             return False
-        with self._store.hold():
+        with self._store.lock():
             step, self._pending = self._pending, None
             if step is None:
                 return False
@@ -90,13 +90,13 @@ class AverageWriter:
         if not self.on_call:
             yield
             return
-        with self._store.hold():
+        with self._store.lock():
             self._callers_in_step += 1
         try:
             self.apply()
             yield
         finally:
-            with self._store.hold():
+            with self._store.lock():
                 self._callers_in_step -= 1
 
     def _write_visibly(self) -> None:

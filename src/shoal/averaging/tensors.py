@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -71,6 +71,7 @@ class TensorStore:
         self,
         tensors: Sequence[torch.Tensor],
         layout: Layout,
+        *,
         name: str = "",
         watch: UpdateWatch | None = None,
     ) -> None:
@@ -87,9 +88,15 @@ class TensorStore:
     def hold(
         self, timeout: float | None = None, abandoned: Callable[[], bool] | None = None
     ) -> Iterator[HeldTensors]:
-        """Hold the lock (re-entrant) and yield the tensors; parameters and errors as of :meth:`.MemoryGuard.hold`."""
-        with self._guard.hold(timeout, abandoned):
+        """As :meth:`lock`, and yield the tensors."""
+        with self.lock(timeout, abandoned):
             yield self.tensors
+
+    def lock(
+        self, timeout: float | None = None, abandoned: Callable[[], bool] | None = None
+    ) -> AbstractContextManager[None]:
+        """Hold the lock (re-entrant); parameters and errors as of :meth:`.MemoryGuard.hold`."""
+        return self._guard.hold(timeout, abandoned)
 
     @property
     def held_by_this_thread(self) -> bool:
@@ -173,7 +180,7 @@ class TensorStore:
     ) -> Iterator[list[torch.Tensor]]:
         """Hold the lock of the memory where the tensors lie now, and yield :meth:`_unchanged`."""
         while True:
-            with self.hold(timeout, abandoned):
+            with self.lock(timeout, abandoned):
                 seen = self._seen
                 tensors = self._unchanged()
                 # Where they lie now, another averager's tensors may lie too, whose lock is not held yet.
