@@ -48,6 +48,8 @@ SIGNATURE = [
     "client_mode",
     "daemon",
     "shutdown_timeout",
+    "apply_when",
+    "detect_lost_updates",
 ]
 
 

@@ -149,3 +149,18 @@ def test_the_lock_alone_needs_no_tensors():
     tensors.clear()
     with bound.store.lock():
         assert bound.store.held_by_this_thread
+
+
+@pytest.mark.parametrize("kind", ["module", "function"])
+def test_averagers_that_come_to_the_same_tensors_share_their_lock(kind):
+    model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    first = Bound(model if kind == "module" else lambda: list(model.parameters()))
+    second = Bound(other)
+    first.snapshot()
+    second.snapshot()
+    with first.store.lock():
+        assert not second.store.held_by_this_thread
+    model.weight, model.bias = other.weight, other.bias
+    first.snapshot()
+    with second.store.lock():
+        assert first.store.held_by_this_thread

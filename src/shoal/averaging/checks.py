@@ -6,6 +6,7 @@ Each returns the value, as Python's own where a number or flag of numpy or torch
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from shoal.errors import InvalidTypeError, InvalidValueError
@@ -31,6 +32,13 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise InvalidTypeError(f"{name}={value!r}: True or False is allowed, not {type(value).__name__}")
     return value
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """:raises InvalidValueError: ``value`` is none of the choices"""
+    if value not in choices:
+        allowed = " or ".join(map(repr, choices))
+        raise InvalidValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def check_count(name: str, value: Any, minimum: int, maximum: int) -> int:

@@ -55,7 +55,8 @@ class StepControl(MPFuture[Any]):
     gathered data,
     ``{PeerID: data}``; a step that failed raises :class:`~shoal.errors.AllreduceException` with the reason,
     and leaves the averaged tensors as they were. Whatever waits for it is woken after the averages have been
-    written to the tensors. Callbacks may block and may run further steps.
+    written to the tensors; with ``apply_when="called"``, when the average waits for ``apply_average()``. Callbacks
+    may block and may run further steps.
 
     :param scheduled_time: when all-reduce is expected to begin, in :func:`~shoal.utils.get_dht_time` seconds
     :param deadline: when the search for a group ends, in the same seconds; None: never

@@ -6,7 +6,9 @@ Reads properties of tensors and memory addresses, never their values.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +18,16 @@ from shoal.averaging.sources import HeldTensors, TensorSource
 from shoal.averaging.writable import first_read_only
 from shoal.compression.base import DTYPE_NAMES
 from shoal.errors import InvalidStateError, InvalidValueError, UsageError
+
+
+class Unchanged(NamedTuple):
+    """Tensors that can still be averaged."""
+
+    tensors: HeldTensors
+    data: list[torch.Tensor]
+    """The same, outside of autograd."""
+    moved: bool
+    """Whether they lie elsewhere than at the last look."""
 
 
 class CurrentTensors:
@@ -40,6 +52,7 @@ class CurrentTensors:
         self._source = None if source is None else weakref.ref(source)
         self._known = list(map(_appearance, tensors))
         """Of the tensors of a source: as they were when they were checked last."""
+        self._found = list(map(_recall, tensors)) if source is not None and source.runs_users_code else []
         self._seen: list[tuple[object, ...] | None] = [None] * len(tensors)
         self._check_writable(tensors, range(len(tensors)), InvalidValueError)
 
@@ -62,6 +75,8 @@ class CurrentTensors:
             self._check_unchanged(index, found[index])
         self._check_writable(found, new, InvalidStateError)
         self._known = known
+        if source.runs_users_code:
+            self._found = list(map(_recall, found))
         return found
 
     def _check_writable(
@@ -75,14 +90,29 @@ class CurrentTensors:
                 "pass a copy: tensor.clone()"
             )
 
-    def unchanged(self) -> list[torch.Tensor]:
-        """The tensors as they are now, outside of autograd, once it is known that they can be averaged still: those
-        that lie where they lay are not looked at again.
+    def known(self) -> Sequence[torch.Tensor]:
+        """The tensors as far as they are known without the user's code, for a look at where they lie: those of a
+        function as it returned them last, where they still exist. Needs no lock.
         """
-        tensors = [tensor.data for tensor in self.tensors]
+        if self._given is not None:
+            return self._given
+        source = None if self._source is None else self._source()
+        if source is None or source.runs_users_code:
+            return [tensor for recall in self._found if (tensor := recall()) is not None]
+        try:
+            return source.find().tensors
+        except UsageError:  # a round will say so
+            return ()
+
+    def unchanged(self) -> Unchanged:
+        """The tensors as they are now, once it is known that they can be averaged still: those that lie where they
+        lay are not looked at again.
+        """
+        held = self.tensors
+        tensors = [tensor.data for tensor in held]
         seen: list[tuple[object, ...] | None] = [_place(tensor) for tensor in tensors]
         if seen == self._seen:
-            return tensors
+            return Unchanged(held, tensors, moved=False)
         changed = [index for index, place in enumerate(seen) if place != self._seen[index]]
         for index in changed:
             self._check_unchanged(index, tensors[index])
@@ -92,7 +122,7 @@ class CurrentTensors:
         if sharing is not None:
             raise InvalidStateError(f"{sharing} now; give it storage of its own")
         self._seen = seen
-        return tensors
+        return Unchanged(held, tensors, moved=True)
 
     def _check_unchanged(self, index: int, tensor: torch.Tensor) -> None:
         slot = self._layout.slots[index]
@@ -114,6 +144,15 @@ class CurrentTensors:
                 f"{self._labels[index]} has elements that share memory now (strides {tensor.stride()}); "
                 "give it storage of its own"
             )
+
+
+def _recall(tensor: torch.Tensor) -> Callable[[], torch.Tensor | None]:
+    """Gives a tensor while it exists; a parameter always, since it could not be swapped any more otherwise."""
+    return partial(_itself, tensor) if isinstance(tensor, torch.nn.Parameter) else weakref.ref(tensor)
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _appearance(tensor: object) -> tuple[object, ...] | None:

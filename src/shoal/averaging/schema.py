@@ -249,6 +249,16 @@ def shared_memory(tensors: Sequence[torch.Tensor], labels: Sequence[str]) -> str
     return None
 
 
+def memory_in_common(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
+    """Whether a tensor of ``first`` has an element in common with one of ``second``."""
+    tensors, border = (*first, *second), len(first)
+    return any(
+        index < border <= other
+        and (tensors[index] is tensors[other] or _share_memory(tensors[index], tensors[other]))
+        for index, other in _pairs_with_crossing_extents(tensors)
+    )
+
+
 def _pairs_with_crossing_extents(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
     """Pairs of indices, the smaller first, of tensors whose ranges of addresses cross, or that are one
     object.

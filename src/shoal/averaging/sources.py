@@ -66,6 +66,9 @@ class NamedTensors:
 class TensorSource(Protocol):
     """Gives the tensors of each round."""
 
+    runs_users_code: bool
+    """Whether :meth:`find` calls a function of the user's, which needs the lock."""
+
     def find(self) -> NamedTensors:
         """The tensors as they are now: the same labels each time.
 
@@ -92,6 +95,8 @@ def take_tensors(averaged_tensors: Any) -> tuple[NamedTensors, TensorSource | No
 
 class ModuleSource:
     """The parameters of a module that required grad when the averager was made, found by name in each round."""
+
+    runs_users_code = False
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
@@ -138,6 +143,8 @@ class ModuleSource:
 
 class FunctionSource:
     """The tensors that a function of the user's returns in each round."""
+
+    runs_users_code = True
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self._function = function

@@ -6,16 +6,16 @@ takes. Between them the trainer may change the tensors; what it adds is kept.
 
 Neither uses torch's intra-op thread pool for tensors on the CPU (numpy's copies, and pieces too small for the
 pool), so that the trainer keeps its cores. Writes go through ``tensor.data``, which has a version counter of
-its own: autograd does not see them, and a round may land between forward and backward.
+its own: autograd does not see them, and a round may land between forward and backward. (:mod:`.pending` has averages
+written when the user calls, and tells autograd.)
 """
 
 from __future__ import annotations
 
-import threading
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,18 +23,18 @@ import numpy.typing as npt
 import torch
 
 from shoal.averaging.allreduce.reduction import is_finite
-from shoal.averaging.current import CurrentTensors
+from shoal.averaging.current import CurrentTensors, Unchanged
+from shoal.averaging.locks import MemoryGuard
+from shoal.averaging.lost_updates import UpdateWatch
 from shoal.averaging.partition import Layout
 from shoal.averaging.sources import HeldTensors, TensorSource
 from shoal.compression.base import UINT8, tensor_array
-from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidValueError
+from shoal.errors import InvalidValueError
 
 Area: TypeAlias = torch.Tensor | memoryview | bytearray
 """An arena of ``layout.nbytes`` bytes: a one-dimensional uint8 CPU tensor, or writable memory."""
 
 CHUNK_NBYTES = 1 << 20
-LOOK_SECONDS = 0.05
-"""While waiting for the lock: time between two looks at whether that still makes sense."""
 MERGE_ELEMENTS = 1 << 15
 """What is computed on at a time: the most elements for which torch does not wake its intra-op threads."""
 
@@ -53,6 +53,8 @@ class TensorStore:
     :param tensors: that have passed :func:`~.schema.check_tensors`
     :param labels: what errors call each of them; default: by number
     :param source: referred to weakly; its owner is the averager, to which it may refer
+    :param name: of the averager, for people
+    :param watch: notices updates while the lock is held here; default: with no advice
     :raises InvalidValueError: the memory of a tensor is read-only
     """
 
@@ -62,15 +64,15 @@ class TensorStore:
         layout: Layout,
         labels: Sequence[str] | None = None,
         source: TensorSource | None = None,
+        *,
+        name: str = "",
+        watch: UpdateWatch | None = None,
     ) -> None:
         self.layout = layout
         self.labels = labels or tuple(f"averaged_tensors[{index}]" for index in range(len(tensors)))
         self._current = CurrentTensors(tensors, layout, self.labels, source)
-        self._lock = threading.RLock()
-        self._holder: int | None = None
-        self._holder_name = ""
-        self._held_since = 0.0
-        self._depth = 0
+        self._guard = MemoryGuard(self._current.known, name)
+        self._watch = UpdateWatch(name, labels=self.labels) if watch is None else watch
         self._cuda: dict[torch.device, CudaCopier] = {}
         for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
             self._cuda_copier(device)
@@ -91,54 +93,15 @@ class TensorStore:
         with self.lock(timeout, abandoned):
             yield self.tensors
 
-    @contextmanager
     def lock(
         self, timeout: float | None = None, abandoned: Callable[[], bool] | None = None
-    ) -> Iterator[None]:
-        """Hold the lock (re-entrant).
-
-        :param timeout: seconds to wait for it
-        :param abandoned: whether nobody needs it any more; asked while waiting, and when it is held
-        :raises DeadlineExceeded: it was not free in time; says who has held it for how long
-        :raises InvalidStateError: the wait was abandoned
-        """
-        limit = threading.TIMEOUT_MAX if timeout is None else min(timeout, threading.TIMEOUT_MAX)
-        if not self._acquire(limit, abandoned):
-            held = time.monotonic() - self._held_since
-            raise DeadlineExceeded(
-                f"the lock of the averaged tensors was not free within {timeout:g} s:"
-                f" thread {self._holder_name!r} has held it for {held:.1f} s"
-            )
-        try:
-            if self._depth == 0:
-                self._holder = threading.get_ident()
-                self._holder_name = threading.current_thread().name
-                self._held_since = time.monotonic()
-            self._depth += 1
-            yield
-        finally:
-            self._depth -= 1
-            if self._depth == 0:
-                self._holder = None
-            self._lock.release()
-
-    def _acquire(self, limit: float, abandoned: Callable[[], bool] | None) -> bool:
-        if abandoned is None:
-            return self._lock.acquire(timeout=limit)
-        deadline = time.monotonic() + limit
-        while not abandoned():
-            left = deadline - time.monotonic()
-            if self._lock.acquire(timeout=max(0.0, min(left, LOOK_SECONDS))):
-                if not abandoned():
-                    return True
-                self._lock.release()
-            elif left <= LOOK_SECONDS:
-                return False
-        raise InvalidStateError("nobody needs the averaged tensors any more")
+    ) -> AbstractContextManager[None]:
+        """Hold the lock (re-entrant); parameters and errors as of :meth:`.MemoryGuard.hold`."""
+        return self._guard.hold(timeout, abandoned)
 
     @property
     def held_by_this_thread(self) -> bool:
-        return self._holder == threading.get_ident()
+        return self._guard.held_by_this_thread
 
     def mark_stream(self) -> None:
         """Remember this thread's current CUDA streams as the trainer's: copies are ordered after what it has
@@ -160,14 +123,18 @@ class TensorStore:
         it with another one now. Says nothing of NaN: see :func:`first_non_finite`.
         """
         targets = self._slots(area)  # before the lock: whoever waits for it, waits for copies alone
-        with self.lock(timeout, abandoned):
-            for tensor, target in zip(self._current.unchanged(), targets, strict=True):
+        watch = self._watch
+        with self._hold_unchanged(timeout, abandoned) as now:
+            self._guard.begin_round()
+            for index, (tensor, target) in enumerate(zip(now.data, targets, strict=True)):
                 if _is_plain(tensor):
                     np.copyto(target, tensor_array(tensor, target.dtype))
                 elif tensor.is_cuda:
                     self._cuda_copier(tensor.device).read(tensor, _elements(target, tensor.dtype))
                 else:
                     _elements(target, tensor.dtype).view(tensor.shape).copy_(tensor)
+                if watch.checks_copies:
+                    watch.check_copy(index, tensor, _elements(target, tensor.dtype))
 
     def apply(
         self,
@@ -188,20 +155,38 @@ class TensorStore:
         """
         merge = _Merge(alpha)
         before, after = self._slots(snapshot), self._slots(average)
-        with (
-            self.lock(None, abandoned),
-            np.errstate(all="ignore"),
-        ):  # the trainer's own infinities are not ours
-            for tensor, old, new in zip(self._current.unchanged(), before, after, strict=True):
-                if _is_plain(tensor):
-                    merge(tensor_array(tensor, old.dtype), old, new, tensor.dtype)
-                elif tensor.is_cuda:
-                    old_elements, new_elements = _elements(old, tensor.dtype), _elements(new, tensor.dtype)
-                    self._cuda_copier(tensor.device).merge(tensor, old_elements, new_elements, alpha)
-                else:
-                    flat = tensor.to("cpu", copy=True).reshape(-1).contiguous()
-                    merge(tensor_array(flat, old.dtype), old, new, tensor.dtype)
-                    tensor.copy_(flat.view(tensor.shape))
+        watch = self._watch
+        # The trainer's own infinities are not ours to report.
+        with self._hold_unchanged(None, abandoned) as now, np.errstate(all="ignore"):
+            self._guard.end_round()
+            with watch.writing(now.tensors):
+                for index, (tensor, old, new) in enumerate(zip(now.data, before, after, strict=True)):
+                    watch.write(index, tensor, partial(self._move, old=old, new=new, merge=merge))
+
+    def _move(self, tensor: torch.Tensor, old: Bits, new: Bits, merge: _Merge) -> None:
+        """Apply an average to one tensor."""
+        if _is_plain(tensor):
+            merge(tensor_array(tensor, old.dtype), old, new, tensor.dtype)
+        elif tensor.is_cuda:
+            old_elements, new_elements = _elements(old, tensor.dtype), _elements(new, tensor.dtype)
+            self._cuda_copier(tensor.device).merge(tensor, old_elements, new_elements, merge.alpha)
+        else:
+            flat = tensor.to("cpu", copy=True).reshape(-1).contiguous()
+            merge(tensor_array(flat, old.dtype), old, new, tensor.dtype)
+            tensor.copy_(flat.view(tensor.shape))
+
+    @contextmanager
+    def _hold_unchanged(
+        self, timeout: float | None, abandoned: Callable[[], bool] | None
+    ) -> Iterator[Unchanged]:
+        """Hold the lock of the memory where the tensors lie now, and yield :meth:`.CurrentTensors.unchanged`."""
+        while True:
+            with self.lock(timeout, abandoned):
+                now = self._current.unchanged()
+                # Where they lie now, another averager's tensors may lie too, whose lock is not held yet.
+                if not now.moved or not self._guard.look_around():
+                    yield now
+                    return
 
     def _slots(self, area: Area) -> list[Bits]:
         """Where in an arena each tensor's elements lie."""
@@ -317,24 +302,24 @@ class _Merge:
     """:func:`_merge` on the CPU, in chunks; those that the trainer did not touch are only copied."""
 
     def __init__(self, alpha: float) -> None:
-        self._alpha = alpha
+        self.alpha = alpha
         self._scratch = {size: np.empty(MERGE_ELEMENTS, dtype=f"f{size}") for size in (4, 8)}
 
     def __call__(self, bits: Bits, old: Bits, new: Bits, dtype: torch.dtype) -> None:
         for chunk in _slices(len(bits), CHUNK_NBYTES // bits.itemsize):
-            if self._alpha == 1 and _equal(bits[chunk], old[chunk]):
+            if self.alpha == 1 and _equal(bits[chunk], old[chunk]):
                 np.copyto(bits[chunk], new[chunk])
                 continue
             for piece in _slices(chunk.stop, MERGE_ELEMENTS, chunk.start):
                 if bits.itemsize == 2:
                     current, before, after = (_elements(array[piece], dtype) for array in (bits, old, new))
-                    _merge(current, before, after, self._alpha)
+                    _merge(current, before, after, self.alpha)
                 else:
                     self._merge_wide(bits[piece], old[piece], new[piece])
 
     def _merge_wide(self, bits: Bits, old_bits: Bits, new_bits: Bits) -> None:
         """For float32 and float64, where numpy takes half the time."""
-        alpha, moved = self._alpha, self._scratch[bits.itemsize][: len(bits)]
+        alpha, moved = self.alpha, self._scratch[bits.itemsize][: len(bits)]
         current, old, new = (array.view(moved.dtype) for array in (bits, old_bits, new_bits))
         np.subtract(new, old, out=moved)
         if alpha != 1:
