@@ -634,7 +634,8 @@ class DecentralizedAverager:
           why (an error from the fifth failure in a row on), and so does :attr:`last_report`
         :raises InvalidValueError: a parameter out of range
         :raises InvalidTypeError: ``gather`` can't be encoded, or :attr:`serializer` makes no bytes of it
-        :raises InvalidStateError: not started, shut down, or ``wait=True`` inside :meth:`get_tensors`
+        :raises InvalidStateError: not started, shut down, ``wait=True`` inside :meth:`get_tensors`, or an average that
+          waits can't be written, as of :meth:`apply_average`
         :raises PeerProcessDied: the background process has ended
         """
         wait = check_flag("wait", wait)
