@@ -14,6 +14,7 @@ from shoal.averaging.commands import ApplyAverage, BoundByWord, RunStep, TakeSna
 from shoal.averaging.group import GroupInfo
 from shoal.averaging.service import AveragerService, Step, StepFailed
 from shoal.errors import AllreduceException
+from shoal.runtime.presence import Presence
 from shoal.testing.clock import run
 from shoal.testing.rounds import PART_BYTES, PREFIX, SimulatedGroup
 
@@ -24,6 +25,7 @@ class Host:
     def __init__(self, *, fails: bool) -> None:
         self.story: list[str] = []
         self.fails = fails
+        self.user = Presence()
 
     async def call_host(self, command: object) -> object:
         if isinstance(command, ApplyAverage):

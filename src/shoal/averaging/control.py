@@ -197,9 +197,10 @@ class StepControl(MPFuture[Any]):
 
     # what the averager tells its steps
 
-    def follow(self, call: Future[Any]) -> None:
+    def follow(self, call: MPFuture[Any]) -> None:
         """``call`` runs the step in the background process; cancelling the step cancels it."""
         self._call = call
+        self._explain = call._explain
 
     def reach(self, stage: AveragingStage) -> None:
         """The step has come to ``stage``, and can be cancelled."""
@@ -234,6 +235,7 @@ class StepControl(MPFuture[Any]):
     def _let_go(self) -> None:
         """A step that has ended keeps neither the averager's process nor what was sent alive."""
         self._call = None
+        self._explain = None
         self._steering = None
 
     def _check_wait(self, timeout: float | None) -> None:

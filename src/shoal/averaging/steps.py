@@ -97,7 +97,7 @@ class Steps:
         )
         self._keeper.controls[command.step] = control
         try:
-            call: MPFuture[StepOutcome] = handle.call(command)
+            call: MPFuture[StepOutcome] = handle.call(command, timeout=timeout)
         except BaseException:
             del self._keeper.controls[command.step]
             raise

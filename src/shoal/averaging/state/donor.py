@@ -68,7 +68,7 @@ FAILED = "the donor's get_current_state failed"
 
 
 class CopyUnavailable(ShoalError):
-    """The host made no copy, and has logged why."""
+    """There is no copy; the message is for joiners, and whatever this peer's user can do about it was logged."""
 
 
 class HeldState:
@@ -231,8 +231,8 @@ class StateDonor:
         except TimeoutError:
             logger.warning("%s: the state was not copied within %g s", self._prefix, COPY_TIMEOUT)
             self._feed(CopyFailed(FAILED))
-        except CopyUnavailable:
-            self._feed(CopyFailed(FAILED))
+        except CopyUnavailable as e:
+            self._feed(CopyFailed(str(e)))
         except Exception as e:  # noqa: BLE001 - of the user's codecs: may be anything
             logger.warning(
                 "%s: other peers cannot download this one's state: %s: %s", self._prefix, type(e).__name__, e

@@ -234,7 +234,7 @@ class StateHost:
             number = self._last_download
             self._downloads[number] = _Download(bar)
         try:
-            call: MPFuture[LoadedState] = handle.call(LoadState(number, timeout, progress))
+            call: MPFuture[LoadedState] = handle.call(LoadState(number, timeout, progress), timeout=timeout)
         except BaseException:
             self._downloads.pop(number).close()
             raise

@@ -23,7 +23,7 @@ from shoal.averaging.state.commands import (
     StateMemory,
 )
 from shoal.averaging.state.declarations import DonorDeclarations, Wish
-from shoal.averaging.state.donor import CopyUnavailable, StateDonor
+from shoal.averaging.state.donor import FAILED, CopyUnavailable, StateDonor
 from shoal.averaging.state.download import Progress, StateDownload
 from shoal.averaging.state.messages import pack_entries, unpack_entries
 from shoal.averaging.state.queue import MAX_REQUESTS_PER_PEER
@@ -32,6 +32,7 @@ from shoal.dht.tasks import TaskSet
 from shoal.errors import InvalidStateError, InvalidValueError
 from shoal.runtime.channel import close_descriptors
 from shoal.runtime.memory import SharedMemory
+from shoal.runtime.presence import UserProcessAbsent
 from shoal.runtime.service import ServiceContext
 from shoal.utils.timed import get_dht_time
 
@@ -88,7 +89,7 @@ class StateService:
             case CaptureFailed(capture, reason):
                 waiting = self._captures.get(capture)
                 if waiting is not None and not waiting.done():
-                    waiting.set_exception(CopyUnavailable(reason))
+                    waiting.set_exception(CopyUnavailable(f"{FAILED}: {reason}"))
             case _:
                 raise InvalidStateError(f"an averager has no command {type(command).__name__}")
         return None
@@ -107,10 +108,15 @@ class StateService:
         waiting: asyncio.Future[Capture] = asyncio.get_running_loop().create_future()
         self._captures[number] = waiting
         try:
-            await self._context.call_host(CaptureState(number))
-            return await waiting
+            return await self._context.user.unless_absent(self._captured(number, waiting))
+        except UserProcessAbsent as e:
+            raise CopyUnavailable(f"the donor's {e}") from None
         finally:
             del self._captures[number]
+
+    async def _captured(self, number: int, waiting: asyncio.Future[Capture]) -> Capture:
+        await self._context.call_host(CaptureState(number))
+        return await waiting
 
     def _receive_capture(self, captured: StateCaptured, descriptors: Sequence[int]) -> None:
         waiting = self._captures.get(captured.capture)
