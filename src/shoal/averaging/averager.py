@@ -47,6 +47,7 @@ from shoal.errors import (
     InvalidStateError,
     InvalidTypeError,
     InvalidValueError,
+    PeerProcessUnresponsive,
 )
 from shoal.p2p.identity import PeerID
 from shoal.runtime import pickling
@@ -60,6 +61,9 @@ if TYPE_CHECKING:
     from shoal.runtime.process import BackgroundProcess, ServiceFactory, ServiceHandle
 
 logger = logging.getLogger(__name__)
+
+START_LOOK_PERIOD = 1.0
+"""Seconds between looks at a background process that has taken all the time that a call had for it to start."""
 
 
 class DecentralizedAverager:
@@ -187,8 +191,10 @@ class DecentralizedAverager:
             allow_state_sharing=allow_state_sharing,
             declare_state_period=declare_state_period,
         )
-        if dht._is_ready():  # otherwise this is found out at the start
-            settle_modes(self.__config, dht.client_mode)
+        if (
+            known := dht._last_description
+        ) is not None:  # else, or if that has changed, the start finds it out
+            settle_modes(self.__config, known.client_mode)
         if not daemon and dht.daemon:
             raise InvalidValueError(
                 "daemon=False: the averager lives in the background process of its DHT, which was made with daemon=True"
@@ -244,7 +250,7 @@ class DecentralizedAverager:
         factory = partial(create_averager_service, setup, self.dht.service_name)
         begin = partial(_create_service, self.dht.background, factory, self.__config, self.__keeper)
         creation = chain(self.dht._describe_later(), begin)
-        self.__started = MPFuture()
+        self.__started = MPFuture(explain=creation.why_late)
         self.__finalizer = weakref.finalize(self, close_in_background, creation, self.__keeper)
         self.__finalizer.atexit = (
             False  # the end of the interpreter ends the background process and all in it
@@ -274,8 +280,8 @@ class DecentralizedAverager:
         try:
             started.result(timeout)
         except TimeoutError as error:
-            if started.done():
-                raise  # the start's own failure
+            if started.done() or isinstance(error, PeerProcessUnresponsive):
+                raise  # the start's own failure, or the reason why it takes so long
             raise DeadlineExceeded(f"the averager was not ready after {timeout:g} s") from error
 
     def shutdown(self) -> None:
@@ -465,6 +471,7 @@ class DecentralizedAverager:
         :raises InvalidValueError: ``timeout`` out of range
         :raises InvalidStateError: not started, shut down (meanwhile), or ``wait=True`` inside :meth:`get_tensors`
         :raises PeerProcessDied: the background process has ended
+        :raises PeerProcessUnresponsive: it is stopped, or gives no sign of life, and ``timeout`` has passed
         """
         for name, flag in (("wait", wait), ("progress", progress)):
             check_flag(name, flag)
@@ -472,7 +479,7 @@ class DecentralizedAverager:
             check_number("timeout", timeout, above=0)
         if wait:
             self.__check_lock("load_state_from_peers(wait=True)")
-        loading = self.__states.load(self.__ready(), timeout, progress=progress)
+        loading = self.__states.load(self.__ready(timeout), timeout, progress=progress)
         if not wait:
             return loading
         try:
@@ -579,6 +586,7 @@ class DecentralizedAverager:
         :raises InvalidTypeError: ``gather`` can't be encoded, or :attr:`serializer` makes no bytes of it
         :raises InvalidStateError: not started, shut down, or ``wait=True`` inside :meth:`get_tensors`
         :raises PeerProcessDied: the background process has ended
+        :raises PeerProcessUnresponsive: it is stopped, or gives no sign of life, and ``timeout`` has passed
         """
         check_flag("wait", wait)
         if wait and require_trigger:
@@ -588,7 +596,7 @@ class DecentralizedAverager:
         if wait:
             self.__check_lock("step(wait=True)")
         control = self.__steps.begin(
-            self.__ready(),
+            self.__ready(timeout),
             self.serializer,
             gather=gather,
             scheduled_time=scheduled_time,
@@ -618,12 +626,23 @@ class DecentralizedAverager:
                 "leave the block first or use wait=False"
             )
 
-    def __ready(self) -> ServiceHandle:
+    def __ready(self, timeout: float | None = None) -> ServiceHandle:
+        """The service, once it has started. A start takes the time that it takes, as long as its process lives.
+
+        :raises PeerProcessUnresponsive: that does not, and ``timeout`` has passed
+        """
         if self.__started is None or self.__finalizer is None:
             raise InvalidStateError("this averager is not started; call run_in_background() first")
         if not self.__finalizer.alive:
             raise InvalidStateError("this averager was shut down")
-        return self.__started.result()
+        _check_timeout(timeout)
+        while True:
+            try:
+                return self.__started.result(timeout)
+            except TimeoutError as error:
+                if self.__started.done() or isinstance(error, PeerProcessUnresponsive):
+                    raise
+                timeout = START_LOOK_PERIOD
 
 
 def _create_service(

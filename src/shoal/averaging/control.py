@@ -200,7 +200,7 @@ class StepControl(MPFuture[Any]):
     def follow(self, call: MPFuture[Any]) -> None:
         """``call`` runs the step in the background process; cancelling the step cancels it."""
         self._call = call
-        self._explain = call._explain
+        self._explain = call.why_late
 
     def reach(self, stage: AveragingStage) -> None:
         """The step has come to ``stage``, and can be cancelled."""

@@ -31,6 +31,7 @@ from shoal.errors import (
     InvalidTypeError,
     InvalidValueError,
     PeerProcessDied,
+    PeerProcessUnresponsive,
 )
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
@@ -423,8 +424,8 @@ class DHT:
         try:
             return creation.result(timeout)
         except TimeoutError as error:
-            if creation.done():
-                raise  # the node's own failure
+            if creation.done() or isinstance(error, PeerProcessUnresponsive):
+                raise  # the node's own failure, or the reason why it takes so long
             raise DeadlineExceeded(f"the DHT was not ready after {timeout:g} s") from error
 
     def _call(self, command: object, *, with_classes: bool = False) -> MPFuture[Any]:

@@ -76,7 +76,7 @@ class MPFuture(concurrent.futures.Future[T]):
         try:
             return super().result(timeout)
         except TimeoutError:
-            late = self._why_late()
+            late = self.why_late()
             if late is None:
                 raise
             raise late from None
@@ -87,13 +87,15 @@ class MPFuture(concurrent.futures.Future[T]):
         try:
             return super().exception(timeout)
         except TimeoutError:
-            late = self._why_late()
+            late = self.why_late()
             if late is None:
                 raise
             raise late from None
 
-    def _why_late(self) -> Exception | None:
-        """What to raise for a wait that was too short; None: the plain error, which may be the future's own."""
+    def why_late(self) -> Exception | None:
+        """The error of a wait that was too short, where the result will not come by itself: the process that has to
+        make it is silent. None: there is a result, or it may still come.
+        """
         explain = self._explain
         return None if self.done() or explain is None else explain()
 
@@ -129,7 +131,7 @@ def chain(first: MPFuture[S], begin: Callable[[S], MPFuture[T]]) -> MPFuture[T]:
             call.cancel()
         return is_first
 
-    outer: MPFuture[T] = MPFuture(cancel_call, first._dispatch, first._explain)
+    outer: MPFuture[T] = MPFuture(cancel_call, first._dispatch, first.why_late)
 
     def first_done(_: concurrent.futures.Future[S]) -> None:
         if first.cancelled():
