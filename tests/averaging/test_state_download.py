@@ -17,7 +17,7 @@ from shoal.averaging.router import Router
 from shoal.averaging.state.capture import Capture, capture_state
 from shoal.averaging.state.choice import WAIT_PATIENCE, Donor
 from shoal.averaging.state.donor import YIELD_CHUNKS, CopyUnavailable, StateDonor
-from shoal.averaging.state.download import Downloaded, PartialState, Progress, StateDownload
+from shoal.averaging.state.download import Downloaded, Progress, StateDownload
 from shoal.averaging.state.host import tensors_in
 from shoal.averaging.state.manifest import MAX_TENSORS, Manifest, metadata_entry
 from shoal.averaging.state.messages import (
@@ -33,6 +33,7 @@ from shoal.averaging.state.messages import (
     TensorEntry,
     Waiting,
 )
+from shoal.averaging.state.partial import PartialState
 from shoal.averaging.state.queue import KEEP_SECONDS, UploadQueue
 from shoal.compression import CompressionBase, Float16Compression, NoCompression
 from shoal.compression.registry import CODECS

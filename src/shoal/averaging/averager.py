@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from shoal.averaging.checks import check_bits, check_flag, check_number
 from shoal.averaging.commands import GetGroupBits, SetGroupBits
 from shoal.averaging.config import (
     DEFAULT_DECLARE_STATE_PERIOD,
+    DEFAULT_MAX_STATE_AGE,
     DEFAULT_PART_SIZE_BYTES,
     MAX_ALPHA,
     AveragerConfig,
@@ -56,7 +58,7 @@ from shoal.utils.lazy import attributes_with_advice
 from shoal.utils.serializer import MSGPackSerializer
 
 if TYPE_CHECKING:
-    from shoal.averaging.report import RoundReport
+    from shoal.averaging.report import RoundReport, StateReport
     from shoal.dht.commands import NodeDescription
     from shoal.runtime.process import BackgroundProcess, ServiceFactory, ServiceHandle
 
@@ -121,6 +123,9 @@ class DecentralizedAverager:
     :param allow_state_sharing: let others download this peer's state; None: unless in client mode or auxiliary. See
       :attr:`allow_state_sharing`.
     :param declare_state_period: time after which the peer declares itself anew as one to download the state from
+    :param max_state_age: a peer that joins gets a copy of the state that is not older than its request. While others
+      still download a copy, it shares theirs if that is at most this old, since there is one at a time; None: however
+      old it is. With a state that takes longer to download, newcomers may be sent to other donors.
     :param client_mode: this peer cannot be dialed; it only joins groups that others lead. None: as the DHT.
     :param daemon: False is allowed only if the DHT, whose process the averager shares, was made so
     :param shutdown_timeout: time that :meth:`shutdown` waits for the service to end
@@ -163,6 +168,7 @@ class DecentralizedAverager:
         auxiliary: bool = False,
         allow_state_sharing: bool | None = None,
         declare_state_period: float = DEFAULT_DECLARE_STATE_PERIOD,
+        max_state_age: float | None = DEFAULT_MAX_STATE_AGE,
         client_mode: bool | None = None,
         daemon: bool = True,
         shutdown_timeout: float = 5,
@@ -190,6 +196,7 @@ class DecentralizedAverager:
             bandwidth=bandwidth,
             allow_state_sharing=allow_state_sharing,
             declare_state_period=declare_state_period,
+            max_state_age=max_state_age,
         )
         if (
             known := dht._last_description
@@ -210,6 +217,7 @@ class DecentralizedAverager:
         check_codec("state_compression", state_compression)
         tensors = validate_tensors(averaged_tensors)
         infos = check_infos(tensors, tensor_infos)
+        self.__pid = os.getpid()
         self.dht = dht
         self.__schema = TensorSchema.from_tensors(tensors, choose_codecs(tensors, compression, infos))
         layout = Layout.from_schema(self.__schema)
@@ -286,8 +294,8 @@ class DecentralizedAverager:
 
     def shutdown(self) -> None:
         """End the averager: steps that run are cancelled, groupmates learn it at once. Idempotent; the DHT runs on."""
-        if self.__finalizer is None:
-            return
+        if self.__finalizer is None or os.getpid() != self.__pid:
+            return  # in a forked child it is the parent's
         registered = self.__finalizer.detach()
         if registered is not None:
             _, _, (creation, keeper), _ = registered
@@ -295,7 +303,7 @@ class DecentralizedAverager:
 
     def is_alive(self) -> bool:
         """Whether steps can be taken, or will be when it is ready; False once the start has failed."""
-        if self.__started is None or self.__finalizer is None:
+        if self.__started is None or self.__finalizer is None or os.getpid() != self.__pid:
             return False
         has_failed = self.__started.done() and self.__started.exception() is not None
         return not has_failed and self.__finalizer.alive and self.dht.is_alive()
@@ -386,6 +394,11 @@ class DecentralizedAverager:
         """What happened in the last step that has finished."""
         return self.__keeper.last_report
 
+    @property
+    def last_loaded_state(self) -> StateReport | None:
+        """Whose state :meth:`load_state_from_peers` has returned last, and how old it was; None: none yet."""
+        return self.__states.last_loaded
+
     # state
 
     @property
@@ -401,6 +414,7 @@ class DecentralizedAverager:
     @allow_state_sharing.setter
     def allow_state_sharing(self, value: bool) -> None:
         check_flag("allow_state_sharing", value)
+        self.__check_process()
         if value and self.client_mode:
             raise InvalidValueError(
                 "allow_state_sharing=True: this averager is in client mode, so others can't dial it; False is allowed"
@@ -418,6 +432,7 @@ class DecentralizedAverager:
     @state_sharing_priority.setter
     def state_sharing_priority(self, value: float) -> None:
         check_number("state_sharing_priority", value)
+        self.__check_process()
         if value and self.client_mode:
             raise InvalidValueError(
                 f"state_sharing_priority={value}: this averager is in client mode, so it shares no state; 0 is allowed"
@@ -467,7 +482,8 @@ class DecentralizedAverager:
           ask. The metadata (16 MiB at most) are decoded after that.
         :param progress: show a progress bar on stderr
         :returns: metadata and tensors as the donor's :meth:`get_current_state` returned them, on the CPU, verified by
-          their SHA-256; or None, after a warning that says whom was asked and what each answered
+          their SHA-256; or None, after a warning that says whom was asked and what each answered. It is not older than
+          this call, unless others were still downloading it; see :attr:`last_loaded_state`
         :raises InvalidValueError: ``timeout`` out of range
         :raises InvalidStateError: not started, shut down (meanwhile), or ``wait=True`` inside :meth:`get_tensors`
         :raises PeerProcessDied: the background process has ended
@@ -545,6 +561,7 @@ class DecentralizedAverager:
         Waits for a copy that is under way at most, never for the network. While the lock is held no round
         takes or writes the tensors; hold it shortly. Do not call ``step(wait=True)`` inside.
         """
+        self.__check_process()
         store = self.__keeper.store
         with store.hold() as tensors:
             try:
@@ -619,6 +636,14 @@ class DecentralizedAverager:
             del control  # the error that it holds refers to this frame
         return gathered
 
+    def __check_process(self) -> None:
+        """What the fork has copied is nobody's: its tensors are averaged no more, and its locks may be held for ever."""
+        if os.getpid() != self.__pid:
+            raise InvalidStateError(
+                f"this averager belongs to process {self.__pid}, and this is process {os.getpid()}, which was forked "
+                "from it; use it there, or make one here"
+            )
+
     def __check_lock(self, call: str) -> None:
         if self.__keeper.store.held_by_this_thread:
             raise InvalidStateError(
@@ -631,6 +656,7 @@ class DecentralizedAverager:
 
         :raises PeerProcessUnresponsive: that does not, and ``timeout`` has passed
         """
+        self.__check_process()
         if self.__started is None or self.__finalizer is None:
             raise InvalidStateError("this averager is not started; call run_in_background() first")
         if not self.__finalizer.alive:

@@ -150,6 +150,7 @@ class StepControl(MPFuture[Any]):
 
     def allow_allreduce(self) -> None:
         """Let all-reduce begin as soon as the group is complete. Calling it again is harmless."""
+        self.check_process()
         steering = self._steering
         if not self._triggered:
             self._triggered = True
@@ -178,6 +179,7 @@ class StepControl(MPFuture[Any]):
         :returns: True: the step is cancelled, and will write nothing to the tensors; False: it has finished, or is
           bound, and its outcome is about to follow
         """
+        self.check_process()
         with self._lock:  # of several threads that cancel, one is the first
             if self.cancelled():
                 return True
@@ -248,6 +250,7 @@ class StepControl(MPFuture[Any]):
 
     @contextlib.contextmanager
     def _settable(self, name: str) -> Iterator[None]:
+        self.check_process()
         with self._lock:
             if self.done() or self.began_allreduce:
                 raise InvalidStateError(f"{name} can't be set any more: the step is {self.stage.value}")

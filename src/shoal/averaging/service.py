@@ -127,6 +127,7 @@ class AveragerService:
             config.prefix,
             declare_period=config.declare_state_period,
             next_chunk_timeout=config.next_chunk_timeout,
+            max_state_age=config.max_state_age,
         )
         self._memory: SharedMemory | None = None
         self._arena: Arena | None = None

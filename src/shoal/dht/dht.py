@@ -404,13 +404,6 @@ class DHT:
         validators = options.check_validators(record_validators)
         self._call(AddValidators(pickling.dumps(validators, "record_validators"))).result()
 
-    def _is_ready(self) -> bool:
-        """Whether the node can be asked without waiting for it to join."""
-        creation = self._creation
-        if not self.is_alive() or creation is None or not creation.done():
-            return False
-        return not creation.cancelled() and creation.exception() is None
-
     def _started(self) -> MPFuture[ServiceHandle]:
         """The node's service, which may still be in the making."""
         self.background  # noqa: B018 - raises if it was not started

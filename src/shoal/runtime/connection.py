@@ -133,13 +133,17 @@ class Connection:
     def log_tail(self) -> str:
         return "\n".join(list(self._tail))
 
-    def check_usable(self) -> None:
-        """Raise InvalidStateError where no call can be made because of what the caller did."""
+    def check_process(self) -> None:
+        """Raise InvalidStateError in a forked child."""
         if self._forked:
             raise InvalidStateError(
                 f"the background process {self.name!r} belongs to the parent of this process, "
                 "which was forked from it; use it in the parent only, or make a new one here"
             )
+
+    def check_usable(self) -> None:
+        """Raise InvalidStateError where no call can be made because of what the caller did."""
+        self.check_process()
         if self._shutdown_begun:
             raise InvalidStateError(f"the background process {self.name!r} was shut down")
 

@@ -128,7 +128,11 @@ class BackgroundProcess:
         return self._connection.log_tail
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the process has ended; false if it still runs after ``timeout`` seconds."""
+        """Wait until the process has ended; false if it still runs after ``timeout`` seconds.
+
+        :raises InvalidStateError: in a forked child, which would not hear of the end
+        """
+        self._connection.check_process()
         return self._connection.ended.wait(timeout)
 
     def shutdown(self, timeout: float = 3.0) -> None:

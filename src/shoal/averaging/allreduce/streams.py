@@ -172,7 +172,7 @@ class Exchange:
         if not self._core.roles.contributes[member] or member in self._streams:
             raise ProtocolViolation(f"{stream.remote} opened an exchange that it has no part in")
         self._streams[member] = stream
-        reason = "it ended the exchange"
+        reason = ""
         try:
             self._refuse_dropped(member)
             stream.accept_payloads(
@@ -187,7 +187,10 @@ class Exchange:
             raise errors.exceptions[0] from None
         finally:
             if self._returned.get(member, 0) < len(self.own.parts):
-                self._shared.feed(SenderLost(member, reason))
+                # Where the member reset the stream, this handler is cancelled, and the stream says why.
+                self._shared.feed(
+                    SenderLost(member, reason or str(stream.failure or "it ended the exchange"))
+                )
 
     def _refuse_dropped(self, member: int) -> None:
         reason = self._core.collection.dropped.get(member)

@@ -23,10 +23,10 @@ from shoal.averaging.state.commands import (
     StateMemory,
 )
 from shoal.averaging.state.declarations import DonorDeclarations, Wish
-from shoal.averaging.state.donor import FAILED, CopyUnavailable, StateDonor
+from shoal.averaging.state.donor import CopyUnavailable, StateDonor, UserIsAbsent
 from shoal.averaging.state.download import Progress, StateDownload
 from shoal.averaging.state.messages import pack_entries, unpack_entries
-from shoal.averaging.state.queue import MAX_REQUESTS_PER_PEER
+from shoal.averaging.state.queue import DEFAULT_MAX_AGE, MAX_REQUESTS_PER_PEER, UploadQueue
 from shoal.dht.node import DHTNode
 from shoal.dht.tasks import TaskSet
 from shoal.errors import InvalidStateError, InvalidValueError
@@ -43,6 +43,7 @@ class StateService:
 
     :param declare_period: seconds between two declarations of a donor
     :param next_chunk_timeout: see :class:`StateDownload`
+    :param max_state_age: see :class:`UploadQueue`
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class StateService:
         *,
         declare_period: float,
         next_chunk_timeout: float | None,
+        max_state_age: float | None = DEFAULT_MAX_AGE,
     ) -> None:
         self._context = context
         self._node = node
@@ -65,7 +67,9 @@ class StateService:
         self._memories: dict[int, asyncio.Future[SharedMemory]] = {}
         self._tasks = TaskSet()
         self._rng = random.SystemRandom()
-        self._donor = StateDonor(router, prefix, allowed=False, capture=self._capture)
+        self._donor = StateDonor(
+            router, prefix, allowed=False, capture=self._capture, queue=UploadQueue(max_age=max_state_age)
+        )
         self._declarations = DonorDeclarations(
             node, prefix, Wish(False, 0.0), period=declare_period, clock=get_dht_time
         )
@@ -89,7 +93,7 @@ class StateService:
             case CaptureFailed(capture, reason):
                 waiting = self._captures.get(capture)
                 if waiting is not None and not waiting.done():
-                    waiting.set_exception(CopyUnavailable(f"{FAILED}: {reason}"))
+                    waiting.set_exception(CopyUnavailable(reason))
             case _:
                 raise InvalidStateError(f"an averager has no command {type(command).__name__}")
         return None
@@ -110,7 +114,7 @@ class StateService:
         try:
             return await self._context.user.unless_absent(self._captured(number, waiting))
         except UserProcessAbsent as e:
-            raise CopyUnavailable(f"the donor's {e}") from None
+            raise UserIsAbsent(f"the donor's {e}") from None
         finally:
             del self._captures[number]
 
@@ -157,7 +161,9 @@ class StateService:
             self._forget_memory(command.download)
         if isinstance(result, str):
             return LoadedState(b"", b"", result)
-        return LoadedState(result.donor.to_bytes(), pack_entries(result.manifest.entries))
+        seconds = asyncio.get_running_loop().time() - began
+        entries = pack_entries(result.manifest.entries)
+        return LoadedState(result.donor.to_bytes(), entries, age=result.age, seconds=seconds)
 
     async def _find_donors(self) -> list[Donor]:
         found = await self._declarations.read()
