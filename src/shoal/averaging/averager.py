@@ -637,7 +637,7 @@ class DecentralizedAverager:
         return gathered
 
     def __check_process(self) -> None:
-        """What the fork has copied is nobody's: its tensors are averaged no more, and its locks may be held for ever."""
+        """In a forked child the tensors are copies that are never averaged, and the locks may be held for ever."""
         if os.getpid() != self.__pid:
             raise InvalidStateError(
                 f"this averager belongs to process {self.__pid}, and this is process {os.getpid()}, which was forked "

@@ -51,19 +51,22 @@ class MPFuture(concurrent.futures.Future[T]):
     def _condition(self) -> threading.Condition:
         if os.getpid() == self._owner_pid:
             return self._own_condition
-        if self._state not in _FINISHED:
+        self.check_process()
+        # A thread of the parent may have held the other one when this was forked.
+        return threading.Condition()
+
+    @_condition.setter
+    def _condition(self, condition: threading.Condition) -> None:
+        self._own_condition = condition
+
+    def check_process(self) -> None:
+        """:raises InvalidStateError: this is another process than the future's, which is not finished"""
+        if os.getpid() != self._owner_pid and self._state not in _FINISHED:
             raise InvalidStateError(
                 f"this future belongs to process {self._owner_pid}, and this is process {os.getpid()}, which was "
                 "forked from it: what one of them does with the future, the other never sees. Use the future where it "
                 "was made; to hand something from one process to the other, use a multiprocessing.Queue or Pipe"
             )
-        return (
-            threading.Condition()
-        )  # a thread of the parent may have held the other one when this was forked
-
-    @_condition.setter
-    def _condition(self, condition: threading.Condition) -> None:
-        self._own_condition = condition
 
     def cancel(self) -> bool:
         if not super().cancel():
