@@ -79,7 +79,7 @@ class Offer(msgspec.Struct, frozen=True, tag=True):
     state_id: Annotated[bytes, msgspec.Meta(max_length=STATE_ID_BYTES)]
     tensors: int
     nbytes: int
-    age: Annotated[float, msgspec.Meta(ge=0, le=MAX_AGE)]
+    age: Annotated[float, msgspec.Meta(ge=0, le=MAX_AGE)] = 0.0
 
 
 class ManifestPage(msgspec.Struct, frozen=True, tag=True):
