@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -32,14 +32,16 @@ from shoal.averaging.config import (
 )
 from shoal.averaging.control import StepControl
 from shoal.averaging.group import PeerMode, group_key
+from shoal.averaging.holders import UsageWatch
 from shoal.averaging.hostside import TensorKeeper, attach_arena, close, close_in_background
 from shoal.averaging.overriding import check_overrides
 from shoal.averaging.partition import Layout, Partition
-from shoal.averaging.schema import TensorSchema, validate_tensors
+from shoal.averaging.schema import TensorSchema, check_tensors
+from shoal.averaging.sources import AveragedTensors, HeldTensors, TensorSource, take_tensors, warn_of_frozen
 from shoal.averaging.state.host import State, StateHost
 from shoal.averaging.state.pieces import DownloadData, state_pieces
 from shoal.averaging.steps import Steps
-from shoal.averaging.tensors import HeldTensors, TensorStore
+from shoal.averaging.tensors import TensorStore
 from shoal.compression import CompressionBase, CompressionInfo, NoCompression
 from shoal.compression.registry import user_codecs
 from shoal.dht.dht import DHT
@@ -82,13 +84,22 @@ class DecentralizedAverager:
     Peers average together if they agree on ``prefix``, the tensors' shapes, dtypes and codecs, ``min_group_size``,
     ``part_size_bytes`` and ``min_vector_size``; the other parameters are each peer's own. Times are in seconds.
 
-    :param averaged_tensors: any iterable of dense tensors in float16, bfloat16, float32 or float64, of any
-      shape and on any device; parameters that require grad are fine. All peers need the same shapes, dtypes
-      and order.
+    :param averaged_tensors: what is averaged. All peers need the same shapes, dtypes and order. Dense tensors in
+      float16, bfloat16, float32 or float64, of any shape and on any device, given as
+
+      - a :class:`torch.nn.Module`: those of its parameters that require grad now, tied ones once. They are found
+        anew by name in each round, so that ``load_state_dict(assign=True)`` and the like do no harm. Its buffers
+        (running statistics) stay this peer's own.
+      - an iterable of tensors, such as ``list(model.parameters())``: these very objects, in all rounds; a warning
+        says when they are no longer used.
+      - tensors by name: a ``state_dict()`` or other mapping, or pairs as from ``named_parameters()``. Errors use the
+        names; names of the same elements (tied weights) count once.
+      - a function without arguments that returns any of these, called whenever the tensors are read or written, with
+        the lock of :meth:`get_tensors` held and without grad; it must return the same shapes, dtypes and names each
+        time. For tensors that are replaced: ``lambda: [p.grad for p in model.parameters()]``.
     :param dht: a started :class:`~shoal.dht.DHT`, through which peers find each other
     :param start: start at once; otherwise call :meth:`run_in_background`
-    :param prefix: peers with the same prefix average together; no dots. An averager's prefix is its own on
-      its ``dht``.
+    :param prefix: peers with the same prefix average together. An averager's prefix is its own on its ``dht``.
     :param target_group_size: a group of this many peers is full. Best the same at all peers: where it is not, that of
       a group's leader counts.
     :param min_group_size: a smaller group does not begin; the same at all peers
@@ -144,7 +155,7 @@ class DecentralizedAverager:
 
     def __init__(
         self,
-        averaged_tensors: Iterable[torch.Tensor],
+        averaged_tensors: AveragedTensors,
         dht: DHT,
         *,
         start: bool,
@@ -175,10 +186,11 @@ class DecentralizedAverager:
     ) -> None:
         if not isinstance(dht, DHT):
             raise InvalidTypeError(f"dht={dht!r}: a shoal.DHT is allowed, not {type(dht).__name__}")
-        for name, flag in (("start", start), ("daemon", daemon)):
-            check_flag(name, flag)
-        check_number("averaging_alpha", averaging_alpha, above=0, maximum=MAX_ALPHA)
-        check_number("shutdown_timeout", shutdown_timeout, minimum=0, maximum=threading.TIMEOUT_MAX)
+        start, daemon = check_flag("start", start), check_flag("daemon", daemon)
+        averaging_alpha = check_number("averaging_alpha", averaging_alpha, above=0, maximum=MAX_ALPHA)
+        shutdown_timeout = check_number(
+            "shutdown_timeout", shutdown_timeout, minimum=0, maximum=threading.TIMEOUT_MAX
+        )
         self.__config = AveragerConfig(
             prefix=prefix,
             matchmaking=matchmaking_config(
@@ -215,7 +227,9 @@ class DecentralizedAverager:
             )
         check_codec("compression", compression)
         check_codec("state_compression", state_compression)
-        tensors = validate_tensors(averaged_tensors)
+        named, source = take_tensors(averaged_tensors)
+        tensors, labels = named.tensors, named.labels
+        check_tensors(tensors, labels)
         infos = check_infos(tensors, tensor_infos)
         self.__pid = os.getpid()
         self.dht = dht
@@ -224,7 +238,12 @@ class DecentralizedAverager:
         Partition.create(
             layout, [layout.data_nbytes], part_size_bytes
         )  # raises if there would be too many parts
-        store = TensorStore(tensors, layout)
+        store = TensorStore(tensors, layout, labels, source)
+        self.__source: TensorSource | None = (
+            source  # the store refers to it weakly: it may refer to the averager
+        )
+        self.__usage = UsageWatch(store.tensors, labels, prefix) if source is None and not auxiliary else None
+        warn_of_frozen(named, prefix)
         self.__infos = infos
         self.__states = StateHost(
             self, store, prefix=prefix, compression=state_compression, allowed=allow_state_sharing
@@ -250,8 +269,8 @@ class DecentralizedAverager:
         :raises InvalidStateError: it was started before, or the DHT is not running
         :raises TimeoutError: it was not ready in time; it is shut down
         """
-        check_flag("await_ready", await_ready)
-        _check_timeout(timeout)
+        await_ready = check_flag("await_ready", await_ready)
+        timeout = _check_timeout(timeout)
         if self.__started is not None:
             raise InvalidStateError("this averager was started already")
         setup = pickling.dumps((user_codecs(), self.__config, self.__schema), "the averager's setup")
@@ -281,7 +300,7 @@ class DecentralizedAverager:
         :raises InvalidStateError: not started, or shut down
         :raises InvalidValueError: client_mode=False, and the DHT turned out to be in client mode
         """
-        _check_timeout(timeout)
+        timeout = _check_timeout(timeout)
         started = self.__started
         if started is None:
             raise InvalidStateError("this averager is not started; call run_in_background() first")
@@ -413,8 +432,8 @@ class DecentralizedAverager:
 
     @allow_state_sharing.setter
     def allow_state_sharing(self, value: bool) -> None:
-        check_flag("allow_state_sharing", value)
         self.__check_process()
+        value = check_flag("allow_state_sharing", value)
         if value and self.client_mode:
             raise InvalidValueError(
                 "allow_state_sharing=True: this averager is in client mode, so others can't dial it; False is allowed"
@@ -431,8 +450,8 @@ class DecentralizedAverager:
 
     @state_sharing_priority.setter
     def state_sharing_priority(self, value: float) -> None:
-        check_number("state_sharing_priority", value)
         self.__check_process()
+        value = check_number("state_sharing_priority", value)
         if value and self.client_mode:
             raise InvalidValueError(
                 f"state_sharing_priority={value}: this averager is in client mode, so it shares no state; 0 is allowed"
@@ -489,10 +508,9 @@ class DecentralizedAverager:
         :raises PeerProcessDied: the background process has ended
         :raises PeerProcessUnresponsive: it is stopped, or gives no sign of life, and ``timeout`` has passed
         """
-        for name, flag in (("wait", wait), ("progress", progress)):
-            check_flag(name, flag)
+        wait, progress = check_flag("wait", wait), check_flag("progress", progress)
         if timeout is not None:
-            check_number("timeout", timeout, above=0)
+            timeout = check_number("timeout", timeout, above=0)
         if wait:
             self.__check_lock("load_state_from_peers(wait=True)")
         loading = self.__states.load(self.__ready(timeout), timeout, progress=progress)
@@ -525,7 +543,7 @@ class DecentralizedAverager:
         :param wait: return them; otherwise return at once a future that can be awaited
         :raises InvalidStateError: not started or shut down
         """
-        check_flag("wait", wait)
+        wait = check_flag("wait", wait)
         bits: MPFuture[str] = self.__ready().call(GetGroupBits())
         return bits.result() if wait else bits
 
@@ -541,8 +559,7 @@ class DecentralizedAverager:
         :raises InvalidValueError: other characters, or too many
         :raises InvalidStateError: not started or shut down
         """
-        check_bits("group_bits", group_bits)
-        check_flag("wait", wait)
+        group_bits, wait = check_bits("group_bits", group_bits), check_flag("wait", wait)
         done: MPFuture[None] = self.__ready().call(SetGroupBits(group_bits))
         return done.result() if wait else done
 
@@ -551,7 +568,8 @@ class DecentralizedAverager:
     @contextmanager
     def get_tensors(self) -> Iterator[HeldTensors]:
         """Hold the averager's lock (re-entrant) and yield the averaged tensors: the very objects that were
-        given. Change them in place (``tensors[0] += 1``), parameters under :class:`torch.no_grad`.
+        given; of a module or a function, those that it has now. Change them in place (``tensors[0] += 1``),
+        parameters under :class:`torch.no_grad`.
 
         While steps run in the background, the trainer's update belongs inside: ``with averager.get_tensors():
         optimizer.step()``. An update outside that meets the writing of an average would undo it, or be undone by it,
@@ -605,13 +623,15 @@ class DecentralizedAverager:
         :raises PeerProcessDied: the background process has ended
         :raises PeerProcessUnresponsive: it is stopped, or gives no sign of life, and ``timeout`` has passed
         """
-        check_flag("wait", wait)
+        wait = check_flag("wait", wait)
         if wait and require_trigger:
             raise InvalidValueError(
                 "require_trigger=True needs wait=False: with wait=True nobody could trigger it"
             )
         if wait:
             self.__check_lock("step(wait=True)")
+        if self.__usage is not None:
+            self.__usage.check()
         control = self.__steps.begin(
             self.__ready(timeout),
             self.serializer,
@@ -684,6 +704,9 @@ def _create_service(
     return keeper.creation
 
 
-def _check_timeout(timeout: float | None) -> None:
-    if timeout is not None:
-        check_number("timeout", timeout, minimum=0, maximum=threading.TIMEOUT_MAX)
+def _check_timeout(timeout: float | None) -> float | None:
+    return (
+        None
+        if timeout is None
+        else check_number("timeout", timeout, minimum=0, maximum=threading.TIMEOUT_MAX)
+    )

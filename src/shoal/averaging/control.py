@@ -103,7 +103,7 @@ class StepControl(MPFuture[Any]):
 
     @scheduled_time.setter
     def scheduled_time(self, scheduled_time: float) -> None:
-        check_scheduled_time(scheduled_time, self._deadline)
+        scheduled_time = check_scheduled_time(scheduled_time, self._deadline)
         with self._settable("scheduled_time"):
             self._scheduled_time = float(scheduled_time)
             steering = self._steering
@@ -127,9 +127,9 @@ class StepControl(MPFuture[Any]):
 
     @weight.setter
     def weight(self, weight: float) -> None:
-        check_weight(weight)
+        weight = check_weight(weight)
         with self._settable("weight"):
-            self._weight = float(weight)
+            self._weight = weight
 
     @property
     def triggered(self) -> bool:
@@ -260,9 +260,9 @@ class StepControl(MPFuture[Any]):
         return f"<StepControl {self.stage.value}, weight {self._weight:g}>"
 
 
-def check_weight(weight: Any) -> None:
+def check_weight(weight: Any) -> float:
     """:raises InvalidTypeError: not a number; :raises InvalidValueError: negative, or too large to be summed up"""
-    check_number("weight", weight, minimum=0, maximum=MAX_WEIGHT)
+    return float(check_number("weight", weight, minimum=0, maximum=MAX_WEIGHT))
 
 
 def _run_on_its_own_thread(callback: Callable[[], None]) -> None:

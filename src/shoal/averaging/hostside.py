@@ -137,7 +137,7 @@ class TensorKeeper:
         index = first_non_finite(self.layout, area)
         if index is not None:
             raise InvalidValueError(
-                f"averaged_tensors[{index}] has NaN or infinite elements; nothing was sent"
+                f"{self.store.labels[index]} has NaN or infinite elements; nothing was sent"
             )
 
 

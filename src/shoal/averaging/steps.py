@@ -63,20 +63,18 @@ class Steps:
         """
         now = get_dht_time()
         if timeout is not None:
-            check_number("timeout", timeout, above=0)
+            timeout = check_number("timeout", timeout, above=0)
         deadline = None if timeout is None else now + timeout
         if scheduled_time is None:
             scheduled_time = default_start(now, deadline, self._settings)
         else:
-            check_scheduled_time(scheduled_time, deadline)
-        if weight is None:
-            weight = 1.0
-        check_weight(weight)
-        check_flag("allow_retries", allow_retries)
-        check_flag("require_trigger", require_trigger)
+            scheduled_time = check_scheduled_time(scheduled_time, deadline)
+        weight = check_weight(1.0 if weight is None else weight)
+        allow_retries = check_flag("allow_retries", allow_retries)
+        require_trigger = check_flag("require_trigger", require_trigger)
         command = RunStep(
             next(self._numbers),
-            float(weight),
+            weight,
             _encode(serializer, gather),
             float(scheduled_time),
             deadline,

@@ -23,10 +23,11 @@ import numpy.typing as npt
 import torch
 
 from shoal.averaging.allreduce.reduction import is_finite
+from shoal.averaging.current import CurrentTensors
 from shoal.averaging.partition import Layout
-from shoal.averaging.schema import lacks_storage, overlaps_itself, shared_memory
-from shoal.compression.base import DTYPE_NAMES, UINT8, tensor_array
-from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidTypeError, InvalidValueError
+from shoal.averaging.sources import HeldTensors, TensorSource
+from shoal.compression.base import UINT8, tensor_array
+from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidValueError
 
 Area: TypeAlias = torch.Tensor | memoryview | bytearray
 """An arena of ``layout.nbytes`` bytes: a one-dimensional uint8 CPU tensor, or writable memory."""
@@ -45,44 +46,56 @@ Bits: TypeAlias = npt.NDArray[Any]
 """The elements of a tensor in the CPU's memory, as integers of their size: a flat view that can be written."""
 
 
-class HeldTensors(tuple[torch.Tensor, ...]):
-    """The averaged tensors as users see them: ``tensors[0] += 1`` works, replacing one of them is an error."""
-
-    __slots__ = ()
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        if value is not self[index]:  # what in-place operators assign is the tensor itself
-            raise InvalidTypeError(
-                f"tensors[{index!r}] = ... would put another object in place of an averaged tensor; "
-                f"write into it: tensors[{index!r}].copy_(value)"
-            )
-
-
 class TensorStore:
     """The averaged tensors of one averager, referred to as objects: their storage may be replaced between
-    rounds.
+    rounds. With a source, the objects too: they are found anew whenever they are read or written.
 
-    :param tensors: as returned by :func:`~.schema.validate_tensors`
+    :param tensors: that have passed :func:`~.schema.check_tensors`
+    :param labels: what errors call each of them; default: by number
+    :param source: referred to weakly; its owner is the averager, to which it may refer
+    :raises InvalidValueError: the memory of a tensor is read-only
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], layout: Layout) -> None:
-        self.tensors = HeldTensors(tensors)
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        layout: Layout,
+        labels: Sequence[str] | None = None,
+        source: TensorSource | None = None,
+    ) -> None:
         self.layout = layout
+        self.labels = labels or tuple(f"averaged_tensors[{index}]" for index in range(len(tensors)))
+        self._current = CurrentTensors(tensors, layout, self.labels, source)
         self._lock = threading.RLock()
         self._holder: int | None = None
         self._holder_name = ""
         self._held_since = 0.0
         self._depth = 0
-        self._seen: list[tuple[object, ...] | None] = [None] * len(self.tensors)
         self._cuda: dict[torch.device, CudaCopier] = {}
-        for device in {tensor.device for tensor in self.tensors if tensor.is_cuda}:
+        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
             self._cuda_copier(device)
+
+    @property
+    def tensors(self) -> HeldTensors:
+        """The tensors as they are now.
+
+        :raises UsageError: of a source: they are not what they were, or cannot be averaged; names the tensor
+        """
+        return self._current.tensors
 
     @contextmanager
     def hold(
         self, timeout: float | None = None, abandoned: Callable[[], bool] | None = None
     ) -> Iterator[HeldTensors]:
-        """Hold the lock (re-entrant) and yield the tensors.
+        """As :meth:`lock`, and yield the tensors; raises what :attr:`tensors` does, too."""
+        with self.lock(timeout, abandoned):
+            yield self.tensors
+
+    @contextmanager
+    def lock(
+        self, timeout: float | None = None, abandoned: Callable[[], bool] | None = None
+    ) -> Iterator[None]:
+        """Hold the lock (re-entrant).
 
         :param timeout: seconds to wait for it
         :param abandoned: whether nobody needs it any more; asked while waiting, and when it is held
@@ -102,7 +115,7 @@ class TensorStore:
                 self._holder_name = threading.current_thread().name
                 self._held_since = time.monotonic()
             self._depth += 1
-            yield self.tensors
+            yield
         finally:
             self._depth -= 1
             if self._depth == 0:
@@ -147,8 +160,8 @@ class TensorStore:
         it with another one now. Says nothing of NaN: see :func:`first_non_finite`.
         """
         targets = self._slots(area)  # before the lock: whoever waits for it, waits for copies alone
-        with self.hold(timeout, abandoned):
-            for tensor, target in zip(self._unchanged(), targets, strict=True):
+        with self.lock(timeout, abandoned):
+            for tensor, target in zip(self._current.unchanged(), targets, strict=True):
                 if _is_plain(tensor):
                     np.copyto(target, tensor_array(tensor, target.dtype))
                 elif tensor.is_cuda:
@@ -176,10 +189,10 @@ class TensorStore:
         merge = _Merge(alpha)
         before, after = self._slots(snapshot), self._slots(average)
         with (
-            self.hold(None, abandoned),
+            self.lock(None, abandoned),
             np.errstate(all="ignore"),
         ):  # the trainer's own infinities are not ours
-            for tensor, old, new in zip(self._unchanged(), before, after, strict=True):
+            for tensor, old, new in zip(self._current.unchanged(), before, after, strict=True):
                 if _is_plain(tensor):
                     merge(tensor_array(tensor, old.dtype), old, new, tensor.dtype)
                 elif tensor.is_cuda:
@@ -206,45 +219,6 @@ class TensorStore:
                 f" {list(tensor.shape)} {tensor.dtype}"
             )
         return tensor
-
-    def _unchanged(self) -> list[torch.Tensor]:
-        """The tensors as they are now, outside of autograd, once it is known that they can be averaged still: those
-        that lie where they lay are not looked at again.
-        """
-        tensors = [tensor.data for tensor in self.tensors]
-        seen: list[tuple[object, ...] | None] = [_place(tensor) for tensor in tensors]
-        if seen == self._seen:
-            return tensors
-        for index, (place, former) in enumerate(zip(seen, self._seen, strict=True)):
-            if place != former:
-                self._check_unchanged(index, tensors[index])
-        # Two tensors that share memory would each have their own average written over the other's.
-        sharing = shared_memory(tensors)
-        if sharing is not None:
-            raise InvalidStateError(f"{sharing} now; give it storage of its own")
-        self._seen = seen
-        return tensors
-
-    def _check_unchanged(self, index: int, tensor: torch.Tensor) -> None:
-        slot = self.layout.slots[index]
-        if tuple(tensor.shape) != slot.shape or tensor.dtype != slot.dtype:
-            raise InvalidStateError(
-                f"averaged_tensors[{index}] was {DTYPE_NAMES[slot.dtype]} {list(slot.shape)} when the"
-                f" averager was made, and is {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} now;"
-                " shapes and dtypes can't change"
-            )
-        if tensor.layout != torch.strided:
-            raise InvalidStateError(f"averaged_tensors[{index}] is no longer dense, but {tensor.layout}")
-        if lacks_storage(tensor):
-            raise InvalidStateError(
-                f"averaged_tensors[{index}] has a storage of {tensor.untyped_storage().nbytes()} bytes now, which "
-                "does not hold its elements; a round needs them all"
-            )
-        if overlaps_itself(tensor):
-            raise InvalidStateError(
-                f"averaged_tensors[{index}] has elements that share memory now (strides {tensor.stride()}); "
-                "give it storage of its own"
-            )
 
     def _cuda_copier(self, device: torch.device) -> CudaCopier:
         if device not in self._cuda:
@@ -413,21 +387,6 @@ def _pieces(flat: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor's memory is its elements in order, readable by the CPU."""
     return tensor.device == _CPU and tensor.is_contiguous() and not tensor.is_neg()
-
-
-def _place(tensor: torch.Tensor) -> tuple[object, ...]:
-    """All that the checks of :meth:`TensorStore._unchanged` depend on."""
-    if tensor.layout != torch.strided:
-        return (tensor.layout,)
-    return (
-        tensor.data_ptr(),
-        tensor.shape,
-        tensor.stride(),
-        tensor.dtype,
-        tensor.device,
-        tensor.storage_offset(),
-        tensor.untyped_storage().nbytes(),
-    )
 
 
 def _elements(bits: Bits, dtype: torch.dtype) -> torch.Tensor:
