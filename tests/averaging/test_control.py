@@ -144,7 +144,7 @@ class Background:
         self.commands: list[Any] = []
         self.outcome: MPFuture[Any] = MPFuture()
 
-    def call(self, command: object) -> MPFuture[Any]:
+    def call(self, command: object, timeout: float | None = None) -> MPFuture[Any]:
         self.commands.append(command)
         return self.outcome
 

@@ -14,6 +14,7 @@ from shoal.averaging.commands import ApplyAverage, AverageWritten, BoundByWord, 
 from shoal.averaging.group import GroupInfo
 from shoal.averaging.service import AveragerService, Step, StepFailed
 from shoal.errors import AllreduceException, MatchmakingException
+from shoal.runtime.presence import Presence
 from shoal.testing.clock import run
 from shoal.testing.rounds import PART_BYTES, PREFIX, SimulatedGroup
 from shoal.utils.timed import get_dht_time
@@ -25,6 +26,7 @@ class Host:
     def __init__(self, *, fails: bool) -> None:
         self.story: list[str] = []
         self.fails = fails
+        self.user = Presence()
 
     async def call_host(self, command: object) -> object:
         if isinstance(command, ApplyAverage):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -19,6 +20,7 @@ from shoal.averaging.checks import check_bits, check_choice, check_flag, check_n
 from shoal.averaging.commands import GetGroupBits, SetGroupBits
 from shoal.averaging.config import (
     DEFAULT_DECLARE_STATE_PERIOD,
+    DEFAULT_MAX_STATE_AGE,
     DEFAULT_PART_SIZE_BYTES,
     MAX_ALPHA,
     AveragerConfig,
@@ -50,6 +52,7 @@ from shoal.errors import (
     InvalidStateError,
     InvalidTypeError,
     InvalidValueError,
+    PeerProcessUnresponsive,
 )
 from shoal.p2p.identity import PeerID
 from shoal.runtime import pickling
@@ -58,11 +61,14 @@ from shoal.utils.lazy import attributes_with_advice
 from shoal.utils.serializer import MSGPackSerializer
 
 if TYPE_CHECKING:
-    from shoal.averaging.report import RoundReport
+    from shoal.averaging.report import RoundReport, StateReport
     from shoal.dht.commands import NodeDescription
     from shoal.runtime.process import BackgroundProcess, ServiceFactory, ServiceHandle
 
 logger = logging.getLogger(__name__)
+
+START_LOOK_PERIOD = 1.0
+"""Seconds between looks at a background process that has taken all the time that a call had for it to start."""
 
 
 class DecentralizedAverager:
@@ -135,6 +141,9 @@ class DecentralizedAverager:
     :param allow_state_sharing: let others download this peer's state; None: unless in client mode or auxiliary. See
       :attr:`allow_state_sharing`.
     :param declare_state_period: time after which the peer declares itself anew as one to download the state from
+    :param max_state_age: a peer that joins gets a copy of the state that is not older than its request. While others
+      still download a copy, it shares theirs if that is at most this old, since there is one at a time; None: however
+      old it is. With a state that takes longer to download, newcomers may be sent to other donors.
     :param client_mode: this peer cannot be dialed; it only joins groups that others lead. None: as the DHT.
     :param daemon: False is allowed only if the DHT, whose process the averager shares, was made so
     :param shutdown_timeout: time that :meth:`shutdown` waits for the service to end
@@ -183,6 +192,7 @@ class DecentralizedAverager:
         auxiliary: bool = False,
         allow_state_sharing: bool | None = None,
         declare_state_period: float = DEFAULT_DECLARE_STATE_PERIOD,
+        max_state_age: float | None = DEFAULT_MAX_STATE_AGE,
         client_mode: bool | None = None,
         daemon: bool = True,
         shutdown_timeout: float = 5,
@@ -215,9 +225,12 @@ class DecentralizedAverager:
             bandwidth=bandwidth,
             allow_state_sharing=allow_state_sharing,
             declare_state_period=declare_state_period,
+            max_state_age=max_state_age,
         )
-        if dht._is_ready():  # otherwise this is found out at the start
-            settle_modes(self.__config, dht.client_mode)
+        if (
+            known := dht._last_description
+        ) is not None:  # else, or if that has changed, the start finds it out
+            settle_modes(self.__config, known.client_mode)
         if not daemon and dht.daemon:
             raise InvalidValueError(
                 "daemon=False: the averager lives in the background process of its DHT, which was made with daemon=True"
@@ -235,6 +248,7 @@ class DecentralizedAverager:
         tensors, labels = named.tensors, named.labels
         check_tensors(tensors, labels)
         infos = check_infos(tensors, tensor_infos)
+        self.__pid = os.getpid()
         self.dht = dht
         self.__schema = TensorSchema.from_tensors(tensors, choose_codecs(tensors, compression, infos))
         layout = Layout.from_schema(self.__schema)
@@ -295,7 +309,7 @@ class DecentralizedAverager:
         factory = partial(create_averager_service, setup, self.dht.service_name)
         begin = partial(_create_service, self.dht.background, factory, self.__config, self.__keeper)
         creation = chain(self.dht._describe_later(), begin)
-        self.__started = MPFuture()
+        self.__started = MPFuture(explain=creation.why_late)
         self.__finalizer = weakref.finalize(self, close_in_background, creation, self.__keeper)
         self.__finalizer.atexit = (
             False  # the end of the interpreter ends the background process and all in it
@@ -325,14 +339,14 @@ class DecentralizedAverager:
         try:
             started.result(timeout)
         except TimeoutError as error:
-            if started.done():
-                raise  # the start's own failure
+            if started.done() or isinstance(error, PeerProcessUnresponsive):
+                raise  # the start's own failure, or the reason why it takes so long
             raise DeadlineExceeded(f"the averager was not ready after {timeout:g} s") from error
 
     def shutdown(self) -> None:
         """End the averager: steps that run are cancelled, groupmates learn it at once. Idempotent; the DHT runs on."""
-        if self.__finalizer is None:
-            return
+        if self.__finalizer is None or os.getpid() != self.__pid:
+            return  # in a forked child it is the parent's
         registered = self.__finalizer.detach()
         if registered is not None:
             _, _, (creation, keeper), _ = registered
@@ -340,7 +354,7 @@ class DecentralizedAverager:
 
     def is_alive(self) -> bool:
         """Whether steps can be taken, or will be when it is ready; False once the start has failed."""
-        if self.__started is None or self.__finalizer is None:
+        if self.__started is None or self.__finalizer is None or os.getpid() != self.__pid:
             return False
         has_failed = self.__started.done() and self.__started.exception() is not None
         return not has_failed and self.__finalizer.alive and self.dht.is_alive()
@@ -431,6 +445,11 @@ class DecentralizedAverager:
         """What happened in the last step that has finished."""
         return self.__keeper.last_report
 
+    @property
+    def last_loaded_state(self) -> StateReport | None:
+        """Whose state :meth:`load_state_from_peers` has returned last, and how old it was; None: none yet."""
+        return self.__states.last_loaded
+
     # state
 
     @property
@@ -445,6 +464,7 @@ class DecentralizedAverager:
 
     @allow_state_sharing.setter
     def allow_state_sharing(self, value: bool) -> None:
+        self.__check_process()
         value = check_flag("allow_state_sharing", value)
         if value and self.client_mode:
             raise InvalidValueError(
@@ -462,6 +482,7 @@ class DecentralizedAverager:
 
     @state_sharing_priority.setter
     def state_sharing_priority(self, value: float) -> None:
+        self.__check_process()
         value = check_number("state_sharing_priority", value)
         if value and self.client_mode:
             raise InvalidValueError(
@@ -512,17 +533,19 @@ class DecentralizedAverager:
           ask. The metadata (16 MiB at most) are decoded after that.
         :param progress: show a progress bar on stderr
         :returns: metadata and tensors as the donor's :meth:`get_current_state` returned them, on the CPU, verified by
-          their SHA-256; or None, after a warning that says whom was asked and what each answered
+          their SHA-256; or None, after a warning that says whom was asked and what each answered. It is not older than
+          this call, unless others were still downloading it; see :attr:`last_loaded_state`
         :raises InvalidValueError: ``timeout`` out of range
         :raises InvalidStateError: not started, shut down (meanwhile), or ``wait=True`` inside :meth:`get_tensors`
         :raises PeerProcessDied: the background process has ended
+        :raises PeerProcessUnresponsive: it is stopped, or gives no sign of life, and ``timeout`` has passed
         """
         wait, progress = check_flag("wait", wait), check_flag("progress", progress)
         if timeout is not None:
             timeout = check_number("timeout", timeout, above=0)
         if wait:
             self.__check_lock("load_state_from_peers(wait=True)")
-        loading = self.__states.load(self.__ready(), timeout, progress=progress)
+        loading = self.__states.load(self.__ready(timeout), timeout, progress=progress)
         if not wait:
             return loading
         try:
@@ -588,6 +611,7 @@ class DecentralizedAverager:
         Waits for a copy that is under way at most, never for the network. While the lock is held no round
         takes or writes the tensors; hold it shortly. Do not call ``step(wait=True)`` inside.
         """
+        self.__check_process()
         store = self.__keeper.store
         with store.hold() as tensors:
             try:
@@ -637,6 +661,7 @@ class DecentralizedAverager:
         :raises InvalidStateError: not started, shut down, ``wait=True`` inside :meth:`get_tensors`, or an average that
           waits can't be written, as of :meth:`apply_average`
         :raises PeerProcessDied: the background process has ended
+        :raises PeerProcessUnresponsive: it is stopped, or gives no sign of life, and ``timeout`` has passed
         """
         wait = check_flag("wait", wait)
         if wait and require_trigger:
@@ -649,7 +674,7 @@ class DecentralizedAverager:
             self.__usage.check()
         begin = partial(
             self.__steps.begin,
-            self.__ready(),
+            self.__ready(timeout),
             self.serializer,
             gather=gather,
             scheduled_time=scheduled_time,
@@ -687,6 +712,14 @@ class DecentralizedAverager:
         self.__check_running()
         return self.__keeper.writer.apply()
 
+    def __check_process(self) -> None:
+        """In a forked child the tensors are copies that are never averaged, and the locks may be held for ever."""
+        if os.getpid() != self.__pid:
+            raise InvalidStateError(
+                f"this averager belongs to process {self.__pid}, and this is process {os.getpid()}, which was forked "
+                "from it; use it there, or make one here"
+            )
+
     def __check_lock(self, call: str) -> None:
         if self.__keeper.store.held_by_this_thread:
             raise InvalidStateError(
@@ -694,10 +727,23 @@ class DecentralizedAverager:
                 "leave the block first or use wait=False"
             )
 
-    def __ready(self) -> ServiceHandle:
-        return self.__check_running().result()
+    def __ready(self, timeout: float | None = None) -> ServiceHandle:
+        """The service, once it has started. A start takes the time that it takes, as long as its process lives.
+
+        :raises PeerProcessUnresponsive: that does not, and ``timeout`` has passed
+        """
+        started = self.__check_running()
+        _check_timeout(timeout)
+        while True:
+            try:
+                return started.result(timeout)
+            except TimeoutError as error:
+                if started.done() or isinstance(error, PeerProcessUnresponsive):
+                    raise
+                timeout = START_LOOK_PERIOD
 
     def __check_running(self) -> MPFuture[ServiceHandle]:
+        self.__check_process()
         if self.__started is None or self.__finalizer is None:
             raise InvalidStateError("this averager is not started; call run_in_background() first")
         if not self.__finalizer.alive:

@@ -31,6 +31,7 @@ MAX_VECTOR_SIZE = 1 << 62
 FIRST_RETRY_PAUSE = 0.1
 MAX_RETRY_PAUSE = 5.0
 DEFAULT_DECLARE_STATE_PERIOD = 30.0
+DEFAULT_MAX_STATE_AGE = 60.0
 MIN_DECLARE_STATE_PERIOD = 0.1
 MAX_DECLARE_STATE_PERIOD = 3000.0
 """Seconds; with the time until it expires, a declaration stays below the hour that the DHT keeps records."""
@@ -60,6 +61,7 @@ class AveragerConfig:
     allow_state_sharing: bool | None = None
     """None: unless in client mode or auxiliary."""
     declare_state_period: float = DEFAULT_DECLARE_STATE_PERIOD
+    max_state_age: float | None = DEFAULT_MAX_STATE_AGE
 
     def __post_init__(self) -> None:
         for field in fields(self):  # numbers of numpy are not for the other process
@@ -87,6 +89,8 @@ class AveragerConfig:
             minimum=MIN_DECLARE_STATE_PERIOD,
             maximum=MAX_DECLARE_STATE_PERIOD,
         )
+        if self.max_state_age is not None:
+            check_number("max_state_age", self.max_state_age, minimum=0)
 
     @property
     def mode(self) -> PeerMode:

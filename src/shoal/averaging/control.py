@@ -151,6 +151,7 @@ class StepControl(MPFuture[Any]):
 
     def allow_allreduce(self) -> None:
         """Let all-reduce begin as soon as the group is complete. Calling it again is harmless."""
+        self.check_process()
         steering = self._steering
         if not self._triggered:
             self._triggered = True
@@ -179,6 +180,7 @@ class StepControl(MPFuture[Any]):
         :returns: True: the step is cancelled, and will write nothing to the tensors; False: it has finished, or is
           bound, and its outcome is about to follow
         """
+        self.check_process()
         with self._lock:  # of several threads that cancel, one is the first
             if self.cancelled():
                 return True
@@ -198,9 +200,10 @@ class StepControl(MPFuture[Any]):
 
     # what the averager tells its steps
 
-    def follow(self, call: Future[Any]) -> None:
+    def follow(self, call: MPFuture[Any]) -> None:
         """``call`` runs the step in the background process; cancelling the step cancels it."""
         self._call = call
+        self._explain = call.why_late
 
     def reach(self, stage: AveragingStage) -> None:
         """The step has come to ``stage``, and can be cancelled."""
@@ -235,6 +238,7 @@ class StepControl(MPFuture[Any]):
     def _let_go(self) -> None:
         """A step that has ended keeps neither the averager's process nor what was sent alive."""
         self._call = None
+        self._explain = None
         self._steering = None
 
     def _check_wait(self, timeout: float | None) -> None:
@@ -247,6 +251,7 @@ class StepControl(MPFuture[Any]):
 
     @contextlib.contextmanager
     def _settable(self, name: str) -> Iterator[None]:
+        self.check_process()
         with self._lock:
             if self.done() or self.began_allreduce:
                 raise InvalidStateError(f"{name} can't be set any more: the step is {self.stage.value}")

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+UNRESPONSIVE_TIMEOUT = 0.5
+"""Seconds that the end of an averager waits for a background process that is stopped, or does not answer."""
 LOCK_TIMEOUT = 30.0
 """Seconds for which a round waits for the lock before its snapshot; groupmates wait with it."""
 
@@ -204,6 +206,8 @@ def close(creation: MPFuture[ServiceHandle], keeper: TensorKeeper, timeout: floa
     keeper.begin_to_end()
     try:
         # Of a creation that waits for the DHT, which may have ended well in the moment when that was cancelled.
+        if creation.why_late() is not None:
+            timeout = min(timeout, UNRESPONSIVE_TIMEOUT)
         made = keeper.creation if creation.cancel() else creation
         if made is not None and not made.cancel() and made.exception(timeout) is None:
             made.result().close().result(timeout)

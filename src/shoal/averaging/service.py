@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
-import torch
-
 from shoal.averaging.allreduce.exchange import Arena
 from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
 from shoal.averaging.allreduce.rounds import Rounds
+from shoal.averaging.arena import map_arena, populate
 from shoal.averaging.commands import (
     AllowAllreduce,
     ApplyAverage,
@@ -45,6 +44,7 @@ from shoal.averaging.state.service import StateService
 from shoal.dht.service import DHTService
 from shoal.errors import AllreduceException, InvalidStateError, MatchmakingException
 from shoal.runtime.memory import SharedMemory
+from shoal.runtime.presence import UserProcessAbsent
 from shoal.runtime.service import ServiceContext
 from shoal.utils.timed import get_dht_time
 
@@ -132,6 +132,7 @@ class AveragerService:
             config.prefix,
             declare_period=config.declare_state_period,
             next_chunk_timeout=config.next_chunk_timeout,
+            max_state_age=config.max_state_age,
         )
         self._memory: SharedMemory | None = None
         self._arena: Arena | None = None
@@ -182,7 +183,7 @@ class AveragerService:
         (descriptor,) = descriptors
         self._memory = SharedMemory.from_descriptor(descriptor, nbytes)
         self._arena = arena = map_arena(self._memory, self._layout)
-        self._populating = asyncio.ensure_future(asyncio.to_thread(_populate, arena))
+        self._populating = asyncio.ensure_future(asyncio.to_thread(populate, arena))
 
     def _reschedule(self, number: int, scheduled_time: float) -> None:
         step = self._steps.get(number)
@@ -271,18 +272,47 @@ class AveragerService:
             )
         loop = asyncio.get_running_loop()
         began = loop.time()
-        await self._reach(step, AveragingStage.LOOKING_FOR_GROUP)
+        try:
+            while True:
+                try:
+                    return await self._search(step)
+                except UserProcessAbsent:  # others find their groups without this peer
+                    logger.info(
+                        "%s: step %d: left the search for a group", self._config.prefix, step.command.step
+                    )
+                    await self._user_is_back(step)
+        finally:
+            step.spend(search=loop.time() - began)
+
+    async def _search(self, step: Step) -> GroupInfo:
+        """:raises UserProcessAbsent: the search was left for that, unless a group already stood"""
+        user = self._context.user
+        await user.unless_absent(self._reach(step, AveragingStage.LOOKING_FOR_GROUP))
         step.is_searching = True
         try:
-            return await self._matchmaker.find_group(
-                start_time=step.start_time,
-                deadline=step.command.deadline,
-                gather=step.command.gather,
-                weight=step.command.weight,
-            )
+            with user.when_absent(self._matchmaker.leave_search):
+                return await self._matchmaker.find_group(
+                    start_time=step.start_time,
+                    deadline=step.command.deadline,
+                    gather=step.command.gather,
+                    weight=step.command.weight,
+                )
+        except MatchmakingException:
+            if user.absence is None:
+                raise
+            raise UserProcessAbsent(user.absence) from None
         finally:
             step.is_searching = False
-            step.spend(search=loop.time() - began)
+
+    async def _user_is_back(self, step: Step) -> None:
+        """Wait for the user's process, and choose when a group that is not full begins now."""
+        user, deadline = self._context.user, step.command.deadline
+        try:
+            async with asyncio.timeout(_seconds_until(deadline)):
+                await user.present()
+        except TimeoutError:
+            raise MatchmakingException(f"found no group: until the deadline the {user.absence}") from None
+        step.start_time = retry_start(step.start_time, get_dht_time(), deadline, self._config.matchmaking)
 
     async def _reach(self, step: Step, stage: AveragingStage) -> None:
         await self._context.call_host(ReachStage(step.command.step, stage))
@@ -329,13 +359,19 @@ class AveragerService:
             finally:
                 await asyncio.gather(*notices)
 
+        async def take_snapshot_of_user() -> None:
+            try:
+                await self._context.user.unless_absent(take_snapshot())
+            except UserProcessAbsent as e:  # the others go on without this member
+                raise AllreduceException(f"withdrew from the round: the {e}") from None
+
         current = Round(
             self._host,
             self._config.prefix,
             group,
             partition,
             arena,
-            take_snapshot=take_snapshot,
+            take_snapshot=take_snapshot_of_user,
             weight=lambda: weight,
             timeouts=self._timeouts,
             on_bound=lambda: notices.append(asyncio.ensure_future(self._notify_bound(step))),
@@ -429,15 +465,3 @@ async def _run_to_the_end(
 
 def _seconds_until(deadline: float | None) -> float | None:
     return None if deadline is None else deadline - get_dht_time()
-
-
-def _populate(arena: Arena) -> None:
-    """Have the system give the arena its pages now: the first round would take ten times as long to get them."""
-    arena.snapshot.zero_()
-    arena.average.zero_()
-
-
-def map_arena(memory: SharedMemory, layout: Layout) -> Arena:
-    """Both areas of the shared memory: the snapshot, and the average behind it."""
-    both = torch.frombuffer(memory.buffer, dtype=torch.uint8)
-    return Arena(both[: layout.nbytes], both[layout.nbytes : 2 * layout.nbytes])

@@ -104,7 +104,7 @@ class Steps:
                 allow_retries,
                 require_trigger,
             )
-            return self._send(handle, serializer, command), True
+            return self._send(handle, serializer, command, timeout), True
 
     def _current(self) -> int | None:
         """The number of the earliest step that is under way."""
@@ -113,7 +113,9 @@ class Steps:
     def _under_way(self) -> list[tuple[int, StepControl]]:
         return list(self._keeper.controls.items())
 
-    def _send(self, handle: ServiceHandle, serializer: Any, command: RunStep) -> StepControl:
+    def _send(
+        self, handle: ServiceHandle, serializer: Any, command: RunStep, timeout: float | None
+    ) -> StepControl:
         self._keeper.store.mark_stream()
         control = StepControl(
             scheduled_time=command.scheduled_time,
@@ -128,7 +130,7 @@ class Steps:
         )
         self._keeper.controls[command.step] = control
         try:
-            call: MPFuture[StepOutcome] = handle.call(command)
+            call: MPFuture[StepOutcome] = handle.call(command, timeout=timeout)
         except BaseException:
             del self._keeper.controls[command.step]
             self._awaited.discard(command.step)
