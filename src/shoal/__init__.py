@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from shoal.errors import InvalidValueError as InvalidValueError
     from shoal.errors import MatchmakingException as MatchmakingException
     from shoal.errors import PeerProcessDied as PeerProcessDied
+    from shoal.errors import PeerProcessUnresponsive as PeerProcessUnresponsive
     from shoal.errors import PeerUnreachable as PeerUnreachable
     from shoal.errors import ProtocolViolation as ProtocolViolation
     from shoal.errors import RemoteError as RemoteError
@@ -135,6 +136,7 @@ _MODULE_OF = {
     "AllreduceException": "shoal.errors",
     "MatchmakingException": "shoal.errors",
     "PeerProcessDied": "shoal.errors",
+    "PeerProcessUnresponsive": "shoal.errors",
 }
 
 _SUBMODULES = ("averaging", "compression", "dht", "errors", "p2p", "utils")

@@ -9,6 +9,7 @@
     │   └── InvalidStateError           (also RuntimeError)  e.g. used after shutdown, in a forked child, pickled
     ├── ProtocolViolation               a remote peer broke the protocol: it is disconnected with this reason
     ├── DeadlineExceeded                (also TimeoutError)
+    │   └── PeerProcessUnresponsive     the background process is stopped, or does not answer; names it
     ├── PeerUnreachable                 (also ConnectionError)  no address of a peer could be dialed; lists each
     ├── ConnectionLost                  (also ConnectionError)  an established connection ended; says why
     ├── RemoteError                     the other side's handler failed; carries its code and message
@@ -47,6 +48,12 @@ class ProtocolViolation(ShoalError):
 
 class DeadlineExceeded(ShoalError, TimeoutError):
     """Something took longer than it was allowed to."""
+
+
+class PeerProcessUnresponsive(DeadlineExceeded):
+    """The background process did not answer in time, because it is stopped or gives no sign of life; the message names
+    its pid.
+    """
 
 
 class PeerUnreachable(ShoalError, ConnectionError):

@@ -55,7 +55,8 @@ class StepControl(MPFuture[Any]):
     gathered data,
     ``{PeerID: data}``; a step that failed raises :class:`~shoal.errors.AllreduceException` with the reason,
     and leaves the averaged tensors as they were. Whatever waits for it is woken after the averages have been
-    written to the tensors. Callbacks may block and may run further steps.
+    written to the tensors; with ``apply_when="called"``, when the average waits for ``apply_average()``. Callbacks
+    may block and may run further steps.
 
     :param scheduled_time: when all-reduce is expected to begin, in :func:`~shoal.utils.get_dht_time` seconds
     :param deadline: when the search for a group ends, in the same seconds; None: never
@@ -103,7 +104,7 @@ class StepControl(MPFuture[Any]):
 
     @scheduled_time.setter
     def scheduled_time(self, scheduled_time: float) -> None:
-        check_scheduled_time(scheduled_time, self._deadline)
+        scheduled_time = check_scheduled_time(scheduled_time, self._deadline)
         with self._settable("scheduled_time"):
             self._scheduled_time = float(scheduled_time)
             steering = self._steering
@@ -127,9 +128,9 @@ class StepControl(MPFuture[Any]):
 
     @weight.setter
     def weight(self, weight: float) -> None:
-        check_weight(weight)
+        weight = check_weight(weight)
         with self._settable("weight"):
-            self._weight = float(weight)
+            self._weight = weight
 
     @property
     def triggered(self) -> bool:
@@ -150,6 +151,7 @@ class StepControl(MPFuture[Any]):
 
     def allow_allreduce(self) -> None:
         """Let all-reduce begin as soon as the group is complete. Calling it again is harmless."""
+        self.check_process()
         steering = self._steering
         if not self._triggered:
             self._triggered = True
@@ -178,6 +180,7 @@ class StepControl(MPFuture[Any]):
         :returns: True: the step is cancelled, and will write nothing to the tensors; False: it has finished, or is
           bound, and its outcome is about to follow
         """
+        self.check_process()
         with self._lock:  # of several threads that cancel, one is the first
             if self.cancelled():
                 return True
@@ -197,9 +200,10 @@ class StepControl(MPFuture[Any]):
 
     # what the averager tells its steps
 
-    def follow(self, call: Future[Any]) -> None:
+    def follow(self, call: MPFuture[Any]) -> None:
         """``call`` runs the step in the background process; cancelling the step cancels it."""
         self._call = call
+        self._explain = call.why_late
 
     def reach(self, stage: AveragingStage) -> None:
         """The step has come to ``stage``, and can be cancelled."""
@@ -234,6 +238,7 @@ class StepControl(MPFuture[Any]):
     def _let_go(self) -> None:
         """A step that has ended keeps neither the averager's process nor what was sent alive."""
         self._call = None
+        self._explain = None
         self._steering = None
 
     def _check_wait(self, timeout: float | None) -> None:
@@ -246,6 +251,7 @@ class StepControl(MPFuture[Any]):
 
     @contextlib.contextmanager
     def _settable(self, name: str) -> Iterator[None]:
+        self.check_process()
         with self._lock:
             if self.done() or self.began_allreduce:
                 raise InvalidStateError(f"{name} can't be set any more: the step is {self.stage.value}")
@@ -255,9 +261,9 @@ class StepControl(MPFuture[Any]):
         return f"<StepControl {self.stage.value}, weight {self._weight:g}>"
 
 
-def check_weight(weight: Any) -> None:
+def check_weight(weight: Any) -> float:
     """:raises InvalidTypeError: not a number; :raises InvalidValueError: negative, or too large to be summed up"""
-    check_number("weight", weight, minimum=0, maximum=MAX_WEIGHT)
+    return float(check_number("weight", weight, minimum=0, maximum=MAX_WEIGHT))
 
 
 def _run_on_its_own_thread(callback: Callable[[], None]) -> None:

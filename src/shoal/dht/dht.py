@@ -31,6 +31,7 @@ from shoal.errors import (
     InvalidTypeError,
     InvalidValueError,
     PeerProcessDied,
+    PeerProcessUnresponsive,
 )
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
@@ -348,7 +349,7 @@ class DHT:
         :raises InvalidTypeError: key, sub-key or value cannot be serialized, see
             :class:`~shoal.utils.MSGPackSerializer`
         """
-        options.check_number("expiration_time", expiration_time)
+        expiration_time = options.check_number("expiration_time", expiration_time)
         if not math.isfinite(expiration_time):
             raise InvalidValueError(
                 f"expiration_time must be a finite number of seconds, not {expiration_time!r}"
@@ -403,13 +404,6 @@ class DHT:
         validators = options.check_validators(record_validators)
         self._call(AddValidators(pickling.dumps(validators, "record_validators"))).result()
 
-    def _is_ready(self) -> bool:
-        """Whether the node can be asked without waiting for it to join."""
-        creation = self._creation
-        if not self.is_alive() or creation is None or not creation.done():
-            return False
-        return not creation.cancelled() and creation.exception() is None
-
     def _started(self) -> MPFuture[ServiceHandle]:
         """The node's service, which may still be in the making."""
         self.background  # noqa: B018 - raises if it was not started
@@ -423,8 +417,8 @@ class DHT:
         try:
             return creation.result(timeout)
         except TimeoutError as error:
-            if creation.done():
-                raise  # the node's own failure
+            if creation.done() or isinstance(error, PeerProcessUnresponsive):
+                raise  # the node's own failure, or the reason why it takes so long
             raise DeadlineExceeded(f"the DHT was not ready after {timeout:g} s") from error
 
     def _call(self, command: object, *, with_classes: bool = False) -> MPFuture[Any]:

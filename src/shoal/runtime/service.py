@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from shoal.runtime.presence import Presence
+
 
 class Service(Protocol):
     """Something that lives in the background process and answers commands from the host.
@@ -51,6 +53,10 @@ class ServiceContext(Protocol):
         service. Cancelling drops a call that has not begun; one that runs is left to finish and its result is
         dropped.
         """
+
+    @property
+    def user(self) -> Presence:
+        """Whether the user's process is there, or is stopped or does not answer: then no call to it is answered."""
 
     async def modules_ready(self) -> None:
         """Wait until the modules to be preloaded are imported; begins with that if need be."""

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast
 import msgspec
 
 from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.utils.scalars import plain
 
 __all__ = ["MSGPackSerializer", "SerializerBase"]
 
@@ -58,7 +59,8 @@ class MSGPackSerializer(SerializerBase):
     """Serializes None, bool, int (64 bits), float, str, bytes, aware datetimes, lists, tuples, dictionaries.
 
     Values keep their types: a tuple comes back as a tuple, also inside containers and as a key of a
-    dictionary. Classes registered with :meth:`ext_serializable` are serialized too.
+    dictionary. A number of numpy or torch (of no dimensions) comes back as one of Python's. Classes registered
+    with :meth:`ext_serializable` are serialized too.
     """
 
     _code_of: ClassVar[dict[type[Any], int]] = {}
@@ -131,6 +133,9 @@ class MSGPackSerializer(SerializerBase):
         for base in _SCALARS:  # subclasses of plain types, such as IntEnum members or numpy.float64
             if isinstance(obj, base):
                 return cast("Callable[[object], object]", base)(obj)
+        number = plain(obj)
+        if type(number) in (bool, int, float):
+            return number
         raise InvalidTypeError(f"cannot serialize an object of type {_full_name(kind)}: {_shorten(obj)}")
 
     @classmethod
