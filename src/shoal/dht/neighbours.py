@@ -131,13 +131,17 @@ class Neighbours:
         if not count:
             return []
         known_prefixes = {known[at : at + 8] for at in range(0, len(known), 8)}
+        is_elsewhere = self.host.is_elsewhere(asker)
         return [
-            Contact(
-                entry.peer.to_bytes(), [str(a) for a in self.host.addresses_of(entry.peer)[:MAX_ADDRESSES]]
-            )
+            Contact(entry.peer.to_bytes(), self._addresses_for(entry.peer, is_elsewhere))
             for entry in self.table.nearest(target, min(count, self.config.bucket_size))
             if entry.prefix not in known_prefixes and entry.peer != asker
         ]
+
+    def _addresses_for(self, peer: PeerID, is_elsewhere: bool) -> list[str]:
+        """Where ``peer`` can be dialed, for an asker that is or is not on this machine: loopback stays here."""
+        addresses = [one for one in self.host.addresses_of(peer) if not (is_elsewhere and one.is_loopback)]
+        return [str(address) for address in addresses[:MAX_ADDRESSES]]
 
     def known_prefixes(self, peers: Iterable[PeerID]) -> bytes:
         """The ``known`` field of a request: these peers, and those that would not be called anyhow."""

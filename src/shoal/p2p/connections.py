@@ -40,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 REDUNDANT_TIMEOUT = 10.0
 LANE_RETRY_PAUSE = 30.0
-MAX_LOCAL_IPS = 8
 
 
 class Connections:
@@ -55,6 +54,7 @@ class Connections:
         find_served: Callable[[str], Served | None],
         make_hello: Callable[[Connection], wire.Hello],
         ask_for_lane: Callable[[PeerID, float], Awaitable[bool]],
+        peer_met: Callable[[Connection], None],
         peer_lost: Callable[[PeerID, str], None],
         clock: Callable[[], float],
     ) -> None:
@@ -63,10 +63,10 @@ class Connections:
         self.addresses = AddressBook(
             max_peers=config.max_known_peers, max_addresses=config.max_addresses_per_peer
         )
-        self.local_ips: dict[str, None] = {}
         self.find_served = find_served
         self.make_hello = make_hello
         self._ask_for_lane = ask_for_lane
+        self._peer_met = peer_met
         self._peer_lost = peer_lost
         self._clock = clock
         self._dialer = Dialer(network, self._make, timeout=config.dial_timeout, stagger=config.dial_stagger)
@@ -248,6 +248,7 @@ class Connections:
         assert hello is not None
         try:
             announced = [Multiaddr.parse(text) for text in hello.addresses]
+            connection.seen = Multiaddr.parse(hello.seen) if hello.seen else None
         except InvalidValueError as error:
             raise ProtocolViolation(f"HELLO with a bad address: {error}") from error
         if self._is_closing:
@@ -256,20 +257,21 @@ class Connections:
         if refusal is not None:
             return refusal
         self._note_skew(connection, hello)
-        self._note_local_ip(connection)
         if connection.lane is Lane.PROBE:
             return None
-        self.addresses.add(peer, announced)
+        self.addresses.add(peer, _meaningful(announced, connection))
         self._lane_failures.pop(peer, None)
         self._entry(peer).add(connection)
+        self._peer_met(connection)
         logger.debug("connected to %s (%s, %s lane)", peer, hello.agent, connection.lane.name.lower())
         return None
 
     def peer_announced(self, peer: PeerID, addresses: list[Multiaddr], client_mode: bool) -> None:
         """``peer`` says that what its HELLO said of it has changed."""
-        self.addresses.add(peer, addresses)
         connections = self._peers.get(peer)
-        for connection in [] if connections is None else connections.all():
+        known = [] if connections is None else connections.all()
+        self.addresses.add(peer, _meaningful(addresses, known[0]) if known else addresses)
+        for connection in known:
             if connection.hello is not None:
                 texts = [str(address) for address in addresses]
                 connection.hello = msgspec.structs.replace(
@@ -350,14 +352,6 @@ class Connections:
             direction = "ahead of" if skew > 0 else "behind"
             logger.warning("the clock of %s is %.1f s %s this one", peer, abs(skew), direction)
 
-    def _note_local_ip(self, connection: Connection) -> None:
-        if connection.local_ip is None:
-            return
-        self.local_ips.pop(connection.local_ip, None)
-        self.local_ips[connection.local_ip] = None
-        if len(self.local_ips) > MAX_LOCAL_IPS:  # of a machine that moves, the network it was in longest ago
-            del self.local_ips[next(iter(self.local_ips))]
-
     # Entries of peers.
 
     def _entry(self, peer: PeerID) -> PeerConnections:
@@ -403,6 +397,13 @@ class Connections:
         await asyncio.gather(*dials, *handlers, return_exceptions=True)
         # Each is aborted by its own timer when the peer does not take what is queued.
         await asyncio.gather(*(connection.closed for connection in connections))
+
+
+def _meaningful(addresses: list[Multiaddr], connection: Connection) -> list[Multiaddr]:
+    """What a peer announces, without loopback if that would lead to this machine instead of the peer's."""
+    if connection.origin is None:
+        return addresses
+    return [address for address in addresses if not address.is_loopback]
 
 
 def _close_oldest(connections: list[Connection], new: Connection) -> bool:

@@ -21,6 +21,7 @@ from typing import Any
 
 from shoal.errors import InvalidValueError
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.vantage import Interface
 
 ProtocolFactory = Callable[[], asyncio.BufferedProtocol]
 
@@ -177,6 +178,8 @@ class HostNetwork:
         self.is_up = True
         self.is_silent = False
         self.listeners: dict[int, SimulatedListener] = {}
+        self.interface_list = [Interface("eth0", ip, 32)]
+        """What :meth:`interfaces` tells; may be changed."""
         self._next_port = 20000
 
     def address(self, port: int = 0) -> Multiaddr:
@@ -224,6 +227,10 @@ class HostNetwork:
             raise ConnectionResetError(104, f"the connection to {address} broke while it was made")
         near.begin(factory())
         return near
+
+    def interfaces(self) -> list[Interface]:
+        """See :meth:`shoal.p2p.network.Network.interfaces`."""
+        return list(self.interface_list)
 
     def _check_up(self) -> None:
         if not self.is_up:
