@@ -27,6 +27,7 @@ from shoal.errors import (
     ProtocolViolation,
     RemoteError,
 )
+from shoal.p2p.connections import NO_ROOM
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
@@ -263,4 +264,6 @@ class Neighbours:
     def _disconnected(self, peer: PeerID, reason: str) -> None:
         if peer in self.table:
             logger.debug("the connection to %s ended: %s", peer, reason)
+            if NO_ROOM in reason:
+                return  # it is not lost, and a new connection would only drive out another one
             self.greet_in_background(peer)  # it leaves the table unless it answers on a new connection

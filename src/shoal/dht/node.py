@@ -98,7 +98,6 @@ class DHTNode:
         self._joined = False
         self._entered = False
         self._checks = config.check_reachability and not config.client_mode
-        self._subscriptions = 0
         # Ordered, as sets are not: who joined and who left since records were last handed over.
         self._newcomers: dict[PeerID, None] = {}
         self._leavers: dict[PeerID, None] = {}
@@ -114,9 +113,8 @@ class DHTNode:
         )
         self._upkeep = Upkeep(self._neighbours, self._initial, self._records.find_nodes, clock, rng)
         self._reachability = ReachabilityWatch(
-            host, lambda: list(self._neighbours.table), self._mode_changed, self._reachability_changed, rng
+            host, lambda: list(self._neighbours.table), self._reachability_changed, rng
         )
-        self._on_mode: dict[int, Callable[[], None]] = {}
         self._gets: dict[tuple[int, bool], asyncio.Task[ValueWithExpiration | None]] = {}
         self._neighbours.on_joined.append(self._neighbour_joined)
         self._neighbours.on_left.append(self._neighbour_left)
@@ -237,20 +235,10 @@ class DHTNode:
 
     # Whether others can dial it.
 
-    def on_mode(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call ``callback`` when others may rely on dialing this node, or may not any more; returns an unsubscriber."""
-        number = self._subscriptions = self._subscriptions + 1
-        self._on_mode[number] = callback
-        return lambda: self._on_mode.pop(number, None) and None
-
     def look_again(self, *, in_doubt: bool) -> None:
         """Find out anew whether others can dial this node; ``in_doubt``: until then nobody relies on it."""
         if self._checks:
             self._reachability.look_again(in_doubt=in_doubt)
-
-    def _mode_changed(self) -> None:
-        for callback in list(self._on_mode.values()):
-            callback()
 
     async def _reachability_changed(self) -> None:
         """Serve, or leave the others' tables, and tell them.
@@ -304,7 +292,6 @@ class DHTNode:
         if not self.host.can_be_dialed:
             self._server.stop(self.host)
         self._present()
-        self._mode_changed()
         await self._records.find_nodes(neighbours.own_id)
 
     async def _tell_neighbours(self) -> None:

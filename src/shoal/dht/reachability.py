@@ -36,16 +36,12 @@ class ReachabilityWatch:
         self,
         host: Host,
         others: Callable[[], Sequence[PeerID]],
-        on_mode: Callable[[], None],
         on_change: Callable[[], Awaitable[None]],
         rng: random.Random,
     ) -> None:
-        """``others``: peers that may be asked where no connected one is left; ``on_mode`` is called when others may
-        rely on dialing this node, or may not any more.
-        """
+        """``others``: peers that may be asked where no connected one is left."""
         self._host = host
         self._others = others
-        self._on_mode = on_mode
         self._on_change = on_change
         self._rng = rng
         self._loop = asyncio.get_running_loop()
@@ -90,17 +86,13 @@ class ReachabilityWatch:
     async def run(self) -> None:
         """For ever."""
         reach = self._host.reach
-        was_dialable, announced = reach.can_be_dialed, reach.announced()
+        before = reach.can_be_dialed, reach.announced()
         while True:
             await self._wait()
-            if reach.can_be_dialed != was_dialable:
-                was_dialable = reach.can_be_dialed
-                self._on_mode()
             if self._is_due():
                 await self.check()
-            if (reach.can_be_dialed, reach.announced()) != (was_dialable, announced):
-                was_dialable, announced = reach.can_be_dialed, reach.announced()
-                self._on_mode()
+            if (reach.can_be_dialed, reach.announced()) != before:
+                before = reach.can_be_dialed, reach.announced()
                 await self._on_change()
 
     async def _wait(self) -> None:

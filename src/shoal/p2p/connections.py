@@ -39,6 +39,8 @@ from shoal.p2p.session import Role
 logger = logging.getLogger(__name__)
 
 REDUNDANT_TIMEOUT = 10.0
+NO_ROOM = "too many connections"
+"""Why a connection is closed or refused that one side has no room for. To dial at once again would be in vain."""
 LANE_RETRY_PAUSE = 30.0
 
 
@@ -236,7 +238,7 @@ class Connections:
             return None
         config, origin = self.config, connection.origin
         if len(self._connections) > config.max_connections + config.max_handshakes:
-            return "too many connections"
+            return NO_ROOM
         unproven = [one for one in self._from(origin) if one.hello is None]
         if len(unproven) > config.max_handshakes_per_ip:
             return f"too many connections from {origin} at once"
@@ -321,15 +323,17 @@ class Connections:
         of_peer = [connection for connection in opened if connection.remote == new.remote]
         if len(of_peer) > self.config.max_connections_per_peer and not _close_oldest(of_peer, new):
             return "too many connections to one peer"
-        if new.role is not Role.RESPONDER:
-            return None
-        of_ip = [connection for connection in self._from(new.origin) if connection.is_open]
-        if len(of_ip) > self.config.max_connections_per_ip and not self._close_spare(of_ip, new):
-            return f"too many connections from {new.origin}"
+        if new.role is Role.RESPONDER:
+            of_ip = [connection for connection in self._from(new.origin) if connection.is_open]
+            if len(of_ip) > self.config.max_connections_per_ip and not self._close_spare(of_ip, new):
+                return f"too many connections from {new.origin}"
         opened = [connection for connection in opened if connection.is_open]
-        if len(opened) > self.config.max_connections and not self._close_spare(opened, new):
-            return "too many connections"
-        return None
+        if len(opened) <= self.config.max_connections or self._close_spare(opened, new):
+            return None
+        # What this side dials, it needs: else strangers that cannot be dialed could cut it off from everybody.
+        if new.role is Role.INITIATOR and _close_oldest(opened, new):
+            return None
+        return NO_ROOM
 
     def _close_spare(self, connections: list[Connection], new: Connection) -> bool:
         return _close_oldest([one for one in connections if self._can_be_had_again(one)], new)
@@ -410,5 +414,5 @@ def _close_oldest(connections: list[Connection], new: Connection) -> bool:
     """Close the one that was not used for longest; False if all are in use."""
     idle = [one for one in connections if one.is_idle and one is not new]
     if idle:
-        min(idle, key=lambda one: one.last_used).close("too many connections")
+        min(idle, key=lambda one: one.last_used).close(NO_ROOM)
     return bool(idle)

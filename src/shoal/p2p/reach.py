@@ -230,16 +230,23 @@ class Reach:
     # ---- inside ----
 
     def _all_listening(self) -> list[Multiaddr]:
-        """Every address at which the host listens, those of all interfaces spelt out."""
-        addresses: list[Multiaddr] = []
-        for address in self._listening():
-            if not address.is_unspecified:
-                addresses.append(address)
-                continue
-            version = 6 if address.protocol == "ip6" else 4
-            ips = [one.ip for one in self.interfaces() if one.network.version == version]
-            ips = ips or [LOOPBACK[address.protocol]]
-            addresses += [Multiaddr(address.protocol, ip, address.port) for ip in ips]
+        """Every address at which the host listens: those of its listeners, then those of the interfaces, as they are
+        likely, for listeners on all of them.
+        """
+        listening = self._listening()
+        everywhere = [address for address in listening if address.is_unspecified]
+        addresses = [address for address in listening if not address.is_unspecified]
+        for one in self.interfaces() if everywhere else ():
+            protocol = f"ip{one.network.version}"
+            addresses += [
+                Multiaddr(protocol, one.ip, at.port) for at in everywhere if at.protocol == protocol
+            ]
+        known = {address.protocol for address in addresses}
+        addresses += [
+            Multiaddr(at.protocol, LOOPBACK[at.protocol], at.port)
+            for at in everywhere
+            if at.protocol not in known
+        ]
         return list(dict.fromkeys(addresses))
 
     def _vantage_of(self, connection: Connection) -> Vantage:

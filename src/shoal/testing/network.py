@@ -189,7 +189,7 @@ class HostNetwork:
     async def listen(self, factory: ProtocolFactory, address: Multiaddr) -> SimulatedListener:
         """See :meth:`shoal.p2p.network.Network.listen`."""
         self._check_up()
-        if address.host not in (self.ip, "0.0.0.0", "127.0.0.1"):  # noqa: S104
+        if address.host not in (self.ip, "0.0.0.0", "::", "127.0.0.1"):  # noqa: S104
             raise OSError(99, f"{address.host} is not an address of {self.name}")
         port = address.port or self._free_port()
         if port in self.listeners:
