@@ -76,6 +76,9 @@ class ReachabilityWatch:
                 helpers[:HELPERS], more=helpers[HELPERS : 2 * HELPERS]
             )
             self._last = self._loop.time()
+        reach = self._host.reach
+        if not reach.is_in_doubt and reach.has_heard_of_widest(self._host.connected_peers()):
+            self._news.clear()
         if result.reachable is None:
             self._next = self._last + self._retry
             self._retry = min(2 * self._retry, LAST_RETRY)

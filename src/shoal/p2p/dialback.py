@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 MAX_DIALED = 4
 """Addresses that a helper dials for one request."""
+DIAL_BACK_TIME, MAX_DIAL_BACK_TIME = 1.5, 5.0
+"""Seconds that a helper takes for an address, beside some round trips: a lost packet costs one of them."""
 MAX_AT_ONCE = 64
 """Requests for which a helper dials at the same time; others wait."""
 PER_PEER_PAUSE = 2.0
@@ -204,6 +206,11 @@ def _why_foreign(address: Multiaddr, own: Sequence[str]) -> str:
     if address.protocol.startswith("dns"):
         return "a name, which helpers do not look up"
     return f"others see this peer at {own[0]}"
+
+
+def dial_back_time(round_trip: float) -> float:
+    """Seconds that a helper tries an address of a peer at this distance: connecting takes three round trips."""
+    return min(DIAL_BACK_TIME + 4 * round_trip, MAX_DIAL_BACK_TIME)
 
 
 def check_outcomes(asked: Sequence[Multiaddr], response: DialBackResponse) -> None:

@@ -35,6 +35,7 @@ from shoal.p2p.dialback import (
     DialBackRequest,
     DialBackResponse,
     Reachability,
+    dial_back_time,
 )
 from shoal.p2p.identity import Identity, PeerID
 from shoal.p2p.multiaddr import Multiaddr
@@ -48,10 +49,7 @@ __all__ = ["Host"]
 
 logger = logging.getLogger(__name__)
 
-DIAL_BACK_TIMEOUT = 1.5
-"""Seconds that a helper takes for one address, and four round trips: one lost packet costs a second."""
-MAX_DIAL_BACK_TIMEOUT = 5.0
-CHECK_TIMEOUT = MAX_DIAL_BACK_TIMEOUT + 1.0
+CHECK_TIMEOUT = 7.0
 _ANNOUNCE_TIMEOUT = 10.0
 LOOPBACK_IPS = ("127.0.0.1", "::1")
 
@@ -393,7 +391,7 @@ class Host:
 
     async def _probe(self, peer: PeerID, address: Multiaddr) -> str:
         """Whether ``peer`` answers at ``address``: the reason why not, or nothing."""
-        patience = min(DIAL_BACK_TIMEOUT + 4 * (self.rtt(peer) or 0.0), MAX_DIAL_BACK_TIMEOUT)
+        patience = dial_back_time(self.rtt(peer) or 0.0)
         deadline = asyncio.get_running_loop().time() + patience
         try:
             outcome = await self._connections.dial_address(address, peer, Lane.PROBE, deadline)

@@ -22,6 +22,7 @@ from shoal.p2p.dialback import (
     DialBackResponse,
     Reachability,
     check_outcomes,
+    dial_back_time,
     judge,
 )
 from shoal.p2p.identity import PeerID
@@ -32,7 +33,7 @@ from shoal.p2p.vantage import Interface, Vantage, is_global, vantage_of
 logger = logging.getLogger(__name__)
 
 GRACE = 0.5
-"""Seconds that other helpers still have when one has answered."""
+"""Seconds that helpers still have when one with as wide a view has answered."""
 MAX_TOLD = 4
 """Addresses that one line for people lists."""
 LOOPBACK = {"ip4": "127.0.0.1", "ip6": "::1"}
@@ -124,6 +125,11 @@ class Reach:
     def vantage(self, peer: PeerID) -> Vantage | None:
         """How far away ``peer`` stands, if it is connected."""
         return max((self._vantage_of(one) for one in self._connections_to(peer)), default=None)
+
+    def has_heard_of_widest(self, peers: Iterable[PeerID]) -> bool:
+        """Whether the last verdict is of helpers with as wide a view as any of these connected peers has."""
+        known = self._found.vantage
+        return known is not None and all((self.vantage(peer) or known) <= known for peer in peers)
 
     # What changes it.
 
@@ -266,28 +272,31 @@ class Reach:
         return [one for one in announce if one.protocol.startswith("dns") or is_global(one.host)]
 
     async def _ask_all(self, helpers: Iterable[PeerID], timeout: float) -> list[Answer]:
-        """What the helpers answer: when one has, the others have a moment left."""
+        """What the helpers answer: when one has, those that see no more than it have a moment left."""
         loop = asyncio.get_running_loop()
-        tasks = [asyncio.ensure_future(self._ask_one(helper, timeout)) for helper in helpers]
-        waiting, until = set(tasks), loop.time() + timeout
+        asked = {asyncio.ensure_future(self._ask_one(helper, timeout)): helper for helper in helpers}
+        waiting, until = set(asked), loop.time() + timeout
         while waiting:
             left = max(until - loop.time(), 0.0)
             done, waiting = await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if not done:
                 break
-            if any(isinstance(task.result().response, DialBackResponse) for task in done):
+            views = [task.result().vantage for task in done if not isinstance(task.result().response, str)]
+            wider = [self.vantage(asked[task]) or Vantage.ROUTED for task in waiting]
+            if views and max(views) >= max(wider, default=Vantage.MACHINE):
                 until = min(until, loop.time() + GRACE)
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
-        return [task.result() for task in tasks if not task.cancelled()]
+        return [task.result() for task in asked if not task.cancelled()]
 
     async def _ask_one(self, helper: PeerID, timeout: float) -> Answer:
         addresses = self._to_ask(helper)
         request = DialBackRequest([str(address) for address in addresses])
         response: DialBackResponse | str
+        round_trip = max((one.rtt or 0.0 for one in self._connections_to(helper)), default=0.0)
         try:
-            response = await self._ask(helper, request, timeout)
+            response = await self._ask(helper, request, min(dial_back_time(round_trip) + 1.0, timeout))
             check_outcomes(addresses, response)
         except ShoalError as error:
             response = str(error)
