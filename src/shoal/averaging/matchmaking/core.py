@@ -304,7 +304,10 @@ class Matchmaking:
             self._effects.append(Declare(DeclaredState.TAKEN))
         self.key = self.story.key = place.key
         self.me = self.me._replace(
-            start_time=place.order_time, grid_round=place.grid_round, lineage=place.lineage
+            start_time=place.order_time,
+            can_lead=event.mode.can_lead,
+            grid_round=place.grid_round,
+            lineage=place.lineage,
         )
         self._effects.append(MoveTo(place))
         self._view = View(self.me, self._schema_hash, opens_at=place.start_time, latency=self._view.latency)

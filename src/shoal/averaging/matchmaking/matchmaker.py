@@ -160,7 +160,14 @@ class Matchmaker:
                 raise InvalidStateError("the matchmaker is closed")
             place = self._place(start_time)
             search = self._search = GroupSearch(
-                self._peer, place, deadline, gather, weight, self._known, when_too_few=self._found_too_few
+                self._peer,
+                place,
+                deadline,
+                gather,
+                weight,
+                self._known,
+                when_too_few=self._found_too_few,
+                when_mode_changed=self._mode_changed,
             )
             if not self._known:
                 self._peer.tasks.start(self._explore(search, EXPLORE_AFTER), "explore depths")
@@ -191,6 +198,11 @@ class Matchmaker:
         self._last_order_time = max(start_time, self._last_order_time + 0.001)
         key = self._bits.key(self._peer.prefix)
         return Place(key, start_time, self._last_order_time, self._bits.grid_round, self._lineage)
+
+    def _mode_changed(self) -> None:
+        """The search that goes on has declared another mode than this peer has now: it begins anew."""
+        if self._search is not None:
+            self._search.move_to(self._place(self._search.place.start_time))
 
     # ---- where no bits are given
 

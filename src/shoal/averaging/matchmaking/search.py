@@ -129,13 +129,17 @@ class GroupSearch:
         known: Mapping[PeerID, float],
         *,
         when_too_few: Callable[[int], None],
+        when_mode_changed: Callable[[], None],
     ) -> None:
-        """``when_too_few``: called with the number of peers seen when the start time came without enough members."""
+        """``when_too_few``: called with the number of peers seen when the start time came without enough members;
+        ``when_mode_changed``: called when this peer's mode is another one than it declared.
+        """
         self.place = place
         self._peer = peer
         self._gather = gather
         self._weight = weight
         self._when_too_few = when_too_few
+        self._when_mode_changed = when_mode_changed
         self._mode = peer.mode
         self._core = Matchmaking(
             peer.config,
@@ -185,9 +189,10 @@ class GroupSearch:
         return self._core.known
 
     def move_to(self, place: Place) -> None:
-        """Begin anew at another place, unless the search is over."""
+        """Begin anew at another place, in this peer's mode of now, unless the search is over."""
         if not self.is_over:
-            self.dispatch(Restarted(place))
+            self._mode = self._peer.mode
+            self.dispatch(Restarted(place, self._mode))
 
     def watch_members(self, when_gone: WhenMemberGone) -> None:
         """Call ``when_gone`` for each member of the group that this peer leads that left before it heard of it."""
@@ -292,9 +297,13 @@ class GroupSearch:
         began_at, place = self._peer.clock(), self.place
         result: Polled | PollFailed
         try:
-            result = Polled(began_at, await self._peer.declarations.read(place.key))
+            declared = await self._peer.declarations.read(place.key)
+            result = Polled(began_at, declared)
+            self._peer.look_at(declared)
         except ShoalError as e:
             result = PollFailed(str(e))
+        if self._mode is not self._peer.mode and not self.is_over:
+            self._when_mode_changed()
         if place is self.place:
             self.dispatch(result)
 
