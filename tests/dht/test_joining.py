@@ -364,7 +364,7 @@ def test_a_node_that_lost_everybody_is_back_within_30_s() -> None:
         await until(lambda: not sim.nodes[5].neighbours, 120)
         await asyncio.sleep(600)
         sim.network.heal()
-        await until(lambda: all_know_each_other(sim), 10)
+        await until(lambda: all_know_each_other(sim), 30)
 
     simulate(story)
 

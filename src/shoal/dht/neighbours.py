@@ -227,6 +227,8 @@ class Neighbours:
         known = peer in self.table
         if not known and not self.host.addresses_of(peer):
             return  # it can be called over its own connection only: others could not reach it
+        if not known and len(self.table) and self.host.is_client(peer):
+            return  # it keeps no records for others; alone, it is better than nobody
         to_probe = self.table.answered(peer, self._loop.time())
         if to_probe is not None:
             self.greet_in_background(to_probe)

@@ -190,6 +190,10 @@ class Host:
         connections = self._connections.to(peer)
         return connections is not None and any(one.origin is not None for one in connections.all())
 
+    def is_client(self, peer: PeerID) -> bool:
+        """Whether ``peer`` is connected and says that it cannot be dialed."""
+        return any(one.hello is not None and one.hello.client_mode for one in self._connections_to(peer))
+
     def add_addresses(self, peer: PeerID, addresses: Iterable[Multiaddr]) -> None:
         """Remember where ``peer`` may be dialed; the newest are kept and are tried first."""
         if peer != self.peer_id:
