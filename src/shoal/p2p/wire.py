@@ -85,6 +85,8 @@ class Hello(msgspec.Struct, array_like=True, frozen=True):
     ]
     clock: float
     """The sender's wall clock, to measure its skew."""
+    seen: Annotated[str, msgspec.Meta(max_length=MAX_ADDRESS)] = ""
+    """The address that the receiver has for the sender: what it dialed, or from where it was dialed."""
 
 
 class Goodbye(msgspec.Struct, array_like=True, frozen=True):

@@ -425,7 +425,9 @@ class Matchmaking:
             return
         self.story.answered(ask.leader, f"redirected to {event.leader}", now)
         if ask.redirects < MAX_REDIRECTS and self._view.may_ask(event.leader, now):
-            self._ask_to_join(event.leader, event.addresses, now, redirects=ask.redirects + 1)
+            self._ask_to_join(
+                event.leader, event.addresses, now, redirects=ask.redirects + 1, is_hearsay=True
+            )
         else:
             self._view.leave_out(ask.leader, now + self._retry_time())
             self._go_on_looking()
@@ -458,7 +460,7 @@ class Matchmaking:
         self._view.leave_out_group(answer.members, now + self._retry_time(), now, is_looking=True)
         suggested = PeerID.from_bytes(answer.leader) if answer.leader else None
         if suggested is not None and self._view.may_ask(suggested, now):
-            self._ask_to_join(suggested, answer.addresses, now, redirects=0)
+            self._ask_to_join(suggested, answer.addresses, now, redirects=0, is_hearsay=True)
         else:
             self._go_on_looking()
 
@@ -682,11 +684,19 @@ class Matchmaking:
 
     # ---- leaders and followers
 
-    def _ask_to_join(self, leader: PeerID, addresses: tuple[str, ...], now: float, redirects: int) -> None:
+    def _ask_to_join(
+        self,
+        leader: PeerID,
+        addresses: tuple[str, ...],
+        now: float,
+        redirects: int,
+        *,
+        is_hearsay: bool = False,
+    ) -> None:
         self._asks += 1
         self._ask = _Ask(self._asks, leader, addresses, now, redirects)
         self._move(State.ASKING)
-        self._effects.append(AskToJoin(self._ask.number, leader, addresses))
+        self._effects.append(AskToJoin(self._ask.number, leader, addresses, is_hearsay))
         self.story.asked(leader)
 
     def _current(self, ask: int) -> _Ask | None:

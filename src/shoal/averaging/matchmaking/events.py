@@ -191,6 +191,8 @@ class AskToJoin:
     ask: int
     leader: PeerID
     addresses: tuple[str, ...]
+    is_hearsay: bool = False
+    """Another peer has named these addresses, not the leader itself."""
 
 
 @dataclass(frozen=True)

@@ -239,8 +239,8 @@ class GroupSearch:
                 self.place = place
             case Poll():
                 self._peer.tasks.start(self._poll(), f"poll {self.place.key}")
-            case AskToJoin(ask, leader, addresses):
-                self._asks[ask] = self._peer.tasks.start(self._ask(ask, leader, addresses), f"ask {leader}")
+            case AskToJoin(ask, leader):
+                self._asks[ask] = self._peer.tasks.start(self._ask(effect), f"ask {leader}")
                 self._asks[ask].add_done_callback(lambda _: self._asks.pop(ask))
             case LeaveLeader(ask):
                 if ask in self._asks:
@@ -309,10 +309,11 @@ class GroupSearch:
 
     # ---- this peer asks a leader
 
-    async def _ask(self, ask: int, leader: PeerID, addresses: tuple[str, ...]) -> None:
-        host = self._peer.node.host
+    async def _ask(self, effect: AskToJoin) -> None:
+        host, ask, leader = self._peer.node.host, effect.ask, effect.leader
+        add = host.add_hearsay if effect.is_hearsay else host.add_addresses
         try:
-            host.add_addresses(leader, [Multiaddr.parse(address) for address in addresses])
+            add(leader, [Multiaddr.parse(address) for address in effect.addresses])
             own = self._sign_info(leader)
             async with host.open_stream(leader, JOIN) as stream:
                 await stream.send(JoinRequest(self._peer.prefix, own))
