@@ -90,6 +90,21 @@ def test_a_port_forwarded_as_it_is_makes_a_full_peer() -> None:
     simulate(story)
 
 
+def test_a_helper_that_has_to_be_dialed_first_sees_the_outer_address_too() -> None:
+    async def story(sim: SimulatedDHT) -> None:
+        sim.network.site("node1", forwards={PORT: ("node1", PORT)})
+        await sim.start(0)
+        helper = await sim.start(2, [sim.address(0)])
+        node = await sim.start(1, [sim.address(0)], DHTConfig(check_reachability=False))
+        sim.network.drop_connections("node1", "node2")
+        sim.network.drop_connections("node2", "node1")
+        await asyncio.sleep(0)
+        node.host.add_hearsay(helper.peer_id, [sim.address(2)])
+        assert (await node.host.check_reachability([helper.peer_id])).reachable
+
+    simulate(story)
+
+
 def test_a_first_node_learns_its_outer_address_from_whom_comes_in() -> None:
     async def story(sim: SimulatedDHT) -> None:
         outer = sim.network.site("node0", forwards={8080: ("node0", PORT)})

@@ -110,6 +110,7 @@ class Host:
             listening=lambda: self.listen_addresses,
             list_interfaces=network.interfaces,
             connections_to=self._connections_to,
+            connect=lambda peer, timeout: self.connect(peer, timeout=timeout),
             ask=self._ask_back,
         )
         """Where this host can be dialed, as far as it knows."""

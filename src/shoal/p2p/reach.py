@@ -42,7 +42,7 @@ INTERFACES_AGE = 2.0
 
 
 class Reach:
-    """See the module. ``listening`` and ``config`` are the host's now; ``ask`` calls a helper."""
+    """See the module. ``listening`` and ``config`` are the host's now; ``connect`` and ``ask`` call a helper."""
 
     def __init__(
         self,
@@ -51,6 +51,7 @@ class Reach:
         listening: Callable[[], list[Multiaddr]],
         list_interfaces: Callable[[], list[Interface]],
         connections_to: Callable[[PeerID], Sequence[Connection]],
+        connect: Callable[[PeerID, float], Awaitable[object]],
         ask: Callable[[PeerID, DialBackRequest, float], Awaitable[DialBackResponse]],
     ) -> None:
         self.on_news: Callable[[], None] | None = None
@@ -59,6 +60,7 @@ class Reach:
         self._listening = listening
         self._list_interfaces = list_interfaces
         self._connections_to = connections_to
+        self._connect = connect
         self._ask = ask
         self._is_reachable: bool | None = True
         self._found = Reachability(None)
@@ -206,11 +208,12 @@ class Reach:
         tried = "; ".join(f"{address}: {reason}" for address, reason in failures)
         return (
             "other peers cannot connect back to this one, so it takes part as a client: it averages over connections "
-            f"that it opens itself, and serves nobody. {self._advice()}. client_mode=True says that this is "
+            f"that it opens itself, and serves nobody. {self.advice()}. client_mode=True says that this is "
             f"intended. Tried: {tried}"
         )
 
-    def _advice(self) -> str:
+    def advice(self) -> str:
+        """For people: what would make this host one that others can dial."""
         listening = self._listening()
         ports = " and ".join(dict.fromkeys(str(address.port) for address in listening))
         if self._config().announce:
@@ -291,11 +294,13 @@ class Reach:
         return [task.result() for task in asked if not task.cancelled()]
 
     async def _ask_one(self, helper: PeerID, timeout: float) -> Answer:
-        addresses = self._to_ask(helper)
-        request = DialBackRequest([str(address) for address in addresses])
         response: DialBackResponse | str
-        round_trip = max((one.rtt or 0.0 for one in self._connections_to(helper)), default=0.0)
         try:
+            # First of all, since only a connection tells where the helper sees this host.
+            await self._connect(helper, dial_back_time(0.0))
+            addresses = self._to_ask(helper)
+            request = DialBackRequest([str(address) for address in addresses])
+            round_trip = max((one.rtt or 0.0 for one in self._connections_to(helper)), default=0.0)
             response = await self._ask(helper, request, min(dial_back_time(round_trip) + 1.0, timeout))
             check_outcomes(addresses, response)
         except ShoalError as error:
