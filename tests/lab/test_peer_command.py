@@ -78,11 +78,12 @@ def test_a_first_peer_behind_a_forwarded_port_says_where_it_is_when_others_have_
     command.wait_for_text(f"/ip4/{site.ip}/tcp/{PORT}/p2p/")
 
 
-def test_a_first_peer_that_others_cannot_dial_at_its_address_says_so(swarm: Swarm, internet: Internet):
-    """They joined through a port that is forwarded from another number, which the peer does not know of."""
+def test_a_first_peer_learns_an_outer_port_of_another_number_from_those_that_joined_by_it(
+    swarm: Swarm, internet: Internet
+):
     site = internet.site("home", "cone", forward={9000: PORT})
     command = swarm.command(site.machines[0], "peer", "--host", "0.0.0.0", "--port", str(PORT))
     printed_addresses(command)
     for name in ("a", "b"):
         swarm.start(internet.machine(name), join=[f"/ip4/{site.ip}/tcp/9000"]).wait_until_joined()
-    command.wait_for_text("--announce")
+    command.wait_for_text(f"/ip4/{site.ip}/tcp/9000/p2p/")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import queue
 import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,7 @@ def run_peer(
     if not interval > 0:
         raise InvalidValueError(f"--interval {interval:g}: more than 0 seconds are allowed")
     listen = listen_address(host, port)
-    with _stop_on_signals() as stop:
+    with stop_on_signals() as stop:
         dht = DHT(
             list(initial_peers),
             start=True,
@@ -83,7 +83,7 @@ def run_peer(
     return 0
 
 
-def _report(dht: DHT, stop: threading.Event, interval: float, console: Console) -> None:
+def _report(dht: DHT, stop: StopRequest, interval: float, console: Console) -> None:
     """Say where others can dial the peer, again when that changes, and how many there are every ``interval``."""
     state = dht.run_coroutine(_describe)
     shown = state.addresses
@@ -100,10 +100,35 @@ def _report(dht: DHT, stop: threading.Event, interval: float, console: Console) 
             _print_line(f"peers: {state.peers}, keys: {state.keys}", console)
 
 
+class StopRequest:
+    """An event that a signal handler may set, which runs in the middle of the thread that waits for it.
+
+    A :class:`threading.Event` would hang there now and then: that thread may hold its lock.
+    """
+
+    def __init__(self) -> None:
+        self._wanted = False
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def set(self) -> None:
+        self._wanted = True
+        self._wake.put(None)
+
+    def is_set(self) -> bool:
+        return self._wanted
+
+    def wait(self, timeout: float) -> bool:
+        """Whether it is set, within ``timeout`` seconds."""
+        if not self._wanted:
+            with suppress(queue.Empty):
+                self._wake.get(timeout=timeout)
+        return self._wanted
+
+
 @contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; the handlers of before are put back in the end."""
-    stop = threading.Event()
+def stop_on_signals() -> Iterator[StopRequest]:
+    """What SIGINT and SIGTERM set; the handlers of before are put back in the end."""
+    stop = StopRequest()
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda *_: stop.set()) for number in numbers]
     try:
@@ -113,7 +138,7 @@ def _stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _wait_until_ready(dht: DHT, stop: threading.Event) -> bool:
+def _wait_until_ready(dht: DHT, stop: StopRequest) -> bool:
     """Wait until the peer has joined; False if it is to stop before."""
     while not stop.is_set():
         try:
