@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from shoal.errors import BootstrapError as BootstrapError
     from shoal.errors import ConnectionLost as ConnectionLost
     from shoal.errors import DeadlineExceeded as DeadlineExceeded
+    from shoal.errors import IdentityInUse as IdentityInUse
     from shoal.errors import InvalidStateError as InvalidStateError
     from shoal.errors import InvalidTypeError as InvalidTypeError
     from shoal.errors import InvalidValueError as InvalidValueError
@@ -125,6 +126,7 @@ _MODULE_OF = {
     "UsageError": "shoal.errors",
     "InvalidValueError": "shoal.errors",
     "InvalidTypeError": "shoal.errors",
+    "IdentityInUse": "shoal.errors",
     "InvalidStateError": "shoal.errors",
     "ProtocolViolation": "shoal.errors",
     "DeadlineExceeded": "shoal.errors",

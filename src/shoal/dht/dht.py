@@ -73,7 +73,7 @@ class DHT:
         port
     :param announce_maddrs: what others are told instead, e.g. the outer address of a forwarded port
     :param identity_path: file with the key that makes this node's PeerID; created if it is missing. Without
-        it the node gets a new PeerID each time
+        it the node gets a new PeerID each time. One running peer can use a key: give each its own file
     :param client_mode: neither listen nor keep records of others; also what becomes of a node that nobody can
         dial
     :param bootstrap_timeout: for how many seconds the initial peers are retried
@@ -85,6 +85,7 @@ class DHT:
     :raises InvalidTypeError: (a TypeError) an option is unknown or of the wrong type
     :raises InvalidValueError: (a ValueError) a value is not allowed, or an address cannot be listened on
     :raises BootstrapError: no initial peer answered; lists each address with the reason
+    :raises IdentityInUse: another running peer has the same key; names its address
     """
 
     service_name = "dht"

@@ -29,7 +29,7 @@ from shoal.dht.tasks import TaskSet
 from shoal.dht.types import ValueWithExpiration
 from shoal.dht.upkeep import Upkeep
 from shoal.dht.validation import CompositeValidator, DHTRecord, ProtectedKeyValidator, RecordValidatorBase
-from shoal.errors import BootstrapError, InvalidStateError, InvalidValueError
+from shoal.errors import BootstrapError, IdentityInUse, InvalidStateError, InvalidValueError
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
@@ -234,6 +234,7 @@ class DHTNode:
         if not self.client_mode:
             self._server.start(self.host)
         found = await self._initial.find_first(self.config.bootstrap_timeout)
+        self.host.check_identity()
         if not found and self._initial.others and not self._initial.includes_self:
             if self.config.ensure_bootstrap_success:
                 raise self._bootstrap_error()
@@ -242,6 +243,8 @@ class DHTNode:
             await self._enter()
         else:
             self._present()
+        self.host.check_identity()
+        self.host.tenancy.settle()
         self._joined = True
         self._upkeep.hurry()
         self._tasks.start(self._upkeep.run(), "dht-upkeep")
@@ -251,7 +254,13 @@ class DHTNode:
     def _found_initial_peer(self, peer: PeerID) -> None:
         self._upkeep.hurry()
         if self._joined and not self._entered:
-            self._tasks.start(self._enter(), "dht-enter")
+            self._tasks.start(self._enter_late(), "dht-enter")
+
+    async def _enter_late(self) -> None:
+        try:
+            await self._enter()
+        except IdentityInUse as error:  # the node's owner has been told
+            logger.debug("%s", error)
 
     async def _enter(self) -> None:
         """The first initial peer has answered: meet the nodes near this one, and become one of them."""
@@ -264,6 +273,9 @@ class DHTNode:
             self._server.stop(self.host)
         self._present()
         await self._records.find_nodes(neighbours.own_id)
+        # By now the nodes that would know of another peer with this identity have been asked where it was.
+        await self.host.ask_rivals(neighbours.own_elsewhere)
+        neighbours.has_made_sure = True
 
     def _present(self) -> None:
         """From now on others may know whether to put this node into their tables."""
@@ -369,5 +381,6 @@ class DHTNode:
             del self._gets[place]
 
     def _check_open(self) -> None:
+        self.host.check_identity()
         if self._closed:
             raise InvalidStateError("the DHT node was shut down")
