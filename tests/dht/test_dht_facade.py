@@ -271,11 +271,22 @@ def no_process(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"initial_peers": "/ip4/127.0.0.1/tcp/1"}, ValueError, "initial_peers=\\['/ip4/127.0.0.1/tcp/1'\\]"),
-        ({"initial_peers": ["/ip4/127.0.0.1/udp/1"]}, ValueError, "initial_peers: .*'udp'"),
+        ({"initial_peers": "127.0.0.1:80"}, ValueError, "initial_peers: .*'127.0.0.1:80'"),
+        (
+            {"initial_peers": ""},
+            ValueError,
+            "initial_peers: '' holds no address.* or None to begin a new DHT",
+        ),
+        ({"initial_peers": ["", " \n"]}, ValueError, "initial_peers: .* holds no address"),
+        (
+            {"initial_peers": ["/ip4/127.0.0.1/udp/1"]},
+            ValueError,
+            "(?s)initial_peers: .*'udp'.*TCP alone.*Give /ip4",
+        ),
+        ({"initial_peers": {"a": 1}}, TypeError, "initial_peers must be a list of addresses"),
+        ({"host_maddrs": "/ip4/0.0.0.0/udp/0/quic"}, ValueError, "(?s)host_maddrs: .*'quic'"),
         ({"initial_peers": [7]}, TypeError, "initial_peers.*7"),
         ({"initial_peers": 7}, TypeError, "initial_peers.*7"),
-        ({"host_maddrs": "/ip4/127.0.0.1/tcp/0"}, ValueError, "host_maddrs must be a list"),
         ({"host_maddrs": []}, ValueError, "client_mode=True"),
         ({"host_maddrs": ["/ip4/300.0.0.1/tcp/0"]}, ValueError, "300.0.0.1"),
         ({"announce_maddrs": ["/ip4/0.0.0.0/tcp/1"]}, ValueError, "announce_maddrs"),

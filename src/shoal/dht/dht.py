@@ -12,7 +12,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 
-from shoal.dht import options
+from shoal.dht import addresses, options
 from shoal.dht.commands import (
     AddValidators,
     DescribeNode,
@@ -60,8 +60,9 @@ class DHT:
     May be used on any thread and as a context manager. It ends by :meth:`shutdown`, with the last reference
     to it, or with the interpreter, whichever comes first; a forked child process can neither use nor end it.
 
-    :param initial_peers: addresses of some peers of an existing DHT, as text or Multiaddr; none: begin a new
-        DHT
+    :param initial_peers: addresses of some peers of an existing DHT, as text or Multiaddr; None: begin a new
+        DHT. As in the other two lists of addresses, those of transports that Shoal does not have are left out,
+        with a warning, and one text may hold several, with commas or blanks between them
     :param start: start at once; otherwise call :meth:`run_in_background`
     :param daemon: if false, the DHT does not end with the last reference to it, and the interpreter waits at
         its end until it is shut down by another thread, Ctrl+C is pressed, or a signal ends the program
@@ -93,15 +94,15 @@ class DHT:
 
     def __init__(
         self,
-        initial_peers: Sequence[Address] | None = None,
+        initial_peers: Sequence[Address] | Address | None = None,
         *,
         start: bool,
         daemon: bool = True,
         record_validators: Iterable[RecordValidatorBase] = (),
         shutdown_timeout: float = 3,
         await_ready: bool = True,
-        host_maddrs: Sequence[Address] = ("/ip4/127.0.0.1/tcp/0",),
-        announce_maddrs: Sequence[Address] | None = None,
+        host_maddrs: Sequence[Address] | Address = ("/ip4/127.0.0.1/tcp/0",),
+        announce_maddrs: Sequence[Address] | Address | None = None,
         identity_path: str | os.PathLike[str] | None = None,
         client_mode: bool = False,
         bootstrap_timeout: float | None = None,
@@ -146,14 +147,14 @@ class DHT:
             },
             options_,
         )
-        listen = options.parse_listen_addresses(host_maddrs)
+        listen = addresses.parse_listen_addresses(host_maddrs)
         self._daemon = daemon
         self._shutdown_timeout = float(shutdown_timeout)
-        self._initial_peers = options.parse_addresses("initial_peers", initial_peers)
+        self._initial_peers = addresses.parse_addresses("initial_peers", initial_peers)
         validators = options.check_validators(record_validators)
         self._setup = DHTSetup(
             listen=() if client_mode else listen,
-            announce=options.parse_announced_addresses(announce_maddrs),
+            announce=addresses.parse_announced_addresses(announce_maddrs),
             initial_peers=self._initial_peers,
             config=config,
             validators=pickling.dumps(validators, "record_validators"),
