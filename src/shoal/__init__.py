@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from shoal.p2p.multiaddr import Multiaddr as Multiaddr
     from shoal.runtime.futures import MPFuture as MPFuture
     from shoal.utils.logging import get_logger as get_logger
+    from shoal.utils.logging import use_hivemind_log_handler as use_hivemind_log_handler
     from shoal.utils.serializer import MSGPackSerializer as MSGPackSerializer
     from shoal.utils.timed import get_dht_time as get_dht_time
 
@@ -121,6 +122,7 @@ _MODULE_OF = {
     "Multiaddr": "shoal.p2p.multiaddr",
     "MPFuture": "shoal.runtime.futures",
     "MSGPackSerializer": "shoal.utils.serializer",
+    "use_hivemind_log_handler": "shoal.utils.logging",
     # errors
     "ShoalError": "shoal.errors",
     "UsageError": "shoal.errors",

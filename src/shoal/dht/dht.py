@@ -37,6 +37,7 @@ from shoal.p2p.multiaddr import Multiaddr
 from shoal.runtime import pickling
 from shoal.runtime.futures import MPFuture, chain
 from shoal.runtime.process import BackgroundProcess, ServiceHandle
+from shoal.utils.deep import names_of_hivemind
 from shoal.utils.lazy import attributes_with_advice
 from shoal.utils.logging import show_logs
 from shoal.utils.serializer import MSGPackSerializer
@@ -508,3 +509,7 @@ def _end_after_failure(process: weakref.ref[BackgroundProcess], creation: Future
 
 def _name_of(function: object) -> str:
     return str(getattr(function, "__qualname__", repr(function)))
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of_hivemind(__name__)
