@@ -219,8 +219,17 @@ def test_run_coroutine_says_what_cannot_be_sent(pair):
     with pytest.raises(TypeError, match="async def"):
         pair[0].run_coroutine(lambda dht, node: 1)
     own = pair[0]
-    with pytest.raises(TypeError, match=r"a DHT cannot be pickled or copied.*initial_peers"):
+    with pytest.raises(TypeError, match=r"variable 'own' .*a DHT cannot be pickled or copied.*initial_peers"):
         pair[0].run_coroutine(lambda dht, node: own)
+
+    class Own(shoal.RecordValidatorBase):
+        def validate(self, record) -> bool:
+            return own is not None
+
+    with pytest.raises(
+        TypeError, match=r"record_validators cannot.*Own.*its method 'validate'.*variable 'own'"
+    ):
+        pair[0].add_validators([Own()])
 
 
 class RefuseSevens(shoal.RecordValidatorBase):
