@@ -13,11 +13,12 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 
 import shoal
 from shoal import DHT, get_dht_time
-from shoal.dht.options import LIBP2P_OPTIONS
+from shoal.dht.options import LIBP2P_OPTIONS, make_config
 from shoal.errors import (
     BootstrapError,
     DeadlineExceeded,
@@ -348,6 +349,14 @@ def test_options_of_the_configuration_are_taken():
     options = {"max_expiration": 7200, "check_reachability": False, "stall_timeout": None}
     with DHT(start=True, **options) as dht:
         assert dht.store("k", 1, get_dht_time() + 7000)
+
+
+def test_numbers_of_numpy_are_taken_as_pythons_own():
+    options = {"parallel_rpc": np.int64(4), "wait_timeout": np.float32(2.5), "cache_locally": np.bool_(True)}
+    config = make_config(options, {"max_expiration": np.int32(7200)})
+    given = (config.parallel_rpc, config.wait_timeout, config.cache_locally, config.max_expiration)
+    assert given == (4, 2.5, True, 7200)
+    assert [type(value) for value in given] == [int, float, bool, int]
 
 
 # Life

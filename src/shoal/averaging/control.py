@@ -56,7 +56,8 @@ class StepControl(MPFuture[Any]):
     gathered data,
     ``{PeerID: data}``; a step that failed raises :class:`~shoal.errors.AllreduceException` with the reason,
     and leaves the averaged tensors as they were. Whatever waits for it is woken after the averages have been
-    written to the tensors. Callbacks may block and may run further steps.
+    written to the tensors; with ``apply_when="called"``, when the average waits for ``apply_average()``. Callbacks
+    may block and may run further steps.
 
     :param scheduled_time: when all-reduce is expected to begin, in :func:`~shoal.utils.get_dht_time` seconds
     :param deadline: when the search for a group ends, in the same seconds; None: never
@@ -104,7 +105,7 @@ class StepControl(MPFuture[Any]):
 
     @scheduled_time.setter
     def scheduled_time(self, scheduled_time: float) -> None:
-        check_scheduled_time(scheduled_time, self._deadline)
+        scheduled_time = check_scheduled_time(scheduled_time, self._deadline)
         with self._settable("scheduled_time"):
             self._scheduled_time = float(scheduled_time)
             steering = self._steering
@@ -128,9 +129,9 @@ class StepControl(MPFuture[Any]):
 
     @weight.setter
     def weight(self, weight: float) -> None:
-        check_weight(weight)
+        weight = check_weight(weight)
         with self._settable("weight"):
-            self._weight = float(weight)
+            self._weight = weight
 
     @property
     def triggered(self) -> bool:
@@ -256,9 +257,9 @@ class StepControl(MPFuture[Any]):
         return f"<StepControl {self.stage.value}, weight {self._weight:g}>"
 
 
-def check_weight(weight: Any) -> None:
+def check_weight(weight: Any) -> float:
     """:raises InvalidTypeError: not a number; :raises InvalidValueError: negative, or too large to be summed up"""
-    check_number("weight", weight, minimum=0, maximum=MAX_WEIGHT)
+    return float(check_number("weight", weight, minimum=0, maximum=MAX_WEIGHT))
 
 
 def _run_on_its_own_thread(callback: Callable[[], None]) -> None:

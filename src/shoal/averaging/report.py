@@ -18,7 +18,7 @@ class Phases:
 
     ``search``: finding a group, tries that failed included; ``trigger``: waiting for ``allow_allreduce()``;
     ``snapshot``: copying the user's tensors; ``allreduce``: from the snapshot to the decision; ``apply``:
-    writing the result.
+    writing the result (0 if it waits for ``apply_average()``).
     """
 
     search: float = 0.0

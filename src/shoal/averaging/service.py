@@ -20,6 +20,7 @@ from shoal.averaging.commands import (
     AllowAllreduce,
     ApplyAverage,
     AttachArena,
+    AverageWritten,
     BoundByWord,
     GetGroupBits,
     ReachStage,
@@ -51,6 +52,10 @@ logger = logging.getLogger(__name__)
 
 WARN_AFTER_ATTEMPTS = 3
 """From as many failed groups in one step on, each failure is a warning."""
+
+_NOT_APPLIED = (
+    "found no group: until the deadline the average of an earlier step was not applied; call apply_average()"
+)
 
 T = TypeVar("T")
 
@@ -133,6 +138,9 @@ class AveragerService:
         self._populating: asyncio.Future[None] | None = None
         self._steps: dict[int, Step] = {}
         self._turn = asyncio.Lock()
+        self._arena_is_free = asyncio.Event()
+        """Cleared while an average waits in the arena for the user's call."""
+        self._arena_is_free.set()
 
     async def handle(self, command: object, descriptors: Sequence[int]) -> object:
         match command:
@@ -150,6 +158,9 @@ class AveragerService:
                 return None
             case Reschedule(step, scheduled_time):
                 self._reschedule(step, scheduled_time)
+                return None
+            case AverageWritten():
+                self._arena_is_free.set()
                 return None
             case GetGroupBits():
                 return self._matchmaker.bits
@@ -192,11 +203,20 @@ class AveragerService:
             return self._finish(step, False, "found no group: until the deadline an earlier step still ran")
         else:
             try:
-                return await self._try_until_deadline(step)
+                return await self._take_turn(step)
             finally:
                 self._turn.release()
         finally:
             del self._steps[command.step]
+
+    async def _take_turn(self, step: Step) -> StepOutcome:
+        # Before the search: the members of a group should not have to wait for this peer's user.
+        try:
+            async with asyncio.timeout(_seconds_until(step.command.deadline)):
+                await self._arena_is_free.wait()
+        except TimeoutError:
+            return self._finish(step, False, _NOT_APPLIED)
+        return await self._try_until_deadline(step)
 
     async def _try_until_deadline(self, step: Step) -> StepOutcome:
         command, found = step.command, False
@@ -367,13 +387,17 @@ class AveragerService:
     async def _apply(self, step: Step) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
+        self._arena_is_free.clear()  # before the host is asked: AverageWritten may overtake its answer
+        waits_for_user = False
         try:
-            await self._context.call_host(ApplyAverage(step.command.step))
+            waits_for_user = not await self._context.call_host(ApplyAverage(step.command.step))
         except Exception as e:  # of the user's tensors and their devices: may be anything
             raise StepFailed(
                 f"the group has averaged, but the average could not be written to this peer's tensors: {e}"
             ) from e
         finally:
+            if not waits_for_user:
+                self._arena_is_free.set()
             step.spend(apply=loop.time() - began)
 
     def _divide(self, group: GroupInfo) -> Partition:

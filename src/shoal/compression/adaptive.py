@@ -21,6 +21,7 @@ from shoal.compression.base import (
 from shoal.compression.registry import deserialize_tensor
 from shoal.errors import InvalidTypeError, InvalidValueError
 from shoal.utils.deep import names_of_hivemind
+from shoal.utils.scalars import plain
 
 
 class _NoWireId:
@@ -181,6 +182,7 @@ def _codec(name: str, codec: object) -> CompressionBase:
 
 
 def _count(name: str, value: object) -> int:
+    value = plain(value)
     if not isinstance(value, int) or isinstance(value, bool):
         raise InvalidTypeError(f"{name} is {value!r}; it must be a number of elements")
     if value < 0:

@@ -351,7 +351,7 @@ class DHT:
         :raises InvalidTypeError: key, sub-key or value cannot be serialized, see
             :class:`~shoal.utils.MSGPackSerializer`
         """
-        options.check_number("expiration_time", expiration_time)
+        expiration_time = options.check_number("expiration_time", expiration_time)
         if not math.isfinite(expiration_time):
             raise InvalidValueError(
                 f"expiration_time must be a finite number of seconds, not {expiration_time!r}"

@@ -13,6 +13,7 @@ from typing import Any
 from shoal.dht.config import DHTConfig
 from shoal.dht.validation import RecordValidatorBase
 from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.utils.scalars import plain
 
 LIBP2P_OPTIONS = frozenset(
     {
@@ -62,28 +63,31 @@ def make_config(given: Mapping[str, Any], extra: Mapping[str, Any]) -> DHTConfig
             )
         else:
             raise InvalidTypeError(_unknown(name, [*given, *types]))
-    for name, value in values.items():
-        check_number(name, value, types[name])
-    return DHTConfig(**values)
+    return DHTConfig(**{name: check_number(name, value, types[name]) for name, value in values.items()})
 
 
-def check_number(name: str, value: object, kind: str = "float") -> None:
-    """Raise InvalidTypeError unless ``value`` is of the ``kind`` "bool", "int" or "float"."""
+def check_number(name: str, value: Any, kind: str = "float") -> Any:
+    """The value, as Python's own if it is one of numpy's.
+
+    :raises InvalidTypeError: not of the ``kind`` "bool", "int" or "float"
+    """
+    value = plain(value)
     if kind == "bool":
         if not isinstance(value, bool):
             raise InvalidTypeError(f"{name} must be True or False, not {value!r}")
-        return
+        return value
     allowed = (int,) if kind == "int" else (int, float)
     if isinstance(value, bool) or not isinstance(value, allowed):
         what = "a whole number" if kind == "int" else "a number"
         raise InvalidTypeError(f"{name} must be {what}, not {value!r}")
+    return value
 
 
 def check_seconds(name: str, value: float | None) -> None:
     """Raise InvalidTypeError or InvalidValueError unless ``value`` is None or a number of seconds >= 0."""
     if value is None:
         return
-    check_number(name, value)
+    value = check_number(name, value)
     if not (value >= 0 and math.isfinite(value)):
         raise InvalidValueError(f"{name} must be a number of seconds >= 0, not {value!r}")
 

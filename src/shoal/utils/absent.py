@@ -13,9 +13,8 @@ _TRAINING = (
     "every few steps with shoal.DecentralizedAverager (docs/migration.md shows the loop)"
 )
 _GRADIENTS = (
-    "average gradients with shoal.DecentralizedAverager([p.grad for p in model.parameters()], ...): "
-    "step(weight=batch_size) before your optimizer's step, and zero_grad(set_to_none=False), so that the gradients "
-    "stay the same tensors (docs/migration.md shows the loop)"
+    "average gradients with shoal.DecentralizedAverager(lambda: [p.grad for p in model.parameters()], ...): "
+    "step(weight=batch_size) between backward() and your optimizer's step (docs/migration.md shows the loop)"
 )
 _EXPERTS = (
     "Shoal averages tensors and has no mixture of experts; hivemind's servers and experts stay with hivemind"

@@ -17,6 +17,7 @@ import msgspec
 from shoal.errors import InvalidTypeError, InvalidValueError
 from shoal.utils.budget import TUPLE_CODE, check_budget
 from shoal.utils.deep import names_of_hivemind
+from shoal.utils.scalars import plain
 
 __all__ = ["MSGPackSerializer", "SerializerBase"]
 
@@ -62,7 +63,8 @@ class MSGPackSerializer(SerializerBase):
     """Serializes None, bool, int (64 bits), float, str, bytes, aware datetimes, lists, tuples, dictionaries.
 
     Values keep their types: a tuple comes back as a tuple, also inside containers and as a key of a
-    dictionary. Classes registered with :meth:`ext_serializable` are serialized too.
+    dictionary. A number of numpy or torch (of no dimensions) comes back as one of Python's. Classes registered
+    with :meth:`ext_serializable` are serialized too.
 
     A value has at most 1,000,000 elements, of which 65,536 may be lists, tuples, dictionaries and registered classes,
     and 4,096 may be tuples as keys of dictionaries: more would take others long to decode. Arrays of numbers are small
@@ -145,6 +147,9 @@ class MSGPackSerializer(SerializerBase):
         for base in _SCALARS:  # subclasses of plain types, such as IntEnum members or numpy.float64
             if isinstance(obj, base):
                 return cast("Callable[[object], object]", base)(obj)
+        number = plain(obj)
+        if type(number) in (bool, int, float):
+            return number
         raise InvalidTypeError(f"cannot serialize an object of type {_full_name(kind)}: {_shorten(obj)}")
 
     @classmethod

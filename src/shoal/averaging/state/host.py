@@ -219,7 +219,7 @@ class StateHost:
     def _hold(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(self._store.hold(LOCK_TIMEOUT))
+                stack.enter_context(self._store.lock(LOCK_TIMEOUT))
             except DeadlineExceeded as e:
                 raise LockNotFree(str(e)) from None
             yield
