@@ -57,6 +57,7 @@ from shoal.errors import (
 from shoal.p2p.identity import PeerID
 from shoal.runtime import pickling
 from shoal.runtime.futures import MPFuture, chain
+from shoal.utils.deep import names_of_hivemind
 from shoal.utils.lazy import attributes_with_advice
 from shoal.utils.serializer import MSGPackSerializer
 
@@ -770,3 +771,7 @@ def _check_timeout(timeout: float | None) -> float | None:
         if timeout is None
         else check_number("timeout", timeout, minimum=0, maximum=threading.TIMEOUT_MAX)
     )
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of_hivemind(__name__)

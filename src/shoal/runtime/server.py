@@ -70,6 +70,9 @@ class Context:
     async def modules_ready(self) -> None:
         await self._server.modules_ready()
 
+    def fail(self, error: ShoalError) -> None:
+        self._server.fail(error)
+
     def set_log_fields(self, **fields: str) -> None:
         self._server.log_handler.fields.update(fields)
 
@@ -84,6 +87,7 @@ class Server:
         self._awaits_pong = False
         self.services: dict[int, Service] = {}
         self.contexts: dict[int, Context] = {}
+        self.failed = False
         self._loop = loop
         self._channel = Channel(sock, self._watch_writable)
         self.log_handler = ForwardingHandler(self._send_log, lambda: self._channel.unsent_bytes)
@@ -131,6 +135,12 @@ class Server:
         """Begin to end the process in order, within this many seconds; only the first call counts."""
         if not self._stop_within.done():
             self._stop_within.set_result(seconds)
+
+    def fail(self, error: ShoalError) -> None:
+        """Begin to end the process in order; its host learns of ``error`` by the end of the log."""
+        logger.error("%s", error)
+        self.failed = True
+        self.stop(_TERMINATED_SECONDS)
 
     def host_is_gone(self) -> None:
         """Runs on the watching thread: ends the process in order, or by force if its loop is stuck."""
@@ -263,6 +273,8 @@ class Server:
         self._reply(kind, frame.call, body)
 
     def _reply(self, kind: Kind, call: int, body: bytes) -> None:
+        if self.failed:  # what is cut off now says nothing: those who wait hear of the process's end
+            return
         try:
             self._channel.send(kind, call=call, body=body)
         except BrokenPipeError:
@@ -417,4 +429,4 @@ def main() -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
     # Not sys.exit: threads of users, or an import that goes on, must not hold the process.
-    os._exit(0)
+    os._exit(1 if server.failed else 0)
