@@ -24,7 +24,7 @@ from tests.e2e.real_swarm import wait_until
 import shoal
 from shoal.averaging.state import host
 from shoal.averaging.state.donor import StateDonor
-from shoal.averaging.state.download import PartialState
+from shoal.averaging.state.partial import PartialState
 from shoal.averaging.state.queue import UploadQueue
 from shoal.compression import PerTensorCompression
 from shoal.compression.registry import CODECS

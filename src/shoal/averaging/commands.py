@@ -49,6 +49,11 @@ class Reschedule:
 
 
 @dataclass(frozen=True)
+class AverageWritten:
+    """The average that waited for the user's call is written, or dropped: the arena is free for the next step."""
+
+
+@dataclass(frozen=True)
 class GetGroupBits:
     """Answered by the current group bits."""
 
@@ -105,6 +110,9 @@ class TakeSnapshot:
 @dataclass(frozen=True)
 class ApplyAverage:
     """The round has committed: write the average to the user's tensors.
+
+    Answered by True: it was written; or by False: it waits in the arena for the user's call, and
+    :class:`AverageWritten` follows. The step is finished all the same.
 
     Raises :class:`AllreduceException` if the step has been cancelled before the host knew that it was bound.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from shoal.averaging.matchmaking.core import MatchmakingConfig
 from shoal.compression import CompressionBase, CompressionInfo
 from shoal.compression.registry import CODECS
 from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.utils.scalars import plain
 
 DEFAULT_PART_SIZE_BYTES = 1 << 19
 MIN_PART_SIZE_BYTES = 1 << 10
@@ -30,6 +31,7 @@ MAX_VECTOR_SIZE = 1 << 62
 FIRST_RETRY_PAUSE = 0.1
 MAX_RETRY_PAUSE = 5.0
 DEFAULT_DECLARE_STATE_PERIOD = 30.0
+DEFAULT_MAX_STATE_AGE = 60.0
 MIN_DECLARE_STATE_PERIOD = 0.1
 MAX_DECLARE_STATE_PERIOD = 3000.0
 """Seconds; with the time until it expires, a declaration stays below the hour that the DHT keeps records."""
@@ -59,8 +61,11 @@ class AveragerConfig:
     allow_state_sharing: bool | None = None
     """None: unless in client mode or auxiliary."""
     declare_state_period: float = DEFAULT_DECLARE_STATE_PERIOD
+    max_state_age: float | None = DEFAULT_MAX_STATE_AGE
 
     def __post_init__(self) -> None:
+        for field in fields(self):  # numbers of numpy are not for the other process
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         _check_prefix(self.prefix)
         check_bits("initial_group_bits", self.initial_group_bits)
         check_flag("auxiliary", self.auxiliary)
@@ -84,6 +89,8 @@ class AveragerConfig:
             minimum=MIN_DECLARE_STATE_PERIOD,
             maximum=MAX_DECLARE_STATE_PERIOD,
         )
+        if self.max_state_age is not None:
+            check_number("max_state_age", self.max_state_age, minimum=0)
 
     @property
     def mode(self) -> PeerMode:
@@ -138,10 +145,6 @@ def settle_modes(config: AveragerConfig, dht_is_client: bool) -> PeerMode:
 
 def _check_prefix(prefix: Any) -> None:
     check_string("prefix", prefix)
-    if "." in prefix:
-        raise InvalidValueError(
-            f"prefix={prefix!r}: a dot separates the prefix from the group bits; use another character"
-        )
     group_key(prefix)
     try:
         prefix.encode()
@@ -216,13 +219,11 @@ def matchmaking_config(
 ) -> MatchmakingConfig:
     """Group sizes and search times; types are checked here, ranges where the object is made."""
     if target_group_size is not None:
-        check_count("target_group_size", target_group_size, 1, MAX_GROUP_SIZE)
-    check_count("min_group_size", min_group_size, 1, MAX_GROUP_SIZE)
-    check_number("min_matchmaking_time", min_matchmaking_time, above=0, maximum=MAX_WAIT)
-    check_number("request_timeout", request_timeout, above=0)
-    return MatchmakingConfig(
-        target_group_size, min_group_size, float(min_matchmaking_time), float(request_timeout)
-    )
+        target_group_size = check_count("target_group_size", target_group_size, 1, MAX_GROUP_SIZE)
+    min_group_size = check_count("min_group_size", min_group_size, 1, MAX_GROUP_SIZE)
+    search_time = check_number("min_matchmaking_time", min_matchmaking_time, above=0, maximum=MAX_WAIT)
+    patience = check_number("request_timeout", request_timeout, above=0)
+    return MatchmakingConfig(target_group_size, min_group_size, float(search_time), float(patience))
 
 
 def default_start(now: float, deadline: float | None, settings: MatchmakingConfig) -> float:

@@ -126,7 +126,11 @@ _decoder = msgspec.msgpack.Decoder(MemberInfo)
 
 
 def group_key(prefix: str, bits: str = "") -> str:
-    """The name under which the peers of ``prefix`` whose group bits are ``bits`` declare themselves."""
+    """The name under which the peers of ``prefix`` whose group bits are ``bits`` declare themselves.
+
+    The prefix may have dots: what follows the last one says what kind of key it is, so that no two pairs of prefix
+    and bits have one key, nor one that :func:`automatic_key` makes.
+    """
     if not prefix or len(prefix) > 256:
         raise InvalidValueError(f"prefix={prefix!r}: 1 to 256 characters are allowed")
     if any(bit not in "01" for bit in bits) or len(bits) > 64:
@@ -145,8 +149,8 @@ def automatic_key(prefix: str, bits: str) -> str:
 
 def bits_of_key(key: str) -> str:
     """The bits in what :func:`group_key` has made; none in other keys."""
-    _, separator, bits = key.rpartition(".0b")
-    return bits if separator else ""
+    _, _, last = key.rpartition(".")
+    return last.removeprefix("0b") if last.startswith("0b") else ""
 
 
 def sign_member(identity: Identity, info: MemberInfo) -> SignedMemberInfo:

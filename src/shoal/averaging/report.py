@@ -18,7 +18,7 @@ class Phases:
 
     ``search``: finding a group, tries that failed included; ``trigger``: waiting for ``allow_allreduce()``;
     ``snapshot``: copying the user's tensors; ``allreduce``: from the snapshot to the decision; ``apply``:
-    writing the result.
+    writing the result (0 if it waits for ``apply_average()``).
     """
 
     search: float = 0.0
@@ -146,3 +146,24 @@ def _plain(value: Any) -> Any:
 
 def _seconds(value: float) -> str:
     return f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
+@dataclass(frozen=True)
+class StateReport:
+    """A state that was loaded from another peer.
+
+    :param donor: its PeerID (base58)
+    :param nbytes: that came from it
+    :param seconds: that ``load_state_from_peers()`` took
+    :param age: seconds between the donor's copy and the end of the download, by the donor's word; more than
+      ``seconds`` if the copy was made before the call, and shared with other peers
+    """
+
+    donor: str
+    nbytes: int
+    seconds: float
+    age: float
+
+    def __str__(self) -> str:
+        shared = f", a copy of {self.age:.1f} s ago that others share" if self.age > self.seconds else ""
+        return f"loaded the state of {self.donor}, {self.nbytes / 1e6:.1f} MB in {self.seconds:.1f} s{shared}"

@@ -12,7 +12,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 
-from shoal.dht import options
+from shoal.dht import addresses, options
 from shoal.dht.commands import (
     AddValidators,
     DescribeNode,
@@ -31,12 +31,14 @@ from shoal.errors import (
     InvalidTypeError,
     InvalidValueError,
     PeerProcessDied,
+    PeerProcessUnresponsive,
 )
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.runtime import pickling
 from shoal.runtime.futures import MPFuture, chain
 from shoal.runtime.process import BackgroundProcess, ServiceHandle
+from shoal.utils.deep import names_of_hivemind
 from shoal.utils.lazy import attributes_with_advice
 from shoal.utils.logging import show_logs
 from shoal.utils.serializer import MSGPackSerializer
@@ -60,8 +62,9 @@ class DHT:
     May be used on any thread and as a context manager. It ends by :meth:`shutdown`, with the last reference
     to it, or with the interpreter, whichever comes first; a forked child process can neither use nor end it.
 
-    :param initial_peers: addresses of some peers of an existing DHT, as text or Multiaddr; none: begin a new
-        DHT
+    :param initial_peers: addresses of some peers of an existing DHT, as text or Multiaddr; None: begin a new
+        DHT. As in the other two lists of addresses, those of transports that Shoal does not have are left out,
+        with a warning, and one text may hold several, with commas or blanks between them
     :param start: start at once; otherwise call :meth:`run_in_background`
     :param daemon: if false, the DHT does not end with the last reference to it, and the interpreter waits at
         its end until it is shut down by another thread, Ctrl+C is pressed, or a signal ends the program
@@ -73,7 +76,7 @@ class DHT:
         port
     :param announce_maddrs: what others are told instead, e.g. the outer address of a forwarded port
     :param identity_path: file with the key that makes this node's PeerID; created if it is missing. Without
-        it the node gets a new PeerID each time
+        it the node gets a new PeerID each time. One running peer can use a key: give each its own file
     :param client_mode: neither listen nor keep records of others; also what becomes of a node that nobody can
         dial
     :param bootstrap_timeout: for how many seconds the initial peers are retried
@@ -85,6 +88,7 @@ class DHT:
     :raises InvalidTypeError: (a TypeError) an option is unknown or of the wrong type
     :raises InvalidValueError: (a ValueError) a value is not allowed, or an address cannot be listened on
     :raises BootstrapError: no initial peer answered; lists each address with the reason
+    :raises IdentityInUse: another running peer has the same key; names its address
     """
 
     service_name = "dht"
@@ -92,15 +96,15 @@ class DHT:
 
     def __init__(
         self,
-        initial_peers: Sequence[Address] | None = None,
+        initial_peers: Sequence[Address] | Address | None = None,
         *,
         start: bool,
         daemon: bool = True,
         record_validators: Iterable[RecordValidatorBase] = (),
         shutdown_timeout: float = 3,
         await_ready: bool = True,
-        host_maddrs: Sequence[Address] = ("/ip4/127.0.0.1/tcp/0",),
-        announce_maddrs: Sequence[Address] | None = None,
+        host_maddrs: Sequence[Address] | Address = ("/ip4/127.0.0.1/tcp/0",),
+        announce_maddrs: Sequence[Address] | Address | None = None,
         identity_path: str | os.PathLike[str] | None = None,
         client_mode: bool = False,
         bootstrap_timeout: float | None = None,
@@ -145,14 +149,14 @@ class DHT:
             },
             options_,
         )
-        listen = options.parse_listen_addresses(host_maddrs)
+        listen = addresses.parse_listen_addresses(host_maddrs)
         self._daemon = daemon
         self._shutdown_timeout = float(shutdown_timeout)
-        self._initial_peers = options.parse_addresses("initial_peers", initial_peers)
+        self._initial_peers = addresses.parse_addresses("initial_peers", initial_peers)
         validators = options.check_validators(record_validators)
         self._setup = DHTSetup(
             listen=() if client_mode else listen,
-            announce=options.parse_announced_addresses(announce_maddrs),
+            announce=addresses.parse_announced_addresses(announce_maddrs),
             initial_peers=self._initial_peers,
             config=config,
             validators=pickling.dumps(validators, "record_validators"),
@@ -348,7 +352,7 @@ class DHT:
         :raises InvalidTypeError: key, sub-key or value cannot be serialized, see
             :class:`~shoal.utils.MSGPackSerializer`
         """
-        options.check_number("expiration_time", expiration_time)
+        expiration_time = options.check_number("expiration_time", expiration_time)
         if not math.isfinite(expiration_time):
             raise InvalidValueError(
                 f"expiration_time must be a finite number of seconds, not {expiration_time!r}"
@@ -403,13 +407,6 @@ class DHT:
         validators = options.check_validators(record_validators)
         self._call(AddValidators(pickling.dumps(validators, "record_validators"))).result()
 
-    def _is_ready(self) -> bool:
-        """Whether the node can be asked without waiting for it to join."""
-        creation = self._creation
-        if not self.is_alive() or creation is None or not creation.done():
-            return False
-        return not creation.cancelled() and creation.exception() is None
-
     def _started(self) -> MPFuture[ServiceHandle]:
         """The node's service, which may still be in the making."""
         self.background  # noqa: B018 - raises if it was not started
@@ -423,8 +420,8 @@ class DHT:
         try:
             return creation.result(timeout)
         except TimeoutError as error:
-            if creation.done():
-                raise  # the node's own failure
+            if creation.done() or isinstance(error, PeerProcessUnresponsive):
+                raise  # the node's own failure, or the reason why it takes so long
             raise DeadlineExceeded(f"the DHT was not ready after {timeout:g} s") from error
 
     def _call(self, command: object, *, with_classes: bool = False) -> MPFuture[Any]:
@@ -506,3 +503,7 @@ def _end_after_failure(process: weakref.ref[BackgroundProcess], creation: Future
 
 def _name_of(function: object) -> str:
     return str(getattr(function, "__qualname__", repr(function)))
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of_hivemind(__name__)

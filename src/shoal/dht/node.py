@@ -12,7 +12,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shoal.dht.bootstrap import InitialPeers
 from shoal.dht.cache import RecordCache
@@ -29,10 +29,12 @@ from shoal.dht.tasks import TaskSet
 from shoal.dht.types import ValueWithExpiration
 from shoal.dht.upkeep import Upkeep
 from shoal.dht.validation import CompositeValidator, DHTRecord, ProtectedKeyValidator, RecordValidatorBase
-from shoal.errors import BootstrapError, InvalidStateError, InvalidValueError
+from shoal.errors import BootstrapError, IdentityInUse, InvalidStateError, InvalidValueError
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.utils.deep import names_of_hivemind
+from shoal.utils.lazy import attributes_with_advice
 from shoal.utils.serializer import MSGPackSerializer
 from shoal.utils.timed import get_dht_time
 
@@ -118,6 +120,9 @@ class DHTNode:
         self._gets: dict[tuple[int, bool], asyncio.Task[ValueWithExpiration | None]] = {}
         self._neighbours.on_joined.append(self._neighbour_joined)
         self._neighbours.on_left.append(self._neighbour_left)
+
+    if not TYPE_CHECKING:
+        __getattr__ = attributes_with_advice("DHTNode")
 
     # What users see.
 
@@ -260,6 +265,7 @@ class DHTNode:
         if self._checks:
             self._reachability.begin(in_doubt=bool(self._initial.others))
         found = await self._initial.find_first(self.config.bootstrap_timeout)
+        self.host.check_identity()
         if not found and self._initial.others and not self._initial.includes_self:
             if self.config.ensure_bootstrap_success:
                 raise self._bootstrap_error()
@@ -269,6 +275,8 @@ class DHTNode:
         else:
             self.host.reach.presume()
             self._present()
+        self.host.check_identity()
+        self.host.tenancy.settle()
         self._joined = True
         self._upkeep.hurry()
         self._tasks.start(self._upkeep.run(), "dht-upkeep")
@@ -278,7 +286,13 @@ class DHTNode:
     def _found_initial_peer(self, peer: PeerID) -> None:
         self._upkeep.hurry()
         if self._joined and not self._entered:
-            self._tasks.start(self._enter(), "dht-enter")
+            self._tasks.start(self._enter_late(), "dht-enter")
+
+    async def _enter_late(self) -> None:
+        try:
+            await self._enter()
+        except IdentityInUse as error:  # the node's owner has been told
+            logger.debug("%s", error)
 
     async def _enter(self) -> None:
         """The first initial peer has answered: meet the nodes near this one, and become one of them."""
@@ -293,6 +307,9 @@ class DHTNode:
             self._server.stop(self.host)
         self._present()
         await self._records.find_nodes(neighbours.own_id)
+        # By now the nodes that would know of another peer with this identity have been asked where it was.
+        await self.host.ask_rivals(neighbours.own_elsewhere)
+        neighbours.has_made_sure = True
 
     async def _tell_neighbours(self) -> None:
         """Connected peers were told nothing while it was in doubt; one that does not answer holds up nobody."""
@@ -387,5 +404,10 @@ class DHTNode:
             del self._gets[place]
 
     def _check_open(self) -> None:
+        self.host.check_identity()
         if self._closed:
             raise InvalidStateError("the DHT node was shut down")
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of_hivemind(__name__)

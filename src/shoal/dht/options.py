@@ -13,8 +13,7 @@ from typing import Any
 from shoal.dht.config import DHTConfig
 from shoal.dht.validation import RecordValidatorBase
 from shoal.errors import InvalidTypeError, InvalidValueError
-from shoal.p2p.config import MAX_ANNOUNCED
-from shoal.p2p.multiaddr import Multiaddr
+from shoal.utils.scalars import plain
 
 LIBP2P_OPTIONS = frozenset(
     {
@@ -64,85 +63,33 @@ def make_config(given: Mapping[str, Any], extra: Mapping[str, Any]) -> DHTConfig
             )
         else:
             raise InvalidTypeError(_unknown(name, [*given, *types]))
-    for name, value in values.items():
-        check_number(name, value, types[name])
-    return DHTConfig(**values)
+    return DHTConfig(**{name: check_number(name, value, types[name]) for name, value in values.items()})
 
 
-def check_number(name: str, value: object, kind: str = "float") -> None:
-    """Raise InvalidTypeError unless ``value`` is of the ``kind`` "bool", "int" or "float"."""
+def check_number(name: str, value: Any, kind: str = "float") -> Any:
+    """The value, as Python's own if it is one of numpy's.
+
+    :raises InvalidTypeError: not of the ``kind`` "bool", "int" or "float"
+    """
+    value = plain(value)
     if kind == "bool":
         if not isinstance(value, bool):
             raise InvalidTypeError(f"{name} must be True or False, not {value!r}")
-        return
+        return value
     allowed = (int,) if kind == "int" else (int, float)
     if isinstance(value, bool) or not isinstance(value, allowed):
         what = "a whole number" if kind == "int" else "a number"
         raise InvalidTypeError(f"{name} must be {what}, not {value!r}")
+    return value
 
 
 def check_seconds(name: str, value: float | None) -> None:
     """Raise InvalidTypeError or InvalidValueError unless ``value`` is None or a number of seconds >= 0."""
     if value is None:
         return
-    check_number(name, value)
+    value = check_number(name, value)
     if not (value >= 0 and math.isfinite(value)):
         raise InvalidValueError(f"{name} must be a number of seconds >= 0, not {value!r}")
-
-
-def parse_addresses(name: str, addresses: object) -> tuple[Multiaddr, ...]:
-    """Addresses given as text or Multiaddr.
-
-    :raises InvalidValueError: one of them is malformed, or a single string was given in place of a list
-    :raises InvalidTypeError: it is no list
-    """
-    if addresses is None:
-        return ()
-    if isinstance(addresses, str | Multiaddr):
-        raise InvalidValueError(
-            f"{name} must be a list of addresses, not one: use {name}=[{str(addresses)!r}]"
-        )
-    if not isinstance(addresses, Iterable):
-        raise InvalidTypeError(f"{name} must be a list of addresses, not {addresses!r}")
-    parsed = []
-    for address in addresses:
-        if not isinstance(address, str | Multiaddr):
-            raise InvalidTypeError(f"{name} must hold addresses as str or Multiaddr, not {address!r}")
-        try:
-            parsed.append(Multiaddr.parse(address))
-        except InvalidValueError as error:
-            raise InvalidValueError(f"{name}: {error}") from None
-    return tuple(parsed)
-
-
-def parse_listen_addresses(addresses: object) -> tuple[Multiaddr, ...]:
-    """``host_maddrs``; an identity in them would be meaningless, and is most likely somebody else's."""
-    parsed = parse_addresses("host_maddrs", addresses)
-    for address in parsed:
-        if address.peer_id is not None:
-            raise InvalidValueError(
-                f"host_maddrs: {address} names a peer; give the address alone, without /p2p"
-            )
-    if not parsed:
-        raise InvalidValueError(
-            "host_maddrs must hold an address; for a node that does not listen use client_mode=True"
-        )
-    return parsed
-
-
-def parse_announced_addresses(addresses: object) -> tuple[Multiaddr, ...]:
-    """``announce_maddrs``: others have to be able to dial them."""
-    parsed = parse_addresses("announce_maddrs", addresses)
-    if len(parsed) > MAX_ANNOUNCED:
-        raise InvalidValueError(
-            f"announce_maddrs: {len(parsed)} addresses; at most {MAX_ANNOUNCED} are allowed"
-        )
-    for address in parsed:
-        if address.port == 0 or address.is_unspecified:
-            raise InvalidValueError(
-                f"announce_maddrs: nobody can dial {address}; give the real host and port"
-            )
-    return parsed
 
 
 def check_identity_path(path: object) -> str | None:

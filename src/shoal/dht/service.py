@@ -27,6 +27,7 @@ from shoal.errors import InvalidTypeError, InvalidValueError
 from shoal.p2p.config import HostConfig
 from shoal.p2p.host import Host
 from shoal.p2p.identity import Identity, PeerID
+from shoal.p2p.lease import KeyLease, make_sure
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import TcpNetwork
 from shoal.runtime import pickling
@@ -62,8 +63,9 @@ class DHTView:
 class DHTService:
     """See :class:`shoal.runtime.service.Service`. Other services of the process find the node here."""
 
-    def __init__(self, node: DHTNode) -> None:
+    def __init__(self, node: DHTNode, lease: KeyLease | None = None) -> None:
         self.node = node
+        self._lease = lease
         self._view = DHTView(node)
         self._methods: dict[type[object], Callable[[Any], Awaitable[object]]] = {
             StoreRecord: self._store,
@@ -84,6 +86,8 @@ class DHTService:
             await self.node.shutdown()
         finally:
             await self.node.host.close()
+            if self._lease is not None:
+                self._lease.close()
 
     async def _store(self, command: StoreRecord) -> bool:
         return await self.node.store_serialized(
@@ -121,15 +125,20 @@ async def create_dht_service(setup: DHTSetup, context: ServiceContext) -> DHTSer
 
     :raises InvalidValueError: an address cannot be listened on (in use, not of this machine, not allowed)
     :raises BootstrapError: no initial peer answered
+    :raises IdentityInUse: another peer answers under the identity of this key file
     """
     path = setup.identity_path
     identity = Identity.generate() if path is None else Identity.load_or_create(path)
+    lease = None if path is None else KeyLease.open(path)
     context.set_log_fields(peer=str(identity.peer_id))
     validators: Iterable[RecordValidatorBase] = await asyncio.to_thread(pickling.loads, setup.validators)
     host_config = HostConfig(client_mode=setup.config.client_mode, announce=setup.announce)
     host = Host(identity, TcpNetwork(), host_config, clock=get_dht_time)
     try:
+        own = [one for one in setup.initial_peers if one.peer_id == str(identity.peer_id)]
+        await make_sure(host, lease, own)
         await _listen(host, setup.listen)
+        _note_addresses(host, lease)
         node = await DHTNode.create(
             host,
             setup.config,
@@ -139,8 +148,19 @@ async def create_dht_service(setup: DHTSetup, context: ServiceContext) -> DHTSer
         )
     except BaseException:
         await host.close()
+        if lease is not None:
+            lease.close()
         raise
-    return DHTService(node)
+    _note_addresses(host, lease)
+    host.tenancy.on_lost.append(context.fail)
+    return DHTService(node, lease)
+
+
+def _note_addresses(host: Host, lease: KeyLease | None) -> None:
+    """Beside the key file: where a newcomer with the same key can ask."""
+    if lease is not None:
+        addresses = list(dict.fromkeys([*host.announced_addresses, *host.candidate_addresses]))
+        lease.write(addresses, client=not addresses)
 
 
 async def _listen(host: Host, addresses: Sequence[Multiaddr]) -> None:

@@ -15,8 +15,10 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from shoal.dht.ids import key_id
+from shoal.utils.deep import names_of_hivemind
 
 PLAIN = b""
 """The sub-key of the entry that holds a plain value."""
@@ -282,3 +284,7 @@ class Storage:
 
 def _footprint(record: Record) -> int:
     return record.size + ENTRY_OVERHEAD * len(record.entries)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of_hivemind(__name__)

@@ -49,15 +49,23 @@ class SimulatedDHT:
         address = self.network.host(f"node{number}").address(PORT)
         return address.with_peer_id(self.identity(number).peer_id) if with_peer_id else address
 
-    async def start_host(self, number: int, *, client_mode: bool = False) -> Host:
-        """The host of a node, listening unless it is in client mode."""
-        host = Host(
+    def share_identity(self, number: int, copy: int) -> None:
+        """The key file of node ``number`` is copied to the machine of node ``copy``."""
+        self._identities[copy] = self.identity(number)
+
+    def make_host(self, number: int, config: HostConfig = HostConfig()) -> Host:
+        """The host of a node, not started."""
+        return Host(
             self.identity(number),
             self.network.host(f"node{number}"),
-            HostConfig(client_mode=client_mode),
+            config,
             clock=self.now,
             rng=random.Random(self.rng.getrandbits(64)),
         )
+
+    async def start_host(self, number: int, *, client_mode: bool = False) -> Host:
+        """The host of a node, listening unless it is in client mode."""
+        host = self.make_host(number, HostConfig(client_mode=client_mode))
         await host.start([] if client_mode else [self.address(number, with_peer_id=False)])
         return host
 

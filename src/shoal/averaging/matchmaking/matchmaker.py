@@ -181,6 +181,11 @@ class Matchmaker:
                 self._count_neighbours(search)
                 self._bits.search_ended()
 
+    def leave_search(self) -> None:
+        """End a search that goes on: it raises, and frees followers and leader. A group that stands already is kept."""
+        if self._search is not None and not self._search.is_over:
+            self._search.dispatch(Cancelled())
+
     async def close(self) -> None:
         """End a search that goes on (it raises), and everything else. Idempotent."""
         if self._is_closed:

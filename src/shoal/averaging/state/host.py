@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from shoal.averaging.report import StateReport
 from shoal.averaging.state.capture import GROWTH, Capture, capture_state, expected_nbytes
 from shoal.averaging.state.commands import (
     AllocateState,
@@ -108,6 +109,7 @@ class StateHost:
         self._thread = SerialThread(f"shoal-state {prefix}")
         self._downloads: dict[int, _Download] = {}
         self._last_download = 0
+        self.last_loaded: StateReport | None = None
 
     @property
     def allowed(self) -> bool | None:
@@ -219,7 +221,7 @@ class StateHost:
     def _hold(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(self._store.hold(LOCK_TIMEOUT))
+                stack.enter_context(self._store.lock(LOCK_TIMEOUT))
             except DeadlineExceeded as e:
                 raise LockNotFree(str(e)) from None
             yield
@@ -234,7 +236,7 @@ class StateHost:
             number = self._last_download
             self._downloads[number] = _Download(bar)
         try:
-            call: MPFuture[LoadedState] = handle.call(LoadState(number, timeout, progress))
+            call: MPFuture[LoadedState] = handle.call(LoadState(number, timeout, progress), timeout=timeout)
         except BaseException:
             self._downloads.pop(number).close()
             raise
@@ -296,10 +298,14 @@ class StateHost:
             download.bar.complete(donor, manifest.nbytes)
         metadata, *tensors = tensors_in(manifest, download.memory.buffer)
         try:
-            return self._serializer.loads(bytes(metadata.numpy())), tensors
+            state = self._serializer.loads(bytes(metadata.numpy())), tensors
         except Exception as e:  # noqa: BLE001 - serializers and classes registered with them are users' code
             logger.warning("%s: no state was loaded: its metadata cannot be read: %s", self._prefix, e)
             return None
+        self.last_loaded = StateReport(
+            str(PeerID.from_bytes(loaded.donor)), manifest.nbytes, loaded.seconds, loaded.age
+        )
+        return state
 
 
 def _tell(handle: ServiceHandle, command: object, descriptors: Sequence[int] = ()) -> None:
