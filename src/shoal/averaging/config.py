@@ -227,7 +227,7 @@ def matchmaking_config(
 
 def default_start(now: float, deadline: float | None, settings: MatchmakingConfig) -> float:
     """When a group that is not full begins: after ``min_matchmaking_time``, or well before the deadline of a search
-    that is shorter than that. DHT seconds.
+    that is shorter than that. All times are of one clock.
     """
     wait = settings.min_matchmaking_time
     return now + (wait if deadline is None else min(wait, START_BEFORE_DEADLINE * (deadline - now)))
@@ -235,7 +235,7 @@ def default_start(now: float, deadline: float | None, settings: MatchmakingConfi
 
 def retry_start(planned: float, now: float, deadline: float | None, settings: MatchmakingConfig) -> float:
     """When a group that is not full begins after one has failed: as if the step were made ``now``, but not before the
-    time that was ``planned``, which may be the user's. DHT seconds.
+    time that was ``planned``, which may be the user's. All times are of one clock.
     """
     return max(planned, default_start(now, deadline, settings))
 

@@ -45,7 +45,7 @@ from shoal.dht.service import DHTService
 from shoal.errors import AllreduceException, InvalidStateError, MatchmakingException
 from shoal.runtime.memory import SharedMemory
 from shoal.runtime.service import ServiceContext
-from shoal.utils.timed import get_dht_time
+from shoal.utils.timed import dht_clock, steady_time
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ T = TypeVar("T")
 class Step:
     """One step while it runs: what was asked, and what has happened so far.
 
-    ``start_time`` (DHT seconds) is when its all-reduce is expected to begin.
+    ``start_time`` (steady seconds) is when its all-reduce is expected to begin.
     """
 
     command: RunStep
@@ -179,7 +179,7 @@ class AveragerService:
             return  # it has ended in the meantime
         step.start_time = scheduled_time
         if step.is_searching:
-            self._matchmaker.reschedule(scheduled_time)
+            self._matchmaker.reschedule(dht_clock.from_steady(scheduled_time))
 
     # steps
 
@@ -213,8 +213,7 @@ class AveragerService:
                 return self._finish(step, found, reason)
             except AllreduceException as e:
                 step.report = replace(step.report, failure=str(e))
-                now = get_dht_time()
-                time_is_up = command.deadline is not None and now >= command.deadline
+                time_is_up = command.deadline is not None and steady_time() >= command.deadline
                 if not command.allow_retries or time_is_up or isinstance(e, StepFailed):
                     return self._finish(step, found, str(e))
                 await self._prepare_retry(step, e)
@@ -233,7 +232,7 @@ class AveragerService:
             failure,
         )
         await asyncio.sleep(retry_pause(attempts, _seconds_until(deadline)))
-        step.start_time = retry_start(step.start_time, get_dht_time(), deadline, self._config.matchmaking)
+        step.start_time = retry_start(step.start_time, steady_time(), deadline, self._config.matchmaking)
 
     def _finish(self, step: Step, found_group: bool, failure: str | None) -> StepOutcome:
         step.report = replace(step.report, failure=failure)
@@ -251,12 +250,13 @@ class AveragerService:
             )
         loop = asyncio.get_running_loop()
         began = loop.time()
+        deadline = step.command.deadline
         await self._reach(step, AveragingStage.LOOKING_FOR_GROUP)
         step.is_searching = True
         try:
             return await self._matchmaker.find_group(
-                start_time=step.start_time,
-                deadline=step.command.deadline,
+                start_time=dht_clock.from_steady(step.start_time),
+                deadline=None if deadline is None else dht_clock.from_steady(deadline),
                 gather=step.command.gather,
                 weight=step.command.weight,
             )
@@ -404,7 +404,7 @@ async def _run_to_the_end(
 
 
 def _seconds_until(deadline: float | None) -> float | None:
-    return None if deadline is None else deadline - get_dht_time()
+    return None if deadline is None else deadline - steady_time()
 
 
 def _populate(arena: Arena) -> None:

@@ -20,7 +20,7 @@ from shoal.averaging.group import MAX_GATHER_BYTES
 from shoal.averaging.matchmaking.core import MatchmakingConfig
 from shoal.errors import AllreduceException, InvalidTypeError, InvalidValueError, MatchmakingException
 from shoal.p2p.identity import PeerID
-from shoal.utils.timed import get_dht_time
+from shoal.utils.timed import dht_clock
 
 if TYPE_CHECKING:
     from shoal.averaging.hostside import TensorKeeper
@@ -61,7 +61,7 @@ class Steps:
 
         :param serializer: encodes what members gather, and decodes what they have gathered
         """
-        now = get_dht_time()
+        now = dht_clock()
         if timeout is not None:
             check_number("timeout", timeout, above=0)
         deadline = None if timeout is None else now + timeout
@@ -78,20 +78,20 @@ class Steps:
             next(self._numbers),
             float(weight),
             _encode(serializer, gather),
-            float(scheduled_time),
-            deadline,
+            dht_clock.to_steady(float(scheduled_time)),
+            None if deadline is None else dht_clock.to_steady(deadline),
             allow_retries,
             require_trigger,
         )
         self._keeper.store.mark_stream()
         control = StepControl(
-            scheduled_time=command.scheduled_time,
+            scheduled_time=float(scheduled_time),
             deadline=deadline,
             weight=command.weight,
             needs_trigger=require_trigger,
             steering=Steering(
                 trigger=lambda: handle.call(AllowAllreduce(command.step)),
-                reschedule=lambda time: handle.call(Reschedule(command.step, time)),
+                reschedule=lambda time: handle.call(Reschedule(command.step, dht_clock.to_steady(time))),
                 would_wait_for_itself=lambda: self._keeper.store.held_by_this_thread,
             ),
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
 from shoal.dht.bootstrap import InitialPeers
@@ -26,6 +26,7 @@ from shoal.dht.replication import records_after_loss, records_for_newcomer
 from shoal.dht.server import Server
 from shoal.dht.storage import PLAIN, Entry, Record, Storage
 from shoal.dht.tasks import TaskSet
+from shoal.dht.timekeeping import ASKED, TimeKeeper
 from shoal.dht.types import ValueWithExpiration
 from shoal.dht.upkeep import Upkeep
 from shoal.dht.validation import CompositeValidator, DHTRecord, ProtectedKeyValidator, RecordValidatorBase
@@ -34,7 +35,7 @@ from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.utils.serializer import MSGPackSerializer
-from shoal.utils.timed import get_dht_time
+from shoal.utils.timed import DHTClock, dht_clock
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ HAND_OVER_BATCH = 256
 class DHTNode:
     """Made by :meth:`create`; lives on one event loop. Nothing here is thread-safe."""
 
+    clock: DHTClock
+    """The time of the DHT: expirations go by it."""
     host: Host
     peer_id: PeerID
 
@@ -60,7 +63,7 @@ class DHTNode:
         *,
         initial_peers: Sequence[Multiaddr] = (),
         validators: Sequence[RecordValidatorBase] = (),
-        clock: Callable[[], float] = get_dht_time,
+        clock: DHTClock = dht_clock,
         rng: random.Random | None = None,
     ) -> DHTNode:
         """Join the DHT of the initial peers, or start one if there are none besides this node itself.
@@ -83,14 +86,14 @@ class DHTNode:
         config: DHTConfig,
         initial_peers: Sequence[Multiaddr],
         validators: Sequence[RecordValidatorBase],
-        clock: Callable[[], float],
+        clock: DHTClock,
         rng: random.Random,
     ) -> None:
         """Use :meth:`create`."""
         self.host = host
         self.peer_id = host.peer_id
         self.config = config
-        self._clock = clock
+        self.clock = clock
         self._tasks = TaskSet()
         self._closed = False
         self._joined = False
@@ -108,8 +111,9 @@ class DHTNode:
         self._initial = InitialPeers(
             self._neighbours, initial_peers, self._tasks, rng, self._found_initial_peer
         )
-        self._upkeep = Upkeep(self._neighbours, self._initial, self._records.find_nodes, clock, rng)
+        self._upkeep = Upkeep(self._neighbours, self._initial, self._records.find_nodes, clock.steady, rng)
         self._reachability = ReachabilityWatch(host, self._helpers, self._reachability_changed, rng)
+        self._time = TimeKeeper(host, clock, self._helpers, rng)
         self._gets: dict[tuple[int, bool], asyncio.Task[ValueWithExpiration | None]] = {}
         self._neighbours.on_joined.append(self._neighbour_joined)
         self._neighbours.on_left.append(self._neighbour_left)
@@ -148,7 +152,7 @@ class DHTNode:
     ) -> bool:
         """As :meth:`store`, for a key, value and sub-key that were serialized by MSGPackSerializer already."""
         self._check_open()
-        if expiration_time > self._clock() + self.config.max_expiration:
+        if expiration_time > self.clock() + self.config.max_expiration:
             raise InvalidValueError(
                 f"expiration_time: {expiration_time} is more than {self.config.max_expiration:g} s from now, "
                 "the most that this DHT allows (max_expiration)"
@@ -198,9 +202,7 @@ class DHTNode:
         if not latest and self.config.cache_locally:
             cached = self._records.cached(identifier)
             if cached is not None:
-                expires_soon = (
-                    cached.expiration_time - self._clock() < self.config.cache_refresh_before_expiry
-                )
+                expires_soon = cached.expiration_time - self.clock() < self.config.cache_refresh_before_expiry
                 if expires_soon and self.config.cache_refresh_before_expiry:
                     self._start_get(identifier, key, latest=True)
                 return cached
@@ -225,6 +227,7 @@ class DHTNode:
             return
         self._closed = True
         self._server.stop(self.host)
+        self._time.close()
         self._neighbours.close()
         await self._tasks.close()
 
@@ -238,6 +241,8 @@ class DHTNode:
             if self.config.ensure_bootstrap_success:
                 raise self._bootstrap_error()
             logger.warning("%s; going on in the background", self._bootstrap_error())
+        elif not found:
+            self._time.begin()
         if found:
             await self._enter()
         else:
@@ -245,6 +250,7 @@ class DHTNode:
         self._joined = True
         self._upkeep.hurry()
         self._tasks.start(self._upkeep.run(), "dht-upkeep")
+        self._tasks.start(self._time.run(), "dht-time")
         if self.config.check_reachability and not self.config.client_mode:
             self._tasks.start(self._reachability.run(), "dht-reachability")
 
@@ -257,9 +263,12 @@ class DHTNode:
         """The first initial peer has answered: meet the nodes near this one, and become one of them."""
         self._entered = True
         neighbours = self._neighbours
+        known = [*self._initial.found.values(), *neighbours.table, *(neighbours.heard_of or ())]
+        known = list(dict.fromkeys(known))
+        # Before anything is stored, and before users ask what time it is.
+        await self._time.ask(known[:ASKED])
         if self.config.check_reachability and not self.client_mode:
-            known = [*self._initial.found.values(), *neighbours.table, *(neighbours.heard_of or ())]
-            await self._reachability.check(list(dict.fromkeys(known))[:HELPERS])
+            await self._reachability.check(known[:HELPERS])
         if not self.host.can_be_dialed:
             self._server.stop(self.host)
         self._present()
@@ -341,7 +350,7 @@ class DHTNode:
             await asyncio.sleep(0)
 
     async def _give(self, peer: PeerID, record: Record) -> None:
-        now = self._clock()
+        now = self.clock()
         entries = [
             StoredEntry(subkey, entry.value, entry.expiration)
             for subkey, entry in record.entries.items()

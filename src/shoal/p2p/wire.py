@@ -84,7 +84,7 @@ class Hello(msgspec.Struct, array_like=True, frozen=True):
         list[Annotated[str, msgspec.Meta(max_length=MAX_ADDRESS)]], msgspec.Meta(max_length=MAX_ADDRESSES)
     ]
     clock: float
-    """The sender's wall clock, to measure its skew."""
+    """The sender's DHT time."""
 
 
 class Goodbye(msgspec.Struct, array_like=True, frozen=True):

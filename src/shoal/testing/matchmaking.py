@@ -56,7 +56,7 @@ class SimulatedMatchmaking:
             schema_hash=schema,
             config=self.config,
             mode=mode,
-            clock=self.now,
+            clock=self.dht.clock(number),
             rng=random.Random(self.dht.rng.getrandbits(64)),
         )
         return matchmaker
@@ -71,7 +71,7 @@ class SimulatedMatchmaking:
         bits: str | None = None,
     ) -> asyncio.Task[GroupInfo | MatchmakingException]:
         """Let a peer search; the task's result is the group, or the error of a search that failed."""
-        now = self.now()
+        now = self.dht.clock(number)()
         starts_in = self.config.min_matchmaking_time if starts_in is None else starts_in
         deadline = None if timeout is None else now + timeout
         matchmaker = self.matchmakers[number]

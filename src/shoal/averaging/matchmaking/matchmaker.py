@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from shoal.averaging.group import (
     MAX_GATHER_BYTES,
@@ -29,7 +29,7 @@ from shoal.dht.node import DHTNode
 from shoal.errors import InvalidStateError, InvalidValueError, ProtocolViolation
 from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Stream
-from shoal.utils.timed import get_dht_time
+from shoal.utils.timed import DHTClock, dht_clock
 
 WITHDRAWAL_TIMEOUT = 1.0
 """Seconds that :meth:`Matchmaker.close` gives the DHT to learn that this peer looks for no group any more."""
@@ -53,7 +53,7 @@ class Matchmaker:
         mode: PeerMode = PeerMode.FULL,
         bandwidth: float | None = None,
         initial_bits: str = "",
-        clock: Callable[[], float] = get_dht_time,
+        clock: DHTClock = dht_clock,
         rng: random.Random | None = None,
     ) -> None:
         """:raises InvalidValueError: the prefix is in use on this host, or a value is out of range"""
@@ -212,7 +212,7 @@ class Matchmaker:
             self._begin_anew(search)
 
     def _begin_anew(self, search: GroupSearch) -> None:
-        start_time = self._peer.clock() + self._peer.config.min_matchmaking_time
+        start_time = search.now() + self._peer.config.min_matchmaking_time
         search.move_to(self._place(max(start_time, search.place.start_time)))
 
     def _count_neighbours(self, search: GroupSearch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shoal.averaging.group import NONCE_BYTES, MemberInfo, PeerMode, SignedMemberInfo, sign_member
@@ -14,6 +13,7 @@ from shoal.averaging.matchmaking.messages import Declaration, DeclaredState, Sea
 from shoal.dht.node import DHTNode
 from shoal.dht.tasks import TaskSet
 from shoal.p2p.identity import PeerID
+from shoal.utils.timed import DHTClock
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class LocalPeer:
     config: MatchmakingConfig
     wanted_mode: PeerMode
     bandwidth: float | None
-    clock: Callable[[], float]
+    clock: DHTClock
     rng: random.Random
     tasks: TaskSet = field(default_factory=TaskSet)
     declarations: Declarations = field(init=False)

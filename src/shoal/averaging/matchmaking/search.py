@@ -132,6 +132,8 @@ class GroupSearch:
     ) -> None:
         """``when_too_few``: called with the number of peers seen when the start time came without enough members."""
         self.place = place
+        self.now = peer.clock.frozen()
+        """DHT time as it was when the search began: if the peer's clock is moved meanwhile, no wait changes."""
         self._peer = peer
         self._gather = gather
         self._weight = weight
@@ -172,7 +174,7 @@ class GroupSearch:
     @property
     def story(self) -> SearchStory:
         """What it has seen and asked until now."""
-        return self._core.story.summary(self._peer.clock())
+        return self._core.story.summary(self.now())
 
     @property
     def count_seen(self) -> int:
@@ -216,7 +218,7 @@ class GroupSearch:
     def dispatch(self, event: Event) -> None:
         """Let the core take in ``event``, and carry out what it asks for."""
         try:
-            for effect in self._core.handle(event, self._peer.clock()):
+            for effect in self._core.handle(event, self.now()):
                 self._carry_out(effect)
         except Exception as e:
             # A bug: whoever waits for the group must not wait for ever.
@@ -275,7 +277,7 @@ class GroupSearch:
             self._timer.cancel()
             self._timer = None
         if at < math.inf:
-            delay = max(0.0, at - self._peer.clock())
+            delay = max(0.0, at - self.now())
             self._timer = self._loop.call_later(delay, self.dispatch, TimerFired())
 
     # ---- the DHT
@@ -289,7 +291,7 @@ class GroupSearch:
         self.dispatch(Declared(seconds) if failure is None else DeclareFailed(failure))
 
     async def _poll(self) -> None:
-        began_at, place = self._peer.clock(), self.place
+        began_at, place = self.now(), self.place
         result: Polled | PollFailed
         try:
             result = Polled(began_at, await self._peer.declarations.read(place.key))
