@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -47,7 +49,7 @@ TYPICAL = {
 
 
 class Group:
-    """Members with one tensor each, who average it as often as they are told to."""
+    """Members that average as often as they are told to. ``sizes`` cuts each member's elements into tensors."""
 
     def __init__(
         self,
@@ -55,9 +57,11 @@ class Group:
         codec: CompressionBase,
         weights: list[float],
         part_size: int = 1 << 12,
+        sizes: list[int] | None = None,
     ) -> None:
         size = len(tensors)
-        self.layout = Layout.from_tensors(tensors[:1], [codec])
+        self.sizes = sizes or [len(tensors[0])]
+        self.layout = Layout.from_tensors(tensors[0].split(self.sizes), [codec] * len(self.sizes))
         owned = load_balance_peers(self.layout.data_nbytes, [None] * size)
         self.partition = Partition.create(self.layout, owned, part_size)
         self.codec, self.weights = codec, weights
@@ -68,7 +72,12 @@ class Group:
             self.tensor(me).copy_(tensor)
 
     def tensor(self, me: int) -> torch.Tensor:
-        return self.layout.tensor_view(self.arenas[me].snapshot, 0)
+        """All elements, one tensor after another."""
+        return self._elements(self.arenas[me].snapshot)
+
+    def _elements(self, area: torch.Tensor) -> torch.Tensor:
+        (section,) = self.layout.sections
+        return area[: section.nbytes].view(section.dtype)
 
     def average(self) -> torch.Tensor:
         """The exact average of what the members have."""
@@ -96,7 +105,7 @@ class Group:
                     memory[:] = data
                     mine.deliver(index, memory)
         for me in members:
-            self.tensor(me).copy_(self.layout.tensor_view(self.arenas[me].average, 0))
+            self.tensor(me).copy_(self._elements(self.arenas[me].average))
 
     def spread(self) -> float:
         """Standard deviation of the members from their mean, over all elements."""
@@ -118,21 +127,27 @@ def round_bounds(group: Group) -> list[torch.Tensor]:
     """
     codec, weights = group.codec, torch.tensor(group.weights, dtype=torch.float64)
     bounds = [torch.zeros(group.layout.numel, dtype=torch.float64) for _ in weights]
-    for part in group.partition.parts:
-        where = slice(part.start, part.start + part.count)
+    for owner, where in segments(group.partition):
         exact = [group.tensor(me)[where] for me in range(len(weights))]
         lost = [error_bound(codec, mine) for mine in exact]
-        seen = [mine if me == part.owner else there_and_back(codec, mine) for me, mine in enumerate(exact)]
-        lost[part.owner] = torch.zeros_like(lost[part.owner])
+        seen = [mine if me == owner else there_and_back(codec, mine) for me, mine in enumerate(exact)]
+        lost[owner] = torch.zeros_like(lost[owner])
         average = _weighted(seen, weights)
         for me, mine in enumerate(exact):
             bounds[me][where] = _weighted(lost, weights) + lost[me]
-            if me != part.owner:
+            if me != owner:
                 bounds[me][where] += error_bound(codec, (average - seen[me].double()).to(mine.dtype))
             magnitude = torch.stack(exact).double().abs().max(0).values + bounds[me][where]
             info = torch.finfo(mine.dtype)  # in which averages, differences and results are rounded
             bounds[me][where] += 4 * max(info.eps, 2**-21) * magnitude + 4 * info.smallest_normal * info.eps
     return bounds
+
+
+def segments(partition: Partition) -> Iterator[tuple[int, slice]]:
+    """The owner and the place of everything that a codec encodes by itself."""
+    for part in partition.parts:
+        for start, stop in itertools.pairwise(itertools.accumulate(part.segments, initial=part.start)):
+            yield part.owner, slice(start, stop)
 
 
 def _weighted(tensors: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
@@ -159,6 +174,24 @@ def test_results_are_within_twice_the_bound_of_parts_and_once_that_of_difference
     group.round()
     for me, bound in enumerate(bounds):
         assert bool(((group.tensor(me).double() - expected).abs() <= bound).all())
+
+
+MAGNITUDES = {700: 20.0, 40: 0.01, 3: 1e-4, 5000: 1.0, 1: 1e-6, 900: 300.0}
+
+
+@codecs
+@pytest.mark.parametrize("part_size", [256, 1 << 12, 1 << 19])
+def test_a_tensor_loses_nothing_to_its_neighbours(codec, part_size):
+    """Small values beside large ones are as exact as they are alone, however parts and spans cut the tensors."""
+    scales = torch.cat([torch.full((size,), magnitude) for size, magnitude in MAGNITUDES.items()])
+    tensors = [scales * normal(len(scales), me) for me in range(3)]
+    group = Group(tensors, codec, [1.0] * 3, part_size, list(MAGNITUDES))
+    expected, bounds = group.average(), round_bounds(group)
+    group.round()
+    for me, bound in enumerate(bounds):
+        errors = (group.tensor(me).double() - expected).abs()
+        assert bool((errors <= bound).all())
+        assert bool((errors <= 0.5 * scales).all())  # a shared level would be 300 / 256 for all
 
 
 @codecs

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from shoal.averaging.load_balancing import load_balance_peers
 from shoal.averaging.partition import ALIGNMENT, MAX_PARTS, Layout, Partition
 from shoal.averaging.schema import TensorSchema, TensorSpec
-from shoal.compression import Float16Compression, NoCompression
+from shoal.compression import (
+    BlockwiseQuantization,
+    Float16Compression,
+    NoCompression,
+    Quantile8BitQuantization,
+    Uniform8BitQuantization,
+)
 from shoal.compression.base import DTYPE_NAMES
 from shoal.errors import InvalidValueError
 
@@ -19,7 +25,7 @@ specs = st.builds(
     TensorSpec,
     st.lists(st.integers(0, 9), max_size=3).map(tuple),
     st.sampled_from(list(DTYPE_NAMES)),
-    st.sampled_from([0, 1]),
+    st.sampled_from([0, 1, 5, 6]),
 )
 schemas = st.lists(specs, min_size=1, max_size=8).map(lambda s: TensorSchema(tuple(s)))
 
@@ -72,6 +78,41 @@ def test_parts_cover_every_element_once(partition):
         assert span.start == end
         end = span.stop
     assert end == partition.layout.numel
+
+
+@given(partitions())
+def test_each_tensor_in_a_part_is_a_segment(partition):
+    """Under a codec that is elementwise, a part is one segment."""
+    borders = {0, *partition.layout.tensor_ends}
+    for part in partition.parts:
+        assert min(part.segments) > 0
+        assert sum(part.segments) == part.count
+        if partition.layout.sections[part.section].codec.elementwise:
+            assert len(part.segments) == 1
+            continue
+        ends = list(itertools.accumulate(part.segments, initial=part.start))
+        assert borders.intersection(range(part.start + 1, part.start + part.count)) == set(ends[1:-1])
+
+
+def gpt2() -> list[tuple[int, ...]]:
+    """The shapes of GPT-2 (124 million parameters)."""
+    block = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,)]
+    block += [(768,), (768,), (768, 3072), (3072,), (3072, 768), (768,)]
+    return [(50257, 768), (1024, 768), *block * 12, (768,), (768,)]
+
+
+@pytest.mark.parametrize("owners", [1, 8, 32])
+@pytest.mark.parametrize(
+    "codec", [Uniform8BitQuantization(), Quantile8BitQuantization(), BlockwiseQuantization()], ids=repr
+)
+def test_levels_of_its_own_cost_a_real_model_little(codec, owners):
+    schema = TensorSchema(tuple(TensorSpec(s, torch.float32, codec.compression_type) for s in gpt2()))
+    layout = Layout.from_schema(schema)
+    owned = load_balance_peers(layout.data_nbytes, [1.0] * owners)
+    parts = Partition.create(layout, owned, 1 << 19).parts
+    assert sum(part.nbytes for part in parts) <= 1.01 * layout.numel
+    assert all(part.nbytes <= 1 << 19 for part in parts)
+    assert len(parts) <= layout.numel / (1 << 19) + 2 * owners + 1  # small tensors share parts
 
 
 @given(partitions())

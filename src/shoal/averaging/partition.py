@@ -4,8 +4,13 @@ The arena is a stretch of bytes that holds all tensors one after another. Consec
 dtype and codec form a *section*, within which there are no gaps, so that a part may reach over the border of
 two tensors; each section begins at a multiple of 64 bytes. Elements are numbered through all sections. Each
 member owns one contiguous *span* of elements (possibly none), and a *part* never crosses the border of a
-section or a span. All of this follows from the schema, the members' sizes and ``part_size_bytes`` alone, so
-that every member computes the same.
+section or a span.
+
+Codecs that fit levels to the values they see must not see two tensors at once. Under such a codec a part is a row
+of *segments*, one for each tensor that it reaches into.
+
+All of this follows from the schema, the members' sizes and ``part_size_bytes`` alone, so that every member computes
+the same.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +27,7 @@ import torch
 from shoal.averaging.schema import TensorSchema
 from shoal.compression.base import CompressionBase
 from shoal.compression.registry import get_codec
+from shoal.compression.segments import SegmentedCodec
 from shoal.errors import InvalidValueError
 
 ALIGNMENT = 64
@@ -126,7 +132,14 @@ class Layout:
         return self.sections[part.section].dtype
 
     def codec_of(self, part: Part) -> CompressionBase:
-        return self.sections[part.section].codec
+        """What encodes a part: the section's codec, one segment at a time."""
+        codec = self.sections[part.section].codec
+        return codec if len(part.segments) == 1 else SegmentedCodec(codec, part.segments)
+
+    @cached_property
+    def tensor_ends(self) -> tuple[int, ...]:
+        """Each tensor's end in the flat vector, in elements."""
+        return tuple(itertools.accumulate(slot.count for slot in self.slots))
 
     def element_at(self, data_offset: int) -> int:
         """The element of the flat vector in which a byte of its data lies (``numel`` for the byte after the
@@ -160,6 +173,8 @@ class Part:
     :param index: its number, the same for every member; numbers follow the flat vector
     :param owner: index in the group of the member that averages it
     :param start: first element in the flat vector, ``count`` elements
+    :param segments: elements of each piece that the codec encodes by itself; one for all under a codec that is
+      :attr:`~shoal.compression.CompressionBase.elementwise`
     :param nbytes: on the wire, after the codec
     :param offset: first byte in the arena, ``memory_nbytes`` bytes
     """
@@ -169,6 +184,7 @@ class Part:
     section: int
     start: int
     count: int
+    segments: tuple[int, ...]
     nbytes: int
     offset: int
     memory_nbytes: int
@@ -226,26 +242,72 @@ def _cut(layout: Layout, spans: Sequence[Span], part_size_bytes: int) -> tuple[P
             start, stop = max(span.start, section.first_element), min(span.stop, section.end_element)
             if start >= stop:
                 continue
-            step = largest[section.index]
-            if len(parts) + (stop - start) // step > MAX_PARTS:
-                raise InvalidValueError(
-                    f"part_size_bytes is {part_size_bytes}: too small for {layout.data_nbytes} bytes of"
-                    f" tensors; there may be at most {MAX_PARTS} parts"
-                )
-            for first in range(start, stop, step):
-                parts.append(_part(section, span.owner, len(parts), first, min(step, stop - first)))
+            cut = _whole if section.codec.elementwise else _segmented
+            if len(parts) + (stop - start) // largest[section.index] > MAX_PARTS:
+                raise _too_many_parts(layout, part_size_bytes)
+            for segments in cut(layout, section, (start, stop), part_size_bytes, largest[section.index]):
+                if len(parts) == MAX_PARTS:
+                    raise _too_many_parts(layout, part_size_bytes)
+                parts.append(_part(section, span.owner, len(parts), start, segments))
+                start = parts[-1].start + parts[-1].count
     return tuple(parts)
 
 
-def _part(section: Section, owner: int, index: int, start: int, count: int) -> Part:
+def _too_many_parts(layout: Layout, part_size_bytes: int) -> InvalidValueError:
+    return InvalidValueError(
+        f"part_size_bytes is {part_size_bytes}: too small for {layout.data_nbytes} bytes of"
+        f" tensors; there may be at most {MAX_PARTS} parts"
+    )
+
+
+def _whole(
+    layout: Layout, section: Section, elements: tuple[int, int], part_size_bytes: int, largest: int
+) -> Iterator[tuple[int, ...]]:
+    """The segments of each part, one for each: borders of tensors do not matter."""
+    start, stop = elements
+    for first in range(start, stop, largest):
+        yield (min(largest, stop - first),)
+
+
+def _segmented(
+    layout: Layout, section: Section, elements: tuple[int, int], part_size_bytes: int, largest: int
+) -> Iterator[tuple[int, ...]]:
+    """The segments of each part. A part is filled up to its limit, so that small tensors share one."""
+    codec, dtype = section.codec, section.dtype
+    position, stop = elements
+    segments: list[int] = []
+    room = part_size_bytes
+    tensor = bisect_right(layout.tensor_ends, position)
+    while position < stop:
+        count = rest = min(layout.tensor_ends[tensor], stop) - position
+        if not segments:
+            count = min(rest, largest)
+        elif codec.encoded_nbytes(dtype, rest) > room:
+            count = codec.max_count(dtype, room) if room > 0 else 0
+        if count:
+            segments.append(count)
+            position += count
+            room -= codec.encoded_nbytes(dtype, count)
+        if count < rest:
+            yield tuple(segments)
+            segments, room = [], part_size_bytes
+        else:
+            tensor += 1
+    if segments:
+        yield tuple(segments)
+
+
+def _part(section: Section, owner: int, index: int, start: int, segments: tuple[int, ...]) -> Part:
     itemsize = section.dtype.itemsize
+    count = sum(segments)
     return Part(
         index=index,
         owner=owner,
         section=section.index,
         start=start,
         count=count,
-        nbytes=section.codec.encoded_nbytes(section.dtype, count),
+        segments=segments,
+        nbytes=sum(section.codec.encoded_nbytes(section.dtype, segment) for segment in segments),
         offset=section.offset + (start - section.first_element) * itemsize,
         memory_nbytes=count * itemsize,
     )

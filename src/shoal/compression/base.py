@@ -103,6 +103,11 @@ class CompressionBase(Configured, ABC):
     compression_type: ClassVar[int]
     """The codec's wire id; see :mod:`shoal.compression.registry`."""
 
+    elementwise: ClassVar[bool] = False
+    """Whether each element is encoded by itself, so that its neighbours do not matter. If not, a codec is given the
+    elements of one tensor at a time, as those of several may differ in magnitude.
+    """
+
     @abstractmethod
     def lossless(self, dtype: torch.dtype) -> bool:
         """Whether finite values of ``dtype`` come back bit for bit."""
@@ -264,6 +269,7 @@ class NoCompression(CompressionBase):
     """The tensor's own bytes: nothing is lost, and nothing is copied on the way to the socket."""
 
     compression_type = 0
+    elementwise = True
 
     def lossless(self, dtype: torch.dtype) -> bool:
         return True

@@ -21,6 +21,7 @@ class Float16Compression(CompressionBase):
     """
 
     compression_type = 1
+    elementwise = True
 
     def lossless(self, dtype: torch.dtype) -> bool:
         return dtype == torch.float16
@@ -56,6 +57,7 @@ class BFloat16Compression(CompressionBase):
     """
 
     compression_type = 2
+    elementwise = True
 
     def lossless(self, dtype: torch.dtype) -> bool:
         return dtype == torch.bfloat16

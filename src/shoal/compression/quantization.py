@@ -200,8 +200,9 @@ def _grid(low: float, high: float) -> tuple[float, int]:
 
 class Quantile8BitQuantization(Quantization):
     """256 levels that follow the distribution of the values, for each chunk of 524,288 elements: 1 byte an element
-    and 1,024 for each chunk (4 for each element of a chunk of 256 or fewer, which come back exactly). A part has chunks
-    of its own, so that small parts cost more: 1.33 bytes an element where 4 KiB are allowed, 5 where it is 1 KiB.
+    and 1,024 for each chunk (4 for each element of a chunk of 256 or fewer, which come back exactly). Parts and tensors
+    have chunks of their own, so that small ones cost more: 1.33 bytes an element where 4 KiB are allowed for a part, 5
+    where it is 1 KiB.
 
     Best where values are spread unevenly and magnitudes alike matter. The levels are those of
     :func:`shoal.compression.codebooks.fit_codebook`: dense where values are many, though not in proportion as pure
