@@ -239,11 +239,6 @@ def test_a_step_before_the_start_says_so():
         make().step(wait=False)
 
 
-def test_a_request_timeout_that_is_too_long_is_a_warning(caplog: pytest.LogCaptureFixture):
-    make(request_timeout=6.0)
-    assert "request_timeout=6" in caplog.text
-
-
 def test_more_parts_than_there_may_be_are_found_out_when_the_averager_is_made():
     huge = torch.zeros(1).expand(3 << 30)
     with pytest.raises(ValueError, match="memory"):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
+from shoal.averaging.timeouts import ORDERS
 from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.utils.ordering import contradictions
 from shoal.utils.timed import get_dht_time
+
+logger = logging.getLogger(__name__)
 
 MAX_GROUP_BITS = 64
 MAX_WAIT = 86400.0
@@ -85,3 +91,24 @@ def check_bits(name: str, bits: Any) -> None:
         raise InvalidValueError(
             f"{name}={bits!r}: a string of at most {MAX_GROUP_BITS} characters '0' and '1' is allowed"
         )
+
+
+class OrderOfTimes:
+    """Warns of times that contradict each other: at once of those that the averager was given, once of each other."""
+
+    def __init__(self, prefix: str, given: Mapping[str, float | None]) -> None:
+        self._prefix = prefix
+        self._given = dict(given)
+        self._told: set[str] = set()
+        self._warn(self._given, "")
+
+    def check(self, name: str, seconds: float) -> None:
+        """Compare a time that a call was given with the averager's; of each name the first contradiction is told."""
+        if name not in self._told:
+            self._warn({**self._given, name: seconds}, name)
+
+    def _warn(self, times: Mapping[str, float | None], name: str) -> None:
+        orders = [order for order in ORDERS if not name or name == order.longer]
+        for text in contradictions(times, orders):
+            self._told.add(name)
+            logger.warning("%s: %s", self._prefix, text)

@@ -11,9 +11,11 @@ import torch
 from shoal.averaging.checks import MAX_WAIT, check_bits, check_count, check_flag, check_number, check_string
 from shoal.averaging.group import MAX_GROUP_SIZE, PeerMode, group_key
 from shoal.averaging.matchmaking.core import MatchmakingConfig
+from shoal.averaging.timeouts import given_times, settle
 from shoal.compression import CompressionBase, CompressionInfo
 from shoal.compression.registry import CODECS
 from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.utils.ordering import DefaultSeconds
 
 DEFAULT_PART_SIZE_BYTES = 1 << 19
 MIN_PART_SIZE_BYTES = 1 << 10
@@ -29,12 +31,10 @@ START_BEFORE_DEADLINE = 0.8
 MAX_VECTOR_SIZE = 1 << 62
 FIRST_RETRY_PAUSE = 0.1
 MAX_RETRY_PAUSE = 5.0
-DEFAULT_DECLARE_STATE_PERIOD = 30.0
+DEFAULT_DECLARE_STATE_PERIOD = DefaultSeconds(30.0)
 MIN_DECLARE_STATE_PERIOD = 0.1
 MAX_DECLARE_STATE_PERIOD = 3000.0
 """Seconds; with the time until it expires, a declaration stays below the hour that the DHT keeps records."""
-REDUCER_PATIENCE = 2
-"""``reducer_timeout`` over ``sender_timeout``, by default: an owner may itself have to wait for a sender."""
 
 
 @dataclass(frozen=True)
@@ -94,16 +94,18 @@ class AveragerConfig:
 
     @property
     def effective_sender_timeout(self) -> float | None:
-        """``sender_timeout`` or, by default, ``next_chunk_timeout``."""
-        return self.next_chunk_timeout if self.sender_timeout is None else self.sender_timeout
+        """``sender_timeout`` or, by default, what follows from the other times."""
+        return settle(self._times).sender_timeout
 
     @property
     def effective_reducer_timeout(self) -> float | None:
-        """``reducer_timeout`` or, by default, twice the sender's."""
-        sender = self.effective_sender_timeout
-        if self.reducer_timeout is not None or sender is None:
-            return self.reducer_timeout
-        return REDUCER_PATIENCE * sender
+        """``reducer_timeout`` or, by default, what follows from the other times."""
+        return settle(self._times).reducer_timeout
+
+    @property
+    def _times(self) -> dict[str, float | None]:
+        names = ("allreduce_timeout", "next_chunk_timeout", "sender_timeout", "reducer_timeout")
+        return {name: getattr(self, name) for name in names}
 
 
 def _check_modes(config: AveragerConfig) -> None:
@@ -220,9 +222,9 @@ def matchmaking_config(
     check_count("min_group_size", min_group_size, 1, MAX_GROUP_SIZE)
     check_number("min_matchmaking_time", min_matchmaking_time, above=0, maximum=MAX_WAIT)
     check_number("request_timeout", request_timeout, above=0)
-    return MatchmakingConfig(
-        target_group_size, min_group_size, float(min_matchmaking_time), float(request_timeout)
-    )
+    times = settle(given_times(min_matchmaking_time=min_matchmaking_time, request_timeout=request_timeout))
+    wait = min(times.min_matchmaking_time, MAX_WAIT)
+    return MatchmakingConfig(target_group_size, min_group_size, wait, times.request_timeout)
 
 
 def default_start(now: float, deadline: float | None, settings: MatchmakingConfig) -> float:

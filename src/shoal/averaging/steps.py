@@ -12,12 +12,13 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from shoal.averaging.checks import check_flag, check_number, check_scheduled_time
+from shoal.averaging.checks import OrderOfTimes, check_flag, check_number, check_scheduled_time
 from shoal.averaging.commands import AllowAllreduce, Reschedule, RunStep, StepOutcome
 from shoal.averaging.config import default_start
 from shoal.averaging.control import Steering, StepControl, check_weight
 from shoal.averaging.group import MAX_GATHER_BYTES
 from shoal.averaging.matchmaking.core import MatchmakingConfig
+from shoal.averaging.timeouts import STEP_TIMEOUT
 from shoal.errors import AllreduceException, InvalidTypeError, InvalidValueError, MatchmakingException
 from shoal.p2p.identity import PeerID
 from shoal.utils.timed import dht_clock
@@ -37,10 +38,13 @@ LONELY_ROUNDS = 5
 class Steps:
     """Makes steps and concludes them."""
 
-    def __init__(self, keeper: TensorKeeper, settings: MatchmakingConfig, prefix: str) -> None:
+    def __init__(
+        self, keeper: TensorKeeper, settings: MatchmakingConfig, prefix: str, order: OrderOfTimes
+    ) -> None:
         self._keeper = keeper
         self._settings = settings
         self._prefix = prefix
+        self._order = order
         self._numbers = itertools.count()
         self.failures_in_a_row = 0
 
@@ -64,6 +68,7 @@ class Steps:
         now = dht_clock()
         if timeout is not None:
             check_number("timeout", timeout, above=0)
+            self._order.check(STEP_TIMEOUT, timeout)
         deadline = None if timeout is None else now + timeout
         if scheduled_time is None:
             scheduled_time = default_start(now, deadline, self._settings)

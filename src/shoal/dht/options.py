@@ -15,6 +15,7 @@ from shoal.dht.validation import RecordValidatorBase
 from shoal.errors import InvalidTypeError, InvalidValueError
 from shoal.p2p.config import MAX_ANNOUNCED
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.utils.ordering import Order, contradictions
 
 LIBP2P_OPTIONS = frozenset(
     {
@@ -29,6 +30,13 @@ HIVEMIND_TUNING = frozenset(
     {"backoff_rate", "blacklist_time", "chunk_size", "depth_modulo", "num_workers", "strict"}
 )  # fmt: skip
 """Options of hivemind that tune its own implementation, and have no counterpart here."""
+
+ORDERS = (
+    Order("stall_timeout", "wait_timeout", "a search waits for nodes that are gone"),
+    Order("wait_timeout", "bootstrap_timeout", "an initial peer that is slow is tried only once"),
+)
+STALLS_IN_WAIT = 4
+"""``wait_timeout`` over ``stall_timeout`` at least, where one of both is not given."""
 
 _REFUSED = {
     "authorizer": "Shoal has no authorizers yet, and will not start a DHT without one that was asked for",
@@ -66,7 +74,19 @@ def make_config(given: Mapping[str, Any], extra: Mapping[str, Any]) -> DHTConfig
             raise InvalidTypeError(_unknown(name, [*given, *types]))
     for name, value in values.items():
         check_number(name, value, types[name])
-    return DHTConfig(**values)
+    for text in contradictions(values, ORDERS):
+        _warn(text)
+    return DHTConfig(**(_followers(values) | values))
+
+
+def _followers(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults that have to follow what was given."""
+    stall, wait = given.get("stall_timeout"), given.get("wait_timeout")
+    if stall is None and wait:
+        return {"stall_timeout": min(DHTConfig.stall_timeout, wait / STALLS_IN_WAIT)}
+    if wait is None and stall:
+        return {"wait_timeout": max(DHTConfig.wait_timeout, STALLS_IN_WAIT * stall)}
+    return {}
 
 
 def check_number(name: str, value: object, kind: str = "float") -> None:

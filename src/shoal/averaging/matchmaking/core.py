@@ -103,6 +103,8 @@ MIX_FOR = 0.6
 """The part of the time until the start in which peers are mixed; see :meth:`Matchmaking._is_mixing`."""
 MANY_MISSING = 2
 """As many are missing as were seen, divided by this: a group waits rather than be the last one again."""
+LEAST_REQUEST_TIMEOUT = 1.0
+"""Seconds for a leader's first answer, however short the search."""
 AVOID_AFTER_LOSS = 10.0
 """Seconds for which a leader that could not be reached or was lost is left out."""
 MAX_REDIRECTS = 5
@@ -137,6 +139,14 @@ class MatchmakingConfig:
             seconds = getattr(self, name)
             if not (math.isfinite(seconds) and seconds > 0):
                 raise InvalidValueError(f"{name}={seconds}: a positive number of seconds is allowed")
+
+    def within(self, seconds: float | None) -> MatchmakingConfig:
+        """For a search of so many seconds: a leader that does not answer shall not cost all of them."""
+        if seconds is None:
+            return self
+        return replace(
+            self, request_timeout=min(self.request_timeout, max(seconds / 2, LEAST_REQUEST_TIMEOUT))
+        )
 
 
 class State(enum.Enum):

@@ -140,7 +140,7 @@ class GroupSearch:
         self._when_too_few = when_too_few
         self._mode = peer.mode
         self._core = Matchmaking(
-            peer.config,
+            peer.config.within(None if deadline is None else deadline - self.now()),
             peer_id=peer.peer_id,
             mode=self._mode,
             schema_hash=peer.schema_hash,
