@@ -185,7 +185,7 @@ def test_peers_with_other_tensors_never_group_and_the_error_says_that_they_were_
             step.result(30)
 
 
-def test_peers_with_other_parts_never_group_and_the_error_says_what_may_differ(swarm: Swarm):
+def test_peers_with_other_parts_never_group_and_the_error_says_what_differs(swarm: Swarm):
     averagers = [
         swarm.peer(
             [torch.zeros(3000)],
@@ -198,7 +198,9 @@ def test_peers_with_other_parts_never_group_and_the_error_says_what_may_differ(s
     ]
     steps = [averager.step(wait=False, timeout=2.0) for averager in averagers]
     for step in steps:
-        with pytest.raises(MatchmakingException, match="part_size_bytes"):
+        with pytest.raises(
+            MatchmakingException, match=r"part_size_bytes is (1024 here, 2048|2048 here, 1024) there"
+        ):
             step.result(30)
 
 

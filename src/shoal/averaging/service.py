@@ -108,13 +108,15 @@ class AveragerService:
         self._host = dht.node.host
         router = Router.of(self._host)
         self._rounds = Rounds(router, config.prefix, sender_timeout=config.effective_sender_timeout)
+        agreement = schema.agreement(
+            config.part_size_bytes, config.matchmaking.min_group_size, config.min_vector_size
+        )
         self._matchmaker = Matchmaker(
             dht.node,
             router,
             prefix=config.prefix,
-            schema_hash=schema.agreement(
-                config.part_size_bytes, config.matchmaking.min_group_size, config.min_vector_size
-            ),
+            schema_hash=agreement.digest(),
+            agreement=agreement,
             config=config.matchmaking,
             mode=config.mode,
             bandwidth=config.bandwidth,

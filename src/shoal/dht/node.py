@@ -131,6 +131,11 @@ class DHTNode:
         return list(self._neighbours.table)
 
     @property
+    def initial_peers(self) -> list[str]:
+        """The addresses of other peers by which this node joined."""
+        return self._initial.others
+
+    @property
     def num_records(self) -> int:
         """How many keys this node keeps records of."""
         return len(self._storage)
