@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from shoal.averaging.background import create_averager_service
+from shoal.averaging.block import TensorsBlock
 from shoal.averaging.checks import OrderOfTimes, check_bits, check_flag, check_number
 from shoal.averaging.commands import GetGroupBits, SetGroupBits
 from shoal.averaging.config import (
@@ -540,8 +541,7 @@ class DecentralizedAverager:
 
     # averaging
 
-    @contextmanager
-    def get_tensors(self) -> Iterator[HeldTensors]:
+    def get_tensors(self) -> TensorsBlock[HeldTensors]:
         """Hold the averager's lock (re-entrant) and yield the averaged tensors: the very objects that were
         given. Change them in place (``tensors[0] += 1``), parameters under :class:`torch.no_grad`.
 
@@ -553,6 +553,10 @@ class DecentralizedAverager:
         Waits for a copy that is under way at most, never for the network. While the lock is held no round
         takes or writes the tensors; hold it shortly. Do not call ``step(wait=True)`` inside.
         """
+        return TensorsBlock(self.__hold_tensors())
+
+    @contextmanager
+    def __hold_tensors(self) -> Iterator[HeldTensors]:
         store = self.__keeper.store
         with store.hold() as tensors:
             try:

@@ -77,7 +77,7 @@ class Step:
     def spend(self, **seconds: float) -> None:
         """Add seconds to phases of the report."""
         phases = self.report.phases
-        total = {name: getattr(phases, name) + value for name, value in seconds.items()}
+        total = {name: round(getattr(phases, name) + value, 6) for name, value in seconds.items()}
         self.report = replace(self.report, phases=replace(phases, **total))
 
 

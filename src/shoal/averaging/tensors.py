@@ -27,6 +27,7 @@ from shoal.averaging.partition import Layout
 from shoal.averaging.schema import lacks_storage, overlaps_itself, shared_memory
 from shoal.compression.base import DTYPE_NAMES, UINT8, tensor_array
 from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidTypeError, InvalidValueError
+from shoal.utils import figures
 
 Area: TypeAlias = torch.Tensor | memoryview | bytearray
 """An arena of ``layout.nbytes`` bytes: a one-dimensional uint8 CPU tensor, or writable memory."""
@@ -94,7 +95,7 @@ class TensorStore:
             held = time.monotonic() - self._held_since
             raise DeadlineExceeded(
                 f"the lock of the averaged tensors was not free within {timeout:g} s:"
-                f" thread {self._holder_name!r} has held it for {held:.1f} s"
+                f" thread {self._holder_name!r} has held it for {figures.duration(held)}"
             )
         try:
             if self._depth == 0:

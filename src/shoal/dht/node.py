@@ -24,7 +24,7 @@ from shoal.dht.reachability import HELPERS, ReachabilityWatch
 from shoal.dht.records import Records
 from shoal.dht.replication import records_after_loss, records_for_newcomer
 from shoal.dht.server import Server
-from shoal.dht.storage import PLAIN, Entry, Record, Storage
+from shoal.dht.storage import NO_TIME_AT_ALL, PLAIN, Entry, Record, Storage
 from shoal.dht.tasks import TaskSet
 from shoal.dht.timekeeping import ASKED, TimeKeeper
 from shoal.dht.types import ValueWithExpiration
@@ -34,6 +34,7 @@ from shoal.errors import BootstrapError, InvalidStateError, InvalidValueError
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.utils import figures
 from shoal.utils.serializer import MSGPackSerializer
 from shoal.utils.timed import DHTClock, dht_clock
 
@@ -158,9 +159,14 @@ class DHTNode:
         """As :meth:`store`, for a key, value and sub-key that were serialized by MSGPackSerializer already."""
         self._check_open()
         if expiration_time > self.clock() + self.config.max_expiration:
+            ahead, limit = expiration_time - self.clock(), self.config.max_expiration
             raise InvalidValueError(
-                f"expiration_time: {expiration_time} is more than {self.config.max_expiration:g} s from now, "
-                "the most that this DHT allows (max_expiration)"
+                f"expiration_time must be at most {figures.duration(limit)} from now (max_expiration), "
+                f"got {figures.duration(ahead)} from now"
+            )
+        if self.clock() - expiration_time > NO_TIME_AT_ALL:
+            raise InvalidValueError(
+                f"expiration_time must be a time, as get_dht_time() + 60, got {figures.number(expiration_time)}"
             )
         for name, serialized in (("key", key), ("subkey", subkey or PLAIN)):
             if len(serialized) > self._storage.limits.max_key_size:
@@ -306,7 +312,8 @@ class DHTNode:
         failures = {text: self._initial.failures.get(text, "no answer yet") for text in self._initial.others}
         listed = "".join(f"\n  {text}: {reason}" for text, reason in failures.items())
         return BootstrapError(
-            f"no initial peer answered within {self.config.bootstrap_timeout:g} s:{listed}", failures
+            f"no initial peer answered within {figures.duration(self.config.bootstrap_timeout)}:{listed}",
+            failures,
         )
 
     # Upkeep of records.

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from shoal.dht.bootstrap import InitialPeers
 from shoal.dht.ids import id_in_bucket
 from shoal.dht.neighbours import Neighbours
+from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class Upkeep:
 
     async def _come_back(self, seconds: float) -> None:
         """Connections may have died unnoticed, and neighbours may have gone: call everybody."""
-        logger.info("this machine was asleep for about %.0f s: calling all neighbours", seconds)
+        logger.info("this machine was asleep for about %s: calling all neighbours", figures.duration(seconds))
         self._neighbours.retry_all_soon()
         self._initial.retry_soon()
         self.hurry()

@@ -92,6 +92,7 @@ from shoal.averaging.matchmaking.story import StoryTeller
 from shoal.averaging.matchmaking.view import NOBODY, View
 from shoal.errors import InvalidValueError
 from shoal.p2p.identity import PeerID
+from shoal.utils import figures
 
 BEGIN_GRACE = 3.0
 """A leader waits this many declaration times longer at its start time, if somebody may be on the way to it."""
@@ -338,7 +339,9 @@ class Matchmaking:
             self._times.expected_at = place.start_time
         self._times.begins_at = place.start_time
         self._times.mixes_until = now + MIX_FOR * (place.start_time - now)
-        self.story.note(now, f"began anew under {place.key!r}, to start in {place.start_time - now:.1f} s")
+        self.story.note(
+            now, f"began anew under {place.key!r}, to start in {figures.duration(place.start_time - now)}"
+        )
         self._declare(now)
         self._go_on_looking()
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from shoal.p2p.identity import PeerID
+from shoal.utils import figures
 
 MAX_RESUMPTIONS = 4
 WAIT_PATIENCE = 120.0
@@ -158,7 +159,9 @@ class DonorChoice:
         current.position, current.has_answered = position, True
         if waited >= WAIT_PATIENCE and any(one is not current and not one.was_left for one in self._left()):
             current.was_left, self._has_settled = True, False
-            current.answers.append(f"nothing but place {position} in its queue for {waited:.0f} s")
+            current.answers.append(
+                f"nothing but place {position} in its queue for {figures.duration(waited)}"
+            )
             return self._choose()
         if position == 0:
             return Stay()

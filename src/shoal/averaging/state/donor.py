@@ -49,6 +49,7 @@ from shoal.averaging.state.queue import (
 from shoal.dht.tasks import TaskSet
 from shoal.errors import InvalidStateError, ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.rpc import EndOfStream, Stream
+from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
 
@@ -241,7 +242,7 @@ class StateDonor:
         else:
             nbytes = self._held.manifest.nbytes
             logger.info(
-                "%s: took a copy of the state, %.1f MB, for peers that join", self._prefix, nbytes / 1e6
+                "%s: took a copy of the state, %s, for peers that join", self._prefix, figures.size(nbytes)
             )
             self._feed(CopyTaken(self._held.state_id))
 
@@ -306,7 +307,9 @@ class StateDonor:
             await _promptly(stream.send(Resumed()))
         else:
             if (age := self._now() - held.taken_at) > FRESH_SECONDS:
-                logger.info("%s: %s gets a copy of %.0f s ago", self._prefix, stream.remote, age)
+                logger.info(
+                    "%s: %s gets a copy made %s ago", self._prefix, stream.remote, figures.duration(age)
+                )
             await _promptly(_send_offer(stream, held))
         for index in range(start, manifest.chunk_count):
             await _promptly(stream.send_payload(index, held.chunk(index)))

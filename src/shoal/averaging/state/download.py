@@ -61,6 +61,7 @@ from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.rpc import EndOfStream, Lane, Payload, Stream
+from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
 
@@ -338,11 +339,11 @@ class StateDownload:
             except (ShoalError, TimeoutError) as e:
                 drop_tracebacks(e)
         logger.info(
-            "%s: loaded the state of %s, %.1f MB in %.1f s",
+            "%s: loaded the state of %s, %s in %s",
             self._prefix,
             donor.peer,
-            partial.manifest.nbytes / 1e6,
-            asyncio.get_running_loop().time() - self._began,
+            figures.size(partial.manifest.nbytes),
+            figures.duration(asyncio.get_running_loop().time() - self._began),
         )
         return Downloaded(donor.peer, partial.manifest)
 
@@ -421,10 +422,10 @@ class StateDownload:
         if now - self._logged >= LOG_PERIOD:
             self._logged = now
             logger.info(
-                "%s: %.0f of %.0f MB of the state of %s, %.1f MB/s",
+                "%s: %s of %s of the state of %s, %s/s",
                 self._prefix,
-                progress.received / 1e6,
-                progress.total / 1e6,
+                figures.size(progress.received),
+                figures.size(progress.total),
                 partial.donor,
-                rate / 1e6,
+                figures.size(rate),
             )
