@@ -724,7 +724,7 @@ def test_one_slow_joiner_does_not_stop_a_donor(caplog: pytest.LogCaptureFixture)
 
     with caplog.at_level(logging.INFO):
         run(main)
-    assert "gets a copy of 1" in caplog.text
+    assert "gets a copy made 1 min" in caplog.text
 
 
 class KnowsFloat32(NoCompression):
