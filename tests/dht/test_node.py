@@ -545,8 +545,8 @@ def test_limits_on_records_hold_over_the_network() -> None:
         nodes = await sim.start_many(2, config)
         for arguments, reason in [
             (("key", bytes(1000)), "max_value_size"),
-            (("k" * 1024, 1), "key: 1027 bytes"),
-            (("key", 1, "s" * 1024), "subkey: 1027 bytes"),
+            (("k" * 1024, 1), "^key must take at most 1,024 bytes when serialized, got 1,027"),
+            (("key", 1, "s" * 1024), "^subkey must take at most 1,024 bytes when serialized, got 1,027"),
         ]:
             key, value, *subkey = arguments
             with pytest.raises(InvalidValueError, match=reason):

@@ -179,7 +179,7 @@ def _encode(serializer: Any, gather: Any) -> bytes:
         )
     if len(encoded) > MAX_GATHER_BYTES:
         raise InvalidValueError(
-            f"gather takes {len(encoded)} bytes when encoded; at most {MAX_GATHER_BYTES} are allowed"
+            f"gather must take at most {MAX_GATHER_BYTES:,} bytes when encoded, got {len(encoded):,}"
         )
     return bytes(encoded)
 

@@ -172,14 +172,14 @@ class DHTNode:
             if len(serialized) > self._storage.limits.max_key_size:
                 limit = self._storage.limits.max_key_size
                 raise InvalidValueError(
-                    f"{name}: {len(serialized)} bytes when serialized; at most {limit} are allowed"
+                    f"{name} must take at most {limit:,} bytes when serialized, got {len(serialized):,}"
                 )
         record = DHTRecord(key, subkey, value, float(expiration_time))
         value = self._validator.sign_value(record)
         if len(value) > self.config.max_value_size:
             limit = self.config.max_value_size
             raise InvalidValueError(
-                f"value: {len(value)} bytes when serialized; this DHT allows {limit} (max_value_size)"
+                f"value must take at most {limit:,} bytes when serialized (max_value_size), got {len(value):,}"
             )
         record = DHTRecord(key, subkey, value, record.expiration_time)
         reason = self._validator.explain(record)
