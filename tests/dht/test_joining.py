@@ -436,7 +436,7 @@ def test_after_a_sleep_all_neighbours_are_called(
         assert "asleep" not in caplog.text
         sim.clock_offset += 3600
         await asyncio.sleep(6)
-        assert "asleep for about 3600 s" in caplog.text
+        assert "asleep for about 1 h" in caplog.text
         assert set(called) == {other.peer_id for other in others}
 
     with caplog.at_level(logging.INFO, "shoal"):

@@ -70,3 +70,23 @@ def test_peers_whose_clocks_are_moved_as_they_search_find_each_other(moved: floa
             await sim.close()
 
     run(story)
+
+
+@pytest.mark.parametrize("moved", [30.0, -30.0])
+def test_a_search_is_rescheduled_by_the_time_of_now(moved: float) -> None:
+    async def story() -> None:
+        sim = SimulatedMatchmaking(3, MatchmakingConfig(None, 1))
+        try:
+            await sim.start([FULL])
+            began = asyncio.get_running_loop().time()
+            search = sim.search(0, starts_in=10.0)
+            await asyncio.sleep(2)
+            clock = sim.dht.clock(0)
+            clock.move(moved)
+            sim.matchmakers[0].reschedule(clock() + 3.0)
+            assert isinstance(await search, GroupInfo)
+            assert asyncio.get_running_loop().time() - began == pytest.approx(5.0, abs=0.5)
+        finally:
+            await sim.close()
+
+    run(story)

@@ -112,8 +112,10 @@ class Matchmaker:
         """
         if not math.isfinite(start_time):
             raise InvalidValueError(f"start_time={start_time}: must be finite")
-        if self._search is not None and not self._search.is_over:
-            self._search.move_to(self._place(start_time))
+        search = self._search
+        if search is not None and not search.is_over:
+            # The search may have begun by another time than the clock shows now.
+            search.move_to(self._place(start_time - self._peer.clock() + search.now()))
 
     def round_committed(self, group: GroupInfo) -> None:
         """A round of ``group``, which this peer found, has been committed: choose the bits of the next one.
