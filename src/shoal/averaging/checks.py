@@ -80,8 +80,8 @@ def check_scheduled_time(scheduled_time: Any, deadline: float | None) -> None:
     check_number("scheduled_time", scheduled_time, maximum=now + MAX_WAIT)
     if deadline is not None and scheduled_time > deadline:
         raise InvalidValueError(
-            f"scheduled_time must be before the step's timeout ends the search, in {figures.duration(deadline - now)}, "
-            f"got {scheduled_time}, which is {figures.duration(scheduled_time - now)} ahead"
+            f"scheduled_time={scheduled_time}: it is {figures.duration(scheduled_time - now)} ahead, "
+            f"and the step's timeout ends the search in {figures.duration(deadline - now)}"
         )
 
 
