@@ -39,12 +39,16 @@ class Steps:
     """Makes steps and concludes them."""
 
     def __init__(
-        self, keeper: TensorKeeper, settings: MatchmakingConfig, prefix: str, order: OrderOfTimes
+        self,
+        keeper: TensorKeeper,
+        settings: MatchmakingConfig,
+        prefix: str,
+        order: OrderOfTimes | None = None,
     ) -> None:
         self._keeper = keeper
         self._settings = settings
         self._prefix = prefix
-        self._order = order
+        self._order = order or OrderOfTimes(prefix, {})
         self._numbers = itertools.count()
         self.failures_in_a_row = 0
 
