@@ -74,6 +74,14 @@ class PollFailed:
 
 
 @dataclass(frozen=True)
+class SchemaCompared:
+    """An :class:`AskSchema` is done: in what that peer differs, for people."""
+
+    peer: PeerID
+    difference: str
+
+
+@dataclass(frozen=True)
 class JoinRequested:
     """Another peer asks this one to lead it; its info is verified."""
 
@@ -151,6 +159,7 @@ Event = (
     | DeclareFailed
     | Polled
     | PollFailed
+    | SchemaCompared
     | JoinRequested
     | FollowerLost
     | LeaderAccepted
@@ -246,6 +255,17 @@ class Log:
 
     text: str
     is_warning: bool = False
+    tells_how_to_join: bool = False
+    """Add by which address others join this peer's DHT."""
+
+
+@dataclass(frozen=True)
+class AskSchema:
+    """Find out in what this peer, which averages something else under the same prefix, differs."""
+
+    peer: PeerID
+    addresses: tuple[str, ...]
+    schema_hash: bytes
 
 
 @dataclass(frozen=True)
@@ -267,6 +287,7 @@ Effect = (
     | MoveTo
     | TooFew
     | Poll
+    | AskSchema
     | AskToJoin
     | LeaveLeader
     | AnswerRequest
