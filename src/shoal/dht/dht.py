@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 from shoal.dht import addresses, options
 from shoal.dht.commands import (
     AddValidators,
+    ClockReading,
     DescribeNode,
     DHTSetup,
     GetRecord,
@@ -42,6 +45,7 @@ from shoal.utils.deep import names_of_hivemind
 from shoal.utils.lazy import attributes_with_advice
 from shoal.utils.logging import show_logs
 from shoal.utils.serializer import MSGPackSerializer
+from shoal.utils.timed import dht_clock
 
 T = TypeVar("T")
 Address = str | Multiaddr
@@ -126,6 +130,7 @@ class DHT:
         self._creation: MPFuture[ServiceHandle] | None = None
         self._peer_id: PeerID | None = None
         self._last_description: NodeDescription | None = None
+        self._time = _NodeTime()
         self._shared_classes: dict[int, type[Any]] = {}
         for name, flag in (("start", start), ("daemon", daemon), ("await_ready", await_ready)):
             options.check_number(name, flag, "bool")
@@ -183,7 +188,9 @@ class DHT:
             from shoal.dht.factory import make_service  # imports nothing of the node here
 
             self._creation = process.create_service(
-                partial(make_service, self._setup), name=self.service_name
+                partial(make_service, replace(self._setup, clock_offset=dht_clock.offset)),
+                name=self.service_name,
+                handler=self._time.take_in,
             )
             self._creation.add_done_callback(partial(_end_after_failure, weakref.ref(process)))
             if await_ready:
@@ -456,8 +463,9 @@ class DHT:
         return register
 
     def _describe(self) -> NodeDescription:
-        self._last_description = self._describe_later().result()
-        return self._last_description
+        description = self._last_description = self._describe_later().result()
+        self._time.take_in(description.clock)
+        return description
 
     def _describe_at_last(self) -> NodeDescription:
         """What the node is now, or was when it was last asked, if it has ended."""
@@ -475,6 +483,21 @@ class DHT:
         return call
 
 
+class _NodeTime:
+    """Makes this process's DHT time follow that of a node. Refers to no DHT, whose last reference ends it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._moves = 0
+
+    def take_in(self, reading: ClockReading) -> None:
+        """On any thread, in any order."""
+        with self._lock:
+            if reading.moves > self._moves:
+                self._moves = reading.moves
+                dht_clock.set_offset(reading.offset)
+
+
 def _serialize(name: str, value: object) -> bytes:
     try:
         return MSGPackSerializer.dumps(value)
@@ -487,7 +510,8 @@ def _serialize(name: str, value: object) -> bytes:
 def _note_description(owner: weakref.ref[DHT], call: Future[NodeDescription]) -> None:
     dht = owner()
     if dht is not None and not call.cancelled() and call.exception() is None:
-        dht._last_description = call.result()
+        description = dht._last_description = call.result()
+        dht._time.take_in(description.clock)
 
 
 def _likely_modules() -> tuple[str, ...]:

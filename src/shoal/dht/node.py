@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shoal.dht.bootstrap import InitialPeers
@@ -24,8 +24,9 @@ from shoal.dht.reachability import ReachabilityWatch
 from shoal.dht.records import Records
 from shoal.dht.replication import records_after_loss, records_for_newcomer
 from shoal.dht.server import Server
-from shoal.dht.storage import PLAIN, Entry, Record, Storage
+from shoal.dht.storage import NO_TIME_AT_ALL, PLAIN, Entry, Record, Storage
 from shoal.dht.tasks import TaskSet
+from shoal.dht.timekeeping import ASKED, TimeKeeper
 from shoal.dht.types import ValueWithExpiration
 from shoal.dht.upkeep import Upkeep
 from shoal.dht.validation import CompositeValidator, DHTRecord, ProtectedKeyValidator, RecordValidatorBase
@@ -33,10 +34,11 @@ from shoal.errors import BootstrapError, IdentityInUse, InvalidStateError, Inval
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.utils import figures
 from shoal.utils.deep import names_of_hivemind
 from shoal.utils.lazy import attributes_with_advice
 from shoal.utils.serializer import MSGPackSerializer
-from shoal.utils.timed import get_dht_time
+from shoal.utils.timed import DHTClock, dht_clock
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ HAND_OVER_BATCH = 256
 class DHTNode:
     """Made by :meth:`create`; lives on one event loop. Nothing here is thread-safe."""
 
+    clock: DHTClock
+    """The time of the DHT: expirations go by it."""
     host: Host
     peer_id: PeerID
 
@@ -64,7 +68,7 @@ class DHTNode:
         *,
         initial_peers: Sequence[Multiaddr] = (),
         validators: Sequence[RecordValidatorBase] = (),
-        clock: Callable[[], float] = get_dht_time,
+        clock: DHTClock = dht_clock,
         rng: random.Random | None = None,
     ) -> DHTNode:
         """Join the DHT of the initial peers, or start one if there are none besides this node itself.
@@ -87,14 +91,14 @@ class DHTNode:
         config: DHTConfig,
         initial_peers: Sequence[Multiaddr],
         validators: Sequence[RecordValidatorBase],
-        clock: Callable[[], float],
+        clock: DHTClock,
         rng: random.Random,
     ) -> None:
         """Use :meth:`create`."""
         self.host = host
         self.peer_id = host.peer_id
         self.config = config
-        self._clock = clock
+        self.clock = clock
         self._tasks = TaskSet()
         self._closed = False
         self._joined = False
@@ -113,10 +117,11 @@ class DHTNode:
         self._initial = InitialPeers(
             self._neighbours, initial_peers, self._tasks, rng, self._found_initial_peer
         )
-        self._upkeep = Upkeep(self._neighbours, self._initial, self._records.find_nodes, clock, rng)
+        self._upkeep = Upkeep(self._neighbours, self._initial, self._records.find_nodes, clock.steady, rng)
         self._reachability = ReachabilityWatch(
             host, lambda: list(self._neighbours.table), self._reachability_changed, rng
         )
+        self._time = TimeKeeper(host, clock, self._helpers, rng)
         self._gets: dict[tuple[int, bool], asyncio.Task[ValueWithExpiration | None]] = {}
         self._neighbours.on_joined.append(self._neighbour_joined)
         self._neighbours.on_left.append(self._neighbour_left)
@@ -135,6 +140,11 @@ class DHTNode:
     def neighbours(self) -> list[PeerID]:
         """The nodes in the routing table."""
         return list(self._neighbours.table)
+
+    @property
+    def initial_peers(self) -> list[str]:
+        """The addresses of other peers by which this node joined."""
+        return self._initial.others
 
     @property
     def num_records(self) -> int:
@@ -158,23 +168,28 @@ class DHTNode:
     ) -> bool:
         """As :meth:`store`, for a key, value and sub-key that were serialized by MSGPackSerializer already."""
         self._check_open()
-        if expiration_time > self._clock() + self.config.max_expiration:
+        if expiration_time > self.clock() + self.config.max_expiration:
+            ahead, limit = expiration_time - self.clock(), self.config.max_expiration
             raise InvalidValueError(
-                f"expiration_time: {expiration_time} is more than {self.config.max_expiration:g} s from now, "
-                "the most that this DHT allows (max_expiration)"
+                f"expiration_time must be at most {figures.duration(limit)} from now (max_expiration), "
+                f"got {figures.duration(ahead)} from now"
+            )
+        if self.clock() - expiration_time > NO_TIME_AT_ALL:
+            raise InvalidValueError(
+                f"expiration_time must be a time, as get_dht_time() + 60, got {figures.number(expiration_time)}"
             )
         for name, serialized in (("key", key), ("subkey", subkey or PLAIN)):
             if len(serialized) > self._storage.limits.max_key_size:
                 limit = self._storage.limits.max_key_size
                 raise InvalidValueError(
-                    f"{name}: {len(serialized)} bytes when serialized; at most {limit} are allowed"
+                    f"{name} must take at most {limit:,} bytes when serialized, got {len(serialized):,}"
                 )
         record = DHTRecord(key, subkey, value, float(expiration_time))
         value = self._validator.sign_value(record)
         if len(value) > self.config.max_value_size:
             limit = self.config.max_value_size
             raise InvalidValueError(
-                f"value: {len(value)} bytes when serialized; this DHT allows {limit} (max_value_size)"
+                f"value must take at most {limit:,} bytes when serialized (max_value_size), got {len(value):,}"
             )
         record = DHTRecord(key, subkey, value, record.expiration_time)
         reason = self._validator.explain(record)
@@ -208,9 +223,7 @@ class DHTNode:
         if not latest and self.config.cache_locally:
             cached = self._records.cached(identifier)
             if cached is not None:
-                expires_soon = (
-                    cached.expiration_time - self._clock() < self.config.cache_refresh_before_expiry
-                )
+                expires_soon = cached.expiration_time - self.clock() < self.config.cache_refresh_before_expiry
                 if expires_soon and self.config.cache_refresh_before_expiry:
                     self._start_get(identifier, key, latest=True)
                 return cached
@@ -235,6 +248,7 @@ class DHTNode:
             return
         self._closed = True
         self._server.stop(self.host)
+        self._time.close()
         self._neighbours.close()
         await self._tasks.close()
 
@@ -270,6 +284,8 @@ class DHTNode:
             if self.config.ensure_bootstrap_success:
                 raise self._bootstrap_error()
             logger.warning("%s; going on in the background", self._bootstrap_error())
+        elif not found:
+            self._time.begin()
         if found:
             await self._enter()
         else:
@@ -280,6 +296,7 @@ class DHTNode:
         self._joined = True
         self._upkeep.hurry()
         self._tasks.start(self._upkeep.run(), "dht-upkeep")
+        self._tasks.start(self._time.run(), "dht-time")
         if self._checks:
             self._tasks.start(self._reachability.run(), "dht-reachability")
 
@@ -298,8 +315,11 @@ class DHTNode:
         """The first initial peer has answered: meet the nodes near this one, and become one of them."""
         self._entered = True
         neighbours = self._neighbours
+        known = [*self._initial.found.values(), *neighbours.table, *(neighbours.heard_of or ())]
+        known = list(dict.fromkeys(known))
+        # Before anything is stored, and before users ask what time it is.
+        await self._time.ask(known[:ASKED])
         if self._checks:
-            known = [*self._initial.found.values(), *neighbours.table, *(neighbours.heard_of or ())]
             await self._reachability.check(known)
             if self.host.can_be_dialed:
                 await self._tell_neighbours()
@@ -323,11 +343,16 @@ class DHTNode:
         for peer in heard_of:
             self._neighbours.greet_if_new(peer)
 
+    def _helpers(self) -> list[PeerID]:
+        """Who may be asked what time it is."""
+        return list(dict.fromkeys([*self._neighbours.table, *self.host.connected_peers()]))
+
     def _bootstrap_error(self) -> BootstrapError:
         failures = {text: self._initial.failures.get(text, "no answer yet") for text in self._initial.others}
         listed = "".join(f"\n  {text}: {reason}" for text, reason in failures.items())
         return BootstrapError(
-            f"no initial peer answered within {self.config.bootstrap_timeout:g} s:{listed}", failures
+            f"no initial peer answered within {figures.duration(self.config.bootstrap_timeout)}:{listed}",
+            failures,
         )
 
     # Upkeep of records.
@@ -376,7 +401,7 @@ class DHTNode:
             await asyncio.sleep(0)
 
     async def _give(self, peer: PeerID, record: Record) -> None:
-        now = self._clock()
+        now = self.clock()
         entries = [
             StoredEntry(subkey, entry.value, entry.expiration)
             for subkey, entry in record.entries.items()

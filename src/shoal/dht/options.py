@@ -13,6 +13,7 @@ from typing import Any
 from shoal.dht.config import DHTConfig
 from shoal.dht.validation import RecordValidatorBase
 from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.utils.ordering import Order, contradictions
 from shoal.utils.scalars import plain
 
 LIBP2P_OPTIONS = frozenset(
@@ -28,6 +29,13 @@ HIVEMIND_TUNING = frozenset(
     {"backoff_rate", "blacklist_time", "chunk_size", "depth_modulo", "num_workers", "strict"}
 )  # fmt: skip
 """Options of hivemind that tune its own implementation, and have no counterpart here."""
+
+ORDERS = (
+    Order("stall_timeout", "wait_timeout", "a search waits for nodes that are gone"),
+    Order("wait_timeout", "bootstrap_timeout", "an initial peer that is slow is tried only once"),
+)
+STALLS_IN_WAIT = 4
+"""``wait_timeout`` over ``stall_timeout`` at least, where one of both is not given."""
 
 _REFUSED = {
     "authorizer": "Shoal has no authorizers yet, and will not start a DHT without one that was asked for",
@@ -63,7 +71,20 @@ def make_config(given: Mapping[str, Any], extra: Mapping[str, Any]) -> DHTConfig
             )
         else:
             raise InvalidTypeError(_unknown(name, [*given, *types]))
-    return DHTConfig(**{name: check_number(name, value, types[name]) for name, value in values.items()})
+    values = {name: check_number(name, value, types[name]) for name, value in values.items()}
+    for text in contradictions(values, ORDERS):
+        _warn(text)
+    return DHTConfig(**(_followers(values) | values))
+
+
+def _followers(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults that have to follow what was given."""
+    stall, wait = given.get("stall_timeout"), given.get("wait_timeout")
+    if stall is None and wait:
+        return {"stall_timeout": min(DHTConfig.stall_timeout, wait / STALLS_IN_WAIT)}
+    if wait is None and stall:
+        return {"wait_timeout": max(DHTConfig.wait_timeout, STALLS_IN_WAIT * stall)}
+    return {}
 
 
 def check_number(name: str, value: Any, kind: str = "float") -> Any:

@@ -24,6 +24,7 @@ from shoal.p2p.rpc import Lane
 from shoal.p2p.session import FrameReceived, HandshakeCompleted, PayloadReceived, Role, Session
 from shoal.p2p.sockets import ip_of, origin_of, unsent_bytes
 from shoal.p2p.streams import Multiplexer, StreamState
+from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
 
@@ -481,7 +482,7 @@ class Connection(asyncio.BufferedProtocol):
         verdict, again = self._keepalive.check(now, unsent, self._written, elsewhere)
         if verdict is Verdict.DEAD:
             silence = now - self._keepalive.last_sign
-            reason = f"no sign of life for {silence:.1f} s"
+            reason = f"no sign of life for {figures.duration(silence)}"
             logger.info("%s", self._where(reason))
             self._end(reason, ConnectionLost(self._where(reason)))
             cast("asyncio.Transport", self._transport).abort()

@@ -60,6 +60,7 @@ class Connections:
         peer_met: Callable[[Connection], None],
         peer_lost: Callable[[PeerID, str], None],
         clock: Callable[[], float],
+        clock_differs: Callable[[PeerID, float], None],
         incarnation: int | None = None,
     ) -> None:
         self.identity = identity
@@ -82,12 +83,12 @@ class Connections:
         )
         self.contest = self.tenancy.contest
         self.hear_refusal = self.tenancy.hear_refusal
+        self._clock_differs = clock_differs
         self._dialer = Dialer(network, self._make, timeout=config.dial_timeout, stagger=config.dial_stagger)
         self._peers: dict[PeerID, PeerConnections] = {}
         self._connections: dict[Connection, None] = {}
         self._dials: dict[tuple[PeerID, Lane], asyncio.Task[Connection | PeerUnreachable]] = {}
         self._lane_failures: dict[PeerID, float] = {}
-        self._skew_warned: dict[PeerID, None] = {}
         self._is_closing = False
 
     # What is there.
@@ -275,7 +276,7 @@ class Connections:
         refusal = self._make_room(connection)
         if refusal is not None:
             return refusal
-        self._note_skew(connection, hello)
+        self._note_clock(connection, hello)
         if connection.lane is Lane.PROBE:
             return None
         self.addresses.add(peer, _meaningful(announced, connection))
@@ -363,15 +364,10 @@ class Connections:
             if origin is not None and one.origin == origin and one.role is Role.RESPONDER
         ]
 
-    def _note_skew(self, connection: Connection, hello: wire.Hello) -> None:
-        skew = hello.clock - self._clock()
-        peer = connection.peer
-        if abs(skew) > self.config.skew_warning + (connection.rtt or 0.0) and peer not in self._skew_warned:
-            if len(self._skew_warned) >= self.config.max_known_peers:
-                del self._skew_warned[next(iter(self._skew_warned))]
-            self._skew_warned[peer] = None
-            direction = "ahead of" if skew > 0 else "behind"
-            logger.warning("the clock of %s is %.1f s %s this one", peer, abs(skew), direction)
+    def _note_clock(self, connection: Connection, hello: wire.Hello) -> None:
+        ahead = hello.clock - self._clock()
+        if abs(ahead) > self.config.clock_difference + (connection.rtt or 0.0):
+            self._clock_differs(connection.peer, ahead)
 
     # Entries of peers.
 

@@ -97,6 +97,7 @@ class Host:
         self._listeners: list[Listener] = []
         self._served: dict[str, Served] = {}
         self._on_disconnect: dict[int, Callable[[PeerID, str], None]] = {}
+        self._on_clock_difference: dict[int, Callable[[PeerID, float], None]] = {}
         self._subscriptions = 0
         self._state = "new"
         self._silent: set[Multiaddr] = set()
@@ -110,6 +111,7 @@ class Host:
             peer_met=lambda connection: self.reach.note_connection(connection),
             peer_lost=self._peer_lost,
             clock=clock,
+            clock_differs=self._clock_differs,
             incarnation=incarnation,
         )
         self.reach = Reach(
@@ -364,6 +366,15 @@ class Host:
         self._on_disconnect[number] = callback
         return lambda: self._on_disconnect.pop(number, None) and None
 
+    def on_clock_difference(self, callback: Callable[[PeerID, float], None]) -> Callable[[], None]:
+        """Call ``callback(peer, seconds)`` when a peer connects whose clock is ahead by so many seconds, or behind if
+        negative: by more than ``config.clock_difference`` and the round trip. Returns an unsubscriber.
+        """
+        self._subscriptions += 1
+        number = self._subscriptions
+        self._on_clock_difference[number] = callback
+        return lambda: self._on_clock_difference.pop(number, None) and None
+
     async def check_reachability(
         self, helpers: Sequence[PeerID], *, more: Sequence[PeerID] = (), timeout: float = CHECK_TIMEOUT
     ) -> Reachability:
@@ -423,6 +434,10 @@ class Host:
     def _peer_lost(self, peer: PeerID, reason: str) -> None:
         for callback in list(self._on_disconnect.values()):
             callback(peer, reason)
+
+    def _clock_differs(self, peer: PeerID, ahead: float) -> None:
+        for callback in list(self._on_clock_difference.values()):
+            callback(peer, ahead)
 
     async def _ask_for_lane(self, peer: PeerID, deadline: float) -> bool:
         if not self.can_be_dialed:

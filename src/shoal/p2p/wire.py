@@ -87,7 +87,7 @@ class Hello(msgspec.Struct, array_like=True, frozen=True):
         list[Annotated[str, msgspec.Meta(max_length=MAX_ADDRESS)]], msgspec.Meta(max_length=MAX_ADDRESSES)
     ]
     clock: float
-    """The sender's wall clock, to measure its skew."""
+    """The sender's DHT time."""
     incarnation: Incarnation = UNKNOWN
     """The number that this run of the sender has drawn; with ``tenure``, see :mod:`shoal.p2p.claims`."""
     tenure: float = UNSETTLED

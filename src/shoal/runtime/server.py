@@ -31,6 +31,7 @@ from shoal.runtime.messages import HostState, Setup
 from shoal.runtime.presence import Presence
 from shoal.runtime.processes import is_stopped
 from shoal.runtime.service import Service
+from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,8 @@ class Server:
             async with asyncio.timeout_at(deadline):
                 await self._close_all()
         except TimeoutError:
-            logger.warning("%d services did not close within %.1f s", len(self.services), seconds)
+            left = figures.count(len(self.services), "service")
+            logger.warning("%s did not close within %s", left, figures.duration(seconds))
         await self._flush()
 
     def stop(self, seconds: float) -> None:
@@ -412,7 +414,7 @@ def main() -> NoReturn:
     def terminate() -> None:
         nonlocal terminated
         terminated = True
-        logger.warning("received SIGTERM")
+        logger.warning("the background process received SIGTERM: it ends")
         server.stop(_TERMINATED_SECONDS)
 
     try:

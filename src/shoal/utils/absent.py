@@ -117,7 +117,7 @@ ABSENT: Mapping[str, Mapping[str, str]] = {
         "TimedStorage": "the DHT's storage is internal; dht.store() and dht.get() use it",
         "timed_storage": "get_dht_time, ValueWithExpiration and DHTExpiration are in shoal.utils itself",
         "MAX_DHT_TIME_DISCREPANCY_SECONDS": (
-            "clocks of peers may differ by up to a minute; larger differences are reported when they connect"
+            "clocks of peers may differ by any time: peers measure the difference and go by a time of their own"
         ),
         "mpfuture": "MPFuture is shoal.utils.MPFuture",
         "streaming": "Shoal streams tensors by itself",
