@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from shoal.errors import BootstrapError as BootstrapError
     from shoal.errors import ConnectionLost as ConnectionLost
     from shoal.errors import DeadlineExceeded as DeadlineExceeded
+    from shoal.errors import IdentityInUse as IdentityInUse
     from shoal.errors import InvalidStateError as InvalidStateError
     from shoal.errors import InvalidTypeError as InvalidTypeError
     from shoal.errors import InvalidValueError as InvalidValueError
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from shoal.p2p.multiaddr import Multiaddr as Multiaddr
     from shoal.runtime.futures import MPFuture as MPFuture
     from shoal.utils.logging import get_logger as get_logger
+    from shoal.utils.logging import use_hivemind_log_handler as use_hivemind_log_handler
     from shoal.utils.serializer import MSGPackSerializer as MSGPackSerializer
     from shoal.utils.timed import get_dht_time as get_dht_time
 
@@ -121,11 +123,13 @@ _MODULE_OF = {
     "Multiaddr": "shoal.p2p.multiaddr",
     "MPFuture": "shoal.runtime.futures",
     "MSGPackSerializer": "shoal.utils.serializer",
+    "use_hivemind_log_handler": "shoal.utils.logging",
     # errors
     "ShoalError": "shoal.errors",
     "UsageError": "shoal.errors",
     "InvalidValueError": "shoal.errors",
     "InvalidTypeError": "shoal.errors",
+    "IdentityInUse": "shoal.errors",
     "InvalidStateError": "shoal.errors",
     "ProtocolViolation": "shoal.errors",
     "DeadlineExceeded": "shoal.errors",

@@ -7,6 +7,7 @@
     │   ├── InvalidValueError           (also ValueError)  names the parameter, the value and what is allowed
     │   ├── InvalidTypeError            (also TypeError)
     │   └── InvalidStateError           (also RuntimeError)  e.g. used after shutdown, in a forked child, pickled
+│       └── IdentityInUse           another running peer has the same identity; names its address
     ├── ProtocolViolation               a remote peer broke the protocol: it is disconnected with this reason
     ├── DeadlineExceeded                (also TimeoutError)
     │   └── PeerProcessUnresponsive     the background process is stopped, or does not answer; names it
@@ -40,6 +41,21 @@ class InvalidTypeError(UsageError, TypeError):
 
 class InvalidStateError(UsageError, RuntimeError):
     """A call that is not possible now: after shutdown, before start, in a forked child, under the lock."""
+
+
+class IdentityInUse(InvalidStateError):
+    """Another running peer holds the same identity, ``peer_id``; ``address`` is where that one is."""
+
+    def __init__(self, peer_id: str, address: str) -> None:
+        super().__init__(
+            f"another running peer has this identity: {peer_id} is held at {address}. Each peer needs a key file "
+            "of its own: give this one another identity_path, or stop the other peer first"
+        )
+        self.peer_id = peer_id
+        self.address = address
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.peer_id, self.address))
 
 
 class ProtocolViolation(ShoalError):

@@ -320,9 +320,18 @@ def test_a_step_before_the_start_says_so():
         make().step(wait=False)
 
 
-def test_a_request_timeout_that_is_too_long_is_a_warning(caplog: pytest.LogCaptureFixture):
-    make(request_timeout=6.0)
-    assert "request_timeout=6" in caplog.text
+@pytest.mark.parametrize(
+    "use",
+    [list, len, lambda block: block[0], lambda block: torch.zeros(1) in block, lambda block: [*block]],
+    ids=["list", "len", "index", "in", "unpack"],
+)
+def test_get_tensors_outside_of_a_block_says_how_to_use_it(use: Any):
+    averager = make()
+    with pytest.raises(TypeError, match=r"`with averager\.get_tensors\(\) as tensors:`"):
+        use(averager.get_tensors())
+    with averager.get_tensors() as tensors, averager.get_tensors():
+        assert len(tensors) == 1
+    assert averager.get_tensors()
 
 
 def test_more_parts_than_there_may_be_are_found_out_when_the_averager_is_made():

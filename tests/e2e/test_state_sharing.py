@@ -413,7 +413,7 @@ def fail() -> Any:
         ((object(), []), "metadata that the serializer refuses"),
         ((None, [torch.zeros(3)], []), "1 tensors, but 0 infos"),
         (sys.exit, "get_current_state() failed: SystemExit"),
-        ((bytes((16 << 20) + 1), []), "metadata of 16777"),
+        ((bytes((16 << 20) + 1), []), "metadata of 16,777"),
     ],
 )
 def test_rubbish_is_named_at_the_donor_and_the_joiner_goes_to_the_next(

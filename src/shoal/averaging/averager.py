@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from shoal.averaging.background import create_averager_service
-from shoal.averaging.checks import check_bits, check_choice, check_flag, check_number
+from shoal.averaging.block import TensorsBlock
+from shoal.averaging.checks import OrderOfTimes, check_bits, check_choice, check_flag, check_number
 from shoal.averaging.commands import GetGroupBits, SetGroupBits
 from shoal.averaging.config import (
     DEFAULT_DECLARE_STATE_PERIOD,
@@ -44,6 +45,13 @@ from shoal.averaging.state.host import State, StateHost
 from shoal.averaging.state.pieces import DownloadData, state_pieces
 from shoal.averaging.steps import Steps, WhenBusy
 from shoal.averaging.tensors import TensorStore
+from shoal.averaging.timeouts import (
+    LOAD_TIMEOUT,
+    MIN_MATCHMAKING_TIME,
+    RECORD_TIME,
+    REQUEST_TIMEOUT,
+    given_times,
+)
 from shoal.compression import CompressionBase, CompressionInfo, NoCompression
 from shoal.compression.registry import user_codecs
 from shoal.dht.dht import DHT
@@ -57,6 +65,7 @@ from shoal.errors import (
 from shoal.p2p.identity import PeerID
 from shoal.runtime import pickling
 from shoal.runtime.futures import MPFuture, chain
+from shoal.utils.deep import names_of_hivemind
 from shoal.utils.lazy import attributes_with_advice
 from shoal.utils.serializer import MSGPackSerializer
 
@@ -113,8 +122,10 @@ class DecentralizedAverager:
     :param initial_group_bits: look for groups among the peers with these bits ('0' and '1', at most 64) only; they
       change after every round. Empty: chosen automatically by the number of peers. Unless the bits of all peers make a
       full grid, some may find no partners. See :meth:`set_group_bits`.
-    :param min_matchmaking_time: time that a group that is not full waits for further peers
-    :param request_timeout: time to wait for a leader's first answer; should be smaller than ``min_matchmaking_time``
+    :param min_matchmaking_time: time that a group that is not full waits for further peers; more than 5 s if you give a
+      ``request_timeout`` that needs it
+    :param request_timeout: time to wait for a leader's first answer; smaller than ``min_matchmaking_time``, which a
+      default of less than 3 s follows
     :param averaging_alpha: tensors move by this fraction of the way to the average; 1: they become the average; above 1
       they go beyond it, and by 2 at most, where they end as far from it as they were
     :param part_size_bytes: tensors travel in parts of at most this many bytes, after compression (1 KiB to 64
@@ -123,11 +134,12 @@ class DecentralizedAverager:
     :param next_chunk_timeout: default of ``sender_timeout``; also the longest time between two whole pieces (2^18
       elements each, 1 MiB of float32) of a state that is downloaded. None: no limit.
     :param sender_timeout: a member that sends no next part for this long is excluded: the others average without what
-      it has not sent, and its own step fails. Default: ``next_chunk_timeout``.
+      it has not sent, and its own step fails. Default: ``next_chunk_timeout``,
+      or half of ``reducer_timeout``, or a third of ``allreduce_timeout``, if that is less.
     :param reducer_timeout: when a member returns no next average for this long, the round fails for everybody, and the
       step looks for another group; if the one that waits averages nothing itself (a client), only for that one. A
       member that takes no average for so long, and 1 s, when all are there is excluded. Default: twice
-      ``sender_timeout``.
+      ``sender_timeout``, but less than ``allreduce_timeout``.
     :param compression: the codec of the parts; the same at all peers
     :param state_compression: the codec of the state that others download from this peer
     :param tensor_infos: what each tensor is for, one :class:`~shoal.compression.CompressionInfo` for each; for codecs
@@ -176,8 +188,8 @@ class DecentralizedAverager:
         target_group_size: int | None = None,
         min_group_size: int = 2,
         initial_group_bits: str = "",
-        min_matchmaking_time: float = 5.0,
-        request_timeout: float = 3.0,
+        min_matchmaking_time: float = MIN_MATCHMAKING_TIME,
+        request_timeout: float = REQUEST_TIMEOUT,
         averaging_alpha: float = 1.0,
         part_size_bytes: int = DEFAULT_PART_SIZE_BYTES,
         allreduce_timeout: float | None = None,
@@ -235,13 +247,6 @@ class DecentralizedAverager:
             raise InvalidValueError(
                 "daemon=False: the averager lives in the background process of its DHT, which was made with daemon=True"
             )
-        if request_timeout >= min_matchmaking_time:
-            logger.warning(
-                "request_timeout=%g should be smaller than min_matchmaking_time=%g: a leader that does not answer "
-                "costs a whole search",
-                request_timeout,
-                min_matchmaking_time,
-            )
         check_codec("compression", compression)
         check_codec("state_compression", state_compression)
         named, source = take_tensors(averaged_tensors)
@@ -281,7 +286,18 @@ class DecentralizedAverager:
         self.__keeper = TensorKeeper(
             store, layout, float(averaging_alpha), auxiliary, self.__states, prefix, apply_when
         )
-        self.__steps = Steps(self.__keeper, self.__config.matchmaking, prefix)
+        given = given_times(
+            min_matchmaking_time=min_matchmaking_time,
+            request_timeout=request_timeout,
+            allreduce_timeout=allreduce_timeout,
+            next_chunk_timeout=next_chunk_timeout,
+            sender_timeout=sender_timeout,
+            reducer_timeout=reducer_timeout,
+            declare_state_period=declare_state_period,
+        )
+        self.__order = OrderOfTimes(prefix, given)
+        self.__order.check(RECORD_TIME, dht._setup.config.max_expiration / 2)
+        self.__steps = Steps(self.__keeper, self.__config.matchmaking, prefix, self.__order)
         self.__shutdown_timeout = shutdown_timeout
         self.__started: MPFuture[ServiceHandle] | None = None
         self.__finalizer: weakref.finalize[..., Any] | None = None
@@ -543,6 +559,7 @@ class DecentralizedAverager:
         wait, progress = check_flag("wait", wait), check_flag("progress", progress)
         if timeout is not None:
             timeout = check_number("timeout", timeout, above=0)
+            self.__order.check(LOAD_TIMEOUT, timeout)
         if wait:
             self.__check_lock("load_state_from_peers(wait=True)")
         loading = self.__states.load(self.__ready(timeout), timeout, progress=progress)
@@ -597,8 +614,7 @@ class DecentralizedAverager:
 
     # averaging
 
-    @contextmanager
-    def get_tensors(self) -> Iterator[HeldTensors]:
+    def get_tensors(self) -> TensorsBlock[HeldTensors]:
         """Hold the averager's lock (re-entrant) and yield the averaged tensors: the very objects that were
         given; of a module or a function, those that it has now. Change them in place (``tensors[0] += 1``),
         parameters under :class:`torch.no_grad`.
@@ -612,6 +628,10 @@ class DecentralizedAverager:
         takes or writes the tensors; hold it shortly. Do not call ``step(wait=True)`` inside.
         """
         self.__check_process()
+        return TensorsBlock(self.__hold_tensors())
+
+    @contextmanager
+    def __hold_tensors(self) -> Iterator[HeldTensors]:
         store = self.__keeper.store
         with store.hold() as tensors:
             try:
@@ -770,3 +790,7 @@ def _check_timeout(timeout: float | None) -> float | None:
         if timeout is None
         else check_number("timeout", timeout, minimum=0, maximum=threading.TIMEOUT_MAX)
     )
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of_hivemind(__name__)

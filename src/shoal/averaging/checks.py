@@ -5,13 +5,19 @@ Each returns the value, as Python's own where a number or flag of numpy or torch
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shoal.averaging.timeouts import ORDERS
 from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.utils import figures
+from shoal.utils.ordering import contradictions
 from shoal.utils.scalars import plain
 from shoal.utils.timed import get_dht_time
+
+logger = logging.getLogger(__name__)
 
 MAX_GROUP_BITS = 64
 MAX_WAIT = 86400.0
@@ -93,8 +99,8 @@ def check_scheduled_time(scheduled_time: Any, deadline: float | None) -> float:
     time = check_number("scheduled_time", scheduled_time, maximum=now + MAX_WAIT)
     if deadline is not None and time > deadline:
         raise InvalidValueError(
-            f"scheduled_time={time}: it is {time - now:.1f} s ahead, "
-            f"and the step's timeout ends the search in {deadline - now:.1f} s"
+            f"scheduled_time={time}: it is {figures.duration(time - now)} ahead, "
+            f"and the step's timeout ends the search in {figures.duration(deadline - now)}"
         )
     return time
 
@@ -107,3 +113,24 @@ def check_bits(name: str, bits: Any) -> str:
             f"{name}={text!r}: a string of at most {MAX_GROUP_BITS} characters '0' and '1' is allowed"
         )
     return text
+
+
+class OrderOfTimes:
+    """Warns of times that contradict each other: at once of those that the averager was given, once of each other."""
+
+    def __init__(self, prefix: str, given: Mapping[str, float | None]) -> None:
+        self._prefix = prefix
+        self._given = dict(given)
+        self._told: set[str] = set()
+        self._warn(self._given, "")
+
+    def check(self, name: str, seconds: float) -> None:
+        """Compare a time that a call was given with the averager's; of each name the first contradiction is told."""
+        if name not in self._told:
+            self._warn({**self._given, name: seconds}, name)
+
+    def _warn(self, times: Mapping[str, float | None], name: str) -> None:
+        orders = [order for order in ORDERS if not name or name == order.longer]
+        for text in contradictions(times, orders):
+            self._told.add(name)
+            logger.warning("%s: %s", self._prefix, text)

@@ -21,7 +21,8 @@ class AttachArena:
 class RunStep:
     """Run one step of averaging; answered by a :class:`StepOutcome` after the averages have been written.
 
-    Times are in DHT seconds; ``deadline`` ends the search for a group (None: never).
+    Times are steady ones (:func:`~shoal.utils.timed.steady_time`, the same in both processes), so that no clock
+    that is set changes how long a step takes. ``deadline`` ends the search for a group (None: never).
     """
 
     step: int
@@ -42,7 +43,7 @@ class AllowAllreduce:
 
 @dataclass(frozen=True)
 class Reschedule:
-    """All-reduce of this step is expected to begin at another time, in DHT seconds."""
+    """All-reduce of this step is expected to begin at another time, a steady one."""
 
     step: int
     scheduled_time: float

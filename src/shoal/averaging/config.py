@@ -11,9 +11,11 @@ import torch
 from shoal.averaging.checks import MAX_WAIT, check_bits, check_count, check_flag, check_number, check_string
 from shoal.averaging.group import MAX_GROUP_SIZE, PeerMode, group_key
 from shoal.averaging.matchmaking.core import MatchmakingConfig
+from shoal.averaging.timeouts import given_times, settle
 from shoal.compression import CompressionBase, CompressionInfo
 from shoal.compression.registry import CODECS
 from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.utils.ordering import DefaultSeconds
 from shoal.utils.scalars import plain
 
 DEFAULT_PART_SIZE_BYTES = 1 << 19
@@ -30,13 +32,11 @@ START_BEFORE_DEADLINE = 0.8
 MAX_VECTOR_SIZE = 1 << 62
 FIRST_RETRY_PAUSE = 0.1
 MAX_RETRY_PAUSE = 5.0
-DEFAULT_DECLARE_STATE_PERIOD = 30.0
+DEFAULT_DECLARE_STATE_PERIOD = DefaultSeconds(30.0)
 DEFAULT_MAX_STATE_AGE = 60.0
 MIN_DECLARE_STATE_PERIOD = 0.1
 MAX_DECLARE_STATE_PERIOD = 3000.0
 """Seconds; with the time until it expires, a declaration stays below the hour that the DHT keeps records."""
-REDUCER_PATIENCE = 2
-"""``reducer_timeout`` over ``sender_timeout``, by default: an owner may itself have to wait for a sender."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,18 @@ class AveragerConfig:
 
     @property
     def effective_sender_timeout(self) -> float | None:
-        """``sender_timeout`` or, by default, ``next_chunk_timeout``."""
-        return self.next_chunk_timeout if self.sender_timeout is None else self.sender_timeout
+        """``sender_timeout`` or, by default, what follows from the other times."""
+        return settle(self._times).sender_timeout
 
     @property
     def effective_reducer_timeout(self) -> float | None:
-        """``reducer_timeout`` or, by default, twice the sender's."""
-        sender = self.effective_sender_timeout
-        if self.reducer_timeout is not None or sender is None:
-            return self.reducer_timeout
-        return REDUCER_PATIENCE * sender
+        """``reducer_timeout`` or, by default, what follows from the other times."""
+        return settle(self._times).reducer_timeout
+
+    @property
+    def _times(self) -> dict[str, float | None]:
+        names = ("allreduce_timeout", "next_chunk_timeout", "sender_timeout", "reducer_timeout")
+        return {name: getattr(self, name) for name in names}
 
 
 def _check_modes(config: AveragerConfig) -> None:
@@ -221,14 +223,16 @@ def matchmaking_config(
     if target_group_size is not None:
         target_group_size = check_count("target_group_size", target_group_size, 1, MAX_GROUP_SIZE)
     min_group_size = check_count("min_group_size", min_group_size, 1, MAX_GROUP_SIZE)
-    search_time = check_number("min_matchmaking_time", min_matchmaking_time, above=0, maximum=MAX_WAIT)
-    patience = check_number("request_timeout", request_timeout, above=0)
-    return MatchmakingConfig(target_group_size, min_group_size, float(search_time), float(patience))
+    check_number("min_matchmaking_time", min_matchmaking_time, above=0, maximum=MAX_WAIT)
+    check_number("request_timeout", request_timeout, above=0)
+    times = settle(given_times(min_matchmaking_time=min_matchmaking_time, request_timeout=request_timeout))
+    wait = min(times.min_matchmaking_time, MAX_WAIT)
+    return MatchmakingConfig(target_group_size, min_group_size, wait, times.request_timeout)
 
 
 def default_start(now: float, deadline: float | None, settings: MatchmakingConfig) -> float:
     """When a group that is not full begins: after ``min_matchmaking_time``, or well before the deadline of a search
-    that is shorter than that. DHT seconds.
+    that is shorter than that. All times are of one clock.
     """
     wait = settings.min_matchmaking_time
     return now + (wait if deadline is None else min(wait, START_BEFORE_DEADLINE * (deadline - now)))
@@ -236,7 +240,7 @@ def default_start(now: float, deadline: float | None, settings: MatchmakingConfi
 
 def retry_start(planned: float, now: float, deadline: float | None, settings: MatchmakingConfig) -> float:
     """When a group that is not full begins after one has failed: as if the step were made ``now``, but not before the
-    time that was ``planned``, which may be the user's. DHT seconds.
+    time that was ``planned``, which may be the user's. All times are of one clock.
     """
     return max(planned, default_start(now, deadline, settings))
 

@@ -17,6 +17,7 @@ from shoal.averaging.allreduce.messages import MAX_WEIGHT
 from shoal.averaging.checks import check_number, check_scheduled_time
 from shoal.errors import InvalidStateError
 from shoal.runtime.futures import MPFuture
+from shoal.utils.deep import names_of_hivemind
 from shoal.utils.lazy import attributes_with_advice
 
 if TYPE_CHECKING:
@@ -272,3 +273,7 @@ def _run_on_its_own_thread(callback: Callable[[], None]) -> None:
         threading.Thread(target=callback, name="shoal-step-callback", daemon=True).start()
     except RuntimeError:  # the interpreter is ending: no thread can be started any more, and none is held up
         callback()
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of_hivemind(__name__)

@@ -19,6 +19,7 @@ import msgspec
 from shoal.averaging.lineage import NO_LINEAGE, Lineage, lineage_problem
 from shoal.errors import InvalidValueError, ProtocolViolation
 from shoal.p2p.identity import Identity, PeerID, verify
+from shoal.utils import figures
 
 MEMBER_DOMAIN = b"shoal.averaging.member.v1"
 SCHEMA_HASH_BYTES = 32
@@ -181,8 +182,10 @@ def verify_member(signed: SignedMemberInfo, *, now: float, max_age: float = MAX_
     if problem:
         raise ProtocolViolation(f"member info of {peer_id}: {problem}")
     if not now - max_age <= info.signed_at <= now + CLOCK_SKEW:
+        side = "ahead" if info.signed_at > now else "ago"
         raise ProtocolViolation(
-            f"member info of {peer_id} was signed at {info.signed_at:.3f}, now is {now:.3f}: it is not fresh"
+            f"member info of {peer_id} was signed {figures.duration(abs(info.signed_at - now))} {side} by this peer's "
+            "clock: it is not fresh, or one of the two clocks is wrong"
         )
     if not verify(peer_id, MEMBER_DOMAIN, signed.info, signed.signature):
         raise ProtocolViolation(f"member info of {peer_id}: wrong signature")

@@ -7,7 +7,6 @@ it. Reads tensors' properties and memory addresses, never their values.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.parameter import is_lazy
 
+from shoal.averaging.agreement import HEADER, Agreement
 from shoal.compression.base import DTYPE_NAMES, FLOATING_DTYPES, CompressionBase
 from shoal.errors import InvalidTypeError, InvalidValueError
 
@@ -58,17 +58,13 @@ class TensorSchema:
 
     def to_bytes(self) -> bytes:
         """The canonical form: a line of text for each tensor."""
-        return "".join(f"{line}\n" for line in ("shoal tensors 1", *map(str, self.specs))).encode()
+        return "".join(f"{line}\n" for line in (HEADER, *map(str, self.specs))).encode()
 
-    def agreement(self, part_size_bytes: int, min_group_size: int, min_vector_size: int = 0) -> bytes:
-        """What the peers of a group have in common, as a hash of 32 bytes: the schema, and the settings that would
-        otherwise fail each of their rounds, or form groups that a member's own settings forbid.
+    def agreement(self, part_size_bytes: int, min_group_size: int, min_vector_size: int = 0) -> Agreement:
+        """What the peers of a group have in common: the schema, and the settings that would otherwise fail each of
+        their rounds, or form groups that a member's own settings forbid.
         """
-        settings = (
-            f"parts of {part_size_bytes}, groups of at least {min_group_size}, "
-            f"spans of at least {min_vector_size}\n"
-        )
-        return hashlib.sha256(self.to_bytes() + settings.encode()).digest()
+        return Agreement(self.to_bytes().decode(), part_size_bytes, min_group_size, min_vector_size)
 
 
 def check_tensors(tensors: Sequence[torch.Tensor], labels: Sequence[str]) -> None:

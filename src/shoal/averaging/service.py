@@ -47,7 +47,7 @@ from shoal.p2p.dialing import says_undialable
 from shoal.runtime.memory import SharedMemory
 from shoal.runtime.presence import UserProcessAbsent
 from shoal.runtime.service import ServiceContext
-from shoal.utils.timed import get_dht_time
+from shoal.utils.timed import dht_clock, steady_time
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ T = TypeVar("T")
 class Step:
     """One step while it runs: what was asked, and what has happened so far.
 
-    ``start_time`` (DHT seconds) is when its all-reduce is expected to begin.
+    ``start_time`` (steady seconds) is when its all-reduce is expected to begin.
     """
 
     command: RunStep
@@ -83,7 +83,7 @@ class Step:
     def spend(self, **seconds: float) -> None:
         """Add seconds to phases of the report."""
         phases = self.report.phases
-        total = {name: getattr(phases, name) + value for name, value in seconds.items()}
+        total = {name: round(getattr(phases, name) + value, 6) for name, value in seconds.items()}
         self.report = replace(self.report, phases=replace(phases, **total))
 
 
@@ -115,13 +115,15 @@ class AveragerService:
         self._host = dht.node.host
         router = Router.of(self._host)
         self._rounds = Rounds(router, config.prefix, sender_timeout=config.effective_sender_timeout)
+        agreement = schema.agreement(
+            config.part_size_bytes, config.matchmaking.min_group_size, config.min_vector_size
+        )
         self._matchmaker = Matchmaker(
             dht.node,
             router,
             prefix=config.prefix,
-            schema_hash=schema.agreement(
-                config.part_size_bytes, config.matchmaking.min_group_size, config.min_vector_size
-            ),
+            schema_hash=agreement.digest(),
+            agreement=agreement,
             config=config.matchmaking,
             mode=config.mode,
             bandwidth=config.bandwidth,
@@ -193,7 +195,7 @@ class AveragerService:
             return  # it has ended in the meantime
         step.start_time = scheduled_time
         if step.is_searching:
-            self._matchmaker.reschedule(scheduled_time)
+            self._matchmaker.reschedule(dht_clock.from_steady(scheduled_time))
 
     # steps
 
@@ -238,8 +240,7 @@ class AveragerService:
                 step.report = replace(step.report, failure=str(e))
                 if says_undialable(str(e), self._host.peer_id):
                     self._node.look_again(in_doubt=True)
-                now = get_dht_time()
-                time_is_up = command.deadline is not None and now >= command.deadline
+                time_is_up = command.deadline is not None and steady_time() >= command.deadline
                 if not command.allow_retries or time_is_up or isinstance(e, StepFailed):
                     return self._finish(step, found, str(e))
                 await self._prepare_retry(step, e)
@@ -258,7 +259,7 @@ class AveragerService:
             failure,
         )
         await asyncio.sleep(retry_pause(attempts, _seconds_until(deadline)))
-        step.start_time = retry_start(step.start_time, get_dht_time(), deadline, self._config.matchmaking)
+        step.start_time = retry_start(step.start_time, steady_time(), deadline, self._config.matchmaking)
 
     def _finish(self, step: Step, found_group: bool, failure: str | None) -> StepOutcome:
         step.report = replace(step.report, failure=failure)
@@ -290,14 +291,14 @@ class AveragerService:
 
     async def _search(self, step: Step) -> GroupInfo:
         """:raises UserProcessAbsent: the search was left for that, unless a group already stood"""
-        user = self._context.user
+        user, deadline = self._context.user, step.command.deadline
         await user.unless_absent(self._reach(step, AveragingStage.LOOKING_FOR_GROUP))
         step.is_searching = True
         try:
             with user.when_absent(self._matchmaker.leave_search):
                 return await self._matchmaker.find_group(
-                    start_time=step.start_time,
-                    deadline=step.command.deadline,
+                    start_time=dht_clock.from_steady(step.start_time),
+                    deadline=None if deadline is None else dht_clock.from_steady(deadline),
                     gather=step.command.gather,
                     weight=step.command.weight,
                 )
@@ -316,7 +317,7 @@ class AveragerService:
                 await user.present()
         except TimeoutError:
             raise MatchmakingException(f"found no group: until the deadline the {user.absence}") from None
-        step.start_time = retry_start(step.start_time, get_dht_time(), deadline, self._config.matchmaking)
+        step.start_time = retry_start(step.start_time, steady_time(), deadline, self._config.matchmaking)
 
     async def _reach(self, step: Step, stage: AveragingStage) -> None:
         await self._context.call_host(ReachStage(step.command.step, stage))
@@ -468,4 +469,4 @@ async def _run_to_the_end(
 
 
 def _seconds_until(deadline: float | None) -> float | None:
-    return None if deadline is None else deadline - get_dht_time()
+    return None if deadline is None else deadline - steady_time()

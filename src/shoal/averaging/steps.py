@@ -13,15 +13,22 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from shoal.averaging.checks import check_choice, check_flag, check_number, check_scheduled_time
+from shoal.averaging.checks import (
+    OrderOfTimes,
+    check_choice,
+    check_flag,
+    check_number,
+    check_scheduled_time,
+)
 from shoal.averaging.commands import AllowAllreduce, Reschedule, RunStep, StepOutcome
 from shoal.averaging.config import default_start
 from shoal.averaging.control import Steering, StepControl, check_weight
 from shoal.averaging.group import MAX_GATHER_BYTES
 from shoal.averaging.matchmaking.core import MatchmakingConfig
+from shoal.averaging.timeouts import STEP_TIMEOUT
 from shoal.errors import AllreduceException, InvalidTypeError, InvalidValueError, MatchmakingException
 from shoal.p2p.identity import PeerID
-from shoal.utils.timed import get_dht_time
+from shoal.utils.timed import dht_clock
 
 if TYPE_CHECKING:
     from shoal.averaging.hostside import TensorKeeper
@@ -44,10 +51,17 @@ WHEN_BUSY: tuple[str, ...] = get_args(WhenBusy)
 class Steps:
     """Makes steps and concludes them."""
 
-    def __init__(self, keeper: TensorKeeper, settings: MatchmakingConfig, prefix: str) -> None:
+    def __init__(
+        self,
+        keeper: TensorKeeper,
+        settings: MatchmakingConfig,
+        prefix: str,
+        order: OrderOfTimes | None = None,
+    ) -> None:
         self._keeper = keeper
         self._settings = settings
         self._prefix = prefix
+        self._order = order or OrderOfTimes(prefix, {})
         self._numbers = itertools.count()
         self._lock = threading.RLock()
         """Between threads that begin steps, and the end of a step."""
@@ -76,9 +90,10 @@ class Steps:
         :returns: the step, and whether it is a new one
         """
         check_choice("when_busy", when_busy, WHEN_BUSY)
-        now = get_dht_time()
+        now = dht_clock()
         if timeout is not None:
             timeout = check_number("timeout", timeout, above=0)
+            self._order.check(STEP_TIMEOUT, timeout)
         deadline = None if timeout is None else now + timeout
         if scheduled_time is None:
             scheduled_time = default_start(now, deadline, self._settings)
@@ -99,8 +114,8 @@ class Steps:
                 number,
                 weight,
                 encoded,
-                float(scheduled_time),
-                deadline,
+                dht_clock.to_steady(float(scheduled_time)),
+                None if deadline is None else dht_clock.to_steady(deadline),
                 allow_retries,
                 require_trigger,
             )
@@ -118,13 +133,13 @@ class Steps:
     ) -> StepControl:
         self._keeper.store.mark_stream()
         control = StepControl(
-            scheduled_time=command.scheduled_time,
-            deadline=command.deadline,
+            scheduled_time=dht_clock.from_steady(command.scheduled_time),
+            deadline=None if command.deadline is None else dht_clock.from_steady(command.deadline),
             weight=command.weight,
             needs_trigger=command.needs_trigger,
             steering=Steering(
                 trigger=lambda: handle.call(AllowAllreduce(command.step)),
-                reschedule=lambda time: handle.call(Reschedule(command.step, time)),
+                reschedule=lambda time: handle.call(Reschedule(command.step, dht_clock.to_steady(time))),
                 would_wait_for_itself=lambda: self._keeper.store.held_by_this_thread,
             ),
         )
@@ -247,7 +262,7 @@ def _encode(serializer: Any, gather: Any) -> bytes:
         )
     if len(encoded) > MAX_GATHER_BYTES:
         raise InvalidValueError(
-            f"gather takes {len(encoded)} bytes when encoded; at most {MAX_GATHER_BYTES} are allowed"
+            f"gather must take at most {MAX_GATHER_BYTES:,} bytes when encoded, got {len(encoded):,}"
         )
     return bytes(encoded)
 

@@ -91,8 +91,8 @@ class HostConfig:
     max_answer_time: float = 13.0
     """How long a peer may take for a sign of life at most."""
 
-    skew_warning: float = 3.0
-    """Clock difference to a peer above which one warning is logged."""
+    clock_difference: float = 1.0
+    """Seconds by which a peer's clock has to differ for ``Host.on_clock_difference`` to tell."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -35,6 +35,7 @@ from shoal.p2p.network import Network
 from shoal.p2p.pool import PeerConnections
 from shoal.p2p.rpc import Lane
 from shoal.p2p.session import Role
+from shoal.p2p.tenancy import Tenancy
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class Connections:
         peer_met: Callable[[Connection], None],
         peer_lost: Callable[[PeerID, str], None],
         clock: Callable[[], float],
+        clock_differs: Callable[[PeerID, float], None],
+        incarnation: int | None = None,
     ) -> None:
         self.identity = identity
         self.config = config
@@ -71,12 +74,21 @@ class Connections:
         self._peer_met = peer_met
         self._peer_lost = peer_lost
         self._clock = clock
+        self.tenancy = Tenancy(
+            identity,
+            connections_to=self._open_to,
+            forget_addresses=self.addresses.forget,
+            clock=clock,
+            incarnation=incarnation,
+        )
+        self.contest = self.tenancy.contest
+        self.hear_refusal = self.tenancy.hear_refusal
+        self._clock_differs = clock_differs
         self._dialer = Dialer(network, self._make, timeout=config.dial_timeout, stagger=config.dial_stagger)
         self._peers: dict[PeerID, PeerConnections] = {}
         self._connections: dict[Connection, None] = {}
         self._dials: dict[tuple[PeerID, Lane], asyncio.Task[Connection | PeerUnreachable]] = {}
         self._lane_failures: dict[PeerID, float] = {}
-        self._skew_warned: dict[PeerID, None] = {}
         self._is_closing = False
 
     # What is there.
@@ -154,6 +166,10 @@ class Connections:
         except TimeoutError:
             raise DeadlineExceeded(f"{address} could not be connected in time") from None
         return outcome if isinstance(outcome, PeerUnreachable) else outcome[0]
+
+    def _open_to(self, peer: PeerID) -> list[Connection]:
+        connections = self._peers.get(peer)
+        return [] if connections is None else [one for one in connections.all() if one.is_open]
 
     def _bulk(self, peer: PeerID) -> list[Connection]:
         connections = self._peers.get(peer)
@@ -239,7 +255,7 @@ class Connections:
         config, origin = self.config, connection.origin
         if len(self._connections) > config.max_connections + config.max_handshakes:
             return NO_ROOM
-        unproven = [one for one in self._from(origin) if one.hello is None]
+        unproven = [one for one in self._from(origin) if not one.is_admitted]
         if len(unproven) > config.max_handshakes_per_ip:
             return f"too many connections from {origin} at once"
         return None
@@ -248,6 +264,8 @@ class Connections:
         """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
         peer, hello = connection.peer, connection.hello
         assert hello is not None
+        if peer == self.identity.peer_id:
+            return self.tenancy.meet(connection)
         try:
             announced = [Multiaddr.parse(text) for text in hello.addresses]
             connection.seen = Multiaddr.parse(hello.seen) if hello.seen else None
@@ -258,7 +276,7 @@ class Connections:
         refusal = self._make_room(connection)
         if refusal is not None:
             return refusal
-        self._note_skew(connection, hello)
+        self._note_clock(connection, hello)
         if connection.lane is Lane.PROBE:
             return None
         self.addresses.add(peer, _meaningful(announced, connection))
@@ -346,15 +364,10 @@ class Connections:
             if origin is not None and one.origin == origin and one.role is Role.RESPONDER
         ]
 
-    def _note_skew(self, connection: Connection, hello: wire.Hello) -> None:
-        skew = hello.clock - self._clock()
-        peer = connection.peer
-        if abs(skew) > self.config.skew_warning + (connection.rtt or 0.0) and peer not in self._skew_warned:
-            if len(self._skew_warned) >= self.config.max_known_peers:
-                del self._skew_warned[next(iter(self._skew_warned))]
-            self._skew_warned[peer] = None
-            direction = "ahead of" if skew > 0 else "behind"
-            logger.warning("the clock of %s is %.1f s %s this one", peer, abs(skew), direction)
+    def _note_clock(self, connection: Connection, hello: wire.Hello) -> None:
+        ahead = hello.clock - self._clock()
+        if abs(ahead) > self.config.clock_difference + (connection.rtt or 0.0):
+            self._clock_differs(connection.peer, ahead)
 
     # Entries of peers.
 
@@ -375,19 +388,29 @@ class Connections:
 
     # The end.
 
+    def retire(self, reason: str) -> None:
+        """Close all connections and open no more."""
+        self._is_closing = True
+        for connection in list(self._connections):
+            connection.close(reason)
+
     def _check_not_closing(self) -> None:
+        if self.tenancy.rival is not None:
+            raise PeerUnreachable(str(self.tenancy.rival))
         if self._is_closing:
             raise InvalidStateError("the host is closed")
 
     def abort(self) -> None:
         """Reset all connections."""
         self._is_closing = True
+        self.tenancy.close()
         for connection in list(self._connections):
             connection.abort("aborted by this side")
 
     async def close(self) -> None:
         """Say goodbye to everybody; when this returns, no transport, handler or dial is left."""
         self._is_closing = True
+        contests = self.tenancy.close()
         dials = list(self._dials.values())
         for dial in dials:
             dial.cancel()
@@ -398,7 +421,7 @@ class Connections:
         ]
         for connection in connections:
             connection.close("the host is closing")
-        await asyncio.gather(*dials, *handlers, return_exceptions=True)
+        await asyncio.gather(*dials, *contests, *handlers, return_exceptions=True)
         # Each is aborted by its own timer when the peer does not take what is queued.
         await asyncio.gather(*(connection.closed for connection in connections))
 

@@ -15,6 +15,7 @@ import msgspec
 from shoal.errors import (
     ConnectionLost,
     DeadlineExceeded,
+    IdentityInUse,
     InvalidStateError,
     InvalidValueError,
     PeerUnreachable,
@@ -23,6 +24,7 @@ from shoal.errors import (
 )
 from shoal.p2p import wire
 from shoal.p2p.calls import Served
+from shoal.p2p.claims import SILENCE
 from shoal.p2p.config import HostConfig
 from shoal.p2p.connection import Connection
 from shoal.p2p.connections import Connections
@@ -43,6 +45,7 @@ from shoal.p2p.network import Listener, Network
 from shoal.p2p.reach import Reach
 from shoal.p2p.rpc import Lane, Method, RequestT, ResponseT, Stream
 from shoal.p2p.streams import StreamState
+from shoal.p2p.tenancy import CLAIM
 from shoal.utils.timed import get_dht_time
 
 __all__ = ["Host"]
@@ -51,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 CHECK_TIMEOUT = 7.0
 _ANNOUNCE_TIMEOUT = 10.0
+SILENT = "it does not answer"
 LOOPBACK_IPS = ("127.0.0.1", "::1")
 
 
@@ -82,6 +86,7 @@ class Host:
         *,
         clock: Callable[[], float] = get_dht_time,
         rng: random.Random | None = None,
+        incarnation: int | None = None,
     ) -> None:
         self.identity = identity
         self.peer_id = identity.peer_id
@@ -92,8 +97,10 @@ class Host:
         self._listeners: list[Listener] = []
         self._served: dict[str, Served] = {}
         self._on_disconnect: dict[int, Callable[[PeerID, str], None]] = {}
+        self._on_clock_difference: dict[int, Callable[[PeerID, float], None]] = {}
         self._subscriptions = 0
         self._state = "new"
+        self._silent: set[Multiaddr] = set()
         self._connections = Connections(
             identity,
             network,
@@ -104,6 +111,8 @@ class Host:
             peer_met=lambda connection: self.reach.note_connection(connection),
             peer_lost=self._peer_lost,
             clock=clock,
+            clock_differs=self._clock_differs,
+            incarnation=incarnation,
         )
         self.reach = Reach(
             config=lambda: self.config,
@@ -114,12 +123,15 @@ class Host:
             ask=self._ask_back,
         )
         """Where this host can be dialed, as far as it knows."""
+        self.tenancy = self._connections.tenancy
+        self.tenancy.on_lost.append(self._retire)
         helper = DialBackHelper(
             ips_of=self._ips_of, probe=self._probe, now=lambda: asyncio.get_running_loop().time()
         )
         self.serve(DIAL_BACK, helper.handle)
         self.serve(_OPEN_LANE, self._open_lane)
         self.serve(ANNOUNCE, self._hear_announcement)
+        self.serve(CLAIM, self.tenancy.handle_claim)
 
     async def start(self, listen_on: Sequence[Multiaddr] = ()) -> None:
         """Listen at each address (port 0: any free one). Without addresses the host can only dial.
@@ -153,6 +165,47 @@ class Host:
         for listener in self._listeners:
             listener.close()
         self._connections.abort()
+
+    async def ask_rivals(self, addresses: Iterable[Multiaddr]) -> dict[Multiaddr, str]:
+        """Dial where another peer with this host's identity may be; why each address led to none, or is the host's own.
+
+        An address that does not answer within 5 s counts as free.
+
+        :raises IdentityInUse: another peer answers, and keeps the identity
+        """
+        deadline = asyncio.get_running_loop().time() + SILENCE
+        asked = list(dict.fromkeys(address.without_peer_id() for address in addresses))
+
+        async def ask(address: Multiaddr) -> str:
+            if address in self._silent and not self.tenancy.claim().is_settled:
+                return SILENT  # the same start has waited there before
+            self._silent.discard(address)
+            try:
+                outcome = await self._connections.dial_address(address, self.peer_id, Lane.PROBE, deadline)
+            except DeadlineExceeded:
+                self._silent.add(address)
+                return SILENT
+            except PeerUnreachable as error:
+                return str(error)
+            if isinstance(outcome, PeerUnreachable):
+                return next(iter(outcome.failures.values()), str(outcome))
+            raise AssertionError("the own identity was let in")
+
+        reasons = await asyncio.gather(*(ask(address) for address in asked))
+        self.check_identity()
+        return dict(zip(asked, reasons, strict=True))
+
+    def check_identity(self) -> None:
+        """:class:`IdentityInUse` if another peer holds this host's identity: the host is closed then."""
+        if self.tenancy.rival is not None:
+            raise self.tenancy.rival
+
+    def addresses_elsewhere(self, peer: PeerID) -> list[Multiaddr]:
+        """Where ``peer`` is known to have been, other than what it says of itself on its connections."""
+        connections = self._connections.to(peer)
+        hellos = [] if connections is None else [connection.hello for connection in connections.all()]
+        said = {text for hello in hellos if hello is not None for text in hello.addresses}
+        return [address for address in self.addresses_of(peer) if str(address) not in said]
 
     @property
     def listen_addresses(self) -> list[Multiaddr]:
@@ -313,6 +366,15 @@ class Host:
         self._on_disconnect[number] = callback
         return lambda: self._on_disconnect.pop(number, None) and None
 
+    def on_clock_difference(self, callback: Callable[[PeerID, float], None]) -> Callable[[], None]:
+        """Call ``callback(peer, seconds)`` when a peer connects whose clock is ahead by so many seconds, or behind if
+        negative: by more than ``config.clock_difference`` and the round trip. Returns an unsubscriber.
+        """
+        self._subscriptions += 1
+        number = self._subscriptions
+        self._on_clock_difference[number] = callback
+        return lambda: self._on_clock_difference.pop(number, None) and None
+
     async def check_reachability(
         self, helpers: Sequence[PeerID], *, more: Sequence[PeerID] = (), timeout: float = CHECK_TIMEOUT
     ) -> Reachability:
@@ -350,6 +412,7 @@ class Host:
 
     def _make_hello(self, connection: Connection) -> wire.Hello:
         announced = self.reach.announced(beyond_machine=connection.origin is not None)
+        claim = self.tenancy.claim()
         return wire.Hello(
             lane=int(connection.lane),
             agent=self.config.agent,
@@ -357,11 +420,24 @@ class Host:
             addresses=[str(address) for address in announced],
             clock=self._clock(),
             seen="" if connection.remote_address is None else str(connection.remote_address),
+            incarnation=claim.incarnation,
+            tenure=claim.tenure,
         )
+
+    def _retire(self, rival: IdentityInUse) -> None:
+        """Another peer holds the identity: speak with nobody any more. :meth:`close` the host then."""
+        self._state = "closed"
+        for listener in self._listeners:
+            listener.close()
+        self._connections.retire(f"another peer holds this identity, at {rival.address}")
 
     def _peer_lost(self, peer: PeerID, reason: str) -> None:
         for callback in list(self._on_disconnect.values()):
             callback(peer, reason)
+
+    def _clock_differs(self, peer: PeerID, ahead: float) -> None:
+        for callback in list(self._on_clock_difference.values()):
+            callback(peer, ahead)
 
     async def _ask_for_lane(self, peer: PeerID, deadline: float) -> bool:
         if not self.can_be_dialed:

@@ -27,6 +27,7 @@ _BACKLOG = 1024
 _FAMILIES = {
     "ip4": socket.AF_INET,
     "ip6": socket.AF_INET6,
+    "dns": socket.AF_UNSPEC,
     "dns4": socket.AF_INET,
     "dns6": socket.AF_INET6,
 }
@@ -90,10 +91,10 @@ class TcpListener:
 class TcpNetwork:
     """The :class:`Network` of TCP sockets, for any asyncio event loop (uvloop included).
 
-    Names (``dns4``, ``dns6``) are resolved to their family only. When a name has several addresses, dialing
-    tries them in order, and listening takes the first. The loops switch Nagle's algorithm off (TCP_NODELAY)
-    and let a listener take a port whose last connections are still being forgotten (SO_REUSEADDR); two
-    listeners on one port are an error.
+    Names are resolved anew at each dial, ``dns4`` and ``dns6`` to their family only. When a name has
+    several addresses, dialing tries them in order, and listening takes the first. The loops switch Nagle's
+    algorithm off (TCP_NODELAY) and let a listener take a port whose last connections are still being forgotten
+    (SO_REUSEADDR); two listeners on one port are an error.
     """
 
     async def listen(self, factory: ProtocolFactory, address: Multiaddr) -> TcpListener:

@@ -31,6 +31,7 @@ from shoal.runtime.messages import HostState, Setup
 from shoal.runtime.presence import Presence
 from shoal.runtime.processes import is_stopped
 from shoal.runtime.service import Service
+from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,9 @@ class Context:
     async def modules_ready(self) -> None:
         await self._server.modules_ready()
 
+    def fail(self, error: ShoalError) -> None:
+        self._server.fail(error)
+
     def set_log_fields(self, **fields: str) -> None:
         self._server.log_handler.fields.update(fields)
 
@@ -84,6 +88,7 @@ class Server:
         self._awaits_pong = False
         self.services: dict[int, Service] = {}
         self.contexts: dict[int, Context] = {}
+        self.failed = False
         self._loop = loop
         self._channel = Channel(sock, self._watch_writable)
         self.log_handler = ForwardingHandler(self._send_log, lambda: self._channel.unsent_bytes)
@@ -124,13 +129,20 @@ class Server:
             async with asyncio.timeout_at(deadline):
                 await self._close_all()
         except TimeoutError:
-            logger.warning("%d services did not close within %.1f s", len(self.services), seconds)
+            left = figures.count(len(self.services), "service")
+            logger.warning("%s did not close within %s", left, figures.duration(seconds))
         await self._flush()
 
     def stop(self, seconds: float) -> None:
         """Begin to end the process in order, within this many seconds; only the first call counts."""
         if not self._stop_within.done():
             self._stop_within.set_result(seconds)
+
+    def fail(self, error: ShoalError) -> None:
+        """Begin to end the process in order; its host learns of ``error`` by the end of the log."""
+        logger.error("%s", error)
+        self.failed = True
+        self.stop(_TERMINATED_SECONDS)
 
     def host_is_gone(self) -> None:
         """Runs on the watching thread: ends the process in order, or by force if its loop is stuck."""
@@ -263,6 +275,8 @@ class Server:
         self._reply(kind, frame.call, body)
 
     def _reply(self, kind: Kind, call: int, body: bytes) -> None:
+        if self.failed:  # what is cut off now says nothing: those who wait hear of the process's end
+            return
         try:
             self._channel.send(kind, call=call, body=body)
         except BrokenPipeError:
@@ -400,7 +414,7 @@ def main() -> NoReturn:
     def terminate() -> None:
         nonlocal terminated
         terminated = True
-        logger.warning("received SIGTERM")
+        logger.warning("the background process received SIGTERM: it ends")
         server.stop(_TERMINATED_SECONDS)
 
     try:
@@ -417,4 +431,4 @@ def main() -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
     # Not sys.exit: threads of users, or an import that goes on, must not hold the process.
-    os._exit(0)
+    os._exit(1 if server.failed else 0)

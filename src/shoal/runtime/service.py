@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from shoal.errors import ShoalError
 from shoal.runtime.presence import Presence
 
 
@@ -60,6 +61,11 @@ class ServiceContext(Protocol):
 
     async def modules_ready(self) -> None:
         """Wait until the modules to be preloaded are imported; begins with that if need be."""
+
+    def fail(self, error: ShoalError) -> None:
+        """End the process in order, because it can be of no more use: ``error`` is logged, and whoever waits for the
+        process gets a PeerProcessDied that shows it.
+        """
 
     def set_log_fields(self, **fields: str) -> None:
         """From now on every log record of the process carries these attributes, unless it has its own."""

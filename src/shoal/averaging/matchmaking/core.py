@@ -35,6 +35,7 @@ from shoal.averaging.lineage import NO_LINEAGE, Lineage
 from shoal.averaging.matchmaking.candidate import Candidate
 from shoal.averaging.matchmaking.events import (
     AnswerRequest,
+    AskSchema,
     AskToJoin,
     BeginGroup,
     Cancelled,
@@ -63,6 +64,7 @@ from shoal.averaging.matchmaking.events import (
     PollFailed,
     PostponeFollower,
     Restarted,
+    SchemaCompared,
     SearchStarted,
     SetTimer,
     TimerFired,
@@ -90,6 +92,7 @@ from shoal.averaging.matchmaking.story import StoryTeller
 from shoal.averaging.matchmaking.view import NOBODY, View
 from shoal.errors import InvalidValueError
 from shoal.p2p.identity import PeerID
+from shoal.utils import figures
 
 BEGIN_GRACE = 3.0
 """A leader waits this many declaration times longer at its start time, if somebody may be on the way to it."""
@@ -103,6 +106,8 @@ MIX_FOR = 0.6
 """The part of the time until the start in which peers are mixed; see :meth:`Matchmaking._is_mixing`."""
 MANY_MISSING = 2
 """As many are missing as were seen, divided by this: a group waits rather than be the last one again."""
+LEAST_REQUEST_TIMEOUT = 1.0
+"""Seconds for a leader's first answer, however short the search."""
 AVOID_AFTER_LOSS = 10.0
 """Seconds for which a leader that could not be reached or was lost is left out."""
 MAX_REDIRECTS = 5
@@ -137,6 +142,14 @@ class MatchmakingConfig:
             seconds = getattr(self, name)
             if not (math.isfinite(seconds) and seconds > 0):
                 raise InvalidValueError(f"{name}={seconds}: a positive number of seconds is allowed")
+
+    def within(self, seconds: float | None) -> MatchmakingConfig:
+        """For a search of so many seconds: a leader that does not answer shall not cost all of them."""
+        if seconds is None:
+            return self
+        return replace(
+            self, request_timeout=min(self.request_timeout, max(seconds / 2, LEAST_REQUEST_TIMEOUT))
+        )
 
 
 class State(enum.Enum):
@@ -206,16 +219,17 @@ class Matchmaking:
         grid_round: int = 0,
         lineage: Lineage = NO_LINEAGE,
         known: Mapping[PeerID, float] = NOBODY,
+        is_first: bool = False,
     ) -> None:
         """``start_time``: when to begin if not full; ``order_time``: the place in the order, if not the same;
-        ``known``: the ``records`` of the search before.
+        ``known``: the ``records`` of the search before; ``is_first``: there was none before.
         """
         self.state = State.NEW
         self.config = config
         self.key = key
         order_time = start_time if order_time is None else order_time
         self.me = Candidate(order_time, peer_id, mode.can_lead, grid_round, lineage)
-        self.story = StoryTeller(key, config.target_group_size, config.min_group_size)
+        self.story = StoryTeller(key, config.target_group_size, config.min_group_size, is_first=is_first)
         self._schema_hash = schema_hash
         self._view = View(self.me, schema_hash, opens_at=start_time, known=known)
         ends_at = math.inf if deadline is None else deadline
@@ -244,8 +258,11 @@ class Matchmaking:
         handler = self._HANDLERS[self.state].get(type(event))
         if handler is None:
             self._raise_illegal(f"{type(event).__name__} cannot happen while {self.state.value}")
+        was_over = self.state is State.GROUPED
         handler(self, event, now)
         self._act(now)
+        if self.state is State.GROUPED and not was_over:
+            self._log(self.story.found(now, len(self._group)))
         effects, self._effects = self._effects, []
         return effects
 
@@ -267,9 +284,17 @@ class Matchmaking:
         self._times.declare_again = now + DECLARE_RETRY
 
     def _on_polled(self, event: Polled, now: float) -> None:
-        for peer_id in self._view.take_in(event.peers, event.began_at, now):
-            self.story.saw_other_schema(peer_id)
-        self.story.saw(len(event.peers), self._view.others_looking)
+        other_schema = self._view.take_in(event.peers, event.began_at, now)
+        declared = dict(event.peers)
+        for peer_id in other_schema:
+            if self.story.saw_other_schema(peer_id):
+                other = declared[peer_id]
+                self._effects.append(AskSchema(peer_id, other.addresses, other.schema_hash))
+        others = len(declared.keys() - {self.me.peer_id})
+        self.story.saw(others, self._view.others_looking, len(other_schema))
+
+    def _on_compared(self, event: SchemaCompared, now: float) -> None:
+        self.story.learned_difference(event.peer, event.difference)
 
     def _on_poll_failed(self, event: PollFailed, now: float) -> None:
         self.story.note(now, f"could not read who is declared: {event.reason}")
@@ -281,8 +306,9 @@ class Matchmaking:
             self._end(now)
             return
         if now >= self.story.next_status:
-            text = self.story.status(now, self._view.candidates(now), self.me.peer_id)
-            self._effects.append(Log(text, is_warning=now >= time.expected_at))
+            candidates, is_late = self._view.candidates(now), now >= time.expected_at
+            me = self.me.peer_id
+            self._log(self.story.status(now, candidates, me, begins_at=time.begins_at, is_late=is_late))
         if now >= time.declare_again:
             self._declare(now)
         if now >= self._view.next_poll:
@@ -316,7 +342,9 @@ class Matchmaking:
             self._times.expected_at = place.start_time
         self._times.begins_at = place.start_time
         self._times.mixes_until = now + MIX_FOR * (place.start_time - now)
-        self.story.note(now, f"began anew under {place.key!r}, to start in {place.start_time - now:.1f} s")
+        self.story.note(
+            now, f"began anew under {place.key!r}, to start in {figures.duration(place.start_time - now)}"
+        )
         self._declare(now)
         self._go_on_looking()
 
@@ -437,7 +465,7 @@ class Matchmaking:
         if ask is None:
             return
         reason = event.answer.reason
-        self.story.answered(ask.leader, f"rejected ({reason})", now)
+        self.story.answered(ask.leader, f"rejected: {reason.words}", now)
         until = now + self._retry_time()
         if reason in (RejectReason.BEGUN, RejectReason.NOT_LOOKING):
             # It says so itself before long, and its next search may be earlier in the order.
@@ -454,7 +482,7 @@ class Matchmaking:
         if ask is None:
             return
         answer = event.answer
-        self.story.answered(ask.leader, f"dismissed ({answer.reason})", now)
+        self.story.answered(ask.leader, f"dismissed: {answer.reason.words}", now)
         is_looking = answer.reason is DismissReason.BETTER_CUT
         self._view.leave_out(ask.leader, now + self._retry_time(), is_looking=is_looking)
         self._view.leave_out_group(answer.members, now + self._retry_time(), now, is_looking=True)
@@ -482,6 +510,10 @@ class Matchmaking:
 
     def _ignore(self, event: Event, now: float) -> None:
         """The event belongs to something that is over."""
+
+    def _log(self, line: Log | None) -> None:
+        if line is not None:
+            self._effects.append(line)
 
     # ---- decisions
 
@@ -781,6 +813,7 @@ class Matchmaking:
         Declared: _on_declared,
         DeclareFailed: _on_declare_failed,
         Polled: _on_polled,
+        SchemaCompared: _on_compared,
         PollFailed: _on_poll_failed,
         JoinRequested: _on_request,
         FollowerLost: _on_follower_lost,
@@ -802,7 +835,9 @@ class Matchmaking:
         _ignore,
     )
     _OVER: ClassVar[dict[type, Callable[..., None]]] = {
-        **dict.fromkeys((Declared, DeclareFailed, Polled, PollFailed, FollowerLost, TimerFired), _ignore),
+        **dict.fromkeys(
+            (Declared, DeclareFailed, Polled, PollFailed, SchemaCompared, FollowerLost, TimerFired), _ignore
+        ),
         **_LATE_ANSWERS,
         JoinRequested: _on_request_too_late,
         Restarted: _ignore,

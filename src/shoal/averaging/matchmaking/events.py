@@ -75,6 +75,14 @@ class PollFailed:
 
 
 @dataclass(frozen=True)
+class SchemaCompared:
+    """An :class:`AskSchema` is done: in what that peer differs, for people."""
+
+    peer: PeerID
+    difference: str
+
+
+@dataclass(frozen=True)
 class JoinRequested:
     """Another peer asks this one to lead it; its info is verified."""
 
@@ -152,6 +160,7 @@ Event = (
     | DeclareFailed
     | Polled
     | PollFailed
+    | SchemaCompared
     | JoinRequested
     | FollowerLost
     | LeaderAccepted
@@ -249,6 +258,17 @@ class Log:
 
     text: str
     is_warning: bool = False
+    tells_how_to_join: bool = False
+    """Add by which address others join this peer's DHT."""
+
+
+@dataclass(frozen=True)
+class AskSchema:
+    """Find out in what this peer, which averages something else under the same prefix, differs."""
+
+    peer: PeerID
+    addresses: tuple[str, ...]
+    schema_hash: bytes
 
 
 @dataclass(frozen=True)
@@ -270,6 +290,7 @@ Effect = (
     | MoveTo
     | TooFew
     | Poll
+    | AskSchema
     | AskToJoin
     | LeaveLeader
     | AnswerRequest

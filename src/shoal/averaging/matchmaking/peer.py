@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shoal.averaging.group import NONCE_BYTES, MemberInfo, PeerMode, SignedMemberInfo, sign_member
@@ -13,9 +13,14 @@ from shoal.averaging.matchmaking.declarations import Declarations
 from shoal.averaging.matchmaking.events import Place
 from shoal.averaging.matchmaking.families import Station, why_stand_back
 from shoal.averaging.matchmaking.messages import Declaration, DeclaredState, Search
+from shoal.averaging.matchmaking.schemas import OtherSchemas
 from shoal.dht.node import DHTNode
 from shoal.dht.tasks import TaskSet
 from shoal.p2p.identity import PeerID
+from shoal.utils.timed import DHTClock
+
+MAX_SHOWN = 3
+"""Addresses in a line for people."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +35,9 @@ class LocalPeer:
     config: MatchmakingConfig
     wanted_mode: PeerMode
     bandwidth: float | None
-    clock: Callable[[], float]
+    clock: DHTClock
     rng: random.Random
+    others: OtherSchemas
     tasks: TaskSet = field(default_factory=TaskSet)
     declarations: Declarations = field(init=False)
     stands_back: str | None = field(default=None, init=False)
@@ -66,6 +72,18 @@ class LocalPeer:
 
     def addresses(self) -> tuple[str, ...]:
         return tuple(str(address) for address in self.node.host.announced_addresses)
+
+    def how_to_join(self) -> str:
+        """For people: by which addresses others join the DHT of this peer."""
+        addresses = self.node.host.announced_addresses
+        if addresses:
+            shown = [str(address.with_peer_id(self.peer_id)) for address in addresses[:MAX_SHOWN]]
+            where = " on this machine" if all(address.is_loopback for address in addresses) else ""
+            return f"Others{where} join by initial_peers={shown}"
+        given = self.node.initial_peers[:MAX_SHOWN]
+        return "No other peer can dial this one" + (
+            f": others join by initial_peers={given}" if given else ""
+        )
 
     def after_search(self, order_time: float) -> float:
         """What a search at ``order_time`` that ends now leaves behind: the peer's later ones have places after that.

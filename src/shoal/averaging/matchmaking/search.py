@@ -26,6 +26,7 @@ from shoal.averaging.group import (
 from shoal.averaging.matchmaking.core import Matchmaking
 from shoal.averaging.matchmaking.events import (
     AnswerRequest,
+    AskSchema,
     AskToJoin,
     BeginGroup,
     Cancelled,
@@ -55,6 +56,7 @@ from shoal.averaging.matchmaking.events import (
     PollFailed,
     PostponeFollower,
     Restarted,
+    SchemaCompared,
     SearchStarted,
     SetTimer,
     TimerFired,
@@ -130,11 +132,16 @@ class GroupSearch:
         *,
         when_too_few: Callable[[int], None],
         when_mode_changed: Callable[[], None],
+        is_first: bool = False,
     ) -> None:
-        """``when_too_few``: called with the number of peers seen when the start time came without enough members;
-        ``when_mode_changed``: called when this peer's mode is another one than it declared.
+        """
+        :param when_too_few: called with the number of peers seen when the start time came without enough members
+        :param when_mode_changed: called when this peer's mode is another one than it declared
+        :param is_first: of its averager
         """
         self.place = place
+        self.now = peer.clock.frozen()
+        """DHT time as it was when the search began: if the peer's clock is moved meanwhile, no wait changes."""
         self._peer = peer
         self._gather = gather
         self._weight = weight
@@ -142,7 +149,7 @@ class GroupSearch:
         self._when_mode_changed = when_mode_changed
         self._mode = peer.mode
         self._core = Matchmaking(
-            peer.config,
+            peer.config.within(None if deadline is None else deadline - self.now()),
             peer_id=peer.peer_id,
             mode=self._mode,
             schema_hash=peer.schema_hash,
@@ -153,6 +160,7 @@ class GroupSearch:
             grid_round=place.grid_round,
             lineage=place.lineage,
             known=known,
+            is_first=is_first,
         )
         self._loop = asyncio.get_running_loop()
         self._result: asyncio.Future[GroupInfo] = self._loop.create_future()
@@ -176,7 +184,7 @@ class GroupSearch:
     @property
     def story(self) -> SearchStory:
         """What it has seen and asked until now."""
-        return self._core.story.summary(self._peer.clock())
+        return self._core.story.summary(self.now())
 
     @property
     def count_seen(self) -> int:
@@ -221,7 +229,7 @@ class GroupSearch:
     def dispatch(self, event: Event) -> None:
         """Let the core take in ``event``, and carry out what it asks for."""
         try:
-            for effect in self._core.handle(event, self._peer.clock()):
+            for effect in self._core.handle(event, self.now()):
                 self._carry_out(effect)
         except Exception as e:
             # A bug: whoever waits for the group must not wait for ever.
@@ -249,7 +257,7 @@ class GroupSearch:
                 self._tell_follower(effect)
             case BeginGroup(tokens):
                 self._begin(tokens)
-            case Log() | TooFew():
+            case Log() | TooFew() | AskSchema():
                 self._report(effect)
             case FinishWithGroup() | FinishWithout():
                 self._finish(effect)
@@ -257,13 +265,16 @@ class GroupSearch:
     def _sign_info(self, leader: PeerID) -> SignedMemberInfo:
         return self._peer.sign_info(leader, self.place, self._gather, self._weight)
 
-    def _report(self, effect: Log | TooFew) -> None:
+    def _report(self, effect: Log | TooFew | AskSchema) -> None:
         match effect:
-            case Log(text, is_warning):
-                logger.log(logging.WARNING if is_warning else logging.INFO, "%s", text)
+            case Log(text, is_warning, tells_how_to_join):
+                more = f". {self._peer.how_to_join()}" if tells_how_to_join else ""
+                logger.log(logging.WARNING if is_warning else logging.INFO, "%s%s", text, more)
             case TooFew(seen):
                 # Not at once: its answer may be to move, which is another event.
                 self._loop.call_soon(self._when_too_few, seen)
+            case AskSchema(peer, addresses, schema_hash):
+                self._peer.tasks.start(self._compare(peer, addresses, schema_hash), f"compare with {peer}")
 
     def _finish(self, effect: FinishWithGroup | FinishWithout) -> None:
         self._set_timer(math.inf)
@@ -280,7 +291,7 @@ class GroupSearch:
             self._timer.cancel()
             self._timer = None
         if at < math.inf:
-            delay = max(0.0, at - self._peer.clock())
+            delay = max(0.0, at - self.now())
             self._timer = self._loop.call_later(delay, self.dispatch, TimerFired())
 
     # ---- the DHT
@@ -294,7 +305,7 @@ class GroupSearch:
         self.dispatch(Declared(seconds) if failure is None else DeclareFailed(failure))
 
     async def _poll(self) -> None:
-        began_at, place = self._peer.clock(), self.place
+        began_at, place = self.now(), self.place
         result: Polled | PollFailed
         try:
             declared = await self._peer.declarations.read(place.key)
@@ -306,6 +317,10 @@ class GroupSearch:
             self._when_mode_changed()
         if place is self.place:
             self.dispatch(result)
+
+    async def _compare(self, peer: PeerID, addresses: tuple[str, ...], schema_hash: bytes) -> None:
+        difference = await self._peer.others.compare(peer, addresses, schema_hash)
+        self.dispatch(SchemaCompared(peer, difference))
 
     # ---- this peer asks a leader
 

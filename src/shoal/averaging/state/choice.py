@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from shoal.p2p.identity import PeerID
+from shoal.utils import figures
 
 MAX_RESUMPTIONS = 4
 WAIT_PATIENCE = 120.0
@@ -191,7 +192,7 @@ class DonorChoice:
         current = self._asked()
         current.position, current.has_answered = position, True
         if waited >= WAIT_PATIENCE and self.has_alternative:
-            return self._leave(f"nothing but place {position} in its queue for {waited:.0f} s")
+            return self._leave(f"nothing but place {position} in its queue for {figures.duration(waited)}")
         if position == 0:
             return Stay()
         if self._has_settled or current.resumptions:

@@ -48,6 +48,7 @@ from shoal.averaging.state.queue import (
 from shoal.dht.tasks import TaskSet
 from shoal.errors import InvalidStateError, ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.rpc import EndOfStream, Stream
+from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +247,7 @@ class StateDonor:
         else:
             nbytes = self._held.manifest.nbytes
             logger.info(
-                "%s: took a copy of the state, %.1f MB, for peers that join", self._prefix, nbytes / 1e6
+                "%s: took a copy of the state, %s, for peers that join", self._prefix, figures.size(nbytes)
             )
             self._feed(CopyTaken(self._held.state_id))
 
@@ -313,7 +314,7 @@ class StateDonor:
             await _promptly(stream.send(Resumed()))
         else:
             age = self._now() - held.taken_at
-            logger.debug("%s: %s gets a copy of %.1f s ago", self._prefix, stream.remote, age)
+            logger.debug("%s: %s gets a copy made %s ago", self._prefix, stream.remote, figures.duration(age))
             await _promptly(_send_offer(stream, held, age))
         for index in range(start, manifest.chunk_count):
             await _promptly(stream.send_payload(index, held.chunk(index)))

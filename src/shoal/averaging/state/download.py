@@ -62,6 +62,7 @@ from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.rpc import EndOfStream, Lane, Payload, Stream
+from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
 
@@ -278,12 +279,12 @@ class StateDownload:
                 drop_tracebacks(e)
         age = self._now() - partial.copied_at
         logger.info(
-            "%s: loaded the state of %s, %.1f MB in %.1f s, copied %.1f s ago",
+            "%s: loaded the state of %s, %s in %s, copied %s ago",
             self._prefix,
             donor.peer,
-            partial.manifest.nbytes / 1e6,
-            self._now() - self._began,
-            age,
+            figures.size(partial.manifest.nbytes),
+            figures.duration(self._now() - self._began),
+            figures.duration(age),
         )
         return Downloaded(donor.peer, partial.manifest, age)
 
@@ -366,10 +367,10 @@ class StateDownload:
         if now - self._logged >= LOG_PERIOD:
             self._logged = now
             logger.info(
-                "%s: %.0f of %.0f MB of the state of %s, %.1f MB/s",
+                "%s: %s of %s of the state of %s, %s/s",
                 self._prefix,
-                progress.received / 1e6,
-                progress.total / 1e6,
+                figures.size(progress.received),
+                figures.size(progress.total),
                 partial.donor,
-                rate / 1e6,
+                figures.size(rate),
             )

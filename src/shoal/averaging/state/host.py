@@ -43,6 +43,7 @@ from shoal.p2p.identity import PeerID
 from shoal.runtime.futures import MPFuture
 from shoal.runtime.memory import SharedMemory
 from shoal.runtime.workers import SerialThread
+from shoal.utils import figures
 
 if TYPE_CHECKING:
     from shoal.averaging.state.progress import ProgressBar
@@ -261,11 +262,11 @@ class StateHost:
         refusal = None
         try:
             if available is not None and nbytes > available:
-                refusal = f"its state takes {nbytes / 1e6:,.0f} MB, and {available / 1e6:,.0f} MB of memory are free"
+                refusal = f"its state takes {figures.size(nbytes)}, and {figures.size(available)} of memory are free"
             else:
                 download.memory = SharedMemory.create(nbytes)
         except OSError as e:
-            refusal = f"there is no memory for its state of {nbytes / 1e6:,.0f} MB: {e}"
+            refusal = f"there is no memory for its state of {figures.size(nbytes)}: {e}"
         descriptors = [] if download.memory is None else [download.memory.fd]
         handle.call(StateMemory(number, nbytes, refusal), descriptors=descriptors)
 
