@@ -191,7 +191,7 @@ def test_a_redirect_is_followed():
     driver = Driver()
     driver.see(declared(1))
     driver.send(LeaderRedirected(1, IDS[0], ("elsewhere",)))
-    assert driver.only(AskToJoin) == AskToJoin(2, IDS[0], ("elsewhere",))
+    assert driver.only(AskToJoin) == AskToJoin(2, IDS[0], ("elsewhere",), is_hearsay=True)
 
 
 def test_a_full_group_is_left_out_of_the_plan_as_a_whole():
@@ -235,7 +235,7 @@ def test_a_dismissed_peer_asks_whom_it_is_sent_to():
     driver.send(LeaderAccepted(1, 5.0))
     dismissed = Dismissed(DismissReason.BETTER_CUT, IDS[2].to_bytes(), ("there",), (search(0), search(1)))
     driver.send(LeaderDismissed(1, dismissed))
-    assert driver.only(AskToJoin) == AskToJoin(2, IDS[2], ("there",))
+    assert driver.only(AskToJoin) == AskToJoin(2, IDS[2], ("there",), is_hearsay=True)
 
 
 def test_no_answer_in_time_means_a_lost_leader():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -192,7 +193,7 @@ def test_who_cannot_be_reached_becomes_a_client(caplog: pytest.LogCaptureFixture
         await sim.start_many(3)
         hidden = await start_behind_nat(sim, 3, [sim.address(0)])
         assert hidden.client_mode
-        assert caplog.text.count("no peer could connect back") == 1
+        assert caplog.text.count("other peers cannot connect back") == 1
         assert await hidden.store("key", 1, sim.now() + 100)
         assert await sim.nodes[1].get("key", latest=True)
         await asyncio.sleep(30)
@@ -260,12 +261,11 @@ def test_a_node_that_can_be_dialed_later_becomes_one_like_the_others(
         await asyncio.sleep(1500)
         assert node.client_mode
         assert len(warnings_of(caplog)) == 1
-        assert [round((when - began) / 600, 1) for who, when in checks if who == str(node.peer_id)] == [
-            1.0,
-            2.0,
-        ]
+        times = [when for who, when in checks if who == str(node.peer_id)]
+        assert all(130 < later - earlier < 235 for earlier, later in itertools.pairwise([began, *times]))
+        assert len(times) >= 6
         ports[PORT] = listener
-        await until(lambda: not node.client_mode, 620)
+        await until(lambda: not node.client_mode, 240)
         await until(lambda: all_know_each_other(sim), 5)
         assert host.announced_addresses == host.listen_addresses
         assert len(warnings_of(caplog)) == 1
@@ -275,24 +275,21 @@ def test_a_node_that_can_be_dialed_later_becomes_one_like_the_others(
             sim.network.drop_connections(f"node{number}", "node3")
         assert await sim.nodes[1].store("key", 1, sim.now() + 60)
         assert node.num_records == 1
-        checks.clear()
-        await asyncio.sleep(1300)
-        assert str(node.peer_id) not in dict(checks)
 
     simulate(story)
 
 
-def test_the_first_node_is_checked_once_when_two_peers_have_come(
+def test_the_first_node_is_checked_when_the_first_peer_comes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def story(sim: SimulatedDHT) -> None:
         checks = watch_checks(monkeypatch)
         first = await sim.start(0)
         await sim.start(1, [sim.address(0)])
-        await asyncio.sleep(700)
-        assert str(first.peer_id) not in dict(checks)
-        await sim.start(2, [sim.address(0)])
-        await asyncio.sleep(2000)
+        await until(lambda: str(first.peer_id) in dict(checks), 1)
+        for number in range(2, 6):
+            await sim.start(number, [sim.address(0)])
+        await asyncio.sleep(100)
         assert [who for who, _ in checks].count(str(first.peer_id)) == 1
         assert not first.client_mode
         assert not warnings_of(caplog)
@@ -309,7 +306,7 @@ def test_a_first_node_that_nobody_can_dial_says_so_once_and_still_answers(
             await sim.start(number, [sim.address(0)])
         ports = sim.network.host("node0").listeners
         listener = ports.pop(PORT)
-        await until(lambda: first.client_mode, 15)
+        await until(lambda: first.client_mode, 240)
         await asyncio.sleep(1500)
         assert len(warnings_of(caplog)) == 1
         assert first.host.announced_addresses == []
@@ -319,7 +316,7 @@ def test_a_first_node_that_nobody_can_dial_says_so_once_and_still_answers(
         ports[PORT] = listener  # who knows the way in may join through it
         joined = await sim.start(3, [sim.address(0)])
         await until(lambda: len(joined.neighbours) >= 2, 10)
-        await until(lambda: not first.client_mode, 620)
+        await until(lambda: not first.client_mode, 240)
         await until(lambda: all_know_each_other(sim), 60)
 
     simulate(story)
@@ -340,8 +337,6 @@ def test_a_node_whose_addresses_change_is_checked_and_announced_again(
         assert [who for who, _ in checks] == [str(host.peer_id)]
         assert nodes[0].host.addresses_of(host.peer_id)[0] == moved
         assert nodes[1].host.addresses_of(host.peer_id)[0] == moved
-        await asyncio.sleep(2000)
-        assert len(checks) == 1
 
     simulate(story)
 
@@ -369,7 +364,7 @@ def test_a_node_that_lost_everybody_is_back_within_30_s() -> None:
         await until(lambda: not sim.nodes[5].neighbours, 120)
         await asyncio.sleep(600)
         sim.network.heal()
-        await until(lambda: all_know_each_other(sim), 10)
+        await until(lambda: all_know_each_other(sim), 30)
 
     simulate(story)
 

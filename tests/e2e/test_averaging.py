@@ -473,7 +473,7 @@ def test_a_start_does_not_wait_for_a_dht_that_is_not_ready_unless_it_is_told_to(
 
 def test_an_averager_goes_on_as_a_client_when_nobody_can_dial_its_dht(swarm: Swarm):
     async def become_unreachable(dht: Any, node: Any) -> None:
-        node.host._is_reachable = False  # what the reachability check finds out
+        node.host.reach._is_reachable = False  # what the reachability check finds out
 
     averager = swarm.peer([torch.zeros(3)], size=2, dht=swarm.own_dht())
     second, refused = (

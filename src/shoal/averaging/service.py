@@ -43,6 +43,7 @@ from shoal.averaging.state.commands import StateCommand
 from shoal.averaging.state.service import StateService
 from shoal.dht.service import DHTService
 from shoal.errors import AllreduceException, InvalidStateError, MatchmakingException
+from shoal.p2p.dialing import says_undialable
 from shoal.runtime.memory import SharedMemory
 from shoal.runtime.presence import UserProcessAbsent
 from shoal.runtime.service import ServiceContext
@@ -110,6 +111,7 @@ class AveragerService:
         self._timeouts = RoundTimeouts(
             config.allreduce_timeout, config.effective_sender_timeout, config.effective_reducer_timeout
         )
+        self._node = dht.node
         self._host = dht.node.host
         router = Router.of(self._host)
         self._rounds = Rounds(router, config.prefix, sender_timeout=config.effective_sender_timeout)
@@ -236,6 +238,8 @@ class AveragerService:
                 return self._finish(step, found, reason)
             except AllreduceException as e:
                 step.report = replace(step.report, failure=str(e))
+                if says_undialable(str(e), self._host.peer_id):
+                    self._node.look_again(in_doubt=True)
                 time_is_up = command.deadline is not None and steady_time() >= command.deadline
                 if not command.allow_retries or time_is_up or isinstance(e, StepFailed):
                     return self._finish(step, found, str(e))

@@ -27,6 +27,7 @@ from shoal.errors import (
     ProtocolViolation,
     RemoteError,
 )
+from shoal.p2p.connections import NO_ROOM
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
@@ -138,13 +139,17 @@ class Neighbours:
         if not count:
             return []
         known_prefixes = {known[at : at + 8] for at in range(0, len(known), 8)}
+        is_elsewhere = self.host.is_elsewhere(asker)
         return [
-            Contact(
-                entry.peer.to_bytes(), [str(a) for a in self.host.addresses_of(entry.peer)[:MAX_ADDRESSES]]
-            )
+            Contact(entry.peer.to_bytes(), self._addresses_for(entry.peer, is_elsewhere))
             for entry in self.table.nearest(target, min(count, self.config.bucket_size))
             if entry.prefix not in known_prefixes and entry.peer != asker
         ]
+
+    def _addresses_for(self, peer: PeerID, is_elsewhere: bool) -> list[str]:
+        """Where ``peer`` can be dialed, for an asker that is or is not on this machine: loopback stays here."""
+        addresses = [one for one in self.host.addresses_of(peer) if not (is_elsewhere and one.is_loopback)]
+        return [str(address) for address in addresses[:MAX_ADDRESSES]]
 
     def elsewhere(self, asker: PeerID, known: bytes) -> list[Contact]:
         """Where else a newcomer's identity has been, for one that has not made sure yet that it is the only one."""
@@ -237,6 +242,8 @@ class Neighbours:
         known = peer in self.table
         if not known and not self.host.addresses_of(peer):
             return  # it can be called over its own connection only: others could not reach it
+        if not known and len(self.table) and self.host.is_client(peer):
+            return  # it keeps no records for others; alone, it is better than nobody
         to_probe = self.table.answered(peer, self._loop.time())
         if to_probe is not None:
             self.greet_in_background(to_probe)
@@ -274,4 +281,6 @@ class Neighbours:
     def _disconnected(self, peer: PeerID, reason: str) -> None:
         if peer in self.table:
             logger.debug("the connection to %s ended: %s", peer, reason)
+            if NO_ROOM in reason:
+                return  # it is not lost, and a new connection would only drive out another one
             self.greet_in_background(peer)  # it leaves the table unless it answers on a new connection

@@ -20,7 +20,7 @@ from shoal.dht.config import DHTConfig
 from shoal.dht.ids import key_id
 from shoal.dht.messages import StoredEntry
 from shoal.dht.neighbours import Neighbours
-from shoal.dht.reachability import HELPERS, ReachabilityWatch
+from shoal.dht.reachability import ReachabilityWatch
 from shoal.dht.records import Records
 from shoal.dht.replication import records_after_loss, records_for_newcomer
 from shoal.dht.server import Server
@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 MAX_GREETED = 64
 """Neighbours that are told at once when others can dial this node again, or cannot any more."""
+TELL_TIMEOUT = 1.0
+"""Seconds for which joining waits until the peers found so far have heard where this node can be dialed."""
 HAND_OVER_DELAY = 1.0
 """Wait this long before handing records over: who comes or goes seldom does so alone."""
 HAND_OVER_BATCH = 256
@@ -101,6 +103,7 @@ class DHTNode:
         self._closed = False
         self._joined = False
         self._entered = False
+        self._checks = config.check_reachability and not config.client_mode
         # Ordered, as sets are not: who joined and who left since records were last handed over.
         self._newcomers: dict[PeerID, None] = {}
         self._leavers: dict[PeerID, None] = {}
@@ -115,7 +118,9 @@ class DHTNode:
             self._neighbours, initial_peers, self._tasks, rng, self._found_initial_peer
         )
         self._upkeep = Upkeep(self._neighbours, self._initial, self._records.find_nodes, clock.steady, rng)
-        self._reachability = ReachabilityWatch(host, self._helpers, self._reachability_changed, rng)
+        self._reachability = ReachabilityWatch(
+            host, lambda: list(self._neighbours.table), self._reachability_changed, rng
+        )
         self._time = TimeKeeper(host, clock, self._helpers, rng)
         self._gets: dict[tuple[int, bool], asyncio.Task[ValueWithExpiration | None]] = {}
         self._neighbours.on_joined.append(self._neighbour_joined)
@@ -247,11 +252,32 @@ class DHTNode:
         self._neighbours.close()
         await self._tasks.close()
 
+    # Whether others can dial it.
+
+    def look_again(self, *, in_doubt: bool) -> None:
+        """Find out anew whether others can dial this node; ``in_doubt``: until then nobody relies on it."""
+        if self._checks:
+            self._reachability.look_again(in_doubt=in_doubt)
+
+    async def _reachability_changed(self) -> None:
+        """Serve, or leave the others' tables, and tell them.
+
+        A node that others had found goes on answering when nobody can dial it at what it announces: it may be the one
+        through which newcomers join, at an address that it does not know.
+        """
+        if not self.client_mode:
+            self._server.start(self.host)
+        self._neighbours.listening = not self.client_mode
+        await self.host.announce()
+        await self._neighbours.greet_all(list(self._neighbours.table)[:MAX_GREETED])
+
     # Joining.
 
     async def _join(self) -> None:
-        if not self.client_mode:
+        if not self.config.client_mode:
             self._server.start(self.host)
+        if self._checks:
+            self._reachability.begin(in_doubt=bool(self._initial.others))
         found = await self._initial.find_first(self.config.bootstrap_timeout)
         self.host.check_identity()
         if not found and self._initial.others and not self._initial.includes_self:
@@ -263,6 +289,7 @@ class DHTNode:
         if found:
             await self._enter()
         else:
+            self.host.reach.presume()
             self._present()
         self.host.check_identity()
         self.host.tenancy.settle()
@@ -270,7 +297,7 @@ class DHTNode:
         self._upkeep.hurry()
         self._tasks.start(self._upkeep.run(), "dht-upkeep")
         self._tasks.start(self._time.run(), "dht-time")
-        if self.config.check_reachability and not self.config.client_mode:
+        if self._checks:
             self._tasks.start(self._reachability.run(), "dht-reachability")
 
     def _found_initial_peer(self, peer: PeerID) -> None:
@@ -292,8 +319,10 @@ class DHTNode:
         known = list(dict.fromkeys(known))
         # Before anything is stored, and before users ask what time it is.
         await self._time.ask(known[:ASKED])
-        if self.config.check_reachability and not self.client_mode:
-            await self._reachability.check(known[:HELPERS])
+        if self._checks:
+            await self._reachability.check(known)
+            if self.host.can_be_dialed:
+                await self._tell_neighbours()
         if not self.host.can_be_dialed:
             self._server.stop(self.host)
         self._present()
@@ -301,6 +330,11 @@ class DHTNode:
         # By now the nodes that would know of another peer with this identity have been asked where it was.
         await self.host.ask_rivals(neighbours.own_elsewhere)
         neighbours.has_made_sure = True
+
+    async def _tell_neighbours(self) -> None:
+        """Connected peers were told nothing while it was in doubt; one that does not answer holds up nobody."""
+        telling = self._tasks.start(self.host.announce(), "dht-announce")
+        await asyncio.wait((telling,), timeout=TELL_TIMEOUT)
 
     def _present(self) -> None:
         """From now on others may know whether to put this node into their tables."""
@@ -310,20 +344,8 @@ class DHTNode:
             self._neighbours.greet_if_new(peer)
 
     def _helpers(self) -> list[PeerID]:
-        """Who may be asked to dial back."""
+        """Who may be asked what time it is."""
         return list(dict.fromkeys([*self._neighbours.table, *self.host.connected_peers()]))
-
-    async def _reachability_changed(self) -> None:
-        """Serve, or leave the others' tables, and tell them.
-
-        A node that others had found goes on answering when nobody can dial it at what it announces: it may be the one
-        through which newcomers join, at an address that it does not know.
-        """
-        if not self.client_mode:
-            self._server.start(self.host)
-        self._neighbours.listening = not self.client_mode
-        await self.host.announce()
-        await self._neighbours.greet_all(list(self._neighbours.table)[:MAX_GREETED])
 
     def _bootstrap_error(self) -> BootstrapError:
         failures = {text: self._initial.failures.get(text, "no answer yet") for text in self._initial.others}

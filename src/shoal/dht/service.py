@@ -60,7 +60,7 @@ class DHTView:
     def get_visible_maddrs(self) -> list[Multiaddr]:
         """Where others can dial this node; usable as their ``initial_peers``."""
         host = self.node.host
-        return [address.with_peer_id(host.peer_id) for address in host.announced_addresses]
+        return [address.with_peer_id(host.peer_id) for address in host.visible_addresses]
 
 
 class DHTService:

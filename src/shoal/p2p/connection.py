@@ -19,6 +19,7 @@ from shoal.p2p.config import KIB, MIB, HostConfig
 from shoal.p2p.frames import FrameKind
 from shoal.p2p.identity import Identity, PeerID
 from shoal.p2p.keepalive import KeepAlive, Verdict
+from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.rpc import Lane
 from shoal.p2p.session import FrameReceived, HandshakeCompleted, PayloadReceived, Role, Session
 from shoal.p2p.sockets import ip_of, origin_of, unsent_bytes
@@ -89,6 +90,10 @@ class Connection(asyncio.BufferedProtocol):
         self.role = role
         self.remote: PeerID | None = None
         self.hello: wire.Hello | None = None
+        self.remote_address: Multiaddr | None = None
+        """The other end as this side sees it: what it dialed, or from where it was dialed."""
+        self.seen: Multiaddr | None = None
+        """This end as the peer sees it, if it says so."""
         self.hello_sent: wire.Hello | None = None
         self.remote_ip: str | None = None
         self.local_ip: str | None = None
@@ -174,7 +179,11 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=WRITE_HIGH, low=WRITE_LOW)
-        self.remote_ip = ip_of(transport.get_extra_info("peername"))
+        peername = transport.get_extra_info("peername")
+        self.remote_ip = ip_of(peername)
+        if self.remote_ip is not None:
+            protocol = "ip6" if ":" in self.remote_ip else "ip4"
+            self.remote_address = Multiaddr(protocol, self.remote_ip, int(peername[1]))
         self.local_ip = ip_of(transport.get_extra_info("sockname"))
         self.origin = origin_of(self.remote_ip, self.local_ip)
         refusal = self._owner.connection_made(self) or self.close_reason

@@ -40,8 +40,9 @@ from shoal.p2p.tenancy import Tenancy
 logger = logging.getLogger(__name__)
 
 REDUNDANT_TIMEOUT = 10.0
+NO_ROOM = "too many connections"
+"""Why a connection is closed or refused that one side has no room for. To dial at once again would be in vain."""
 LANE_RETRY_PAUSE = 30.0
-MAX_LOCAL_IPS = 8
 
 
 class Connections:
@@ -56,6 +57,7 @@ class Connections:
         find_served: Callable[[str], Served | None],
         make_hello: Callable[[Connection], wire.Hello],
         ask_for_lane: Callable[[PeerID, float], Awaitable[bool]],
+        peer_met: Callable[[Connection], None],
         peer_lost: Callable[[PeerID, str], None],
         clock: Callable[[], float],
         clock_differs: Callable[[PeerID, float], None],
@@ -66,10 +68,10 @@ class Connections:
         self.addresses = AddressBook(
             max_peers=config.max_known_peers, max_addresses=config.max_addresses_per_peer
         )
-        self.local_ips: dict[str, None] = {}
         self.find_served = find_served
         self.make_hello = make_hello
         self._ask_for_lane = ask_for_lane
+        self._peer_met = peer_met
         self._peer_lost = peer_lost
         self._clock = clock
         self.tenancy = Tenancy(
@@ -252,7 +254,7 @@ class Connections:
             return None
         config, origin = self.config, connection.origin
         if len(self._connections) > config.max_connections + config.max_handshakes:
-            return "too many connections"
+            return NO_ROOM
         unproven = [one for one in self._from(origin) if not one.is_admitted]
         if len(unproven) > config.max_handshakes_per_ip:
             return f"too many connections from {origin} at once"
@@ -266,6 +268,7 @@ class Connections:
             return self.tenancy.meet(connection)
         try:
             announced = [Multiaddr.parse(text) for text in hello.addresses]
+            connection.seen = Multiaddr.parse(hello.seen) if hello.seen else None
         except InvalidValueError as error:
             raise ProtocolViolation(f"HELLO with a bad address: {error}") from error
         if self._is_closing:
@@ -274,20 +277,21 @@ class Connections:
         if refusal is not None:
             return refusal
         self._note_clock(connection, hello)
-        self._note_local_ip(connection)
         if connection.lane is Lane.PROBE:
             return None
-        self.addresses.add(peer, announced)
+        self.addresses.add(peer, _meaningful(announced, connection))
         self._lane_failures.pop(peer, None)
         self._entry(peer).add(connection)
+        self._peer_met(connection)
         logger.debug("connected to %s (%s, %s lane)", peer, hello.agent, connection.lane.name.lower())
         return None
 
     def peer_announced(self, peer: PeerID, addresses: list[Multiaddr], client_mode: bool) -> None:
         """``peer`` says that what its HELLO said of it has changed."""
-        self.addresses.add(peer, addresses)
         connections = self._peers.get(peer)
-        for connection in [] if connections is None else connections.all():
+        known = [] if connections is None else connections.all()
+        self.addresses.add(peer, _meaningful(addresses, known[0]) if known else addresses)
+        for connection in known:
             if connection.hello is not None:
                 texts = [str(address) for address in addresses]
                 connection.hello = msgspec.structs.replace(
@@ -337,15 +341,17 @@ class Connections:
         of_peer = [connection for connection in opened if connection.remote == new.remote]
         if len(of_peer) > self.config.max_connections_per_peer and not _close_oldest(of_peer, new):
             return "too many connections to one peer"
-        if new.role is not Role.RESPONDER:
-            return None
-        of_ip = [connection for connection in self._from(new.origin) if connection.is_open]
-        if len(of_ip) > self.config.max_connections_per_ip and not self._close_spare(of_ip, new):
-            return f"too many connections from {new.origin}"
+        if new.role is Role.RESPONDER:
+            of_ip = [connection for connection in self._from(new.origin) if connection.is_open]
+            if len(of_ip) > self.config.max_connections_per_ip and not self._close_spare(of_ip, new):
+                return f"too many connections from {new.origin}"
         opened = [connection for connection in opened if connection.is_open]
-        if len(opened) > self.config.max_connections and not self._close_spare(opened, new):
-            return "too many connections"
-        return None
+        if len(opened) <= self.config.max_connections or self._close_spare(opened, new):
+            return None
+        # What this side dials, it needs: else strangers that cannot be dialed could cut it off from everybody.
+        if new.role is Role.INITIATOR and _close_oldest(opened, new):
+            return None
+        return NO_ROOM
 
     def _close_spare(self, connections: list[Connection], new: Connection) -> bool:
         return _close_oldest([one for one in connections if self._can_be_had_again(one)], new)
@@ -362,14 +368,6 @@ class Connections:
         ahead = hello.clock - self._clock()
         if abs(ahead) > self.config.clock_difference + (connection.rtt or 0.0):
             self._clock_differs(connection.peer, ahead)
-
-    def _note_local_ip(self, connection: Connection) -> None:
-        if connection.local_ip is None:
-            return
-        self.local_ips.pop(connection.local_ip, None)
-        self.local_ips[connection.local_ip] = None
-        if len(self.local_ips) > MAX_LOCAL_IPS:  # of a machine that moves, the network it was in longest ago
-            del self.local_ips[next(iter(self.local_ips))]
 
     # Entries of peers.
 
@@ -428,9 +426,16 @@ class Connections:
         await asyncio.gather(*(connection.closed for connection in connections))
 
 
+def _meaningful(addresses: list[Multiaddr], connection: Connection) -> list[Multiaddr]:
+    """What a peer announces, without loopback if that would lead to this machine instead of the peer's."""
+    if connection.origin is None:
+        return addresses
+    return [address for address in addresses if not address.is_loopback]
+
+
 def _close_oldest(connections: list[Connection], new: Connection) -> bool:
     """Close the one that was not used for longest; False if all are in use."""
     idle = [one for one in connections if one.is_idle and one is not new]
     if idle:
-        min(idle, key=lambda one: one.last_used).close("too many connections")
+        min(idle, key=lambda one: one.last_used).close(NO_ROOM)
     return bool(idle)

@@ -7,12 +7,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from shoal.errors import InvalidValueError
+from shoal.p2p.interfaces import default_route_ips, list_interfaces
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.vantage import Interface, likely_first
+
+logger = logging.getLogger(__name__)
 
 ProtocolFactory = Callable[[], asyncio.BufferedProtocol]
 
@@ -55,6 +60,9 @@ class Network(Protocol):
 
     async def connect(self, factory: ProtocolFactory, address: Multiaddr) -> asyncio.Transport:
         """Connect to ``address``; :class:`OSError` if nobody answers. Waits for ever unless cancelled."""
+
+    def interfaces(self) -> list[Interface]:
+        """The interfaces of this machine, the likeliest first; none if the system does not tell."""
 
 
 class TcpListener:
@@ -113,3 +121,12 @@ class TcpNetwork:
             factory, address.host, address.port, family=_FAMILIES[address.protocol]
         )
         return transport
+
+    def interfaces(self) -> list[Interface]:
+        """See :meth:`Network.interfaces`. Where the system does not list them, those of the default routes."""
+        preferred = default_route_ips()
+        try:
+            return likely_first(list_interfaces(), preferred)
+        except OSError as error:
+            logger.debug("the system does not list its interfaces: %s", error)
+            return [Interface("default", ip, 128 if ":" in ip else 32) for ip in preferred]

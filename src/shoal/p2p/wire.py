@@ -91,6 +91,8 @@ class Hello(msgspec.Struct, array_like=True, frozen=True):
     incarnation: Incarnation = UNKNOWN
     """The number that this run of the sender has drawn; with ``tenure``, see :mod:`shoal.p2p.claims`."""
     tenure: float = UNSETTLED
+    seen: Annotated[str, msgspec.Meta(max_length=MAX_ADDRESS)] = ""
+    """The address that the receiver has for the sender: what it dialed, or from where it was dialed."""
 
 
 class Goodbye(msgspec.Struct, array_like=True, frozen=True):

@@ -330,7 +330,10 @@ class Matchmaking:
             self._effects.append(Declare(DeclaredState.TAKEN))
         self.key = self.story.key = place.key
         self.me = self.me._replace(
-            start_time=place.order_time, grid_round=place.grid_round, lineage=place.lineage
+            start_time=place.order_time,
+            can_lead=event.mode.can_lead,
+            grid_round=place.grid_round,
+            lineage=place.lineage,
         )
         self._effects.append(MoveTo(place))
         self._view = View(self.me, self._schema_hash, opens_at=place.start_time, latency=self._view.latency)
@@ -450,7 +453,9 @@ class Matchmaking:
             return
         self.story.answered(ask.leader, f"redirected to {event.leader}", now)
         if ask.redirects < MAX_REDIRECTS and self._view.may_ask(event.leader, now):
-            self._ask_to_join(event.leader, event.addresses, now, redirects=ask.redirects + 1)
+            self._ask_to_join(
+                event.leader, event.addresses, now, redirects=ask.redirects + 1, is_hearsay=True
+            )
         else:
             self._view.leave_out(ask.leader, now + self._retry_time())
             self._go_on_looking()
@@ -483,7 +488,7 @@ class Matchmaking:
         self._view.leave_out_group(answer.members, now + self._retry_time(), now, is_looking=True)
         suggested = PeerID.from_bytes(answer.leader) if answer.leader else None
         if suggested is not None and self._view.may_ask(suggested, now):
-            self._ask_to_join(suggested, answer.addresses, now, redirects=0)
+            self._ask_to_join(suggested, answer.addresses, now, redirects=0, is_hearsay=True)
         else:
             self._go_on_looking()
 
@@ -711,11 +716,19 @@ class Matchmaking:
 
     # ---- leaders and followers
 
-    def _ask_to_join(self, leader: PeerID, addresses: tuple[str, ...], now: float, redirects: int) -> None:
+    def _ask_to_join(
+        self,
+        leader: PeerID,
+        addresses: tuple[str, ...],
+        now: float,
+        redirects: int,
+        *,
+        is_hearsay: bool = False,
+    ) -> None:
         self._asks += 1
         self._ask = _Ask(self._asks, leader, addresses, now, redirects)
         self._move(State.ASKING)
-        self._effects.append(AskToJoin(self._ask.number, leader, addresses))
+        self._effects.append(AskToJoin(self._ask.number, leader, addresses, is_hearsay))
         self.story.asked(leader)
 
     def _current(self, ask: int) -> _Ask | None:

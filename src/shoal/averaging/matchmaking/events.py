@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shoal.averaging.group import GroupInfo, MemberInfo
+from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode
 from shoal.averaging.lineage import NO_LINEAGE, Lineage
 from shoal.averaging.matchmaking.messages import (
     Accepted,
@@ -43,9 +43,10 @@ class SearchStarted:
 
 @dataclass(frozen=True)
 class Restarted:
-    """Another start time or other group bits are wanted: the search begins anew."""
+    """Another start time, other group bits or another mode are wanted: the search begins anew."""
 
     place: Place
+    mode: PeerMode
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,8 @@ class AskToJoin:
     ask: int
     leader: PeerID
     addresses: tuple[str, ...]
+    is_hearsay: bool = False
+    """Another peer has named these addresses, not the leader itself."""
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,7 @@ class Matchmaker:
                 weight,
                 self._known,
                 when_too_few=self._found_too_few,
+                when_mode_changed=self._mode_changed,
                 is_first=self._search is None,
             )
             if not self._known:
@@ -213,6 +214,11 @@ class Matchmaker:
         self._last_order_time = max(start_time, self._last_order_time + 0.001)
         key = self._bits.key(self._peer.prefix)
         return Place(key, start_time, self._last_order_time, self._bits.grid_round, self._lineage)
+
+    def _mode_changed(self) -> None:
+        """The search that goes on has declared another mode than this peer has now: it begins anew."""
+        if self._search is not None:
+            self._search.move_to(self._place(self._search.place.start_time))
 
     # ---- where no bits are given
 

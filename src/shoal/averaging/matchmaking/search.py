@@ -131,10 +131,12 @@ class GroupSearch:
         known: Mapping[PeerID, float],
         *,
         when_too_few: Callable[[int], None],
+        when_mode_changed: Callable[[], None],
         is_first: bool = False,
     ) -> None:
         """
         :param when_too_few: called with the number of peers seen when the start time came without enough members
+        :param when_mode_changed: called when this peer's mode is another one than it declared
         :param is_first: of its averager
         """
         self.place = place
@@ -144,6 +146,7 @@ class GroupSearch:
         self._gather = gather
         self._weight = weight
         self._when_too_few = when_too_few
+        self._when_mode_changed = when_mode_changed
         self._mode = peer.mode
         self._core = Matchmaking(
             peer.config.within(None if deadline is None else deadline - self.now()),
@@ -194,9 +197,10 @@ class GroupSearch:
         return self._core.known
 
     def move_to(self, place: Place) -> None:
-        """Begin anew at another place, unless the search is over."""
+        """Begin anew at another place, in this peer's mode of now, unless the search is over."""
         if not self.is_over:
-            self.dispatch(Restarted(place))
+            self._mode = self._peer.mode
+            self.dispatch(Restarted(place, self._mode))
 
     def watch_members(self, when_gone: WhenMemberGone) -> None:
         """Call ``when_gone`` for each member of the group that this peer leads that left before it heard of it."""
@@ -243,8 +247,8 @@ class GroupSearch:
                 self.place = place
             case Poll():
                 self._peer.tasks.start(self._poll(), f"poll {self.place.key}")
-            case AskToJoin(ask, leader, addresses):
-                self._asks[ask] = self._peer.tasks.start(self._ask(ask, leader, addresses), f"ask {leader}")
+            case AskToJoin(ask, leader):
+                self._asks[ask] = self._peer.tasks.start(self._ask(effect), f"ask {leader}")
                 self._asks[ask].add_done_callback(lambda _: self._asks.pop(ask))
             case LeaveLeader(ask):
                 if ask in self._asks:
@@ -304,9 +308,13 @@ class GroupSearch:
         began_at, place = self.now(), self.place
         result: Polled | PollFailed
         try:
-            result = Polled(began_at, await self._peer.declarations.read(place.key))
+            declared = await self._peer.declarations.read(place.key)
+            result = Polled(began_at, declared)
+            self._peer.look_at(declared)
         except ShoalError as e:
             result = PollFailed(str(e))
+        if self._mode is not self._peer.mode and not self.is_over:
+            self._when_mode_changed()
         if place is self.place:
             self.dispatch(result)
 
@@ -316,10 +324,11 @@ class GroupSearch:
 
     # ---- this peer asks a leader
 
-    async def _ask(self, ask: int, leader: PeerID, addresses: tuple[str, ...]) -> None:
-        host = self._peer.node.host
+    async def _ask(self, effect: AskToJoin) -> None:
+        host, ask, leader = self._peer.node.host, effect.ask, effect.leader
+        add = host.add_hearsay if effect.is_hearsay else host.add_addresses
         try:
-            host.add_addresses(leader, [Multiaddr.parse(address) for address in addresses])
+            add(leader, [Multiaddr.parse(address) for address in effect.addresses])
             own = self._sign_info(leader)
             async with host.open_stream(leader, JOIN) as stream:
                 await stream.send(JoinRequest(self._peer.prefix, own))
