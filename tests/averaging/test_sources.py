@@ -190,7 +190,6 @@ ADAM = torch.optim.Adam([torch.nn.Parameter(torch.zeros(2))])
         (lambda: None, "got NoneType"),
         (lambda: lambda: [torch.zeros(2)], "got function"),
     ],
-    ids=str,
 )
 def test_what_holds_no_tensors_is_an_error_that_says_what_to_pass(given, words):
     with pytest.raises(UsageError) as caught:
@@ -234,7 +233,6 @@ def test_parts_of_leaves_that_a_function_makes_are_no_results_of_autograd():
         ({"a": 1, "b": 2}, {"a": 1, "c": 2}, r"averaged_tensors\['b'\] is missing now"),
         ({"a": 1, "b": 2}, {"b": 2, "a": 1}, r"averaged_tensors\['b'\] is at another place now"),
     ],
-    ids=str,
 )
 def test_a_function_returns_the_same_tensors_each_time(before, now, words):
     def tensors_of(plan):
