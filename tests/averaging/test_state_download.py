@@ -15,7 +15,7 @@ import torch
 
 from shoal.averaging.router import Router
 from shoal.averaging.state.capture import Capture, capture_state
-from shoal.averaging.state.choice import WAIT_PATIENCE, Donor
+from shoal.averaging.state.choice import SILENCE, WAIT_PATIENCE, Donor
 from shoal.averaging.state.donor import YIELD_CHUNKS, CopyUnavailable, StateDonor
 from shoal.averaging.state.download import Downloaded, Progress, StateDownload
 from shoal.averaging.state.host import tensors_in
@@ -693,6 +693,64 @@ def test_a_donor_that_never_comes_to_the_point_holds_nobody_up(lie: Any, seconds
             donors = [swarm.known("liar", 9.0), swarm.known("honest")]
             swarm.check(await swarm.load("j", donors, timeout=None), "honest")
             assert asyncio.get_running_loop().time() < seconds
+
+    run(main)
+
+
+@pytest.mark.parametrize("lie", [stalls, never_begins, stops_in_the_manifest], ids=lambda lie: lie.__name__)
+@pytest.mark.parametrize("next_chunk_timeout", [None, 20.0, 5.0])
+def test_a_stalled_donor_is_left_within_seconds_for_another_one(lie: Any, next_chunk_timeout: float | None):
+    async def main() -> None:
+        async def handler(stream: Stream, first: RequestState) -> None:
+            await lie(stream)
+
+        async with Swarm(24) as swarm:
+            await swarm.liar("stalled", handler)
+            await swarm.donor("honest", chunks=8)
+            donors = [swarm.known("stalled", 9.0), swarm.known("honest")]
+            began = asyncio.get_running_loop().time()
+            loaded = await swarm.load("j", donors, next_chunk_timeout=next_chunk_timeout)
+            swarm.check(loaded, "honest")
+            assert asyncio.get_running_loop().time() - began < SILENCE + 3.0
+
+    run(main)
+
+
+@pytest.mark.parametrize("falls_silent", [True, False], ids=["silent", "dead"])
+def test_a_donor_that_vanishes_midway_is_left_within_seconds_for_another_one(falls_silent: bool):
+    async def main() -> None:
+        async with Swarm(25) as swarm:
+            for name in ("a", "b"):
+                await swarm.donor(name, chunks=8)
+            since: list[float] = []
+
+            def on_progress(progress: Progress) -> None:
+                if progress.received > 3 * CHUNK and not since:
+                    since.append(asyncio.get_running_loop().time())
+                    if falls_silent:
+                        swarm.network.silence("j", "a")
+                    else:
+                        swarm.network.kill("a", silently=True)
+
+            donors = [swarm.known("a", 1.0), swarm.known("b")]
+            swarm.check(await swarm.load("j", donors, on_progress=on_progress), "b")
+            assert asyncio.get_running_loop().time() - since[0] < SILENCE + 4.0
+
+    run(main)
+
+
+@pytest.mark.parametrize("names", ["a", "abc"])
+def test_over_a_link_too_slow_for_any_donor_to_seem_alive_the_state_comes_nevertheless(names: str):
+    async def main() -> None:
+        async with Swarm(27, bandwidth=CHUNK / (2 * SILENCE)) as swarm:
+            for name in names:
+                await swarm.donor(name, chunks=4)
+            loaded = await swarm.load("j", [swarm.known(name) for name in names])
+            assert not isinstance(loaded, str), loaded
+            swarm.check(loaded, loaded[0]["donor"])
+            assert (
+                asyncio.get_running_loop().time() < 15 * 2 * SILENCE
+            )  # its chunks, and one try at each other donor
 
     run(main)
 
