@@ -174,6 +174,24 @@ def test_a_node_that_finds_the_dht_late_takes_its_time_then() -> None:
     simulate(story, {1: 90.0})
 
 
+def test_peers_that_died_unnoticed_keep_no_newcomer_waiting_for_the_time() -> None:
+    async def story(sim: SimulatedDHT) -> None:
+        await sim.start_many(10)
+        await asyncio.sleep(30)
+        began = sim.now()
+        await sim.start(10, [sim.address(0)])
+        among_the_living = sim.now() - began
+        for number in (5, 6, 7, 8):
+            await sim.kill(number, silently=True)
+        began = sim.now()
+        await sim.start(11, [sim.address(0)])
+        assert abs(off(sim, 11)) < AGREED
+        # Its search for its neighbours waits for some of them, and somebody is asked to dial back.
+        assert sim.now() - began < among_the_living + 4.5
+
+    simulate(story, {11: 90.0})
+
+
 def test_two_dhts_that_become_one_agree_on_the_time_of_most() -> None:
     async def story(sim: SimulatedDHT) -> None:
         # Each of them is the first of a DHT, until the network lets them meet.

@@ -318,11 +318,12 @@ class DHTNode:
         known = [*self._initial.found.values(), *neighbours.table, *(neighbours.heard_of or ())]
         known = list(dict.fromkeys(known))
         # Before anything is stored, and before users ask what time it is.
-        await self._time.ask(known[:ASKED])
+        asked = [self._time.ask(known[:ASKED])]
         if self._checks:
-            await self._reachability.check(known)
-            if self.host.can_be_dialed:
-                await self._tell_neighbours()
+            asked.append(self._reachability.check(known))
+        await asyncio.gather(*asked)
+        if self._checks and self.host.can_be_dialed:
+            await self._tell_neighbours()
         if not self.host.can_be_dialed:
             self._server.stop(self.host)
         self._present()

@@ -32,6 +32,9 @@ own."""
 PAUSE = 5.0
 """... but not sooner than this after the last time, whoever comes."""
 ANSWER_WITHIN = 2.0
+GRACE = 0.5
+"""Seconds that others still have when more than half of those that were asked have answered: some may be dead, and the
+median of most is as good."""
 WARN_FROM = 3.0
 """Seconds of difference that people should know of."""
 MAX_SUSPECTS = 256
@@ -91,8 +94,7 @@ class TimeKeeper:
     async def ask(self, peers: Sequence[PeerID]) -> None:
         """Compare clocks with these peers now, and move the own one if need be."""
         self._asked_at = asyncio.get_running_loop().time()
-        answers = await asyncio.gather(*(self._measure(peer) for peer in peers[:ASKED]))
-        samples = [sample for sample in answers if sample is not None]
+        samples = await self._measure_all(peers[:ASKED])
         if not samples:
             return
         change = choose_change(samples, is_settled=self.is_settled)
@@ -109,6 +111,26 @@ class TimeKeeper:
         """As a peer's first message shows: one that joins, or one of another DHT, which becomes one with this."""
         logger.debug("the clock of %s is %.1f s ahead as it connects", peer, ahead)
         self._hurry.set()
+
+    async def _measure_all(self, peers: Sequence[PeerID]) -> list[ClockSample]:
+        asked = [asyncio.ensure_future(self._measure(peer)) for peer in peers]
+        samples: list[ClockSample] = []
+        try:
+            async with asyncio.timeout(None) as patience:
+                for answer in asyncio.as_completed(asked):
+                    sample = await answer
+                    if sample is None:
+                        continue
+                    samples.append(sample)
+                    if patience.when() is None and 2 * len(samples) > len(asked):
+                        patience.reschedule(asyncio.get_running_loop().time() + GRACE)
+        except TimeoutError:
+            pass  # of those that did not answer nothing is known
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+        return samples
 
     async def _measure(self, peer: PeerID) -> ClockSample | None:
         try:
