@@ -164,6 +164,26 @@ def test_refusals_and_dial_backs_forge_no_lines_of_a_log(
     simulate(story)
 
 
+def test_that_nobody_answers_is_said_once_until_somebody_does(caplog: pytest.LogCaptureFixture) -> None:
+    def warnings() -> list[str]:
+        texts = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        return [text for text in texts if "stored nowhere" in text]
+
+    async def story(sim: SimulatedDHT) -> None:
+        await sim.start(0)
+        client = await sim.start(1, [sim.address(0)], DHTConfig(client_mode=True))
+        for said in (1, 2):
+            await sim.stop(0)
+            for _ in range(3):
+                assert not await client.store("key", said, sim.now() + 100)
+            assert warnings() == ["a record was stored nowhere: no node answered"] * said
+            await sim.start(0)
+            await asyncio.sleep(90.0)  # it joins again by itself
+            assert await client.store("key", said, sim.now() + 100)
+
+    simulate(story)
+
+
 def test_records_lie_at_the_nearest_nodes() -> None:
     async def story(sim: SimulatedDHT) -> None:
         await sim.start_many(9)

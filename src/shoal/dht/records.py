@@ -54,6 +54,7 @@ class Records:
         self._own = neighbours.host.peer_id
         # the nodes that were found nearest to a key, and when
         self._routes: OrderedDict[int, tuple[float, list[PeerID]]] = OrderedDict()
+        self._is_unheard = False
 
     async def find_nodes(self, target: int, width: int | None = None) -> list[PeerID]:
         """The nodes nearest to an id, by a search over the network."""
@@ -98,10 +99,22 @@ class Records:
 
         await Search(lookup, ask, self._config.stall_timeout, self._tasks).run()
         self._remember_route(identifier, lookup)
-        if not accepted:
-            refusals = "; ".join(f"{peer}: {reason}" for peer, reason in reasons.items())
-            logger.warning("a record was stored nowhere: %s", refusals or "no node answered")
+        self._tell_outcome(accepted > 0, reasons)
         return accepted > 0
+
+    def _tell_outcome(self, is_stored: bool, reasons: dict[str, str]) -> None:
+        """Every refusal is the caller's to know; that nobody answers is said once, until somebody does."""
+        if is_stored or reasons:
+            if self._is_unheard:
+                logger.info("other nodes answer again")
+            self._is_unheard = False
+        if reasons and not is_stored:
+            refusals = "; ".join(f"{peer}: {reason}" for peer, reason in reasons.items())
+            logger.warning("a record was stored nowhere: %s", refusals)
+        elif not is_stored:
+            level = logging.DEBUG if self._is_unheard else logging.WARNING
+            logger.log(level, "a record was stored nowhere: no node answered")
+            self._is_unheard = True
 
     async def get(self, identifier: int, key: bytes, *, latest: bool) -> ValueWithExpiration | None:
         """The first valid value that is found; or, if ``latest``, the freshest of all nearest nodes, merged."""
