@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import shoal
-from shoal.cli.main import app, run
+from shoal.cli.main import EXIT_FAILURE, app, run
 
 
 def test_version_and_help() -> None:
@@ -98,6 +99,19 @@ def test_damaged_identity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1
     assert str(path) in errors
+
+
+def test_a_key_that_cannot_be_written_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_space(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "private")
+
+    monkeypatch.setattr("shoal.p2p.identity.os.link", no_space)
+    path = tmp_path / "peer.key"
+    assert run(["peer", "--identity", str(path)]) == EXIT_FAILURE
+    assert capsys.readouterr().err == (f"shoal: {path}: the key cannot be written: No space left on device\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_demo_packages_are_named(

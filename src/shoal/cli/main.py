@@ -133,6 +133,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _complain(_in_options(str(error)), EXIT_USAGE)
     except ShoalError as error:
         return _complain(str(error), EXIT_FAILURE)
+    except OSError as error:
+        return _complain(f"{error.filename or 'the system'}: {error.strerror or error}", EXIT_FAILURE)
     except (KeyboardInterrupt, typer.Abort):
         return _complain("interrupted", EXIT_INTERRUPTED)
     return status if isinstance(status, int) else 0

@@ -204,7 +204,12 @@ class Identity:
                 raise InvalidValueError(
                     f"identity_path: {path} cannot be created: no directory {path.parent}"
                 ) from None
-        _create_key_file(path, cls.generate())
+        try:
+            _create_key_file(path, cls.generate())
+        except OSError as error:  # it speaks of the private file beside it
+            raise type(error)(
+                error.errno, f"the key cannot be written: {error.strerror}", str(path)
+            ) from None
         return cls._load(path)
 
     @classmethod
