@@ -230,7 +230,7 @@ class Server:
             if silence.is_absence and self.user.absence is None:
                 what = silence.describe("by Ctrl+Z, SIGSTOP or a debugger", "'fg' or ")
                 self.user.update(f"user's process (pid {silence.pid}) {what}")
-                logger.warning("%s. Nothing that needs it goes on until then", self.user.absence)
+                logger.warning("the %s. Nothing that needs it goes on until then", self.user.absence)
 
     def _receive_pong(self, _: Frame) -> None:
         self._awaits_pong = False
