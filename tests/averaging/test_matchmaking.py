@@ -9,10 +9,8 @@ import pytest
 from shoal.averaging.group import MemberInfo, PeerMode
 from shoal.averaging.matchmaking.core import (
     AVOID_AFTER_LOSS,
-    IllegalTransition,
     Matchmaking,
     MatchmakingConfig,
-    State,
 )
 from shoal.averaging.matchmaking.events import (
     AnswerRequest,
@@ -50,6 +48,7 @@ from shoal.averaging.matchmaking.messages import (
     RejectReason,
     Search,
 )
+from shoal.averaging.matchmaking.states import IllegalTransition, State
 from shoal.p2p.identity import Identity, PeerID
 
 SCHEMA = b"s" * 32

@@ -20,7 +20,7 @@ import pytest
 from shoal.averaging.group import GroupInfo, PeerMode
 from shoal.averaging.matchmaking.core import MatchmakingConfig
 from shoal.averaging.matchmaking.declarations import DECLARATION_LIFETIME
-from shoal.averaging.matchmaking.grouping import plan_groups
+from shoal.averaging.matchmaking.sizes import plan_groups
 from shoal.errors import MatchmakingException
 from shoal.testing.clock import run
 from shoal.testing.matchmaking import SimulatedMatchmaking

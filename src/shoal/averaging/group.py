@@ -46,8 +46,7 @@ class PeerMode(enum.StrEnum):
     CLIENT = "client"
     """Contributes tensors, cannot be dialed, never leads and reduces nothing for others."""
     AUXILIARY = "auxiliary"
-    """Contributes nothing but helps with the reduction, and counts in the group's size. Never leads: as a leader
-    contributes, auxiliaries and clients alone make no group."""
+    """Contributes nothing but helps with the reduction, may lead, and counts in the group's size."""
 
     NODE = "full"
     """The same member as FULL, by the name that users of hivemind know."""
@@ -56,7 +55,12 @@ class PeerMode(enum.StrEnum):
 
     @property
     def can_lead(self) -> bool:
-        return self is PeerMode.FULL
+        return self is not PeerMode.CLIENT
+
+    @property
+    def contributes(self) -> bool:
+        """Whether it has tensors to average: a group needs one such member."""
+        return self is not PeerMode.AUXILIARY
 
 
 AveragingMode = PeerMode

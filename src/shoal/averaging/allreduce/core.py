@@ -40,7 +40,8 @@ Why no two members end differently, excluded ones aside:
    last inquiry began, nobody else does, and none will: all of them fail.
    Two members that own nothing may not reach each other (both are clients), but every owner reaches everybody:
    whoever owns nothing asks owners that are orphans until they are decided, and owners wait for nobody so. This takes
-   an owner that lives and is to commit: one that is excluded or auxiliary gives up with the leader, and asks nobody.
+   an owner that lives and is to commit, or an auxiliary one that has averaged its span, and becomes an orphan with the
+   others. An owner that is excluded gives up with the leader, and asks nobody.
 4. A member that fails by itself, because it was excluded, gave up or was never ready, has never given its word: the
    leader cannot have counted it. That is its own failure and not the group's: to an orphan it answers that it knows
    of no decision; an excluded leader, or member, that knows the decision passes that on.
@@ -410,13 +411,20 @@ class AllReduce:
         return []
 
     def _on_leader_lost(self, story: str) -> list[Effect]:
-        if self.phase in SERVING:
+        if self.phase in SERVING and not self._can_witness():
             return self._give_up(story)
-        if self.phase is Phase.READY:
+        if self.phase in (Phase.EXCHANGING, Phase.READY):
             self._move_to(Phase.ORPHANED)
             self.failure = story
             return [AskForOutcome(self.roles.others)]
         return []
+
+    def _can_witness(self) -> bool:
+        """Whether this member, which only helps, stays to pass the leader's decision on: it has served its span, so
+        that there may be one, and clients reach each other through owners alone.
+        """
+        only_helps = self.phase is Phase.EXCHANGING and not self._contributes
+        return only_helps and self.collection.count > 0 and self.collection.is_averaged
 
     def _on_withdrawn(self, reason: str, now: float) -> list[Effect]:
         if self.phase not in SERVING:

@@ -23,7 +23,6 @@ state lets happen is a table; anything else raises :class:`IllegalTransition` wi
 
 from __future__ import annotations
 
-import enum
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -76,6 +75,7 @@ from shoal.averaging.matchmaking.grouping import (
     may_begin_early,
     takes_too_many_leaders,
 )
+from shoal.averaging.matchmaking.helping import count_contributors, makes_room, why_no_average
 from shoal.averaging.matchmaking.messages import (
     Accepted,
     DeclaredState,
@@ -86,6 +86,7 @@ from shoal.averaging.matchmaking.messages import (
     RejectReason,
     Search,
 )
+from shoal.averaging.matchmaking.states import MOVES, IllegalTransition, State
 from shoal.averaging.matchmaking.story import StoryTeller
 from shoal.averaging.matchmaking.view import NOBODY, View
 from shoal.errors import InvalidValueError
@@ -108,10 +109,6 @@ AVOID_AFTER_LOSS = 10.0
 MAX_REDIRECTS = 5
 HISTORY_LENGTH = 40
 PEERS_IN_HISTORY = 16
-
-
-class IllegalTransition(AssertionError):
-    """An event that cannot happen in this state, or a change of state that is not allowed: a bug in Shoal."""
 
 
 @dataclass(frozen=True)
@@ -137,29 +134,6 @@ class MatchmakingConfig:
             seconds = getattr(self, name)
             if not (math.isfinite(seconds) and seconds > 0):
                 raise InvalidValueError(f"{name}={seconds}: a positive number of seconds is allowed")
-
-
-class State(enum.Enum):
-    NEW = "new"
-    LOOKING = "looking"
-    """Follows nobody; may have followers."""
-    ASKING = "asking"
-    """Waits for a leader's answer; may have followers, until it is accepted."""
-    FOLLOWING = "following"
-    GROUPED = "grouped"
-    """Over: in a group."""
-    ENDED = "ended"
-    """Over: without a group."""
-
-
-_MOVES: dict[State, set[State]] = {
-    State.NEW: {State.LOOKING},
-    State.LOOKING: {State.LOOKING, State.ASKING, State.GROUPED, State.ENDED},
-    State.ASKING: {State.ASKING, State.LOOKING, State.FOLLOWING, State.GROUPED, State.ENDED},
-    State.FOLLOWING: {State.LOOKING, State.ASKING, State.GROUPED, State.ENDED},
-    State.GROUPED: set(),
-    State.ENDED: set(),
-}
 
 
 def _brief(event: Event) -> Event:
@@ -214,7 +188,7 @@ class Matchmaking:
         self.config = config
         self.key = key
         order_time = start_time if order_time is None else order_time
-        self.me = Candidate(order_time, peer_id, mode.can_lead, grid_round, lineage)
+        self.me = Candidate(order_time, peer_id, mode.can_lead, grid_round, lineage, mode.contributes)
         self.story = StoryTeller(key, config.target_group_size, config.min_group_size)
         self._schema_hash = schema_hash
         self._view = View(self.me, schema_hash, opens_at=start_time, known=known)
@@ -225,6 +199,8 @@ class Matchmaking:
         self._group: tuple[Search, ...] = ()
         self._has_mixed_peers = False
         """Whether plans of this search were mixed ones, even if they are not any more."""
+        self._said: str | None = None
+        """Why no average is possible, as it was logged last."""
         self._effects: list[Effect] = []
         self._history: deque[tuple[float, State, Event]] = deque(maxlen=HISTORY_LENGTH)
 
@@ -270,6 +246,10 @@ class Matchmaking:
         for peer_id in self._view.take_in(event.peers, event.began_at, now):
             self.story.saw_other_schema(peer_id)
         self.story.saw(len(event.peers), self._view.others_looking)
+        why = why_no_average(self._view.candidates(now)) if self._view.shows_start else None
+        if why is not None and why != self._said:
+            self._said = why
+            self._effects.append(Log(f"{self.key}: no average is possible yet: {why}", is_warning=True))
 
     def _on_poll_failed(self, event: PollFailed, now: float) -> None:
         self.story.note(now, f"could not read who is declared: {event.reason}")
@@ -330,6 +310,7 @@ class Matchmaking:
             info.mode.can_lead,
             info.grid_round,
             info.lineage,
+            info.mode.contributes,
         )
         answer = self._answer(asker, info, now)
         self._effects.append(AnswerRequest(event.token, answer))
@@ -361,12 +342,16 @@ class Matchmaking:
         return self._offer_place(asker, now)
 
     def _offer_place(self, asker: Candidate, now: float) -> Accepted | Redirect | Rejected:
-        members = set(self._view.members) | {asker.peer_id}
         room, cut = self._room(now, asker)
+        members = len({*self._view.members, asker.peer_id})
+        mine = cut.group_of(self.me.peer_id)
+        has_room = members <= room or (
+            mine is not None and makes_room(asker, self._view.followers.values(), mine.members, members, room)
+        )
         is_wanted_elsewhere = self._is_needed_elsewhere(asker.peer_id, cut, now) or self._belongs_elsewhere(
             asker.peer_id, cut, now
         )
-        if len(members) <= room and not is_wanted_elsewhere:
+        if has_room and not is_wanted_elsewhere:
             return Accepted(begins_in=max(0.0, self._times.begins_at - now))
         planned = cut.group_of(asker.peer_id)
         if planned and planned.leader not in (asker.peer_id, *self._view.members):
@@ -492,7 +477,7 @@ class Matchmaking:
     def _follow_plan(self, now: float) -> None:
         room, cut = self._room(now)
         planned = cut.group_of(self.me.peer_id)
-        self.story.plan = cut.reason
+        self.story.plan = why_no_average(self._view.candidates(now)) or cut.reason
         if planned is None:
             return
         if planned.leader != self.me.peer_id:
@@ -627,11 +612,14 @@ class Matchmaking:
         if now < self._begins_at_latest() and self._expects_somebody(now):
             self._view.poll_when_settled(now)
             return
-        if len(self._view.members) >= self.config.min_group_size:
+        contributors = count_contributors((self.me, *self._view.followers.values()))
+        if contributors and len(self._view.members) >= self.config.min_group_size:
             self._begin()
             return
         self._times.begins_at = now + self.config.min_matchmaking_time
         members = f"{len(self._view.members)} of at least {self.config.min_group_size} members"
+        if not contributors:
+            members += ", none of which contributes,"
         self.story.note(now, f"{members} at the start time: postponed")
         self._effects.append(TooFew(self._view.count_seen))
         cut = self._cut(now)
@@ -754,7 +742,7 @@ class Matchmaking:
     # ---- states
 
     def _move(self, to: State) -> None:
-        if to not in _MOVES[self.state]:
+        if to not in MOVES[self.state]:
             self._raise_illegal(f"a search that is {self.state.value} cannot become {to.value}")
         self.state = to
         if to in (State.GROUPED, State.ENDED):

@@ -302,4 +302,5 @@ def _candidate(peer_id: PeerID, declaration: Declaration) -> Candidate:
         declaration.mode.can_lead,
         declaration.grid_round,
         declaration.lineage,
+        declaration.mode.contributes,
     )
