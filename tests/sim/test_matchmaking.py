@@ -171,3 +171,36 @@ def results(seed: int) -> Iterator[str]:
 def test_the_same_seed_gives_the_same_story() -> None:
     for seed in (3, 4, 5):
         assert list(results(seed)) == list(results(seed))
+
+
+def search_after_a_death(seed: int, late: float) -> list[GroupInfo | MatchmakingException]:
+    """Four peers have a group, one is killed, and the last one looks for a group ``late`` seconds after the others."""
+    sim = SimulatedMatchmaking(seed, MatchmakingConfig(4, min_matchmaking_time=3.0))
+
+    async def story() -> list[GroupInfo | MatchmakingException]:
+        try:
+            await sim.start([PeerMode.FULL] * 4)
+            groups = await asyncio.gather(*(sim.search(number) for number in range(4)))
+            assert all(group == groups[0] for group in groups)
+            for number in range(4):  # the round connects everybody with everybody
+                for other in range(number):
+                    node = sim.dht.nodes[number]
+                    await node.host.connect(sim.dht.identity(other).peer_id, timeout=10)
+            await sim.kill(3)
+            searches = [sim.search(number, timeout=20.0) for number in range(2)]
+            await asyncio.sleep(late)
+            return list(await asyncio.gather(*searches, sim.search(2, timeout=20.0)))
+        finally:
+            await sim.close()
+
+    return run(story)
+
+
+@pytest.mark.parametrize("late", [2.5, 2.99, 3.01, 4.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_survivor_of_a_death_is_left_alone(seed: int, late: float) -> None:
+    """One that has to ask for a round's decision learns of the failure seconds later than the others."""
+    groups = search_after_a_death(seed, late)
+    assert isinstance(groups[0], GroupInfo)
+    assert len(groups[0]) == 3
+    assert groups[0] == groups[1] == groups[2]

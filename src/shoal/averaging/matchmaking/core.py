@@ -24,8 +24,8 @@ state lets happen is a table; anything else raises :class:`IllegalTransition` wi
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, NoReturn
 
@@ -57,6 +57,7 @@ from shoal.averaging.matchmaking.events import (
     LeaveLeader,
     Log,
     MoveTo,
+    PeerGone,
     Poll,
     Polled,
     PollFailed,
@@ -76,6 +77,7 @@ from shoal.averaging.matchmaking.grouping import (
     takes_too_many_leaders,
 )
 from shoal.averaging.matchmaking.helping import count_contributors, makes_room, why_no_average
+from shoal.averaging.matchmaking.latecomers import STALE_AFTER, avoid_for, longer_wait
 from shoal.averaging.matchmaking.messages import (
     Accepted,
     DeclaredState,
@@ -86,7 +88,7 @@ from shoal.averaging.matchmaking.messages import (
     RejectReason,
     Search,
 )
-from shoal.averaging.matchmaking.states import MOVES, IllegalTransition, State
+from shoal.averaging.matchmaking.states import MOVES, Ask, IllegalTransition, State, Times
 from shoal.averaging.matchmaking.story import StoryTeller
 from shoal.averaging.matchmaking.view import NOBODY, View
 from shoal.errors import InvalidValueError
@@ -141,28 +143,6 @@ def _brief(event: Event) -> Event:
     return replace(event, peers=event.peers[:PEERS_IN_HISTORY]) if isinstance(event, Polled) else event
 
 
-@dataclass(frozen=True)
-class _Ask:
-    number: int
-    leader: PeerID
-    addresses: tuple[str, ...]
-    asked_at: float
-    redirects: int
-
-
-@dataclass
-class _Times:
-    """When what is due; infinite: not at all."""
-
-    begins_at: float
-    deadline: float
-    expected_at: float
-    """When a group was expected at first: the start time before it was postponed."""
-    mixes_until: float = -math.inf
-    declare_again: float = math.inf
-    leader_begins_at: float = math.inf
-
-
 class Matchmaking:
     """One search of one peer. Times are DHT time, in seconds."""
 
@@ -180,9 +160,10 @@ class Matchmaking:
         grid_round: int = 0,
         lineage: Lineage = NO_LINEAGE,
         known: Mapping[PeerID, float] = NOBODY,
+        expected: Iterable[PeerID] = (),
     ) -> None:
         """``start_time``: when to begin if not full; ``order_time``: the place in the order, if not the same;
-        ``known``: the ``records`` of the search before.
+        ``known``: the ``records`` of the search before; ``expected``: who is likely to look for a group now, too.
         """
         self.state = State.NEW
         self.config = config
@@ -193,12 +174,16 @@ class Matchmaking:
         self._schema_hash = schema_hash
         self._view = View(self.me, schema_hash, opens_at=start_time, known=known)
         ends_at = math.inf if deadline is None else deadline
-        self._times = _Times(begins_at=start_time, deadline=ends_at, expected_at=start_time)
-        self._ask: _Ask | None = None
+        self._times = Times(begins_at=start_time, deadline=ends_at, expected_at=start_time)
+        self._ask: Ask | None = None
         self._asks = 0
         self._group: tuple[Search, ...] = ()
         self._has_mixed_peers = False
         """Whether plans of this search were mixed ones, even if they are not any more."""
+        self._expected = set(expected)
+        self._is_put_off = False
+        """Whether the start was put off for expected peers that are missing; once in a search."""
+        self._unanswered: Counter[PeerID] = Counter()
         self._said: str | None = None
         """Why no average is possible, as it was logged last."""
         self._effects: list[Effect] = []
@@ -270,7 +255,9 @@ class Matchmaking:
         ask = self._ask
         if self.state is State.ASKING and ask and now >= ask.asked_at + self.config.request_timeout:
             self._effects.append(LeaveLeader(ask.number))
-            self._drop_leader(f"no answer in {self.config.request_timeout:g} s", now)
+            self._unanswered[ask.leader] += 1
+            wait = avoid_for(self._unanswered[ask.leader], self.config.request_timeout, AVOID_AFTER_LOSS)
+            self._drop_leader(f"no answer in {self.config.request_timeout:g} s", now, wait)
         elif self.state is State.FOLLOWING and ask and now >= self._patience_ends():
             self._effects.append(LeaveLeader(ask.number))
             self._drop_leader("neither began nor postponed when its start time had come", now)
@@ -296,6 +283,9 @@ class Matchmaking:
         self.story.note(now, f"began anew under {place.key!r}, to start in {place.start_time - now:.1f} s")
         self._declare(now)
         self._go_on_looking()
+
+    def _on_peer_gone(self, event: PeerGone, now: float) -> None:
+        self._expected.discard(event.peer_id)
 
     def _on_cancelled(self, event: Cancelled, now: float) -> None:
         self._end(now)
@@ -332,7 +322,7 @@ class Matchmaking:
             return Rejected(RejectReason.CANNOT_LEAD)
         if asker.can_lead and asker[:2] <= self.me[:2]:
             return Rejected(RejectReason.WRONG_ORDER)
-        if not self._view.is_open_to(asker.grid_round, now):
+        if not self._view.is_open_to(asker, now):
             return Rejected(RejectReason.OTHER_ROUND)
         if self.state is State.FOLLOWING:
             assert self._ask is not None
@@ -578,7 +568,7 @@ class Matchmaking:
         members = self._view.members
         if not self.me.can_lead:
             return
-        if now >= self._times.begins_at:
+        if now >= self._times.begins_at or (self._is_put_off and not self._view.missing_of(self._expected)):
             self._begin_or_postpone(now)
             return
         if self.state is not State.LOOKING:
@@ -612,6 +602,11 @@ class Matchmaking:
         if now < self._begins_at_latest() and self._expects_somebody(now):
             self._view.poll_when_settled(now)
             return
+        if self._view.is_stale(now):
+            self._view.look_again(now)
+            return
+        if not self._is_put_off and self._put_off(now):
+            return
         contributors = count_contributors((self.me, *self._view.followers.values()))
         if contributors and len(self._view.members) >= self.config.min_group_size:
             self._begin()
@@ -629,6 +624,19 @@ class Matchmaking:
                 self._dismiss_to_plan(token, cut)  # it can be in a group elsewhere
             else:
                 self._effects.append(PostponeFollower(token, self.config.min_matchmaking_time))
+
+    def _put_off(self, now: float) -> bool:
+        """Whether to begin later than at the start time, since peers of the last group are yet to come."""
+        config = self.config
+        members, missing = len(self._view.members), len(self._view.missing_of(self._expected))
+        wait = longer_wait(members, missing, config.target_group_size, config.min_matchmaking_time)
+        if not wait or members < config.min_group_size:
+            return False
+        self._is_put_off = True
+        self._times.begins_at = now + wait
+        self.story.note(now, f"{missing} of the last group are yet to come: begins up to {wait:.1f} s later")
+        self._effects += [PostponeFollower(token, wait) for token in self._view.followers]
+        return True
 
     def _begin(self) -> None:
         if self._ask is not None:
@@ -669,12 +677,12 @@ class Matchmaking:
 
     def _ask_to_join(self, leader: PeerID, addresses: tuple[str, ...], now: float, redirects: int) -> None:
         self._asks += 1
-        self._ask = _Ask(self._asks, leader, addresses, now, redirects)
+        self._ask = Ask(self._asks, leader, addresses, now, redirects)
         self._move(State.ASKING)
         self._effects.append(AskToJoin(self._ask.number, leader, addresses))
         self.story.asked(leader)
 
-    def _current(self, ask: int) -> _Ask | None:
+    def _current(self, ask: int) -> Ask | None:
         """The request ``ask`` if it still counts: answers may cross with our leaving."""
         return self._ask if self._ask is not None and self._ask.number == ask else None
 
@@ -684,10 +692,10 @@ class Matchmaking:
         self._move(State.LOOKING)
         self._poll()
 
-    def _drop_leader(self, reason: str, now: float) -> None:
+    def _drop_leader(self, reason: str, now: float, avoid: float = AVOID_AFTER_LOSS) -> None:
         assert self._ask is not None
         self.story.answered(self._ask.leader, f"lost ({reason})", now)
-        self._view.leave_out(self._ask.leader, now + AVOID_AFTER_LOSS)
+        self._view.leave_out(self._ask.leader, now + avoid)
         self._go_on_looking()
 
     def _drop_follower_of(self, peer_id: PeerID) -> None:
@@ -734,7 +742,8 @@ class Matchmaking:
         else:
             due.append(self._view.next_poll)
             if self.me.can_lead:
-                due.append(time.begins_at if now < time.begins_at else self._begins_at_latest())
+                stale = now + STALE_AFTER if self._view.is_stale(now) else -math.inf
+                due.append(time.begins_at if now < time.begins_at else max(stale, self._begins_at_latest()))
             if self._ask is not None:
                 due.append(self._ask.asked_at + self.config.request_timeout)
         return max(now, min(due))
@@ -759,6 +768,7 @@ class Matchmaking:
         PollFailed: _on_poll_failed,
         JoinRequested: _on_request,
         FollowerLost: _on_follower_lost,
+        PeerGone: _on_peer_gone,
         TimerFired: _on_timer,
         Restarted: _on_restarted,
         Cancelled: _on_cancelled,
@@ -777,7 +787,9 @@ class Matchmaking:
         _ignore,
     )
     _OVER: ClassVar[dict[type, Callable[..., None]]] = {
-        **dict.fromkeys((Declared, DeclareFailed, Polled, PollFailed, FollowerLost, TimerFired), _ignore),
+        **dict.fromkeys(
+            (Declared, DeclareFailed, Polled, PollFailed, FollowerLost, PeerGone, TimerFired), _ignore
+        ),
         **_LATE_ANSWERS,
         JoinRequested: _on_request_too_late,
         Restarted: _ignore,

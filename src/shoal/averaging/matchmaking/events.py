@@ -135,6 +135,13 @@ class LeaderLost:
 
 
 @dataclass(frozen=True)
+class PeerGone:
+    """The last connection to a peer ended."""
+
+    peer_id: PeerID
+
+
+@dataclass(frozen=True)
 class TimerFired:
     pass
 
@@ -160,6 +167,7 @@ Event = (
     | LeaderDismissed
     | LeaderBegan
     | LeaderLost
+    | PeerGone
     | TimerFired
     | Cancelled
 )

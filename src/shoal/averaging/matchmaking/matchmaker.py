@@ -74,6 +74,8 @@ class Matchmaker:
         self._last_order_time = -math.inf
         self._known: Mapping[PeerID, float] = NOBODY
         """Who was declared at the end of the last search, with the start time of its own."""
+        self._last_group: tuple[PeerID, ...] = ()
+        """The other members of the group that was found last, if they are likely to look under the same key next."""
         self._is_closed = False
         router.register(JOIN, prefix, self._serve_join)
 
@@ -116,6 +118,8 @@ class Matchmaker:
         if self._peer.peer_id not in group.peer_ids:
             raise InvalidValueError(f"group {group.group_id.hex()}: this peer is no member of it")
         self._bits.round_committed(group, self._peer.config.target_group_size)
+        if self._bits.are_given or self._bits.depth > 0:
+            self._last_group = ()  # they look under different keys now
         averaged = [
             (member.peer_id, member.lineage)
             for member in group.members
@@ -160,12 +164,22 @@ class Matchmaker:
                 raise InvalidStateError("the matchmaker is closed")
             place = self._place(start_time)
             search = self._search = GroupSearch(
-                self._peer, place, deadline, gather, weight, self._known, when_too_few=self._found_too_few
+                self._peer,
+                place,
+                deadline,
+                gather,
+                weight,
+                self._known,
+                when_too_few=self._found_too_few,
+                last_group=self._last_group,
             )
+            self._last_group = ()
             if not self._known:
                 self._peer.tasks.start(self._explore(search, EXPLORE_AFTER), "explore depths")
             try:
-                return await search.run()
+                group = await search.run()
+                self._last_group = tuple(peer for peer in group.peer_ids if peer != self._peer.peer_id)
+                return group
             finally:
                 self._last_order_time = self._peer.after_search(self._last_order_time)
                 self._known = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shoal.averaging.group import (
@@ -49,6 +49,7 @@ from shoal.averaging.matchmaking.events import (
     LeaveLeader,
     Log,
     MoveTo,
+    PeerGone,
     Place,
     Poll,
     Polled,
@@ -129,8 +130,11 @@ class GroupSearch:
         known: Mapping[PeerID, float],
         *,
         when_too_few: Callable[[int], None],
+        last_group: Sequence[PeerID] = (),
     ) -> None:
-        """``when_too_few``: called with the number of peers seen when the start time came without enough members."""
+        """``when_too_few``: called with the number of peers seen when the start time came without enough members;
+        ``last_group``: with whom this peer was before. Those to whom a connection stands are likely to come back.
+        """
         self.place = place
         self._peer = peer
         self._gather = gather
@@ -149,6 +153,7 @@ class GroupSearch:
             grid_round=place.grid_round,
             lineage=place.lineage,
             known=known,
+            expected=[member for member in last_group if peer.node.host.is_connected(member)],
         )
         self._loop = asyncio.get_running_loop()
         self._result: asyncio.Future[GroupInfo] = self._loop.create_future()
@@ -202,6 +207,7 @@ class GroupSearch:
         :raises MatchmakingException:
         """
         self.dispatch(SearchStarted())
+        unsubscribe = self._peer.node.host.on_disconnect(lambda peer, _: self.dispatch(PeerGone(peer)))
         try:
             return await self._result
         except asyncio.CancelledError:
@@ -212,6 +218,8 @@ class GroupSearch:
             if self._result.done() and not self._result.cancelled():
                 self._result.exception()  # nobody is there to see it
             raise
+        finally:
+            unsubscribe()
 
     def dispatch(self, event: Event) -> None:
         """Let the core take in ``event``, and carry out what it asks for."""

@@ -1,8 +1,12 @@
-"""What a search for a group is doing, and which changes are allowed. Pure."""
+"""What a search for a group is doing, since when, and which changes are allowed. Pure."""
 
 from __future__ import annotations
 
 import enum
+import math
+from dataclasses import dataclass
+
+from shoal.p2p.identity import PeerID
 
 
 class IllegalTransition(AssertionError):
@@ -30,3 +34,25 @@ MOVES: dict[State, set[State]] = {
     State.GROUPED: set(),
     State.ENDED: set(),
 }
+
+
+@dataclass(frozen=True)
+class Ask:
+    number: int
+    leader: PeerID
+    addresses: tuple[str, ...]
+    asked_at: float
+    redirects: int
+
+
+@dataclass
+class Times:
+    """When what is due; infinite: not at all."""
+
+    begins_at: float
+    deadline: float
+    expected_at: float
+    """When a group was expected at first: the start time before it was postponed."""
+    mixes_until: float = -math.inf
+    declare_again: float = math.inf
+    leader_begins_at: float = math.inf
