@@ -39,7 +39,7 @@ from shoal.averaging.allreduce.events import (
 )
 from shoal.averaging.allreduce.exchange import Arena
 from shoal.averaging.allreduce.messages import MAX_WEIGHT, Outcome, is_weight
-from shoal.averaging.allreduce.participants import RoundCore
+from shoal.averaging.allreduce.participants import RoundCore, learn_addresses
 from shoal.averaging.allreduce.streams import Exchange, describe_failure
 from shoal.averaging.group import GroupInfo, PeerMode
 from shoal.averaging.partition import Partition
@@ -145,6 +145,7 @@ class Round:
         """
         loop = asyncio.get_running_loop()
         began = loop.time()
+        learn_addresses(self._host, self.group)
         unsubscribe = self._host.on_disconnect(self._on_disconnect)
         limit: asyncio.TimerHandle | None = None
         try:
