@@ -204,3 +204,29 @@ def test_no_survivor_of_a_death_is_left_alone(seed: int, late: float) -> None:
     assert isinstance(groups[0], GroupInfo)
     assert len(groups[0]) == 3
     assert groups[0] == groups[1] == groups[2]
+
+
+@pytest.mark.parametrize("count", [4, 8, 16])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_pair_that_cannot_reach_each_other_averages_at_the_second_attempt(seed: int, count: int) -> None:
+    """One silent route between two peers: the others, and both of them, have groups without the other one."""
+    sim = SimulatedMatchmaking(seed, MatchmakingConfig(4, min_matchmaking_time=3.0))
+    pair = random.Random(f"pair {seed} {count}").sample(range(count), 2)
+
+    async def story() -> list[GroupInfo | MatchmakingException]:
+        try:
+            await sim.start([PeerMode.FULL] * count)
+            other = sim.dht.identity(pair[1]).peer_id
+            sim.network.silence(*(f"node{number}" for number in pair))
+            await asyncio.gather(*(sim.search(number, timeout=30.0) for number in range(count)))
+            sim.matchmakers[pair[0]].keep_apart([other])  # what its round would have found out
+            return list(await asyncio.gather(*(sim.search(number, timeout=30.0) for number in range(count))))
+        finally:
+            await sim.close()
+
+    one, other = (sim.dht.identity(number).peer_id for number in pair)
+    groups = run(story)
+    assert all(isinstance(group, GroupInfo) for group in groups), groups
+    for group in groups:
+        assert isinstance(group, GroupInfo)
+        assert not {one, other} <= set(group.peer_ids)

@@ -271,10 +271,12 @@ class AllReduce:
             effects += self._tell(SpanAveraged(weights, event.square_distance, event.square_average), now)
         return [*effects, *self._advance(now)]
 
-    def _on_sender_lost(self, sender: int, reason: str, now: float) -> list[Effect]:
+    def _on_sender_lost(
+        self, sender: int, reason: str, now: float, *, is_silent: bool = False
+    ) -> list[Effect]:
         if not self._takes_from(sender) or sender == self.roles.me:
             return []  # whoever still waits for averages notices by itself
-        dropped = self._drop(sender, reason)
+        dropped = self._drop(sender, reason, is_silent=is_silent)
         return [*dropped, *self._tell(SenderExcluded(sender, reason_text(reason)), now)]
 
     def _takes_from(self, sender: int) -> bool:
@@ -284,9 +286,9 @@ class AllReduce:
             return False
         return self.roles.contributes[sender] and sender not in book.dropped
 
-    def _drop(self, sender: int, reason: str) -> list[Effect]:
+    def _drop(self, sender: int, reason: str, *, is_silent: bool = False) -> list[Effect]:
         self.collection.drop(sender, reason)
-        return [DropSender(sender, reason), *self._release()]
+        return [DropSender(sender, reason, is_silent), *self._release()]
 
     # as a member
 
@@ -330,7 +332,7 @@ class AllReduce:
             begun = self.collection.delivered_by(sender)
             what = "no further part, or took no average," if begun else "no part"
             reason = f"it sent {what} within sender_timeout={self.collection.clocks.timeout:g} s"
-            effects += self._on_sender_lost(sender, reason, now)
+            effects += self._on_sender_lost(sender, reason, now, is_silent=not begun)
         for owner in self.returns.clocks.expired(now):
             reason = f"it returned no average within reducer_timeout={self.returns.clocks.timeout:g} s"
             effects += self._on_owner_lost(owner, reason, True, now)

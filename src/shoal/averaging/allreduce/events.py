@@ -6,7 +6,7 @@ the leader first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from shoal.averaging.allreduce.messages import Excluded, Outcome, Report
@@ -289,6 +289,8 @@ class DropSender:
 
     sender: int
     reason: str
+    is_silent: bool = field(default=False, compare=False)
+    """This member has waited for its first part in vain."""
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,11 @@ class Round:
         """Parts of all owners' spans."""
         return len(self._partition.parts)
 
+    @property
+    def unreached(self) -> list[PeerID]:
+        """Members that this one could not reach, or that could not reach it."""
+        return [self._peers[member] for member in sorted(self._exchange.unreached)]
+
     async def run(self) -> RoundResult:
         """Take part until the round is decided; never cancel this: :meth:`withdraw`, and wait for the
         decision.
@@ -271,8 +276,8 @@ class Round:
                 return self._average(index)
             case ReturnAverage(index):
                 self._exchange.release(index + 1)
-            case DropSender(sender, reason):
-                self._exchange.drop(sender, reason)
+            case DropSender(sender, reason, is_silent):
+                self._exchange.drop(sender, reason, is_silent=is_silent)
             case StopContributing():
                 self._stopped.set()
                 for task in self._contributing:

@@ -18,3 +18,5 @@ class Candidate(NamedTuple):
     lineage: Lineage = NO_LINEAGE
     contributes: bool = True
     """Has something to average; False for auxiliaries, which only help."""
+    lost: tuple[bytes, ...] = ()
+    """Ids of peers that it could not reach lately."""

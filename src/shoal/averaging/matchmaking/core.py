@@ -26,11 +26,12 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, NoReturn
 
 from shoal.averaging.group import MAX_GROUP_SIZE, MemberInfo, PeerMode
 from shoal.averaging.lineage import NO_LINEAGE, Lineage
+from shoal.averaging.matchmaking.apart import is_apart
 from shoal.averaging.matchmaking.candidate import Candidate
 from shoal.averaging.matchmaking.events import (
     AnswerRequest,
@@ -67,6 +68,7 @@ from shoal.averaging.matchmaking.events import (
     SetTimer,
     TimerFired,
     TooFew,
+    brief,
 )
 from shoal.averaging.matchmaking.grouping import (
     Cut,
@@ -110,7 +112,6 @@ AVOID_AFTER_LOSS = 10.0
 """Seconds for which a leader that could not be reached or was lost is left out."""
 MAX_REDIRECTS = 5
 HISTORY_LENGTH = 40
-PEERS_IN_HISTORY = 16
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,6 @@ class MatchmakingConfig:
                 raise InvalidValueError(f"{name}={seconds}: a positive number of seconds is allowed")
 
 
-def _brief(event: Event) -> Event:
-    """For the history: without most of what a poll has found in a large swarm."""
-    return replace(event, peers=event.peers[:PEERS_IN_HISTORY]) if isinstance(event, Polled) else event
-
-
 class Matchmaking:
     """One search of one peer. Times are DHT time, in seconds."""
 
@@ -161,15 +157,17 @@ class Matchmaking:
         lineage: Lineage = NO_LINEAGE,
         known: Mapping[PeerID, float] = NOBODY,
         expected: Iterable[PeerID] = (),
+        lost: tuple[bytes, ...] = (),
     ) -> None:
         """``start_time``: when to begin if not full; ``order_time``: the place in the order, if not the same;
-        ``known``: the ``records`` of the search before; ``expected``: who is likely to look for a group now, too.
+        ``known``: the ``records`` of the search before; ``expected``: who is likely to look for a group now, too;
+        ``lost``: whom this peer could not reach lately.
         """
         self.state = State.NEW
         self.config = config
         self.key = key
         order_time = start_time if order_time is None else order_time
-        self.me = Candidate(order_time, peer_id, mode.can_lead, grid_round, lineage, mode.contributes)
+        self.me = Candidate(order_time, peer_id, mode.can_lead, grid_round, lineage, mode.contributes, lost)
         self.story = StoryTeller(key, config.target_group_size, config.min_group_size)
         self._schema_hash = schema_hash
         self._view = View(self.me, schema_hash, opens_at=start_time, known=known)
@@ -199,9 +197,13 @@ class Matchmaking:
         """Who is declared under the key, with the start time of its last search."""
         return self._view.records
 
+    @property
+    def _members(self) -> tuple[Candidate, ...]:
+        return (self.me, *self._view.followers.values())
+
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event at time ``now``; return what the shell has to do, in order."""
-        self._history.append((now, self.state, _brief(event)))
+        self._history.append((now, self.state, brief(event)))
         handler = self._HANDLERS[self.state].get(type(event))
         if handler is None:
             self._raise_illegal(f"{type(event).__name__} cannot happen while {self.state.value}")
@@ -301,6 +303,7 @@ class Matchmaking:
             info.grid_round,
             info.lineage,
             info.mode.contributes,
+            info.lost,
         )
         answer = self._answer(asker, info, now)
         self._effects.append(AnswerRequest(event.token, answer))
@@ -341,6 +344,7 @@ class Matchmaking:
         is_wanted_elsewhere = self._is_needed_elsewhere(asker.peer_id, cut, now) or self._belongs_elsewhere(
             asker.peer_id, cut, now
         )
+        is_wanted_elsewhere |= mine is not cut.group_of(asker.peer_id) and is_apart(asker, self._members)
         if has_room and not is_wanted_elsewhere:
             return Accepted(begins_in=max(0.0, self._times.begins_at - now))
         planned = cut.group_of(asker.peer_id)
@@ -531,9 +535,8 @@ class Matchmaking:
         Peers whose round was one are back in the same instant, and would be by themselves for ever. Few that are
         missing may have died.
         """
-        members = (self.me, *self._view.followers.values())
         many_missing = MANY_MISSING * self._view.yet_to_come >= self._view.count_seen
-        return many_missing and self._is_mixing(now) and have_mixed(members)
+        return many_missing and self._is_mixing(now) and have_mixed(self._members)
 
     def _is_needed_elsewhere(self, peer_id: PeerID, cut: Cut, now: float) -> bool:
         """Whether ``peer_id`` has to lead another group, because too few others there could.
@@ -607,7 +610,7 @@ class Matchmaking:
             return
         if not self._is_put_off and self._put_off(now):
             return
-        contributors = count_contributors((self.me, *self._view.followers.values()))
+        contributors = count_contributors(self._members)
         if contributors and len(self._view.members) >= self.config.min_group_size:
             self._begin()
             return

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+from shoal.averaging.matchmaking.apart import separate
 from shoal.averaging.matchmaking.candidate import Candidate
 from shoal.averaging.matchmaking.helping import count_contributors, lack_contributors, slice_with_helpers
 from shoal.averaging.matchmaking.mixing import mix
@@ -88,10 +89,17 @@ def _cut(
         slices = slice_with_helpers(waiting, sizes)
     if gone is not None and len(slices) > 1:
         slices = _mixed(slices, sizes, gone, target, minimum)
+    has_lost = any(candidate.lost for candidate in candidates)
+    if has_lost:
+        slices = separate(slices, target, minimum)
+        planned = {member.peer_id for members in slices for member in members}
+        waiting = [candidate for candidate in candidates if candidate.peer_id not in planned]
+        sizes = tuple(map(len, slices))
     groups = []
     for index, members in enumerate(slices):
         # One newcomer changes who is with whom, and so who leads, in all mixed groups.
-        fixed = gone is None and all_contribute and stays_full(index, len(candidates), target, minimum)
+        is_simple = gone is None and all_contribute and not has_lost
+        fixed = is_simple and stays_full(index, len(candidates), target, minimum)
         groups.append(PlannedGroup(members, is_complete=True, newcomers_cannot_change_it=fixed))
     left_over = tuple(waiting)
     if any(candidate.can_lead for candidate in waiting):

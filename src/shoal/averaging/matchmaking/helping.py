@@ -91,13 +91,15 @@ def lack_contributors(
 def makes_room(
     asker: Candidate, followers: Iterable[Candidate], planned: Sequence[Candidate], members: int, room: int
 ) -> bool:
-    """Whether a group that is full takes in ``asker`` all the same, because helpers that the plan has elsewhere will
-    leave it to a contributor that the plan has here.
+    """Whether a group that is full takes in ``asker`` all the same, because followers planned elsewhere will leave
+    for it: helpers for a contributor, and anybody where a pair is kept apart, for whom places are few.
     """
     places = {member.peer_id for member in planned}
     if not asker.contributes or asker.peer_id not in places:
         return False
-    can_leave = sum(not peer.contributes and peer.peer_id not in places for peer in followers)
+    outside = [peer for peer in followers if peer.peer_id not in places]
+    is_apart = any(peer.lost for peer in (asker, *planned, *outside))
+    can_leave = sum(is_apart or not peer.contributes for peer in outside)
     return members - can_leave <= room
 
 

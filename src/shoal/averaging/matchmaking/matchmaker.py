@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from shoal.averaging.group import (
     MAX_GATHER_BYTES,
+    MAX_LOST,
     SCHEMA_HASH_BYTES,
     GroupInfo,
     PeerMode,
@@ -35,6 +36,8 @@ WITHDRAWAL_TIMEOUT = 1.0
 """Seconds that :meth:`Matchmaker.close` gives the DHT to learn that this peer looks for no group any more."""
 EXPLORE_AFTER = 1.0
 """Seconds after which a new peer that has no group yet looks whether the swarm is under other keys."""
+APART_FOR = 60.0
+"""Seconds for which peers are kept apart of which one could not reach the other."""
 COUNT_EVERY = 10.0
 """Seconds between looks at the keys with a bit more and a bit less."""
 
@@ -76,6 +79,8 @@ class Matchmaker:
         """Who was declared at the end of the last search, with the start time of its own."""
         self._last_group: tuple[PeerID, ...] = ()
         """The other members of the group that was found last, if they are likely to look under the same key next."""
+        self._lost: dict[PeerID, float] = {}
+        """Whom this peer could not reach, the latest last, and until when it says so."""
         self._is_closed = False
         router.register(JOIN, prefix, self._serve_join)
 
@@ -127,6 +132,15 @@ class Matchmaker:
         ]
         if averaged:
             self._lineage = after_round(group.group_id, averaged)
+
+    def keep_apart(self, lost: Iterable[PeerID]) -> None:
+        """This peer could not reach these in its last round: others than they are to be in its next groups."""
+        until = self._peer.clock() + APART_FOR
+        for peer in lost:
+            self._lost.pop(peer, None)
+            self._lost[peer] = until
+        while len(self._lost) > MAX_LOST:
+            del self._lost[next(iter(self._lost))]
 
     def watch_members(self, when_gone: WhenMemberGone) -> None:
         """If this peer leads the group that it found last, call ``when_gone`` for each member that leaves before it has
@@ -204,7 +218,9 @@ class Matchmaker:
         # left behind.
         self._last_order_time = max(start_time, self._last_order_time + 0.001)
         key = self._bits.key(self._peer.prefix)
-        return Place(key, start_time, self._last_order_time, self._bits.grid_round, self._lineage)
+        now = self._peer.clock()
+        lost = tuple(peer.to_bytes() for peer, until in self._lost.items() if now < until)[-MAX_LOST:]
+        return Place(key, start_time, self._last_order_time, self._bits.grid_round, self._lineage, lost)
 
     # ---- where no bits are given
 

@@ -68,6 +68,7 @@ class LocalPeer:
             group=group,
             grid_round=place.grid_round,
             lineage=place.lineage,
+            lost=place.lost,
         )
 
     def sign_info(self, leader: PeerID, place: Place, gather: bytes, weight: float) -> SignedMemberInfo:
@@ -87,5 +88,6 @@ class LocalPeer:
             weight=weight,
             grid_round=place.grid_round,
             lineage=place.lineage,
+            lost=place.lost,
         )
         return sign_member(self.node.host.identity, info)

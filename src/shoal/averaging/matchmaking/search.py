@@ -152,6 +152,7 @@ class GroupSearch:
             deadline=deadline,
             grid_round=place.grid_round,
             lineage=place.lineage,
+            lost=place.lost,
             known=known,
             expected=[member for member in last_group if peer.node.host.is_connected(member)],
         )

@@ -324,4 +324,5 @@ def _candidate(peer_id: PeerID, declaration: Declaration) -> Candidate:
         declaration.grid_round,
         declaration.lineage,
         declaration.mode.contributes,
+        declaration.lost,
     )
