@@ -3,14 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP_OPTIONS ?= --disable-pip-version-check --no-warn-script-location
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: demo test soak check lint format clean
 
 $(STAMP): pyproject.toml constraints.txt
+	@echo "Installing PyTorch and the other packages into $(VENV), once: some minutes, and with"
+	@echo "PyTorch's build for CUDA, which is Linux's default, 2 GB of downloads and 6 GB of disk."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt torch
+	$(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt -e '.[demo,dev]'
 	touch $@
 
 demo: $(STAMP)

@@ -13,6 +13,7 @@ import torch
 
 import shoal
 from shoal.averaging.control import Steering
+from shoal.utils import deep
 from shoal.utils.absent import ABSENT, ABSENT_OF_OBJECTS
 
 PACKAGES = ["shoal", "shoal.averaging", "shoal.compression", "shoal.dht", "shoal.p2p", "shoal.utils"]
@@ -86,6 +87,23 @@ def test_every_name_of_hivemind_is_here_or_says_what_to_use_instead(package: str
     assert not hasattr(module, name)
 
 
+@pytest.mark.parametrize("module", deep.NAMES)
+def test_names_in_modules_that_both_have(module: str):
+    """Each is what Shoal has under this name, or says what to use instead."""
+    for name in deep.NAMES[module].split():
+        if not hasattr(importlib.import_module(module), name):
+            with pytest.raises(AttributeError, match=f"^module '{module}' has no attribute '{name}': "):
+                getattr(importlib.import_module(module), name)
+    with pytest.raises(AttributeError, match=f"^module '{module}' has no attribute 'no_such_name'$"):
+        _ = importlib.import_module(module).no_such_name
+
+
+def test_the_log_handler_of_hivemind_is_a_warning():
+    with pytest.warns(UserWarning, match="has no effect.*SHOAL_LOGLEVEL") as caught:
+        shoal.utils.logging.use_hivemind_log_handler("in_root_logger")
+    assert caught[0].filename == __file__
+
+
 @pytest.mark.parametrize(
     "module",
     [
@@ -142,6 +160,7 @@ ATTRIBUTES_OF_HIVEMIND = {
         request_timeout matchmaking_kwargs allreduce_kwargs schema_hash add_p2p_handlers get_stub _p2p""",
     "DHT": """
         start run terminate kill close pid name exitcode replicate_p2p shutdown_timeout kwargs num_workers""",
+    "DHTNode": "store_many get_many get_many_by_id find_nearest_nodes protocol node_id num_workers",
     "StepControl": """
         get_timeout allow_retries data_for_gather attach wait_for_trigger wait_for_cancel""",
 }
@@ -155,7 +174,8 @@ def objects() -> dict[str, object]:
     control = shoal.StepControl(
         scheduled_time=0.0, deadline=None, weight=1.0, needs_trigger=False, steering=steering
     )
-    return {type(thing).__name__: thing for thing in (averager, dht, control)}
+    node = object.__new__(shoal.dht.DHTNode)
+    return {type(thing).__name__: thing for thing in (averager, dht, control, node)}
 
 
 @pytest.mark.parametrize(("kind", "name"), pairs(ATTRIBUTES_OF_HIVEMIND))

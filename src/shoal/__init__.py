@@ -52,11 +52,13 @@ if TYPE_CHECKING:
     from shoal.errors import BootstrapError as BootstrapError
     from shoal.errors import ConnectionLost as ConnectionLost
     from shoal.errors import DeadlineExceeded as DeadlineExceeded
+    from shoal.errors import IdentityInUse as IdentityInUse
     from shoal.errors import InvalidStateError as InvalidStateError
     from shoal.errors import InvalidTypeError as InvalidTypeError
     from shoal.errors import InvalidValueError as InvalidValueError
     from shoal.errors import MatchmakingException as MatchmakingException
     from shoal.errors import PeerProcessDied as PeerProcessDied
+    from shoal.errors import PeerProcessUnresponsive as PeerProcessUnresponsive
     from shoal.errors import PeerUnreachable as PeerUnreachable
     from shoal.errors import ProtocolViolation as ProtocolViolation
     from shoal.errors import RemoteError as RemoteError
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from shoal.p2p.multiaddr import Multiaddr as Multiaddr
     from shoal.runtime.futures import MPFuture as MPFuture
     from shoal.utils.logging import get_logger as get_logger
+    from shoal.utils.logging import use_hivemind_log_handler as use_hivemind_log_handler
     from shoal.utils.serializer import MSGPackSerializer as MSGPackSerializer
     from shoal.utils.timed import get_dht_time as get_dht_time
 
@@ -120,11 +123,13 @@ _MODULE_OF = {
     "Multiaddr": "shoal.p2p.multiaddr",
     "MPFuture": "shoal.runtime.futures",
     "MSGPackSerializer": "shoal.utils.serializer",
+    "use_hivemind_log_handler": "shoal.utils.logging",
     # errors
     "ShoalError": "shoal.errors",
     "UsageError": "shoal.errors",
     "InvalidValueError": "shoal.errors",
     "InvalidTypeError": "shoal.errors",
+    "IdentityInUse": "shoal.errors",
     "InvalidStateError": "shoal.errors",
     "ProtocolViolation": "shoal.errors",
     "DeadlineExceeded": "shoal.errors",
@@ -135,6 +140,7 @@ _MODULE_OF = {
     "AllreduceException": "shoal.errors",
     "MatchmakingException": "shoal.errors",
     "PeerProcessDied": "shoal.errors",
+    "PeerProcessUnresponsive": "shoal.errors",
 }
 
 _SUBMODULES = ("averaging", "compression", "dht", "errors", "p2p", "utils")

@@ -7,8 +7,10 @@
     │   ├── InvalidValueError           (also ValueError)  names the parameter, the value and what is allowed
     │   ├── InvalidTypeError            (also TypeError)
     │   └── InvalidStateError           (also RuntimeError)  e.g. used after shutdown, in a forked child, pickled
+│       └── IdentityInUse           another running peer has the same identity; names its address
     ├── ProtocolViolation               a remote peer broke the protocol: it is disconnected with this reason
     ├── DeadlineExceeded                (also TimeoutError)
+    │   └── PeerProcessUnresponsive     the background process is stopped, or does not answer; names it
     ├── PeerUnreachable                 (also ConnectionError)  no address of a peer could be dialed; lists each
     ├── ConnectionLost                  (also ConnectionError)  an established connection ended; says why
     ├── RemoteError                     the other side's handler failed; carries its code and message
@@ -41,12 +43,33 @@ class InvalidStateError(UsageError, RuntimeError):
     """A call that is not possible now: after shutdown, before start, in a forked child, under the lock."""
 
 
+class IdentityInUse(InvalidStateError):
+    """Another running peer holds the same identity, ``peer_id``; ``address`` is where that one is."""
+
+    def __init__(self, peer_id: str, address: str) -> None:
+        super().__init__(
+            f"another running peer has this identity: {peer_id} is held at {address}. Each peer needs a key file "
+            "of its own: give this one another identity_path, or stop the other peer first"
+        )
+        self.peer_id = peer_id
+        self.address = address
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.peer_id, self.address))
+
+
 class ProtocolViolation(ShoalError):
     """A remote peer broke the protocol; its connection is closed with this reason."""
 
 
 class DeadlineExceeded(ShoalError, TimeoutError):
     """Something took longer than it was allowed to."""
+
+
+class PeerProcessUnresponsive(DeadlineExceeded):
+    """The background process did not answer in time, because it is stopped or gives no sign of life; the message names
+    its pid.
+    """
 
 
 class PeerUnreachable(ShoalError, ConnectionError):

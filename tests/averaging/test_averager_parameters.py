@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import inspect
 import math
 import re
+import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import shoal
-from shoal.averaging import DecentralizedAverager
+from shoal.averaging import DecentralizedAverager, holders
 from shoal.averaging.checks import check_scheduled_time
 from shoal.averaging.config import default_start, matchmaking_config
+from shoal.averaging.control import check_weight
 from shoal.utils.timed import get_dht_time
 
 SIGNATURE = [
@@ -43,6 +48,8 @@ SIGNATURE = [
     "client_mode",
     "daemon",
     "shutdown_timeout",
+    "apply_when",
+    "detect_lost_updates",
 ]
 
 
@@ -130,7 +137,6 @@ def test_waiting_for_an_averager_that_was_not_started_says_so():
     ("options", "message"),
     [
         ({"prefix": ""}, "prefix=''"),
-        ({"prefix": "a.b"}, "prefix='a.b'"),
         ({"target_group_size": 0}, "target_group_size=0"),
         ({"target_group_size": 2, "min_group_size": 3}, "target_group_size=2"),
         ({"min_group_size": 0}, "min_group_size=0"),
@@ -209,10 +215,10 @@ def test_a_value_out_of_range_is_a_value_error_that_names_it(options: dict[str, 
         ({"averaged_tensors": torch.zeros(3)}, "averaged_tensors is a single tensor"),
         (
             {"averaged_tensors": [torch.zeros(3, dtype=torch.int64)]},
-            "averaged_tensors[0] has dtype torch.int64",
+            "averaged_tensors[0] must be a dense torch.Tensor of float16, bfloat16, float32, float64, got int64",
         ),
         ({"averaged_tensors": [torch.zeros(3).to_sparse()]}, "averaged_tensors[0]"),
-        ({"averaged_tensors": [1.0]}, "averaged_tensors[0] is float"),
+        ({"averaged_tensors": [1.0]}, "averaged_tensors[0] must be a dense torch.Tensor"),
     ],
 )
 def test_a_wrong_type_is_a_type_error_that_names_it(options: dict[str, Any], message: str):
@@ -234,14 +240,98 @@ def test_a_time_to_wait_for_the_start_that_cannot_be_is_named(timeout: float):
         make().wait_until_ready(timeout)
 
 
+NUMBERS = {
+    "target_group_size": np.int64(4),
+    "min_group_size": np.int32(3),
+    "min_vector_size": np.int64(1 << 40),
+    "part_size_bytes": np.uint32(1 << 16),
+    "min_matchmaking_time": np.float32(2.5),
+    "request_timeout": np.float64(1.5),
+    "averaging_alpha": np.float32(0.5),
+    "allreduce_timeout": np.int16(60),
+    "next_chunk_timeout": np.float32(10),
+    "bandwidth": np.float32(100),
+    "declare_state_period": torch.tensor(7.0),
+    "shutdown_timeout": np.int8(3),
+    "auxiliary": np.bool_(False),
+    "prefix": np.str_("run"),
+}
+
+
+def test_numbers_of_numpy_and_torch_are_taken_as_pythons_own():
+    averager = make(**NUMBERS)
+    config = averager._DecentralizedAverager__config
+    values = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    values += [getattr(config.matchmaking, field.name) for field in dataclasses.fields(config.matchmaking)]
+    kinds = {type(value) for value in values} - {type(config.matchmaking)}
+    assert kinds <= {int, float, bool, str, type(None)}
+    assert (config.min_vector_size, config.matchmaking.min_matchmaking_time) == (1 << 40, 2.5)
+    assert averager.bandwidth == 100
+
+
+@pytest.mark.parametrize("value", [np.float32(math.nan), np.float64(-1), np.array([5.0]), np.int64(-3)])
+def test_numbers_of_numpy_are_checked_as_others_are(value: Any):
+    with pytest.raises((ValueError, TypeError), match="bandwidth="):
+        make(bandwidth=value)
+
+
+def test_weights_and_times_may_be_numbers_of_numpy():
+    assert type(check_weight(np.float32(3))) is float
+    assert type(check_scheduled_time(np.float64(get_dht_time() + 1), None)) is float
+
+
+@pytest.mark.parametrize("prefix", ["Qwen2.5-0.5B", ".", "run.0b01"])
+def test_a_prefix_may_have_dots(prefix: str):
+    assert make(prefix=prefix).prefix == prefix
+
+
+def test_an_averager_of_a_module_has_its_trainable_parameters():
+    model = torch.nn.Linear(4, 2)
+    averager = make(averaged_tensors=model)
+    with averager.get_tensors() as tensors:
+        assert [id(one) for one in tensors] == [id(one) for one in model.parameters()]
+    model.weight = torch.nn.Parameter(torch.zeros(2, 4))
+    with averager.get_tensors() as tensors:
+        assert tensors[0] is model.weight
+    assert averager.get_current_state()[1][0] is model.weight
+
+
+def test_a_module_that_refers_to_its_averager_is_collected_with_it():
+    model = torch.nn.Linear(4, 2)
+    model.averager = make(averaged_tensors=model)
+    gone = weakref.ref(model.averager)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_lists_of_plain_tensors_are_searched_for_nowhere(monkeypatch: pytest.MonkeyPatch):
+    """The search for the places of tensors takes time that simple programs are spared."""
+    monkeypatch.setattr(holders, "find_slots", lambda _: pytest.fail("nothing is to be searched for them"))
+    make(averaged_tensors=[torch.zeros(3), torch.ones(2)])
+    searched = []
+    monkeypatch.setattr(holders, "find_slots", lambda tensors: searched.extend(tensors) or {})
+    make(averaged_tensors=list(torch.nn.Linear(2, 2).parameters()))
+    assert len(searched) == 2
+
+
 def test_a_step_before_the_start_says_so():
     with pytest.raises(RuntimeError, match="not started"):
         make().step(wait=False)
 
 
-def test_a_request_timeout_that_is_too_long_is_a_warning(caplog: pytest.LogCaptureFixture):
-    make(request_timeout=6.0)
-    assert "request_timeout=6" in caplog.text
+@pytest.mark.parametrize(
+    "use",
+    [list, len, lambda block: block[0], lambda block: torch.zeros(1) in block, lambda block: [*block]],
+    ids=["list", "len", "index", "in", "unpack"],
+)
+def test_get_tensors_outside_of_a_block_says_how_to_use_it(use: Any):
+    averager = make()
+    with pytest.raises(TypeError, match=r"`with averager\.get_tensors\(\) as tensors:`"):
+        use(averager.get_tensors())
+    with averager.get_tensors() as tensors, averager.get_tensors():
+        assert len(tensors) == 1
+    assert averager.get_tensors()
 
 
 def test_more_parts_than_there_may_be_are_found_out_when_the_averager_is_made():

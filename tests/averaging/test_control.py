@@ -144,7 +144,7 @@ class Background:
         self.commands: list[Any] = []
         self.outcome: MPFuture[Any] = MPFuture()
 
-    def call(self, command: object) -> MPFuture[Any]:
+    def call(self, command: object, timeout: float | None = None) -> MPFuture[Any]:
         self.commands.append(command)
         return self.outcome
 
@@ -153,9 +153,17 @@ def begin_step(background: Background, serializer: Any, gather: Any = None) -> S
     steps = Steps(make_keeper(torch.zeros(3)), matchmaking_config(2, 2, 5.0, 3.0), "test")
     wishes: dict[str, Any] = dict.fromkeys(("scheduled_time", "weight", "timeout"))
     handle: Any = background
-    return steps.begin(
-        handle, serializer, gather=gather, allow_retries=True, require_trigger=False, wait=False, **wishes
+    control, _ = steps.begin(
+        handle,
+        serializer,
+        gather=gather,
+        allow_retries=True,
+        require_trigger=False,
+        when_busy="queue",
+        wait=False,
+        **wishes,
     )
+    return control
 
 
 def own_serializer(**methods: Any) -> Any:

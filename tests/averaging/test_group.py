@@ -65,6 +65,21 @@ def test_group_keys():
 def test_automatic_bits_have_keys_of_their_own_and_without_bits_there_is_one():
     assert automatic_key("swarm", "") == group_key("swarm")
     assert automatic_key("swarm", "0110") != group_key("swarm", "0110")
+
+
+PREFIXES = ["Qwen2.5-0.5B", "a", "a.0b", "a.0b1", "a.0b1.0b", "a.auto", "a.auto1", "a.0bx", ".", ".0b"]
+
+
+def test_prefixes_with_dots_have_keys_of_their_own():
+    keys = [group_key(prefix, bits) for prefix in PREFIXES for bits in ("", "0", "1", "01")]
+    keys += [automatic_key(prefix, bits) for prefix in PREFIXES for bits in ("0", "1", "01")]
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_the_bits_of_a_key_come_back_whatever_the_prefix(prefix):
+    assert [bits_of_key(group_key(prefix, bits)) for bits in ("", "0", "01")] == ["", "0", "01"]
+    assert bits_of_key(automatic_key(prefix, "01")) == ""
     assert bits_of_key(group_key("swarm", "0110")) == "0110"
     assert bits_of_key(automatic_key("swarm", "0110")) == bits_of_key(group_key("swarm")) == ""
     with pytest.raises(InvalidValueError, match="prefix=''"):

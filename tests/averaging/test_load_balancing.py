@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -121,3 +122,10 @@ def test_bad_bandwidths(bad):
 def test_bad_arguments(args, options):
     with pytest.raises(InvalidValueError):
         load_balance_peers(*args, **options)
+
+
+def test_numbers_of_numpy_do_not_overflow():
+    ours = load_balance_peers(1 << 60, [10, 20, 30], 1 << 30)
+    theirs = load_balance_peers(np.int64(1 << 60), np.array([10, 20, 30], dtype=np.int8), np.int64(1 << 30))
+    assert theirs == ours
+    assert {type(count) for count in theirs} == {int}

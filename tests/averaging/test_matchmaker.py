@@ -422,7 +422,7 @@ def test_a_leader_that_redirects_in_circles_or_rejects_without_end():
 
     fails_with(redirect, "redirected to itself")
     fails_with(redirect_back, "redirected to")
-    fails_with(reject, "rejected (full)")
+    fails_with(reject, "rejected: its group is full")
 
 
 def test_a_leader_that_never_begins():
@@ -584,9 +584,9 @@ def test_the_error_names_peers_of_another_schema():
         for number, search in enumerate(searches):
             error = await search
             assert isinstance(error, MatchmakingException)
-            assert f"another schema: {peer_id(sim, 1 - number)}" in str(error)
-            assert "'swarm.0b'" in str(error)
-            assert "in 7.0 s" in str(error)
+            assert f"{peer_id(sim, 1 - number)} averages something else under this prefix" in str(error)
+            assert "(shapes, dtypes, " in str(error)
+            assert "prefix 'swarm' in 7 s: no other peer looks" in str(error)
 
     tell(story, peers=1)
 
@@ -600,9 +600,15 @@ def test_a_long_search_says_with_growing_pauses_why_there_is_no_group(caplog):
     with caplog.at_level("INFO", logger="shoal.averaging.matchmaking.search"):
         tell(story, peers=1)
     records = [one for one in caplog.records if one.name == "shoal.averaging.matchmaking.search"]
-    assert [one.levelname for one in records] == ["INFO", "INFO", "WARNING"]  # after 30, 90 and 210 s
+    levels = ["INFO", "INFO", "INFO", "WARNING"]  # at once, after 30, 90 and 210 s
+    assert [one.levelname for one in records] == levels
     lines = [one.getMessage() for one in records]
-    assert all("looking for a group under 'swarm.0b'" in line and "asked nobody" in line for line in lines)
+    address = "Others join by initial_peers=['/ip4/10.0.0.1/tcp/4000/p2p/"
+    assert lines[0].startswith(
+        "swarm: waiting for 1 more peer with prefix 'swarm' (a group has 2 or more peers)"
+    )
+    assert address in lines[0]
+    assert all("no other peer looks for a group with prefix 'swarm'" in line for line in lines[1:])
 
 
 @pytest.mark.parametrize("wait", [2.0, 4.7, 5.0, 7.0])
@@ -615,7 +621,7 @@ def test_a_search_that_lasts_longer_than_it_should_warns_however_often_its_start
     with caplog.at_level("INFO", logger="shoal.averaging.matchmaking.search"):
         tell(story, peers=1, wait=wait)
     levels = [one.levelname for one in caplog.records if one.name == "shoal.averaging.matchmaking.search"]
-    assert levels == ["WARNING"] * 3
+    assert levels == ["INFO"] + ["WARNING"] * 3
 
 
 def test_closing_ends_a_search_with_an_error():

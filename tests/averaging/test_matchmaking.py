@@ -14,6 +14,7 @@ from shoal.averaging.matchmaking.core import (
 )
 from shoal.averaging.matchmaking.events import (
     AnswerRequest,
+    AskSchema,
     AskToJoin,
     BeginGroup,
     Cancelled,
@@ -30,10 +31,12 @@ from shoal.averaging.matchmaking.events import (
     LeaderRedirected,
     LeaderRejected,
     LeaveLeader,
+    Log,
     PeerGone,
     Poll,
     Polled,
     PostponeFollower,
+    SchemaCompared,
     SearchStarted,
     SetTimer,
     TimerFired,
@@ -50,6 +53,7 @@ from shoal.averaging.matchmaking.messages import (
     Search,
 )
 from shoal.averaging.matchmaking.states import IllegalTransition, State
+from shoal.averaging.matchmaking.story import StoryTeller
 from shoal.p2p.identity import Identity, PeerID
 
 SCHEMA = b"s" * 32
@@ -66,6 +70,8 @@ class Driver:
         target: int | None = 3,
         minimum: int = 2,
         mode: PeerMode = PeerMode.FULL,
+        *,
+        is_first: bool = False,
         expected: tuple[PeerID, ...] = (),
     ):
         self.core = Matchmaking(
@@ -77,6 +83,7 @@ class Driver:
             start_time=START,
             deadline=150.0,
             expected=expected,
+            is_first=is_first,
         )
         self.now = 100.0
         self.seen: tuple[tuple[PeerID, Declaration], ...] = ()
@@ -97,7 +104,7 @@ class Driver:
         return found[0] if found else None
 
     def at(self, now: float, *, was_stopped: bool = False):
-        """Later, when the view is as it was; ``was_stopped``: this process has not looked since."""
+        """Later, when the view is as it was; ``was_stopped``: this process has seen nothing since."""
         if not was_stopped:
             just_before = now - 1e-3
             self.core.handle(Polled(just_before, self.seen), just_before)
@@ -192,7 +199,7 @@ def test_a_redirect_is_followed():
     driver = Driver()
     driver.see(declared(1))
     driver.send(LeaderRedirected(1, IDS[0], ("elsewhere",)))
-    assert driver.only(AskToJoin) == AskToJoin(2, IDS[0], ("elsewhere",))
+    assert driver.only(AskToJoin) == AskToJoin(2, IDS[0], ("elsewhere",), is_hearsay=True)
 
 
 def test_a_full_group_is_left_out_of_the_plan_as_a_whole():
@@ -236,7 +243,7 @@ def test_a_dismissed_peer_asks_whom_it_is_sent_to():
     driver.send(LeaderAccepted(1, 5.0))
     dismissed = Dismissed(DismissReason.BETTER_CUT, IDS[2].to_bytes(), ("there",), (search(0), search(1)))
     driver.send(LeaderDismissed(1, dismissed))
-    assert driver.only(AskToJoin) == AskToJoin(2, IDS[2], ("there",))
+    assert driver.only(AskToJoin) == AskToJoin(2, IDS[2], ("there",), is_hearsay=True)
 
 
 def test_no_answer_in_time_means_a_lost_leader():
@@ -307,7 +314,7 @@ def test_with_too_few_the_start_is_postponed_until_the_deadline():
     assert driver.core.state is State.ENDED
     assert driver.only(DismissFollower).message.reason is DismissReason.SEARCH_ENDED
     explanation = driver.only(FinishWithout).explanation
-    assert "found no group of 3 to 4 under key 'swarm.0b' in 50.0 s" in explanation
+    assert "found no group of 3 to 4 peers with prefix 'swarm' in 50 s: " in explanation
     assert "2 of at least 3 members at the start time: postponed" in explanation
     assert driver.only(Declare) == Declare(DeclaredState.TAKEN)
 
@@ -390,12 +397,93 @@ def test_an_illegal_event_raises_with_the_story_that_led_there():
 def test_the_story_names_what_was_seen_and_answered():
     driver = Driver()
     driver.see(declared(0), declared(5, schema=b"t" * 32))
+    assert driver.only(AskSchema) == AskSchema(IDS[5], ("address 5",), b"t" * 32)
+    driver.send(SchemaCompared(IDS[5], "the shape of averaged_tensors[0] is 2 here, 3 there"))
     driver.send(LeaderRejected(1, Rejected(RejectReason.OTHER_SCHEMA)))
+    driver.see(declared(0), declared(4, state=DeclaredState.TAKEN), declared(5, schema=b"t" * 32))
+    assert driver.only(AskSchema) is None
     driver.send(Cancelled())
     text = driver.only(FinishWithout).explanation
-    assert "1 other peer looks for a group there (2 records in all, this one's included)" in text
-    assert f"another schema: {IDS[5]}" in text
-    assert f"asked {IDS[0]} (rejected (other_schema))" in text
+    assert (
+        "1 other peer looks for a group with prefix 'swarm'; 1 other peer found one, or stopped looking"
+        in text
+    )
+    differs = "the shape of averaged_tensors[0] is 2 here, 3 there"
+    assert f"; {IDS[5]} averages something else under this prefix ({differs})" in text
+    assert f"asked {IDS[0]} (rejected: it averages something else)" in text
+
+
+def test_the_first_search_says_at_once_for_how_many_it_waits():
+    driver = Driver(number=0, target=4, minimum=3, is_first=True)
+    driver.see()
+    driver.at(100.5)
+    text = "swarm: waiting for 2 more peers with prefix 'swarm' (a group has 3 to 4 peers)"
+    assert driver.only(Log) == Log(text, tells_how_to_join=True)
+    driver.at(129.0)
+    assert driver.only(Log) is None
+    driver.at(130.0)
+    text = "swarm: still waiting for 2 more peers after 30 s: no other peer looks for a group with prefix 'swarm'"
+    assert driver.only(Log) == Log(text, is_warning=True)
+
+
+def test_the_first_search_says_when_a_group_that_is_not_full_begins():
+    driver = Driver(number=0, target=4, minimum=2, is_first=True)
+    driver.see(declared(1))
+    driver.at(100.5)
+    text = (
+        f"swarm: 2 peers with prefix 'swarm' are here; the group begins in {START - 100.5:.3g} s, or at once "
+    )
+    assert driver.only(Log) == Log(f"{text}with 2 more peers", tells_how_to_join=True)
+
+
+def test_the_first_search_says_nothing_while_the_dht_is_silent_or_the_group_is_about_to_form():
+    driver = Driver(number=0, target=2, is_first=True)
+    driver.at(100.5, was_stopped=True)
+    assert driver.only(Log) is None
+    driver.see(declared(1))
+    driver.at(101.0)
+    assert driver.only(Log) is None
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_group_is_announced_where_its_user_waits_for_it(is_first: bool):
+    driver = Driver(number=0, target=2, is_first=is_first)
+    driver.now = 101.5
+    driver.join(1, token=1)
+    driver.see(declared(1))
+    assert driver.core.state is State.GROUPED
+    expected = Log("swarm: found a group of 2 after 1.5 s") if is_first else None
+    assert driver.only(Log) == expected
+
+
+def test_a_group_is_announced_after_a_long_wait():
+    driver = Driver(number=0, target=2)
+    driver.see()
+    driver.at(131.0)
+    assert driver.only(Log) is not None
+    driver.join(1, token=1)
+    assert driver.core.state is State.GROUPED
+    assert driver.only(Log) == Log("swarm: found a group of 2 after 31 s")
+
+
+@pytest.mark.parametrize(
+    ("key", "place"),
+    [
+        ("run.0b", "prefix 'run'"),
+        ("Qwen2.5.0b", "prefix 'Qwen2.5'"),
+        ("run.0b01", "prefix 'run' and group bits '01'"),
+        ("run.auto10", "prefix 'run' (part 10 of a large swarm)"),
+    ],
+)
+def test_a_group_key_is_shown_in_a_users_words(key: str, place: str):
+    story = StoryTeller(key, 2, 2)
+    story.saw(0, 0, 0)
+    assert f"no other peer looks for a group with {place}" in story.explain(1.0, [], IDS[0])
+
+
+def test_every_reason_of_a_leader_has_words():
+    for reason in (*RejectReason, *DismissReason):
+        assert reason.words
 
 
 def test_a_settled_timer_is_never_in_the_past():

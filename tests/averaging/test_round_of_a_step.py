@@ -10,12 +10,14 @@ from unittest.mock import Mock
 import pytest
 
 from shoal.averaging.allreduce.round import RoundTimeouts
-from shoal.averaging.commands import ApplyAverage, BoundByWord, RunStep, TakeSnapshot
+from shoal.averaging.commands import ApplyAverage, AverageWritten, BoundByWord, RunStep, TakeSnapshot
 from shoal.averaging.group import GroupInfo
 from shoal.averaging.service import AveragerService, Step, StepFailed
-from shoal.errors import AllreduceException
+from shoal.errors import AllreduceException, MatchmakingException
+from shoal.runtime.presence import Presence
 from shoal.testing.clock import run
 from shoal.testing.rounds import PART_BYTES, PREFIX, SimulatedGroup
+from shoal.utils.timed import get_dht_time
 
 
 class Host:
@@ -24,12 +26,14 @@ class Host:
     def __init__(self, *, fails: bool) -> None:
         self.story: list[str] = []
         self.fails = fails
+        self.user = Presence()
 
     async def call_host(self, command: object) -> object:
         if isinstance(command, ApplyAverage):
             self.story.append("applied")
             if self.fails:
                 raise RuntimeError("a device is gone")
+            return True
         return 1.0 if isinstance(command, TakeSnapshot) else None
 
     def watch_members(self, when_gone: object) -> None:
@@ -55,7 +59,11 @@ def service_of(group: SimulatedGroup, host: Host) -> AveragerService:
         _rounds=group.rounds[0],
         _context=host,
         _matchmaker=Mock(**{"round_committed.side_effect": host.hear_of}),
+        _steps={},
+        _turn=asyncio.Lock(),
+        _arena_is_free=asyncio.Event(),
     )
+    service._arena_is_free.set()
     return service
 
 
@@ -158,4 +166,91 @@ def test_the_host_hears_that_the_step_is_bound_before_the_average_is_written(cro
             assert (await other).failure is None
 
     stepping: asyncio.Future[None]
+    run(main)
+
+
+class HostOfAPatientUser(Host):
+    """Leaves it to the user to say when the average is written."""
+
+    async def call_host(self, command: object) -> object:
+        answer = await super().call_host(command)
+        return False if isinstance(command, ApplyAverage) else answer
+
+
+def service_with_an_average(group: SimulatedGroup) -> AveragerService:
+    """It finds no group; an average of an earlier round waits for the user's call."""
+    service = service_of(group, HostOfAPatientUser(fails=False))
+    service._matchmaker.round_committed.side_effect = None
+    vars(service)["_find_group"] = Mock(side_effect=MatchmakingException("found no group: nobody is there"))
+    return service
+
+
+def step_until(deadline: float | None) -> RunStep:
+    return RunStep(1, 1.0, b"", 0.0, deadline, False, False)
+
+
+def test_no_step_looks_for_a_group_while_an_average_waits_for_its_call():
+    """Its members would wait for the user, too."""
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=1, size=2) as group:
+            service = service_with_an_average(group)
+            other = asyncio.ensure_future(group.run(1))
+            await service._run_round(Step(RunStep(0, 1.0, b"", 0.0, None, False, False)), group.group)
+            assert (await other).failure is None
+            following = asyncio.ensure_future(service._run_step(step_until(None)))
+            await asyncio.sleep(600)
+            assert not service._find_group.called
+            await service.handle(AverageWritten(), [])
+            assert "nobody is there" in (await following).report.failure
+
+    run(main)
+
+
+def test_a_step_whose_time_is_up_before_the_call_says_what_to_do():
+    async def main() -> None:
+        async with SimulatedGroup(seed=1, size=2) as group:
+            service = service_with_an_average(group)
+            service._arena_is_free.clear()
+            outcome = await service._run_step(step_until(get_dht_time() + 5))
+            assert not service._find_group.called
+            assert "was not applied; call apply_average()" in outcome.report.failure
+            assert not outcome.found_group
+            assert not service._turn.locked()
+
+    run(main)
+
+
+def test_a_call_that_overtakes_the_answer_frees_the_arena():
+    async def main() -> None:
+        async with SimulatedGroup(seed=1, size=2) as group:
+            service = service_with_an_average(group)
+
+            class Overtaken(HostOfAPatientUser):
+                async def call_host(self, command: object) -> object:
+                    answer = await super().call_host(command)
+                    if isinstance(command, ApplyAverage):
+                        await service.handle(AverageWritten(), [])
+                    return answer
+
+            vars(service)["_context"] = Overtaken(fails=False)
+            other = asyncio.ensure_future(group.run(1))
+            await service._run_round(Step(RunStep(0, 1.0, b"", 0.0, None, False, False)), group.group)
+            await other
+            assert "nobody is there" in (await service._run_step(step_until(None))).report.failure
+
+    run(main)
+
+
+def test_an_average_that_cannot_be_written_frees_the_arena():
+    async def main() -> None:
+        async with SimulatedGroup(seed=1, size=2) as group:
+            service = service_with_an_average(group)
+            vars(service)["_context"] = HostOfAPatientUser(fails=True)
+            other = asyncio.ensure_future(group.run(1))
+            with pytest.raises(StepFailed):
+                await service._run_round(Step(RunStep(0, 1.0, b"", 0.0, None, False, False)), group.group)
+            await other
+            assert "nobody is there" in (await service._run_step(step_until(None))).report.failure
+
     run(main)

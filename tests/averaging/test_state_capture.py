@@ -137,7 +137,7 @@ BAD = [
     ((1, [torch.zeros(3, device="meta")]), "meta device"),
     ((1, [torch.zeros(3, dtype=torch.float8_e5m2)]), "dtype torch.float8_e5m2"),
     ((object(), []), "metadata that the serializer refuses"),
-    ((bytes(1 << 24), []), "metadata of 16777221 bytes when encoded; at most 16777216 are allowed"),
+    ((bytes(1 << 24), []), "metadata of 16,777,221 bytes when encoded; at most 16,777,216 are allowed"),
     ((1, [torch.zeros(1)], []), "1 tensors, but 0 infos"),
     ((1, [torch.zeros(1)], ["x"]), "info 0 of get_current_state() is str"),
     ((1, [torch.zeros(1)], iter([])), "1 tensors, but 0 infos"),

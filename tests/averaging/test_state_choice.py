@@ -111,7 +111,7 @@ def test_a_donor_that_only_asks_to_wait_is_left_for_any_other_but_each_only_once
     assert choice.handle(DonorBusy(5, 10 * WAIT_PATIENCE)) == Stay()  # all others were left so
     assert asked(choice.handle(DonorFailed("gone"))) == 0
     assert choice.handle(DonorBusy(0, WAIT_PATIENCE)) == Stay()
-    assert "nothing but place 0 in its queue for 120 s" in choice.story()
+    assert "nothing but place 0 in its queue for 2 min" in choice.story()
 
 
 def test_a_donor_alone_is_waited_for():

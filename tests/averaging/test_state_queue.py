@@ -8,12 +8,15 @@ import pytest
 
 from shoal.averaging.state.messages import BUSY, NOT_SHARING, REPLACED, STATE_FAILED
 from shoal.averaging.state.queue import (
-    FRESH_SECONDS,
+    DEFAULT_MAX_AGE,
     HOLD_OFF_SECONDS,
     KEEP_SECONDS,
     MAX_PATIENCE,
+    MAX_REST,
     MAX_UPLOADS,
     MAX_WAITING,
+    REST_FACTOR,
+    RESUME_SECONDS,
     CopyFailed,
     CopyTaken,
     DropCopy,
@@ -55,7 +58,7 @@ def test_joiners_that_come_at_once_share_one_copy():
     assert queue.handle(arrive(0), 0.0) == [TakeCopy(), TellPosition(0, 0)]
     assert queue.handle(arrive(1), 0.1) == [TellPosition(1, 0)]
     assert queue.handle(CopyTaken(b"a"), 1.0) == [Serve(0), Serve(1)]
-    assert queue.handle(arrive(2), 1.0 + FRESH_SECONDS) == [Serve(2)]
+    assert queue.handle(arrive(2), DEFAULT_MAX_AGE) == [Serve(2)]
 
 
 def test_more_joiners_than_slots_are_told_their_places_and_move_up():
@@ -67,44 +70,102 @@ def test_more_joiners_than_slots_are_told_their_places_and_move_up():
     assert queue.handle(RequestEnded(1), 2.0) == []
 
 
-def test_a_stale_copy_in_use_is_replaced_when_its_last_joiner_has_it_and_never_beside_another():
+def test_a_copy_that_was_made_before_a_request_is_not_given_to_it():
+    queue = queue_with_copy()
+    queue.handle(RequestEnded(0, complete=True), 1.0)
+    assert queue.handle(arrive(1), 1.1) == [DropCopy(), TakeCopy(), TellPosition(1, 0)]
+    assert queue.handle(CopyTaken(b"second"), 1.2) == [Serve(1)]
+
+
+def test_a_copy_that_is_too_old_to_be_shared_is_replaced_when_nobody_uses_it():
     queue = queue_with_copy(2)
-    late = FRESH_SECONDS + 1
+    late = DEFAULT_MAX_AGE + 1
     assert queue.handle(arrive(5), late) == [TellPosition(5, 1)]
-    assert queue.handle(RequestEnded(0), late) == []
-    assert queue.handle(RequestEnded(1), late + 1) == [DropCopy(), TakeCopy(), TellPosition(5, 0)]
+    assert queue.handle(RequestEnded(0, complete=True), late) == []
+    assert queue.handle(RequestEnded(1, complete=True), late + 1) == [
+        DropCopy(),
+        TakeCopy(),
+        TellPosition(5, 0),
+    ]
     assert queue.handle(CopyTaken(b"second"), late + 2) == [Serve(5)]
 
 
-def test_a_slow_joiner_does_not_keep_newcomers_from_the_free_slots():
+def test_how_old_a_shared_copy_may_be_is_the_users_choice():
+    strict, generous = UploadQueue(max_age=0.0), UploadQueue(max_age=None)
+    for queue in (strict, generous):
+        queue.handle(arrive(0), 0.0)
+        queue.handle(CopyTaken(b"a"), 1.0)
+    assert strict.handle(arrive(1), 1.0) == [TellPosition(1, 1)]
+    assert generous.handle(arrive(1), 10_000.0) == [Serve(1)]
+
+
+def test_a_slow_joiner_does_not_keep_newcomers_for_ever():
     queue = queue_with_copy(1)
-    late = FRESH_SECONDS + 1
+    late = DEFAULT_MAX_AGE + 1
     assert queue.handle(arrive(5), late) == [TellPosition(5, 1)]
     assert queue.handle(arrive(6), late + 1) == [TellPosition(6, 2)]
-    ends = late + late / 2  # half of the copy's age
-    assert queue.deadline == ends
-    assert queue.handle(TimePassed(), ends - 0.1) == []
-    assert queue.handle(TimePassed(), ends) == [Serve(5), TellPosition(6, 1)]
-    queue.handle(TimePassed(), ends + 5)
-    queue.handle(RequestEnded(5), ends + 6)
-    assert queue.handle(arrive(7), 10_000.0) == [TellPosition(7, 1)]
-    assert queue.deadline == 10_000.0 + MAX_PATIENCE
-    assert queue.handle(RequestEnded(6), 10_001.0) == []
-    # It had patience enough for the slow one to end: the copy is a new one.
-    assert queue.handle(RequestEnded(0), 10_002.0) == [DropCopy(), TakeCopy(), TellPosition(7, 0)]
+    assert queue.deadline == late + MAX_PATIENCE
+    assert queue.handle(TimePassed(), late + MAX_PATIENCE - 0.1) == []
+    refused, told = queue.handle(TimePassed(), late + MAX_PATIENCE)
+    assert isinstance(refused, Refuse)
+    assert (refused.request, refused.code) == (5, BUSY)
+    assert "max_state_age=60 s" in refused.reason
+    assert told == TellPosition(6, 1)
 
 
-def test_who_waited_for_a_slot_while_the_copy_was_fresh_gets_it_when_it_is_stale():
+def test_a_copy_is_kept_in_use_for_a_joiner_that_lost_its_connection():
+    queue = queue_with_copy()
+    queue.handle(RequestEnded(0), 1.0)
+    assert queue.handle(arrive(1), 2.0) == [Serve(1)], "shared: there is no second copy beside it"
+    queue.handle(RequestEnded(1, complete=True), 3.0)
+    assert queue.handle(arrive(2, b"first", peer=0), 4.0) == [Serve(2)]
+    queue.handle(RequestEnded(2, complete=True), 5.0)
+    assert kinds(queue.handle(arrive(3), 6.0)) == [DropCopy, TakeCopy, TellPosition]
+
+
+def test_a_joiner_that_does_not_come_back_is_waited_for_a_moment_only():
+    queue = UploadQueue(max_age=0.0)
+    queue.handle(arrive(0), 0.0)
+    queue.handle(CopyTaken(b"first"), 0.0)
+    queue.handle(RequestEnded(0), 1.0)
+    assert queue.handle(arrive(1), 2.0) == [TellPosition(1, 1)]
+    assert queue.deadline == 1.0 + RESUME_SECONDS
+    assert kinds(queue.handle(TimePassed(), 1.0 + RESUME_SECONDS)) == [DropCopy, TakeCopy, TellPosition]
+
+
+@pytest.mark.parametrize("seconds", [0.5, 100.0])
+def test_joiners_that_ask_all_the_time_wait_for_the_same_next_copy(seconds: float):
+    queue = UploadQueue()
+    queue.handle(arrive(0), 0.0)
+    queue.handle(CopyTaken(b"first"), seconds)
+    queue.handle(RequestEnded(0, complete=True), seconds)
+    rested = seconds + min(REST_FACTOR * seconds, MAX_REST)
+    assert queue.handle(arrive(1), seconds + 0.1) == [TellPosition(1, 1)]
+    assert queue.handle(arrive(2), seconds + 0.2) == [TellPosition(2, 2)]
+    assert queue.deadline == rested
+    assert queue.handle(TimePassed(), rested) == [
+        DropCopy(),
+        TakeCopy(),
+        TellPosition(1, 0),
+        TellPosition(2, 0),
+    ]
+
+
+def test_a_place_is_kept_while_the_copy_is_shared_and_then_waits_for_a_new_one():
     queue = queue_with_copy(MAX_UPLOADS)
     queue.handle(arrive(10), 10.0)
     assert queue.deadline is None
-    assert queue.handle(RequestEnded(0), FRESH_SECONDS + 1) == [Serve(10)]
+    late = DEFAULT_MAX_AGE + 1
+    assert queue.handle(RequestEnded(0, complete=True), late) == []
+    for request in range(1, MAX_UPLOADS):
+        effects = queue.handle(RequestEnded(request, complete=True), late + request)
+    assert effects == [DropCopy(), TakeCopy(), TellPosition(10, 0)]
 
 
 def test_a_copy_is_kept_for_a_minute_after_its_last_use_and_then_freed():
     queue = queue_with_copy()
     assert queue.deadline is None
-    queue.handle(RequestEnded(0), 100.0)
+    queue.handle(RequestEnded(0, complete=True), 100.0)
     assert queue.deadline == 100.0 + KEEP_SECONDS
     assert queue.handle(TimePassed(), 99.9 + KEEP_SECONDS) == []
     assert queue.handle(TimePassed(), 100.0 + KEEP_SECONDS) == [DropCopy()]
@@ -114,7 +175,7 @@ def test_a_copy_is_kept_for_a_minute_after_its_last_use_and_then_freed():
 def test_a_joiner_whose_connection_broke_is_served_from_the_same_copy_before_those_who_wait():
     queue = queue_with_copy(MAX_UPLOADS)
     queue.handle(arrive(10), 1.0)
-    effects = queue.handle(arrive(20, b"first", peer=0), FRESH_SECONDS + 5)
+    effects = queue.handle(arrive(20, b"first", peer=0), DEFAULT_MAX_AGE + 5)
     # The donor has not noticed yet that request 0 is gone: the new one takes its place.
     assert Refuse(0, REPLACED, "the same peer has asked again") in effects
     assert Serve(20) in effects
@@ -235,7 +296,7 @@ def test_whatever_happens_there_is_one_copy_at_most_and_everybody_gets_an_answer
         choices: list[Event] = [
             RequestArrived(ids, rng.choice(PEERS), state_id),
             RequestArrived(ids, rng.choice(PEERS), state_id),
-            RequestEnded(rng.choice(sorted(model.waiting | model.served) or [0])),
+            RequestEnded(rng.choice(sorted(model.waiting | model.served) or [0]), rng.random() < 0.5),
             SharingSwitched(rng.random() < 0.9),
             TimePassed(),
         ]
@@ -247,10 +308,11 @@ def test_whatever_happens_there_is_one_copy_at_most_and_everybody_gets_an_answer
     model.feed(SharingSwitched(True), now)
     for _ in range(200):  # everybody who is served leaves: all others are served in turn
         now += 1.0
+        model.feed(TimePassed(), now)
         if model.copying:
             model.feed(CopyTaken(b"last"), now)
         for request in sorted(model.served):
-            model.feed(RequestEnded(request), now)
+            model.feed(RequestEnded(request, complete=True), now)
     assert not model.waiting
     model.feed(TimePassed(), now + KEEP_SECONDS)
     assert model.copies == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,24 @@ from shoal.cli.main import app, run
 def test_version_and_help() -> None:
     runner = CliRunner()
     assert runner.invoke(app, ["--version"]).output == f"shoal {shoal.__version__}\n"
-    for arguments in ([], ["--help"]):
+    for arguments in ([], ["--help"], ["-h"]):
         result = runner.invoke(app, arguments)
         assert result.exit_code == 0
         assert "demo" in result.output
         assert "peer" in result.output
     assert "--join ADDRESS" in runner.invoke(app, ["demo", "--help"]).output
+    assert runner.invoke(app, ["peer", "-h"]).exit_code == 0
+
+
+def test_summaries_of_commands_fit_a_line_of_80() -> None:
+    assert CliRunner().invoke(app, ["-h"], terminal_width=80).output.count("...") == 1, "of the usage"
+
+
+def test_a_shell_completes_commands() -> None:
+    shoal_command = Path(sys.executable).parent / "shoal"
+    asked = {"_SHOAL_COMPLETE": "complete_bash", "COMP_WORDS": "shoal de", "COMP_CWORD": "1"}
+    done = subprocess.run([shoal_command], capture_output=True, text=True, env={**os.environ, **asked})
+    assert done.stdout.split() == ["demo"], done.stderr
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import psutil
 import pytest
 
+from shoal.cli.peer import stop_on_signals
 from shoal.dht import DHT
 from shoal.utils import get_dht_time
 
 STARTED = "stops this peer"
+
+TraceFunction = Callable[[FrameType, str, Any], Any]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -80,3 +87,33 @@ def test_signal_while_joining(start_command) -> None:
         status, _, errors = command.finish()
     assert status == 0
     assert "shoal: " not in errors
+
+
+def test_a_signal_at_any_line_of_the_wait_ends_it() -> None:
+    """The handler runs on the thread that waits: it must not need what that thread holds."""
+
+    def wait_with_signal_at(number: int) -> bool:
+        """Whether there was such a line."""
+        seen = 0
+
+        def trace(frame: FrameType, event: str, argument: object) -> TraceFunction:
+            nonlocal seen
+            if event == "line":
+                seen += 1
+                if seen == number:
+                    sys.settrace(None)
+                    signal.raise_signal(signal.SIGTERM)
+            return trace
+
+        with stop_on_signals() as stop:
+            sys.settrace(trace)
+            try:
+                assert stop.wait(0.05) or seen < number
+            finally:
+                sys.settrace(None)
+        return seen >= number
+
+    lines = 0
+    while wait_with_signal_at(lines + 1):
+        lines += 1
+    assert lines > 2

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,7 +43,8 @@ def info(
 
 
 def test_by_size_of_the_whole_tensor():
-    codec = SizeAdaptiveCompression(threshold=100, less=NONE, greater_equal=HALF)
+    codec = SizeAdaptiveCompression(threshold=np.int32(100), less=NONE, greater_equal=HALF)
+    assert type(codec.threshold) is int
     assert codec.choose(info(99)) is NONE
     assert codec.choose(info(10, 10)) is HALF
     assert codec.choose(info(10, 10).get_part(0, 7)) is HALF

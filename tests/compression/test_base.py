@@ -10,6 +10,7 @@ from shoal.compression import (
     Float16Compression,
     NoCompression,
     SerializedTensor,
+    base,
     deserialize_tensor,
 )
 from shoal.compression.base import FLOATING_DTYPES, tensor_bytes
@@ -28,16 +29,17 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.complex64)])
-def test_only_floating_tensors_are_compressed(tensor):
+def test_lossy_codecs_take_floating_tensors(tensor):
     with pytest.raises(InvalidTypeError, match="float32"):
-        NoCompression().compress(tensor)
+        Float16Compression().compress(tensor)
 
 
 @pytest.mark.parametrize(
     "message",
     [
         SerializedTensor(77, "float32", (1,), b"1234"),
-        SerializedTensor(0, "int8", (4,), b"1234"),
+        SerializedTensor(1, "int8", (4,), b"1234"),
+        SerializedTensor(0, "qint8", (4,), b"1234"),
         SerializedTensor(0, "__class__", (4,), b"1234"),
         SerializedTensor(0, "float32", (2,), b"1234"),
         SerializedTensor(0, "float32", (-1, -1), b"1234"),
@@ -122,3 +124,27 @@ def test_whatever_a_users_codec_raises_is_told_as_its_own_mistake_or_that_of_the
         Broken().encode_checked(torch.zeros(2))
     with pytest.raises(ProtocolViolation, match="could not decode it: IndexError: no such code"):
         Broken().decode(bytes(8), torch.float32, 2)
+
+
+@pytest.mark.parametrize("name", base.WHOLE_DTYPES)
+def test_whole_tensors_of_other_dtypes_travel_without_compression(name):
+    tensor = torch.arange(-3, 9).to(base.WHOLE_DTYPES[name]).reshape(3, 4).t()
+    back = base.NoCompression().extract(base.NoCompression().compress(tensor))
+    assert back.dtype == tensor.dtype
+    assert torch.equal(back, tensor)
+    if name not in base.FLOATING_DTYPES:
+        with pytest.raises(InvalidTypeError, match="Float16Compression takes"):
+            Float16Compression().compress(tensor)
+
+
+def test_bytes_of_strangers_are_proper_bools():
+    message = base.SerializedTensor(0, "bool", (3,), bytes([0, 1, 7]))
+    assert base.NoCompression().extract(message).view(torch.uint8).tolist() == [0, 1, 1]
+
+
+def test_requires_grad_is_kept():
+    for codec in (base.NoCompression(), Float16Compression()):
+        assert codec.extract(codec.compress(torch.ones(3, requires_grad=True))).requires_grad
+        assert not codec.extract(codec.compress(torch.ones(3))).requires_grad
+    lie = base.SerializedTensor(0, "int8", (1,), b"1", requires_grad=True)
+    assert not base.NoCompression().extract(lie).requires_grad

@@ -13,11 +13,12 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 
 import shoal
 from shoal import DHT, get_dht_time
-from shoal.dht.options import LIBP2P_OPTIONS
+from shoal.dht.options import LIBP2P_OPTIONS, make_config
 from shoal.errors import (
     BootstrapError,
     DeadlineExceeded,
@@ -219,8 +220,17 @@ def test_run_coroutine_says_what_cannot_be_sent(pair):
     with pytest.raises(TypeError, match="async def"):
         pair[0].run_coroutine(lambda dht, node: 1)
     own = pair[0]
-    with pytest.raises(TypeError, match=r"a DHT cannot be pickled or copied.*initial_peers"):
+    with pytest.raises(TypeError, match=r"variable 'own' .*a DHT cannot be pickled or copied.*initial_peers"):
         pair[0].run_coroutine(lambda dht, node: own)
+
+    class Own(shoal.RecordValidatorBase):
+        def validate(self, record) -> bool:
+            return own is not None
+
+    with pytest.raises(
+        TypeError, match=r"record_validators cannot.*Own.*its method 'validate'.*variable 'own'"
+    ):
+        pair[0].add_validators([Own()])
 
 
 class RefuseSevens(shoal.RecordValidatorBase):
@@ -271,11 +281,22 @@ def no_process(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"initial_peers": "/ip4/127.0.0.1/tcp/1"}, ValueError, "initial_peers=\\['/ip4/127.0.0.1/tcp/1'\\]"),
-        ({"initial_peers": ["/ip4/127.0.0.1/udp/1"]}, ValueError, "initial_peers: .*'udp'"),
+        ({"initial_peers": "127.0.0.1:80"}, ValueError, "initial_peers: .*'127.0.0.1:80'"),
+        (
+            {"initial_peers": ""},
+            ValueError,
+            "initial_peers: '' holds no address.* or None to begin a new DHT",
+        ),
+        ({"initial_peers": ["", " \n"]}, ValueError, "initial_peers: .* holds no address"),
+        (
+            {"initial_peers": ["/ip4/127.0.0.1/udp/1"]},
+            ValueError,
+            "(?s)initial_peers: .*'udp'.*TCP alone.*Give /ip4",
+        ),
+        ({"initial_peers": {"a": 1}}, TypeError, "initial_peers must be a list of addresses"),
+        ({"host_maddrs": "/ip4/0.0.0.0/udp/0/quic"}, ValueError, "(?s)host_maddrs: .*'quic'"),
         ({"initial_peers": [7]}, TypeError, "initial_peers.*7"),
         ({"initial_peers": 7}, TypeError, "initial_peers.*7"),
-        ({"host_maddrs": "/ip4/127.0.0.1/tcp/0"}, ValueError, "host_maddrs must be a list"),
         ({"host_maddrs": []}, ValueError, "client_mode=True"),
         ({"host_maddrs": ["/ip4/300.0.0.1/tcp/0"]}, ValueError, "300.0.0.1"),
         ({"announce_maddrs": ["/ip4/0.0.0.0/tcp/1"]}, ValueError, "announce_maddrs"),
@@ -328,6 +349,14 @@ def test_options_of_the_configuration_are_taken():
     options = {"max_expiration": 7200, "check_reachability": False, "stall_timeout": None}
     with DHT(start=True, **options) as dht:
         assert dht.store("k", 1, get_dht_time() + 7000)
+
+
+def test_numbers_of_numpy_are_taken_as_pythons_own():
+    options = {"parallel_rpc": np.int64(4), "wait_timeout": np.float32(2.5), "cache_locally": np.bool_(True)}
+    config = make_config(options, {"max_expiration": np.int32(7200)})
+    given = (config.parallel_rpc, config.wait_timeout, config.cache_locally, config.max_expiration)
+    assert given == (4, 2.5, True, 7200)
+    assert [type(value) for value in given] == [int, float, bool, int]
 
 
 # Life

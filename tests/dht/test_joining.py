@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -178,11 +179,11 @@ async def start_behind_nat(sim: SimulatedDHT, number: int, initial: list[Multiad
         sim.identity(number),
         sim.network.host(f"node{number}"),
         HostConfig(announce=[wrong]),
-        clock=sim.now,
+        clock=sim.clock(1),
         rng=random.Random(1),
     )
     await host.start([sim.address(number, with_peer_id=False)])
-    node = await DHTNode.create(host, initial_peers=initial, clock=sim.now, rng=random.Random(2))
+    node = await DHTNode.create(host, initial_peers=initial, clock=sim.clock(1), rng=random.Random(2))
     sim.nodes[number] = node
     return node
 
@@ -192,7 +193,7 @@ def test_who_cannot_be_reached_becomes_a_client(caplog: pytest.LogCaptureFixture
         await sim.start_many(3)
         hidden = await start_behind_nat(sim, 3, [sim.address(0)])
         assert hidden.client_mode
-        assert caplog.text.count("no peer could connect back") == 1
+        assert caplog.text.count("other peers cannot connect back") == 1
         assert await hidden.store("key", 1, sim.now() + 100)
         assert await sim.nodes[1].get("key", latest=True)
         await asyncio.sleep(30)
@@ -253,19 +254,18 @@ def test_a_node_that_can_be_dialed_later_becomes_one_like_the_others(
         host, ports = await sim.start_host(3), sim.network.host("node3").listeners
         listener = ports.pop(PORT)  # it listens, but a firewall lets nobody through
         node = sim.nodes[3] = await DHTNode.create(
-            host, initial_peers=[sim.address(0)], clock=sim.now, rng=random.Random(3)
+            host, initial_peers=[sim.address(0)], clock=sim.clock(1), rng=random.Random(3)
         )
         checks = watch_checks(monkeypatch)
         began = now()
         await asyncio.sleep(1500)
         assert node.client_mode
         assert len(warnings_of(caplog)) == 1
-        assert [round((when - began) / 600, 1) for who, when in checks if who == str(node.peer_id)] == [
-            1.0,
-            2.0,
-        ]
+        times = [when for who, when in checks if who == str(node.peer_id)]
+        assert all(130 < later - earlier < 235 for earlier, later in itertools.pairwise([began, *times]))
+        assert len(times) >= 6
         ports[PORT] = listener
-        await until(lambda: not node.client_mode, 620)
+        await until(lambda: not node.client_mode, 240)
         await until(lambda: all_know_each_other(sim), 5)
         assert host.announced_addresses == host.listen_addresses
         assert len(warnings_of(caplog)) == 1
@@ -275,24 +275,21 @@ def test_a_node_that_can_be_dialed_later_becomes_one_like_the_others(
             sim.network.drop_connections(f"node{number}", "node3")
         assert await sim.nodes[1].store("key", 1, sim.now() + 60)
         assert node.num_records == 1
-        checks.clear()
-        await asyncio.sleep(1300)
-        assert str(node.peer_id) not in dict(checks)
 
     simulate(story)
 
 
-def test_the_first_node_is_checked_once_when_two_peers_have_come(
+def test_the_first_node_is_checked_when_the_first_peer_comes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def story(sim: SimulatedDHT) -> None:
         checks = watch_checks(monkeypatch)
         first = await sim.start(0)
         await sim.start(1, [sim.address(0)])
-        await asyncio.sleep(700)
-        assert str(first.peer_id) not in dict(checks)
-        await sim.start(2, [sim.address(0)])
-        await asyncio.sleep(2000)
+        await until(lambda: str(first.peer_id) in dict(checks), 1)
+        for number in range(2, 6):
+            await sim.start(number, [sim.address(0)])
+        await asyncio.sleep(100)
         assert [who for who, _ in checks].count(str(first.peer_id)) == 1
         assert not first.client_mode
         assert not warnings_of(caplog)
@@ -309,7 +306,7 @@ def test_a_first_node_that_nobody_can_dial_says_so_once_and_still_answers(
             await sim.start(number, [sim.address(0)])
         ports = sim.network.host("node0").listeners
         listener = ports.pop(PORT)
-        await until(lambda: first.client_mode, 15)
+        await until(lambda: first.client_mode, 240)
         await asyncio.sleep(1500)
         assert len(warnings_of(caplog)) == 1
         assert first.host.announced_addresses == []
@@ -319,7 +316,7 @@ def test_a_first_node_that_nobody_can_dial_says_so_once_and_still_answers(
         ports[PORT] = listener  # who knows the way in may join through it
         joined = await sim.start(3, [sim.address(0)])
         await until(lambda: len(joined.neighbours) >= 2, 10)
-        await until(lambda: not first.client_mode, 620)
+        await until(lambda: not first.client_mode, 240)
         await until(lambda: all_know_each_other(sim), 60)
 
     simulate(story)
@@ -340,8 +337,6 @@ def test_a_node_whose_addresses_change_is_checked_and_announced_again(
         assert [who for who, _ in checks] == [str(host.peer_id)]
         assert nodes[0].host.addresses_of(host.peer_id)[0] == moved
         assert nodes[1].host.addresses_of(host.peer_id)[0] == moved
-        await asyncio.sleep(2000)
-        assert len(checks) == 1
 
     simulate(story)
 
@@ -369,7 +364,7 @@ def test_a_node_that_lost_everybody_is_back_within_30_s() -> None:
         await until(lambda: not sim.nodes[5].neighbours, 120)
         await asyncio.sleep(600)
         sim.network.heal()
-        await until(lambda: all_know_each_other(sim), 10)
+        await until(lambda: all_know_each_other(sim), 30)
 
     simulate(story)
 
@@ -436,7 +431,7 @@ def test_after_a_sleep_all_neighbours_are_called(
         assert "asleep" not in caplog.text
         sim.clock_offset += 3600
         await asyncio.sleep(6)
-        assert "asleep for about 3600 s" in caplog.text
+        assert "asleep for about 1 h" in caplog.text
         assert set(called) == {other.peer_id for other in others}
 
     with caplog.at_level(logging.INFO, "shoal"):
@@ -449,10 +444,10 @@ def test_a_restarted_node_with_a_new_address_is_found() -> None:
         await sim.stop(3)
         await asyncio.sleep(10)
         # the same identity on another machine
-        host = Host(sim.identity(3), sim.network.host("elsewhere"), clock=sim.now, rng=random.Random(1))
+        host = Host(sim.identity(3), sim.network.host("elsewhere"), clock=sim.clock(1), rng=random.Random(1))
         await host.start([sim.network.host("elsewhere").address(4000)])
         sim.nodes[3] = await DHTNode.create(
-            host, initial_peers=[sim.address(0)], clock=sim.now, rng=random.Random(2)
+            host, initial_peers=[sim.address(0)], clock=sim.clock(1), rng=random.Random(2)
         )
         await until(lambda: all_know_each_other(sim), 30)
 

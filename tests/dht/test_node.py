@@ -117,7 +117,15 @@ def test_expirations_that_are_not_allowed(caplog: pytest.LogCaptureFixture) -> N
         with pytest.raises(InvalidValueError, match="max_expiration"):
             await nodes[0].store("key", 1, sim.now() + 3601)
         assert not await nodes[0].store("key", 1, sim.now() - 1)
-        assert "expired" in caplog.text
+        assert "it expired 1 s ago" in caplog.text
+        for duration in (60, 0, -1.0):
+            text = rf"expiration_time must be a time, as get_dht_time\(\) \+ 60, got {duration:g}"
+            with pytest.raises(InvalidValueError, match=text):
+                await nodes[0].store("key", 1, duration)
+        with pytest.raises(
+            InvalidValueError, match=r"at most 1 h from now \(max_expiration\), got 2 h from now"
+        ):
+            await nodes[0].store("key", 1, sim.now() + 7200)
         with pytest.raises(InvalidTypeError, match="object"):
             await nodes[0].store("key", object(), sim.now() + 1)
         long = await sim.start(5, [sim.address(0)], DHTConfig(max_expiration=10_000))
@@ -146,7 +154,9 @@ def test_refusals_and_dial_backs_forge_no_lines_of_a_log(
         assert client.client_mode
         assert not await client.store("key", 1, sim.now() + 100)
         warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-        assert len([text for text in warnings if "forged" in text]) == 2
+        assert (
+            len([text for text in warnings if "forged" in text]) == 3
+        )  # one of each dial-back, one of the store
         assert all(text.isprintable() for text in warnings)
 
     monkeypatch.setattr(Server, "_keep", refuse)
@@ -537,8 +547,8 @@ def test_limits_on_records_hold_over_the_network() -> None:
         nodes = await sim.start_many(2, config)
         for arguments, reason in [
             (("key", bytes(1000)), "max_value_size"),
-            (("k" * 1024, 1), "key: 1027 bytes"),
-            (("key", 1, "s" * 1024), "subkey: 1027 bytes"),
+            (("k" * 1024, 1), "^key must take at most 1,024 bytes when serialized, got 1,027"),
+            (("key", 1, "s" * 1024), "^subkey must take at most 1,024 bytes when serialized, got 1,027"),
         ]:
             key, value, *subkey = arguments
             with pytest.raises(InvalidValueError, match=reason):
@@ -549,7 +559,7 @@ def test_limits_on_records_hold_over_the_network() -> None:
             StoreRequest(dumps("key"), True, [StoredEntry(b"", bytes(1001), sim.now() + 100)]),
             timeout=3,
         )
-        assert "more than 1000" in refused.refused[0]
+        assert "1,001 bytes, and at most 1,000 are allowed" in refused.refused[0]
         assert await nodes[0].store("key", bytes(990), sim.now() + 100)
         for number in range(5):
             assert await nodes[0].store("many", number, sim.now() + 100 + number, subkey=number)

@@ -26,7 +26,7 @@ def storage() -> Storage:
 def test_the_larger_expiration_wins(storage: Storage) -> None:
     assert storage.store(b"k", PLAIN, b"a", NOW + 10, NOW) is None
     assert storage.store(b"k", PLAIN, b"b", NOW + 20, NOW) is None
-    assert "expires at" in (storage.store(b"k", PLAIN, b"c", NOW + 15, NOW) or "")
+    assert "expires 5 s later than this one" in (storage.store(b"k", PLAIN, b"c", NOW + 15, NOW) or "")
     assert contents(storage, b"k") == {PLAIN: b"b"}
 
 
@@ -63,13 +63,14 @@ def test_plain_values_and_dictionaries_displace_each_other_by_expiration(storage
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ((b"k", PLAIN, b"v", NOW), "expired"),
-        ((b"k", PLAIN, b"v", math.nan), "expired"),
-        ((b"k", PLAIN, b"v", NOW + 3661), "at most 3600 s"),
-        ((b"k", PLAIN, b"v", math.inf), "at most 3600 s"),
+        ((b"k", PLAIN, b"v", NOW - 2), "it expired 2 s ago"),
+        ((b"k", PLAIN, b"v", NOW - 1e9), "must be a time, as get_dht_time() + 60, got"),
+        ((b"k", PLAIN, b"v", math.nan), "must be a time, as get_dht_time() + 60, got nan"),
+        ((b"k", PLAIN, b"v", NOW + 3661), "at most 1 h"),
+        ((b"k", PLAIN, b"v", math.inf), "at most 1 h"),
         ((b"k" * 1025, PLAIN, b"v", NOW + 1), "longer than 1024"),
         ((b"k", b"s" * 1025, b"v", NOW + 1), "longer than 1024"),
-        ((b"k", PLAIN, bytes(128 * 1024 + 1), NOW + 1), "131073 bytes"),
+        ((b"k", PLAIN, bytes(128 * 1024 + 1), NOW + 1), "131,073 bytes"),
     ],
 )
 def test_limits_of_one_entry(storage: Storage, arguments: Any, reason: str) -> None:

@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 import shoal
 from shoal.averaging.control import AveragingStage
+from shoal.averaging.sources import AveragedTensors
 
 STEP_TIMEOUT = 30.0
 
@@ -41,7 +40,7 @@ class Swarm:
         return self.own[-1]
 
     def peer(
-        self, tensors: list[torch.Tensor], size: int, *, dht: shoal.DHT | None = None, **options: Any
+        self, tensors: AveragedTensors, size: int, *, dht: shoal.DHT | None = None, **options: Any
     ) -> shoal.DecentralizedAverager:
         settings: dict[str, Any] = {
             "prefix": self.prefix,

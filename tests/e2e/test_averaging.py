@@ -174,18 +174,21 @@ def test_a_search_that_finds_nobody_says_so_and_changes_nothing(
     assert torch.equal(tensor, torch.ones(3))
 
 
-def test_peers_with_other_tensors_never_group_and_the_error_says_that_they_were_seen(swarm: Swarm):
+def test_peers_with_other_tensors_never_group_and_the_error_says_which(swarm: Swarm):
     averagers = [
         swarm.peer([torch.zeros(size)], size=2, min_matchmaking_time=0.5, request_timeout=0.2)
         for size in (3, 4)
     ]
     steps = [averager.step(wait=False, timeout=2.0) for averager in averagers]
     for step in steps:
-        with pytest.raises(MatchmakingException, match="schema"):
+        with pytest.raises(
+            MatchmakingException,
+            match=r"averages something else under this prefix \(the shape of averaged_tensors\[0\] is",
+        ):
             step.result(30)
 
 
-def test_peers_with_other_parts_never_group_and_the_error_says_what_may_differ(swarm: Swarm):
+def test_peers_with_other_parts_never_group_and_the_error_says_what_differs(swarm: Swarm):
     averagers = [
         swarm.peer(
             [torch.zeros(3000)],
@@ -198,7 +201,9 @@ def test_peers_with_other_parts_never_group_and_the_error_says_what_may_differ(s
     ]
     steps = [averager.step(wait=False, timeout=2.0) for averager in averagers]
     for step in steps:
-        with pytest.raises(MatchmakingException, match="part_size_bytes"):
+        with pytest.raises(
+            MatchmakingException, match=r"part_size_bytes is (1024 here, 2048|2048 here, 1024) there"
+        ):
             step.result(30)
 
 
@@ -415,7 +420,7 @@ def test_mistakes_in_a_step_name_the_parameter(swarm: Swarm):
     averager = swarm.peer([torch.zeros(2)], size=2)
     for options, named in (
         ({"gather": object()}, "gather: cannot serialize"),
-        ({"gather": bytes(1 << 20)}, "gather takes"),
+        ({"gather": bytes(1 << 20)}, "gather must take at most 524,288 bytes"),
         ({"wait": "no"}, "wait='no'"),
         ({"weight": -1}, "weight=-1"),
         ({"timeout": 0}, "timeout=0"),
@@ -468,7 +473,7 @@ def test_a_start_does_not_wait_for_a_dht_that_is_not_ready_unless_it_is_told_to(
 
 def test_an_averager_goes_on_as_a_client_when_nobody_can_dial_its_dht(swarm: Swarm):
     async def become_unreachable(dht: Any, node: Any) -> None:
-        node.host._is_reachable = False  # what the reachability check finds out
+        node.host.reach._is_reachable = False  # what the reachability check finds out
 
     averager = swarm.peer([torch.zeros(3)], size=2, dht=swarm.own_dht())
     second, refused = (

@@ -107,4 +107,4 @@ def test_the_report_tells_how_far_apart_the_peers_were(swarm: Swarm):
         control.result(STEP_TIMEOUT)
         assert control.report.spread_distance == pytest.approx(1.0)
         assert control.report.spread_relative == pytest.approx(0.5)
-        assert "0.5 of the average's size apart" in str(control.report)
+        assert "peers differed by 50 % of the average" in str(control.report)

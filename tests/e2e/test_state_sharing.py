@@ -24,7 +24,7 @@ from tests.e2e.real_swarm import wait_until
 import shoal
 from shoal.averaging.state import host
 from shoal.averaging.state.donor import StateDonor
-from shoal.averaging.state.download import PartialState
+from shoal.averaging.state.partial import PartialState
 from shoal.averaging.state.queue import UploadQueue
 from shoal.compression import PerTensorCompression
 from shoal.compression.registry import CODECS
@@ -413,7 +413,7 @@ def fail() -> Any:
         ((object(), []), "metadata that the serializer refuses"),
         ((None, [torch.zeros(3)], []), "1 tensors, but 0 infos"),
         (sys.exit, "get_current_state() failed: SystemExit"),
-        ((bytes((16 << 20) + 1), []), "metadata of 16777"),
+        ((bytes((16 << 20) + 1), []), "metadata of 16,777"),
     ],
 )
 def test_rubbish_is_named_at_the_donor_and_the_joiner_goes_to_the_next(

@@ -41,6 +41,9 @@ class Owner:
     def connection_made(self, connection):
         return None
 
+    def contest(self, connection):
+        return None
+
     def connection_opened(self, connection):
         return None
 
@@ -151,7 +154,7 @@ def test_hello_comes_first():
         assert "OPEN before HELLO" in stranger.connection.close_reason
         stranger.exchange()
         (goodbye,) = stranger.frames(FrameKind.GOODBYE)
-        assert "OPEN before HELLO" in wire.decode_goodbye(goodbye)
+        assert "OPEN before HELLO" in wire.decode_goodbye(goodbye).reason
 
     with_stranger(check)
 
@@ -309,7 +312,7 @@ def test_any_frames_close_the_connection_at_most(says_hello, frames):
             stranger.exchange()
             reason = stranger.connection.close_reason
             if "the peer said goodbye" not in reason:
-                told = wire.decode_goodbye(stranger.frames(FrameKind.GOODBYE)[0])
+                told = wire.decode_goodbye(stranger.frames(FrameKind.GOODBYE)[0]).reason
                 assert told.removeprefix("protocol violation: ") == reason.removeprefix(
                     "broke the protocol: "
                 )

@@ -24,6 +24,7 @@ from shoal.p2p.host import Host
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.rpc import Lane, Method
 from shoal.p2p.sockets import origin_of
+from shoal.p2p.vantage import Interface, likely_first
 from shoal.testing import clock
 from shoal.testing.network import SimulatedNetwork
 from shoal.testing.peers import make_host, make_identity
@@ -218,17 +219,54 @@ def test_no_more_addresses_are_announced_than_peers_accept():
         HostConfig(announce=addresses)
 
 
+def interface(name, ip, prefix_length=24):
+    return Interface(name, ip, prefix_length)
+
+
+async def host_everywhere(swarm, name, interfaces):
+    """A host that listens on all interfaces of its machine, IPv4 and IPv6."""
+    place = swarm.network.host(name)
+    place.interface_list = interfaces
+    host = Host(make_identity(name), place)
+    swarm.hosts.append(host)
+    await host.start([Multiaddr("ip4", "0.0.0.0", 4000), Multiaddr("ip6", "::", 4001)])
+    return host
+
+
+@simulated()
+async def test_a_listener_on_all_interfaces_announces_the_likely_ones_first(swarm, caplog):
+    found = [
+        interface("lo", "127.0.0.1", 8),
+        interface("docker0", "172.17.0.1", 16),
+        interface("eth1", "10.9.0.1"),
+        interface("eth0", "198.51.100.7"),
+        interface("eth0", "fe80::1", 64),
+        interface("eth0", "2a00:1::7", 64),
+        interface("lo", "::1", 128),
+    ]
+    host = await host_everywhere(swarm, "all", likely_first(found, ["198.51.100.7"]))
+    announced = ["198.51.100.7", "2a00:1::7", "10.9.0.1", "172.17.0.1"]
+    assert [address.host for address in host.announced_addresses] == announced
+    assert [address.host for address in host.visible_addresses] == [*announced, "127.0.0.1", "::1"]
+    assert [address.port for address in host.announced_addresses] == [4000, 4001, 4000, 4000]
+
+
+@simulated()
+async def test_a_machine_without_any_other_interface_announces_loopback(swarm, caplog):
+    host = await host_everywhere(swarm, "lonely", [interface("lo", "127.0.0.1", 8)])
+    assert [str(address) for address in host.announced_addresses] == [
+        "/ip4/127.0.0.1/tcp/4000",
+        "/ip6/::1/tcp/4001",
+    ]
+
+
 @simulated()
 async def test_a_machine_that_moves_announces_where_it_is_now(swarm, caplog):
-    a, b = await swarm.host("a"), await swarm.host("b")
-    await b.connect(a.listen_addresses[0], timeout=5)
-    (connection,) = b._connections.to(a.peer_id).all()
-    everywhere = Multiaddr("ip4", "0.0.0.0", 4000)
-    for number in range(30):
-        connection.local_ip = f"10.9.0.{number}"
-        b._connections._note_local_ip(connection)
-    found = [address.host for address in b._specific(everywhere)]
-    assert found == [f"10.9.0.{number}" for number in range(29, 21, -1)]
+    host = await host_everywhere(swarm, "moving", [interface("wlan0", "10.9.0.1")])
+    assert [address.host for address in host.announced_addresses] == ["10.9.0.1"]
+    host._network.interface_list = [interface("wlan0", "10.9.5.1")]
+    await asyncio.sleep(3)
+    assert [address.host for address in host.announced_addresses] == ["10.9.5.1"]
 
 
 @simulated()
@@ -465,6 +503,31 @@ async def test_connections_over_the_limit_are_refused_while_all_are_in_use(swarm
     await asyncio.gather(*calls, return_exceptions=True)
 
 
+@simulated()
+async def test_own_dials_keep_to_the_limit_too(swarm, caplog):
+    """An unused connection is closed for each, also one whose peer cannot be dialed; none that is in use."""
+    a = await swarm.host("a", HostConfig(max_connections=3))
+    a.stop_serving(ECHO)
+    a.serve(ECHO, wait_for_ever)
+    clients = [await swarm.host(f"client{n}", HostConfig(client_mode=True)) for n in range(3)]
+    for client in clients:
+        await client.connect(a.listen_addresses[0], timeout=5)
+    others = [await swarm.host(f"other{number}") for number in range(4)]
+    for other in others[:3]:
+        await a.connect(other.listen_addresses[0], timeout=5)
+        await asyncio.sleep(1)
+        assert len(a.connected_peers()) == 3
+    connected = [host for host in swarm.hosts if a.is_connected(host.peer_id)]
+    calls = [asyncio.ensure_future(one.call(a.peer_id, ECHO, Number(1), timeout=50)) for one in connected]
+    await asyncio.sleep(1)
+    with pytest.raises(PeerUnreachable, match="too many connections"):
+        await a.connect(others[3].listen_addresses[0], timeout=5)
+    assert len(a.connected_peers()) == 3
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+
+
 class Mute(asyncio.BufferedProtocol):
     """Dials and then says nothing."""
 
@@ -658,17 +721,16 @@ async def test_methods_are_served_once(swarm, caplog):
 
 
 @simulated()
-async def test_a_wrong_clock_is_reported_once(swarm, caplog):
-    a = await swarm.host("a")
+async def test_another_clock_is_told_as_a_peer_connects(swarm, caplog):
+    a, near = await swarm.host("a"), await swarm.host("near", skew=0.5)
     late = await swarm.host("late", skew=-60.0)
-    for _ in range(2):
-        await late.connect(a.listen_addresses[0], timeout=5)
-        swarm.network.drop_connections("a", "late")
-        await asyncio.sleep(1)
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warnings) == 2
-    assert f"the clock of {late.peer_id} is 60.0 s behind" in warnings[0] + warnings[1]
-    assert f"the clock of {a.peer_id} is 60.0 s ahead" in warnings[0] + warnings[1]
+    told = []
+    for host in (a, late):
+        host.on_clock_difference(lambda peer, ahead: told.append((peer, round(ahead))))
+    await near.connect(a.listen_addresses[0], timeout=5)
+    await late.connect(a.listen_addresses[0], timeout=5)
+    await asyncio.sleep(1)
+    assert sorted(told) == sorted([(late.peer_id, -60), (a.peer_id, 60)])
 
 
 # ---- who can be reached ----

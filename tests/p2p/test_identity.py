@@ -244,3 +244,15 @@ def test_paths_that_cannot_be_key_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe", 0o600)
     with pytest.raises(InvalidValueError, match="not a regular file"):
         Identity.load_or_create(tmp_path / "pipe")
+
+
+def test_a_key_of_another_user_is_not_taken_for_ones_own(tmp_path, monkeypatch):
+    """As root, who can read all files."""
+    path = tmp_path / "peer.key"
+    Identity.load_or_create(path)
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.raises(
+        InvalidValueError, match=rf"belongs to another user \(uid {owner}, not {owner + 1}\).*chown"
+    ):
+        Identity.load_or_create(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from shoal.errors import InvalidTypeError, InvalidValueError
 from shoal.p2p.identity import Identity
-from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.multiaddr import Multiaddr, UnsupportedAddress
 
 PEER = Identity.generate(bytes(32)).peer_id
 
@@ -23,6 +24,7 @@ PEER = Identity.generate(bytes(32)).peer_id
         "/ip6/::1/tcp/1337",
         "/ip6/2001:db8::5/tcp/80",
         "/dns4/example.org/tcp/443",
+        "/dns/example.org/tcp/443",
         "/dns6/a-b.c_d.example/tcp/1",
         f"/ip4/1.2.3.4/tcp/5/p2p/{PEER}",
         f"/dns4/localhost/tcp/5/p2p/{PEER}",
@@ -76,7 +78,7 @@ def test_addresses_are_ordered() -> None:
         (f"/ip4/1.2.3.4/tcp/5/p2p/{PEER}/x", "pieces"),
         (f"/ip4/1.2.3.4/tcp/5/ipfs/{PEER}", "'ipfs'"),
         ("/ip5/1.2.3.4/tcp/5", "'ip5'"),
-        ("/dns/example.org/tcp/5", "'dns'"),
+        ("/dnsx/example.org/tcp/5", "'dnsx'"),
         ("/ip4/1.2.3.4/udp/5", "'udp'"),
         ("/ip4/1.2.3/tcp/5", "'1.2.3'"),
         ("/ip4/1.2.3.256/tcp/5", "'1.2.3.256'"),
@@ -107,6 +109,34 @@ def test_a_bad_address_shows_its_bad_piece(text: str, piece: str) -> None:
     with pytest.raises(InvalidValueError, match=re.escape(piece)) as caught:
         Multiaddr.parse(text)
     assert "address" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("/ip4/1.2.3.4/udp/5/quic", "TCP alone"),
+        ("/ip4/1.2.3.4/udp/5/quic-v1", "TCP alone"),
+        ("/ip4/1.2.3.4/tcp/5/ws", "TCP alone"),
+        (f"/dns4/example.org/tcp/443/wss/p2p/{PEER}", "TCP alone"),
+        (f"/ip4/1.2.3.4/tcp/5/p2p/{PEER}/p2p-circuit", "no relays"),
+        (f"/ip4/1.2.3.4/tcp/5/p2p/{PEER}/p2p-circuit/p2p/{PEER}", "no relays"),
+        (f"/dnsaddr/bootstrap.example.org/p2p/{PEER}", "TXT"),
+        ("/unix/run/peer", "files"),
+    ],
+)
+def test_addresses_of_other_transports_are_told_apart(text: str, reason: str) -> None:
+    with pytest.raises(UnsupportedAddress, match=reason):
+        Multiaddr.parse(text)
+    assert Multiaddr.parse("/dns/quic/tcp/5").host == "quic"
+
+
+def test_an_address_is_made_from_its_text() -> None:
+    text = f"/ip4/1.2.3.4/tcp/5/p2p/{PEER}"
+    assert Multiaddr(text) == Multiaddr(f" {text}\n") == Multiaddr(Multiaddr(text)) == Multiaddr.parse(text)
+    assert str(Multiaddr(text)) == text
+    assert pickle.loads(pickle.dumps(Multiaddr(text))) == Multiaddr(text)
+    with pytest.raises(InvalidValueError, match="begins with 'ip4'"):
+        Multiaddr("ip4")
 
 
 def test_wrong_types() -> None:

@@ -152,3 +152,11 @@ def block_loop(service: Runner) -> None:
 
 async def call_function(service: Runner, function: Callable[[], object]) -> object:
     return function()
+
+
+async def see_user_leave_and_return(service: Runner, folder: str) -> str:
+    absence: str = await service.context.user.absent()
+    with open(os.path.join(folder, "absent"), "w"):  # noqa: ASYNC230
+        pass
+    await service.context.user.present()
+    return f"{absence} and is back"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import copy
+import os
 import pickle
 
 import pytest
 
-from shoal.errors import InvalidTypeError
+from shoal.errors import InvalidStateError, InvalidTypeError
 from shoal.runtime.futures import MPFuture, chain
 
 
@@ -142,3 +143,50 @@ def test_a_chain_goes_on_while_a_callback_of_a_user_is_waiting():
     call.set_result(2)
     assert outer.result(0) == 2
     assert len(dispatched) == 1
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda future: future.set_result(1),
+        lambda future: future.set_exception(ValueError()),
+        lambda future: future.cancel(),
+        lambda future: future.result(),
+        lambda future: future.exception(),
+        lambda future: future.done(),
+        lambda future: future.add_done_callback(print),
+        lambda future: concurrent.futures.wait([future]),
+        lambda future: next(concurrent.futures.as_completed([future])),
+    ],
+    ids=[
+        "set_result",
+        "set_exception",
+        "cancel",
+        "result",
+        "exception",
+        "done",
+        "callback",
+        "wait",
+        "as_completed",
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_future_in_a_forked_child_is_an_error_that_says_what_to_use(use):
+    future: MPFuture[int] = MPFuture()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        outcome = "nothing was raised"
+        try:
+            use(future)
+        except InvalidStateError as error:
+            outcome = str(error)
+        finally:
+            os.write(writer, outcome.encode())
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        outcome = pipe.read()
+    os.waitpid(child, 0)
+    assert f"belongs to process {os.getpid()}" in outcome
+    assert "multiprocessing.Queue" in outcome

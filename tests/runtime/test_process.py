@@ -481,7 +481,7 @@ def test_a_forked_child_can_neither_use_nor_end_it(process, runner):
         outcome = pipe.read()
     assert os.waitpid(child, 0)[1] == 0
     assert "forked" in outcome.partition("; ")[0]
-    assert "result: this future belongs to the parent" in outcome
+    assert "result: this future belongs to process" in outcome
     assert "alive: False" in outcome
     runner.call((services.set_event, "later"))
     assert pending.result(LIMIT) == "later"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from shoal.averaging.group import GroupInfo, PeerMode
 from shoal.averaging.matchmaking.core import MatchmakingConfig
 from shoal.errors import MatchmakingException
+from shoal.p2p.host import Host
+from shoal.p2p.identity import PeerID
 from shoal.testing.clock import run
 from shoal.testing.matchmaking import SimulatedMatchmaking
 from shoal.testing.network import HostNetwork
@@ -93,3 +96,33 @@ def test_who_cannot_average_at_all_makes_no_group_and_is_told_so_at_once(mode, w
         assert why in str(failure)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert told <= sum(why in warning for warning in warnings) <= 3, "at most once at each peer"
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("changing", range(3))
+def test_a_peer_that_can_be_dialed_no_longer_goes_on_as_a_client(
+    seed: int, changing: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Its search begins anew, whether it has followers or a leader by then."""
+    sim = SimulatedMatchmaking(seed, MatchmakingConfig(3, min_matchmaking_time=3.0))
+    hidden: set[PeerID] = set()
+    monkeypatch.setattr(Host, "can_be_dialed", property(lambda host: host.peer_id not in hidden))
+
+    async def story() -> list[GroupInfo | MatchmakingException]:
+        try:
+            await sim.start([FULL] * 3)
+            searches = [sim.search(number, timeout=10.0) for number in (changing, (changing + 1) % 3)]
+            await asyncio.sleep(1.0)
+            hidden.add(sim.dht.identity(changing).peer_id)
+            await asyncio.sleep(1.0)
+            searches.append(sim.search((changing + 2) % 3, timeout=10.0))
+            return [await search for search in searches]
+        finally:
+            await sim.close()
+
+    for group in run(story):
+        assert isinstance(group, GroupInfo)
+        modes = {PeerID.from_bytes(member.peer_id): member.mode for member in group.members}
+        assert modes == {
+            sim.dht.identity(number).peer_id: CLIENT if number == changing else FULL for number in range(3)
+        }

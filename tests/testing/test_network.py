@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from shoal.p2p.multiaddr import Multiaddr
 from shoal.testing.clock import run
 from shoal.testing.network import CONNECT_TIMEOUT, SimulatedNetwork
 
@@ -249,5 +250,53 @@ def test_a_killed_host_is_gone_and_may_come_back():
         assert not near.ended.done()
         near.transport.abort()
         await near.ended
+
+    run(main)
+
+
+def ends_of(network, dialer, address):
+    """What the two ends of a connection see of each other; None if nothing answers within a second."""
+
+    async def main():
+        accepted = []
+
+        def accept():
+            accepted.append(Recorder())
+            return accepted[0]
+
+        await network.host("server").listen(accept, network.host("server").address(4000))
+        try:
+            async with asyncio.timeout(5):
+                near = await network.host(dialer).connect(Recorder, address)
+        except TimeoutError:
+            return None
+        far = accepted[0].transport
+        return near.get_extra_info("peername")[0], far.get_extra_info("peername")[0]
+
+    return run(main)
+
+
+def test_behind_a_nat_only_forwarded_ports_lead_in_and_outside_all_look_alike():
+    def network():
+        made = make_network()
+        assert made.site("server", "mate", forwards={80: ("server", 4000)}) == "203.0.113.1"
+        made.site("stranger")
+        return made
+
+    inner, outer = Multiaddr("ip4", "192.168.1.1", 4000), Multiaddr("ip4", "203.0.113.1", 80)
+    assert ends_of(network(), "public", outer) == ("203.0.113.1", "10.0.0.4")
+    assert ends_of(network(), "public", outer.with_port(4000)) is None
+    assert ends_of(network(), "public", inner) is None
+    assert ends_of(network(), "mate", inner) == ("192.168.1.1", "192.168.1.2")
+    assert ends_of(network(), "stranger", outer) == ("203.0.113.1", "203.0.113.2")
+    assert ends_of(network(), "stranger", inner) is None
+
+
+def test_a_router_may_refuse_what_it_does_not_forward():
+    async def main():
+        network = make_network()
+        network.site("inside", refuses=True)
+        with pytest.raises(ConnectionRefusedError):
+            await network.host("outside").connect(Recorder, Multiaddr("ip4", "203.0.113.1", 80))
 
     run(main)

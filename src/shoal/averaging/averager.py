@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -15,10 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from shoal.averaging.background import create_averager_service
-from shoal.averaging.checks import check_bits, check_flag, check_number
+from shoal.averaging.block import TensorsBlock
+from shoal.averaging.checks import OrderOfTimes, check_bits, check_choice, check_flag, check_number
 from shoal.averaging.commands import GetGroupBits, SetGroupBits
 from shoal.averaging.config import (
     DEFAULT_DECLARE_STATE_PERIOD,
+    DEFAULT_MAX_STATE_AGE,
     DEFAULT_PART_SIZE_BYTES,
     MAX_ALPHA,
     AveragerConfig,
@@ -30,36 +33,51 @@ from shoal.averaging.config import (
 )
 from shoal.averaging.control import StepControl
 from shoal.averaging.group import PeerMode, group_key
+from shoal.averaging.holders import UsageWatch
 from shoal.averaging.hostside import TensorKeeper, attach_arena, close, close_in_background
+from shoal.averaging.lost_updates import UpdateWatch
 from shoal.averaging.overriding import check_overrides
 from shoal.averaging.partition import Layout, Partition
-from shoal.averaging.schema import TensorSchema, validate_tensors
+from shoal.averaging.pending import APPLY_WHEN, WATCH_ADVICE, ApplyWhen
+from shoal.averaging.schema import TensorSchema, check_tensors
+from shoal.averaging.sources import AveragedTensors, HeldTensors, TensorSource, take_tensors, warn_of_frozen
 from shoal.averaging.state.host import State, StateHost
 from shoal.averaging.state.pieces import DownloadData, state_pieces
-from shoal.averaging.steps import Steps
-from shoal.averaging.tensors import HeldTensors, TensorStore
+from shoal.averaging.steps import Steps, WhenBusy
+from shoal.averaging.tensors import TensorStore
+from shoal.averaging.timeouts import (
+    LOAD_TIMEOUT,
+    MIN_MATCHMAKING_TIME,
+    RECORD_TIME,
+    REQUEST_TIMEOUT,
+    given_times,
+)
 from shoal.compression import CompressionBase, CompressionInfo, NoCompression
 from shoal.compression.registry import user_codecs
 from shoal.dht.dht import DHT
 from shoal.errors import (
-    AllreduceException,
     DeadlineExceeded,
     InvalidStateError,
     InvalidTypeError,
     InvalidValueError,
+    PeerProcessUnresponsive,
 )
 from shoal.p2p.identity import PeerID
 from shoal.runtime import pickling
 from shoal.runtime.futures import MPFuture, chain
+from shoal.utils.deep import names_of_hivemind
 from shoal.utils.lazy import attributes_with_advice
 from shoal.utils.serializer import MSGPackSerializer
 
 if TYPE_CHECKING:
-    from shoal.averaging.report import RoundReport
+    from shoal.averaging.report import RoundReport, StateReport
     from shoal.dht.commands import NodeDescription
     from shoal.runtime.process import BackgroundProcess, ServiceFactory, ServiceHandle
 
 logger = logging.getLogger(__name__)
+
+START_LOOK_PERIOD = 1.0
+"""Seconds between looks at a background process that has taken all the time that a call had for it to start."""
 
 
 class DecentralizedAverager:
@@ -73,24 +91,41 @@ class DecentralizedAverager:
     has committed, the average is written under the same lock. What the trainer has added in between is kept.
     A round that fails leaves every tensor as it was.
 
+    **Update the tensors under that lock**, since an update and an average that meet overwrite each other, and nothing
+    raises. Or give ``apply_when="called"``, and have averages written between two training steps::
+
+        optimizer.step()
+        averager.step(wait=False, when_busy="current")  # writes the average that is there; begins a round if none runs
+
     Peers average together if they agree on ``prefix``, the tensors' shapes, dtypes and codecs, ``min_group_size``,
     ``part_size_bytes`` and ``min_vector_size``; the other parameters are each peer's own. Times are in seconds.
 
-    :param averaged_tensors: any iterable of dense tensors in float16, bfloat16, float32 or float64, of any
-      shape and on any device; parameters that require grad are fine. All peers need the same shapes, dtypes
-      and order.
+    :param averaged_tensors: what is averaged. All peers need the same shapes, dtypes and order. Dense tensors in
+      float16, bfloat16, float32 or float64, of any shape and on any device, given as
+
+      - a :class:`torch.nn.Module`: those of its parameters that require grad now, tied ones once. They are found
+        anew by name in each round, so that ``load_state_dict(assign=True)`` and the like do no harm. Its buffers
+        (running statistics) stay this peer's own.
+      - an iterable of tensors, such as ``list(model.parameters())``: these very objects, in all rounds; a warning
+        says when they are no longer used.
+      - tensors by name: a ``state_dict()`` or other mapping, or pairs as from ``named_parameters()``. Errors use the
+        names; names of the same elements (tied weights) count once.
+      - a function without arguments that returns any of these, called whenever the tensors are read or written, with
+        the lock of :meth:`get_tensors` held and without grad; it must return the same shapes, dtypes and names each
+        time. For tensors that are replaced: ``lambda: [p.grad for p in model.parameters()]``.
     :param dht: a started :class:`~shoal.dht.DHT`, through which peers find each other
     :param start: start at once; otherwise call :meth:`run_in_background`
-    :param prefix: peers with the same prefix average together; no dots. An averager's prefix is its own on
-      its ``dht``.
+    :param prefix: peers with the same prefix average together. An averager's prefix is its own on its ``dht``.
     :param target_group_size: a group of this many peers is full. Best the same at all peers: where it is not, that of
       a group's leader counts.
     :param min_group_size: a smaller group does not begin; the same at all peers
     :param initial_group_bits: look for groups among the peers with these bits ('0' and '1', at most 64) only; they
       change after every round. Empty: chosen automatically by the number of peers. Unless the bits of all peers make a
       full grid, some may find no partners. See :meth:`set_group_bits`.
-    :param min_matchmaking_time: time that a group that is not full waits for further peers
-    :param request_timeout: time to wait for a leader's first answer; should be smaller than ``min_matchmaking_time``
+    :param min_matchmaking_time: time that a group that is not full waits for further peers; more than 5 s if you give a
+      ``request_timeout`` that needs it
+    :param request_timeout: time to wait for a leader's first answer; smaller than ``min_matchmaking_time``, which a
+      default of less than 3 s follows
     :param averaging_alpha: tensors move by this fraction of the way to the average; 1: they become the average; above 1
       they go beyond it, and by 2 at most, where they end as far from it as they were
     :param part_size_bytes: tensors travel in parts of at most this many bytes, after compression (1 KiB to 64
@@ -99,11 +134,12 @@ class DecentralizedAverager:
     :param next_chunk_timeout: default of ``sender_timeout``; also the longest time between two whole pieces (2^18
       elements each, 1 MiB of float32) of a state that is downloaded. None: no limit.
     :param sender_timeout: a member that sends no next part for this long is excluded: the others average without what
-      it has not sent, and its own step fails. Default: ``next_chunk_timeout``.
+      it has not sent, and its own step fails. Default: ``next_chunk_timeout``,
+      or half of ``reducer_timeout``, or a third of ``allreduce_timeout``, if that is less.
     :param reducer_timeout: when a member returns no next average for this long, the round fails for everybody, and the
       step looks for another group; if the one that waits averages nothing itself (a client), only for that one. A
       member that takes no average for so long, and 1 s, when all are there is excluded. Default: twice
-      ``sender_timeout``.
+      ``sender_timeout``, but less than ``allreduce_timeout``.
     :param compression: the codec of the parts; the same at all peers
     :param state_compression: the codec of the state that others download from this peer
     :param tensor_infos: what each tensor is for, one :class:`~shoal.compression.CompressionInfo` for each; for codecs
@@ -117,9 +153,18 @@ class DecentralizedAverager:
     :param allow_state_sharing: let others download this peer's state; None: unless in client mode or auxiliary. See
       :attr:`allow_state_sharing`.
     :param declare_state_period: time after which the peer declares itself anew as one to download the state from
+    :param max_state_age: a peer that joins gets a copy of the state that is not older than its request. While others
+      still download a copy, it shares theirs if that is at most this old, since there is one at a time; None: however
+      old it is. With a state that takes longer to download, newcomers may be sent to other donors.
     :param client_mode: this peer cannot be dialed; it only joins groups that others lead. None: as the DHT.
     :param daemon: False is allowed only if the DHT, whose process the averager shares, was made so
     :param shutdown_timeout: time that :meth:`shutdown` waits for the service to end
+    :param apply_when: "ready": write each average as soon as its round has committed, on a thread of the averager;
+      update the tensors inside :meth:`get_tensors` then. "called": write it when :meth:`apply_average` or :meth:`step`
+      is called, on the caller's thread; updates need no lock.
+    :param detect_lost_updates: a debug switch: compare all elements of tensors on the CPU, to warn of the first that is
+      updated while the averager copies or writes it. Without it, what torch's own count of in-place updates shows is
+      warned of. Takes twice the memory of the tensors, and several times as long under the lock.
 
     Subclasses may override every public method. A class that defines a method by which hivemind's averager is changed
     and which nothing calls here (``_aggregate_with_group``, ``rpc_...``, see :mod:`~shoal.averaging.overriding`) is an
@@ -135,7 +180,7 @@ class DecentralizedAverager:
 
     def __init__(
         self,
-        averaged_tensors: Iterable[torch.Tensor],
+        averaged_tensors: AveragedTensors,
         dht: DHT,
         *,
         start: bool,
@@ -143,8 +188,8 @@ class DecentralizedAverager:
         target_group_size: int | None = None,
         min_group_size: int = 2,
         initial_group_bits: str = "",
-        min_matchmaking_time: float = 5.0,
-        request_timeout: float = 3.0,
+        min_matchmaking_time: float = MIN_MATCHMAKING_TIME,
+        request_timeout: float = REQUEST_TIMEOUT,
         averaging_alpha: float = 1.0,
         part_size_bytes: int = DEFAULT_PART_SIZE_BYTES,
         allreduce_timeout: float | None = None,
@@ -159,16 +204,22 @@ class DecentralizedAverager:
         auxiliary: bool = False,
         allow_state_sharing: bool | None = None,
         declare_state_period: float = DEFAULT_DECLARE_STATE_PERIOD,
+        max_state_age: float | None = DEFAULT_MAX_STATE_AGE,
         client_mode: bool | None = None,
         daemon: bool = True,
         shutdown_timeout: float = 5,
+        apply_when: ApplyWhen = "ready",
+        detect_lost_updates: bool = False,
     ) -> None:
         if not isinstance(dht, DHT):
             raise InvalidTypeError(f"dht={dht!r}: a shoal.DHT is allowed, not {type(dht).__name__}")
-        for name, flag in (("start", start), ("daemon", daemon)):
-            check_flag(name, flag)
-        check_number("averaging_alpha", averaging_alpha, above=0, maximum=MAX_ALPHA)
-        check_number("shutdown_timeout", shutdown_timeout, minimum=0, maximum=threading.TIMEOUT_MAX)
+        start, daemon = check_flag("start", start), check_flag("daemon", daemon)
+        detect_lost_updates = check_flag("detect_lost_updates", detect_lost_updates)
+        check_choice("apply_when", apply_when, APPLY_WHEN)
+        averaging_alpha = check_number("averaging_alpha", averaging_alpha, above=0, maximum=MAX_ALPHA)
+        shutdown_timeout = check_number(
+            "shutdown_timeout", shutdown_timeout, minimum=0, maximum=threading.TIMEOUT_MAX
+        )
         self.__config = AveragerConfig(
             prefix=prefix,
             matchmaking=matchmaking_config(
@@ -186,37 +237,67 @@ class DecentralizedAverager:
             bandwidth=bandwidth,
             allow_state_sharing=allow_state_sharing,
             declare_state_period=declare_state_period,
+            max_state_age=max_state_age,
         )
-        if dht._is_ready():  # otherwise this is found out at the start
-            settle_modes(self.__config, dht.client_mode)
+        if (
+            known := dht._last_description
+        ) is not None:  # else, or if that has changed, the start finds it out
+            settle_modes(self.__config, known.client_mode)
         if not daemon and dht.daemon:
             raise InvalidValueError(
                 "daemon=False: the averager lives in the background process of its DHT, which was made with daemon=True"
             )
-        if request_timeout >= min_matchmaking_time:
-            logger.warning(
-                "request_timeout=%g should be smaller than min_matchmaking_time=%g: a leader that does not answer "
-                "costs a whole search",
-                request_timeout,
-                min_matchmaking_time,
-            )
         check_codec("compression", compression)
         check_codec("state_compression", state_compression)
-        tensors = validate_tensors(averaged_tensors)
+        named, source = take_tensors(averaged_tensors)
+        tensors, labels = named.tensors, named.labels
+        check_tensors(tensors, labels)
         infos = check_infos(tensors, tensor_infos)
+        self.__pid = os.getpid()
         self.dht = dht
         self.__schema = TensorSchema.from_tensors(tensors, choose_codecs(tensors, compression, infos))
         layout = Layout.from_schema(self.__schema)
         Partition.create(
             layout, [layout.data_nbytes], part_size_bytes
         )  # raises if there would be too many parts
-        store = TensorStore(tensors, layout)
+        store = TensorStore(
+            tensors,
+            layout,
+            labels,
+            source,
+            name=prefix,
+            watch=UpdateWatch(
+                prefix,
+                WATCH_ADVICE[apply_when],
+                labels=labels,
+                compares=detect_lost_updates,
+                updates_while_copying=apply_when == "called",
+            ),
+        )
+        self.__source: TensorSource | None = (
+            source  # the store refers to it weakly: it may refer to the averager
+        )
+        self.__usage = UsageWatch(store.tensors, labels, prefix) if source is None and not auxiliary else None
+        warn_of_frozen(named, prefix)
         self.__infos = infos
         self.__states = StateHost(
             self, store, prefix=prefix, compression=state_compression, allowed=allow_state_sharing
         )
-        self.__keeper = TensorKeeper(store, layout, float(averaging_alpha), auxiliary, self.__states, prefix)
-        self.__steps = Steps(self.__keeper, self.__config.matchmaking, prefix)
+        self.__keeper = TensorKeeper(
+            store, layout, float(averaging_alpha), auxiliary, self.__states, prefix, apply_when
+        )
+        given = given_times(
+            min_matchmaking_time=min_matchmaking_time,
+            request_timeout=request_timeout,
+            allreduce_timeout=allreduce_timeout,
+            next_chunk_timeout=next_chunk_timeout,
+            sender_timeout=sender_timeout,
+            reducer_timeout=reducer_timeout,
+            declare_state_period=declare_state_period,
+        )
+        self.__order = OrderOfTimes(prefix, given)
+        self.__order.check(RECORD_TIME, dht._setup.config.max_expiration / 2)
+        self.__steps = Steps(self.__keeper, self.__config.matchmaking, prefix, self.__order)
         self.__shutdown_timeout = shutdown_timeout
         self.__started: MPFuture[ServiceHandle] | None = None
         self.__finalizer: weakref.finalize[..., Any] | None = None
@@ -236,15 +317,15 @@ class DecentralizedAverager:
         :raises InvalidStateError: it was started before, or the DHT is not running
         :raises TimeoutError: it was not ready in time; it is shut down
         """
-        check_flag("await_ready", await_ready)
-        _check_timeout(timeout)
+        await_ready = check_flag("await_ready", await_ready)
+        timeout = _check_timeout(timeout)
         if self.__started is not None:
             raise InvalidStateError("this averager was started already")
         setup = pickling.dumps((user_codecs(), self.__config, self.__schema), "the averager's setup")
         factory = partial(create_averager_service, setup, self.dht.service_name)
         begin = partial(_create_service, self.dht.background, factory, self.__config, self.__keeper)
         creation = chain(self.dht._describe_later(), begin)
-        self.__started = MPFuture()
+        self.__started = MPFuture(explain=creation.why_late)
         self.__finalizer = weakref.finalize(self, close_in_background, creation, self.__keeper)
         self.__finalizer.atexit = (
             False  # the end of the interpreter ends the background process and all in it
@@ -267,21 +348,21 @@ class DecentralizedAverager:
         :raises InvalidStateError: not started, or shut down
         :raises InvalidValueError: client_mode=False, and the DHT turned out to be in client mode
         """
-        _check_timeout(timeout)
+        timeout = _check_timeout(timeout)
         started = self.__started
         if started is None:
             raise InvalidStateError("this averager is not started; call run_in_background() first")
         try:
             started.result(timeout)
         except TimeoutError as error:
-            if started.done():
-                raise  # the start's own failure
+            if started.done() or isinstance(error, PeerProcessUnresponsive):
+                raise  # the start's own failure, or the reason why it takes so long
             raise DeadlineExceeded(f"the averager was not ready after {timeout:g} s") from error
 
     def shutdown(self) -> None:
         """End the averager: steps that run are cancelled, groupmates learn it at once. Idempotent; the DHT runs on."""
-        if self.__finalizer is None:
-            return
+        if self.__finalizer is None or os.getpid() != self.__pid:
+            return  # in a forked child it is the parent's
         registered = self.__finalizer.detach()
         if registered is not None:
             _, _, (creation, keeper), _ = registered
@@ -289,7 +370,7 @@ class DecentralizedAverager:
 
     def is_alive(self) -> bool:
         """Whether steps can be taken, or will be when it is ready; False once the start has failed."""
-        if self.__started is None or self.__finalizer is None:
+        if self.__started is None or self.__finalizer is None or os.getpid() != self.__pid:
             return False
         has_failed = self.__started.done() and self.__started.exception() is not None
         return not has_failed and self.__finalizer.alive and self.dht.is_alive()
@@ -380,6 +461,11 @@ class DecentralizedAverager:
         """What happened in the last step that has finished."""
         return self.__keeper.last_report
 
+    @property
+    def last_loaded_state(self) -> StateReport | None:
+        """Whose state :meth:`load_state_from_peers` has returned last, and how old it was; None: none yet."""
+        return self.__states.last_loaded
+
     # state
 
     @property
@@ -394,7 +480,8 @@ class DecentralizedAverager:
 
     @allow_state_sharing.setter
     def allow_state_sharing(self, value: bool) -> None:
-        check_flag("allow_state_sharing", value)
+        self.__check_process()
+        value = check_flag("allow_state_sharing", value)
         if value and self.client_mode:
             raise InvalidValueError(
                 "allow_state_sharing=True: this averager is in client mode, so others can't dial it; False is allowed"
@@ -411,7 +498,8 @@ class DecentralizedAverager:
 
     @state_sharing_priority.setter
     def state_sharing_priority(self, value: float) -> None:
-        check_number("state_sharing_priority", value)
+        self.__check_process()
+        value = check_number("state_sharing_priority", value)
         if value and self.client_mode:
             raise InvalidValueError(
                 f"state_sharing_priority={value}: this averager is in client mode, so it shares no state; 0 is allowed"
@@ -461,18 +549,20 @@ class DecentralizedAverager:
           ask. The metadata (16 MiB at most) are decoded after that.
         :param progress: show a progress bar on stderr
         :returns: metadata and tensors as the donor's :meth:`get_current_state` returned them, on the CPU, verified by
-          their SHA-256; or None, after a warning that says whom was asked and what each answered
+          their SHA-256; or None, after a warning that says whom was asked and what each answered. It is not older than
+          this call, unless others were still downloading it; see :attr:`last_loaded_state`
         :raises InvalidValueError: ``timeout`` out of range
         :raises InvalidStateError: not started, shut down (meanwhile), or ``wait=True`` inside :meth:`get_tensors`
         :raises PeerProcessDied: the background process has ended
+        :raises PeerProcessUnresponsive: it is stopped, or gives no sign of life, and ``timeout`` has passed
         """
-        for name, flag in (("wait", wait), ("progress", progress)):
-            check_flag(name, flag)
+        wait, progress = check_flag("wait", wait), check_flag("progress", progress)
         if timeout is not None:
-            check_number("timeout", timeout, above=0)
+            timeout = check_number("timeout", timeout, above=0)
+            self.__order.check(LOAD_TIMEOUT, timeout)
         if wait:
             self.__check_lock("load_state_from_peers(wait=True)")
-        loading = self.__states.load(self.__ready(), timeout, progress=progress)
+        loading = self.__states.load(self.__ready(timeout), timeout, progress=progress)
         if not wait:
             return loading
         try:
@@ -502,7 +592,7 @@ class DecentralizedAverager:
         :param wait: return them; otherwise return at once a future that can be awaited
         :raises InvalidStateError: not started or shut down
         """
-        check_flag("wait", wait)
+        wait = check_flag("wait", wait)
         bits: MPFuture[str] = self.__ready().call(GetGroupBits())
         return bits.result() if wait else bits
 
@@ -518,26 +608,30 @@ class DecentralizedAverager:
         :raises InvalidValueError: other characters, or too many
         :raises InvalidStateError: not started or shut down
         """
-        check_bits("group_bits", group_bits)
-        check_flag("wait", wait)
+        group_bits, wait = check_bits("group_bits", group_bits), check_flag("wait", wait)
         done: MPFuture[None] = self.__ready().call(SetGroupBits(group_bits))
         return done.result() if wait else done
 
     # averaging
 
-    @contextmanager
-    def get_tensors(self) -> Iterator[HeldTensors]:
+    def get_tensors(self) -> TensorsBlock[HeldTensors]:
         """Hold the averager's lock (re-entrant) and yield the averaged tensors: the very objects that were
-        given. Change them in place (``tensors[0] += 1``), parameters under :class:`torch.no_grad`.
+        given; of a module or a function, those that it has now. Change them in place (``tensors[0] += 1``),
+        parameters under :class:`torch.no_grad`.
 
         While steps run in the background, the trainer's update belongs inside: ``with averager.get_tensors():
         optimizer.step()``. An update outside that meets the writing of an average would undo it, or be undone by it,
-        in some elements. A storage may be resized or replaced between rounds, inside too: a round finds those of all
-        elements, of the same shapes, or fails.
+        in some elements; with ``apply_when="called"`` none meets it. A storage may be resized or replaced between
+        rounds, inside too: a round finds those of all elements, of the same shapes, or fails.
 
         Waits for a copy that is under way at most, never for the network. While the lock is held no round
         takes or writes the tensors; hold it shortly. Do not call ``step(wait=True)`` inside.
         """
+        self.__check_process()
+        return TensorsBlock(self.__hold_tensors())
+
+    @contextmanager
+    def __hold_tensors(self) -> Iterator[HeldTensors]:
         store = self.__keeper.store
         with store.hold() as tensors:
             try:
@@ -554,8 +648,13 @@ class DecentralizedAverager:
         allow_retries: bool = True,
         require_trigger: bool = False,
         wait: bool = True,
+        *,
+        when_busy: WhenBusy = "queue",
     ) -> dict[PeerID, Any] | StepControl | None:
         """Find a group and average with it once.
+
+        With ``apply_when="called"``, an average that waits for :meth:`apply_average` is written first. With
+        ``wait=True``, so is that of this step, before the call returns.
 
         :param gather: sent to every member of the group; anything that :attr:`serializer` encodes, at most
           512 KiB. The leader sends what all n members gathered to each of them before the round, which fails if
@@ -572,23 +671,30 @@ class DecentralizedAverager:
         :param require_trigger: let the group wait until :meth:`StepControl.allow_allreduce` is called; needs
           ``wait=False``
         :param wait: return when finished; otherwise return a :class:`StepControl` at once
+        :param when_busy: while an earlier step is under way, "queue" runs this one after it, and "current" returns that
+          one, or waits for it. The other parameters are of no effect then.
         :returns: with ``wait=True`` what each member gathered, ``{PeerID: data}`` (None where it cannot be
           read, with a warning), or None if the step failed: then the tensors are as they were, a warning says
           why (an error from the fifth failure in a row on), and so does :attr:`last_report`
         :raises InvalidValueError: a parameter out of range
         :raises InvalidTypeError: ``gather`` can't be encoded, or :attr:`serializer` makes no bytes of it
-        :raises InvalidStateError: not started, shut down, or ``wait=True`` inside :meth:`get_tensors`
+        :raises InvalidStateError: not started, shut down, ``wait=True`` inside :meth:`get_tensors`, or an average that
+          waits can't be written, as of :meth:`apply_average`
         :raises PeerProcessDied: the background process has ended
+        :raises PeerProcessUnresponsive: it is stopped, or gives no sign of life, and ``timeout`` has passed
         """
-        check_flag("wait", wait)
+        wait = check_flag("wait", wait)
         if wait and require_trigger:
             raise InvalidValueError(
                 "require_trigger=True needs wait=False: with wait=True nobody could trigger it"
             )
         if wait:
             self.__check_lock("step(wait=True)")
-        control = self.__steps.begin(
-            self.__ready(),
+        if self.__usage is not None:
+            self.__usage.check()
+        begin = partial(
+            self.__steps.begin,
+            self.__ready(timeout),
             self.serializer,
             gather=gather,
             scheduled_time=scheduled_time,
@@ -596,20 +702,43 @@ class DecentralizedAverager:
             timeout=timeout,
             allow_retries=allow_retries,
             require_trigger=require_trigger,
+            when_busy=when_busy,
             wait=wait,
         )
+        writer = self.__keeper.writer
         if not wait:
-            return control
-        try:
-            gathered: dict[PeerID, Any] = control.result()
-        except AllreduceException:  # the log says why
-            return None
-        except BaseException:
-            control.cancel()  # Ctrl+C: groupmates need not wait
-            raise
-        finally:
-            del control  # the error that it holds refers to this frame
-        return gathered
+            writer.apply()
+            return begin()[0]
+        with writer.caller_in_step():
+            return self.__steps.wait_for(*begin())
+
+    def apply_average(self) -> bool:
+        """Write the average of a round that has committed, if one is there; for ``apply_when="called"``.
+
+        Call it between two training steps: after :meth:`torch.optim.Optimizer.step` and before the next forward pass.
+        The average is written on this thread, and what the trainer has changed since the round began is kept. No
+        update can get lost, and no forward pass has begun with other values. Where one has all the same, autograd
+        raises an error in its backward pass.
+
+        :returns: whether there was one
+        :raises InvalidStateError: made with ``apply_when="ready"``; not started, shut down; or the average can't be
+          written, since a tensor has another shape now, for instance: it is dropped then
+        """
+        if not self.__keeper.writer.on_call:
+            raise InvalidStateError(
+                "apply_average() needs an averager that is made with apply_when='called'; this one writes each average "
+                "as soon as it is ready"
+            )
+        self.__check_running()
+        return self.__keeper.writer.apply()
+
+    def __check_process(self) -> None:
+        """In a forked child the tensors are copies that are never averaged, and the locks may be held for ever."""
+        if os.getpid() != self.__pid:
+            raise InvalidStateError(
+                f"this averager belongs to process {self.__pid}, and this is process {os.getpid()}, which was forked "
+                "from it; use it there, or make one here"
+            )
 
     def __check_lock(self, call: str) -> None:
         if self.__keeper.store.held_by_this_thread:
@@ -618,12 +747,28 @@ class DecentralizedAverager:
                 "leave the block first or use wait=False"
             )
 
-    def __ready(self) -> ServiceHandle:
+    def __ready(self, timeout: float | None = None) -> ServiceHandle:
+        """The service, once it has started. A start takes the time that it takes, as long as its process lives.
+
+        :raises PeerProcessUnresponsive: that does not, and ``timeout`` has passed
+        """
+        started = self.__check_running()
+        _check_timeout(timeout)
+        while True:
+            try:
+                return started.result(timeout)
+            except TimeoutError as error:
+                if started.done() or isinstance(error, PeerProcessUnresponsive):
+                    raise
+                timeout = START_LOOK_PERIOD
+
+    def __check_running(self) -> MPFuture[ServiceHandle]:
+        self.__check_process()
         if self.__started is None or self.__finalizer is None:
             raise InvalidStateError("this averager is not started; call run_in_background() first")
         if not self.__finalizer.alive:
             raise InvalidStateError("this averager was shut down")
-        return self.__started.result()
+        return self.__started
 
 
 def _create_service(
@@ -639,6 +784,13 @@ def _create_service(
     return keeper.creation
 
 
-def _check_timeout(timeout: float | None) -> None:
-    if timeout is not None:
-        check_number("timeout", timeout, minimum=0, maximum=threading.TIMEOUT_MAX)
+def _check_timeout(timeout: float | None) -> float | None:
+    return (
+        None
+        if timeout is None
+        else check_number("timeout", timeout, minimum=0, maximum=threading.TIMEOUT_MAX)
+    )
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of_hivemind(__name__)

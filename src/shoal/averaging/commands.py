@@ -21,7 +21,8 @@ class AttachArena:
 class RunStep:
     """Run one step of averaging; answered by a :class:`StepOutcome` after the averages have been written.
 
-    Times are in DHT seconds; ``deadline`` ends the search for a group (None: never).
+    Times are steady ones (:func:`~shoal.utils.timed.steady_time`, the same in both processes), so that no clock
+    that is set changes how long a step takes. ``deadline`` ends the search for a group (None: never).
     """
 
     step: int
@@ -42,10 +43,15 @@ class AllowAllreduce:
 
 @dataclass(frozen=True)
 class Reschedule:
-    """All-reduce of this step is expected to begin at another time, in DHT seconds."""
+    """All-reduce of this step is expected to begin at another time, a steady one."""
 
     step: int
     scheduled_time: float
+
+
+@dataclass(frozen=True)
+class AverageWritten:
+    """The average that waited for the user's call is written, or dropped: the arena is free for the next step."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,9 @@ class TakeSnapshot:
 @dataclass(frozen=True)
 class ApplyAverage:
     """The round has committed: write the average to the user's tensors.
+
+    Answered by True: it was written; or by False: it waits in the arena for the user's call, and
+    :class:`AverageWritten` follows. The step is finished all the same.
 
     Raises :class:`AllreduceException` if the step has been cancelled before the host knew that it was bound.
     """

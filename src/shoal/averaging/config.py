@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,12 @@ import torch
 from shoal.averaging.checks import MAX_WAIT, check_bits, check_count, check_flag, check_number, check_string
 from shoal.averaging.group import MAX_GROUP_SIZE, PeerMode, group_key
 from shoal.averaging.matchmaking.core import MatchmakingConfig
+from shoal.averaging.timeouts import given_times, settle
 from shoal.compression import CompressionBase, CompressionInfo
 from shoal.compression.registry import CODECS
 from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.utils.ordering import DefaultSeconds
+from shoal.utils.scalars import plain
 
 DEFAULT_PART_SIZE_BYTES = 1 << 19
 MIN_PART_SIZE_BYTES = 1 << 10
@@ -29,12 +32,11 @@ START_BEFORE_DEADLINE = 0.8
 MAX_VECTOR_SIZE = 1 << 62
 FIRST_RETRY_PAUSE = 0.1
 MAX_RETRY_PAUSE = 5.0
-DEFAULT_DECLARE_STATE_PERIOD = 30.0
+DEFAULT_DECLARE_STATE_PERIOD = DefaultSeconds(30.0)
+DEFAULT_MAX_STATE_AGE = 60.0
 MIN_DECLARE_STATE_PERIOD = 0.1
 MAX_DECLARE_STATE_PERIOD = 3000.0
 """Seconds; with the time until it expires, a declaration stays below the hour that the DHT keeps records."""
-REDUCER_PATIENCE = 2
-"""``reducer_timeout`` over ``sender_timeout``, by default: an owner may itself have to wait for a sender."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,11 @@ class AveragerConfig:
     allow_state_sharing: bool | None = None
     """None: unless in client mode or auxiliary."""
     declare_state_period: float = DEFAULT_DECLARE_STATE_PERIOD
+    max_state_age: float | None = DEFAULT_MAX_STATE_AGE
 
     def __post_init__(self) -> None:
+        for field in fields(self):  # numbers of numpy are not for the other process
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         _check_prefix(self.prefix)
         check_bits("initial_group_bits", self.initial_group_bits)
         check_flag("auxiliary", self.auxiliary)
@@ -84,6 +89,8 @@ class AveragerConfig:
             minimum=MIN_DECLARE_STATE_PERIOD,
             maximum=MAX_DECLARE_STATE_PERIOD,
         )
+        if self.max_state_age is not None:
+            check_number("max_state_age", self.max_state_age, minimum=0)
 
     @property
     def mode(self) -> PeerMode:
@@ -94,16 +101,18 @@ class AveragerConfig:
 
     @property
     def effective_sender_timeout(self) -> float | None:
-        """``sender_timeout`` or, by default, ``next_chunk_timeout``."""
-        return self.next_chunk_timeout if self.sender_timeout is None else self.sender_timeout
+        """``sender_timeout`` or, by default, what follows from the other times."""
+        return settle(self._times).sender_timeout
 
     @property
     def effective_reducer_timeout(self) -> float | None:
-        """``reducer_timeout`` or, by default, twice the sender's."""
-        sender = self.effective_sender_timeout
-        if self.reducer_timeout is not None or sender is None:
-            return self.reducer_timeout
-        return REDUCER_PATIENCE * sender
+        """``reducer_timeout`` or, by default, what follows from the other times."""
+        return settle(self._times).reducer_timeout
+
+    @property
+    def _times(self) -> dict[str, float | None]:
+        names = ("allreduce_timeout", "next_chunk_timeout", "sender_timeout", "reducer_timeout")
+        return {name: getattr(self, name) for name in names}
 
 
 def _check_modes(config: AveragerConfig) -> None:
@@ -138,10 +147,6 @@ def settle_modes(config: AveragerConfig, dht_is_client: bool) -> PeerMode:
 
 def _check_prefix(prefix: Any) -> None:
     check_string("prefix", prefix)
-    if "." in prefix:
-        raise InvalidValueError(
-            f"prefix={prefix!r}: a dot separates the prefix from the group bits; use another character"
-        )
     group_key(prefix)
     try:
         prefix.encode()
@@ -216,18 +221,18 @@ def matchmaking_config(
 ) -> MatchmakingConfig:
     """Group sizes and search times; types are checked here, ranges where the object is made."""
     if target_group_size is not None:
-        check_count("target_group_size", target_group_size, 1, MAX_GROUP_SIZE)
-    check_count("min_group_size", min_group_size, 1, MAX_GROUP_SIZE)
+        target_group_size = check_count("target_group_size", target_group_size, 1, MAX_GROUP_SIZE)
+    min_group_size = check_count("min_group_size", min_group_size, 1, MAX_GROUP_SIZE)
     check_number("min_matchmaking_time", min_matchmaking_time, above=0, maximum=MAX_WAIT)
     check_number("request_timeout", request_timeout, above=0)
-    return MatchmakingConfig(
-        target_group_size, min_group_size, float(min_matchmaking_time), float(request_timeout)
-    )
+    times = settle(given_times(min_matchmaking_time=min_matchmaking_time, request_timeout=request_timeout))
+    wait = min(times.min_matchmaking_time, MAX_WAIT)
+    return MatchmakingConfig(target_group_size, min_group_size, wait, times.request_timeout)
 
 
 def default_start(now: float, deadline: float | None, settings: MatchmakingConfig) -> float:
     """When a group that is not full begins: after ``min_matchmaking_time``, or well before the deadline of a search
-    that is shorter than that. DHT seconds.
+    that is shorter than that. All times are of one clock.
     """
     wait = settings.min_matchmaking_time
     return now + (wait if deadline is None else min(wait, START_BEFORE_DEADLINE * (deadline - now)))
@@ -235,7 +240,7 @@ def default_start(now: float, deadline: float | None, settings: MatchmakingConfi
 
 def retry_start(planned: float, now: float, deadline: float | None, settings: MatchmakingConfig) -> float:
     """When a group that is not full begins after one has failed: as if the step were made ``now``, but not before the
-    time that was ``planned``, which may be the user's. DHT seconds.
+    time that was ``planned``, which may be the user's. All times are of one clock.
     """
     return max(planned, default_start(now, deadline, settings))
 

@@ -17,6 +17,7 @@ from shoal.averaging.allreduce.messages import MAX_WEIGHT
 from shoal.averaging.checks import check_number, check_scheduled_time
 from shoal.errors import InvalidStateError
 from shoal.runtime.futures import MPFuture
+from shoal.utils.deep import names_of_hivemind
 from shoal.utils.lazy import attributes_with_advice
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class StepControl(MPFuture[Any]):
     gathered data,
     ``{PeerID: data}``; a step that failed raises :class:`~shoal.errors.AllreduceException` with the reason,
     and leaves the averaged tensors as they were. Whatever waits for it is woken after the averages have been
-    written to the tensors. Callbacks may block and may run further steps.
+    written to the tensors; with ``apply_when="called"``, when the average waits for ``apply_average()``. Callbacks
+    may block and may run further steps.
 
     :param scheduled_time: when all-reduce is expected to begin, in :func:`~shoal.utils.get_dht_time` seconds
     :param deadline: when the search for a group ends, in the same seconds; None: never
@@ -103,7 +105,7 @@ class StepControl(MPFuture[Any]):
 
     @scheduled_time.setter
     def scheduled_time(self, scheduled_time: float) -> None:
-        check_scheduled_time(scheduled_time, self._deadline)
+        scheduled_time = check_scheduled_time(scheduled_time, self._deadline)
         with self._settable("scheduled_time"):
             self._scheduled_time = float(scheduled_time)
             steering = self._steering
@@ -127,9 +129,9 @@ class StepControl(MPFuture[Any]):
 
     @weight.setter
     def weight(self, weight: float) -> None:
-        check_weight(weight)
+        weight = check_weight(weight)
         with self._settable("weight"):
-            self._weight = float(weight)
+            self._weight = weight
 
     @property
     def triggered(self) -> bool:
@@ -150,6 +152,7 @@ class StepControl(MPFuture[Any]):
 
     def allow_allreduce(self) -> None:
         """Let all-reduce begin as soon as the group is complete. Calling it again is harmless."""
+        self.check_process()
         steering = self._steering
         if not self._triggered:
             self._triggered = True
@@ -178,6 +181,7 @@ class StepControl(MPFuture[Any]):
         :returns: True: the step is cancelled, and will write nothing to the tensors; False: it has finished, or is
           bound, and its outcome is about to follow
         """
+        self.check_process()
         with self._lock:  # of several threads that cancel, one is the first
             if self.cancelled():
                 return True
@@ -197,9 +201,10 @@ class StepControl(MPFuture[Any]):
 
     # what the averager tells its steps
 
-    def follow(self, call: Future[Any]) -> None:
+    def follow(self, call: MPFuture[Any]) -> None:
         """``call`` runs the step in the background process; cancelling the step cancels it."""
         self._call = call
+        self._explain = call.why_late
 
     def reach(self, stage: AveragingStage) -> None:
         """The step has come to ``stage``, and can be cancelled."""
@@ -234,6 +239,7 @@ class StepControl(MPFuture[Any]):
     def _let_go(self) -> None:
         """A step that has ended keeps neither the averager's process nor what was sent alive."""
         self._call = None
+        self._explain = None
         self._steering = None
 
     def _check_wait(self, timeout: float | None) -> None:
@@ -246,6 +252,7 @@ class StepControl(MPFuture[Any]):
 
     @contextlib.contextmanager
     def _settable(self, name: str) -> Iterator[None]:
+        self.check_process()
         with self._lock:
             if self.done() or self.began_allreduce:
                 raise InvalidStateError(f"{name} can't be set any more: the step is {self.stage.value}")
@@ -255,9 +262,9 @@ class StepControl(MPFuture[Any]):
         return f"<StepControl {self.stage.value}, weight {self._weight:g}>"
 
 
-def check_weight(weight: Any) -> None:
+def check_weight(weight: Any) -> float:
     """:raises InvalidTypeError: not a number; :raises InvalidValueError: negative, or too large to be summed up"""
-    check_number("weight", weight, minimum=0, maximum=MAX_WEIGHT)
+    return float(check_number("weight", weight, minimum=0, maximum=MAX_WEIGHT))
 
 
 def _run_on_its_own_thread(callback: Callable[[], None]) -> None:
@@ -266,3 +273,7 @@ def _run_on_its_own_thread(callback: Callable[[], None]) -> None:
         threading.Thread(target=callback, name="shoal-step-callback", daemon=True).start()
     except RuntimeError:  # the interpreter is ending: no thread can be started any more, and none is held up
         callback()
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of_hivemind(__name__)

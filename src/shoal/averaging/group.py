@@ -19,6 +19,7 @@ import msgspec
 from shoal.averaging.lineage import NO_LINEAGE, Lineage, lineage_problem
 from shoal.errors import InvalidValueError, ProtocolViolation
 from shoal.p2p.identity import Identity, PeerID, verify
+from shoal.utils import figures
 
 MEMBER_DOMAIN = b"shoal.averaging.member.v1"
 SCHEMA_HASH_BYTES = 32
@@ -134,7 +135,11 @@ _decoder = msgspec.msgpack.Decoder(MemberInfo)
 
 
 def group_key(prefix: str, bits: str = "") -> str:
-    """The name under which the peers of ``prefix`` whose group bits are ``bits`` declare themselves."""
+    """The name under which the peers of ``prefix`` whose group bits are ``bits`` declare themselves.
+
+    The prefix may have dots: what follows the last one says what kind of key it is, so that no two pairs of prefix
+    and bits have one key, nor one that :func:`automatic_key` makes.
+    """
     if not prefix or len(prefix) > 256:
         raise InvalidValueError(f"prefix={prefix!r}: 1 to 256 characters are allowed")
     if any(bit not in "01" for bit in bits) or len(bits) > 64:
@@ -153,8 +158,8 @@ def automatic_key(prefix: str, bits: str) -> str:
 
 def bits_of_key(key: str) -> str:
     """The bits in what :func:`group_key` has made; none in other keys."""
-    _, separator, bits = key.rpartition(".0b")
-    return bits if separator else ""
+    _, _, last = key.rpartition(".")
+    return last.removeprefix("0b") if last.startswith("0b") else ""
 
 
 def sign_member(identity: Identity, info: MemberInfo) -> SignedMemberInfo:
@@ -185,8 +190,10 @@ def verify_member(signed: SignedMemberInfo, *, now: float, max_age: float = MAX_
     if problem:
         raise ProtocolViolation(f"member info of {peer_id}: {problem}")
     if not now - max_age <= info.signed_at <= now + CLOCK_SKEW:
+        side = "ahead" if info.signed_at > now else "ago"
         raise ProtocolViolation(
-            f"member info of {peer_id} was signed at {info.signed_at:.3f}, now is {now:.3f}: it is not fresh"
+            f"member info of {peer_id} was signed {figures.duration(abs(info.signed_at - now))} {side} by this peer's "
+            "clock: it is not fresh, or one of the two clocks is wrong"
         )
     if not verify(peer_id, MEMBER_DOMAIN, signed.info, signed.signature):
         raise ProtocolViolation(f"member info of {peer_id}: wrong signature")

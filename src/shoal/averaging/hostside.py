@@ -10,11 +10,20 @@ import contextlib
 import logging
 import threading
 from concurrent.futures import CancelledError
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from shoal.averaging.commands import ApplyAverage, AttachArena, BoundByWord, ReachStage, TakeSnapshot
+from shoal.averaging.commands import (
+    ApplyAverage,
+    AttachArena,
+    AverageWritten,
+    BoundByWord,
+    ReachStage,
+    TakeSnapshot,
+)
 from shoal.averaging.control import StepControl
 from shoal.averaging.partition import Layout
+from shoal.averaging.pending import ApplyWhen, AverageWriter
 from shoal.averaging.state.commands import StateCommand
 from shoal.averaging.state.host import StateHost
 from shoal.averaging.tensors import TensorStore, first_non_finite
@@ -35,6 +44,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+UNRESPONSIVE_TIMEOUT = 0.5
+"""Seconds that the end of an averager waits for a background process that is stopped, or does not answer."""
 LOCK_TIMEOUT = 30.0
 """Seconds for which a round waits for the lock before its snapshot; groupmates wait with it."""
 
@@ -46,11 +57,20 @@ class TensorKeeper:
     """
 
     def __init__(
-        self, store: TensorStore, layout: Layout, alpha: float, auxiliary: bool, states: StateHost, name: str
+        self,
+        store: TensorStore,
+        layout: Layout,
+        alpha: float,
+        auxiliary: bool,
+        states: StateHost,
+        name: str,
+        apply_when: ApplyWhen = "ready",
     ) -> None:
         self.store = store
         self.layout = layout
         self.states = states
+        self.writer = AverageWriter(store, self._write, on_call=apply_when == "called")
+        self._name = name
         self.strand = Strand(f"shoal-steps {name}")
         self._auxiliary = auxiliary
         self.controls: dict[int, StepControl] = {}
@@ -72,6 +92,14 @@ class TensorKeeper:
 
     def close(self) -> None:
         self.states.close()
+        lost = self.writer.drop()
+        if lost is not None:
+            logger.warning(
+                "%s: shut down before the average of step %d was applied: the tensors lack it; call apply_average() "
+                "before shutdown()",
+                self._name,
+                lost,
+            )
         memory, self._memory = self._memory, None
         if memory is not None:
             memory.close()
@@ -88,7 +116,7 @@ class TensorKeeper:
                 if step in self.controls:
                     self.controls[step].bind()
             case ApplyAverage(step):
-                self._apply(step)
+                return self._deliver(step)
             case StateCommand():
                 self.states.handle(command)
             case _:
@@ -115,9 +143,12 @@ class TensorKeeper:
             raise AllreduceException("the step has ended")
         return control
 
-    def _apply(self, step: int) -> None:
+    def _deliver(self, step: int) -> bool:
         # Of those that were cancelled in the moment when they got bound nobody awaits an average any more.
         self._control(step)
+        return self.writer.deliver(step, abandoned=lambda: self._is_ending)
+
+    def _write(self) -> None:
         self.store.apply(self._area(0), self._area(1), self._alpha, abandoned=lambda: self._is_ending)
 
     def _take_snapshot(self, control: StepControl, check: bool) -> None:
@@ -135,7 +166,7 @@ class TensorKeeper:
         index = first_non_finite(self.layout, area)
         if index is not None:
             raise InvalidValueError(
-                f"averaged_tensors[{index}] has NaN or infinite elements; nothing was sent"
+                f"{self.store.labels[index]} has NaN or infinite elements; nothing was sent"
             )
 
 
@@ -145,6 +176,7 @@ def attach_arena(started: MPFuture[ServiceHandle], keeper: TensorKeeper, creatio
         handle: ServiceHandle = creation.result()
         memory = keeper.create_memory()
         keeper.states.attach(handle)
+        keeper.writer.notify_written = partial(_notify_written, handle)
         handle.call(AttachArena(memory.nbytes), descriptors=[memory.fd]).result()
     except CancelledError:
         started.set_exception(InvalidStateError("the averager was shut down before it had started"))
@@ -152,6 +184,13 @@ def attach_arena(started: MPFuture[ServiceHandle], keeper: TensorKeeper, creatio
         started.set_exception(e)
     else:
         started.set_result(handle)
+
+
+def _notify_written(handle: ServiceHandle) -> None:
+    with contextlib.suppress(
+        PeerProcessDied, InvalidStateError
+    ):  # it has ended, and nothing there waits any more
+        handle.call(AverageWritten())
 
 
 def close_in_background(creation: MPFuture[ServiceHandle], keeper: TensorKeeper) -> None:
@@ -167,6 +206,8 @@ def close(creation: MPFuture[ServiceHandle], keeper: TensorKeeper, timeout: floa
     keeper.begin_to_end()
     try:
         # Of a creation that waits for the DHT, which may have ended well in the moment when that was cancelled.
+        if creation.why_late() is not None:
+            timeout = min(timeout, UNRESPONSIVE_TIMEOUT)
         made = keeper.creation if creation.cancel() else creation
         if made is not None and not made.cancel() and made.exception(timeout) is None:
             made.result().close().result(timeout)

@@ -19,8 +19,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from shoal.errors import AllreduceException, InvalidValueError
+from shoal.utils.deep import names_of_hivemind
+from shoal.utils.scalars import plain
 
 
 def load_balance_peers(
@@ -44,9 +47,11 @@ def load_balance_peers(
     :raises AllreduceException: no member can own anything
     :raises InvalidValueError: a negative, infinite or NaN number, or sequences of unequal length
     """
+    vector_size, min_size = plain(vector_size), plain(min_size)
+    bandwidths = [plain(bandwidth) for bandwidth in bandwidths]
     count = len(bandwidths)
-    can_own = [True] * count if can_own is None else list(can_own)
-    contributes = [True] * count if contributes is None else list(contributes)
+    can_own = [True] * count if can_own is None else [plain(able) for able in can_own]
+    contributes = [True] * count if contributes is None else [plain(gives) for gives in contributes]
     _check(vector_size, bandwidths, min_size, can_own, contributes)
     if not any(can_own):
         raise AllreduceException(
@@ -127,3 +132,7 @@ def _round_to_sum(shares: Sequence[Fraction], total: int) -> tuple[int, ...]:
     for index in by_remainder[: total - sum(sizes)]:
         sizes[index] += 1
     return tuple(sizes)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of_hivemind(__name__)

@@ -5,11 +5,15 @@ in the host.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any
 
-BITS_PER_BYTE = 8
+from shoal.utils import figures
+
 MEASURABLE = 0.01
 """Seconds; shorter phases say nothing of a rate."""
+MEASURABLE_BYTES = 100_000
+"""Nor do fewer bytes: they are on their way for as long as one is."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Phases:
 
     ``search``: finding a group, tries that failed included; ``trigger``: waiting for ``allow_allreduce()``;
     ``snapshot``: copying the user's tensors; ``allreduce``: from the snapshot to the decision; ``apply``:
-    writing the result.
+    writing the result (0 if it waits for ``apply_average()``).
     """
 
     search: float = 0.0
@@ -49,7 +53,7 @@ class Exclusion:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.member} ({self.phase}, after {_seconds(self.seconds)} s: {self.reason})"
+        return f"{self.member} ({self.phase}, after {figures.duration(self.seconds)}: {self.reason})"
 
 
 @dataclass(frozen=True)
@@ -116,24 +120,51 @@ class RoundReport:
         return plain
 
     def __str__(self) -> str:
+        took = figures.duration(self.phases.total)
         if self.failure is not None:
-            return f"step {self.step}: failed after {_seconds(self.phases.total)} s: {self.failure}"
-        moved = self.bytes_sent + self.bytes_received
-        work = self.phases.snapshot + self.phases.allreduce + self.phases.apply
-        rate = f" at {moved * BITS_PER_BYTE / work / 1e6:.3g} Mbit/s" if work >= MEASURABLE else ""
-        return (
-            f"step {self.step}: {len(self.members)} peers in {_seconds(self.phases.total)} s "
-            f"(search {_seconds(self.phases.search)}, all-reduce {_seconds(work)}), "
-            f"{moved / 1e6:.3g} MB{rate}{self._apart()}, "
-            f"excluded: {', '.join(map(str, self.excluded)) or 'none'}"
+            return f"step {self.step}: failed after {took}: {self.failure}"
+        text = (
+            f"step {self.step}: {figures.count(len(self.members), 'peer')} in {took} (search "
+            f"{figures.duration(self.phases.search)}, all-reduce {figures.duration(self._work)}), {self._moved}"
         )
+        apart = self._apart
+        if apart:
+            text += f", peers differed by {apart}"
+        if self.excluded:
+            text += f", excluded: {', '.join(map(str, self.excluded))}"
+        return text
 
+    def _repr_html_(self) -> str:
+        """A small table, for notebooks."""
+        rows = [("outcome", "averaged" if self.failure is None else f"failed: {self.failure}")]
+        rows += [("group", figures.count(len(self.members), "peer"))] if self.members else []
+        rows += [("attempts", f"{self.attempts:,}")] if self.attempts > 1 else []
+        if self.failure is None:
+            rows += [("moved", self._moved), ("peers differed by", self._apart or "not measured")]
+        rows += [("excluded", str(one)) for one in self.excluded]
+        phases = asdict(self.phases) | {"total": self.phases.total}
+        rows += [(name, figures.duration(seconds)) for name, seconds in phases.items() if seconds]
+        body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
+        return f"<table><caption>step {self.step}</caption>{body}</table>"
+
+    @property
+    def _work(self) -> float:
+        return self.phases.snapshot + self.phases.allreduce + self.phases.apply
+
+    @property
+    def _moved(self) -> str:
+        """How much was sent and received, and how fast, where that was not a matter of delays alone."""
+        moved = self.bytes_sent + self.bytes_received
+        is_measurable = self._work >= MEASURABLE and moved >= MEASURABLE_BYTES
+        return figures.size(moved) + (f" at {figures.rate(moved / self._work)}" if is_measurable else "")
+
+    @property
     def _apart(self) -> str:
         if self.spread_distance is None:
             return ""
         if self.spread_relative is None:
-            return f", peers were {self.spread_distance:.3g} apart"
-        return f", peers were {self.spread_relative:.3g} of the average's size apart"
+            return f"{figures.number(self.spread_distance)} (root mean square)"
+        return f"{figures.number(100 * self.spread_relative)} % of the average (root mean square)"
 
 
 def _plain(value: Any) -> Any:
@@ -146,3 +177,24 @@ def _plain(value: Any) -> Any:
 
 def _seconds(value: float) -> str:
     return f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
+@dataclass(frozen=True)
+class StateReport:
+    """A state that was loaded from another peer.
+
+    :param donor: its PeerID (base58)
+    :param nbytes: that came from it
+    :param seconds: that ``load_state_from_peers()`` took
+    :param age: seconds between the donor's copy and the end of the download, by the donor's word; more than
+      ``seconds`` if the copy was made before the call, and shared with other peers
+    """
+
+    donor: str
+    nbytes: int
+    seconds: float
+    age: float
+
+    def __str__(self) -> str:
+        shared = f", a copy of {self.age:.1f} s ago that others share" if self.age > self.seconds else ""
+        return f"loaded the state of {self.donor}, {self.nbytes / 1e6:.1f} MB in {self.seconds:.1f} s{shared}"

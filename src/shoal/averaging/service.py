@@ -11,15 +11,15 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
-import torch
-
 from shoal.averaging.allreduce.exchange import Arena
 from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
 from shoal.averaging.allreduce.rounds import Rounds
+from shoal.averaging.arena import map_arena, populate
 from shoal.averaging.commands import (
     AllowAllreduce,
     ApplyAverage,
     AttachArena,
+    AverageWritten,
     BoundByWord,
     GetGroupBits,
     ReachStage,
@@ -43,14 +43,20 @@ from shoal.averaging.state.commands import StateCommand
 from shoal.averaging.state.service import StateService
 from shoal.dht.service import DHTService
 from shoal.errors import AllreduceException, InvalidStateError, MatchmakingException
+from shoal.p2p.dialing import says_undialable
 from shoal.runtime.memory import SharedMemory
+from shoal.runtime.presence import UserProcessAbsent
 from shoal.runtime.service import ServiceContext
-from shoal.utils.timed import get_dht_time
+from shoal.utils.timed import dht_clock, steady_time
 
 logger = logging.getLogger(__name__)
 
 WARN_AFTER_ATTEMPTS = 3
 """From as many failed groups in one step on, each failure is a warning."""
+
+_NOT_APPLIED = (
+    "found no group: until the deadline the average of an earlier step was not applied; call apply_average()"
+)
 
 T = TypeVar("T")
 
@@ -59,7 +65,7 @@ T = TypeVar("T")
 class Step:
     """One step while it runs: what was asked, and what has happened so far.
 
-    ``start_time`` (DHT seconds) is when its all-reduce is expected to begin.
+    ``start_time`` (steady seconds) is when its all-reduce is expected to begin.
     """
 
     command: RunStep
@@ -77,7 +83,7 @@ class Step:
     def spend(self, **seconds: float) -> None:
         """Add seconds to phases of the report."""
         phases = self.report.phases
-        total = {name: getattr(phases, name) + value for name, value in seconds.items()}
+        total = {name: round(getattr(phases, name) + value, 6) for name, value in seconds.items()}
         self.report = replace(self.report, phases=replace(phases, **total))
 
 
@@ -105,16 +111,19 @@ class AveragerService:
         self._timeouts = RoundTimeouts(
             config.allreduce_timeout, config.effective_sender_timeout, config.effective_reducer_timeout
         )
+        self._node = dht.node
         self._host = dht.node.host
         router = Router.of(self._host)
         self._rounds = Rounds(router, config.prefix, sender_timeout=config.effective_sender_timeout)
+        agreement = schema.agreement(
+            config.part_size_bytes, config.matchmaking.min_group_size, config.min_vector_size
+        )
         self._matchmaker = Matchmaker(
             dht.node,
             router,
             prefix=config.prefix,
-            schema_hash=schema.agreement(
-                config.part_size_bytes, config.matchmaking.min_group_size, config.min_vector_size
-            ),
+            schema_hash=agreement.digest(),
+            agreement=agreement,
             config=config.matchmaking,
             mode=config.mode,
             bandwidth=config.bandwidth,
@@ -127,12 +136,16 @@ class AveragerService:
             config.prefix,
             declare_period=config.declare_state_period,
             next_chunk_timeout=config.next_chunk_timeout,
+            max_state_age=config.max_state_age,
         )
         self._memory: SharedMemory | None = None
         self._arena: Arena | None = None
         self._populating: asyncio.Future[None] | None = None
         self._steps: dict[int, Step] = {}
         self._turn = asyncio.Lock()
+        self._arena_is_free = asyncio.Event()
+        """Cleared while an average waits in the arena for the user's call."""
+        self._arena_is_free.set()
 
     async def handle(self, command: object, descriptors: Sequence[int]) -> object:
         match command:
@@ -150,6 +163,9 @@ class AveragerService:
                 return None
             case Reschedule(step, scheduled_time):
                 self._reschedule(step, scheduled_time)
+                return None
+            case AverageWritten():
+                self._arena_is_free.set()
                 return None
             case GetGroupBits():
                 return self._matchmaker.bits
@@ -171,7 +187,7 @@ class AveragerService:
         (descriptor,) = descriptors
         self._memory = SharedMemory.from_descriptor(descriptor, nbytes)
         self._arena = arena = map_arena(self._memory, self._layout)
-        self._populating = asyncio.ensure_future(asyncio.to_thread(_populate, arena))
+        self._populating = asyncio.ensure_future(asyncio.to_thread(populate, arena))
 
     def _reschedule(self, number: int, scheduled_time: float) -> None:
         step = self._steps.get(number)
@@ -179,7 +195,7 @@ class AveragerService:
             return  # it has ended in the meantime
         step.start_time = scheduled_time
         if step.is_searching:
-            self._matchmaker.reschedule(scheduled_time)
+            self._matchmaker.reschedule(dht_clock.from_steady(scheduled_time))
 
     # steps
 
@@ -192,11 +208,20 @@ class AveragerService:
             return self._finish(step, False, "found no group: until the deadline an earlier step still ran")
         else:
             try:
-                return await self._try_until_deadline(step)
+                return await self._take_turn(step)
             finally:
                 self._turn.release()
         finally:
             del self._steps[command.step]
+
+    async def _take_turn(self, step: Step) -> StepOutcome:
+        # Before the search: the members of a group should not have to wait for this peer's user.
+        try:
+            async with asyncio.timeout(_seconds_until(step.command.deadline)):
+                await self._arena_is_free.wait()
+        except TimeoutError:
+            return self._finish(step, False, _NOT_APPLIED)
+        return await self._try_until_deadline(step)
 
     async def _try_until_deadline(self, step: Step) -> StepOutcome:
         command, found = step.command, False
@@ -213,8 +238,9 @@ class AveragerService:
                 return self._finish(step, found, reason)
             except AllreduceException as e:
                 step.report = replace(step.report, failure=str(e))
-                now = get_dht_time()
-                time_is_up = command.deadline is not None and now >= command.deadline
+                if says_undialable(str(e), self._host.peer_id):
+                    self._node.look_again(in_doubt=True)
+                time_is_up = command.deadline is not None and steady_time() >= command.deadline
                 if not command.allow_retries or time_is_up or isinstance(e, StepFailed):
                     return self._finish(step, found, str(e))
                 await self._prepare_retry(step, e)
@@ -233,7 +259,7 @@ class AveragerService:
             failure,
         )
         await asyncio.sleep(retry_pause(attempts, _seconds_until(deadline)))
-        step.start_time = retry_start(step.start_time, get_dht_time(), deadline, self._config.matchmaking)
+        step.start_time = retry_start(step.start_time, steady_time(), deadline, self._config.matchmaking)
 
     def _finish(self, step: Step, found_group: bool, failure: str | None) -> StepOutcome:
         step.report = replace(step.report, failure=failure)
@@ -251,18 +277,47 @@ class AveragerService:
             )
         loop = asyncio.get_running_loop()
         began = loop.time()
-        await self._reach(step, AveragingStage.LOOKING_FOR_GROUP)
+        try:
+            while True:
+                try:
+                    return await self._search(step)
+                except UserProcessAbsent:  # others find their groups without this peer
+                    logger.info(
+                        "%s: step %d: left the search for a group", self._config.prefix, step.command.step
+                    )
+                    await self._user_is_back(step)
+        finally:
+            step.spend(search=loop.time() - began)
+
+    async def _search(self, step: Step) -> GroupInfo:
+        """:raises UserProcessAbsent: the search was left for that, unless a group already stood"""
+        user, deadline = self._context.user, step.command.deadline
+        await user.unless_absent(self._reach(step, AveragingStage.LOOKING_FOR_GROUP))
         step.is_searching = True
         try:
-            return await self._matchmaker.find_group(
-                start_time=step.start_time,
-                deadline=step.command.deadline,
-                gather=step.command.gather,
-                weight=step.command.weight,
-            )
+            with user.when_absent(self._matchmaker.leave_search):
+                return await self._matchmaker.find_group(
+                    start_time=dht_clock.from_steady(step.start_time),
+                    deadline=None if deadline is None else dht_clock.from_steady(deadline),
+                    gather=step.command.gather,
+                    weight=step.command.weight,
+                )
+        except MatchmakingException:
+            if user.absence is None:
+                raise
+            raise UserProcessAbsent(user.absence) from None
         finally:
             step.is_searching = False
-            step.spend(search=loop.time() - began)
+
+    async def _user_is_back(self, step: Step) -> None:
+        """Wait for the user's process, and choose when a group that is not full begins now."""
+        user, deadline = self._context.user, step.command.deadline
+        try:
+            async with asyncio.timeout(_seconds_until(deadline)):
+                await user.present()
+        except TimeoutError:
+            raise MatchmakingException(f"found no group: until the deadline the {user.absence}") from None
+        step.start_time = retry_start(step.start_time, steady_time(), deadline, self._config.matchmaking)
 
     async def _reach(self, step: Step, stage: AveragingStage) -> None:
         await self._context.call_host(ReachStage(step.command.step, stage))
@@ -309,13 +364,19 @@ class AveragerService:
             finally:
                 await asyncio.gather(*notices)
 
+        async def take_snapshot_of_user() -> None:
+            try:
+                await self._context.user.unless_absent(take_snapshot())
+            except UserProcessAbsent as e:  # the others go on without this member
+                raise AllreduceException(f"withdrew from the round: the {e}") from None
+
         current = Round(
             self._host,
             self._config.prefix,
             group,
             partition,
             arena,
-            take_snapshot=take_snapshot,
+            take_snapshot=take_snapshot_of_user,
             weight=lambda: weight,
             timeouts=self._timeouts,
             on_bound=lambda: notices.append(asyncio.ensure_future(self._notify_bound(step))),
@@ -368,13 +429,17 @@ class AveragerService:
     async def _apply(self, step: Step) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
+        self._arena_is_free.clear()  # before the host is asked: AverageWritten may overtake its answer
+        waits_for_user = False
         try:
-            await self._context.call_host(ApplyAverage(step.command.step))
+            waits_for_user = not await self._context.call_host(ApplyAverage(step.command.step))
         except Exception as e:  # of the user's tensors and their devices: may be anything
             raise StepFailed(
                 f"the group has averaged, but the average could not be written to this peer's tensors: {e}"
             ) from e
         finally:
+            if not waits_for_user:
+                self._arena_is_free.set()
             step.spend(apply=loop.time() - began)
 
     def _divide(self, group: GroupInfo) -> Partition:
@@ -405,16 +470,4 @@ async def _run_to_the_end(
 
 
 def _seconds_until(deadline: float | None) -> float | None:
-    return None if deadline is None else deadline - get_dht_time()
-
-
-def _populate(arena: Arena) -> None:
-    """Have the system give the arena its pages now: the first round would take ten times as long to get them."""
-    arena.snapshot.zero_()
-    arena.average.zero_()
-
-
-def map_arena(memory: SharedMemory, layout: Layout) -> Arena:
-    """Both areas of the shared memory: the snapshot, and the average behind it."""
-    both = torch.frombuffer(memory.buffer, dtype=torch.uint8)
-    return Arena(both[: layout.nbytes], both[layout.nbytes : 2 * layout.nbytes])
+    return None if deadline is None else deadline - steady_time()

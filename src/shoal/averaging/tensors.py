@@ -6,16 +6,16 @@ takes. Between them the trainer may change the tensors; what it adds is kept.
 
 Neither uses torch's intra-op thread pool for tensors on the CPU (numpy's copies, and pieces too small for the
 pool), so that the trainer keeps its cores. Writes go through ``tensor.data``, which has a version counter of
-its own: autograd does not see them, and a round may land between forward and backward.
+its own: autograd does not see them, and a round may land between forward and backward. (:mod:`.pending` has averages
+written when the user calls, and tells autograd.)
 """
 
 from __future__ import annotations
 
-import threading
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,17 +23,18 @@ import numpy.typing as npt
 import torch
 
 from shoal.averaging.allreduce.reduction import is_finite
+from shoal.averaging.current import CurrentTensors, Unchanged
+from shoal.averaging.locks import MemoryGuard
+from shoal.averaging.lost_updates import UpdateWatch
 from shoal.averaging.partition import Layout
-from shoal.averaging.schema import lacks_storage, overlaps_itself, shared_memory
-from shoal.compression.base import DTYPE_NAMES, UINT8, tensor_array
-from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidTypeError, InvalidValueError
+from shoal.averaging.sources import HeldTensors, TensorSource
+from shoal.compression.base import UINT8, tensor_array
+from shoal.errors import InvalidValueError
 
 Area: TypeAlias = torch.Tensor | memoryview | bytearray
 """An arena of ``layout.nbytes`` bytes: a one-dimensional uint8 CPU tensor, or writable memory."""
 
 CHUNK_NBYTES = 1 << 20
-LOOK_SECONDS = 0.05
-"""While waiting for the lock: time between two looks at whether that still makes sense."""
 MERGE_ELEMENTS = 1 << 15
 """What is computed on at a time: the most elements for which torch does not wake its intra-op threads."""
 
@@ -45,87 +46,62 @@ Bits: TypeAlias = npt.NDArray[Any]
 """The elements of a tensor in the CPU's memory, as integers of their size: a flat view that can be written."""
 
 
-class HeldTensors(tuple[torch.Tensor, ...]):
-    """The averaged tensors as users see them: ``tensors[0] += 1`` works, replacing one of them is an error."""
-
-    __slots__ = ()
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        if value is not self[index]:  # what in-place operators assign is the tensor itself
-            raise InvalidTypeError(
-                f"tensors[{index!r}] = ... would put another object in place of an averaged tensor; "
-                f"write into it: tensors[{index!r}].copy_(value)"
-            )
-
-
 class TensorStore:
     """The averaged tensors of one averager, referred to as objects: their storage may be replaced between
-    rounds.
+    rounds. With a source, the objects too: they are found anew whenever they are read or written.
 
-    :param tensors: as returned by :func:`~.schema.validate_tensors`
+    :param tensors: that have passed :func:`~.schema.check_tensors`
+    :param labels: what errors call each of them; default: by number
+    :param source: referred to weakly; its owner is the averager, to which it may refer
+    :param name: of the averager, for people
+    :param watch: notices updates while the lock is held here; default: with no advice
+    :raises InvalidValueError: the memory of a tensor is read-only
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], layout: Layout) -> None:
-        self.tensors = HeldTensors(tensors)
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        layout: Layout,
+        labels: Sequence[str] | None = None,
+        source: TensorSource | None = None,
+        *,
+        name: str = "",
+        watch: UpdateWatch | None = None,
+    ) -> None:
         self.layout = layout
-        self._lock = threading.RLock()
-        self._holder: int | None = None
-        self._holder_name = ""
-        self._held_since = 0.0
-        self._depth = 0
-        self._seen: list[tuple[object, ...] | None] = [None] * len(self.tensors)
+        self.labels = labels or tuple(f"averaged_tensors[{index}]" for index in range(len(tensors)))
+        self._current = CurrentTensors(tensors, layout, self.labels, source)
+        self._guard = MemoryGuard(self._current.known, name)
+        self._watch = UpdateWatch(name, labels=self.labels) if watch is None else watch
         self._cuda: dict[torch.device, CudaCopier] = {}
-        for device in {tensor.device for tensor in self.tensors if tensor.is_cuda}:
+        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
             self._cuda_copier(device)
+
+    @property
+    def tensors(self) -> HeldTensors:
+        """The tensors as they are now.
+
+        :raises UsageError: of a source: they are not what they were, or cannot be averaged; names the tensor
+        """
+        return self._current.tensors
 
     @contextmanager
     def hold(
         self, timeout: float | None = None, abandoned: Callable[[], bool] | None = None
     ) -> Iterator[HeldTensors]:
-        """Hold the lock (re-entrant) and yield the tensors.
-
-        :param timeout: seconds to wait for it
-        :param abandoned: whether nobody needs it any more; asked while waiting, and when it is held
-        :raises DeadlineExceeded: it was not free in time; says who has held it for how long
-        :raises InvalidStateError: the wait was abandoned
-        """
-        limit = threading.TIMEOUT_MAX if timeout is None else min(timeout, threading.TIMEOUT_MAX)
-        if not self._acquire(limit, abandoned):
-            held = time.monotonic() - self._held_since
-            raise DeadlineExceeded(
-                f"the lock of the averaged tensors was not free within {timeout:g} s:"
-                f" thread {self._holder_name!r} has held it for {held:.1f} s"
-            )
-        try:
-            if self._depth == 0:
-                self._holder = threading.get_ident()
-                self._holder_name = threading.current_thread().name
-                self._held_since = time.monotonic()
-            self._depth += 1
+        """As :meth:`lock`, and yield the tensors; raises what :attr:`tensors` does, too."""
+        with self.lock(timeout, abandoned):
             yield self.tensors
-        finally:
-            self._depth -= 1
-            if self._depth == 0:
-                self._holder = None
-            self._lock.release()
 
-    def _acquire(self, limit: float, abandoned: Callable[[], bool] | None) -> bool:
-        if abandoned is None:
-            return self._lock.acquire(timeout=limit)
-        deadline = time.monotonic() + limit
-        while not abandoned():
-            left = deadline - time.monotonic()
-            if self._lock.acquire(timeout=max(0.0, min(left, LOOK_SECONDS))):
-                if not abandoned():
-                    return True
-                self._lock.release()
-            elif left <= LOOK_SECONDS:
-                return False
-        raise InvalidStateError("nobody needs the averaged tensors any more")
+    def lock(
+        self, timeout: float | None = None, abandoned: Callable[[], bool] | None = None
+    ) -> AbstractContextManager[None]:
+        """Hold the lock (re-entrant); parameters and errors as of :meth:`.MemoryGuard.hold`."""
+        return self._guard.hold(timeout, abandoned)
 
     @property
     def held_by_this_thread(self) -> bool:
-        return self._holder == threading.get_ident()
+        return self._guard.held_by_this_thread
 
     def mark_stream(self) -> None:
         """Remember this thread's current CUDA streams as the trainer's: copies are ordered after what it has
@@ -147,14 +123,18 @@ class TensorStore:
         it with another one now. Says nothing of NaN: see :func:`first_non_finite`.
         """
         targets = self._slots(area)  # before the lock: whoever waits for it, waits for copies alone
-        with self.hold(timeout, abandoned):
-            for tensor, target in zip(self._unchanged(), targets, strict=True):
+        watch = self._watch
+        with self._hold_unchanged(timeout, abandoned) as now:
+            self._guard.begin_round()
+            for index, (tensor, target) in enumerate(zip(now.data, targets, strict=True)):
                 if _is_plain(tensor):
                     np.copyto(target, tensor_array(tensor, target.dtype))
                 elif tensor.is_cuda:
                     self._cuda_copier(tensor.device).read(tensor, _elements(target, tensor.dtype))
                 else:
                     _elements(target, tensor.dtype).view(tensor.shape).copy_(tensor)
+                if watch.checks_copies:
+                    watch.check_copy(index, tensor, _elements(target, tensor.dtype))
 
     def apply(
         self,
@@ -175,20 +155,38 @@ class TensorStore:
         """
         merge = _Merge(alpha)
         before, after = self._slots(snapshot), self._slots(average)
-        with (
-            self.hold(None, abandoned),
-            np.errstate(all="ignore"),
-        ):  # the trainer's own infinities are not ours
-            for tensor, old, new in zip(self._unchanged(), before, after, strict=True):
-                if _is_plain(tensor):
-                    merge(tensor_array(tensor, old.dtype), old, new, tensor.dtype)
-                elif tensor.is_cuda:
-                    old_elements, new_elements = _elements(old, tensor.dtype), _elements(new, tensor.dtype)
-                    self._cuda_copier(tensor.device).merge(tensor, old_elements, new_elements, alpha)
-                else:
-                    flat = tensor.to("cpu", copy=True).reshape(-1).contiguous()
-                    merge(tensor_array(flat, old.dtype), old, new, tensor.dtype)
-                    tensor.copy_(flat.view(tensor.shape))
+        watch = self._watch
+        # The trainer's own infinities are not ours to report.
+        with self._hold_unchanged(None, abandoned) as now, np.errstate(all="ignore"):
+            self._guard.end_round()
+            with watch.writing(now.tensors):
+                for index, (tensor, old, new) in enumerate(zip(now.data, before, after, strict=True)):
+                    watch.write(index, tensor, partial(self._move, old=old, new=new, merge=merge))
+
+    def _move(self, tensor: torch.Tensor, old: Bits, new: Bits, merge: _Merge) -> None:
+        """Apply an average to one tensor."""
+        if _is_plain(tensor):
+            merge(tensor_array(tensor, old.dtype), old, new, tensor.dtype)
+        elif tensor.is_cuda:
+            old_elements, new_elements = _elements(old, tensor.dtype), _elements(new, tensor.dtype)
+            self._cuda_copier(tensor.device).merge(tensor, old_elements, new_elements, merge.alpha)
+        else:
+            flat = tensor.to("cpu", copy=True).reshape(-1).contiguous()
+            merge(tensor_array(flat, old.dtype), old, new, tensor.dtype)
+            tensor.copy_(flat.view(tensor.shape))
+
+    @contextmanager
+    def _hold_unchanged(
+        self, timeout: float | None, abandoned: Callable[[], bool] | None
+    ) -> Iterator[Unchanged]:
+        """Hold the lock of the memory where the tensors lie now, and yield :meth:`.CurrentTensors.unchanged`."""
+        while True:
+            with self.lock(timeout, abandoned):
+                now = self._current.unchanged()
+                # Where they lie now, another averager's tensors may lie too, whose lock is not held yet.
+                if not now.moved or not self._guard.look_around():
+                    yield now
+                    return
 
     def _slots(self, area: Area) -> list[Bits]:
         """Where in an arena each tensor's elements lie."""
@@ -206,45 +204,6 @@ class TensorStore:
                 f" {list(tensor.shape)} {tensor.dtype}"
             )
         return tensor
-
-    def _unchanged(self) -> list[torch.Tensor]:
-        """The tensors as they are now, outside of autograd, once it is known that they can be averaged still: those
-        that lie where they lay are not looked at again.
-        """
-        tensors = [tensor.data for tensor in self.tensors]
-        seen: list[tuple[object, ...] | None] = [_place(tensor) for tensor in tensors]
-        if seen == self._seen:
-            return tensors
-        for index, (place, former) in enumerate(zip(seen, self._seen, strict=True)):
-            if place != former:
-                self._check_unchanged(index, tensors[index])
-        # Two tensors that share memory would each have their own average written over the other's.
-        sharing = shared_memory(tensors)
-        if sharing is not None:
-            raise InvalidStateError(f"{sharing} now; give it storage of its own")
-        self._seen = seen
-        return tensors
-
-    def _check_unchanged(self, index: int, tensor: torch.Tensor) -> None:
-        slot = self.layout.slots[index]
-        if tuple(tensor.shape) != slot.shape or tensor.dtype != slot.dtype:
-            raise InvalidStateError(
-                f"averaged_tensors[{index}] was {DTYPE_NAMES[slot.dtype]} {list(slot.shape)} when the"
-                f" averager was made, and is {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} now;"
-                " shapes and dtypes can't change"
-            )
-        if tensor.layout != torch.strided:
-            raise InvalidStateError(f"averaged_tensors[{index}] is no longer dense, but {tensor.layout}")
-        if lacks_storage(tensor):
-            raise InvalidStateError(
-                f"averaged_tensors[{index}] has a storage of {tensor.untyped_storage().nbytes()} bytes now, which "
-                "does not hold its elements; a round needs them all"
-            )
-        if overlaps_itself(tensor):
-            raise InvalidStateError(
-                f"averaged_tensors[{index}] has elements that share memory now (strides {tensor.stride()}); "
-                "give it storage of its own"
-            )
 
     def _cuda_copier(self, device: torch.device) -> CudaCopier:
         if device not in self._cuda:
@@ -343,24 +302,24 @@ class _Merge:
     """:func:`_merge` on the CPU, in chunks; those that the trainer did not touch are only copied."""
 
     def __init__(self, alpha: float) -> None:
-        self._alpha = alpha
+        self.alpha = alpha
         self._scratch = {size: np.empty(MERGE_ELEMENTS, dtype=f"f{size}") for size in (4, 8)}
 
     def __call__(self, bits: Bits, old: Bits, new: Bits, dtype: torch.dtype) -> None:
         for chunk in _slices(len(bits), CHUNK_NBYTES // bits.itemsize):
-            if self._alpha == 1 and _equal(bits[chunk], old[chunk]):
+            if self.alpha == 1 and _equal(bits[chunk], old[chunk]):
                 np.copyto(bits[chunk], new[chunk])
                 continue
             for piece in _slices(chunk.stop, MERGE_ELEMENTS, chunk.start):
                 if bits.itemsize == 2:
                     current, before, after = (_elements(array[piece], dtype) for array in (bits, old, new))
-                    _merge(current, before, after, self._alpha)
+                    _merge(current, before, after, self.alpha)
                 else:
                     self._merge_wide(bits[piece], old[piece], new[piece])
 
     def _merge_wide(self, bits: Bits, old_bits: Bits, new_bits: Bits) -> None:
         """For float32 and float64, where numpy takes half the time."""
-        alpha, moved = self._alpha, self._scratch[bits.itemsize][: len(bits)]
+        alpha, moved = self.alpha, self._scratch[bits.itemsize][: len(bits)]
         current, old, new = (array.view(moved.dtype) for array in (bits, old_bits, new_bits))
         np.subtract(new, old, out=moved)
         if alpha != 1:
@@ -413,21 +372,6 @@ def _pieces(flat: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor's memory is its elements in order, readable by the CPU."""
     return tensor.device == _CPU and tensor.is_contiguous() and not tensor.is_neg()
-
-
-def _place(tensor: torch.Tensor) -> tuple[object, ...]:
-    """All that the checks of :meth:`TensorStore._unchanged` depend on."""
-    if tensor.layout != torch.strided:
-        return (tensor.layout,)
-    return (
-        tensor.data_ptr(),
-        tensor.shape,
-        tensor.stride(),
-        tensor.dtype,
-        tensor.device,
-        tensor.storage_offset(),
-        tensor.untyped_storage().nbytes(),
-    )
 
 
 def _elements(bits: Bits, dtype: torch.dtype) -> torch.Tensor:

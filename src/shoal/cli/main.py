@@ -23,7 +23,9 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 CommandLineMistake: type[Exception] = typer.BadParameter.__mro__[1]
 """Unknown options and values of the wrong type; Typer has no public name for this base class."""
 
-app = typer.Typer(name="shoal", add_completion=False, rich_markup_mode=None)
+app = typer.Typer(
+    name="shoal", rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]}
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -64,10 +66,10 @@ def demo(
         str | None, typer.Option(metavar="ADDRESS", help="Take part in the demo of another terminal.")
     ] = None,
 ) -> None:
-    """Train on handwritten digits in several processes, one of which is killed and replaced.
+    """Train a swarm on this machine and kill a peer.
 
-    Each process has images of other digits. At the end their accuracy is compared with that of each process
-    alone and of central training.
+    Several processes train on handwritten digits, each on other ones. One is killed and replaced. At the end
+    their accuracy is compared with that of each process alone and of central training.
     """
     from shoal.cli.demo.command import join_demo, run_demo
 
@@ -100,7 +102,10 @@ def peer(
     ] = 15.0,
     interval: Annotated[float, typer.Option(help="Seconds between the lines on peers and keys.")] = 30.0,
 ) -> None:
-    """Run a peer through which others find each other, until Ctrl+C or SIGTERM."""
+    """Run a peer through which others find each other.
+
+    Ctrl+C or SIGTERM stops it.
+    """
     from shoal.cli.peer import run_peer
 
     status = run_peer(

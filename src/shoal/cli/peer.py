@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import queue
 import signal
-import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,27 @@ if TYPE_CHECKING:
     from shoal.dht.node import DHTNode
 
 POLL_SECONDS = 0.2
+LOOK_SECONDS = 1.0
+"""How often the peer is asked whether others can still dial it."""
+OPTIONS = (
+    ("host_maddrs=['/ip4/0.0.0.0/tcp/0']", "--host 0.0.0.0"),
+    ("host_maddrs", "--host and --port"),
+    ("announce_maddrs", "--announce"),
+)
+"""What the library's advice calls parameters, and what they are called here."""
+
+
+@dataclass(frozen=True)
+class PeerState:
+    """What a running peer tells of itself."""
+
+    peers: int
+    keys: int
+    addresses: tuple[Multiaddr, ...]
+    """Where others can dial it; none: it is a client."""
+    is_in_doubt: bool
+    """Whether that is being found out."""
+    advice: str
 
 
 def run_peer(
@@ -43,7 +66,7 @@ def run_peer(
     if not interval > 0:
         raise InvalidValueError(f"--interval {interval:g}: more than 0 seconds are allowed")
     listen = listen_address(host, port)
-    with _stop_on_signals() as stop:
+    with stop_on_signals() as stop:
         dht = DHT(
             list(initial_peers),
             start=True,
@@ -55,19 +78,57 @@ def run_peer(
         )
         with dht:
             if _wait_until_ready(dht, stop):
-                _print_addresses(dht.get_visible_maddrs(), console)
-                _print_line("Ctrl+C or SIGTERM stops this peer.", console)
-                while not stop.wait(interval):
-                    peers, keys = dht.run_coroutine(_count)
-                    _print_line(f"peers: {peers}, keys: {keys}", console)
+                _report(dht, stop, interval, console)
     _print_line("stopped", console)
     return 0
 
 
+def _report(dht: DHT, stop: StopRequest, interval: float, console: Console) -> None:
+    """Say where others can dial the peer, again when that changes, and how many there are every ``interval``."""
+    state = dht.run_coroutine(_describe)
+    shown = state.addresses
+    _print_addresses(state, console)
+    _print_line("Ctrl+C or SIGTERM stops this peer.", console)
+    next_count = time.monotonic() + interval
+    while not stop.wait(max(min(next_count - time.monotonic(), LOOK_SECONDS), 0.0)):
+        state = dht.run_coroutine(_describe)
+        if not state.is_in_doubt and set(state.addresses) != set(shown):
+            shown = state.addresses
+            _print_addresses(state, console)
+        if time.monotonic() >= next_count:
+            next_count = time.monotonic() + interval
+            _print_line(f"peers: {state.peers}, keys: {state.keys}", console)
+
+
+class StopRequest:
+    """An event that a signal handler may set, which runs in the middle of the thread that waits for it.
+
+    A :class:`threading.Event` would hang there now and then: that thread may hold its lock.
+    """
+
+    def __init__(self) -> None:
+        self._wanted = False
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def set(self) -> None:
+        self._wanted = True
+        self._wake.put(None)
+
+    def is_set(self) -> bool:
+        return self._wanted
+
+    def wait(self, timeout: float) -> bool:
+        """Whether it is set, within ``timeout`` seconds."""
+        if not self._wanted:
+            with suppress(queue.Empty):
+                self._wake.get(timeout=timeout)
+        return self._wanted
+
+
 @contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; the handlers of before are put back in the end."""
-    stop = threading.Event()
+def stop_on_signals() -> Iterator[StopRequest]:
+    """What SIGINT and SIGTERM set; the handlers of before are put back in the end."""
+    stop = StopRequest()
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda *_: stop.set()) for number in numbers]
     try:
@@ -77,7 +138,7 @@ def _stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _wait_until_ready(dht: DHT, stop: threading.Event) -> bool:
+def _wait_until_ready(dht: DHT, stop: StopRequest) -> bool:
     """Wait until the peer has joined; False if it is to stop before."""
     while not stop.is_set():
         try:
@@ -88,20 +149,37 @@ def _wait_until_ready(dht: DHT, stop: threading.Event) -> bool:
     return False
 
 
-async def _count(dht: Any, node: DHTNode) -> tuple[int, int]:
-    """In the background process: how many peers the node knows, and how many keys it stores."""
-    return len(node.neighbours), node.num_records
+async def _describe(dht: Any, node: DHTNode) -> PeerState:
+    """In the background process: what the node tells of itself."""
+    reach = node.host.reach
+    return PeerState(
+        len(node.neighbours),
+        node.num_records,
+        tuple(dht.get_visible_maddrs()),
+        reach.is_in_doubt,
+        reach.advice(),
+    )
 
 
-def _print_addresses(addresses: Sequence[Multiaddr], console: Console) -> None:
-    if not addresses:
-        _print_line("No other peer can dial this one: it takes part as a client, under no address.", console)
+def _print_addresses(state: PeerState, console: Console) -> None:
+    if not state.addresses:
+        why = ", as far as is known yet" if state.is_in_doubt else ""
+        _print_line(
+            f"No other peer can dial this one{why}: it takes part as a client, under no address.", console
+        )
+        _print_line(f"{_in_options(state.advice)}.", console)
         return
-    is_local = all(address.is_loopback for address in addresses)
+    is_local = all(address.is_loopback for address in state.addresses)
     whence = "from this machine only (see --host), " if is_local else ""
     _print_line(f"This peer can be reached {whence}at", console)
-    for address in addresses:
+    for address in state.addresses:
         _print_line(f"  {address}", console)
+
+
+def _in_options(advice: str) -> str:
+    for parameter, option in OPTIONS:
+        advice = advice.replace(parameter, option)
+    return advice
 
 
 def _print_line(text: str, console: Console) -> None:

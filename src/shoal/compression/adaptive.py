@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NoReturn, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
 
 import torch
 
@@ -20,6 +20,8 @@ from shoal.compression.base import (
 )
 from shoal.compression.registry import deserialize_tensor
 from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.utils.deep import names_of_hivemind
+from shoal.utils.scalars import plain
 
 
 class _NoWireId:
@@ -180,8 +182,13 @@ def _codec(name: str, codec: object) -> CompressionBase:
 
 
 def _count(name: str, value: object) -> int:
+    value = plain(value)
     if not isinstance(value, int) or isinstance(value, bool):
         raise InvalidTypeError(f"{name} is {value!r}; it must be a number of elements")
     if value < 0:
         raise InvalidValueError(f"{name} is {value}; it must be at least 0")
     return value
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of_hivemind(__name__)

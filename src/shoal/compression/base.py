@@ -13,8 +13,9 @@ from __future__ import annotations
 import enum
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import msgspec
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 
 from shoal.compression.settings import Configured
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation, UsageError
+from shoal.utils.deep import names_of_hivemind
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
@@ -34,9 +36,23 @@ FLOATING_DTYPES: dict[str, torch.dtype] = {
 }
 """The dtypes that can be averaged, by their name on the wire."""
 
+WHOLE_DTYPES: dict[str, torch.dtype] = {
+    **FLOATING_DTYPES,
+    **{
+        name: getattr(torch, name)
+        for name in ("bool", "uint8", "int8", "int16", "int32", "int64", "complex64", "complex128")
+    },
+}
+"""The dtypes of whole tensors that travel without compression."""
+
 UINT8 = np.dtype(np.uint8)
 
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in FLOATING_DTYPES.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Its name on the wire, such as ``"float32"``."""
+    return str(dtype).removeprefix("torch.")
 
 
 class TensorRole(enum.Enum):
@@ -89,6 +105,8 @@ class SerializedTensor(msgspec.Struct, frozen=True, array_like=True):
     dtype: str
     shape: tuple[int, ...]
     data: bytes
+    requires_grad: bool = False
+    """Whether the sender's tensor does; integers never do."""
 
 
 class CompressionBase(Configured, ABC):
@@ -102,6 +120,9 @@ class CompressionBase(Configured, ABC):
 
     compression_type: ClassVar[int]
     """The codec's wire id; see :mod:`shoal.compression.registry`."""
+
+    whole_dtypes: ClassVar[Mapping[str, torch.dtype]] = FLOATING_DTYPES
+    """What :meth:`compress` takes, by name."""
 
     elementwise: ClassVar[bool] = False
     """Whether each element is encoded by itself, so that its neighbours do not matter. If not, a codec is given the
@@ -143,7 +164,7 @@ class CompressionBase(Configured, ABC):
         view = memoryview(data).cast("B")
         if len(view) != expected:
             raise ProtocolViolation(
-                f"{type(self).__name__}: {count} elements of {DTYPE_NAMES[dtype]} take {expected} bytes,"
+                f"{type(self).__name__}: {count} elements of {dtype_name(dtype)} take {expected} bytes,"
                 f" not {len(view)}"
             )
         if out is not None:
@@ -177,7 +198,7 @@ class CompressionBase(Configured, ABC):
         expected = self.encoded_nbytes(part.dtype, len(part))
         if len(view := memoryview(data).cast("B")) != expected:
             raise InvalidValueError(
-                f"{self!r}.encode made {len(view)} bytes of {len(part)} elements of {DTYPE_NAMES[part.dtype]}, but its"
+                f"{self!r}.encode made {len(view)} bytes of {len(part)} elements of {dtype_name(part.dtype)}, but its"
                 f" encoded_nbytes says {expected}"
             )
         return view
@@ -225,21 +246,26 @@ class CompressionBase(Configured, ABC):
     def compress(
         self, tensor: torch.Tensor, info: CompressionInfo | None = None, allow_inplace: bool = False
     ) -> SerializedTensor:
-        """Encode a whole floating tensor on any device, of any shape and strides.
+        """Encode a whole tensor on any device, of any shape and strides, and keep its ``requires_grad``.
+
+        Codecs that lose something take floating tensors; :class:`NoCompression` takes all of torch's usual dtypes.
 
         :param allow_inplace: the codec may use the tensor's own memory as scratch space
         """
-        if tensor.dtype not in DTYPE_NAMES:
+        name = dtype_name(tensor.dtype)
+        if name not in self.whole_dtypes:
             raise InvalidTypeError(
-                f"tensor has dtype {tensor.dtype}; codecs take {', '.join(FLOATING_DTYPES)}"
+                f"tensor must have a dtype that {type(self).__name__} takes ({', '.join(self.whole_dtypes)}), "
+                f"got {name}"
             )
         codec = self.choose(info if info is not None else CompressionInfo.from_tensor(tensor))
         flat = tensor.detach().to("cpu").reshape(-1).contiguous()
         return SerializedTensor(
             codec.compression_type,
-            DTYPE_NAMES[tensor.dtype],
+            name,
             tuple(tensor.shape),
             bytes(codec.encode_checked(flat)),
+            tensor.requires_grad,
         )
 
     def extract(self, serialized: SerializedTensor, *, max_elements: int | None = None) -> torch.Tensor:
@@ -248,7 +274,7 @@ class CompressionBase(Configured, ABC):
         Raises :class:`ProtocolViolation` before any memory is taken if the message contradicts itself or
         exceeds ``max_elements``.
         """
-        dtype = FLOATING_DTYPES.get(serialized.dtype)
+        dtype = self.whole_dtypes.get(serialized.dtype)
         if dtype is None:
             raise ProtocolViolation(f"unknown dtype {serialized.dtype[:32]!r} of a tensor")
         # Torch multiplies the sizes other than 0, for the strides, even of an empty tensor.
@@ -259,7 +285,9 @@ class CompressionBase(Configured, ABC):
         if max_elements is not None and count > max_elements:
             raise ProtocolViolation(f"a tensor of {count} elements where at most {max_elements} are allowed")
         flat = self.decode(serialized.data, dtype, count)
-        return flat.reshape(serialized.shape)
+        whole = flat.reshape(serialized.shape)
+        may_require_grad = dtype.is_floating_point or dtype.is_complex
+        return whole.requires_grad_(serialized.requires_grad and may_require_grad)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -269,6 +297,7 @@ class NoCompression(CompressionBase):
     """The tensor's own bytes: nothing is lost, and nothing is copied on the way to the socket."""
 
     compression_type = 0
+    whole_dtypes = WHOLE_DTYPES
     elementwise = True
 
     def lossless(self, dtype: torch.dtype) -> bool:
@@ -332,9 +361,16 @@ def decode_raw(data: memoryview, dtype: torch.dtype, count: int, out: torch.Tens
         return torch.empty(0, dtype=dtype) if out is None else out
     if data.readonly:
         data = memoryview(bytearray(data))
-    values = torch.frombuffer(data, dtype=dtype, count=count)
+    # A bool in memory is 0 or 1; strangers may send other bytes.
+    as_bool = dtype == torch.bool
+    values = torch.frombuffer(data, dtype=torch.uint8 if as_bool else dtype, count=count)
+    values = values != 0 if as_bool else values
     if out is None:
         return values
     if values.data_ptr() != out.data_ptr():
         out.copy_(values)
     return out
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of_hivemind(__name__)

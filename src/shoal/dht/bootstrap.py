@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 
 from shoal.dht.neighbours import Neighbours
 from shoal.dht.tasks import TaskSet
-from shoal.errors import DeadlineExceeded, InvalidValueError, PeerUnreachable
+from shoal.errors import DeadlineExceeded, IdentityInUse, InvalidValueError, PeerUnreachable
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.tenancy import OWN
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +69,12 @@ class InitialPeers:
         """
         for text in self.others:
             self._tasks.start(self._keep(text), f"dht-initial-peer-{text}")
+        for text in self._own:
+            if self._addresses[text].peer_id is not None:
+                self._tasks.start(self._watch_own(text), f"dht-own-address-{text}")
         try:
             async with asyncio.timeout(timeout):
-                while self.others and not self.found:
+                while self.others and not self.found and self._neighbours.host.tenancy.rival is None:
                     if self.includes_self and all(text in self.failures for text in self.others):
                         break
                     self._changed.clear()
@@ -98,6 +102,17 @@ class InitialPeers:
             alone = not len(self._neighbours.table)
             delay = min(2 * delay, MAX_DELAY_BEFORE_FIRST if alone else MAX_DELAY)
 
+    async def _watch_own(self, text: str) -> None:
+        """An address with this node's own PeerID: until it leads here, another peer may start there."""
+        try:
+            while True:
+                outcomes = await self._neighbours.host.ask_rivals([self._addresses[text]])
+                if any(OWN in reason for reason in outcomes.values()):
+                    return
+                await self._pause(text, MAX_DELAY)
+        except IdentityInUse as error:  # the node's owner has been told
+            logger.debug("%s", error)
+
     async def _try(self, text: str) -> PeerID | None:
         """Call one address; who answered there."""
         host, timeout = self._neighbours.host, self._neighbours.config.wait_timeout
@@ -108,7 +123,7 @@ class InitialPeers:
             return None
         except PeerUnreachable as error:
             self.failures[text] = "; ".join(dict.fromkeys(error.failures.values())) or str(error)
-            if "this host itself" in self.failures[text]:
+            if OWN in self.failures[text]:
                 self._own.add(text)
             return None
         except DeadlineExceeded:

@@ -22,6 +22,8 @@ class DHTSetup:
     identity_path: str | None
     config: DHTConfig
     validators: bytes
+    clock_offset: float = 0.0
+    """Of DHT time in the host process, so that both begin with the same."""
 
 
 @dataclass(frozen=True)
@@ -79,3 +81,16 @@ class NodeDescription:
     peer_id: bytes
     client_mode: bool
     visible_addresses: tuple[Multiaddr, ...]
+    clock: ClockReading
+
+
+@dataclass(frozen=True)
+class ClockReading:
+    """What time it is for the node; also sent by itself when the node's clock was moved.
+
+    :param offset: DHT time minus steady time, which is the same in both processes
+    :param moves: how often the clock was moved before: of two readings, that with more counts
+    """
+
+    offset: float
+    moves: int

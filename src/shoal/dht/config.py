@@ -31,8 +31,9 @@ class DHTConfig:
     ensure_bootstrap_success: bool = True
     """Whether ``create`` raises BootstrapError then; otherwise the search for initial peers goes on for ever."""
     check_reachability: bool = True
-    """Whether two peers are asked to dial this node back: when it joins, as the first node when two have come, when its
-    addresses have changed, and every 10 minutes while nobody gets through."""
+    """Whether peers are asked to dial this node back: when it joins, as the first node when the first one has come,
+    when a peer may see it from farther away, when its addresses have changed, and every 3 minutes. Until one has
+    answered, a node that joins counts as a client. False: what it announces is believed."""
     wait_timeout: float = 3.0
     """How long one call to a peer may take, connecting included."""
     stall_timeout: float = 0.7

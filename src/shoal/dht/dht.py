@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 
-from shoal.dht import options
+from shoal.dht import addresses, options
 from shoal.dht.commands import (
     AddValidators,
+    ClockReading,
     DescribeNode,
     DHTSetup,
     GetRecord,
@@ -31,15 +34,18 @@ from shoal.errors import (
     InvalidTypeError,
     InvalidValueError,
     PeerProcessDied,
+    PeerProcessUnresponsive,
 )
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.runtime import pickling
 from shoal.runtime.futures import MPFuture, chain
 from shoal.runtime.process import BackgroundProcess, ServiceHandle
+from shoal.utils.deep import names_of_hivemind
 from shoal.utils.lazy import attributes_with_advice
 from shoal.utils.logging import show_logs
 from shoal.utils.serializer import MSGPackSerializer
+from shoal.utils.timed import dht_clock
 
 T = TypeVar("T")
 Address = str | Multiaddr
@@ -60,8 +66,9 @@ class DHT:
     May be used on any thread and as a context manager. It ends by :meth:`shutdown`, with the last reference
     to it, or with the interpreter, whichever comes first; a forked child process can neither use nor end it.
 
-    :param initial_peers: addresses of some peers of an existing DHT, as text or Multiaddr; none: begin a new
-        DHT
+    :param initial_peers: addresses of some peers of an existing DHT, as text or Multiaddr; None: begin a new
+        DHT. As in the other two lists of addresses, those of transports that Shoal does not have are left out,
+        with a warning, and one text may hold several, with commas or blanks between them
     :param start: start at once; otherwise call :meth:`run_in_background`
     :param daemon: if false, the DHT does not end with the last reference to it, and the interpreter waits at
         its end until it is shut down by another thread, Ctrl+C is pressed, or a signal ends the program
@@ -73,7 +80,7 @@ class DHT:
         port
     :param announce_maddrs: what others are told instead, e.g. the outer address of a forwarded port
     :param identity_path: file with the key that makes this node's PeerID; created if it is missing. Without
-        it the node gets a new PeerID each time
+        it the node gets a new PeerID each time. One running peer can use a key: give each its own file
     :param client_mode: neither listen nor keep records of others; also what becomes of a node that nobody can
         dial
     :param bootstrap_timeout: for how many seconds the initial peers are retried
@@ -85,6 +92,7 @@ class DHT:
     :raises InvalidTypeError: (a TypeError) an option is unknown or of the wrong type
     :raises InvalidValueError: (a ValueError) a value is not allowed, or an address cannot be listened on
     :raises BootstrapError: no initial peer answered; lists each address with the reason
+    :raises IdentityInUse: another running peer has the same key; names its address
     """
 
     service_name = "dht"
@@ -92,15 +100,15 @@ class DHT:
 
     def __init__(
         self,
-        initial_peers: Sequence[Address] | None = None,
+        initial_peers: Sequence[Address] | Address | None = None,
         *,
         start: bool,
         daemon: bool = True,
         record_validators: Iterable[RecordValidatorBase] = (),
         shutdown_timeout: float = 3,
         await_ready: bool = True,
-        host_maddrs: Sequence[Address] = ("/ip4/127.0.0.1/tcp/0",),
-        announce_maddrs: Sequence[Address] | None = None,
+        host_maddrs: Sequence[Address] | Address = ("/ip4/127.0.0.1/tcp/0",),
+        announce_maddrs: Sequence[Address] | Address | None = None,
         identity_path: str | os.PathLike[str] | None = None,
         client_mode: bool = False,
         bootstrap_timeout: float | None = None,
@@ -122,6 +130,7 @@ class DHT:
         self._creation: MPFuture[ServiceHandle] | None = None
         self._peer_id: PeerID | None = None
         self._last_description: NodeDescription | None = None
+        self._time = _NodeTime()
         self._shared_classes: dict[int, type[Any]] = {}
         for name, flag in (("start", start), ("daemon", daemon), ("await_ready", await_ready)):
             options.check_number(name, flag, "bool")
@@ -145,14 +154,14 @@ class DHT:
             },
             options_,
         )
-        listen = options.parse_listen_addresses(host_maddrs)
+        listen = addresses.parse_listen_addresses(host_maddrs)
         self._daemon = daemon
         self._shutdown_timeout = float(shutdown_timeout)
-        self._initial_peers = options.parse_addresses("initial_peers", initial_peers)
+        self._initial_peers = addresses.parse_addresses("initial_peers", initial_peers)
         validators = options.check_validators(record_validators)
         self._setup = DHTSetup(
             listen=() if client_mode else listen,
-            announce=options.parse_announced_addresses(announce_maddrs),
+            announce=addresses.parse_announced_addresses(announce_maddrs),
             initial_peers=self._initial_peers,
             config=config,
             validators=pickling.dumps(validators, "record_validators"),
@@ -179,7 +188,9 @@ class DHT:
             from shoal.dht.factory import make_service  # imports nothing of the node here
 
             self._creation = process.create_service(
-                partial(make_service, self._setup), name=self.service_name
+                partial(make_service, replace(self._setup, clock_offset=dht_clock.offset)),
+                name=self.service_name,
+                handler=self._time.take_in,
             )
             self._creation.add_done_callback(partial(_end_after_failure, weakref.ref(process)))
             if await_ready:
@@ -348,7 +359,7 @@ class DHT:
         :raises InvalidTypeError: key, sub-key or value cannot be serialized, see
             :class:`~shoal.utils.MSGPackSerializer`
         """
-        options.check_number("expiration_time", expiration_time)
+        expiration_time = options.check_number("expiration_time", expiration_time)
         if not math.isfinite(expiration_time):
             raise InvalidValueError(
                 f"expiration_time must be a finite number of seconds, not {expiration_time!r}"
@@ -403,13 +414,6 @@ class DHT:
         validators = options.check_validators(record_validators)
         self._call(AddValidators(pickling.dumps(validators, "record_validators"))).result()
 
-    def _is_ready(self) -> bool:
-        """Whether the node can be asked without waiting for it to join."""
-        creation = self._creation
-        if not self.is_alive() or creation is None or not creation.done():
-            return False
-        return not creation.cancelled() and creation.exception() is None
-
     def _started(self) -> MPFuture[ServiceHandle]:
         """The node's service, which may still be in the making."""
         self.background  # noqa: B018 - raises if it was not started
@@ -423,8 +427,8 @@ class DHT:
         try:
             return creation.result(timeout)
         except TimeoutError as error:
-            if creation.done():
-                raise  # the node's own failure
+            if creation.done() or isinstance(error, PeerProcessUnresponsive):
+                raise  # the node's own failure, or the reason why it takes so long
             raise DeadlineExceeded(f"the DHT was not ready after {timeout:g} s") from error
 
     def _call(self, command: object, *, with_classes: bool = False) -> MPFuture[Any]:
@@ -459,8 +463,9 @@ class DHT:
         return register
 
     def _describe(self) -> NodeDescription:
-        self._last_description = self._describe_later().result()
-        return self._last_description
+        description = self._last_description = self._describe_later().result()
+        self._time.take_in(description.clock)
+        return description
 
     def _describe_at_last(self) -> NodeDescription:
         """What the node is now, or was when it was last asked, if it has ended."""
@@ -478,6 +483,21 @@ class DHT:
         return call
 
 
+class _NodeTime:
+    """Makes this process's DHT time follow that of a node. Refers to no DHT, whose last reference ends it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._moves = 0
+
+    def take_in(self, reading: ClockReading) -> None:
+        """On any thread, in any order."""
+        with self._lock:
+            if reading.moves > self._moves:
+                self._moves = reading.moves
+                dht_clock.set_offset(reading.offset)
+
+
 def _serialize(name: str, value: object) -> bytes:
     try:
         return MSGPackSerializer.dumps(value)
@@ -490,7 +510,8 @@ def _serialize(name: str, value: object) -> bytes:
 def _note_description(owner: weakref.ref[DHT], call: Future[NodeDescription]) -> None:
     dht = owner()
     if dht is not None and not call.cancelled() and call.exception() is None:
-        dht._last_description = call.result()
+        description = dht._last_description = call.result()
+        dht._time.take_in(description.clock)
 
 
 def _likely_modules() -> tuple[str, ...]:
@@ -506,3 +527,7 @@ def _end_after_failure(process: weakref.ref[BackgroundProcess], creation: Future
 
 def _name_of(function: object) -> str:
     return str(getattr(function, "__qualname__", repr(function)))
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of_hivemind(__name__)

@@ -27,6 +27,7 @@ from shoal.errors import (
     ProtocolViolation,
     RemoteError,
 )
+from shoal.p2p.connections import NO_ROOM
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
@@ -46,6 +47,7 @@ MAX_LOST = 64
 FIRST_RETRY, LAST_RETRY = 1.0, 20.0
 FORGET_AFTER = 1800.0
 MAX_ADDRESSES = 8
+MAX_OWN_ELSEWHERE = 16
 PROBE_AFTER = 15.0
 """A node of a full bucket is called to make sure of it when it was not heard of for this long."""
 
@@ -70,6 +72,10 @@ class Neighbours:
         self.listening = False
         self.heard_of: dict[PeerID, None] | None = {}
         """While this node does not know yet whether it can be reached: peers that it will call when it knows."""
+        self.has_made_sure = False
+        """Whether this node need not hear any more where else its identity has been."""
+        self.own_elsewhere: dict[Multiaddr, None] = {}
+        """Where others say that this node's PeerID has been known."""
         self.on_joined: list[Callable[[PeerID], None]] = []
         self.on_left: list[Callable[[PeerID], None]] = []
         self._tasks = tasks
@@ -117,6 +123,8 @@ class Neighbours:
             except InvalidValueError as error:
                 logger.debug("a peer named a node that is none: %s", error)
                 continue
+            if peer == self.host.peer_id and len(self.own_elsewhere) < MAX_OWN_ELSEWHERE:
+                self.own_elsewhere |= dict.fromkeys(addresses)
             if peer == self.host.peer_id or self._is_resting(peer):
                 continue
             if not self.host.is_connected(peer):
@@ -131,18 +139,30 @@ class Neighbours:
         if not count:
             return []
         known_prefixes = {known[at : at + 8] for at in range(0, len(known), 8)}
+        is_elsewhere = self.host.is_elsewhere(asker)
         return [
-            Contact(
-                entry.peer.to_bytes(), [str(a) for a in self.host.addresses_of(entry.peer)[:MAX_ADDRESSES]]
-            )
+            Contact(entry.peer.to_bytes(), self._addresses_for(entry.peer, is_elsewhere))
             for entry in self.table.nearest(target, min(count, self.config.bucket_size))
             if entry.prefix not in known_prefixes and entry.peer != asker
         ]
 
+    def _addresses_for(self, peer: PeerID, is_elsewhere: bool) -> list[str]:
+        """Where ``peer`` can be dialed, for an asker that is or is not on this machine: loopback stays here."""
+        addresses = [one for one in self.host.addresses_of(peer) if not (is_elsewhere and one.is_loopback)]
+        return [str(address) for address in addresses[:MAX_ADDRESSES]]
+
+    def elsewhere(self, asker: PeerID, known: bytes) -> list[Contact]:
+        """Where else a newcomer's identity has been, for one that has not made sure yet that it is the only one."""
+        if id_prefix(node_id(asker)) in (known[at : at + 8] for at in range(0, len(known), 8)):
+            return []
+        addresses = self.host.addresses_elsewhere(asker)[:MAX_ADDRESSES]
+        return [Contact(asker.to_bytes(), [str(address) for address in addresses])] if addresses else []
+
     def known_prefixes(self, peers: Iterable[PeerID]) -> bytes:
         """The ``known`` field of a request: these peers, and those that would not be called anyhow."""
         resting = (peer for peer in self._lost if self._is_resting(peer))
-        prefixes = [id_prefix(node_id(peer)) for group in (peers, resting) for peer in group]
+        own = [id_prefix(self.own_id)] if self.has_made_sure else []
+        prefixes = own + [id_prefix(node_id(peer)) for group in (peers, resting) for peer in group]
         return b"".join(prefixes)[:MAX_KNOWN_BYTES]
 
     # Greetings: a first call to a peer, which also asks whom it knows near us.
@@ -222,6 +242,8 @@ class Neighbours:
         known = peer in self.table
         if not known and not self.host.addresses_of(peer):
             return  # it can be called over its own connection only: others could not reach it
+        if not known and len(self.table) and self.host.is_client(peer):
+            return  # it keeps no records for others; alone, it is better than nobody
         to_probe = self.table.answered(peer, self._loop.time())
         if to_probe is not None:
             self.greet_in_background(to_probe)
@@ -259,4 +281,6 @@ class Neighbours:
     def _disconnected(self, peer: PeerID, reason: str) -> None:
         if peer in self.table:
             logger.debug("the connection to %s ended: %s", peer, reason)
+            if NO_ROOM in reason:
+                return  # it is not lost, and a new connection would only drive out another one
             self.greet_in_background(peer)  # it leaves the table unless it answers on a new connection

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from shoal.dht.bootstrap import InitialPeers
 from shoal.dht.cache import RecordCache
@@ -20,26 +20,32 @@ from shoal.dht.config import DHTConfig
 from shoal.dht.ids import key_id
 from shoal.dht.messages import StoredEntry
 from shoal.dht.neighbours import Neighbours
-from shoal.dht.reachability import HELPERS, ReachabilityWatch
+from shoal.dht.reachability import ReachabilityWatch
 from shoal.dht.records import Records
 from shoal.dht.replication import records_after_loss, records_for_newcomer
 from shoal.dht.server import Server
-from shoal.dht.storage import PLAIN, Entry, Record, Storage
+from shoal.dht.storage import NO_TIME_AT_ALL, PLAIN, Entry, Record, Storage
 from shoal.dht.tasks import TaskSet
+from shoal.dht.timekeeping import ASKED, TimeKeeper
 from shoal.dht.types import ValueWithExpiration
 from shoal.dht.upkeep import Upkeep
 from shoal.dht.validation import CompositeValidator, DHTRecord, ProtectedKeyValidator, RecordValidatorBase
-from shoal.errors import BootstrapError, InvalidStateError, InvalidValueError
+from shoal.errors import BootstrapError, IdentityInUse, InvalidStateError, InvalidValueError
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.utils import figures
+from shoal.utils.deep import names_of_hivemind
+from shoal.utils.lazy import attributes_with_advice
 from shoal.utils.serializer import MSGPackSerializer
-from shoal.utils.timed import get_dht_time
+from shoal.utils.timed import DHTClock, dht_clock
 
 logger = logging.getLogger(__name__)
 
 MAX_GREETED = 64
 """Neighbours that are told at once when others can dial this node again, or cannot any more."""
+TELL_TIMEOUT = 1.0
+"""Seconds for which joining waits until the peers found so far have heard where this node can be dialed."""
 HAND_OVER_DELAY = 1.0
 """Wait this long before handing records over: who comes or goes seldom does so alone."""
 HAND_OVER_BATCH = 256
@@ -49,6 +55,8 @@ HAND_OVER_BATCH = 256
 class DHTNode:
     """Made by :meth:`create`; lives on one event loop. Nothing here is thread-safe."""
 
+    clock: DHTClock
+    """The time of the DHT: expirations go by it."""
     host: Host
     peer_id: PeerID
 
@@ -60,7 +68,7 @@ class DHTNode:
         *,
         initial_peers: Sequence[Multiaddr] = (),
         validators: Sequence[RecordValidatorBase] = (),
-        clock: Callable[[], float] = get_dht_time,
+        clock: DHTClock = dht_clock,
         rng: random.Random | None = None,
     ) -> DHTNode:
         """Join the DHT of the initial peers, or start one if there are none besides this node itself.
@@ -83,18 +91,19 @@ class DHTNode:
         config: DHTConfig,
         initial_peers: Sequence[Multiaddr],
         validators: Sequence[RecordValidatorBase],
-        clock: Callable[[], float],
+        clock: DHTClock,
         rng: random.Random,
     ) -> None:
         """Use :meth:`create`."""
         self.host = host
         self.peer_id = host.peer_id
         self.config = config
-        self._clock = clock
+        self.clock = clock
         self._tasks = TaskSet()
         self._closed = False
         self._joined = False
         self._entered = False
+        self._checks = config.check_reachability and not config.client_mode
         # Ordered, as sets are not: who joined and who left since records were last handed over.
         self._newcomers: dict[PeerID, None] = {}
         self._leavers: dict[PeerID, None] = {}
@@ -108,11 +117,17 @@ class DHTNode:
         self._initial = InitialPeers(
             self._neighbours, initial_peers, self._tasks, rng, self._found_initial_peer
         )
-        self._upkeep = Upkeep(self._neighbours, self._initial, self._records.find_nodes, clock, rng)
-        self._reachability = ReachabilityWatch(host, self._helpers, self._reachability_changed, rng)
+        self._upkeep = Upkeep(self._neighbours, self._initial, self._records.find_nodes, clock.steady, rng)
+        self._reachability = ReachabilityWatch(
+            host, lambda: list(self._neighbours.table), self._reachability_changed, rng
+        )
+        self._time = TimeKeeper(host, clock, self._helpers, rng)
         self._gets: dict[tuple[int, bool], asyncio.Task[ValueWithExpiration | None]] = {}
         self._neighbours.on_joined.append(self._neighbour_joined)
         self._neighbours.on_left.append(self._neighbour_left)
+
+    if not TYPE_CHECKING:
+        __getattr__ = attributes_with_advice("DHTNode")
 
     # What users see.
 
@@ -125,6 +140,11 @@ class DHTNode:
     def neighbours(self) -> list[PeerID]:
         """The nodes in the routing table."""
         return list(self._neighbours.table)
+
+    @property
+    def initial_peers(self) -> list[str]:
+        """The addresses of other peers by which this node joined."""
+        return self._initial.others
 
     @property
     def num_records(self) -> int:
@@ -148,23 +168,28 @@ class DHTNode:
     ) -> bool:
         """As :meth:`store`, for a key, value and sub-key that were serialized by MSGPackSerializer already."""
         self._check_open()
-        if expiration_time > self._clock() + self.config.max_expiration:
+        if expiration_time > self.clock() + self.config.max_expiration:
+            ahead, limit = expiration_time - self.clock(), self.config.max_expiration
             raise InvalidValueError(
-                f"expiration_time: {expiration_time} is more than {self.config.max_expiration:g} s from now, "
-                "the most that this DHT allows (max_expiration)"
+                f"expiration_time must be at most {figures.duration(limit)} from now (max_expiration), "
+                f"got {figures.duration(ahead)} from now"
+            )
+        if self.clock() - expiration_time > NO_TIME_AT_ALL:
+            raise InvalidValueError(
+                f"expiration_time must be a time, as get_dht_time() + 60, got {figures.number(expiration_time)}"
             )
         for name, serialized in (("key", key), ("subkey", subkey or PLAIN)):
             if len(serialized) > self._storage.limits.max_key_size:
                 limit = self._storage.limits.max_key_size
                 raise InvalidValueError(
-                    f"{name}: {len(serialized)} bytes when serialized; at most {limit} are allowed"
+                    f"{name} must take at most {limit:,} bytes when serialized, got {len(serialized):,}"
                 )
         record = DHTRecord(key, subkey, value, float(expiration_time))
         value = self._validator.sign_value(record)
         if len(value) > self.config.max_value_size:
             limit = self.config.max_value_size
             raise InvalidValueError(
-                f"value: {len(value)} bytes when serialized; this DHT allows {limit} (max_value_size)"
+                f"value must take at most {limit:,} bytes when serialized (max_value_size), got {len(value):,}"
             )
         record = DHTRecord(key, subkey, value, record.expiration_time)
         reason = self._validator.explain(record)
@@ -198,9 +223,7 @@ class DHTNode:
         if not latest and self.config.cache_locally:
             cached = self._records.cached(identifier)
             if cached is not None:
-                expires_soon = (
-                    cached.expiration_time - self._clock() < self.config.cache_refresh_before_expiry
-                )
+                expires_soon = cached.expiration_time - self.clock() < self.config.cache_refresh_before_expiry
                 if expires_soon and self.config.cache_refresh_before_expiry:
                     self._start_get(identifier, key, latest=True)
                 return cached
@@ -225,56 +248,16 @@ class DHTNode:
             return
         self._closed = True
         self._server.stop(self.host)
+        self._time.close()
         self._neighbours.close()
         await self._tasks.close()
 
-    # Joining.
+    # Whether others can dial it.
 
-    async def _join(self) -> None:
-        if not self.client_mode:
-            self._server.start(self.host)
-        found = await self._initial.find_first(self.config.bootstrap_timeout)
-        if not found and self._initial.others and not self._initial.includes_self:
-            if self.config.ensure_bootstrap_success:
-                raise self._bootstrap_error()
-            logger.warning("%s; going on in the background", self._bootstrap_error())
-        if found:
-            await self._enter()
-        else:
-            self._present()
-        self._joined = True
-        self._upkeep.hurry()
-        self._tasks.start(self._upkeep.run(), "dht-upkeep")
-        if self.config.check_reachability and not self.config.client_mode:
-            self._tasks.start(self._reachability.run(), "dht-reachability")
-
-    def _found_initial_peer(self, peer: PeerID) -> None:
-        self._upkeep.hurry()
-        if self._joined and not self._entered:
-            self._tasks.start(self._enter(), "dht-enter")
-
-    async def _enter(self) -> None:
-        """The first initial peer has answered: meet the nodes near this one, and become one of them."""
-        self._entered = True
-        neighbours = self._neighbours
-        if self.config.check_reachability and not self.client_mode:
-            known = [*self._initial.found.values(), *neighbours.table, *(neighbours.heard_of or ())]
-            await self._reachability.check(list(dict.fromkeys(known))[:HELPERS])
-        if not self.host.can_be_dialed:
-            self._server.stop(self.host)
-        self._present()
-        await self._records.find_nodes(neighbours.own_id)
-
-    def _present(self) -> None:
-        """From now on others may know whether to put this node into their tables."""
-        heard_of, self._neighbours.heard_of = self._neighbours.heard_of or {}, None
-        self._neighbours.listening = not self.client_mode
-        for peer in heard_of:
-            self._neighbours.greet_if_new(peer)
-
-    def _helpers(self) -> list[PeerID]:
-        """Who may be asked to dial back."""
-        return list(dict.fromkeys([*self._neighbours.table, *self.host.connected_peers()]))
+    def look_again(self, *, in_doubt: bool) -> None:
+        """Find out anew whether others can dial this node; ``in_doubt``: until then nobody relies on it."""
+        if self._checks:
+            self._reachability.look_again(in_doubt=in_doubt)
 
     async def _reachability_changed(self) -> None:
         """Serve, or leave the others' tables, and tell them.
@@ -288,11 +271,88 @@ class DHTNode:
         await self.host.announce()
         await self._neighbours.greet_all(list(self._neighbours.table)[:MAX_GREETED])
 
+    # Joining.
+
+    async def _join(self) -> None:
+        if not self.config.client_mode:
+            self._server.start(self.host)
+        if self._checks:
+            self._reachability.begin(in_doubt=bool(self._initial.others))
+        found = await self._initial.find_first(self.config.bootstrap_timeout)
+        self.host.check_identity()
+        if not found and self._initial.others and not self._initial.includes_self:
+            if self.config.ensure_bootstrap_success:
+                raise self._bootstrap_error()
+            logger.warning("%s; going on in the background", self._bootstrap_error())
+        elif not found:
+            self._time.begin()
+        if found:
+            await self._enter()
+        else:
+            self.host.reach.presume()
+            self._present()
+        self.host.check_identity()
+        self.host.tenancy.settle()
+        self._joined = True
+        self._upkeep.hurry()
+        self._tasks.start(self._upkeep.run(), "dht-upkeep")
+        self._tasks.start(self._time.run(), "dht-time")
+        if self._checks:
+            self._tasks.start(self._reachability.run(), "dht-reachability")
+
+    def _found_initial_peer(self, peer: PeerID) -> None:
+        self._upkeep.hurry()
+        if self._joined and not self._entered:
+            self._tasks.start(self._enter_late(), "dht-enter")
+
+    async def _enter_late(self) -> None:
+        try:
+            await self._enter()
+        except IdentityInUse as error:  # the node's owner has been told
+            logger.debug("%s", error)
+
+    async def _enter(self) -> None:
+        """The first initial peer has answered: meet the nodes near this one, and become one of them."""
+        self._entered = True
+        neighbours = self._neighbours
+        known = [*self._initial.found.values(), *neighbours.table, *(neighbours.heard_of or ())]
+        known = list(dict.fromkeys(known))
+        # Before anything is stored, and before users ask what time it is.
+        await self._time.ask(known[:ASKED])
+        if self._checks:
+            await self._reachability.check(known)
+            if self.host.can_be_dialed:
+                await self._tell_neighbours()
+        if not self.host.can_be_dialed:
+            self._server.stop(self.host)
+        self._present()
+        await self._records.find_nodes(neighbours.own_id)
+        # By now the nodes that would know of another peer with this identity have been asked where it was.
+        await self.host.ask_rivals(neighbours.own_elsewhere)
+        neighbours.has_made_sure = True
+
+    async def _tell_neighbours(self) -> None:
+        """Connected peers were told nothing while it was in doubt; one that does not answer holds up nobody."""
+        telling = self._tasks.start(self.host.announce(), "dht-announce")
+        await asyncio.wait((telling,), timeout=TELL_TIMEOUT)
+
+    def _present(self) -> None:
+        """From now on others may know whether to put this node into their tables."""
+        heard_of, self._neighbours.heard_of = self._neighbours.heard_of or {}, None
+        self._neighbours.listening = not self.client_mode
+        for peer in heard_of:
+            self._neighbours.greet_if_new(peer)
+
+    def _helpers(self) -> list[PeerID]:
+        """Who may be asked what time it is."""
+        return list(dict.fromkeys([*self._neighbours.table, *self.host.connected_peers()]))
+
     def _bootstrap_error(self) -> BootstrapError:
         failures = {text: self._initial.failures.get(text, "no answer yet") for text in self._initial.others}
         listed = "".join(f"\n  {text}: {reason}" for text, reason in failures.items())
         return BootstrapError(
-            f"no initial peer answered within {self.config.bootstrap_timeout:g} s:{listed}", failures
+            f"no initial peer answered within {figures.duration(self.config.bootstrap_timeout)}:{listed}",
+            failures,
         )
 
     # Upkeep of records.
@@ -341,7 +401,7 @@ class DHTNode:
             await asyncio.sleep(0)
 
     async def _give(self, peer: PeerID, record: Record) -> None:
-        now = self._clock()
+        now = self.clock()
         entries = [
             StoredEntry(subkey, entry.value, entry.expiration)
             for subkey, entry in record.entries.items()
@@ -369,5 +429,10 @@ class DHTNode:
             del self._gets[place]
 
     def _check_open(self) -> None:
+        self.host.check_identity()
         if self._closed:
             raise InvalidStateError("the DHT node was shut down")
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of_hivemind(__name__)

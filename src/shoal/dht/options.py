@@ -13,8 +13,8 @@ from typing import Any
 from shoal.dht.config import DHTConfig
 from shoal.dht.validation import RecordValidatorBase
 from shoal.errors import InvalidTypeError, InvalidValueError
-from shoal.p2p.config import MAX_ANNOUNCED
-from shoal.p2p.multiaddr import Multiaddr
+from shoal.utils.ordering import Order, contradictions
+from shoal.utils.scalars import plain
 
 LIBP2P_OPTIONS = frozenset(
     {
@@ -29,6 +29,13 @@ HIVEMIND_TUNING = frozenset(
     {"backoff_rate", "blacklist_time", "chunk_size", "depth_modulo", "num_workers", "strict"}
 )  # fmt: skip
 """Options of hivemind that tune its own implementation, and have no counterpart here."""
+
+ORDERS = (
+    Order("stall_timeout", "wait_timeout", "a search waits for nodes that are gone"),
+    Order("wait_timeout", "bootstrap_timeout", "an initial peer that is slow is tried only once"),
+)
+STALLS_IN_WAIT = 4
+"""``wait_timeout`` over ``stall_timeout`` at least, where one of both is not given."""
 
 _REFUSED = {
     "authorizer": "Shoal has no authorizers yet, and will not start a DHT without one that was asked for",
@@ -64,85 +71,46 @@ def make_config(given: Mapping[str, Any], extra: Mapping[str, Any]) -> DHTConfig
             )
         else:
             raise InvalidTypeError(_unknown(name, [*given, *types]))
-    for name, value in values.items():
-        check_number(name, value, types[name])
-    return DHTConfig(**values)
+    values = {name: check_number(name, value, types[name]) for name, value in values.items()}
+    for text in contradictions(values, ORDERS):
+        _warn(text)
+    return DHTConfig(**(_followers(values) | values))
 
 
-def check_number(name: str, value: object, kind: str = "float") -> None:
-    """Raise InvalidTypeError unless ``value`` is of the ``kind`` "bool", "int" or "float"."""
+def _followers(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults that have to follow what was given."""
+    stall, wait = given.get("stall_timeout"), given.get("wait_timeout")
+    if stall is None and wait:
+        return {"stall_timeout": min(DHTConfig.stall_timeout, wait / STALLS_IN_WAIT)}
+    if wait is None and stall:
+        return {"wait_timeout": max(DHTConfig.wait_timeout, STALLS_IN_WAIT * stall)}
+    return {}
+
+
+def check_number(name: str, value: Any, kind: str = "float") -> Any:
+    """The value, as Python's own if it is one of numpy's.
+
+    :raises InvalidTypeError: not of the ``kind`` "bool", "int" or "float"
+    """
+    value = plain(value)
     if kind == "bool":
         if not isinstance(value, bool):
             raise InvalidTypeError(f"{name} must be True or False, not {value!r}")
-        return
+        return value
     allowed = (int,) if kind == "int" else (int, float)
     if isinstance(value, bool) or not isinstance(value, allowed):
         what = "a whole number" if kind == "int" else "a number"
         raise InvalidTypeError(f"{name} must be {what}, not {value!r}")
+    return value
 
 
 def check_seconds(name: str, value: float | None) -> None:
     """Raise InvalidTypeError or InvalidValueError unless ``value`` is None or a number of seconds >= 0."""
     if value is None:
         return
-    check_number(name, value)
+    value = check_number(name, value)
     if not (value >= 0 and math.isfinite(value)):
         raise InvalidValueError(f"{name} must be a number of seconds >= 0, not {value!r}")
-
-
-def parse_addresses(name: str, addresses: object) -> tuple[Multiaddr, ...]:
-    """Addresses given as text or Multiaddr.
-
-    :raises InvalidValueError: one of them is malformed, or a single string was given in place of a list
-    :raises InvalidTypeError: it is no list
-    """
-    if addresses is None:
-        return ()
-    if isinstance(addresses, str | Multiaddr):
-        raise InvalidValueError(
-            f"{name} must be a list of addresses, not one: use {name}=[{str(addresses)!r}]"
-        )
-    if not isinstance(addresses, Iterable):
-        raise InvalidTypeError(f"{name} must be a list of addresses, not {addresses!r}")
-    parsed = []
-    for address in addresses:
-        if not isinstance(address, str | Multiaddr):
-            raise InvalidTypeError(f"{name} must hold addresses as str or Multiaddr, not {address!r}")
-        try:
-            parsed.append(Multiaddr.parse(address))
-        except InvalidValueError as error:
-            raise InvalidValueError(f"{name}: {error}") from None
-    return tuple(parsed)
-
-
-def parse_listen_addresses(addresses: object) -> tuple[Multiaddr, ...]:
-    """``host_maddrs``; an identity in them would be meaningless, and is most likely somebody else's."""
-    parsed = parse_addresses("host_maddrs", addresses)
-    for address in parsed:
-        if address.peer_id is not None:
-            raise InvalidValueError(
-                f"host_maddrs: {address} names a peer; give the address alone, without /p2p"
-            )
-    if not parsed:
-        raise InvalidValueError(
-            "host_maddrs must hold an address; for a node that does not listen use client_mode=True"
-        )
-    return parsed
-
-
-def parse_announced_addresses(addresses: object) -> tuple[Multiaddr, ...]:
-    """``announce_maddrs``: others have to be able to dial them."""
-    parsed = parse_addresses("announce_maddrs", addresses)
-    if len(parsed) > MAX_ANNOUNCED:
-        raise InvalidValueError(
-            f"announce_maddrs: {len(parsed)} addresses; at most {MAX_ANNOUNCED} are allowed"
-        )
-    for address in parsed:
-        if address.port == 0 or address.is_unspecified:
-            raise InvalidValueError(
-                f"announce_maddrs: nobody can dial {address}; give the real host and port"
-            )
-    return parsed
 
 
 def check_identity_path(path: object) -> str | None:

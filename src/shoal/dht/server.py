@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 
-from shoal.dht.ids import id_from_bytes, key_id
+from shoal.dht.ids import id_from_bytes, key_id, node_id
 from shoal.dht.messages import (
     FIND,
     STORE,
@@ -63,6 +63,8 @@ class Server:
         self._neighbours.heard_from(peer, request.listening)
         target = id_from_bytes(request.target)
         nodes = self._neighbours.contacts_near(target, request.known, request.count, peer)
+        if request.count and target == node_id(peer):
+            nodes = [*self._neighbours.elsewhere(peer, request.known), *nodes][: request.count]
         record = self._storage.get(target, self._clock()) if request.want_record else None
         if record is None:
             return FindResponse(nodes)

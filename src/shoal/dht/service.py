@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import inspect
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 from shoal.dht.commands import (
     AddValidators,
+    ClockReading,
     DescribeNode,
     DHTSetup,
     GetRecord,
@@ -21,19 +23,21 @@ from shoal.dht.commands import (
     StoreRecord,
 )
 from shoal.dht.node import DHTNode
+from shoal.dht.tasks import TaskSet
 from shoal.dht.types import ValueWithExpiration
 from shoal.dht.validation import RecordValidatorBase
 from shoal.errors import InvalidTypeError, InvalidValueError
 from shoal.p2p.config import HostConfig
 from shoal.p2p.host import Host
 from shoal.p2p.identity import Identity, PeerID
+from shoal.p2p.lease import KeyLease, make_sure
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import TcpNetwork
 from shoal.runtime import pickling
 from shoal.runtime.channel import close_descriptors
 from shoal.runtime.service import ServiceContext
 from shoal.utils.serializer import MSGPackSerializer
-from shoal.utils.timed import get_dht_time
+from shoal.utils.timed import dht_clock
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,18 @@ class DHTView:
     def get_visible_maddrs(self) -> list[Multiaddr]:
         """Where others can dial this node; usable as their ``initial_peers``."""
         host = self.node.host
-        return [address.with_peer_id(host.peer_id) for address in host.announced_addresses]
+        return [address.with_peer_id(host.peer_id) for address in host.visible_addresses]
 
 
 class DHTService:
     """See :class:`shoal.runtime.service.Service`. Other services of the process find the node here."""
 
-    def __init__(self, node: DHTNode) -> None:
+    def __init__(self, node: DHTNode, context: ServiceContext, lease: KeyLease | None = None) -> None:
         self.node = node
+        self._context = context
+        self._lease = lease
+        self._tasks = TaskSet()
+        node.clock.on_move.append(self._clock_moved)
         self._view = DHTView(node)
         self._methods: dict[type[object], Callable[[Any], Awaitable[object]]] = {
             StoreRecord: self._store,
@@ -81,9 +89,12 @@ class DHTService:
     async def close(self) -> None:
         """Say goodbye to everybody and stop listening."""
         try:
+            await self._tasks.close()
             await self.node.shutdown()
         finally:
             await self.node.host.close()
+            if self._lease is not None:
+                self._lease.close()
 
     async def _store(self, command: StoreRecord) -> bool:
         return await self.node.store_serialized(
@@ -113,7 +124,19 @@ class DHTService:
 
     async def _describe(self, _: DescribeNode) -> NodeDescription:
         addresses = tuple(self._view.get_visible_maddrs())
-        return NodeDescription(self.node.peer_id.to_bytes(), self.node.client_mode, addresses)
+        return NodeDescription(
+            self.node.peer_id.to_bytes(), self.node.client_mode, addresses, self._read_clock()
+        )
+
+    def _read_clock(self) -> ClockReading:
+        return ClockReading(self.node.clock.offset, self.node.clock.moves)
+
+    def _clock_moved(self) -> None:
+        self._tasks.start(self._tell_time(self._read_clock()), "tell the host the time")
+
+    async def _tell_time(self, reading: ClockReading) -> None:
+        with contextlib.suppress(BrokenPipeError):  # the host is gone
+            await self._context.call_host(reading)
 
 
 async def create_dht_service(setup: DHTSetup, context: ServiceContext) -> DHTService:
@@ -121,26 +144,43 @@ async def create_dht_service(setup: DHTSetup, context: ServiceContext) -> DHTSer
 
     :raises InvalidValueError: an address cannot be listened on (in use, not of this machine, not allowed)
     :raises BootstrapError: no initial peer answered
+    :raises IdentityInUse: another peer answers under the identity of this key file
     """
+    dht_clock.set_offset(setup.clock_offset)
     path = setup.identity_path
     identity = Identity.generate() if path is None else Identity.load_or_create(path)
+    lease = None if path is None else KeyLease.open(path)
     context.set_log_fields(peer=str(identity.peer_id))
     validators: Iterable[RecordValidatorBase] = await asyncio.to_thread(pickling.loads, setup.validators)
     host_config = HostConfig(client_mode=setup.config.client_mode, announce=setup.announce)
-    host = Host(identity, TcpNetwork(), host_config, clock=get_dht_time)
+    host = Host(identity, TcpNetwork(), host_config, clock=dht_clock)
     try:
+        own = [one for one in setup.initial_peers if one.peer_id == str(identity.peer_id)]
+        await make_sure(host, lease, own)
         await _listen(host, setup.listen)
+        _note_addresses(host, lease)
         node = await DHTNode.create(
             host,
             setup.config,
             initial_peers=setup.initial_peers,
             validators=list(validators),
-            clock=get_dht_time,
+            clock=dht_clock,
         )
     except BaseException:
         await host.close()
+        if lease is not None:
+            lease.close()
         raise
-    return DHTService(node)
+    _note_addresses(host, lease)
+    host.tenancy.on_lost.append(context.fail)
+    return DHTService(node, context, lease)
+
+
+def _note_addresses(host: Host, lease: KeyLease | None) -> None:
+    """Beside the key file: where a newcomer with the same key can ask."""
+    if lease is not None:
+        addresses = list(dict.fromkeys([*host.announced_addresses, *host.candidate_addresses]))
+        lease.write(addresses, client=not addresses)
 
 
 async def _listen(host: Host, addresses: Sequence[Multiaddr]) -> None:

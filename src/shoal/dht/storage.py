@@ -15,11 +15,16 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from shoal.dht.ids import key_id
+from shoal.utils import figures
+from shoal.utils.deep import names_of_hivemind
 
 PLAIN = b""
 """The sub-key of the entry that holds a plain value."""
+NO_TIME_AT_ALL = 365 * 86400.0
+"""Seconds: what expired so long ago was given as a duration, most likely."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +68,12 @@ class Record:
         if bool(subkey) == self.is_plain and self.entries:
             if entry.expiration <= self.expiration:
                 kind = "a plain value" if self.is_plain else "a dictionary"
-                return f"the key holds {kind} that expires at {self.expiration:.3f}, no earlier than this"
+                return f"the key holds {kind} that expires {_later(self.expiration, entry)}"
             return None
         current = self.entries.get(subkey)
         if current is None or current == entry or entry.beats(current):
             return None
-        return f"the key holds a value that expires at {current.expiration:.3f}, no earlier than this"
+        return f"the key holds a value that expires {_later(current.expiration, entry)}"
 
     def put(self, subkey: bytes, entry: Entry, sequence: int) -> None:
         """Put an entry that :meth:`accepts` accepts; ``sequence`` is the number of this change."""
@@ -134,15 +139,29 @@ class StorageLimits:
     def explain(self, key: bytes, subkey: bytes, entry: Entry, now: float) -> str | None:
         """Why an entry is not allowed by itself, whatever else is held; None if it is."""
         if not entry.expiration > now:  # NaN too
-            return f"it expired {now - entry.expiration:.1f} s ago"
+            return _explain_expired(entry.expiration, now)
         ahead = entry.expiration - now
         if ahead > self.max_expiration + self.clock_skew:
-            return f"it expires {ahead:.0f} s ahead, and at most {self.max_expiration:.0f} s are allowed"
+            allowed = figures.duration(self.max_expiration)
+            return f"it expires in {figures.duration(ahead)}, and at most {allowed} are allowed"
         if len(key) > self.max_key_size or len(subkey) > self.max_key_size:
             return f"its key or sub-key is longer than {self.max_key_size} bytes"
         if len(entry.value) > self.max_value_size:
-            return f"its value has {len(entry.value)} bytes, more than {self.max_value_size}"
+            return (
+                f"its value has {len(entry.value):,} bytes, and at most {self.max_value_size:,} are allowed"
+            )
         return None
+
+
+def _later(expiration: float, entry: Entry) -> str:
+    later = expiration - entry.expiration
+    return f"{figures.duration(later)} later than this one" if later > 0 else "at the same time as this one"
+
+
+def _explain_expired(expiration: float, now: float) -> str:
+    if now - expiration < NO_TIME_AT_ALL:
+        return f"it expired {figures.duration(now - expiration)} ago"
+    return f"its expiration_time must be a time, as get_dht_time() + 60, got {figures.number(expiration)}"
 
 
 ENTRY_OVERHEAD = 200
@@ -282,3 +301,7 @@ class Storage:
 
 def _footprint(record: Record) -> int:
     return record.size + ENTRY_OVERHEAD * len(record.entries)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of_hivemind(__name__)

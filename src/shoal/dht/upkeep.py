@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from shoal.dht.bootstrap import InitialPeers
 from shoal.dht.ids import id_in_bucket
 from shoal.dht.neighbours import Neighbours
+from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
 
@@ -17,26 +18,28 @@ FIRST_EXCHANGE = 1.0
 LONGEST_PAUSE = 5.0
 """Seconds between two rounds of upkeep at most; bounds how late a sleep of the machine is noticed."""
 SLEEP_NOTICED = 10.0
-"""A jump of the clocks by more than this means that the machine, or this process, was asleep."""
+"""A jump of the time by more than this means that the machine, or this process, was asleep."""
 EXCHANGE_WITH = 2
 MAX_PROBES = 8
 
 
 class Upkeep:
-    """See the module. ``search`` looks for an id, which refreshes the part of the table around it."""
+    """See the module. ``search`` looks for an id, which refreshes the part of the table around it. ``steady`` is time
+    that goes on while the machine sleeps, as the event loop's does not.
+    """
 
     def __init__(
         self,
         neighbours: Neighbours,
         initial: InitialPeers,
         search: Callable[[int], Awaitable[object]],
-        clock: Callable[[], float],
+        steady: Callable[[], float],
         rng: random.Random,
     ) -> None:
         self._neighbours = neighbours
         self._initial = initial
         self._search = search
-        self._clock = clock
+        self._steady = steady
         self._rng = rng
         self._loop = asyncio.get_running_loop()
         self._interval = FIRST_EXCHANGE
@@ -50,11 +53,11 @@ class Upkeep:
     async def run(self) -> None:
         """For ever."""
         while True:
-            before, wall_before = self._loop.time(), self._clock()
+            before, steady_before = self._loop.time(), self._steady()
             pause = min(max(self._next_exchange - before, FIRST_EXCHANGE), LONGEST_PAUSE)
             await asyncio.sleep(pause)
             late = self._loop.time() - before - pause
-            jumped = self._clock() - wall_before - pause
+            jumped = self._steady() - steady_before - pause
             if max(late, jumped) > SLEEP_NOTICED:
                 await self._come_back(max(late, jumped))
             await self._round()
@@ -96,7 +99,7 @@ class Upkeep:
 
     async def _come_back(self, seconds: float) -> None:
         """Connections may have died unnoticed, and neighbours may have gone: call everybody."""
-        logger.info("this machine was asleep for about %.0f s: calling all neighbours", seconds)
+        logger.info("this machine was asleep for about %s: calling all neighbours", figures.duration(seconds))
         self._neighbours.retry_all_soon()
         self._initial.retry_soon()
         self.hurry()

@@ -37,6 +37,11 @@ class AddressBook:
         """``address`` has just worked: try it first the next time."""
         self._known.add(peer, [address])
 
+    def forget(self, peer: PeerID) -> None:
+        """``peer`` is at none of these addresses any more."""
+        self._known.forget(peer)
+        self._heard.forget(peer)
+
     def get(self, peer: PeerID) -> list[Multiaddr]:
         """What is known of ``peer``, best first."""
         return list(dict.fromkeys(self._known.get(peer) + self._heard.get(peer)))
@@ -67,6 +72,9 @@ class _Shelf:
         self._book[peer] = list(dict.fromkeys(fresh + known))[: self._max_addresses]
         while len(self._book) > self._max_peers:
             del self._book[next(iter(self._book))]
+
+    def forget(self, peer: PeerID) -> None:
+        self._book.pop(peer, None)
 
     def get(self, peer: PeerID) -> list[Multiaddr]:
         return self._book.get(peer, [])

@@ -55,8 +55,9 @@ class HostConfig:
     bulk_lanes: int = 1
     """How many connections for bulk data are opened to one peer."""
     max_connections: int = 512
-    """Incoming ones over this are refused, unless one that is not used can be closed in their favour. Half of what
-    operating systems let a process open by default."""
+    """Of both directions. Incoming ones over this are refused, unless one that is not used, and whose peer can be
+    dialed again, can be closed in their favour. For what the host dials itself, any unused one is closed. Half of
+    what operating systems let a process open by default."""
     max_connections_per_ip: int = 384
     """Of these, incoming ones from one IP address (IPv6: one /64): many peers may share that of a router, but the
     rest stays for others. This machine's own addresses have no such limit."""
@@ -90,8 +91,8 @@ class HostConfig:
     max_answer_time: float = 13.0
     """How long a peer may take for a sign of life at most."""
 
-    skew_warning: float = 3.0
-    """Clock difference to a peer above which one warning is logged."""
+    clock_difference: float = 1.0
+    """Seconds by which a peer's clock has to differ for ``Host.on_clock_difference`` to tell."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

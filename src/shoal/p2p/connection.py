@@ -19,10 +19,12 @@ from shoal.p2p.config import KIB, MIB, HostConfig
 from shoal.p2p.frames import FrameKind
 from shoal.p2p.identity import Identity, PeerID
 from shoal.p2p.keepalive import KeepAlive, Verdict
+from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.rpc import Lane
 from shoal.p2p.session import FrameReceived, HandshakeCompleted, PayloadReceived, Role, Session
 from shoal.p2p.sockets import ip_of, origin_of, unsent_bytes
 from shoal.p2p.streams import Multiplexer, StreamState
+from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,12 @@ class ConnectionOwner(Protocol):
     def connection_made(self, connection: Connection) -> str | None:
         """The transport is connected. A text refuses the connection, with that reason."""
 
+    def contest(self, connection: Connection) -> asyncio.Task[wire.Refusal | None] | None:
+        """The verdict that a connection has to wait for before it is opened, if another one proves its identity."""
+
+    def hear_refusal(self, reason: str, proof: bytes) -> None:
+        """A peer has refused this host because another one holds its identity."""
+
     def connection_opened(self, connection: Connection) -> str | None:
         """A peer is known and has said HELLO. A text refuses the connection, with that reason."""
 
@@ -82,6 +90,11 @@ class Connection(asyncio.BufferedProtocol):
         self.role = role
         self.remote: PeerID | None = None
         self.hello: wire.Hello | None = None
+        self.remote_address: Multiaddr | None = None
+        """The other end as this side sees it: what it dialed, or from where it was dialed."""
+        self.seen: Multiaddr | None = None
+        """This end as the peer sees it, if it says so."""
+        self.hello_sent: wire.Hello | None = None
         self.remote_ip: str | None = None
         self.local_ip: str | None = None
         self.origin: str | None = None
@@ -94,6 +107,8 @@ class Connection(asyncio.BufferedProtocol):
         :class:`DeadlineExceeded`."""
         self.opened.add_done_callback(_mark_retrieved)
         self.closed: asyncio.Future[None] = self._loop.create_future()
+        self.is_admitted = False
+        """Whether the owner has let the peer in, which has said HELLO and proven its identity."""
         self._owner = owner
         self._config = owner.config
         self._session = Session(role, owner.identity, expected_peer=expected_peer)
@@ -132,7 +147,7 @@ class Connection(asyncio.BufferedProtocol):
     @property
     def is_open(self) -> bool:
         """Whether streams can be opened on it."""
-        return self.hello is not None and self.close_reason is None
+        return self.is_admitted and self.close_reason is None
 
     @property
     def last_sign(self) -> float:
@@ -164,7 +179,11 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=WRITE_HIGH, low=WRITE_LOW)
-        self.remote_ip = ip_of(transport.get_extra_info("peername"))
+        peername = transport.get_extra_info("peername")
+        self.remote_ip = ip_of(peername)
+        if self.remote_ip is not None:
+            protocol = "ip6" if ":" in self.remote_ip else "ip4"
+            self.remote_address = Multiaddr(protocol, self.remote_ip, int(peername[1]))
         self.local_ip = ip_of(transport.get_extra_info("sockname"))
         self.origin = origin_of(self.remote_ip, self.local_ip)
         refusal = self._owner.connection_made(self) or self.close_reason
@@ -238,9 +257,7 @@ class Connection(asyncio.BufferedProtocol):
             # Between our first handshake message and this one lies one round trip, at either side.
             now = self._loop.time()
             self._keepalive.measure(now - (now if self._began is None else self._began))
-            if event.remote == self._owner.identity.peer_id:
-                self.abort("this host itself answers there")
-            elif self.role is Role.INITIATOR:
+            if self.role is Role.INITIATOR:
                 self._send_hello()
 
     def _receive_frame(self, kind: FrameKind, stream_id: int, body: bytes) -> None:
@@ -248,7 +265,7 @@ class Connection(asyncio.BufferedProtocol):
             if stream_id != 0:
                 raise ProtocolViolation(f"{kind.name} on stream {stream_id}")
             self._receive_connection_frame(kind, body)
-        elif self.hello is None:
+        elif not self.is_admitted:
             raise ProtocolViolation(f"{kind.name} before HELLO")
         elif self.lane is Lane.PROBE:
             raise ProtocolViolation(f"{kind.name} on a lane for probes")
@@ -260,7 +277,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def _receive_connection_frame(self, kind: FrameKind, body: bytes) -> None:
         if kind is FrameKind.GOODBYE:
-            reason = f"the peer said goodbye: {wire.decode_goodbye(body)}"
+            goodbye = wire.decode_goodbye(body)
+            if goodbye.proof:
+                self._owner.hear_refusal(goodbye.reason, goodbye.proof)
+            reason = f"the peer said goodbye: {goodbye.reason}"
             self._end(reason, ConnectionLost(self._where(reason)))
         elif kind is FrameKind.HELLO:
             self._receive_hello(wire.decode_hello(body))
@@ -280,10 +300,36 @@ class Connection(asyncio.BufferedProtocol):
             self.lane = Lane(hello.lane)
         self.hello = hello
         self.last_used = self._loop.time()
+        contest = self._owner.contest(self)
+        if contest is None:
+            self._admit()
+        elif self.role is Role.RESPONDER:
+            contest.add_done_callback(self._contest_decided)
+        else:
+            # Who dialed has streams of the peer to serve at once: it does not wait, and finds the verdict next time.
+            self._refuse(wire.Refusal("another peer with the same identity is connected; it is asked"))
+
+    def _contest_decided(self, contest: asyncio.Task[wire.Refusal | None]) -> None:
+        if self.close_reason is not None or contest.cancelled():
+            return
+        refusal = contest.result()
+        if refusal is None:
+            self._admit()
+        else:
+            self._refuse(refusal)
+
+    def _refuse(self, refusal: wire.Refusal) -> None:
+        if not self.opened.done():
+            self.opened.set_exception(ConnectionLost(refusal.reason))
+        self.close(refusal.reason, refusal.proof)
+
+    def _admit(self) -> None:
+        self.is_admitted = True
         refusal = self._owner.connection_opened(self)
         if refusal is not None:
-            self.opened.set_exception(ConnectionLost(refusal))
-            self.close(refusal)
+            if self.role is Role.RESPONDER and self.remote == self._owner.identity.peer_id:
+                self._send_hello()  # both ends need both claims
+            self._refuse(wire.Refusal(refusal))
             return
         if self.role is Role.RESPONDER:
             # Only now, so that a dialer who gets HELLO knows that it was not refused.
@@ -293,10 +339,11 @@ class Connection(asyncio.BufferedProtocol):
         self._set_timer(self._loop.time() + self._config.probe_after)
 
     def _send_hello(self) -> None:
-        self._send_frame(FrameKind.HELLO, 0, wire.encode(self._owner.make_hello(self)))
+        self.hello_sent = self._owner.make_hello(self)
+        self._send_frame(FrameKind.HELLO, 0, wire.encode(self.hello_sent))
 
     def _place_payload(self, stream_id: int, tag: int, length: int) -> memoryview:
-        if self.hello is None:
+        if not self.is_admitted:
             raise ProtocolViolation("PAYLOAD before HELLO")
         return self._streams.payload_memory(stream_id, tag, length)
 
@@ -414,7 +461,7 @@ class Connection(asyncio.BufferedProtocol):
         now = self._loop.time()
         if self.close_reason is not None:
             self._transport.abort()
-        elif self.hello is None:
+        elif not self.is_admitted:
             reason = f"no proof of identity within {self._config.handshake_timeout:g} s"
             self._end(reason, DeadlineExceeded(self._where(reason)))
             self._transport.abort()
@@ -435,7 +482,7 @@ class Connection(asyncio.BufferedProtocol):
         verdict, again = self._keepalive.check(now, unsent, self._written, elsewhere)
         if verdict is Verdict.DEAD:
             silence = now - self._keepalive.last_sign
-            reason = f"no sign of life for {silence:.1f} s"
+            reason = f"no sign of life for {figures.duration(silence)}"
             logger.info("%s", self._where(reason))
             self._end(reason, ConnectionLost(self._where(reason)))
             cast("asyncio.Transport", self._transport).abort()
@@ -459,10 +506,10 @@ class Connection(asyncio.BufferedProtocol):
         self._say_goodbye(f"protocol violation: {error}")
         self._end(f"broke the protocol: {error}", error)
 
-    def close(self, reason: str) -> None:
-        """Say goodbye and close; what is queued is still sent, within ``close_timeout``."""
+    def close(self, reason: str, proof: bytes = b"") -> None:
+        """Say goodbye and close; what is queued is still sent, within ``close_timeout``. ``proof``: see GOODBYE."""
         if self.close_reason is None:
-            self._say_goodbye(reason)
+            self._say_goodbye(reason, proof)
             self._end(
                 f"closed by this side: {reason}",
                 ConnectionLost(self._where(f"closed by this side: {reason}")),
@@ -474,10 +521,10 @@ class Connection(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.abort()
 
-    def _say_goodbye(self, reason: str) -> None:
+    def _say_goodbye(self, reason: str, proof: bytes = b"") -> None:
         # In the middle of a payload there is no place for a frame, before the end of the handshake no key for it.
         if self.remote is not None and not self._payload_under_way:
-            self._send_frame(FrameKind.GOODBYE, 0, wire.encode_goodbye(reason))
+            self._send_frame(FrameKind.GOODBYE, 0, wire.encode_goodbye(reason, proof))
             self._flush()
 
     def _end(self, reason: str, failure: ShoalError) -> None:

@@ -35,12 +35,14 @@ from shoal.p2p.network import Network
 from shoal.p2p.pool import PeerConnections
 from shoal.p2p.rpc import Lane
 from shoal.p2p.session import Role
+from shoal.p2p.tenancy import Tenancy
 
 logger = logging.getLogger(__name__)
 
 REDUNDANT_TIMEOUT = 10.0
+NO_ROOM = "too many connections"
+"""Why a connection is closed or refused that one side has no room for. To dial at once again would be in vain."""
 LANE_RETRY_PAUSE = 30.0
-MAX_LOCAL_IPS = 8
 
 
 class Connections:
@@ -55,26 +57,38 @@ class Connections:
         find_served: Callable[[str], Served | None],
         make_hello: Callable[[Connection], wire.Hello],
         ask_for_lane: Callable[[PeerID, float], Awaitable[bool]],
+        peer_met: Callable[[Connection], None],
         peer_lost: Callable[[PeerID, str], None],
         clock: Callable[[], float],
+        clock_differs: Callable[[PeerID, float], None],
+        incarnation: int | None = None,
     ) -> None:
         self.identity = identity
         self.config = config
         self.addresses = AddressBook(
             max_peers=config.max_known_peers, max_addresses=config.max_addresses_per_peer
         )
-        self.local_ips: dict[str, None] = {}
         self.find_served = find_served
         self.make_hello = make_hello
         self._ask_for_lane = ask_for_lane
+        self._peer_met = peer_met
         self._peer_lost = peer_lost
         self._clock = clock
+        self.tenancy = Tenancy(
+            identity,
+            connections_to=self._open_to,
+            forget_addresses=self.addresses.forget,
+            clock=clock,
+            incarnation=incarnation,
+        )
+        self.contest = self.tenancy.contest
+        self.hear_refusal = self.tenancy.hear_refusal
+        self._clock_differs = clock_differs
         self._dialer = Dialer(network, self._make, timeout=config.dial_timeout, stagger=config.dial_stagger)
         self._peers: dict[PeerID, PeerConnections] = {}
         self._connections: dict[Connection, None] = {}
         self._dials: dict[tuple[PeerID, Lane], asyncio.Task[Connection | PeerUnreachable]] = {}
         self._lane_failures: dict[PeerID, float] = {}
-        self._skew_warned: dict[PeerID, None] = {}
         self._is_closing = False
 
     # What is there.
@@ -152,6 +166,10 @@ class Connections:
         except TimeoutError:
             raise DeadlineExceeded(f"{address} could not be connected in time") from None
         return outcome if isinstance(outcome, PeerUnreachable) else outcome[0]
+
+    def _open_to(self, peer: PeerID) -> list[Connection]:
+        connections = self._peers.get(peer)
+        return [] if connections is None else [one for one in connections.all() if one.is_open]
 
     def _bulk(self, peer: PeerID) -> list[Connection]:
         connections = self._peers.get(peer)
@@ -236,8 +254,8 @@ class Connections:
             return None
         config, origin = self.config, connection.origin
         if len(self._connections) > config.max_connections + config.max_handshakes:
-            return "too many connections"
-        unproven = [one for one in self._from(origin) if one.hello is None]
+            return NO_ROOM
+        unproven = [one for one in self._from(origin) if not one.is_admitted]
         if len(unproven) > config.max_handshakes_per_ip:
             return f"too many connections from {origin} at once"
         return None
@@ -246,8 +264,11 @@ class Connections:
         """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
         peer, hello = connection.peer, connection.hello
         assert hello is not None
+        if peer == self.identity.peer_id:
+            return self.tenancy.meet(connection)
         try:
             announced = [Multiaddr.parse(text) for text in hello.addresses]
+            connection.seen = Multiaddr.parse(hello.seen) if hello.seen else None
         except InvalidValueError as error:
             raise ProtocolViolation(f"HELLO with a bad address: {error}") from error
         if self._is_closing:
@@ -255,21 +276,22 @@ class Connections:
         refusal = self._make_room(connection)
         if refusal is not None:
             return refusal
-        self._note_skew(connection, hello)
-        self._note_local_ip(connection)
+        self._note_clock(connection, hello)
         if connection.lane is Lane.PROBE:
             return None
-        self.addresses.add(peer, announced)
+        self.addresses.add(peer, _meaningful(announced, connection))
         self._lane_failures.pop(peer, None)
         self._entry(peer).add(connection)
+        self._peer_met(connection)
         logger.debug("connected to %s (%s, %s lane)", peer, hello.agent, connection.lane.name.lower())
         return None
 
     def peer_announced(self, peer: PeerID, addresses: list[Multiaddr], client_mode: bool) -> None:
         """``peer`` says that what its HELLO said of it has changed."""
-        self.addresses.add(peer, addresses)
         connections = self._peers.get(peer)
-        for connection in [] if connections is None else connections.all():
+        known = [] if connections is None else connections.all()
+        self.addresses.add(peer, _meaningful(addresses, known[0]) if known else addresses)
+        for connection in known:
             if connection.hello is not None:
                 texts = [str(address) for address in addresses]
                 connection.hello = msgspec.structs.replace(
@@ -319,15 +341,17 @@ class Connections:
         of_peer = [connection for connection in opened if connection.remote == new.remote]
         if len(of_peer) > self.config.max_connections_per_peer and not _close_oldest(of_peer, new):
             return "too many connections to one peer"
-        if new.role is not Role.RESPONDER:
-            return None
-        of_ip = [connection for connection in self._from(new.origin) if connection.is_open]
-        if len(of_ip) > self.config.max_connections_per_ip and not self._close_spare(of_ip, new):
-            return f"too many connections from {new.origin}"
+        if new.role is Role.RESPONDER:
+            of_ip = [connection for connection in self._from(new.origin) if connection.is_open]
+            if len(of_ip) > self.config.max_connections_per_ip and not self._close_spare(of_ip, new):
+                return f"too many connections from {new.origin}"
         opened = [connection for connection in opened if connection.is_open]
-        if len(opened) > self.config.max_connections and not self._close_spare(opened, new):
-            return "too many connections"
-        return None
+        if len(opened) <= self.config.max_connections or self._close_spare(opened, new):
+            return None
+        # What this side dials, it needs: else strangers that cannot be dialed could cut it off from everybody.
+        if new.role is Role.INITIATOR and _close_oldest(opened, new):
+            return None
+        return NO_ROOM
 
     def _close_spare(self, connections: list[Connection], new: Connection) -> bool:
         return _close_oldest([one for one in connections if self._can_be_had_again(one)], new)
@@ -340,23 +364,10 @@ class Connections:
             if origin is not None and one.origin == origin and one.role is Role.RESPONDER
         ]
 
-    def _note_skew(self, connection: Connection, hello: wire.Hello) -> None:
-        skew = hello.clock - self._clock()
-        peer = connection.peer
-        if abs(skew) > self.config.skew_warning + (connection.rtt or 0.0) and peer not in self._skew_warned:
-            if len(self._skew_warned) >= self.config.max_known_peers:
-                del self._skew_warned[next(iter(self._skew_warned))]
-            self._skew_warned[peer] = None
-            direction = "ahead of" if skew > 0 else "behind"
-            logger.warning("the clock of %s is %.1f s %s this one", peer, abs(skew), direction)
-
-    def _note_local_ip(self, connection: Connection) -> None:
-        if connection.local_ip is None:
-            return
-        self.local_ips.pop(connection.local_ip, None)
-        self.local_ips[connection.local_ip] = None
-        if len(self.local_ips) > MAX_LOCAL_IPS:  # of a machine that moves, the network it was in longest ago
-            del self.local_ips[next(iter(self.local_ips))]
+    def _note_clock(self, connection: Connection, hello: wire.Hello) -> None:
+        ahead = hello.clock - self._clock()
+        if abs(ahead) > self.config.clock_difference + (connection.rtt or 0.0):
+            self._clock_differs(connection.peer, ahead)
 
     # Entries of peers.
 
@@ -377,19 +388,29 @@ class Connections:
 
     # The end.
 
+    def retire(self, reason: str) -> None:
+        """Close all connections and open no more."""
+        self._is_closing = True
+        for connection in list(self._connections):
+            connection.close(reason)
+
     def _check_not_closing(self) -> None:
+        if self.tenancy.rival is not None:
+            raise PeerUnreachable(str(self.tenancy.rival))
         if self._is_closing:
             raise InvalidStateError("the host is closed")
 
     def abort(self) -> None:
         """Reset all connections."""
         self._is_closing = True
+        self.tenancy.close()
         for connection in list(self._connections):
             connection.abort("aborted by this side")
 
     async def close(self) -> None:
         """Say goodbye to everybody; when this returns, no transport, handler or dial is left."""
         self._is_closing = True
+        contests = self.tenancy.close()
         dials = list(self._dials.values())
         for dial in dials:
             dial.cancel()
@@ -400,14 +421,21 @@ class Connections:
         ]
         for connection in connections:
             connection.close("the host is closing")
-        await asyncio.gather(*dials, *handlers, return_exceptions=True)
+        await asyncio.gather(*dials, *contests, *handlers, return_exceptions=True)
         # Each is aborted by its own timer when the peer does not take what is queued.
         await asyncio.gather(*(connection.closed for connection in connections))
+
+
+def _meaningful(addresses: list[Multiaddr], connection: Connection) -> list[Multiaddr]:
+    """What a peer announces, without loopback if that would lead to this machine instead of the peer's."""
+    if connection.origin is None:
+        return addresses
+    return [address for address in addresses if not address.is_loopback]
 
 
 def _close_oldest(connections: list[Connection], new: Connection) -> bool:
     """Close the one that was not used for longest; False if all are in use."""
     idle = [one for one in connections if one.is_idle and one is not new]
     if idle:
-        min(idle, key=lambda one: one.last_used).close("too many connections")
+        min(idle, key=lambda one: one.last_used).close(NO_ROOM)
     return bool(idle)

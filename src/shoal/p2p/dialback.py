@@ -1,16 +1,17 @@
 """Who can be reached: a host asks peers to dial back the addresses that it announces, and helps others so.
 
 A helper dials only literal IP addresses that are the asker's own, as the helper sees them, so that nobody can be
-made to dial third parties; it dials a few at a time and not too often. That a loopback address
-leads nowhere from here it says without dialing, unless the asker is on its machine.
+made to dial third parties; it dials a few at a time and not too often. Of the others it says so without dialing: an
+address that is not the asker's from here, as behind a NAT, leads nowhere from here.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -21,15 +22,22 @@ from shoal.p2p import wire
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.rpc import Method
+from shoal.p2p.vantage import Vantage, is_global
 from shoal.utils.text import printable
 
 logger = logging.getLogger(__name__)
 
 MAX_DIALED = 4
-PER_PEER_PAUSE = 5.0
-PER_MINUTE = 60
+"""Addresses that a helper dials for one request."""
+DIAL_BACK_TIME, MAX_DIAL_BACK_TIME = 1.5, 5.0
+"""Seconds that a helper takes for an address, beside some round trips: a lost packet costs one of them."""
+MAX_AT_ONCE = 64
+"""Requests for which a helper dials at the same time; others wait."""
+PER_PEER_PAUSE = 2.0
+PER_MINUTE = 1200
 
 _Address = Annotated[str, msgspec.Meta(max_length=wire.MAX_ADDRESS)]
+_Reason = Annotated[str, msgspec.Meta(max_length=wire.MAX_REASON)]
 
 
 class DialBackRequest(msgspec.Struct, array_like=True, frozen=True):
@@ -39,9 +47,13 @@ class DialBackRequest(msgspec.Struct, array_like=True, frozen=True):
 
 
 class DialBackResponse(msgspec.Struct, array_like=True, frozen=True):
-    """What came of it, per address that was dialed: an empty reason is success."""
+    """What came of it, per address that was dialed: an empty reason is success.
 
-    outcomes: dict[_Address, Annotated[str, msgspec.Meta(max_length=wire.MAX_REASON)]]
+    ``foreign``: addresses that were not dialed, since they are not the asker's as the helper sees it, with the reason.
+    """
+
+    outcomes: dict[_Address, _Reason]
+    foreign: dict[_Address, _Reason] = {}
 
 
 DIAL_BACK = Method("shoal.host.dial_back", DialBackRequest, DialBackResponse)
@@ -62,36 +74,80 @@ ANNOUNCE = Method("shoal.host.announce", Announcement, AnnouncementHeard)
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What one helper answered; a text is the reason why it gave no answer."""
+
+    helper: PeerID
+    vantage: Vantage
+    response: DialBackResponse | str
+
+
+@dataclass(frozen=True)
 class Reachability:
     """What :meth:`Host.check_reachability` found."""
 
     reachable: bool | None
     """None: nobody could tell, so nothing changes."""
     confirmed: tuple[Multiaddr, ...] = ()
-    """Own addresses at which a peer got through."""
+    """Own addresses at which a peer got through, first those that were reached from farthest away."""
     failures: dict[str, str] = field(default_factory=dict)
     """Why the others were not confirmed: address, or the helper that gave no answer, to reason."""
+    refuted: frozenset[Multiaddr] = frozenset()
+    """Own addresses that helpers dialed in vain, and none with success."""
+    vantage: Vantage | None = None
+    """How far away the helpers stand whose word decided."""
+    is_contested: bool = False
+    """Helpers disagree: more of them should be asked."""
 
 
-def judge(answers: Sequence[tuple[PeerID, DialBackResponse | str]]) -> Reachability:
-    """The verdict on what helpers answered; a text is the reason why one gave no answer. Pure."""
-    confirmed: dict[Multiaddr, None] = {}
+@dataclass
+class _Vote:
+    """What one helper's answer says about this host as a whole."""
+
+    vantage: Vantage
+    got_through: bool
+
+
+def judge(answers: Sequence[Answer], trusted: Collection[Multiaddr] = ()) -> Reachability:
+    """The verdict on what helpers answered. Pure.
+
+    The helpers with the widest view decide, by majority; with as many for as against, the answer is no: it costs less
+    to serve nobody than to be waited for in vain. A helper that got through to a public IP address from elsewhere has
+    the widest view there is. Of ``trusted`` addresses a helper that did not dial them knows nothing.
+    """
+    confirmed: dict[Multiaddr, Vantage] = {}
     failures: dict[str, str] = {}
-    tried = False
-    for helper, answer in answers:
-        if isinstance(answer, str):
-            failures[str(helper)] = answer
+    dialed_in_vain: set[Multiaddr] = set()
+    votes: list[_Vote] = []
+    for answer in answers:
+        response = answer.response
+        if isinstance(response, str):
+            failures[str(answer.helper)] = response
             continue
-        for text, reason in answer.outcomes.items():
-            tried = True
+        reached = [Multiaddr.parse(text) for text, reason in response.outcomes.items() if not reason]
+        for text, reason in {**response.foreign, **response.outcomes}.items():
             if reason:
                 failures[text] = printable(reason, wire.MAX_REASON)
-            else:
-                confirmed[Multiaddr.parse(text)] = None
+        dialed_in_vain |= {Multiaddr.parse(text) for text, reason in response.outcomes.items() if reason}
+        vantage = answer.vantage
+        if vantage >= Vantage.ROUTED and any(is_global(address.host) for address in reached):
+            vantage = Vantage.TRANSLATED
+        for address in reached:
+            confirmed[address] = max(vantage, confirmed.get(address, vantage))
+        is_unknown = any(Multiaddr.parse(text) in trusted for text in response.foreign)
+        if reached or (not is_unknown and (response.outcomes or response.foreign)):
+            votes.append(_Vote(vantage, bool(reached)))
     for address in confirmed:
         failures.pop(str(address), None)
-    verdict = True if confirmed else (False if tried else None)
-    return Reachability(verdict, tuple(confirmed), failures)
+    ordered = tuple(sorted(confirmed, key=lambda address: -confirmed[address]))
+    refuted = frozenset(dialed_in_vain - set(confirmed))
+    if not votes:
+        return Reachability(None, ordered, failures, refuted)
+    widest = max(vote.vantage for vote in votes)
+    deciding = [vote.got_through for vote in votes if vote.vantage is widest]
+    yes = sum(deciding)
+    is_contested = len({vote.got_through for vote in votes}) > 1
+    return Reachability(2 * yes > len(deciding), ordered, failures, refuted, widest, is_contested)
 
 
 class DialBackHelper:
@@ -108,6 +164,7 @@ class DialBackHelper:
         self._probe = probe
         self._now = now
         self._recent: deque[tuple[float, PeerID]] = deque()
+        self._places = asyncio.Semaphore(MAX_AT_ONCE)
 
     async def handle(self, asker: PeerID, request: DialBackRequest) -> DialBackResponse:
         """Dial the asker's own addresses; ``RemoteError("rate_limited")`` when asked too often."""
@@ -116,16 +173,21 @@ class DialBackHelper:
         except InvalidValueError as error:
             raise RemoteError("bad_address", str(error)) from error
         own = self._ips_of(asker)
-        mine = [address for address in addresses if address.host in own][:MAX_DIALED]
-        outcomes: dict[str, str] = {}
-        if own and not any(ipaddress.ip_address(ip).is_loopback for ip in own):
-            elsewhere = f"a loopback address, which does not lead to {own[0]} from another machine"
-            outcomes = {str(one.without_peer_id()): elsewhere for one in addresses if one.is_loopback}
-        if mine:
-            self._count(asker)
-        for address in mine:
-            outcomes[str(address.without_peer_id())] = (await self._probe(asker, address))[: wire.MAX_REASON]
-        return DialBackResponse(outcomes)
+        mine = [address.without_peer_id() for address in addresses if address.host in own][:MAX_DIALED]
+        foreign = {
+            str(address.without_peer_id()): _why_foreign(address, own)[: wire.MAX_REASON]
+            for address in addresses
+            if own and address.host not in own
+        }
+        if not mine:
+            return DialBackResponse({}, foreign)
+        self._count(asker)
+        async with self._places:
+            reasons = await asyncio.gather(*(self._probe(asker, address) for address in mine))
+        outcomes = {
+            str(address): reason[: wire.MAX_REASON] for address, reason in zip(mine, reasons, strict=True)
+        }
+        return DialBackResponse(outcomes, foreign)
 
     def _count(self, asker: PeerID) -> None:
         now = self._now()
@@ -138,9 +200,22 @@ class DialBackHelper:
         self._recent.append((now, asker))
 
 
+def _why_foreign(address: Multiaddr, own: Sequence[str]) -> str:
+    if address.is_loopback and not any(ipaddress.ip_address(ip).is_loopback for ip in own):
+        return f"a loopback address, which does not lead to {own[0]} from another machine"
+    if address.protocol.startswith("dns"):
+        return "a name, which helpers do not look up"
+    return f"others see this peer at {own[0]}"
+
+
+def dial_back_time(round_trip: float) -> float:
+    """Seconds that a helper tries an address of a peer at this distance: connecting takes three round trips."""
+    return min(DIAL_BACK_TIME + 4 * round_trip, MAX_DIAL_BACK_TIME)
+
+
 def check_outcomes(asked: Sequence[Multiaddr], response: DialBackResponse) -> None:
     """:class:`ProtocolViolation` if a helper speaks of addresses that it was not asked about."""
     known = {str(address) for address in asked}
-    for text in response.outcomes:
+    for text in [*response.outcomes, *response.foreign]:
         if text not in known:
             raise ProtocolViolation(f"a dial-back of {text!r}, which was not asked for")

@@ -17,6 +17,8 @@ from shoal.p2p.rpc import Lane
 REFUSED = "refused"
 """The reason in :attr:`.PeerUnreachable.failures` where nobody listens at an address."""
 
+_UNDIALABLE = "cannot be dialed"
+
 MakeConnection = Callable[[PeerID | None, Lane], Connection]
 
 
@@ -38,7 +40,7 @@ class Dialer:
         """
         who = "a peer" if expected is None else str(expected)
         if not addresses:
-            return PeerUnreachable(f"{who} cannot be dialed: no address is known", {})
+            return PeerUnreachable(f"{who} {_UNDIALABLE}: no address is known", {})
         failures: dict[str, str] = {}
         attempts: dict[asyncio.Task[Connection | str], Multiaddr] = {}
         waiting = list(addresses)
@@ -59,7 +61,7 @@ class Dialer:
         finally:
             await _abandon(attempts)
         listed = "; ".join(f"{address}: {reason}" for address, reason in failures.items())
-        return PeerUnreachable(f"{who} cannot be dialed: {listed}", failures)
+        return PeerUnreachable(f"{who} {_UNDIALABLE}: {listed}", failures)
 
     async def dial_one(self, address: Multiaddr, expected: PeerID | None, lane: Lane) -> Connection | str:
         """An open connection to ``address``, or the reason why there is none."""
@@ -105,3 +107,8 @@ def describe_failure(error: OSError | ShoalError) -> str:
     if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
         return "no route to the host"
     return error.strerror or str(error)
+
+
+def says_undialable(story: str, peer: PeerID) -> bool:
+    """Whether a story of a failure, in the words of :class:`PeerUnreachable`, is that ``peer`` could not be dialed."""
+    return f"{peer} {_UNDIALABLE}" in story

@@ -15,6 +15,7 @@ import msgspec
 from shoal.errors import (
     ConnectionLost,
     DeadlineExceeded,
+    IdentityInUse,
     InvalidStateError,
     InvalidValueError,
     PeerUnreachable,
@@ -23,6 +24,7 @@ from shoal.errors import (
 )
 from shoal.p2p import wire
 from shoal.p2p.calls import Served
+from shoal.p2p.claims import SILENCE
 from shoal.p2p.config import HostConfig
 from shoal.p2p.connection import Connection
 from shoal.p2p.connections import Connections
@@ -35,22 +37,24 @@ from shoal.p2p.dialback import (
     DialBackRequest,
     DialBackResponse,
     Reachability,
-    check_outcomes,
-    judge,
+    dial_back_time,
 )
 from shoal.p2p.identity import Identity, PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Listener, Network
+from shoal.p2p.reach import Reach
 from shoal.p2p.rpc import Lane, Method, RequestT, ResponseT, Stream
 from shoal.p2p.streams import StreamState
+from shoal.p2p.tenancy import CLAIM
 from shoal.utils.timed import get_dht_time
 
 __all__ = ["Host"]
 
 logger = logging.getLogger(__name__)
 
-_DIAL_BACK_TIMEOUT = 5.0
+CHECK_TIMEOUT = 7.0
 _ANNOUNCE_TIMEOUT = 10.0
+SILENT = "it does not answer"
 LOOPBACK_IPS = ("127.0.0.1", "::1")
 
 
@@ -82,6 +86,7 @@ class Host:
         *,
         clock: Callable[[], float] = get_dht_time,
         rng: random.Random | None = None,
+        incarnation: int | None = None,
     ) -> None:
         self.identity = identity
         self.peer_id = identity.peer_id
@@ -91,10 +96,11 @@ class Host:
         self._clock = clock
         self._listeners: list[Listener] = []
         self._served: dict[str, Served] = {}
-        self._is_reachable = True
         self._on_disconnect: dict[int, Callable[[PeerID, str], None]] = {}
+        self._on_clock_difference: dict[int, Callable[[PeerID, float], None]] = {}
         self._subscriptions = 0
         self._state = "new"
+        self._silent: set[Multiaddr] = set()
         self._connections = Connections(
             identity,
             network,
@@ -102,15 +108,30 @@ class Host:
             find_served=lambda name: self._served.get(name),
             make_hello=self._make_hello,
             ask_for_lane=self._ask_for_lane,
+            peer_met=lambda connection: self.reach.note_connection(connection),
             peer_lost=self._peer_lost,
             clock=clock,
+            clock_differs=self._clock_differs,
+            incarnation=incarnation,
         )
+        self.reach = Reach(
+            config=lambda: self.config,
+            listening=lambda: self.listen_addresses,
+            list_interfaces=network.interfaces,
+            connections_to=self._connections_to,
+            connect=lambda peer, timeout: self.connect(peer, timeout=timeout),
+            ask=self._ask_back,
+        )
+        """Where this host can be dialed, as far as it knows."""
+        self.tenancy = self._connections.tenancy
+        self.tenancy.on_lost.append(self._retire)
         helper = DialBackHelper(
             ips_of=self._ips_of, probe=self._probe, now=lambda: asyncio.get_running_loop().time()
         )
         self.serve(DIAL_BACK, helper.handle)
         self.serve(_OPEN_LANE, self._open_lane)
         self.serve(ANNOUNCE, self._hear_announcement)
+        self.serve(CLAIM, self.tenancy.handle_claim)
 
     async def start(self, listen_on: Sequence[Multiaddr] = ()) -> None:
         """Listen at each address (port 0: any free one). Without addresses the host can only dial.
@@ -145,6 +166,47 @@ class Host:
             listener.close()
         self._connections.abort()
 
+    async def ask_rivals(self, addresses: Iterable[Multiaddr]) -> dict[Multiaddr, str]:
+        """Dial where another peer with this host's identity may be; why each address led to none, or is the host's own.
+
+        An address that does not answer within 5 s counts as free.
+
+        :raises IdentityInUse: another peer answers, and keeps the identity
+        """
+        deadline = asyncio.get_running_loop().time() + SILENCE
+        asked = list(dict.fromkeys(address.without_peer_id() for address in addresses))
+
+        async def ask(address: Multiaddr) -> str:
+            if address in self._silent and not self.tenancy.claim().is_settled:
+                return SILENT  # the same start has waited there before
+            self._silent.discard(address)
+            try:
+                outcome = await self._connections.dial_address(address, self.peer_id, Lane.PROBE, deadline)
+            except DeadlineExceeded:
+                self._silent.add(address)
+                return SILENT
+            except PeerUnreachable as error:
+                return str(error)
+            if isinstance(outcome, PeerUnreachable):
+                return next(iter(outcome.failures.values()), str(outcome))
+            raise AssertionError("the own identity was let in")
+
+        reasons = await asyncio.gather(*(ask(address) for address in asked))
+        self.check_identity()
+        return dict(zip(asked, reasons, strict=True))
+
+    def check_identity(self) -> None:
+        """:class:`IdentityInUse` if another peer holds this host's identity: the host is closed then."""
+        if self.tenancy.rival is not None:
+            raise self.tenancy.rival
+
+    def addresses_elsewhere(self, peer: PeerID) -> list[Multiaddr]:
+        """Where ``peer`` is known to have been, other than what it says of itself on its connections."""
+        connections = self._connections.to(peer)
+        hellos = [] if connections is None else [connection.hello for connection in connections.all()]
+        said = {text for hello in hellos if hello is not None for text in hello.addresses}
+        return [address for address in self.addresses_of(peer) if str(address) not in said]
+
     @property
     def listen_addresses(self) -> list[Multiaddr]:
         """Where the host listens, with real ports, without ``/p2p``."""
@@ -152,28 +214,39 @@ class Host:
 
     @property
     def announced_addresses(self) -> list[Multiaddr]:
-        """What peers are told: :attr:`candidate_addresses`, or nothing if the host cannot be dialed."""
-        return self.candidate_addresses if self.can_be_dialed else []
+        """What peers are told: first the addresses at which others got through; nothing if it cannot be dialed."""
+        return self.reach.announced()
+
+    @property
+    def visible_addresses(self) -> list[Multiaddr]:
+        """What a person may give to others: as :attr:`announced_addresses`, and loopback at the end, if it is listened
+        on.
+        """
+        return self.reach.visible()
 
     @property
     def candidate_addresses(self) -> list[Multiaddr]:
         """Where it may be that peers can dial the host: ``config.announce``, or else where it listens.
 
-        For a listener on all interfaces these are the addresses that the host's own connections have shown.
+        For a listener on all interfaces these are the interfaces' addresses.
         """
-        if self.config.client_mode or not self._listeners:
-            return []
-        if self.config.announce:
-            return list(self.config.announce)
-        addresses: list[Multiaddr] = []
-        for address in self.listen_addresses:
-            addresses += self._specific(address) if address.is_unspecified else [address]
-        return addresses[: wire.MAX_ADDRESSES]
+        return self.reach.candidates()
 
     @property
     def can_be_dialed(self) -> bool:
-        """False in client mode, and while :meth:`check_reachability` has last found that nobody gets through."""
-        return bool(self._listeners) and not self.config.client_mode and self._is_reachable
+        """False in client mode, while that is in doubt, and while :meth:`check_reachability` has last found that nobody
+        gets through.
+        """
+        return self.reach.can_be_dialed
+
+    def is_elsewhere(self, peer: PeerID) -> bool:
+        """Whether ``peer`` is connected from another machine, where loopback addresses of this one mean nothing."""
+        connections = self._connections.to(peer)
+        return connections is not None and any(one.origin is not None for one in connections.all())
+
+    def is_client(self, peer: PeerID) -> bool:
+        """Whether ``peer`` is connected and says that it cannot be dialed."""
+        return any(one.hello is not None and one.hello.client_mode for one in self._connections_to(peer))
 
     def add_addresses(self, peer: PeerID, addresses: Iterable[Multiaddr]) -> None:
         """Remember where ``peer`` may be dialed; the newest are kept and are tried first."""
@@ -293,43 +366,36 @@ class Host:
         self._on_disconnect[number] = callback
         return lambda: self._on_disconnect.pop(number, None) and None
 
-    async def check_reachability(self, helpers: Sequence[PeerID], *, timeout: float = 10.0) -> Reachability:
-        """Ask ``helpers`` to dial back the candidate addresses, and draw the conclusions.
-
-        If helpers tried and none got through, one warning says what can be done, nothing is announced any more, and
-        the host acts as a client; what it listens on goes on. If one gets through later, that ends, and is logged.
-        If no helper could tell, nothing changes. Peers that are connected hear of a change by :meth:`announce`.
+    def on_clock_difference(self, callback: Callable[[PeerID, float], None]) -> Callable[[], None]:
+        """Call ``callback(peer, seconds)`` when a peer connects whose clock is ahead by so many seconds, or behind if
+        negative: by more than ``config.clock_difference`` and the round trip. Returns an unsubscriber.
         """
-        announced = self.candidate_addresses
-        if not announced:
-            return Reachability(False if not self.can_be_dialed else None)
-        answers = await asyncio.gather(*(self._ask_back(helper, announced, timeout) for helper in helpers))
-        result = judge(list(zip(helpers, answers, strict=True)))
-        if result.reachable is False and self._is_reachable:
-            self._is_reachable = False
-            tried = "; ".join(f"{address}: {reason}" for address, reason in result.failures.items())
-            logger.warning(
-                "no peer could connect back to this one (%s). It works as a client only: it averages, but serves "
-                "nobody. If it should be reachable, give host_maddrs that other machines can dial (the default is "
-                "loopback), or announce_maddrs behind a port forwarding; client_mode=True says that this is "
-                "intended",
-                tried,
-            )
-        elif result.reachable and not self._is_reachable:
-            self._is_reachable = True
-            through = ", ".join(map(str, result.confirmed))
-            logger.info("peers can connect to this one now, at %s: it is a client no longer", through)
-        return result
+        self._subscriptions += 1
+        number = self._subscriptions
+        self._on_clock_difference[number] = callback
+        return lambda: self._on_clock_difference.pop(number, None) and None
+
+    async def check_reachability(
+        self, helpers: Sequence[PeerID], *, more: Sequence[PeerID] = (), timeout: float = CHECK_TIMEOUT
+    ) -> Reachability:
+        """Ask ``helpers`` to dial back the candidate addresses, and draw the conclusions: see :mod:`shoal.p2p.reach`.
+
+        ``more`` are asked too if the helpers disagree, or if they say that nobody gets through any more. If nobody
+        gets through, one warning says what can be done, nothing is announced, and the host acts as a client; what it
+        listens on goes on. If a helper gets through later, that ends, and is logged. Peers that are connected hear of
+        a change by :meth:`announce`.
+        """
+        return await self.reach.check(helpers, more, timeout)
 
     async def announce(self) -> None:
         """Tell all connected peers where this host can be dialed now, or that it cannot; those that fail are left out.
 
         For a change: who connects learns it anyway.
         """
-        addresses = [str(address) for address in self.announced_addresses]
-        request = Announcement(not self.can_be_dialed, addresses)
 
         async def tell(peer: PeerID) -> None:
+            addresses = self.reach.announced(beyond_machine=self.is_elsewhere(peer))
+            request = Announcement(not self.can_be_dialed, [str(address) for address in addresses])
             try:
                 await self.call(peer, ANNOUNCE, request, timeout=_ANNOUNCE_TIMEOUT)
             except ShoalError as error:
@@ -345,29 +411,33 @@ class Host:
         self._served[served.method.name] = served
 
     def _make_hello(self, connection: Connection) -> wire.Hello:
+        announced = self.reach.announced(beyond_machine=connection.origin is not None)
+        claim = self.tenancy.claim()
         return wire.Hello(
             lane=int(connection.lane),
             agent=self.config.agent,
             client_mode=not self.can_be_dialed,
-            addresses=[str(address) for address in self.announced_addresses],
+            addresses=[str(address) for address in announced],
             clock=self._clock(),
+            seen="" if connection.remote_address is None else str(connection.remote_address),
+            incarnation=claim.incarnation,
+            tenure=claim.tenure,
         )
 
-    def _specific(self, address: Multiaddr) -> list[Multiaddr]:
-        """The addresses that a listener on all interfaces is known to have; loopback only if there is no other."""
-        known = [
-            Multiaddr(address.protocol, ip, address.port)
-            for ip in reversed(self._connections.local_ips)
-            if (":" in ip) == (address.protocol == "ip6")
-        ]
-        loopback = Multiaddr(
-            address.protocol, "::1" if address.protocol == "ip6" else "127.0.0.1", address.port
-        )
-        return [specific for specific in known if not specific.is_loopback] or [loopback]
+    def _retire(self, rival: IdentityInUse) -> None:
+        """Another peer holds the identity: speak with nobody any more. :meth:`close` the host then."""
+        self._state = "closed"
+        for listener in self._listeners:
+            listener.close()
+        self._connections.retire(f"another peer holds this identity, at {rival.address}")
 
     def _peer_lost(self, peer: PeerID, reason: str) -> None:
         for callback in list(self._on_disconnect.values()):
             callback(peer, reason)
+
+    def _clock_differs(self, peer: PeerID, ahead: float) -> None:
+        for callback in list(self._on_clock_difference.values()):
+            callback(peer, ahead)
 
     async def _ask_for_lane(self, peer: PeerID, deadline: float) -> bool:
         if not self.can_be_dialed:
@@ -387,37 +457,34 @@ class Host:
         return AnnouncementHeard()
 
     def _ips_of(self, peer: PeerID) -> list[str]:
-        connections = self._connections.to(peer)
-        ips: list[str] = []
-        for connection in [] if connections is None else connections.all():
+        """The addresses that ``peer`` has, as far as this host sees."""
+        ips: dict[str, None] = {}
+        for connection in self._connections_to(peer):
             if connection.remote_ip is not None:
-                ips.append(connection.remote_ip)
-                if connection.remote_ip == connection.local_ip:  # it is on this machine
-                    ips += LOOPBACK_IPS
-        return ips
+                ips[connection.remote_ip] = None
+                if connection.origin is None:  # it is on this machine
+                    ips |= dict.fromkeys([*LOOPBACK_IPS, *(one.ip for one in self.reach.interfaces())])
+        return list(ips)
+
+    def _connections_to(self, peer: PeerID) -> list[Connection]:
+        connections = self._connections.to(peer)
+        return [] if connections is None else connections.all()
 
     async def _probe(self, peer: PeerID, address: Multiaddr) -> str:
         """Whether ``peer`` answers at ``address``: the reason why not, or nothing."""
-        deadline = asyncio.get_running_loop().time() + _DIAL_BACK_TIMEOUT
+        patience = dial_back_time(self.rtt(peer) or 0.0)
+        deadline = asyncio.get_running_loop().time() + patience
         try:
             outcome = await self._connections.dial_address(address, peer, Lane.PROBE, deadline)
         except DeadlineExceeded:
-            return f"timed out after {_DIAL_BACK_TIMEOUT:g} s"
+            return f"no answer in {patience:.1f} s"
         if isinstance(outcome, PeerUnreachable):
             return next(iter(outcome.failures.values()), str(outcome))
         outcome.close("the address can be dialed")
         return ""
 
-    async def _ask_back(
-        self, helper: PeerID, announced: Sequence[Multiaddr], timeout: float
-    ) -> DialBackResponse | str:
-        request = DialBackRequest([str(address) for address in announced])
-        try:
-            response = await self.call(helper, DIAL_BACK, request, timeout=timeout)
-            check_outcomes(announced, response)
-        except ShoalError as error:
-            return str(error)
-        return response
+    async def _ask_back(self, helper: PeerID, request: DialBackRequest, timeout: float) -> DialBackResponse:
+        return await self.call(helper, DIAL_BACK, request, timeout=timeout)
 
 
 class _StreamContext(AbstractAsyncContextManager[Stream]):

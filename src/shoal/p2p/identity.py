@@ -192,8 +192,8 @@ class Identity:
         """The identity kept in the file ``path``, which is made with a new key and mode 0600 if missing.
 
         Of several processes that create it at once one wins, and all get its key; at no moment can another
-        user read it. :class:`InvalidValueError` for a file that others can read, that is damaged or no
-        regular file, or in a directory that does not exist; :class:`OSError` from the file system as it
+        user read it. :class:`InvalidValueError` for a file that is another user's, that others can read, that is
+        damaged or no regular file, or in a directory that does not exist; :class:`OSError` from the file system as it
         comes.
         """
         path = Path(path)
@@ -213,13 +213,21 @@ class Identity:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             # The descriptor is checked, not the path, so that both speak of the same file.
-            mode = os.fstat(descriptor).st_mode
+            status = os.fstat(descriptor)
+            mode = status.st_mode
             if not stat.S_ISREG(mode):
                 raise InvalidValueError(f"identity_path: {path} is not a regular file")
             if mode & 0o077:
                 raise InvalidValueError(
                     f"identity_path: {path} is no safe place for a private key: others may read or change it "
                     f"(mode {stat.S_IMODE(mode):04o}); make it yours alone: chmod 600 {path}"
+                )
+            if (
+                status.st_uid != os.geteuid()
+            ):  # root can read it all the same, and would speak in that user's name
+                raise InvalidValueError(
+                    f"identity_path: {path} belongs to another user (uid {status.st_uid}, not {os.geteuid()}); give a "
+                    f"file of your own, or take it over: chown {os.geteuid()} {path}"
                 )
             content = os.read(descriptor, _KEY_FILE_BYTES + 1)
         finally:

@@ -1,4 +1,4 @@
-"""Addresses of peers: ``/ip4|ip6|dns4|dns6/HOST/tcp/PORT[/p2p/PEERID]``, parsed and printed.
+"""Addresses of peers: ``/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT[/p2p/PEERID]``, parsed and printed.
 
 Pure: resolves no names and opens no sockets.
 """
@@ -9,21 +9,44 @@ import functools
 import ipaddress
 import re
 from dataclasses import dataclass, replace
+from typing import overload
 
 from shoal.errors import InvalidTypeError, InvalidValueError
 from shoal.p2p.identity import PeerID
 
-PROTOCOLS = ("ip4", "ip6", "dns4", "dns6")
-_FORM = "/ip4|ip6|dns4|dns6/HOST/tcp/PORT[/p2p/PEERID]"
+PROTOCOLS = ("ip4", "ip6", "dns", "dns4", "dns6")
+"""Names of ``dns`` lead to IPv4 and IPv6 addresses, the others to those of one family; resolved at each dial."""
+FORM = "/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT[/p2p/PEERID]"
 # The longest host name has 253 characters; around it is room for the rest.
 MAX_TEXT_CHARACTERS = 400
 _DNS_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 
 
+_OTHER_PROTOCOLS = {
+    "p2p-circuit": "Shoal has no relays",
+    "dnsaddr": "Shoal reads no TXT records: give the addresses that they hold",
+    "unix": "Shoal has no sockets of files",
+} | dict.fromkeys(
+    (
+        "udp", "quic", "quic-v1", "ws", "wss", "tls", "noise", "http", "https", "webtransport", "webrtc",
+        "webrtc-direct", "p2p-webrtc-star", "p2p-webrtc-direct", "p2p-websocket-star", "p2p-stardust", "certhash",
+        "sni", "utp", "udt", "sctp", "dccp", "onion", "onion3", "garlic32", "garlic64", "memory",
+    ),
+    "Shoal speaks its own protocol over TCP alone",
+)  # fmt: skip
+"""Pieces of multiaddrs of libp2p that Shoal cannot use, with the reason."""
+
+
+class UnsupportedAddress(InvalidValueError):
+    """A multiaddr that makes sense, but not to Shoal."""
+
+
 @functools.total_ordering
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Multiaddr:
     """Where a peer listens and, if ``peer_id`` is given, who is expected there.
+
+    Made by ``Multiaddr(text)`` or ``Multiaddr(protocol, host, port, peer_id)``.
 
     Validated where it is made, with :class:`InvalidValueError`; hosts are kept in their canonical form
     (compressed IPv6, lower-case names), so that equal addresses compare equal. Ordered by protocol, host,
@@ -35,16 +58,38 @@ class Multiaddr:
     port: int
     peer_id: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.protocol not in PROTOCOLS:
-            raise InvalidValueError(f"protocol: {self.protocol!r} is not one of {', '.join(PROTOCOLS)}")
-        object.__setattr__(self, "host", _canonical_host(self.protocol, self.host))
-        if type(self.port) is not int:  # a bool is none
-            raise InvalidTypeError(f"port: must be an int, not {type(self.port).__name__}")
-        if not 0 <= self.port <= 65535:
-            raise InvalidValueError(f"port: {self.port} is not between 0 and 65535")
-        if self.peer_id is not None:
-            PeerID.from_base58(self.peer_id)
+    @overload
+    def __init__(self, protocol: str | Multiaddr) -> None: ...
+    @overload
+    def __init__(self, protocol: str, host: str, port: int, peer_id: str | None = None) -> None: ...
+
+    def __init__(
+        self,
+        protocol: str | Multiaddr,
+        host: str | None = None,
+        port: int | None = None,
+        peer_id: str | None = None,
+    ) -> None:
+        if host is None and port is None and peer_id is None:
+            text = protocol.strip() if isinstance(protocol, str) else protocol
+            given = Multiaddr.parse(text)
+            protocol, host, port, peer_id = given.protocol, given.host, given.port, given.peer_id
+        if protocol not in PROTOCOLS:
+            raise InvalidValueError(f"protocol: {protocol!r} is not one of {', '.join(PROTOCOLS)}")
+        if type(port) is not int:  # a bool is none
+            raise InvalidTypeError(f"port: must be an int, not {type(port).__name__}")
+        if not 0 <= port <= 65535:
+            raise InvalidValueError(f"port: {port} is not between 0 and 65535")
+        if peer_id is not None:
+            PeerID.from_base58(peer_id)
+        values = {
+            "protocol": protocol,
+            "host": _canonical_host(protocol, host),
+            "port": port,
+            "peer_id": peer_id,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def parse(cls, text: str | Multiaddr) -> Multiaddr:
@@ -61,7 +106,11 @@ class Multiaddr:
         try:
             return cls._parse_pieces(text.split("/"))
         except InvalidValueError as error:
-            raise InvalidValueError(f"address {text!r}: {error}; the form is {_FORM}") from None
+            for piece in reversed(text.split("/")):
+                if piece in _OTHER_PROTOCOLS:
+                    reason = f"{piece!r} cannot be used, {_OTHER_PROTOCOLS[piece]}"
+                    raise UnsupportedAddress(f"address {text!r}: {reason}") from None
+            raise InvalidValueError(f"address {text!r}: {error}; the form is {FORM}") from None
 
     @classmethod
     def _parse_pieces(cls, pieces: list[str]) -> Multiaddr:
@@ -123,7 +172,7 @@ class Multiaddr:
         return text if self.peer_id is None else f"{text}/p2p/{self.peer_id}"
 
 
-def _canonical_host(protocol: str, host: str) -> str:
+def _canonical_host(protocol: str, host: str | None) -> str:
     """The one spelling of ``host`` that is kept; :class:`InvalidValueError` if ``protocol`` has no such."""
     if not isinstance(host, str):
         raise InvalidTypeError(f"host: must be a str, not {type(host).__name__}")

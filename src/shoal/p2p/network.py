@@ -7,12 +7,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from shoal.errors import InvalidValueError
+from shoal.p2p.interfaces import default_route_ips, list_interfaces
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.vantage import Interface, likely_first
+
+logger = logging.getLogger(__name__)
 
 ProtocolFactory = Callable[[], asyncio.BufferedProtocol]
 
@@ -22,6 +27,7 @@ _BACKLOG = 1024
 _FAMILIES = {
     "ip4": socket.AF_INET,
     "ip6": socket.AF_INET6,
+    "dns": socket.AF_UNSPEC,
     "dns4": socket.AF_INET,
     "dns6": socket.AF_INET6,
 }
@@ -55,6 +61,9 @@ class Network(Protocol):
     async def connect(self, factory: ProtocolFactory, address: Multiaddr) -> asyncio.Transport:
         """Connect to ``address``; :class:`OSError` if nobody answers. Waits for ever unless cancelled."""
 
+    def interfaces(self) -> list[Interface]:
+        """The interfaces of this machine, the likeliest first; none if the system does not tell."""
+
 
 class TcpListener:
     """A :class:`Listener` on one TCP socket."""
@@ -82,10 +91,10 @@ class TcpListener:
 class TcpNetwork:
     """The :class:`Network` of TCP sockets, for any asyncio event loop (uvloop included).
 
-    Names (``dns4``, ``dns6``) are resolved to their family only. When a name has several addresses, dialing
-    tries them in order, and listening takes the first. The loops switch Nagle's algorithm off (TCP_NODELAY)
-    and let a listener take a port whose last connections are still being forgotten (SO_REUSEADDR); two
-    listeners on one port are an error.
+    Names are resolved anew at each dial, ``dns4`` and ``dns6`` to their family only. When a name has
+    several addresses, dialing tries them in order, and listening takes the first. The loops switch Nagle's
+    algorithm off (TCP_NODELAY) and let a listener take a port whose last connections are still being forgotten
+    (SO_REUSEADDR); two listeners on one port are an error.
     """
 
     async def listen(self, factory: ProtocolFactory, address: Multiaddr) -> TcpListener:
@@ -112,3 +121,12 @@ class TcpNetwork:
             factory, address.host, address.port, family=_FAMILIES[address.protocol]
         )
         return transport
+
+    def interfaces(self) -> list[Interface]:
+        """See :meth:`Network.interfaces`. Where the system does not list them, those of the default routes."""
+        preferred = default_route_ips()
+        try:
+            return likely_first(list_interfaces(), preferred)
+        except OSError as error:
+            logger.debug("the system does not list its interfaces: %s", error)
+            return [Interface("default", ip, 128 if ":" in ip else 32) for ip in preferred]

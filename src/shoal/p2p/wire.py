@@ -26,12 +26,14 @@ from __future__ import annotations
 
 import math
 import struct
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
+from shoal.p2p.claims import UNKNOWN, UNSETTLED, Incarnation
 from shoal.p2p.config import MAX_ANNOUNCED
 from shoal.utils.text import printable
 
@@ -43,6 +45,7 @@ MAX_AGENT = 64
 MAX_REASON = 512
 MAX_ADDRESSES = MAX_ANNOUNCED
 MAX_ADDRESS = 512
+MAX_PROOF = 256
 PING_BYTES = 8
 
 Body = bytes | bytearray | memoryview
@@ -84,13 +87,28 @@ class Hello(msgspec.Struct, array_like=True, frozen=True):
         list[Annotated[str, msgspec.Meta(max_length=MAX_ADDRESS)]], msgspec.Meta(max_length=MAX_ADDRESSES)
     ]
     clock: float
-    """The sender's wall clock, to measure its skew."""
+    """The sender's DHT time."""
+    incarnation: Incarnation = UNKNOWN
+    """The number that this run of the sender has drawn; with ``tenure``, see :mod:`shoal.p2p.claims`."""
+    tenure: float = UNSETTLED
+    seen: Annotated[str, msgspec.Meta(max_length=MAX_ADDRESS)] = ""
+    """The address that the receiver has for the sender: what it dialed, or from where it was dialed."""
 
 
 class Goodbye(msgspec.Struct, array_like=True, frozen=True):
     """Body of GOODBYE: the last frame of a connection that is closed in order."""
 
     reason: Annotated[str, msgspec.Meta(max_length=MAX_REASON)]
+    rival: Annotated[bytes, msgspec.Meta(max_length=MAX_PROOF)] = b""
+    """If the reason is that another peer holds the same identity: what that one signed; ``reason`` is its address."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a connection is refused, and the proof, if the reason is another peer with the same identity."""
+
+    reason: str
+    proof: bytes = b""
 
 
 @lru_cache(maxsize=1024)
@@ -144,9 +162,9 @@ def decode_reset(body: Body) -> Reset:
     return Reset(printable(reset.code, MAX_CODE), printable(reset.message, MAX_REASON))
 
 
-def encode_goodbye(reason: str) -> bytes:
+def encode_goodbye(reason: str, rival: bytes = b"") -> bytes:
     """Body of GOODBYE; the reason is cut to its limit."""
-    return _encoder.encode(Goodbye(_sendable(reason, MAX_REASON)))
+    return _encoder.encode(Goodbye(_sendable(reason, MAX_REASON), rival))
 
 
 def _sendable(text: str, limit: int) -> str:
@@ -154,16 +172,17 @@ def _sendable(text: str, limit: int) -> str:
     return text[:limit].encode(errors="replace").decode()
 
 
-def decode_goodbye(body: Body) -> str:
-    """The reason in the body of GOODBYE."""
-    return printable(decode(body, Goodbye, "GOODBYE").reason, MAX_REASON)
+def decode_goodbye(body: Body) -> Refusal:
+    """The reason in the body of GOODBYE, with the proof."""
+    goodbye = decode(body, Goodbye, "GOODBYE")
+    return Refusal(printable(goodbye.reason, MAX_REASON), goodbye.rival)
 
 
 def decode_hello(body: Body) -> Hello:
     """Body of HELLO; its clock is checked to be a number."""
     hello = decode(body, Hello, "HELLO")
-    if not math.isfinite(hello.clock):
-        raise ProtocolViolation("HELLO with a clock that is not a number")
+    if not (math.isfinite(hello.clock) and math.isfinite(hello.tenure)):
+        raise ProtocolViolation("HELLO with a time that is not a number")
     return msgspec.structs.replace(hello, agent=printable(hello.agent, MAX_AGENT))
 
 

@@ -42,6 +42,8 @@ class Kind(IntEnum):
     CANCELLED = 9  # the command ended by cancelling itself
     LOG = 10
     SHUTDOWN = 11
+    PING = 12  # the process lives; answered by PONG
+    PONG = 13
 
 
 class Frame(NamedTuple):

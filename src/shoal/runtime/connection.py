@@ -15,15 +15,18 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from shoal.errors import InvalidStateError, PeerProcessDied
+from shoal.errors import InvalidStateError, PeerProcessDied, ShoalError
 from shoal.runtime import logs, pickling
+from shoal.runtime.attendance import Attendance
 from shoal.runtime.channel import Channel, Frame, Kind
 from shoal.runtime.futures import MPFuture
+from shoal.runtime.liveness import BEAT
 from shoal.runtime.messages import HostState
 from shoal.runtime.workers import SerialThread
 
@@ -33,7 +36,18 @@ _TERMINATE_SECONDS = 0.5
 _END_SECONDS = 2.0
 _KILL_SECONDS = 10.0
 
+_GRACE_SECONDS = 1.0
+"""By so much an answer may come after the time that its call has: the process keeps that time itself."""
+
 Handler = Callable[[Any], Any]
+
+
+class _Call(NamedTuple):
+    """A call under way; ``deadline`` is when its answer is due, by the steady clock."""
+
+    future: MPFuture[Any]
+    convert: Callable[[Any], Any] | None
+    deadline: float | None
 
 
 class Connection:
@@ -54,13 +68,14 @@ class Connection:
         self._channel = Channel(sock, self._watch_writable)
         self._numbers = itertools.count(1)
         self._service_numbers = itertools.count(1)
-        self._pending: dict[int, tuple[MPFuture[Any], Callable[[Any], Any] | None]] = {}
+        self._pending: dict[int, _Call] = {}
         self._handlers: dict[int, tuple[SerialThread, Handler]] = {}
         self._waiting_host_calls: set[int] = set()
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._reemitter = logs.Reemitter(name)
         self._log_thread = SerialThread(f"{name}-logs")
         self._log_thread.start()
+        self._attendance = Attendance(name, process.pid, self._log_thread.submit)
         self._callback_thread = SerialThread(f"{name}-callbacks")
         self._forked = False
         self._shutdown_begun = False
@@ -118,13 +133,17 @@ class Connection:
     def log_tail(self) -> str:
         return "\n".join(list(self._tail))
 
-    def check_usable(self) -> None:
-        """Raise InvalidStateError where no call can be made because of what the caller did."""
+    def check_process(self) -> None:
+        """Raise InvalidStateError in a forked child."""
         if self._forked:
             raise InvalidStateError(
                 f"the background process {self.name!r} belongs to the parent of this process, "
                 "which was forked from it; use it in the parent only, or make a new one here"
             )
+
+    def check_usable(self) -> None:
+        """Raise InvalidStateError where no call can be made because of what the caller did."""
+        self.check_process()
         if self._shutdown_begun:
             raise InvalidStateError(f"the background process {self.name!r} was shut down")
 
@@ -143,11 +162,19 @@ class Connection:
         descriptors: Sequence[int] = (),
         *,
         convert: Callable[[Any], Any] | None = None,
+        timeout: float | None = None,
     ) -> MPFuture[Any]:
-        """Begin a call; ``convert`` makes the future's result of what the process answered."""
+        """Begin a call; ``convert`` makes the future's result of what the process answered.
+
+        :param timeout: seconds that the process has for the answer. It keeps them itself; only when it does not answer
+            at all, the call fails here, a moment later
+        """
         number = next(self._numbers)
-        future: MPFuture[Any] = MPFuture(partial(self._cancel, number), self._dispatch)
-        self._pending[number] = (future, convert)
+        future: MPFuture[Any] = MPFuture(
+            partial(self._cancel, number), self._dispatch, self._attendance.unresponsive
+        )
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._pending[number] = _Call(future, convert, deadline)
         with contextlib.suppress(BrokenPipeError):
             self._channel.send(kind, call=number, service=service, body=body, descriptors=descriptors)
         # _finish marks the death before it fails what is pending, so that one of the two always does; also where the
@@ -209,18 +236,33 @@ class Connection:
     def _serve(self) -> None:
         try:
             while self._running:
-                for key, events in self._selector.select():
+                for key, events in self._selector.select(BEAT):
                     key.data(events)
+                self._fail_late_calls()
             self._drain()
         finally:
             self._finish()
+
+    def _fail_late_calls(self) -> None:
+        """Fail the calls that a process which does not answer has no more time for."""
+        error = self._attendance.look(len(self._pending))
+        if error is None:
+            return
+        now = time.monotonic()
+        for number, call in list(self._pending.items()):
+            if call.deadline is not None and now >= call.deadline + _GRACE_SECONDS:
+                self._fail(number, error)
+                with contextlib.suppress(BrokenPipeError):  # should it go on, it need not do this any more
+                    self._channel.send(Kind.CANCEL, call=number)
 
     def _on_channel(self, events: int) -> None:
         try:
             if events & selectors.EVENT_WRITE:
                 self._channel.flush()
             if events & selectors.EVENT_READ:
-                for frame in self._channel.receive():
+                frames = self._channel.receive()
+                self._attendance.hear()
+                for frame in frames:
                     self._receive(frame)
         except (EOFError, BrokenPipeError):
             self._selector.unregister(self._channel)
@@ -273,13 +315,17 @@ class Connection:
                 self._waiting_host_calls.discard(frame.call)
             case Kind.READY:
                 self.ready.set()
+            case Kind.PING:
+                with contextlib.suppress(BrokenPipeError):
+                    self._channel.send(Kind.PONG)
             case _:
                 raise AssertionError(f"the background process sent {frame.kind!r}")
 
     def _receive_answer(self, frame: Frame) -> None:
-        future, convert = self._pending.pop(frame.call, (None, None))
-        if future is None:
+        call = self._pending.pop(frame.call, None)
+        if call is None:
             return  # cancelled here meanwhile
+        future, convert = call.future, call.convert
         if frame.kind is Kind.CANCELLED:
             future.cancel()
         if not future.set_running_or_notify_cancel():
@@ -369,10 +415,10 @@ class Connection:
             self._channel.send(Kind.CANCEL, call=number)
         return True
 
-    def _fail(self, number: int) -> None:
-        future, _ = self._pending.pop(number, (None, None))
-        if future is not None and future.set_running_or_notify_cancel():
-            future.set_exception(self._death())
+    def _fail(self, number: int, error: ShoalError | None = None) -> None:
+        call = self._pending.pop(number, None)
+        if call is not None and call.future.set_running_or_notify_cancel():
+            call.future.set_exception(self._death() if error is None else error)
 
     def _death(self) -> PeerProcessDied:
         status = self.exit_status

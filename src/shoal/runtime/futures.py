@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import os
+import threading
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
@@ -15,29 +16,57 @@ from shoal.errors import InvalidStateError
 S = TypeVar("S")
 T = TypeVar("T")
 
+_FINISHED = ("CANCELLED", "CANCELLED_AND_NOTIFIED", "FINISHED")
+
 
 class MPFuture(concurrent.futures.Future[T]):
     """A :class:`concurrent.futures.Future` that can also be awaited in any event loop.
 
     Cancelling a future of a call cancels the call itself in the background process; so does cancelling a task
     that awaits it. Callbacks of a call's future may block and may make further calls: they do not run on the
-    thread that receives results. In a forked child process a future that was not finished yet raises
-    :class:`~shoal.errors.InvalidStateError`, since its result will arrive in the parent only.
+    thread that receives results. It belongs to the process that made it: in a forked child, whatever is asked of one
+    that had not finished raises :class:`~shoal.errors.InvalidStateError`, since neither side would see what the other
+    makes of it.
 
     :param on_cancel: called when the future was cancelled; true if nobody else will notify those who wait for
         it
     :param dispatch: given a callable, runs it now or on another thread; for done-callbacks
+    :param explain: what to raise, instead of a plain TimeoutError, when a wait for the result was too short; None: that
     """
 
     def __init__(
         self,
         on_cancel: Callable[[], bool] | None = None,
         dispatch: Callable[[Callable[[], None]], None] | None = None,
+        explain: Callable[[], Exception | None] | None = None,
     ) -> None:
+        self._owner_pid = os.getpid()
         super().__init__()
         self._on_cancel = on_cancel
         self._dispatch = dispatch
-        self._owner_pid = os.getpid()
+        self._explain = explain
+
+    # Every method of Future, wait() and as_completed() go through its condition: there is no way past this check.
+    @property
+    def _condition(self) -> threading.Condition:
+        if os.getpid() == self._owner_pid:
+            return self._own_condition
+        self.check_process()
+        # A thread of the parent may have held the other one when this was forked.
+        return threading.Condition()
+
+    @_condition.setter
+    def _condition(self, condition: threading.Condition) -> None:
+        self._own_condition = condition
+
+    def check_process(self) -> None:
+        """:raises InvalidStateError: this is another process than the future's, which is not finished"""
+        if os.getpid() != self._owner_pid and self._state not in _FINISHED:
+            raise InvalidStateError(
+                f"this future belongs to process {self._owner_pid}, and this is process {os.getpid()}, which was "
+                "forked from it: what one of them does with the future, the other never sees. Use the future where it "
+                "was made; to hand something from one process to the other, use a multiprocessing.Queue or Pipe"
+            )
 
     def cancel(self) -> bool:
         if not super().cancel():
@@ -47,15 +76,31 @@ class MPFuture(concurrent.futures.Future[T]):
         return True
 
     def result(self, timeout: float | None = None) -> T:
-        self._check_process()
         try:
             return super().result(timeout)
+        except TimeoutError:
+            late = self.why_late()
+            if late is None:
+                raise
+            raise late from None
         finally:
             del self  # as Future does: the error that it holds would refer to this frame, and thereby to it
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        self._check_process()
-        return super().exception(timeout)
+        try:
+            return super().exception(timeout)
+        except TimeoutError:
+            late = self.why_late()
+            if late is None:
+                raise
+            raise late from None
+
+    def why_late(self) -> Exception | None:
+        """The error of a wait that was too short, where the result will not come by itself: the process that has to
+        make it is silent. None: there is a result, or it may still come.
+        """
+        explain = self._explain
+        return None if self.done() or explain is None else explain()
 
     def add_done_callback(self, fn: Callable[[concurrent.futures.Future[T]], Any]) -> None:
         dispatch = self._dispatch
@@ -71,13 +116,6 @@ class MPFuture(concurrent.futures.Future[T]):
         from shoal.errors import InvalidTypeError
 
         raise InvalidTypeError("a future cannot be pickled or copied; send its result instead")
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._owner_pid and not self.done():
-            raise InvalidStateError(
-                "this future belongs to the parent process: it was forked before the result arrived, "
-                "which only the parent will receive"
-            )
 
 
 def chain(first: MPFuture[S], begin: Callable[[S], MPFuture[T]]) -> MPFuture[T]:
@@ -96,7 +134,7 @@ def chain(first: MPFuture[S], begin: Callable[[S], MPFuture[T]]) -> MPFuture[T]:
             call.cancel()
         return is_first
 
-    outer: MPFuture[T] = MPFuture(cancel_call, first._dispatch)
+    outer: MPFuture[T] = MPFuture(cancel_call, first._dispatch, first.why_late)
 
     def first_done(_: concurrent.futures.Future[S]) -> None:
         if first.cancelled():

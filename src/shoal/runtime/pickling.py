@@ -53,8 +53,11 @@ def dumps(value: object, what: str = "this object", to: str = "the background pr
         except _NeedsValue:
             return _dumps_by_value(value)
         return file.getvalue()
-    except UsageError:
-        raise  # e.g. a DHT among the values: it says itself what to do instead
+    except UsageError as error:  # e.g. a DHT among the values: it says itself what to do instead
+        culprit = _find_culprit(value)
+        if not culprit:
+            raise
+        raise InvalidTypeError(f"{what} cannot be sent to {to} because of {culprit}: {error}") from error
     except (pickle.PicklingError, TypeError, AttributeError, ValueError, RecursionError) as error:
         culprit = _find_culprit(value)
         because = f" because of {culprit}" if culprit else ""
@@ -184,8 +187,8 @@ def _finds(name: str, file: str | None, path: tuple[str, ...]) -> bool:
     return bool(parent)  # made by its package at run time
 
 
-def _find_culprit(value: object) -> str:
-    """Names the part of ``value`` that cannot be sent, as far as one level of looking tells."""
+def _find_culprit(value: object, depth: int = 4) -> str:
+    """Names the part of ``value`` that cannot be sent, and how ``value`` refers to it."""
     if isinstance(value, functools.partial):
         parts = {f"argument {index + 1}": part for index, part in enumerate(value.args)}
         parts |= {f"argument {name!r}": part for name, part in value.keywords.items()}
@@ -196,13 +199,30 @@ def _find_culprit(value: object) -> str:
         variables = inspect.getclosurevars(value)
         used = {**variables.globals, **variables.nonlocals}
         parts = {f"the variable {name!r}": part for name, part in used.items()}
+    elif isinstance(value, type):
+        parts = {
+            f"its method {name!r}": part
+            for name, part in vars(value).items()
+            if isinstance(part, FunctionType)
+        }
     elif isinstance(value, (list, tuple)):
         parts = {f"item {index}": part for index, part in enumerate(value)}
     else:
         parts = {f"its attribute {name!r}": part for name, part in getattr(value, "__dict__", {}).items()}
+        if not _has_a_name(type(value)):
+            parts["its class"] = type(value)
     for name, part in parts.items():
         try:
             dumps(part)
         except (InvalidTypeError, RecursionError):
-            return f"{name} ({type(part).__module__}.{type(part).__qualname__})"
+            label = part.__qualname__ if isinstance(part, type) else _full_name(type(part))
+            goes_on = depth > 0 and (
+                isinstance(part, FunctionType | type | list | tuple) or not _has_a_name(type(part))
+            )
+            inner = _find_culprit(part, depth - 1) if goes_on else ""
+            return f"{name} ({label})" + (f", {inner}" if inner else "")
     return ""
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -128,7 +128,11 @@ class BackgroundProcess:
         return self._connection.log_tail
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the process has ended; false if it still runs after ``timeout`` seconds."""
+        """Wait until the process has ended; false if it still runs after ``timeout`` seconds.
+
+        :raises InvalidStateError: in a forked child, which would not hear of the end
+        """
+        self._connection.check_process()
         return self._connection.ended.wait(timeout)
 
     def shutdown(self, timeout: float = 3.0) -> None:
@@ -161,18 +165,22 @@ class ServiceHandle:
         self.process = process
         self.service_id = service_id
 
-    def call(self, command: object, *, descriptors: Sequence[int] = ()) -> MPFuture[Any]:
+    def call(
+        self, command: object, *, descriptors: Sequence[int] = (), timeout: float | None = None
+    ) -> MPFuture[Any]:
         """Send a command to the service; any number may be under way. Cancelling the future cancels it there.
 
         The future raises what the service raised, or :class:`~shoal.errors.PeerProcessDied`.
 
         :param descriptors: file descriptors that the service receives copies of
+        :param timeout: seconds that the service has for the command, and keeps. If the process itself does not answer,
+            the future raises :class:`~shoal.errors.PeerProcessUnresponsive` a moment later
         :raises InvalidTypeError: the command cannot be sent; the message says because of what
         :raises InvalidStateError: the process was shut down, or belongs to the parent of this one
         """
         connection = self.process._usable()
         return connection.call(
-            Kind.CALL, self.service_id, pickling.dumps(command, "the command"), descriptors
+            Kind.CALL, self.service_id, pickling.dumps(command, "the command"), descriptors, timeout=timeout
         )
 
     def close(self) -> MPFuture[None]:

@@ -25,9 +25,13 @@ from shoal.errors import InvalidStateError, InvalidTypeError, ShoalError
 from shoal.runtime import pickling
 from shoal.runtime.channel import Channel, Frame, Kind, close_descriptors
 from shoal.runtime.hostwatch import watch_host
+from shoal.runtime.liveness import BEAT, SUSPICIOUS_SECONDS, Liveness
 from shoal.runtime.logs import ForwardingHandler, OutputWriter
 from shoal.runtime.messages import HostState, Setup
+from shoal.runtime.presence import Presence
+from shoal.runtime.processes import is_stopped
 from shoal.runtime.service import Service
+from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +64,15 @@ class Context:
     async def call_host(self, command: object) -> object:
         return await self._server.call_host(self.service_id, command)
 
+    @property
+    def user(self) -> Presence:
+        return self._server.user
+
     async def modules_ready(self) -> None:
         await self._server.modules_ready()
+
+    def fail(self, error: ShoalError) -> None:
+        self._server.fail(error)
 
     def set_log_fields(self, **fields: str) -> None:
         self._server.log_handler.fields.update(fields)
@@ -70,9 +81,14 @@ class Context:
 class Server:
     """Reads frames from the host, runs services and their commands, and ends everything in order."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, host_pid: int) -> None:
+        self.user = Presence()
+        self._host_pid = host_pid
+        self._liveness = Liveness(host_pid, loop.time())
+        self._awaits_pong = False
         self.services: dict[int, Service] = {}
         self.contexts: dict[int, Context] = {}
+        self.failed = False
         self._loop = loop
         self._channel = Channel(sock, self._watch_writable)
         self.log_handler = ForwardingHandler(self._send_log, lambda: self._channel.unsent_bytes)
@@ -96,6 +112,7 @@ class Server:
             Kind.CANCEL: self._receive_cancel,
             Kind.RESULT: self._receive_result,
             Kind.ERROR: self._receive_result,
+            Kind.PONG: self._receive_pong,
             Kind.SHUTDOWN: lambda frame: self.stop(pickling.loads(frame.body)),
         }
 
@@ -103,19 +120,29 @@ class Server:
         """Serve until the host says stop or is gone; returns when everything is closed."""
         self._loop.add_reader(self._channel.fileno(), self._on_readable)
         self._channel.send(Kind.READY)
+        attending = self._loop.create_task(self._attend())
+        attending.add_done_callback(_log_failure)
         seconds = await self._stop_within
+        attending.cancel()
         deadline = self._loop.time() + seconds
         try:
             async with asyncio.timeout_at(deadline):
                 await self._close_all()
         except TimeoutError:
-            logger.warning("%d services did not close within %.1f s", len(self.services), seconds)
+            left = figures.count(len(self.services), "service")
+            logger.warning("%s did not close within %s", left, figures.duration(seconds))
         await self._flush()
 
     def stop(self, seconds: float) -> None:
         """Begin to end the process in order, within this many seconds; only the first call counts."""
         if not self._stop_within.done():
             self._stop_within.set_result(seconds)
+
+    def fail(self, error: ShoalError) -> None:
+        """Begin to end the process in order; its host learns of ``error`` by the end of the log."""
+        logger.error("%s", error)
+        self.failed = True
+        self.stop(_TERMINATED_SECONDS)
 
     def host_is_gone(self) -> None:
         """Runs on the watching thread: ends the process in order, or by force if its loop is stuck."""
@@ -182,6 +209,37 @@ class Server:
         else:
             future.set_result(pickling.loads(frame.body))
 
+    # Whether the user's process lives
+
+    async def _attend(self) -> None:
+        """Show the host that this process lives, and notice when the host does not."""
+        while True:
+            await asyncio.sleep(BEAT)
+            # One at a time: a host that does not read is not sent more and more of them.
+            if not self._awaits_pong:
+                self._awaits_pong = True
+                try:
+                    self._channel.send(Kind.PING)
+                except BrokenPipeError:
+                    self.stop(HOST_GONE_SECONDS)
+                    return
+            if self._liveness.look(self._loop.time()) < SUSPICIOUS_SECONDS:
+                continue
+            stopped = await asyncio.to_thread(is_stopped, self._host_pid)
+            silence = self._liveness.silence(self._loop.time(), is_stopped=stopped)
+            if silence.is_absence and self.user.absence is None:
+                what = silence.describe("by Ctrl+Z, SIGSTOP or a debugger", "'fg' or ")
+                self.user.update(f"user's process (pid {silence.pid}) {what}")
+                logger.warning("%s. Nothing that needs it goes on until then", self.user.absence)
+
+    def _receive_pong(self, _: Frame) -> None:
+        self._awaits_pong = False
+        if self.user.absence is not None:
+            seconds = self._liveness.silence(self._loop.time(), is_stopped=False).seconds
+            logger.warning("the user's process (pid %d) answers again, after %.0f s", self._host_pid, seconds)
+        self._liveness.hear(self._loop.time())
+        self.user.update(None)
+
     # Calls from the host
 
     def _begin(self, frame: Frame, method: Callable[[Frame], Awaitable[object]]) -> None:
@@ -217,6 +275,8 @@ class Server:
         self._reply(kind, frame.call, body)
 
     def _reply(self, kind: Kind, call: int, body: bytes) -> None:
+        if self.failed:  # what is cut off now says nothing: those who wait hear of the process's end
+            return
         try:
             self._channel.send(kind, call=call, body=body)
         except BrokenPipeError:
@@ -311,6 +371,11 @@ class Server:
         return self._preloading
 
 
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("the host is watched no longer", exc_info=error)
+
+
 def _load(data: bytes, what: str) -> Any:
     try:
         return pickling.loads(data)
@@ -343,13 +408,13 @@ def main() -> NoReturn:
     os.set_inheritable(descriptor, False)
     loop = _new_event_loop()
     asyncio.set_event_loop(loop)
-    server = Server(loop, socket.socket(fileno=descriptor))
+    server = Server(loop, socket.socket(fileno=descriptor), host_pid)
     terminated = False
 
     def terminate() -> None:
         nonlocal terminated
         terminated = True
-        logger.warning("received SIGTERM")
+        logger.warning("the background process received SIGTERM: it ends")
         server.stop(_TERMINATED_SECONDS)
 
     try:
@@ -366,4 +431,4 @@ def main() -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
     # Not sys.exit: threads of users, or an import that goes on, must not hold the process.
-    os._exit(0)
+    os._exit(1 if server.failed else 0)

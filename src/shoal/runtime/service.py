@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from shoal.errors import ShoalError
+from shoal.runtime.presence import Presence
+
 
 class Service(Protocol):
     """Something that lives in the background process and answers commands from the host.
@@ -52,8 +55,17 @@ class ServiceContext(Protocol):
         dropped.
         """
 
+    @property
+    def user(self) -> Presence:
+        """Whether the user's process is there, or is stopped or does not answer: then no call to it is answered."""
+
     async def modules_ready(self) -> None:
         """Wait until the modules to be preloaded are imported; begins with that if need be."""
+
+    def fail(self, error: ShoalError) -> None:
+        """End the process in order, because it can be of no more use: ``error`` is logged, and whoever waits for the
+        process gets a PeerProcessDied that shows it.
+        """
 
     def set_log_fields(self, **fields: str) -> None:
         """From now on every log record of the process carries these attributes, unless it has its own."""

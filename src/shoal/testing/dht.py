@@ -14,10 +14,11 @@ from shoal.p2p.host import Host
 from shoal.p2p.identity import Identity
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.testing.network import SimulatedNetwork
+from shoal.utils.timed import DHTClock
 
 PORT = 4000
 EPOCH = 1_700_000_000.0
-"""The wall clock when the simulation starts."""
+"""What right wall clocks show when the simulation starts."""
 
 
 class SimulatedDHT:
@@ -28,13 +29,25 @@ class SimulatedDHT:
         self.network = SimulatedNetwork(random.Random(self.rng.getrandbits(64)), latency=latency)
         self.nodes: dict[int, DHTNode] = {}
         self.clock_offset = 0.0
-        """Added to every wall clock; the event loop's time does not follow it."""
+        """Seconds for which all machines have slept: the event loop's time does not show them."""
+        self.clock_errors: dict[int, float] = {}
+        """By how many seconds the wall clocks of nodes that are made later are ahead."""
+        self.clocks: dict[int, DHTClock] = {}
         self._identities: dict[int, Identity] = {}
         self._seed = seed
 
     def now(self) -> float:
-        """The wall clock of all machines."""
-        return EPOCH + asyncio.get_running_loop().time() + self.clock_offset
+        """What right wall clocks show."""
+        return EPOCH + self._steady()
+
+    def clock(self, number: int) -> DHTClock:
+        """The DHT time of a node, which keeps it if it is made again."""
+        if number not in self.clocks:
+            self.clocks[number] = DHTClock(EPOCH + self.clock_errors.get(number, 0.0), self._steady)
+        return self.clocks[number]
+
+    def _steady(self) -> float:
+        return asyncio.get_running_loop().time() + self.clock_offset
 
     def identity(self, number: int) -> Identity:
         """The key of a node, which it keeps if it is made again."""
@@ -49,15 +62,23 @@ class SimulatedDHT:
         address = self.network.host(f"node{number}").address(PORT)
         return address.with_peer_id(self.identity(number).peer_id) if with_peer_id else address
 
-    async def start_host(self, number: int, *, client_mode: bool = False) -> Host:
-        """The host of a node, listening unless it is in client mode."""
-        host = Host(
+    def share_identity(self, number: int, copy: int) -> None:
+        """The key file of node ``number`` is copied to the machine of node ``copy``."""
+        self._identities[copy] = self.identity(number)
+
+    def make_host(self, number: int, config: HostConfig = HostConfig()) -> Host:
+        """The host of a node, not started."""
+        return Host(
             self.identity(number),
             self.network.host(f"node{number}"),
-            HostConfig(client_mode=client_mode),
-            clock=self.now,
+            config,
+            clock=self.clock(number),
             rng=random.Random(self.rng.getrandbits(64)),
         )
+
+    async def start_host(self, number: int, *, client_mode: bool = False) -> Host:
+        """The host of a node, listening unless it is in client mode."""
+        host = self.make_host(number, HostConfig(client_mode=client_mode))
         await host.start([] if client_mode else [self.address(number, with_peer_id=False)])
         return host
 
@@ -77,7 +98,7 @@ class SimulatedDHT:
                 config,
                 initial_peers=initial_peers,
                 validators=validators,
-                clock=self.now,
+                clock=self.clock(number),
                 rng=random.Random(self.rng.getrandbits(64)),
             )
         except BaseException:

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 
+from shoal.averaging.agreement import Agreement
 from shoal.averaging.group import GroupInfo, PeerMode
 from shoal.averaging.matchmaking.core import MatchmakingConfig
 from shoal.averaging.matchmaking.matchmaker import Matchmaker
@@ -43,7 +44,12 @@ class SimulatedMatchmaking:
             await self.start_one(number, mode, schema=schema)
 
     async def start_one(
-        self, number: int, mode: PeerMode = PeerMode.FULL, *, schema: bytes = SCHEMA
+        self,
+        number: int,
+        mode: PeerMode = PeerMode.FULL,
+        *,
+        schema: bytes = SCHEMA,
+        agreement: Agreement | None = None,
     ) -> Matchmaker:
         """Start one peer, joining the DHT by peer 0."""
         client = mode is PeerMode.CLIENT and number != 0
@@ -56,7 +62,8 @@ class SimulatedMatchmaking:
             schema_hash=schema,
             config=self.config,
             mode=mode,
-            clock=self.now,
+            agreement=agreement,
+            clock=self.dht.clock(number),
             rng=random.Random(self.dht.rng.getrandbits(64)),
         )
         return matchmaker
@@ -71,7 +78,7 @@ class SimulatedMatchmaking:
         bits: str | None = None,
     ) -> asyncio.Task[GroupInfo | MatchmakingException]:
         """Let a peer search; the task's result is the group, or the error of a search that failed."""
-        now = self.now()
+        now = self.dht.clock(number)()
         starts_in = self.config.min_matchmaking_time if starts_in is None else starts_in
         deadline = None if timeout is None else now + timeout
         matchmaker = self.matchmakers[number]

@@ -230,7 +230,7 @@ class SwarmOfCores:
         if peer.bits is not None and peer.finished_at == math.inf:
             start_time = self.now + self.config.min_matchmaking_time
             place = Place(KEY + peer.bits.bits, start_time, start_time, 0, peer.core.me.lineage)
-            self.send(peer.peer_id, Restarted(place))
+            self.send(peer.peer_id, Restarted(place, peer.mode))
 
     def population(self, bits: str, since: float, but: PeerID) -> int:
         """How many peers, ``but`` one, wanted to start a group under these bits after ``since``."""

@@ -4,6 +4,9 @@ It implements :class:`shoal.p2p.network.Network` in terms of asyncio transports,
 on it unchanged. Time is the loop's; run it on :class:`shoal.testing.clock.VirtualClockLoop` to make it virtual.
 Deterministic: no set is iterated over, nothing depends on object ids, and all choices come from the ``rng`` given.
 
+Hosts may live at a site behind a NAT (:meth:`~SimulatedNetwork.site`): others see its router's address, and get in at
+forwarded ports only.
+
 Faults: :meth:`~SimulatedNetwork.drop_connections` (both sides see them end), :meth:`~SimulatedNetwork.partition` and
 :meth:`~SimulatedNetwork.silence` (bytes vanish, connections stay, dialing times out), and
 :meth:`~SimulatedNetwork.kill` (a host is gone: its connections end, as the operating system of a killed process
@@ -16,11 +19,13 @@ import asyncio
 import functools
 import random
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from shoal.errors import InvalidValueError
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.vantage import Interface
 
 ProtocolFactory = Callable[[], asyncio.BufferedProtocol]
 
@@ -57,6 +62,7 @@ class SimulatedNetwork:
         self._bandwidth = bandwidth
         self._hosts: dict[str, HostNetwork] = {}
         self._by_ip: dict[str, HostNetwork] = {}
+        self._sites: dict[str, _Site] = {}
         self._paths: dict[tuple[str, str], _Path] = {}
         self._connections: dict[SimulatedTransport, None] = {}
         self._partition: dict[str, int] = {}
@@ -69,6 +75,26 @@ class SimulatedNetwork:
             self._hosts[name] = host
             self._by_ip[host.ip] = host
         return self._hosts[name]
+
+    def site(
+        self,
+        *names: str,
+        forwards: Mapping[int, tuple[str, int]] | None = None,
+        refuses: bool = False,
+    ) -> str:
+        """A site behind a NAT, with these hosts, that must not be there yet; returns its router's outer address.
+
+        ``forwards``: from ports of the router to ports of its hosts. At others nobody answers, or dialing is refused.
+        """
+        outer = f"203.0.113.{len(self._sites) + 1}"
+        site = self._sites[outer] = _Site(outer, dict(forwards or {}), refuses)
+        for number, name in enumerate(names, 1):
+            if name in self._hosts:
+                raise InvalidValueError(f"names: the host {name!r} is there already")
+            ip = f"192.168.{len(self._sites)}.{number}"
+            host = self._hosts[name] = self._by_ip[ip] = HostNetwork(self, name, ip)
+            host.site, host.interface_list = site, [Interface("eth0", ip, 24)]
+        return outer
 
     # ---- conditions ----
 
@@ -138,9 +164,46 @@ class SimulatedNetwork:
             self._paths.setdefault((b, a), _Path(latency, path.bandwidth))
         return path
 
+    def _find(self, dialer: HostNetwork, address: Multiaddr) -> _Way | None:
+        """Where a connection from ``dialer`` to ``address`` ends; None if nothing answers there."""
+        if address.host in ("127.0.0.1", dialer.ip):
+            return _Way(dialer, address.port, dialer.ip, dialer.ip)
+        outer = dialer.ip if dialer.site is None else dialer.site.outer_ip
+        site = self._sites.get(address.host)
+        if site is not None:
+            forwarded = site.forwards.get(address.port)
+            if forwarded is not None:
+                return _Way(self._hosts[forwarded[0]], forwarded[1], address.host, outer)
+            if site.refuses:
+                raise ConnectionRefusedError(111, f"nobody listens at {address}")
+            return None
+        target = self._by_ip.get(address.host)
+        if target is None or (target.site is not None and target.site is not dialer.site):
+            return None
+        return _Way(target, address.port, target.ip, outer if target.site is None else dialer.ip)
+
     def _reaches(self, a: HostNetwork, b: HostNetwork) -> bool:
         apart = self._partition.get(a.name, 0) != self._partition.get(b.name, 0)
         return not (apart or self._path(a.name, b.name).is_silent or a.is_silent or b.is_silent)
+
+
+@dataclass
+class _Site:
+    """Hosts behind one router that translates addresses."""
+
+    outer_ip: str
+    forwards: dict[int, tuple[str, int]]
+    refuses: bool
+
+
+@dataclass(frozen=True)
+class _Way:
+    """Where a dialed connection ends, and which addresses its two ends see."""
+
+    target: HostNetwork
+    port: int
+    seen_by_dialer: str
+    seen_by_target: str
 
 
 class _Path:
@@ -177,6 +240,9 @@ class HostNetwork:
         self.is_up = True
         self.is_silent = False
         self.listeners: dict[int, SimulatedListener] = {}
+        self.site: _Site | None = None
+        self.interface_list = [Interface("eth0", ip, 32)]
+        """What :meth:`interfaces` tells; may be changed."""
         self._next_port = 20000
 
     def address(self, port: int = 0) -> Multiaddr:
@@ -186,7 +252,7 @@ class HostNetwork:
     async def listen(self, factory: ProtocolFactory, address: Multiaddr) -> SimulatedListener:
         """See :meth:`shoal.p2p.network.Network.listen`."""
         self._check_up()
-        if address.host not in (self.ip, "0.0.0.0", "127.0.0.1"):  # noqa: S104
+        if address.host not in (self.ip, "0.0.0.0", "::", "127.0.0.1"):  # noqa: S104
             raise OSError(99, f"{address.host} is not an address of {self.name}")
         port = address.port or self._free_port()
         if port in self.listeners:
@@ -200,20 +266,22 @@ class HostNetwork:
         self._check_up()
         loop = asyncio.get_running_loop()
         network = self.network
-        target = self if address.host in ("127.0.0.1", self.ip) else network._by_ip.get(address.host)
-        if target is None or not network._reaches(self, target):
+        way = network._find(self, address)
+        if way is None or not network._reaches(self, way.target):
             await asyncio.sleep(CONNECT_TIMEOUT)
             raise TimeoutError(110, f"{address} does not answer")
+        target = way.target
         path = network._path(self.name, target.name)
         await asyncio.sleep(path.latency)
-        listener = target.listeners.get(address.port)
+        listener = target.listeners.get(way.port)
         if listener is None or not target.is_up:
             await asyncio.sleep(path.latency)
             raise ConnectionRefusedError(111, f"nobody listens at {address}")
         near = SimulatedTransport(loop, network, self, target, (self.ip, self._free_port()), address)
-        far = SimulatedTransport(loop, network, target, self, (target.ip, address.port), address)
+        far = SimulatedTransport(loop, network, target, self, (target.ip, way.port), address)
         near.other, far.other = far, near
-        far.peername, near.peername = near.sockname, far.sockname
+        near.peername = (way.seen_by_dialer, address.port)
+        far.peername = (way.seen_by_target, near.sockname[1])
         far.begin(listener.factory())
         try:
             await asyncio.sleep(path.latency)
@@ -224,6 +292,10 @@ class HostNetwork:
             raise ConnectionResetError(104, f"the connection to {address} broke while it was made")
         near.begin(factory())
         return near
+
+    def interfaces(self) -> list[Interface]:
+        """See :meth:`shoal.p2p.network.Network.interfaces`."""
+        return list(self.interface_list)
 
     def _check_up(self) -> None:
         if not self.is_up:

@@ -9,7 +9,7 @@ from shoal.utils.lazy import lazy_names
 if TYPE_CHECKING:
     from shoal.dht.types import ValueWithExpiration
     from shoal.runtime.futures import MPFuture
-    from shoal.utils.logging import get_logger
+    from shoal.utils.logging import get_logger, use_hivemind_log_handler
     from shoal.utils.serializer import MSGPackSerializer, SerializerBase
     from shoal.utils.timed import DHTExpiration, get_dht_time
 
@@ -21,6 +21,7 @@ __all__ = [
     "ValueWithExpiration",
     "MPFuture",
     "get_logger",
+    "use_hivemind_log_handler",
 ]
 
 _SUBMODULES = ("logging", "serializer")
@@ -37,5 +38,6 @@ __getattr__, __dir__ = lazy_names(
         "ValueWithExpiration": "shoal.dht.types",
         "MPFuture": "shoal.runtime.futures",
         "get_logger": "shoal.utils.logging",
+        "use_hivemind_log_handler": "shoal.utils.logging",
     },
 )

@@ -13,9 +13,8 @@ _TRAINING = (
     "every few steps with shoal.DecentralizedAverager (docs/migration.md shows the loop)"
 )
 _GRADIENTS = (
-    "average gradients with shoal.DecentralizedAverager([p.grad for p in model.parameters()], ...): "
-    "step(weight=batch_size) before your optimizer's step, and zero_grad(set_to_none=False), so that the gradients "
-    "stay the same tensors (docs/migration.md shows the loop)"
+    "average gradients with shoal.DecentralizedAverager(lambda: [p.grad for p in model.parameters()], ...): "
+    "step(weight=batch_size) between backward() and your optimizer's step (docs/migration.md shows the loop)"
 )
 _EXPERTS = (
     "Shoal averages tensors and has no mixture of experts; hivemind's servers and experts stay with hivemind"
@@ -53,7 +52,6 @@ ABSENT: Mapping[str, Mapping[str, str]] = {
         "hivemind_cli": "the command line is `shoal`: `shoal peer` runs a DHT node, as hivemind-dht does",
         "P2P": _LIBP2P,
         "P2PContext": _LIBP2P,
-        "use_hivemind_log_handler": _LOGGING,
         "LOCALHOST": "write '127.0.0.1'",
     },
     "shoal.averaging": {
@@ -119,20 +117,66 @@ ABSENT: Mapping[str, Mapping[str, str]] = {
         "TimedStorage": "the DHT's storage is internal; dht.store() and dht.get() use it",
         "timed_storage": "get_dht_time, ValueWithExpiration and DHTExpiration are in shoal.utils itself",
         "MAX_DHT_TIME_DISCREPANCY_SECONDS": (
-            "clocks of peers may differ by up to a minute; larger differences are reported when they connect"
+            "clocks of peers may differ by any time: peers measure the difference and go by a time of their own"
         ),
         "mpfuture": "MPFuture is shoal.utils.MPFuture",
         "streaming": "Shoal streams tensors by itself",
         "multiaddr": "Multiaddr is shoal.p2p.Multiaddr",
         "crypto": _CRYPTO,
         "auth": "Shoal has no authorizers; SignatureValidator and other record validators restrict who may write what",
-        "use_hivemind_log_handler": _LOGGING,
-        "limits": "Shoal needs few open files; raise the limit with the resource module",
-        "networking": "use the socket module; DHT(host_maddrs=...) says where to listen",
+        "limits": (
+            "Shoal needs few open files: instead of increase_file_limit() use resource.setrlimit(), if at all"
+        ),
+        "networking": (
+            "instead of log_visible_maddrs() use print(*dht.get_visible_maddrs()), which others take as initial_peers; "
+            "instead of choose_ip_address() give the address that you want in DHT(host_maddrs=...)"
+        ),
         "math": "use torch.linalg.qr to orthogonalize",
     },
 }
 """Package -> name -> what to use instead."""
+
+_TYPES = "it is an alias for type checkers: write bytes or typing.Any"
+_STORAGE = "the DHT's storage is internal; dht.store() and dht.get() use it"
+_OWN_CODEC = "it is internal to hivemind's codecs; those of Shoal have settings of their own (docs/api.md)"
+
+DEEP: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("achain", "aiter_with_timeout", "anext", "azip", "attach_event_on_finished", "cancel_and_wait"),
+        _ASYNC_HELPER,
+    ),
+    **dict.fromkeys(("averaging_pb2", "runtime_pb2"), _PROTOBUF),
+    **dict.fromkeys(("combine_from_streaming", "split_for_streaming"), "Shoal streams tensors by itself"),
+    **dict.fromkeys(
+        ("GroupKey", "KeyType", "ValueType", "DHTKey", "Subkey", "BinaryDHTValue", "ReturnType", "Key"), _TYPES
+    ),
+    **dict.fromkeys(("DictionaryDHTValue", "DHTLocalStorage", "CacheRefreshQueue"), _STORAGE),
+    **dict.fromkeys(("Blacklist", "KBucket", "traverse_dht"), "searches are internal; dht.get() runs one"),
+    **dict.fromkeys(
+        (
+            "USE_LEGACY_BFLOAT16", "BNB_MISSING_MESSAGE", "EXECUTOR", "average_buckets", "get_chunk_size",
+            "get_num_bits", "quantile_qq_approximation",
+        ),
+        _OWN_CODEC,
+    ),
+    **dict.fromkeys(
+        (
+            "CustomFormatter", "HandlerMode", "TRUE_CONSTANTS", "TextStyle", "always_log_caller",
+            "golog_level_to_python", "in_ipython", "loglevel", "python_level_to_golog",
+        ),
+        _LOGGING,
+    ),
+    **dict.fromkeys(
+        ("LOAD_BALANCING_LP_DECIMALS", "hagenbach_bishoff", "optimize_parts_lp"),
+        "shoal.averaging.load_balance_peers computes the exact optimum by itself",
+    ),
+    "AuthorizerBase": "Shoal has no authorizers; record validators restrict who may write what",
+    "DEFAULT_NUM_WORKERS": "there is no such limit; DHT(parallel_rpc=...) limits the calls of one search",
+    "DEFAULT_PART_SIZE_BYTES": "give part_size_bytes to shoal.DecentralizedAverager",
+    "PotentialLeaders": _INTERNALS,
+    "compute_schema_hash": "peers that do not fit are named by the error of a step that found no group",
+}  # fmt: skip
+"""What else modules have that exist in both libraries, see :mod:`shoal.utils.deep`."""
 
 _PROCESS_OF_DHT = "the process is that of the DHT: dht.background"
 _PROCESS: Mapping[str, str] = {
@@ -176,6 +220,21 @@ ABSENT_OF_OBJECTS: Mapping[str, Mapping[str, str]] = {
         "shutdown_timeout": _AS_GIVEN,
         "kwargs": _AS_GIVEN,
         "num_workers": "there is no such limit; parallel_rpc limits the calls of one search",
+    },
+    "DHTNode": {
+        "store_many": "await asyncio.gather(*(node.store(...) for ...)): calls share connections",
+        "get_many": "await asyncio.gather(*(node.get(key) for key in keys)): searches share connections",
+        "get_many_by_id": "await asyncio.gather(*(node.get(key) for key in keys)): records are found by their keys",
+        "find_nearest_nodes": "searches are internal; node.neighbours lists the peers in the routing table",
+        "get_visible_maddrs": "use the first argument of dht.run_coroutine()'s function: dht.get_visible_maddrs()",
+        "is_alive": "a node lives from its creation until its shutdown()",
+        "node_id": "ids follow from PeerIDs: node.peer_id",
+        "p2p": f"{_LIBP2P}: node.host.serve() and node.host.call()",
+        "protocol": f"{_LIBP2P}: node.host.serve() and node.host.call()",
+        "num_replicas": "see node.config",
+        "num_workers": "there is no such limit; node.config.parallel_rpc limits the calls of one search",
+        "chunk_size": "there is no such limit",
+        "blacklist": "peers that do not answer rest by themselves",
     },
     "StepControl": {
         "get_timeout": "control.deadline - shoal.get_dht_time(), unless the deadline is None",

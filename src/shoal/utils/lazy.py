@@ -29,7 +29,11 @@ def lazy_names(
     def get(name: str) -> Any:
         where = names.get(name)
         if where is None:
-            raise _no_such_name(package, name, sys._getframe(1))
+            from shoal.utils.deep import NAMES, names_of_hivemind
+
+            if package in NAMES:
+                return names_of_hivemind(package)(name)
+            raise no_such_name(package, name, sys._getframe(1))
         module = importlib.import_module(where)
         value = module if where == f"{package}.{name}" else getattr(module, name)
         setattr(sys.modules[package], name, value)
@@ -45,7 +49,7 @@ def names_with_advice(package: str) -> Callable[[str], NoReturn]:
     """``__getattr__`` for a package that imports its names at once: it only helps with those that are not there."""
 
     def get(name: str) -> NoReturn:
-        raise _no_such_name(package, name, sys._getframe(1))
+        raise no_such_name(package, name, sys._getframe(1))
 
     return get
 
@@ -92,15 +96,19 @@ def advise_on_absent_modules() -> None:
         sys.meta_path.append(_AbsentModules())
 
 
-def _no_such_name(package: str, name: str, caller: FrameType) -> Exception:
+def no_such_name(package: str, name: str, caller: FrameType) -> Exception:
     """What to raise for a name that is not there: an AttributeError, and an ImportError if a ``from`` statement asked.
 
     The import system replaces an AttributeError by an error of its own, without what ours says. It asks from within one
     function of its own; if that is ever called otherwise, its own error is all that changes.
     """
-    from shoal.utils.absent import ABSENT  # read only when somebody needs it
+    from shoal.utils.absent import ABSENT, DEEP  # read only when somebody needs it
 
     advice = ABSENT.get(package, {}).get(name)
+    if (
+        advice is None and package not in ABSENT
+    ):  # a module that exists in both: advice is listed by the packages
+        advice = next((names[name] for names in (DEEP, *ABSENT.values()) if name in names), None)
     if advice is None:
         return AttributeError(f"module {package!r} has no attribute {name!r}", name=name)
     if caller.f_code.co_name == "_handle_fromlist" and caller.f_globals.get("__name__") in _IMPORT_SYSTEM:

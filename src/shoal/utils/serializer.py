@@ -9,18 +9,22 @@ from __future__ import annotations
 import datetime
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast
 
 import msgspec
 
 from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.utils.budget import TUPLE_CODE, check_budget
+from shoal.utils.deep import names_of_hivemind
+from shoal.utils.scalars import plain
 
 __all__ = ["MSGPackSerializer", "SerializerBase"]
 
 MAX_DEPTH = 32
 """Containers inside containers; deeper values are refused in both directions."""
 
-_TUPLE_CODE = 0x40
+_TUPLE_CODE = TUPLE_CODE
 _EXTENSION_CODES = range(0x80)
 
 
@@ -34,6 +38,7 @@ class _Serializable(Protocol):
 ClassT = TypeVar("ClassT", bound=type[Any])
 
 _encoder = msgspec.msgpack.Encoder()
+_CONTAINERS = frozenset({list, tuple, dict})
 _SCALARS = (bool, int, float, str, bytes, bytearray)
 
 
@@ -58,7 +63,12 @@ class MSGPackSerializer(SerializerBase):
     """Serializes None, bool, int (64 bits), float, str, bytes, aware datetimes, lists, tuples, dictionaries.
 
     Values keep their types: a tuple comes back as a tuple, also inside containers and as a key of a
-    dictionary. Classes registered with :meth:`ext_serializable` are serialized too.
+    dictionary. A number of numpy or torch (of no dimensions) comes back as one of Python's. Classes registered
+    with :meth:`ext_serializable` are serialized too.
+
+    A value has at most 1,000,000 elements, of which 65,536 may be lists, tuples, dictionaries and registered classes,
+    and 4,096 may be tuples as keys of dictionaries: more would take others long to decode. Arrays of numbers are small
+    and fast as bytes, e.g. ``array.tobytes()``.
     """
 
     _code_of: ClassVar[dict[type[Any], int]] = {}
@@ -94,15 +104,21 @@ class MSGPackSerializer(SerializerBase):
     def dumps(cls, obj: object) -> bytes:
         """Raises InvalidTypeError naming what cannot be serialized, InvalidValueError if it does not fit."""
         try:
-            return _encoder.encode(cls._prepare(obj, 0))
+            encoded = _encoder.encode(cls._prepare(obj, 0))
         except (OverflowError, ValueError, msgspec.MsgspecError) as error:
             if isinstance(error, InvalidValueError):
                 raise
             raise InvalidValueError(f"cannot serialize the value: {error}") from error
+        check_budget(encoded, "cannot serialize the value")
+        return encoded
 
     @classmethod
     def loads(cls, buf: bytes | bytearray | memoryview) -> Any:
-        """Raises InvalidValueError, and nothing else, on bytes that :meth:`dumps` cannot have made."""
+        """Raises InvalidValueError, and nothing else, on bytes that :meth:`dumps` cannot have made.
+
+        What would take long to decode is refused before: see :mod:`shoal.utils.budget`.
+        """
+        check_budget(buf, "not a serialized value")
         value = cls._load(buf, 0)
         _check_depth(value, 0)
         return value
@@ -131,6 +147,9 @@ class MSGPackSerializer(SerializerBase):
         for base in _SCALARS:  # subclasses of plain types, such as IntEnum members or numpy.float64
             if isinstance(obj, base):
                 return cast("Callable[[object], object]", base)(obj)
+        number = plain(obj)
+        if type(number) in (bool, int, float):
+            return number
         raise InvalidTypeError(f"cannot serialize an object of type {_full_name(kind)}: {_shorten(obj)}")
 
     @classmethod
@@ -145,11 +164,8 @@ class MSGPackSerializer(SerializerBase):
 
     @classmethod
     def _load(cls, buf: bytes | bytearray | memoryview, depth: int) -> Any:
-        def extension(code: int, data: memoryview) -> Any:
-            return cls._load_extension(code, data, depth)
-
         try:
-            value = msgspec.msgpack.Decoder(ext_hook=extension).decode(buf)
+            value = _decoder(cls, depth).decode(buf)
         except InvalidValueError:
             raise
         # Malformed; bad UTF-8 or date; an unhashable key; nested too deep for the decoder.
@@ -175,6 +191,16 @@ class MSGPackSerializer(SerializerBase):
             raise InvalidValueError(f"{target.__qualname__}.unpackb refused its bytes: {error}") from error
 
 
+@lru_cache(maxsize=4 * MAX_DEPTH)
+def _decoder(serializer: type[MSGPackSerializer], depth: int) -> msgspec.msgpack.Decoder[Any]:
+    """The decoder of values inside of ``depth`` tuples; making one for each tuple would take longer than decoding."""
+
+    def extension(code: int, data: memoryview) -> Any:
+        return serializer._load_extension(code, data, depth)
+
+    return msgspec.msgpack.Decoder(ext_hook=extension)
+
+
 def _map_header(length: int) -> bytes:
     """The MessagePack header of a map with this many items."""
     if length < 16:
@@ -192,7 +218,7 @@ def _check_depth(value: object, depth: int) -> None:
     if depth >= MAX_DEPTH:
         raise InvalidValueError(f"not a serialized value: containers more than {MAX_DEPTH} deep")
     for item in items:
-        if isinstance(item, list | tuple | dict):
+        if type(item) in _CONTAINERS:
             _check_depth(item, depth + 1)
 
 
@@ -203,3 +229,7 @@ def _full_name(kind: type[Any]) -> str:
 def _shorten(obj: object) -> str:
     text = repr(obj)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of_hivemind(__name__)

@@ -20,17 +20,18 @@ PEERS = [Identity.generate(bytes([number]) * 32).peer_id for number in range(6)]
 @pytest.mark.parametrize(
     ("gathered", "round_"),
     [
-        ([{"round": 3, "newcomer": False}, {"round": 5, "newcomer": False}], 5),
-        ([{"round": 3, "newcomer": False}, {"round": 0, "newcomer": True}], 3),
-        ([{"round": 0, "newcomer": True}, {"round": 0, "newcomer": True}], None),
+        ([{"round": 3}, {"round": 5}], 5),
+        ([{"round": 3}, {"round": 0}], 3),
+        ([{"round": 0}, {"round": 1}], 2),
         # What others gather is theirs to choose.
-        ([{"round": 3, "newcomer": False}, {"round": 10**9, "newcomer": False}], 3),
-        ([{"round": 3, "newcomer": False}, {"round": -1, "newcomer": False}], 3),
-        ([{"round": 3, "newcomer": False}, None, "x", {}, {"round": "9", "newcomer": False}], 3),
+        ([{"round": 3}, {"round": 10**9}], 3),
+        ([{"round": 3}, {"round": 100}], 3),
+        ([{"round": 3}, {"round": -1}], 3),
+        ([{"round": 3}, None, "x", {}, {"round": "9"}], 3),
     ],
 )
-def test_the_round_is_that_of_the_most_advanced(gathered: list[Any], round_: int | None) -> None:
-    assert latest_round(dict(enumerate(gathered)), rounds=100) == round_
+def test_the_round_is_that_of_the_most_advanced(gathered: list[Any], round_: int) -> None:
+    assert latest_round(dict(enumerate(gathered)), rounds=100, own=2) == round_
 
 
 def record_of(*values: Any) -> ValueWithExpiration:
@@ -49,6 +50,7 @@ def status_of(number: int, state: State = State.TRAINING) -> Any:
     [
         (record_of(*map(status_of, range(5))), 5),
         (record_of(status_of(0), status_of(1), status_of(2), status_of(3, State.FINISHED)), 3),
+        (record_of(status_of(0), status_of(1), status_of(2, State.CATCHING_UP)), 2),
         # A record that another peer wrote under a PeerID that is not its own, and ones that make no sense.
         (record_of(status_of(0), status_of(1), status_of(2), status_of(0), {"name": 3}, "x"), 3),
         (None, 2),

@@ -128,9 +128,15 @@ def test_crash_of_the_one_that_was_to_be_killed_dismisses_the_spare() -> None:
 
 
 def test_replacement_that_crashes_fails_the_demo() -> None:
-    supervisor, _ = make_supervisor(WELL, WELL, spare=CRASHES_AT_ONCE)
+    supervisor, _ = make_supervisor(WELL, WELL, spare=CRASHES_LATER)
     outcome = asyncio.run(supervisor.run())
     assert outcome.failed == ("peer 3",)
+
+
+def test_replacement_that_cannot_start_ends_the_demo() -> None:
+    supervisor, _ = make_supervisor(WELL, WELL, spare=CRASHES_AT_ONCE)
+    with pytest.raises(DemoFailed, match="peer 3 could not be started"):
+        asyncio.run(supervisor.run())
 
 
 def test_crash_before_the_start_ends_the_demo() -> None:

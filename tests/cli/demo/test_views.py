@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import msgspec
@@ -19,21 +20,40 @@ TRAINING = Status("peer 1", "12D3", Part(0), (0, 4, 8), State.TRAINING, 12, 4, 0
 STARTING = Status("peer 2", "", Part(1), (), State.STARTING)
 
 
-def text_of(renderable: object) -> str:
-    console = Console(file=io.StringIO(), width=120)
+def text_of(renderable: object, width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width)
     console.print(renderable)
     return console.file.getvalue()
 
 
+def cells_of(text: str) -> list[list[str]]:
+    """Of the lines of a table, which has two blanks or more between columns."""
+    return [re.split(r" {2,}", line.strip()) for line in text.splitlines()]
+
+
 def test_table_has_a_row_for_each_peer() -> None:
     text = text_of(render_statuses([TRAINING, STARTING], rounds=60, seconds=14.4))
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
+    title, headings, _, *rows = cells_of(text)
+    assert title == ["14 s, round 12 of 60"]
+    assert headings == ["peer", "state", "digits", "round", "group", "loss", "accuracy", "bytes", "sec."]
     assert rows == [
-        ["peer 1", "training", "0 4 8", "12/60", "4", "0.432", "90.0 %", "1.2 MB", "0.25"],
-        ["peer 2", "starting", "", "0/60", "-", "-", "-", "0 B", "-"],
+        ["peer 1", "training", "048", "12", "4", "0.432", "90.0 %", "1.2 MB", "0.25"],
+        ["peer 2", "loads torch", "0", "-", "-", "-", "0 B", "-"],
     ]
-    for heading in ("peer", "state", "round", "group", "loss", "accuracy", "bytes", "seconds", "14 s"):
-        assert heading in text
+
+
+LONGEST = Status(
+    "guest 12", "12D3", Part(0), (0, 1, 2, 3, 4), State.CATCHING_UP, 9999, 8, 12.345, 1.0, 999_900_000, 12.34
+)
+
+
+@pytest.mark.parametrize("width", [54, 62, 69, 78, 80, 120])
+def test_a_narrow_terminal_cuts_no_figure(width: int) -> None:
+    text = text_of(render_statuses([TRAINING, LONGEST], 10_000, 99.0, width), width)
+    assert "…" not in text
+    for shown in ("guest 12", "catching up", "9999", "100.0 %", "12.34"):
+        assert shown in text
+    assert ("999.9 MB" in text) == (width >= 78)
 
 
 def test_description_in_one_line() -> None:

@@ -133,16 +133,24 @@ class Exchange:
             if not isinstance(await stream.receive(), ReadyForParts):
                 raise ProtocolViolation("sent a payload before it was ready for parts")
             stream.accept_payloads(span.receive_into, self._window())
-            weight = await asyncio.shield(self._weight)
-            span.sends = weight != 0
-            await stream.send(DeclareWeight(weight))
-            shared.feed(ExchangeOpened(owner))
             try:
-                async with asyncio.TaskGroup() as group:
-                    group.create_task(self._send_parts(stream, span, owner))
-                    group.create_task(self._receive_averages(stream, span, owner))
-            except* (ShoalError, EOFError) as errors:
-                raise errors.exceptions[0] from None
+                await self._exchange_on(stream, span, owner)
+            except asyncio.CancelledError:
+                if self._core.failure is not None:  # the owner may hear of it here before the leader tells it
+                    stream.reset("cancelled", self._core.failure)
+                raise
+
+    async def _exchange_on(self, stream: Stream, span: ForeignSpan, owner: int) -> None:
+        weight = await asyncio.shield(self._weight)
+        span.sends = weight != 0
+        await stream.send(DeclareWeight(weight))
+        self._shared.feed(ExchangeOpened(owner))
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._send_parts(stream, span, owner))
+                group.create_task(self._receive_averages(stream, span, owner))
+        except* (ShoalError, EOFError) as errors:
+            raise errors.exceptions[0] from None
 
     async def _send_parts(self, stream: Stream, span: ForeignSpan, owner: int) -> None:
         for index in range(len(span.parts) if span.sends else 0):
@@ -178,7 +186,7 @@ class Exchange:
         if not self._core.roles.contributes[member] or member in self._streams:
             raise ProtocolViolation(f"{stream.remote} opened an exchange that it has no part in")
         self._streams[member] = stream
-        reason = "it ended the exchange"
+        reason = ""
         try:
             self._refuse_dropped(member)
             stream.accept_payloads(
@@ -193,7 +201,10 @@ class Exchange:
             raise errors.exceptions[0] from None
         finally:
             if self._returned.get(member, 0) < len(self.own.parts):
-                self._shared.feed(SenderLost(member, reason))
+                # Where the member reset the stream, this handler is cancelled, and the stream says why.
+                self._shared.feed(
+                    SenderLost(member, reason or str(stream.failure or "it ended the exchange"))
+                )
 
     def _refuse_dropped(self, member: int) -> None:
         reason = self._core.collection.dropped.get(member)

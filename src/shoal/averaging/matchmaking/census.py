@@ -9,6 +9,7 @@ from shoal.averaging.matchmaking.group_bits import MAX_DEPTH, GroupBits
 from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.view import GONE_WITHIN
 from shoal.errors import ShoalError
+from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,13 @@ class Census:
         self._bits.counted(own, await self._populations(self._bits.depths_to_count(own), since))
         if self._bits.depth != depth:
             prefix, found = self._peer.prefix, self._bits.depth
-            logger.info("%s: %d peers under one key: %d bits instead of %d", prefix, own, found, depth)
+            logger.info(
+                "%s: the swarm spreads over %s of the DHT, not %s, since %s look for groups under one",
+                prefix,
+                figures.count(2**found, "key"),
+                f"{2**depth:,}",
+                figures.count(own, "peer"),
+            )
 
     async def _populations(self, depths: range, since: float) -> dict[int, int]:
         # Now: the position may change before an answer comes.

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NoReturn
 
 from shoal.averaging.group import MAX_GROUP_SIZE, MemberInfo, PeerMode
@@ -35,6 +35,7 @@ from shoal.averaging.matchmaking.apart import is_apart
 from shoal.averaging.matchmaking.candidate import Candidate
 from shoal.averaging.matchmaking.events import (
     AnswerRequest,
+    AskSchema,
     AskToJoin,
     BeginGroup,
     Cancelled,
@@ -64,6 +65,7 @@ from shoal.averaging.matchmaking.events import (
     PollFailed,
     PostponeFollower,
     Restarted,
+    SchemaCompared,
     SearchStarted,
     SetTimer,
     TimerFired,
@@ -95,6 +97,7 @@ from shoal.averaging.matchmaking.story import StoryTeller
 from shoal.averaging.matchmaking.view import NOBODY, View
 from shoal.errors import InvalidValueError
 from shoal.p2p.identity import PeerID
+from shoal.utils import figures
 
 BEGIN_GRACE = 3.0
 """A leader waits this many declaration times longer at its start time, if somebody may be on the way to it."""
@@ -108,6 +111,8 @@ MIX_FOR = 0.6
 """The part of the time until the start in which peers are mixed; see :meth:`Matchmaking._is_mixing`."""
 MANY_MISSING = 2
 """As many are missing as were seen, divided by this: a group waits rather than be the last one again."""
+LEAST_REQUEST_TIMEOUT = 1.0
+"""Seconds for a leader's first answer, however short the search."""
 AVOID_AFTER_LOSS = 10.0
 """Seconds for which a leader that could not be reached or was lost is left out."""
 MAX_REDIRECTS = 5
@@ -138,6 +143,14 @@ class MatchmakingConfig:
             if not (math.isfinite(seconds) and seconds > 0):
                 raise InvalidValueError(f"{name}={seconds}: a positive number of seconds is allowed")
 
+    def within(self, seconds: float | None) -> MatchmakingConfig:
+        """For a search of so many seconds: a leader that does not answer shall not cost all of them."""
+        if seconds is None:
+            return self
+        return replace(
+            self, request_timeout=min(self.request_timeout, max(seconds / 2, LEAST_REQUEST_TIMEOUT))
+        )
+
 
 class Matchmaking:
     """One search of one peer. Times are DHT time, in seconds."""
@@ -156,19 +169,20 @@ class Matchmaking:
         grid_round: int = 0,
         lineage: Lineage = NO_LINEAGE,
         known: Mapping[PeerID, float] = NOBODY,
+        is_first: bool = False,
         expected: Iterable[PeerID] = (),
         lost: tuple[bytes, ...] = (),
     ) -> None:
         """``start_time``: when to begin if not full; ``order_time``: the place in the order, if not the same;
-        ``known``: the ``records`` of the search before; ``expected``: who is likely to look for a group now, too;
-        ``lost``: whom this peer could not reach lately.
+        ``known``: the ``records`` of the search before; ``is_first``: there was none before; ``expected``: who is
+        likely to look for a group now, too; ``lost``: whom this peer could not reach lately.
         """
         self.state = State.NEW
         self.config = config
         self.key = key
         order_time = start_time if order_time is None else order_time
         self.me = Candidate(order_time, peer_id, mode.can_lead, grid_round, lineage, mode.contributes, lost)
-        self.story = StoryTeller(key, config.target_group_size, config.min_group_size)
+        self.story = StoryTeller(key, config.target_group_size, config.min_group_size, is_first=is_first)
         self._schema_hash = schema_hash
         self._view = View(self.me, schema_hash, opens_at=start_time, known=known)
         ends_at = math.inf if deadline is None else deadline
@@ -207,8 +221,11 @@ class Matchmaking:
         handler = self._HANDLERS[self.state].get(type(event))
         if handler is None:
             self._raise_illegal(f"{type(event).__name__} cannot happen while {self.state.value}")
+        was_over = self.state is State.GROUPED
         handler(self, event, now)
         self._act(now)
+        if self.state is State.GROUPED and not was_over:
+            self._log(self.story.found(now, len(self._group)))
         effects, self._effects = self._effects, []
         return effects
 
@@ -230,13 +247,21 @@ class Matchmaking:
         self._times.declare_again = now + DECLARE_RETRY
 
     def _on_polled(self, event: Polled, now: float) -> None:
-        for peer_id in self._view.take_in(event.peers, event.began_at, now):
-            self.story.saw_other_schema(peer_id)
-        self.story.saw(len(event.peers), self._view.others_looking)
+        other_schema = self._view.take_in(event.peers, event.began_at, now)
+        declared = dict(event.peers)
+        for peer_id in other_schema:
+            if self.story.saw_other_schema(peer_id):
+                other = declared[peer_id]
+                self._effects.append(AskSchema(peer_id, other.addresses, other.schema_hash))
+        others = len(declared.keys() - {self.me.peer_id})
+        self.story.saw(others, self._view.others_looking, len(other_schema))
         why = why_no_average(self._view.candidates(now)) if self._view.shows_start else None
         if why is not None and why != self._said:
             self._said = why
             self._effects.append(Log(f"{self.key}: no average is possible yet: {why}", is_warning=True))
+
+    def _on_compared(self, event: SchemaCompared, now: float) -> None:
+        self.story.learned_difference(event.peer, event.difference)
 
     def _on_poll_failed(self, event: PollFailed, now: float) -> None:
         self.story.note(now, f"could not read who is declared: {event.reason}")
@@ -248,8 +273,9 @@ class Matchmaking:
             self._end(now)
             return
         if now >= self.story.next_status:
-            text = self.story.status(now, self._view.candidates(now), self.me.peer_id)
-            self._effects.append(Log(text, is_warning=now >= time.expected_at))
+            candidates, is_late = self._view.candidates(now), now >= time.expected_at
+            me = self.me.peer_id
+            self._log(self.story.status(now, candidates, me, begins_at=time.begins_at, is_late=is_late))
         if now >= time.declare_again:
             self._declare(now)
         if now >= self._view.next_poll:
@@ -273,7 +299,10 @@ class Matchmaking:
             self._effects.append(Declare(DeclaredState.TAKEN))
         self.key = self.story.key = place.key
         self.me = self.me._replace(
-            start_time=place.order_time, grid_round=place.grid_round, lineage=place.lineage
+            start_time=place.order_time,
+            can_lead=event.mode.can_lead,
+            grid_round=place.grid_round,
+            lineage=place.lineage,
         )
         self._effects.append(MoveTo(place))
         self._view = View(self.me, self._schema_hash, opens_at=place.start_time, latency=self._view.latency)
@@ -282,7 +311,9 @@ class Matchmaking:
             self._times.expected_at = place.start_time
         self._times.begins_at = place.start_time
         self._times.mixes_until = now + MIX_FOR * (place.start_time - now)
-        self.story.note(now, f"began anew under {place.key!r}, to start in {place.start_time - now:.1f} s")
+        self.story.note(
+            now, f"began anew under {place.key!r}, to start in {figures.duration(place.start_time - now)}"
+        )
         self._declare(now)
         self._go_on_looking()
 
@@ -401,7 +432,9 @@ class Matchmaking:
             return
         self.story.answered(ask.leader, f"redirected to {event.leader}", now)
         if ask.redirects < MAX_REDIRECTS and self._view.may_ask(event.leader, now):
-            self._ask_to_join(event.leader, event.addresses, now, redirects=ask.redirects + 1)
+            self._ask_to_join(
+                event.leader, event.addresses, now, redirects=ask.redirects + 1, is_hearsay=True
+            )
         else:
             self._view.leave_out(ask.leader, now + self._retry_time())
             self._go_on_looking()
@@ -411,7 +444,7 @@ class Matchmaking:
         if ask is None:
             return
         reason = event.answer.reason
-        self.story.answered(ask.leader, f"rejected ({reason})", now)
+        self.story.answered(ask.leader, f"rejected: {reason.words}", now)
         until = now + self._retry_time()
         if reason in (RejectReason.BEGUN, RejectReason.NOT_LOOKING):
             # It says so itself before long, and its next search may be earlier in the order.
@@ -428,13 +461,13 @@ class Matchmaking:
         if ask is None:
             return
         answer = event.answer
-        self.story.answered(ask.leader, f"dismissed ({answer.reason})", now)
+        self.story.answered(ask.leader, f"dismissed: {answer.reason.words}", now)
         is_looking = answer.reason is DismissReason.BETTER_CUT
         self._view.leave_out(ask.leader, now + self._retry_time(), is_looking=is_looking)
         self._view.leave_out_group(answer.members, now + self._retry_time(), now, is_looking=True)
         suggested = PeerID.from_bytes(answer.leader) if answer.leader else None
         if suggested is not None and self._view.may_ask(suggested, now):
-            self._ask_to_join(suggested, answer.addresses, now, redirects=0)
+            self._ask_to_join(suggested, answer.addresses, now, redirects=0, is_hearsay=True)
         else:
             self._go_on_looking()
 
@@ -456,6 +489,10 @@ class Matchmaking:
 
     def _ignore(self, event: Event, now: float) -> None:
         """The event belongs to something that is over."""
+
+    def _log(self, line: Log | None) -> None:
+        if line is not None:
+            self._effects.append(line)
 
     # ---- decisions
 
@@ -678,11 +715,19 @@ class Matchmaking:
 
     # ---- leaders and followers
 
-    def _ask_to_join(self, leader: PeerID, addresses: tuple[str, ...], now: float, redirects: int) -> None:
+    def _ask_to_join(
+        self,
+        leader: PeerID,
+        addresses: tuple[str, ...],
+        now: float,
+        redirects: int,
+        *,
+        is_hearsay: bool = False,
+    ) -> None:
         self._asks += 1
         self._ask = Ask(self._asks, leader, addresses, now, redirects)
         self._move(State.ASKING)
-        self._effects.append(AskToJoin(self._ask.number, leader, addresses))
+        self._effects.append(AskToJoin(self._ask.number, leader, addresses, is_hearsay))
         self.story.asked(leader)
 
     def _current(self, ask: int) -> Ask | None:
@@ -768,6 +813,7 @@ class Matchmaking:
         Declared: _on_declared,
         DeclareFailed: _on_declare_failed,
         Polled: _on_polled,
+        SchemaCompared: _on_compared,
         PollFailed: _on_poll_failed,
         JoinRequested: _on_request,
         FollowerLost: _on_follower_lost,
@@ -791,7 +837,8 @@ class Matchmaking:
     )
     _OVER: ClassVar[dict[type, Callable[..., None]]] = {
         **dict.fromkeys(
-            (Declared, DeclareFailed, Polled, PollFailed, FollowerLost, PeerGone, TimerFired), _ignore
+            (Declared, DeclareFailed, Polled, PollFailed, SchemaCompared, FollowerLost, PeerGone, TimerFired),
+            _ignore,
         ),
         **_LATE_ANSWERS,
         JoinRequested: _on_request_too_late,

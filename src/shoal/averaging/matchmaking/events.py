@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from shoal.averaging.group import GroupInfo, MemberInfo
+from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode
 from shoal.averaging.lineage import NO_LINEAGE, Lineage
 from shoal.averaging.matchmaking.messages import (
     Accepted,
@@ -47,9 +47,10 @@ class SearchStarted:
 
 @dataclass(frozen=True)
 class Restarted:
-    """Another start time or other group bits are wanted: the search begins anew."""
+    """Another start time, other group bits or another mode are wanted: the search begins anew."""
 
     place: Place
+    mode: PeerMode
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,14 @@ class Polled:
 @dataclass(frozen=True)
 class PollFailed:
     reason: str
+
+
+@dataclass(frozen=True)
+class SchemaCompared:
+    """An :class:`AskSchema` is done: in what that peer differs, for people."""
+
+    peer: PeerID
+    difference: str
 
 
 @dataclass(frozen=True)
@@ -162,6 +171,7 @@ Event = (
     | DeclareFailed
     | Polled
     | PollFailed
+    | SchemaCompared
     | JoinRequested
     | FollowerLost
     | LeaderAccepted
@@ -202,6 +212,8 @@ class AskToJoin:
     ask: int
     leader: PeerID
     addresses: tuple[str, ...]
+    is_hearsay: bool = False
+    """Another peer has named these addresses, not the leader itself."""
 
 
 @dataclass(frozen=True)
@@ -258,6 +270,17 @@ class Log:
 
     text: str
     is_warning: bool = False
+    tells_how_to_join: bool = False
+    """Add by which address others join this peer's DHT."""
+
+
+@dataclass(frozen=True)
+class AskSchema:
+    """Find out in what this peer, which averages something else under the same prefix, differs."""
+
+    peer: PeerID
+    addresses: tuple[str, ...]
+    schema_hash: bytes
 
 
 @dataclass(frozen=True)
@@ -279,6 +302,7 @@ Effect = (
     | MoveTo
     | TooFew
     | Poll
+    | AskSchema
     | AskToJoin
     | LeaveLeader
     | AnswerRequest

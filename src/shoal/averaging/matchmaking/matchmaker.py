@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
+from shoal.averaging.agreement import Agreement
 from shoal.averaging.group import (
     MAX_GATHER_BYTES,
     MAX_LOST,
@@ -23,6 +24,7 @@ from shoal.averaging.matchmaking.events import Cancelled, Place
 from shoal.averaging.matchmaking.group_bits import LONELY_BELOW, SPLIT_ABOVE, GroupBits
 from shoal.averaging.matchmaking.messages import JOIN, JoinRequest, Rejected, RejectReason
 from shoal.averaging.matchmaking.peer import LocalPeer
+from shoal.averaging.matchmaking.schemas import OtherSchemas
 from shoal.averaging.matchmaking.search import GroupSearch, WhenMemberGone
 from shoal.averaging.matchmaking.view import NOBODY
 from shoal.averaging.router import Router
@@ -30,7 +32,7 @@ from shoal.dht.node import DHTNode
 from shoal.errors import InvalidStateError, InvalidValueError, ProtocolViolation
 from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Stream
-from shoal.utils.timed import get_dht_time
+from shoal.utils.timed import DHTClock, dht_clock
 
 WITHDRAWAL_TIMEOUT = 1.0
 """Seconds that :meth:`Matchmaker.close` gives the DHT to learn that this peer looks for no group any more."""
@@ -56,17 +58,23 @@ class Matchmaker:
         mode: PeerMode = PeerMode.FULL,
         bandwidth: float | None = None,
         initial_bits: str = "",
-        clock: Callable[[], float] = get_dht_time,
+        agreement: Agreement | None = None,
+        clock: DHTClock = dht_clock,
         rng: random.Random | None = None,
     ) -> None:
-        """:raises InvalidValueError: the prefix is in use on this host, or a value is out of range"""
+        """
+        :param agreement: what ``schema_hash`` is the hash of; None: peers that differ are not told in what
+        :raises InvalidValueError: the prefix is in use on this host, or a value is out of range
+        """
         group_key(prefix)
         if len(schema_hash) != SCHEMA_HASH_BYTES:
             raise InvalidValueError(f"schema_hash={schema_hash!r}: {SCHEMA_HASH_BYTES} bytes are allowed")
         if bandwidth is not None and not (math.isfinite(bandwidth) and bandwidth >= 0):
             raise InvalidValueError(f"bandwidth={bandwidth}: None or a finite number >= 0 is allowed")
+        router.register(JOIN, prefix, self._serve_join)
         rng = random.SystemRandom() if rng is None else rng
-        self._peer = LocalPeer(node, prefix, schema_hash, config, mode, bandwidth, clock, rng)
+        others = OtherSchemas(node, router, prefix, agreement)
+        self._peer = LocalPeer(node, prefix, schema_hash, config, mode, bandwidth, clock, rng, others)
         self._bits = GroupBits(node.peer_id, initial_bits)
         self._census = Census(self._peer, self._bits)
         self._next_count = -math.inf
@@ -82,7 +90,6 @@ class Matchmaker:
         self._lost: dict[PeerID, float] = {}
         """Whom this peer could not reach, the latest last, and until when it says so."""
         self._is_closed = False
-        router.register(JOIN, prefix, self._serve_join)
 
     @property
     def mode(self) -> PeerMode:
@@ -112,8 +119,10 @@ class Matchmaker:
         """
         if not math.isfinite(start_time):
             raise InvalidValueError(f"start_time={start_time}: must be finite")
-        if self._search is not None and not self._search.is_over:
-            self._search.move_to(self._place(start_time))
+        search = self._search
+        if search is not None and not search.is_over:
+            # The search may have begun by another time than the clock shows now.
+            search.move_to(self._place(start_time - self._peer.clock() + search.now()))
 
     def round_committed(self, group: GroupInfo) -> None:
         """A round of ``group``, which this peer found, has been committed: choose the bits of the next one.
@@ -186,6 +195,8 @@ class Matchmaker:
                 self._known,
                 when_too_few=self._found_too_few,
                 last_group=self._last_group,
+                when_mode_changed=self._mode_changed,
+                is_first=self._search is None,
             )
             self._last_group = ()
             if not self._known:
@@ -202,6 +213,11 @@ class Matchmaker:
                 self._count_neighbours(search)
                 self._bits.search_ended()
 
+    def leave_search(self) -> None:
+        """End a search that goes on: it raises, and frees followers and leader. A group that stands already is kept."""
+        if self._search is not None and not self._search.is_over:
+            self._search.dispatch(Cancelled())
+
     async def close(self) -> None:
         """End a search that goes on (it raises), and everything else. Idempotent."""
         if self._is_closed:
@@ -211,6 +227,7 @@ class Matchmaker:
         if self._search is not None:
             self._search.dispatch(Cancelled())
         await self._peer.declarations.flush(WITHDRAWAL_TIMEOUT)
+        await self._peer.others.close()
         await self._peer.tasks.close()
 
     def _place(self, start_time: float) -> Place:
@@ -221,6 +238,11 @@ class Matchmaker:
         now = self._peer.clock()
         lost = tuple(peer.to_bytes() for peer, until in self._lost.items() if now < until)[-MAX_LOST:]
         return Place(key, start_time, self._last_order_time, self._bits.grid_round, self._lineage, lost)
+
+    def _mode_changed(self) -> None:
+        """The search that goes on has declared another mode than this peer has now: it begins anew."""
+        if self._search is not None:
+            self._search.move_to(self._place(self._search.place.start_time))
 
     # ---- where no bits are given
 
@@ -242,7 +264,7 @@ class Matchmaker:
             self._begin_anew(search)
 
     def _begin_anew(self, search: GroupSearch) -> None:
-        start_time = self._peer.clock() + self._peer.config.min_matchmaking_time
+        start_time = search.now() + self._peer.config.min_matchmaking_time
         search.move_to(self._place(max(start_time, search.place.start_time)))
 
     def _count_neighbours(self, search: GroupSearch) -> None:

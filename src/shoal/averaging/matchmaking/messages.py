@@ -39,6 +39,11 @@ class RejectReason(enum.StrEnum):
     WRONG_ORDER = "wrong_order"
     OTHER_ROUND = "other_round"
 
+    @property
+    def words(self) -> str:
+        """For people."""
+        return _WORDS[self]
+
 
 class DismissReason(enum.StrEnum):
     """Why a leader lets a follower go before the group begins; wire values."""
@@ -47,6 +52,27 @@ class DismissReason(enum.StrEnum):
     BETTER_CUT = "better_cut"
     REPLACED = "replaced"
     SEARCH_ENDED = "search_ended"
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        return _WORDS[self]
+
+
+_WORDS: dict[RejectReason | DismissReason, str] = {
+    RejectReason.FULL: "its group is full",
+    RejectReason.BEGUN: "its group has begun",
+    RejectReason.OTHER_SCHEMA: "it averages something else",
+    RejectReason.OTHER_KEY: "it looks for a group elsewhere",
+    RejectReason.NOT_LOOKING: "it looks for no group",
+    RejectReason.CANNOT_LEAD: "it cannot lead a group",
+    RejectReason.WRONG_ORDER: "it comes later in the order",
+    RejectReason.OTHER_ROUND: "it is in another round of the grid",
+    DismissReason.JOINED_ANOTHER: "it joined another leader",
+    DismissReason.BETTER_CUT: "this peer is needed in another group",
+    DismissReason.REPLACED: "this peer asked it again",
+    DismissReason.SEARCH_ENDED: "its search ended",
+}
 
 
 class Search(msgspec.Struct, frozen=True, array_like=True, order=True):

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shoal.averaging.group import NONCE_BYTES, MemberInfo, PeerMode, SignedMemberInfo, sign_member
 from shoal.averaging.matchmaking.core import MatchmakingConfig
 from shoal.averaging.matchmaking.declarations import Declarations
 from shoal.averaging.matchmaking.events import Place
+from shoal.averaging.matchmaking.families import Station, why_stand_back
 from shoal.averaging.matchmaking.messages import Declaration, DeclaredState, Search
+from shoal.averaging.matchmaking.schemas import OtherSchemas
 from shoal.dht.node import DHTNode
 from shoal.dht.tasks import TaskSet
 from shoal.p2p.identity import PeerID
+from shoal.utils.timed import DHTClock
+
+MAX_SHOWN = 3
+"""Addresses in a line for people."""
+
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class LocalPeer:
     """This peer as a matchmaker sees it; times are those of ``clock``, DHT seconds."""
 
@@ -26,13 +35,16 @@ class LocalPeer:
     config: MatchmakingConfig
     wanted_mode: PeerMode
     bandwidth: float | None
-    clock: Callable[[], float]
+    clock: DHTClock
     rng: random.Random
+    others: OtherSchemas
     tasks: TaskSet = field(default_factory=TaskSet)
     declarations: Declarations = field(init=False)
+    stands_back: str | None = field(default=None, init=False)
+    """Why it takes part as a client although it can be dialed; see :mod:`.families`."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "declarations", Declarations(self.node, self.tasks, self.clock))
+        self.declarations = Declarations(self.node, self.tasks, self.clock)
 
     @property
     def peer_id(self) -> PeerID:
@@ -40,13 +52,38 @@ class LocalPeer:
 
     @property
     def mode(self) -> PeerMode:
-        """A peer whom nobody can dial cannot be full: the host may find that out only after joining the DHT."""
-        if self.wanted_mode is PeerMode.FULL and not self.node.host.can_be_dialed:
-            return PeerMode.CLIENT
-        return self.wanted_mode
+        """What it does in groups now. A peer that others cannot dial is a client, which may show while it searches."""
+        if self.wanted_mode is not PeerMode.FULL:
+            return self.wanted_mode
+        is_full = self.node.host.can_be_dialed and self.stands_back is None
+        return PeerMode.FULL if is_full else PeerMode.CLIENT
+
+    def look_at(self, declared: Sequence[tuple[PeerID, Declaration]]) -> None:
+        """Take in who is declared beside it: whether some of them cannot dial it may change its mode."""
+        others = [
+            Station(declaration.mode.can_lead, declaration.addresses)
+            for peer_id, declaration in declared
+            if peer_id != self.peer_id and declaration.schema_hash == self.schema_hash
+        ]
+        before = self.stands_back
+        self.stands_back = why_stand_back(self.addresses(), others, self.config.target_group_size)
+        if self.stands_back is not None and before is None:
+            logger.info("%s: %s", self.prefix, self.stands_back)
 
     def addresses(self) -> tuple[str, ...]:
         return tuple(str(address) for address in self.node.host.announced_addresses)
+
+    def how_to_join(self) -> str:
+        """For people: by which addresses others join the DHT of this peer."""
+        addresses = self.node.host.announced_addresses
+        if addresses:
+            shown = [str(address.with_peer_id(self.peer_id)) for address in addresses[:MAX_SHOWN]]
+            where = " on this machine" if all(address.is_loopback for address in addresses) else ""
+            return f"Others{where} join by initial_peers={shown}"
+        given = self.node.initial_peers[:MAX_SHOWN]
+        return "No other peer can dial this one" + (
+            f": others join by initial_peers={given}" if given else ""
+        )
 
     def after_search(self, order_time: float) -> float:
         """What a search at ``order_time`` that ends now leaves behind: the peer's later ones have places after that.

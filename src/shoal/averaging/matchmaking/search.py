@@ -26,6 +26,7 @@ from shoal.averaging.group import (
 from shoal.averaging.matchmaking.core import Matchmaking
 from shoal.averaging.matchmaking.events import (
     AnswerRequest,
+    AskSchema,
     AskToJoin,
     BeginGroup,
     Cancelled,
@@ -56,6 +57,7 @@ from shoal.averaging.matchmaking.events import (
     PollFailed,
     PostponeFollower,
     Restarted,
+    SchemaCompared,
     SearchStarted,
     SetTimer,
     TimerFired,
@@ -130,19 +132,27 @@ class GroupSearch:
         known: Mapping[PeerID, float],
         *,
         when_too_few: Callable[[int], None],
+        when_mode_changed: Callable[[], None],
+        is_first: bool = False,
         last_group: Sequence[PeerID] = (),
     ) -> None:
-        """``when_too_few``: called with the number of peers seen when the start time came without enough members;
-        ``last_group``: with whom this peer was before. Those to whom a connection stands are likely to come back.
+        """
+        :param when_too_few: called with the number of peers seen when the start time came without enough members
+        :param when_mode_changed: called when this peer's mode is another one than it declared
+        :param is_first: of its averager
+        :param last_group: with whom this peer was before; those to whom a connection stands are likely to come back
         """
         self.place = place
+        self.now = peer.clock.frozen()
+        """DHT time as it was when the search began: if the peer's clock is moved meanwhile, no wait changes."""
         self._peer = peer
         self._gather = gather
         self._weight = weight
         self._when_too_few = when_too_few
+        self._when_mode_changed = when_mode_changed
         self._mode = peer.mode
         self._core = Matchmaking(
-            peer.config,
+            peer.config.within(None if deadline is None else deadline - self.now()),
             peer_id=peer.peer_id,
             mode=self._mode,
             schema_hash=peer.schema_hash,
@@ -155,6 +165,7 @@ class GroupSearch:
             lost=place.lost,
             known=known,
             expected=[member for member in last_group if peer.node.host.is_connected(member)],
+            is_first=is_first,
         )
         self._loop = asyncio.get_running_loop()
         self._result: asyncio.Future[GroupInfo] = self._loop.create_future()
@@ -178,7 +189,7 @@ class GroupSearch:
     @property
     def story(self) -> SearchStory:
         """What it has seen and asked until now."""
-        return self._core.story.summary(self._peer.clock())
+        return self._core.story.summary(self.now())
 
     @property
     def count_seen(self) -> int:
@@ -191,9 +202,10 @@ class GroupSearch:
         return self._core.known
 
     def move_to(self, place: Place) -> None:
-        """Begin anew at another place, unless the search is over."""
+        """Begin anew at another place, in this peer's mode of now, unless the search is over."""
         if not self.is_over:
-            self.dispatch(Restarted(place))
+            self._mode = self._peer.mode
+            self.dispatch(Restarted(place, self._mode))
 
     def watch_members(self, when_gone: WhenMemberGone) -> None:
         """Call ``when_gone`` for each member of the group that this peer leads that left before it heard of it."""
@@ -225,7 +237,7 @@ class GroupSearch:
     def dispatch(self, event: Event) -> None:
         """Let the core take in ``event``, and carry out what it asks for."""
         try:
-            for effect in self._core.handle(event, self._peer.clock()):
+            for effect in self._core.handle(event, self.now()):
                 self._carry_out(effect)
         except Exception as e:
             # A bug: whoever waits for the group must not wait for ever.
@@ -243,8 +255,8 @@ class GroupSearch:
                 self.place = place
             case Poll():
                 self._peer.tasks.start(self._poll(), f"poll {self.place.key}")
-            case AskToJoin(ask, leader, addresses):
-                self._asks[ask] = self._peer.tasks.start(self._ask(ask, leader, addresses), f"ask {leader}")
+            case AskToJoin(ask, leader):
+                self._asks[ask] = self._peer.tasks.start(self._ask(effect), f"ask {leader}")
                 self._asks[ask].add_done_callback(lambda _: self._asks.pop(ask))
             case LeaveLeader(ask):
                 if ask in self._asks:
@@ -253,7 +265,7 @@ class GroupSearch:
                 self._tell_follower(effect)
             case BeginGroup(tokens):
                 self._begin(tokens)
-            case Log() | TooFew():
+            case Log() | TooFew() | AskSchema():
                 self._report(effect)
             case FinishWithGroup() | FinishWithout():
                 self._finish(effect)
@@ -261,13 +273,16 @@ class GroupSearch:
     def _sign_info(self, leader: PeerID) -> SignedMemberInfo:
         return self._peer.sign_info(leader, self.place, self._gather, self._weight)
 
-    def _report(self, effect: Log | TooFew) -> None:
+    def _report(self, effect: Log | TooFew | AskSchema) -> None:
         match effect:
-            case Log(text, is_warning):
-                logger.log(logging.WARNING if is_warning else logging.INFO, "%s", text)
+            case Log(text, is_warning, tells_how_to_join):
+                more = f". {self._peer.how_to_join()}" if tells_how_to_join else ""
+                logger.log(logging.WARNING if is_warning else logging.INFO, "%s%s", text, more)
             case TooFew(seen):
                 # Not at once: its answer may be to move, which is another event.
                 self._loop.call_soon(self._when_too_few, seen)
+            case AskSchema(peer, addresses, schema_hash):
+                self._peer.tasks.start(self._compare(peer, addresses, schema_hash), f"compare with {peer}")
 
     def _finish(self, effect: FinishWithGroup | FinishWithout) -> None:
         self._set_timer(math.inf)
@@ -284,7 +299,7 @@ class GroupSearch:
             self._timer.cancel()
             self._timer = None
         if at < math.inf:
-            delay = max(0.0, at - self._peer.clock())
+            delay = max(0.0, at - self.now())
             self._timer = self._loop.call_later(delay, self.dispatch, TimerFired())
 
     # ---- the DHT
@@ -298,21 +313,30 @@ class GroupSearch:
         self.dispatch(Declared(seconds) if failure is None else DeclareFailed(failure))
 
     async def _poll(self) -> None:
-        began_at, place = self._peer.clock(), self.place
+        began_at, place = self.now(), self.place
         result: Polled | PollFailed
         try:
-            result = Polled(began_at, await self._peer.declarations.read(place.key))
+            declared = await self._peer.declarations.read(place.key)
+            result = Polled(began_at, declared)
+            self._peer.look_at(declared)
         except ShoalError as e:
             result = PollFailed(str(e))
+        if self._mode is not self._peer.mode and not self.is_over:
+            self._when_mode_changed()
         if place is self.place:
             self.dispatch(result)
 
+    async def _compare(self, peer: PeerID, addresses: tuple[str, ...], schema_hash: bytes) -> None:
+        difference = await self._peer.others.compare(peer, addresses, schema_hash)
+        self.dispatch(SchemaCompared(peer, difference))
+
     # ---- this peer asks a leader
 
-    async def _ask(self, ask: int, leader: PeerID, addresses: tuple[str, ...]) -> None:
-        host = self._peer.node.host
+    async def _ask(self, effect: AskToJoin) -> None:
+        host, ask, leader = self._peer.node.host, effect.ask, effect.leader
+        add = host.add_hearsay if effect.is_hearsay else host.add_addresses
         try:
-            host.add_addresses(leader, [Multiaddr.parse(address) for address in addresses])
+            add(leader, [Multiaddr.parse(address) for address in effect.addresses])
             own = self._sign_info(leader)
             async with host.open_stream(leader, JOIN) as stream:
                 await stream.send(JoinRequest(self._peer.prefix, own))

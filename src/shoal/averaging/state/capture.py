@@ -140,8 +140,8 @@ def check_state(state: Any, serializer: Any, compression: CompressionBase) -> Ch
         raise InvalidTypeError(f"the serializer made {type(encoded).__name__} of the metadata, not bytes")
     if len(encoded) > MAX_METADATA_NBYTES:
         raise InvalidValueError(
-            f"get_current_state() returned metadata of {len(encoded)} bytes when encoded; at most "
-            f"{MAX_METADATA_NBYTES} are allowed: return what is large as tensors"
+            f"get_current_state() returned metadata of {len(encoded):,} bytes when encoded; at most "
+            f"{MAX_METADATA_NBYTES:,} are allowed: return what is large as tensors"
         )
     codecs = [_choose(compression, info) for info in _check_infos(tensors, infos)]
     for codec in {id(codec): codec for codec in codecs}.values():

@@ -3,10 +3,10 @@
 Theory of operation. Donors of the highest priority come first, in random order among equals (the caller shuffles by
 ``tiebreak``). A donor that puts the joiner into its queue is left at once for another one of the same priority that
 was not asked yet; when all of them have a queue, the joiner waits at the shortest. A donor that has asked it to wait
-for ``WAIT_PATIENCE`` is left for any other one, whatever its priority, that was not left so before. A connection to a
-donor that has answered is made again when it breaks, ``MAX_RESUMPTIONS`` times in a row without progress; whatever else
-goes wrong, the next donor's turn comes. When nobody is left, the DHT is asked once more for donors that have come
-meanwhile.
+for ``WAIT_PATIENCE`` is left for any other one, whatever its priority, that was not left so before; so is one that
+gives no sign for :func:`patience`, also while its connection is made again. A connection to a donor that has answered
+is made again when it breaks, ``MAX_RESUMPTIONS`` times in a row without progress; whatever else goes wrong, the next
+donor's turn comes. When nobody is left, the DHT is asked once more for donors that have come meanwhile.
 
 :meth:`DonorChoice.handle` is the one entry point: what has happened in, what to do now out.
 """
@@ -18,10 +18,18 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from shoal.p2p.identity import PeerID
+from shoal.utils import figures
 
 MAX_RESUMPTIONS = 4
 WAIT_PATIENCE = 120.0
 """Seconds without a chunk at a donor that says that it lives; what it says costs a liar nothing."""
+SILENCE = 6.0
+"""Seconds without a chunk, or another sign, after which a donor is left while there is another one to ask. A link that
+takes longer for a chunk (1.4 Mbit/s) leaves each donor once, and then stays.
+"""
+INVESTED_SHARE = 0.25
+MAX_SILENCE = 60.0
+"""Leaving costs what has come: so a donor may be silent for this share of the time that it has taken, up to a limit."""
 FIRST_BACKOFF = 0.25
 """Seconds before a broken connection is made again; doubled for each further try."""
 
@@ -72,7 +80,18 @@ class DonorFailed:
     reason: str
 
 
-Event: TypeAlias = DonorsFound | DonorBusy | ChunkReceived | ConnectionBroke | DonorFailed
+@dataclass(frozen=True)
+class DonorSilent:
+    """The donor that was asked has given no sign for ``seconds``, and :attr:`DonorChoice.has_alternative`."""
+
+    seconds: float
+
+    @property
+    def reason(self) -> str:
+        return f"no sign of it for {self.seconds:.1f} s, and there are others to ask"
+
+
+Event: TypeAlias = DonorsFound | DonorBusy | ChunkReceived | ConnectionBroke | DonorFailed | DonorSilent
 
 
 @dataclass(frozen=True)
@@ -114,6 +133,15 @@ class _Candidate:
     answers: list[str] = field(default_factory=list)
 
 
+def patience(invested: float, next_chunk_timeout: float | None) -> float:
+    """For how many seconds a donor may be silent while there is another one to ask.
+
+    :param invested: seconds since it began to send its state
+    """
+    allowed = min(max(SILENCE, INVESTED_SHARE * invested), MAX_SILENCE)
+    return allowed if next_chunk_timeout is None else min(allowed, max(next_chunk_timeout / 2, SILENCE / 2))
+
+
 class DonorChoice:
     """See the module."""
 
@@ -138,6 +166,13 @@ class DonorChoice:
                 return self._reconnect(reason)
             case DonorFailed(reason):
                 return self._next_after_failure(reason)
+            case DonorSilent():
+                return self._leave(event.reason)
+
+    @property
+    def has_alternative(self) -> bool:
+        """Whether there is a donor to go to that was neither left before nor has failed."""
+        return any(one is not self._current and not one.was_left for one in self._left())
 
     def story(self) -> str:
         """What each donor answered, for people."""
@@ -156,10 +191,8 @@ class DonorChoice:
     def _hear_position(self, position: int, waited: float) -> Action:
         current = self._asked()
         current.position, current.has_answered = position, True
-        if waited >= WAIT_PATIENCE and any(one is not current and not one.was_left for one in self._left()):
-            current.was_left, self._has_settled = True, False
-            current.answers.append(f"nothing but place {position} in its queue for {waited:.0f} s")
-            return self._choose()
+        if waited >= WAIT_PATIENCE and self.has_alternative:
+            return self._leave(f"nothing but place {position} in its queue for {figures.duration(waited)}")
         if position == 0:
             return Stay()
         if self._has_settled or current.resumptions:
@@ -173,6 +206,13 @@ class DonorChoice:
         self._has_settled = all(one.was_asked for one in equals)
         shortest = min(equals, key=_wait)
         return Stay() if shortest is current else self._ask(shortest)
+
+    def _leave(self, reason: str) -> Action:
+        """Try others first; this one may be asked again when nobody else is left."""
+        current = self._asked()
+        current.was_left, self._has_settled = True, False
+        current.answers.append(reason)
+        return self._choose()
 
     def _reconnect(self, reason: str) -> Action:
         current = self._asked()

@@ -65,11 +65,16 @@ class CaptureFailed(StateCommand):
 class LoadedState:
     """``donor`` (PeerID bytes) has given a state of these tensors (packed), which lies in the memory of the download;
     or why nobody has.
+
+    :param age: seconds since the donor copied it
+    :param seconds: that the download took
     """
 
     donor: bytes
     entries: bytes
     failure: str | None = None
+    age: float = 0.0
+    seconds: float = 0.0
 
 
 # From the service to the host.

@@ -31,7 +31,6 @@ from shoal.averaging.state.messages import (
     check_request,
 )
 from shoal.averaging.state.queue import (
-    FRESH_SECONDS,
     CopyFailed,
     CopyTaken,
     DropCopy,
@@ -49,6 +48,7 @@ from shoal.averaging.state.queue import (
 from shoal.dht.tasks import TaskSet
 from shoal.errors import InvalidStateError, ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.rpc import EndOfStream, Stream
+from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,10 @@ FAILED = "the donor's get_current_state failed"
 
 class CopyUnavailable(ShoalError):
     """The host made no copy, and has logged why."""
+
+
+class UserIsAbsent(CopyUnavailable):
+    """The host is stopped, or does not answer; the message is for joiners."""
 
 
 class HeldState:
@@ -231,6 +235,8 @@ class StateDonor:
         except TimeoutError:
             logger.warning("%s: the state was not copied within %g s", self._prefix, COPY_TIMEOUT)
             self._feed(CopyFailed(FAILED))
+        except UserIsAbsent as e:
+            self._feed(CopyFailed(str(e)))
         except CopyUnavailable:
             self._feed(CopyFailed(FAILED))
         except Exception as e:  # noqa: BLE001 - of the user's codecs: may be anything
@@ -241,7 +247,7 @@ class StateDonor:
         else:
             nbytes = self._held.manifest.nbytes
             logger.info(
-                "%s: took a copy of the state, %.1f MB, for peers that join", self._prefix, nbytes / 1e6
+                "%s: took a copy of the state, %s, for peers that join", self._prefix, figures.size(nbytes)
             )
             self._feed(CopyTaken(self._held.state_id))
 
@@ -267,12 +273,14 @@ class StateDonor:
         self._requests += 1
         request = self._requests
         admission = self._admissions[request] = _Admission()
+        complete = False
         try:
             resume = first.resume
             self._feed(RequestArrived(request, stream.remote, None if resume is None else resume.state_id))
             await self._admitted(stream, admission)
             self._uploads[request] = stream
             await self._upload(stream, admission, resume)
+            complete = True
         except BaseException as e:
             drop_tracebacks(e)
             raise
@@ -280,7 +288,7 @@ class StateDonor:
             admission.state = None
             del self._admissions[request]
             self._uploads.pop(request, None)
-            self._feed(RequestEnded(request))
+            self._feed(RequestEnded(request, complete))
 
     async def _admitted(self, stream: Stream, admission: _Admission) -> None:
         """Wait for the request's turn, with signs of life for the joiner."""
@@ -305,9 +313,9 @@ class StateDonor:
             start = resume.next_chunk
             await _promptly(stream.send(Resumed()))
         else:
-            if (age := self._now() - held.taken_at) > FRESH_SECONDS:
-                logger.info("%s: %s gets a copy of %.0f s ago", self._prefix, stream.remote, age)
-            await _promptly(_send_offer(stream, held))
+            age = self._now() - held.taken_at
+            logger.debug("%s: %s gets a copy made %s ago", self._prefix, stream.remote, figures.duration(age))
+            await _promptly(_send_offer(stream, held, age))
         for index in range(start, manifest.chunk_count):
             await _promptly(stream.send_payload(index, held.chunk(index)))
             if index % YIELD_CHUNKS == 0:
@@ -321,9 +329,9 @@ class StateDonor:
             logger.info("%s: %s has downloaded this peer's state", self._prefix, stream.remote)
 
 
-async def _send_offer(stream: Stream, held: HeldState) -> None:
+async def _send_offer(stream: Stream, held: HeldState, age: float) -> None:
     entries = held.manifest.entries
-    await stream.send(Offer(held.state_id, len(entries), held.manifest.nbytes))
+    await stream.send(Offer(held.state_id, len(entries), held.manifest.nbytes, age))
     for first in range(0, len(entries), PAGE_ENTRIES):
         await stream.send(ManifestPage(entries[first : first + PAGE_ENTRIES]))
         await asyncio.sleep(0)

@@ -13,8 +13,6 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-import torch
-
 from shoal.averaging.state.capture import drop_tracebacks
 from shoal.averaging.state.choice import (
     MAX_RESUMPTIONS,
@@ -27,13 +25,15 @@ from shoal.averaging.state.choice import (
     DonorChoice,
     DonorFailed,
     DonorsFound,
+    DonorSilent,
     Event,
     GiveUp,
     LookForDonors,
     Stay,
+    patience,
 )
 from shoal.averaging.state.donor import YIELD_CHUNKS
-from shoal.averaging.state.manifest import Chunk, Manifest, ManifestReader
+from shoal.averaging.state.manifest import Manifest, ManifestReader
 from shoal.averaging.state.messages import (
     REPLACED,
     SHA256_BYTES,
@@ -48,6 +48,7 @@ from shoal.averaging.state.messages import (
     Resumed,
     Waiting,
 )
+from shoal.averaging.state.partial import PartialState
 from shoal.errors import (
     ConnectionLost,
     DeadlineExceeded,
@@ -61,13 +62,12 @@ from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.rpc import EndOfStream, Lane, Payload, Stream
+from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
 
 WINDOW_BYTES = 16 << 20
 """Credit of the stream; it takes no memory beyond that of the state, unless a codec has to be decoded."""
-MAX_UNVERIFIED = 16 << 20
-"""Bytes that may wait to be hashed and decoded."""
 LEAST_FIRST_TIMEOUT = 5.0
 """A donor that has not begun to send gives signs of life every second, whatever ``next_chunk_timeout`` is."""
 FAREWELL_TIMEOUT = 1.0
@@ -88,10 +88,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Downloaded:
-    """A whole state, verified; its tensors lie in the memory that was allocated last, at ``manifest.offsets``."""
+    """A whole state, verified; its tensors lie in the memory that was allocated last, at ``manifest.offsets``.
+
+    ``age``: seconds since the donor copied it, at the end of the download, as far as the donor told the truth.
+    """
 
     donor: PeerID
     manifest: Manifest
+    age: float
 
 
 class _StalledError(Exception):
@@ -103,102 +107,6 @@ class _Leave(Exception):
 
     def __init__(self, action: Action) -> None:
         self.action = action
-
-
-class PartialState:
-    """What has come of one donor's state."""
-
-    def __init__(self, donor: PeerID, state_id: bytes, manifest: Manifest, memory: memoryview) -> None:
-        self.donor = donor
-        self.state_id = state_id
-        self.manifest = manifest
-        self.next_chunk = 0
-        self.received = 0
-        self._expected = 0
-        self._memory = memory[:]  # a slice keeps the mapping
-        self._block = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self._digest = manifest.new_digest()
-        self._unverified: list[tuple[Chunk, memoryview]] = []
-        self._unverified_nbytes = 0
-        self._verifying: asyncio.Future[None] | None = None
-
-    def resume(self) -> None:
-        """A new stream begins: what was on its way on the old one will not come."""
-        self._expected = self.next_chunk
-
-    def place(self, tag: int, length: int) -> memoryview:
-        """Memory for the next chunk; :class:`ProtocolViolation` if it is not the next one, in its exact size."""
-        if tag != self._expected or tag >= self.manifest.chunk_count:
-            raise ProtocolViolation(f"chunk {tag} of a state; {self._expected} is due")
-        chunk = self.manifest.chunk(tag)
-        if length != chunk.nbytes:
-            raise ProtocolViolation(f"chunk {tag} of {length} bytes; it has {chunk.nbytes}")
-        self._expected += 1
-        if not self.manifest.is_raw(chunk.tensor):
-            return memoryview(bytearray(length))
-        begin, end = self._extent(chunk)
-        return self._memory[begin:end]
-
-    async def take(self, payload: Payload) -> None:
-        """The next chunk has arrived whole."""
-        chunk = self.manifest.chunk(self.next_chunk)
-        self.next_chunk += 1
-        self.received += chunk.nbytes
-        self._unverified.append((chunk, payload.data))
-        self._unverified_nbytes += chunk.nbytes
-        if self._verifying is not None and (
-            self._verifying.done() or self._unverified_nbytes > MAX_UNVERIFIED
-        ):
-            await self._verified()
-        if self._verifying is None:
-            self._verify()
-
-    async def digest(self) -> bytes:
-        """Of everything that has come; all of it is decoded then."""
-        while self._verifying is not None or self._unverified:
-            if self._verifying is None:
-                self._verify()
-            await self._verified()
-        return self._digest.digest()
-
-    async def close(self) -> None:
-        """Let go of the memory. Not by being forgotten alone: the stream still refers to :meth:`place`."""
-        if self._verifying is not None:
-            await asyncio.wait([self._verifying])
-            self._verifying.exception()  # looked at: the donor is dropped anyway
-        self._unverified = []
-        self._memory = memoryview(b"")
-        self._block = torch.empty(0, dtype=torch.uint8)
-
-    def _verify(self) -> None:
-        batch, self._unverified, self._unverified_nbytes = self._unverified, [], 0
-        self._verifying = asyncio.ensure_future(asyncio.to_thread(self._work_through, batch))
-
-    async def _verified(self) -> None:
-        assert self._verifying is not None
-        await asyncio.wait([self._verifying])
-        done, self._verifying = self._verifying, None
-        done.result()
-
-    def _work_through(self, batch: list[tuple[Chunk, memoryview]]) -> None:
-        manifest = self.manifest
-        for chunk, data in batch:
-            self._digest.update(data)
-            if manifest.is_raw(chunk.tensor):
-                continue
-            begin, end = self._extent(chunk)
-            dtype = manifest.dtypes[chunk.tensor]
-            if dtype == torch.bool:
-                # A bool in memory is 0 or 1: what else is computed with it is undefined.
-                torch.ne(torch.frombuffer(data, dtype=torch.uint8), 0, out=self._block[begin:end].view(dtype))
-            else:
-                out = self._block[begin:end].view(dtype)
-                manifest.codecs[chunk.tensor].decode(data, dtype, chunk.count, out)
-
-    def _extent(self, chunk: Chunk) -> tuple[int, int]:
-        size = self.manifest.dtypes[chunk.tensor].itemsize
-        begin = self.manifest.offsets[chunk.tensor] + chunk.start * size
-        return begin, begin + chunk.count * size
 
 
 class StateDownload:
@@ -233,6 +141,9 @@ class StateDownload:
         self._offers: Counter[PeerID] = Counter()
         self._waiting: tuple[PeerID, float] | None = None
         """For whom, and since when nothing of the state has come."""
+        self._heard_at = self._offered_at = 0.0
+        """When there was a sign of the donor, and when it offered what is downloaded now."""
+        self._silence = asyncio.timeout(None)
         self._began = self._logged = self._shown = 0.0
         self._began_at_byte = 0
 
@@ -286,32 +197,59 @@ class StateDownload:
         if self._partial is not None and self._partial.donor != donor.peer:
             await self._drop()
         if self._waiting is None or self._waiting[0] != donor.peer:
-            self._waiting = donor.peer, asyncio.get_running_loop().time()
-        event: Event
+            self._waiting = donor.peer, self._now()
+            self._heard_at = self._offered_at = self._now()
         try:
-            try:
+            async with asyncio.timeout_at(self._silent_at()) as self._silence:
                 return await self._download(donor)
-            except BaseException as e:
-                drop_tracebacks(e)
-                raise
         except _Leave as e:
+            drop_tracebacks(e)
             return e.action
-        except _StalledError as e:
-            event = DonorFailed(str(e))
-        except (ConnectionLost, DeadlineExceeded, PeerUnreachable) as e:
-            event = ConnectionBroke(str(e))
-        except RemoteError as e:
-            # Its process is about to end, or has got a second request for what it still holds for the first one.
-            event = ConnectionBroke(str(e)) if e.code in ("cancelled", REPLACED) else DonorFailed(str(e))
-        except (ProtocolViolation, InvalidValueError) as e:
-            event = DonorFailed(str(e))
-        except EndOfStream:
-            event = DonorFailed("it ended before the state did")
+        except (ShoalError, _StalledError, TimeoutError, EndOfStream) as e:
+            drop_tracebacks(e)
+            event = self._event_of(e)
+        except BaseException as e:
+            drop_tracebacks(e)
+            raise
         log = logger.warning if isinstance(event, DonorFailed) else logger.info
         log("%s: %s does not give its state: %s", self._prefix, donor.peer, event.reason)
         if isinstance(event, DonorFailed):
             await self._drop()
         return self._choice.handle(event)
+
+    def _event_of(self, error: Exception) -> ConnectionBroke | DonorFailed | DonorSilent:
+        """What a download's error says of the donor that was asked.
+
+        :raises ShoalError: ``error`` itself, if it is not the donor's
+        """
+        match error:
+            case ConnectionLost() | DeadlineExceeded() | PeerUnreachable():
+                return ConnectionBroke(str(error))
+            case RemoteError() if error.code in ("cancelled", REPLACED):
+                # Its process is about to end, or has got a second request for what it still holds for the first one.
+                return ConnectionBroke(str(error))
+            case _StalledError() | RemoteError() | ProtocolViolation() | InvalidValueError():
+                return DonorFailed(str(error))
+            case EndOfStream():
+                return DonorFailed("it ended before the state did")
+            case ShoalError():
+                raise error
+        return DonorSilent(self._now() - self._heard_at)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _silent_at(self) -> float | None:
+        """When the donor, without a further sign, has been silent for too long; None: there is no other to go to."""
+        if not self._choice.has_alternative:
+            return None
+        invested = self._now() - self._offered_at if self._partial is not None else 0.0
+        return self._heard_at + patience(invested, self._next_chunk_timeout)
+
+    def _hear(self) -> None:
+        """There is a sign of the donor."""
+        self._heard_at = self._now()
+        self._silence.reschedule(self._silent_at())
 
     async def _download(self, donor: Donor) -> Downloaded:
         self._host.add_addresses(donor.peer, map(Multiaddr.parse, donor.addresses))
@@ -327,9 +265,11 @@ class StateDownload:
                 await partial.take(payload)
                 if partial.next_chunk % YIELD_CHUNKS == 0:
                     await asyncio.sleep(0)
-                self._waiting = donor.peer, asyncio.get_running_loop().time()
+                self._waiting = donor.peer, self._now()
+                self._hear()
                 self._tell(ChunkReceived())
                 self._show(partial)
+            self._silence.reschedule(None)  # it may still be hashing what it has sent
             await self._check_digest(stream, partial)
             await stream.finish()
             try:
@@ -337,14 +277,16 @@ class StateDownload:
                     await stream.receive()  # the donor's end: it knows that all has come
             except (ShoalError, TimeoutError) as e:
                 drop_tracebacks(e)
+        age = self._now() - partial.copied_at
         logger.info(
-            "%s: loaded the state of %s, %.1f MB in %.1f s",
+            "%s: loaded the state of %s, %s in %s, copied %s ago",
             self._prefix,
             donor.peer,
-            partial.manifest.nbytes / 1e6,
-            asyncio.get_running_loop().time() - self._began,
+            figures.size(partial.manifest.nbytes),
+            figures.duration(self._now() - self._began),
+            figures.duration(age),
         )
-        return Downloaded(donor.peer, partial.manifest)
+        return Downloaded(donor.peer, partial.manifest, age)
 
     async def _begin(self, stream: Stream, donor: Donor) -> PartialState:
         """Wait for the donor to begin; then it is known what will come."""
@@ -353,7 +295,8 @@ class StateDownload:
         )
         while isinstance(answer := await self._receive(stream, limit, "its state"), Waiting):
             assert self._waiting is not None
-            waited = asyncio.get_running_loop().time() - self._waiting[1]
+            self._hear()
+            waited = self._now() - self._waiting[1]
             self._tell(DonorBusy(answer.position, waited))
         partial = self._partial
         if isinstance(answer, Resumed):
@@ -363,6 +306,8 @@ class StateDownload:
             logger.info("%s: resuming the download from %s", self._prefix, donor.peer)
         elif isinstance(answer, Offer):
             await self._drop()
+            self._hear()
+            self._offered_at = self._now()
             self._offers[donor.peer] += 1
             if self._offers[donor.peer] > 1 + MAX_RESUMPTIONS:
                 raise ProtocolViolation(f"began {MAX_RESUMPTIONS + 1} times, and did not come to the end")
@@ -377,6 +322,7 @@ class StateDownload:
         reader = ManifestReader(offer.tensors, offer.nbytes)
         if len(offer.state_id) != STATE_ID_BYTES:
             raise ProtocolViolation(f"a state id of {len(offer.state_id)} bytes")
+        copied_at = asyncio.get_running_loop().time() - offer.age
         while not reader.is_complete:
             page = await self._receive(stream, limit, "its manifest")
             if not isinstance(page, ManifestPage):
@@ -385,7 +331,7 @@ class StateDownload:
             await asyncio.sleep(0)
         manifest = await asyncio.to_thread(reader.manifest)
         memory = await self._allocate(manifest.decoded_nbytes)
-        return PartialState(stream.remote, offer.state_id, manifest, memory)
+        return PartialState(stream.remote, offer.state_id, manifest, memory, copied_at)
 
     async def _check_digest(self, stream: Stream, partial: PartialState) -> None:
         answer = await self._receive(stream, self._next_chunk_timeout, "the digest")
@@ -421,10 +367,10 @@ class StateDownload:
         if now - self._logged >= LOG_PERIOD:
             self._logged = now
             logger.info(
-                "%s: %.0f of %.0f MB of the state of %s, %.1f MB/s",
+                "%s: %s of %s of the state of %s, %s/s",
                 self._prefix,
-                progress.received / 1e6,
-                progress.total / 1e6,
+                figures.size(progress.received),
+                figures.size(progress.total),
                 partial.donor,
-                rate / 1e6,
+                figures.size(rate),
             )

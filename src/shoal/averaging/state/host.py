@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from shoal.averaging.report import StateReport
 from shoal.averaging.state.capture import GROWTH, Capture, capture_state, expected_nbytes
 from shoal.averaging.state.commands import (
     AllocateState,
@@ -42,6 +43,7 @@ from shoal.p2p.identity import PeerID
 from shoal.runtime.futures import MPFuture
 from shoal.runtime.memory import SharedMemory
 from shoal.runtime.workers import SerialThread
+from shoal.utils import figures
 
 if TYPE_CHECKING:
     from shoal.averaging.state.progress import ProgressBar
@@ -108,6 +110,7 @@ class StateHost:
         self._thread = SerialThread(f"shoal-state {prefix}")
         self._downloads: dict[int, _Download] = {}
         self._last_download = 0
+        self.last_loaded: StateReport | None = None
 
     @property
     def allowed(self) -> bool | None:
@@ -219,7 +222,7 @@ class StateHost:
     def _hold(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(self._store.hold(LOCK_TIMEOUT))
+                stack.enter_context(self._store.lock(LOCK_TIMEOUT))
             except DeadlineExceeded as e:
                 raise LockNotFree(str(e)) from None
             yield
@@ -234,7 +237,7 @@ class StateHost:
             number = self._last_download
             self._downloads[number] = _Download(bar)
         try:
-            call: MPFuture[LoadedState] = handle.call(LoadState(number, timeout, progress))
+            call: MPFuture[LoadedState] = handle.call(LoadState(number, timeout, progress), timeout=timeout)
         except BaseException:
             self._downloads.pop(number).close()
             raise
@@ -259,11 +262,11 @@ class StateHost:
         refusal = None
         try:
             if available is not None and nbytes > available:
-                refusal = f"its state takes {nbytes / 1e6:,.0f} MB, and {available / 1e6:,.0f} MB of memory are free"
+                refusal = f"its state takes {figures.size(nbytes)}, and {figures.size(available)} of memory are free"
             else:
                 download.memory = SharedMemory.create(nbytes)
         except OSError as e:
-            refusal = f"there is no memory for its state of {nbytes / 1e6:,.0f} MB: {e}"
+            refusal = f"there is no memory for its state of {figures.size(nbytes)}: {e}"
         descriptors = [] if download.memory is None else [download.memory.fd]
         handle.call(StateMemory(number, nbytes, refusal), descriptors=descriptors)
 
@@ -296,10 +299,14 @@ class StateHost:
             download.bar.complete(donor, manifest.nbytes)
         metadata, *tensors = tensors_in(manifest, download.memory.buffer)
         try:
-            return self._serializer.loads(bytes(metadata.numpy())), tensors
+            state = self._serializer.loads(bytes(metadata.numpy())), tensors
         except Exception as e:  # noqa: BLE001 - serializers and classes registered with them are users' code
             logger.warning("%s: no state was loaded: its metadata cannot be read: %s", self._prefix, e)
             return None
+        self.last_loaded = StateReport(
+            str(PeerID.from_bytes(loaded.donor)), manifest.nbytes, loaded.seconds, loaded.age
+        )
+        return state
 
 
 def _tell(handle: ServiceHandle, command: object, descriptors: Sequence[int] = ()) -> None:

@@ -21,6 +21,8 @@ STATE_ID_BYTES = 16
 SHA256_BYTES = 32
 MAX_DTYPE_LENGTH = 32
 MAX_DIMENSIONS = 64
+MAX_AGE = 1e9
+"""Seconds; no donor has run for longer."""
 PAGE_ENTRIES = 512
 """A page of entries with as many dimensions as torch allows still fits into a message."""
 
@@ -70,11 +72,14 @@ class Waiting(msgspec.Struct, frozen=True, tag=True):
 
 
 class Offer(msgspec.Struct, frozen=True, tag=True):
-    """A state of ``tensors`` tensors, metadata included, and ``nbytes`` encoded bytes; its manifest follows."""
+    """A state of ``tensors`` tensors, metadata included, and ``nbytes`` encoded bytes; its manifest follows. It was
+    copied ``age`` seconds ago, or later.
+    """
 
     state_id: Annotated[bytes, msgspec.Meta(max_length=STATE_ID_BYTES)]
     tensors: int
     nbytes: int
+    age: Annotated[float, msgspec.Meta(ge=0, le=MAX_AGE)] = 0.0
 
 
 class ManifestPage(msgspec.Struct, frozen=True, tag=True):

@@ -1,17 +1,24 @@
 """Who gets a donor's state next: slots, a queue, and the life of the one copy that all joiners share. Pure.
 
 Theory of operation. A request is *waiting* in the queue or *admitted* to one of ``max_uploads`` slots. The donor holds
-one copy at a time: newcomers share it while it is fresh (``FRESH_SECONDS``). A stale copy is replaced as soon as nobody
-downloads it any more; until then newcomers wait, so that there are never two copies, and whoever began gets the end of
-what it began. One slow joiner does not stop the donor by that: who has waited for half of the copy's age, but at most
-``MAX_PATIENCE``, gets the stale copy. So the pauses in which a copy may come to its end grow with its age. A copy that
-nobody uses is kept for ``KEEP_SECONDS``, for joiners whose connection broke; they go to the front of the queue.
+one copy at a time, and a joiner gets one that was asked for after its own request. There is one exception: while a copy
+is *in use*, a newer one cannot be made beside it, so newcomers share the one that is there, as long as that is not
+older than ``max_age``. After that they wait until it is free, for ``MAX_PATIENCE`` at most: then they are refused, so
+that one slow joiner does not keep them for ever.
+
+A copy is in use while joiners download it, and for ``RESUME_SECONDS`` after one has lost its connection: joiners that
+come back resume, and go to the front of the queue. A copy that nobody uses is kept for ``KEEP_SECONDS``, in case one
+comes back later than that and nobody else has asked.
+
+Copies take the averager's lock. After each the donor rests for ``REST_FACTOR`` times as long as it took: joiners that
+ask all the time wait for the same next copy.
 
 :meth:`UploadQueue.handle` is the one entry point: events and ``now`` in, effects out.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -22,13 +29,17 @@ from shoal.p2p.identity import PeerID
 MAX_UPLOADS = 4
 MAX_WAITING = 32
 MAX_REQUESTS_PER_PEER = 2
-FRESH_SECONDS = 60.0
-"""A newcomer shares a copy up to this old."""
+DEFAULT_MAX_AGE = 60.0
+"""Seconds up to which newcomers share a copy that is in use."""
 KEEP_SECONDS = 60.0
 """For how long a copy is kept after its last use."""
-MIN_PATIENCE = 30.0
+RESUME_SECONDS = 15.0
+"""For how long a copy counts as in use after a joiner has lost its connection."""
 MAX_PATIENCE = 120.0
-"""Bounds of the time for which a newcomer waits for a fresh copy while others download a stale one."""
+"""For how long a newcomer waits for a copy that is too old, and in use, to be free."""
+REST_FACTOR = 10.0
+MAX_REST = 30.0
+"""Seconds for which a donor rests after a copy, at most."""
 HOLD_OFF_SECONDS = 5.0
 """After a copy could not be made, nobody's request makes the donor try again for so long."""
 
@@ -44,9 +55,10 @@ class RequestArrived:
 
 @dataclass(frozen=True)
 class RequestEnded:
-    """Served to the end, or the joiner is gone, wherever it was."""
+    """The joiner has got everything (``complete``), or is gone, wherever it was."""
 
     request: int
+    complete: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,27 +139,36 @@ class _Request:
 class UploadQueue:
     """See the module."""
 
-    def __init__(self, *, max_uploads: int = MAX_UPLOADS) -> None:
+    def __init__(self, *, max_uploads: int = MAX_UPLOADS, max_age: float | None = DEFAULT_MAX_AGE) -> None:
+        """``max_age``: seconds; None: a copy that is in use is shared however old it is."""
         self._max_uploads = max_uploads
+        self._max_age = max_age
         self._allowed = True
         self._waiting: list[_Request] = []
         self._admitted: dict[int, _Request] = {}
+        self._missing: dict[PeerID, float] = {}
+        """Joiners that lost their connection, and until when the copy is kept in use for them."""
         self._copying = False
         self._state_id: bytes | None = None
-        self._taken_at = 0.0
+        self._asked_at = 0.0
+        """When the copy was asked for: what is in it is not older."""
         self._used_at = 0.0
+        self._rests_until = -math.inf
         self._hold_off_until: float | None = None
         self._failure = ""
 
     @property
     def deadline(self) -> float | None:
         """When TimePassed is due, if ever."""
-        if self._state_id is None:
-            return None
-        if not self._admitted:
-            return self._used_at + KEEP_SECONDS
-        has_room = len(self._admitted) < self._max_uploads
-        return self._patience_ends(self._waiting[0]) if self._waiting and has_room else None
+        times = []
+        if self._state_id is not None and not self._admitted:
+            times.append(self._used_at + KEEP_SECONDS)
+        if self._waiting and len(self._admitted) < self._max_uploads and not self._copying:
+            if self._is_in_use:
+                times += [self._waiting[0].arrived + MAX_PATIENCE, *self._missing.values()]
+            else:
+                times.append(self._rests_until)
+        return min(times, default=None)
 
     @property
     def uploads(self) -> int:
@@ -157,14 +178,16 @@ class UploadQueue:
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in an event; what has to be done comes back, in order."""
         effects: list[Effect] = []
+        self._missing = {peer: until for peer, until in self._missing.items() if until > now}
         match event:
             case RequestArrived(request, peer, state_id):
                 effects += self._arrive(_Request(request, peer, state_id, now))
-            case RequestEnded(request):
-                self._end(request, now)
+            case RequestEnded(request, complete):
+                self._end(request, complete, now)
             case CopyTaken(state_id):
                 self._copying = False
-                self._state_id, self._taken_at, self._used_at = state_id, now, now
+                self._state_id, self._used_at = state_id, now
+                self._rests_until = now + min(REST_FACTOR * (now - self._asked_at), MAX_REST)
                 effects += [Serve(request) for request in self._admitted]
             case CopyFailed(reason):
                 effects += self._fail(reason, now)
@@ -187,6 +210,7 @@ class UploadQueue:
         resumes = new.state_id is not None and new.state_id == self._state_id
         if resumes:
             # The joiner knows that its connection is gone; this side may take longer to notice.
+            self._missing.pop(new.peer, None)
             for old in own:
                 self._remove(old.request)
                 yield Refuse(old.request, REPLACED, "the same peer has asked again")
@@ -198,14 +222,22 @@ class UploadQueue:
             return
         self._waiting.insert(0 if resumes else len(self._waiting), new)
 
-    def _end(self, request: int, now: float) -> None:
-        if self._remove(request):
-            self._used_at = now
+    @property
+    def _is_in_use(self) -> bool:
+        """Whether somebody downloads the copy, or is expected back."""
+        return self._state_id is not None and bool(self._admitted or self._missing)
 
-    def _remove(self, request: int) -> bool:
-        """Forget a request; true if it had a slot."""
+    def _end(self, request: int, complete: bool, now: float) -> None:
+        admitted = self._remove(request)
+        if admitted is not None:
+            self._used_at = now
+            if not complete and self._state_id is not None:
+                self._missing[admitted.peer] = now + RESUME_SECONDS
+
+    def _remove(self, request: int) -> _Request | None:
+        """Forget a request; returns it if it had a slot."""
         self._waiting = [one for one in self._waiting if one.request != request]
-        return self._admitted.pop(request, None) is not None
+        return self._admitted.pop(request, None)
 
     def _fail(self, reason: str, now: float) -> Iterator[Effect]:
         self._copying = False
@@ -225,40 +257,52 @@ class UploadQueue:
     def _admit(self, now: float) -> Iterator[Effect]:
         while self._waiting and len(self._admitted) < self._max_uploads:
             first = self._waiting[0]
-            if self._state_id is not None and self._is_served(first, now):
-                yield Serve(first.request)
-            elif self._copying:
+            if self._copying:
                 pass  # served with the others when the copy is there
-            elif self._state_id is not None and self._admitted:
-                return  # the copy is stale, and in use
-            elif self._hold_off_until is not None and now < self._hold_off_until:
-                yield Refuse(first.request, STATE_FAILED, self._failure)
-                del self._waiting[0]
+            elif self._is_served(first, now):
+                yield Serve(first.request)
+            elif self._is_in_use:
+                if now < first.arrived + MAX_PATIENCE:
+                    return
+                age = now - self._asked_at
+                reason = f"others still download a copy of {age:.0f} s ago; max_state_age={self._max_age:g} s"
+                yield from self._refuse_first(BUSY, reason)
                 continue
+            elif self._hold_off_until is not None and now < self._hold_off_until:
+                yield from self._refuse_first(STATE_FAILED, self._failure)
+                continue
+            elif now < self._rests_until:
+                return
             else:
-                if self._state_id is not None:
-                    self._state_id = None
-                    yield DropCopy()
-                self._copying = True
-                yield TakeCopy()
+                yield from self._begin_copy(now)
             self._admitted[first.request] = self._waiting.pop(0)
 
-    def _is_served(self, one: _Request, now: float) -> bool:
-        """Whether a request gets the copy that there is: it is fresh, or the joiner has a part of it, or it has waited
-        enough for those who keep it from being replaced.
-        """
-        is_fresh = now <= self._taken_at + FRESH_SECONDS
-        had_patience = bool(self._admitted) and now >= self._patience_ends(one)
-        return is_fresh or one.state_id == self._state_id or had_patience
+    def _refuse_first(self, code: str, reason: str) -> Iterator[Effect]:
+        yield Refuse(self._waiting.pop(0).request, code, reason)
 
-    def _patience_ends(self, one: _Request) -> float:
-        age = one.arrived - self._taken_at
-        return one.arrived + min(max(MIN_PATIENCE, age / 2), MAX_PATIENCE)
+    def _begin_copy(self, now: float) -> Iterator[Effect]:
+        if self._state_id is not None:
+            self._state_id = None
+            yield DropCopy()
+        self._copying, self._asked_at = True, now
+        yield TakeCopy()
+
+    def _is_served(self, one: _Request, now: float) -> bool:
+        """Whether a request gets the copy that there is: the joiner has a part of it, or the copy is not older than the
+        request, or others use it and it is young enough to be shared.
+        """
+        if self._state_id is None:
+            return False
+        is_young = self._max_age is None or now <= self._asked_at + self._max_age
+        return (
+            one.state_id == self._state_id or one.arrived <= self._asked_at or (self._is_in_use and is_young)
+        )
 
     def _expire(self, now: float) -> Iterator[Effect]:
         is_kept = self._allowed and now < self._used_at + KEEP_SECONDS
         if self._state_id is not None and not self._admitted and not is_kept:
             self._state_id = None
+            self._missing.clear()
             yield DropCopy()
 
     def _tell_positions(self) -> Iterator[Effect]:

@@ -23,15 +23,16 @@ from shoal.averaging.state.commands import (
     StateMemory,
 )
 from shoal.averaging.state.declarations import DonorDeclarations, Wish
-from shoal.averaging.state.donor import CopyUnavailable, StateDonor
+from shoal.averaging.state.donor import CopyUnavailable, StateDonor, UserIsAbsent
 from shoal.averaging.state.download import Progress, StateDownload
 from shoal.averaging.state.messages import pack_entries, unpack_entries
-from shoal.averaging.state.queue import MAX_REQUESTS_PER_PEER
+from shoal.averaging.state.queue import DEFAULT_MAX_AGE, MAX_REQUESTS_PER_PEER, UploadQueue
 from shoal.dht.node import DHTNode
 from shoal.dht.tasks import TaskSet
 from shoal.errors import InvalidStateError, InvalidValueError
 from shoal.runtime.channel import close_descriptors
 from shoal.runtime.memory import SharedMemory
+from shoal.runtime.presence import UserProcessAbsent
 from shoal.runtime.service import ServiceContext
 from shoal.utils.timed import get_dht_time
 
@@ -42,6 +43,7 @@ class StateService:
 
     :param declare_period: seconds between two declarations of a donor
     :param next_chunk_timeout: see :class:`StateDownload`
+    :param max_state_age: see :class:`UploadQueue`
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class StateService:
         *,
         declare_period: float,
         next_chunk_timeout: float | None,
+        max_state_age: float | None = DEFAULT_MAX_AGE,
     ) -> None:
         self._context = context
         self._node = node
@@ -64,7 +67,9 @@ class StateService:
         self._memories: dict[int, asyncio.Future[SharedMemory]] = {}
         self._tasks = TaskSet()
         self._rng = random.SystemRandom()
-        self._donor = StateDonor(router, prefix, allowed=False, capture=self._capture)
+        self._donor = StateDonor(
+            router, prefix, allowed=False, capture=self._capture, queue=UploadQueue(max_age=max_state_age)
+        )
         self._declarations = DonorDeclarations(
             node, prefix, Wish(False, 0.0), period=declare_period, clock=get_dht_time
         )
@@ -107,10 +112,15 @@ class StateService:
         waiting: asyncio.Future[Capture] = asyncio.get_running_loop().create_future()
         self._captures[number] = waiting
         try:
-            await self._context.call_host(CaptureState(number))
-            return await waiting
+            return await self._context.user.unless_absent(self._captured(number, waiting))
+        except UserProcessAbsent as e:
+            raise UserIsAbsent(f"the donor's {e}") from None
         finally:
             del self._captures[number]
+
+    async def _captured(self, number: int, waiting: asyncio.Future[Capture]) -> Capture:
+        await self._context.call_host(CaptureState(number))
+        return await waiting
 
     def _receive_capture(self, captured: StateCaptured, descriptors: Sequence[int]) -> None:
         waiting = self._captures.get(captured.capture)
@@ -151,7 +161,9 @@ class StateService:
             self._forget_memory(command.download)
         if isinstance(result, str):
             return LoadedState(b"", b"", result)
-        return LoadedState(result.donor.to_bytes(), pack_entries(result.manifest.entries))
+        seconds = asyncio.get_running_loop().time() - began
+        entries = pack_entries(result.manifest.entries)
+        return LoadedState(result.donor.to_bytes(), entries, age=result.age, seconds=seconds)
 
     async def _find_donors(self) -> list[Donor]:
         found = await self._declarations.read()

@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_KEY = protected_key("demo/settings")
 SETTINGS_LIFETIME = 1800.0
-STATUS_LIFETIME = 6.0
-"""Seconds after which a peer that writes no more is taken off the board."""
+STATUS_LIFETIME = 2.0
+"""Seconds after which a peer that writes no more is taken off the board. Until then the others wait in each round for
+one that was killed; a peer writes every half a second."""
 
 
 class Board:

@@ -20,6 +20,7 @@ from shoal.cli.demo.protocol import Assignment, Part
 from shoal.cli.demo.settings import Settings
 from shoal.cli.demo.supervisor import DemoFailed, Supervisor
 from shoal.cli.demo.table import make_view, render_outcome
+from shoal.cli.invocation import command_line
 from shoal.dht.dht import DHT
 from shoal.errors import InvalidValueError
 from shoal.p2p.identity import PeerID
@@ -45,7 +46,8 @@ def run_demo(*, peers: int, rounds: int, output: Path, host: str, console: Conso
         board.publish_settings(settings)
         addresses = tuple(str(address) for address in dht.get_visible_maddrs())
         console.print("Join from another terminal with", markup=False)
-        console.print(f"  shoal demo --join {addresses[0]}", markup=False, highlight=False, soft_wrap=True)
+        line = command_line("demo", "--join", addresses[0])
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
         assignments = [
             Assignment(f"peer {index + 1}", settings, Part(index), addresses, host, seed=index)
             for index in range(peers)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import concurrent.futures
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
+import torch
 from msgspec import Meta, Struct
 
 from shoal.averaging.averager import DecentralizedAverager
@@ -26,22 +27,19 @@ from shoal.cli.demo.training import FOUNDERS_SEED, Trainer
 from shoal.dht.dht import DHT
 from shoal.dht.types import ValueWithExpiration
 from shoal.errors import AllreduceException, ShoalError
+from shoal.runtime.futures import MPFuture
 
 POLL_SECONDS = 0.05
-COUNT_INTERVAL = 1.0
-NEWCOMER_WEIGHT = 1e-6
-"""What a newcomer's image counts in its first average, relative to the others': it takes over the swarm's average and
-leaves it as it is. (Downloading the state of another peer would do the same without a round; Shoal can't do it yet.)"""
+COUNT_INTERVAL = 0.5
 PUBLISH_INTERVAL = 0.5
 MAX_TRIES = 20
 """A round fails if a groupmate dies or no group is found: it is tried again, this many times in all."""
 
 
-class Contribution(Struct, frozen=True):
-    """What a peer sends along with its tensors in every round."""
+class Progress(Struct, frozen=True):
+    """What a peer sends along with its tensors in every round, and with its state to a newcomer."""
 
-    round: Annotated[int, Meta(ge=0)]
-    newcomer: bool
+    round: Annotated[int, Meta(ge=0, le=limits.MAX_ROUNDS)]
 
 
 class Stopped(Exception):
@@ -54,6 +52,20 @@ class Orders:
 
     stop: threading.Event
     hold: threading.Event
+
+
+class SharingAverager(DecentralizedAverager):
+    """An averager whose state is what the last round has left, with the number of rounds done."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], dht: DHT, **options: Any) -> None:
+        self.latest: tuple[int, list[torch.Tensor]] | None = None
+        super().__init__(tensors, dht, **options)
+
+    def get_current_state(self) -> tuple[Any, Sequence[torch.Tensor]]:
+        if self.latest is None:
+            raise ShoalError("this peer has not averaged yet")
+        round_, tensors = self.latest
+        return msgspec.to_builtins(Progress(round_)), tensors
 
 
 class Peer:
@@ -86,14 +98,15 @@ class Peer:
         self._dht = dht
         self._headcount = Headcount(self._board, assignment.settings)
         self._group_size = assignment.settings.peers
+        self._latest = (0, self._trainer.copy_tensors())
+        self._catching_up = assignment.newcomer
         self._averager = self._make_averager()
-        self._newcomer = assignment.newcomer
         self._rounds_averaged = 0
         self._next_publication = 0.0
         self.status = Status(assignment.name, str(dht.peer_id), assignment.part, samples.classes, State.READY)
 
-    def _make_averager(self) -> DecentralizedAverager:
-        return DecentralizedAverager(
+    def _make_averager(self) -> SharingAverager:
+        averager = SharingAverager(
             self._trainer.tensors,
             self._dht,
             start=True,
@@ -101,7 +114,10 @@ class Peer:
             target_group_size=self._group_size,
             min_matchmaking_time=self._settings.matchmaking_time,
             request_timeout=self._settings.request_timeout,
+            allow_state_sharing=not self._catching_up,
         )
+        averager.latest = self._latest
+        return averager
 
     def _fit_group_size(self) -> None:
         """A group should be full, and so begin at once, when all peers of the swarm are in it: no more, no fewer."""
@@ -120,14 +136,50 @@ class Peer:
         :raises Stopped: told to leave before the end
         :raises ShoalError: something is wrong with the swarm or this peer
         """
-        self._show(accuracy=self._trainer.accuracy(self._held_out))
+        if self._catching_up:
+            self._show(state=State.CATCHING_UP, accuracy=self._trainer.accuracy(self._held_out))
+            self._catch_up()
+        else:
+            self._show(accuracy=self._trainer.accuracy(self._held_out))
         while self.status.round < self._settings.rounds and self._run_round():
             pass
-        if self._newcomer:
-            raise ShoalError("the others did all their rounds before this peer could average with them")
         self._show(state=State.FINISHED)
         accuracy = self._trainer.accuracy(self._held_out)
         return Finished(accuracy, self._rounds_averaged)
+
+    def _catch_up(self) -> None:
+        """Take over the state of a peer that trains.
+
+        :raises ShoalError: no peer gave one
+        """
+        for _ in range(MAX_TRIES):
+            loading = self._averager.load_state_from_peers(wait=False, timeout=self._settings.round_timeout)
+            assert isinstance(loading, MPFuture), "wait=False gives a future"
+            while not self._is_done(loading):
+                pass
+            state = loading.result()
+            if state is not None:
+                try:
+                    progress = msgspec.convert(state[0], Progress)
+                except msgspec.ValidationError as error:
+                    raise ShoalError(f"a peer gave a state that is not of this demo: {error}") from error
+                self._trainer.restore_tensors(state[1])
+                self._catching_up = False
+                self._keep(progress.round)
+                self._averager.allow_state_sharing = True
+                self._show(
+                    state=State.TRAINING,
+                    round=progress.round,
+                    accuracy=self._trainer.accuracy(self._held_out),
+                )
+                return
+            if self._demo_is_over():
+                break
+        raise ShoalError("no peer gave its state to this one, or the others had done all their rounds")
+
+    def _keep(self, round_: int) -> None:
+        """What a newcomer gets, and what a round that nobody averages goes back to."""
+        self._latest = self._averager.latest = (round_, self._trainer.copy_tensors())
 
     def _run_round(self) -> bool:
         """Train and average.
@@ -136,14 +188,8 @@ class Peer:
         """
         self._fit_group_size()
         round_ = self.status.round
-        # What was learnt since the last average is biased to the peer's own images: given up if nobody averages it.
-        averaged = self._trainer.copy_tensors()
-        loss = None
-        if self._newcomer:
-            self._show(state=State.CATCHING_UP)
-        else:
-            self._show(state=State.TRAINING)
-            loss = self._trainer.train(round_, self._settings.local_steps)
+        self._show(state=State.TRAINING)
+        loss = self._trainer.train(round_, self._settings.local_steps)
         began = time.monotonic()
         for _ in range(MAX_TRIES):
             control = self._average(round_)
@@ -154,19 +200,19 @@ class Peer:
             if not isinstance(error, AllreduceException):
                 raise error
             if self._demo_is_over():
-                self._trainer.restore_tensors(averaged)
+                # What was learnt since the last average is biased to the peer's own images.
+                self._trainer.restore_tensors(self._latest[1])
                 return False
         raise ShoalError(f"round {round_ + 1} failed {MAX_TRIES} times; the last time: {error}") from error
 
-    def _finish_round(self, control: StepControl, loss: float | None, seconds: float) -> None:
+    def _finish_round(self, control: StepControl, loss: float, seconds: float) -> None:
         report = control.report
         assert report is not None, "a step that succeeded has a report"
-        round_ = latest_round(control.result(), self._settings.rounds)
-        if round_ is not None:  # else all members are newcomers, and none has anything to take over
-            self._newcomer = False
-            self._rounds_averaged += 1
+        done = latest_round(control.result(), self._settings.rounds, self.status.round) + 1
+        self._rounds_averaged += 1
+        self._keep(done)
         self._show(
-            round=self.status.round if round_ is None else round_ + 1,
+            round=done,
             group=len(report.members),
             loss=loss,
             accuracy=self._trainer.accuracy(self._held_out),
@@ -176,10 +222,9 @@ class Peer:
 
     def _average(self, round_: int) -> StepControl:
         """One step of averaging, done when it returns; its tensors are unchanged if it failed."""
-        weight = float(len(self._samples))
         control = self._averager.step(
-            gather=msgspec.to_builtins(Contribution(round_, self._newcomer)),
-            weight=weight * NEWCOMER_WEIGHT if self._newcomer else weight,
+            gather=msgspec.to_builtins(Progress(round_)),
+            weight=float(len(self._samples)),
             timeout=self._settings.round_timeout,
             allow_retries=False,  # the next try is a step of its own, with a start time of its own
             wait=False,
@@ -200,21 +245,19 @@ class Peer:
                     self._show_stage(control.stage)
                     self._report(Holding(round_, self.status.group))
 
-    def _is_done(self, control: StepControl) -> bool:
+    def _is_done(self, future: concurrent.futures.Future[Any]) -> bool:
         if self._orders.stop.is_set():
-            control.cancel()
+            future.cancel()
             raise Stopped
-        concurrent.futures.wait([control], timeout=POLL_SECONDS)
+        concurrent.futures.wait([future], timeout=POLL_SECONDS)
         self._publish()
-        return control.done()
+        return future.done()
 
     def _demo_is_over(self) -> bool:
         statuses = self._board.read_statuses(self._settings.prefix)
         return any(status.state is State.FINISHED for status in statuses)
 
     def _show_stage(self, stage: AveragingStage) -> None:
-        if self._newcomer:
-            return
         state = State.AVERAGING if stage is AveragingStage.RUNNING_ALLREDUCE else State.SEARCHING
         if state is not self.status.state:
             self._show(state=state)
@@ -251,7 +294,7 @@ class Headcount:
         """
         if self._answer is not None and self._answer.done():
             statuses = statuses_in(self._answer.result())
-            self._count = max(limits.MIN_PEERS, sum(not status.state.is_final for status in statuses))
+            self._count = max(limits.MIN_PEERS, sum(status.state.averages for status in statuses))
             self._answer = None
         if self._answer is None and time.monotonic() - self._asked_at > COUNT_INTERVAL:
             self._asked_at = time.monotonic()
@@ -259,17 +302,17 @@ class Headcount:
         return self._count
 
 
-def latest_round(gathered: dict[Any, Any], rounds: int) -> int | None:
-    """The round that a group has done, by the most advanced of its members that train; None: all are newcomers.
+def latest_round(gathered: dict[Any, Any], rounds: int, own: int) -> int:
+    """The round that a group has done, by the most advanced of its members; at least this peer's own.
 
     What members gather is theirs to choose: values that make no sense are passed over.
     """
-    found = []
+    latest = own
     for value in gathered.values():
         try:
-            contribution = msgspec.convert(value, Contribution)
+            round_ = msgspec.convert(value, Progress).round
         except msgspec.ValidationError:
             continue
-        if not contribution.newcomer and contribution.round < rounds:
-            found.append(contribution.round)
-    return max(found, default=None)
+        if round_ < rounds:
+            latest = max(latest, round_)
+    return latest

@@ -27,7 +27,7 @@ Fraction = Annotated[float, Meta(ge=0, le=1)]
 class State(Enum):
     """What a peer is doing; ``KILLED`` and ``FAILED`` are said of it by its terminal."""
 
-    STARTING = "starting"
+    STARTING = "loads torch"
     READY = "ready"
     CATCHING_UP = "catching up"
     TRAINING = "training"
@@ -36,6 +36,11 @@ class State(Enum):
     FINISHED = "finished"
     KILLED = "killed"
     FAILED = "failed"
+
+    @property
+    def averages(self) -> bool:
+        """Whether the peer takes part in the rounds."""
+        return self in (State.READY, State.TRAINING, State.SEARCHING, State.AVERAGING)
 
     @property
     def is_final(self) -> bool:
@@ -69,7 +74,7 @@ class Assignment(Struct, frozen=True, tag="assignment"):
 
 
 class Begin(Struct, frozen=True, tag="begin"):
-    """To a founder that is ready: start to train. To a newcomer that has loaded its images: join the swarm."""
+    """To a founder that is ready: start to train. To a newcomer that stands by: catch up and train."""
 
 
 class Hold(Struct, frozen=True, tag="hold"):
@@ -111,14 +116,14 @@ class Status(Struct, frozen=True, tag="status"):
 
 
 class Loaded(Struct, frozen=True, tag="loaded"):
-    """The worker has loaded its images. A newcomer waits for :class:`Begin` before it joins the DHT."""
+    """The worker has its images and its averager. A newcomer stands by until :class:`Begin`."""
 
     classes: tuple[Count, ...]
     samples: Count
 
 
 class Ready(Struct, frozen=True, tag="ready"):
-    """The worker has joined the DHT. A founder waits for :class:`Begin` before it trains."""
+    """The worker is about to train. A founder waits for :class:`Begin` before it does."""
 
     status: Status
 

@@ -31,9 +31,7 @@ BOARD_SECONDS = 1.0
 REFERENCE_SECONDS = 0.2
 STALL_SECONDS = 120.0
 KILL_AFTER = 0.35
-"""One peer is killed when this part of the rounds is done and its replacement has loaded its modules ..."""
-KILL_AT_LATEST = 0.6
-"""... or when this part is done: others may join from elsewhere meanwhile, so that the rounds are soon over."""
+"""One peer is killed when this part of the rounds is done."""
 
 
 class DemoFailed(ShoalError):
@@ -101,8 +99,10 @@ class Supervisor:
             async with asyncio.TaskGroup() as tasks:
                 references = tasks.create_task(self._train_references())
                 watching = [tasks.create_task(self._redraw()), tasks.create_task(self._watch_board())]
+                workers = [*self._founding, *([self._spare] if self._spare is not None else [])]
+                self._tell(f"starting {_count(workers)}; loading torch takes each some seconds")
                 async with asyncio.TaskGroup() as self._workers:
-                    for member in self._founding:
+                    for member in workers:
                         self._workers.create_task(self._run_worker(member))
                 for task in watching:
                     task.cancel()
@@ -145,8 +145,9 @@ class Supervisor:
 
     def _receive_loaded(self, member: Member, report: protocol.Loaded) -> None:
         member.loaded = True
-        member.status = msgspec.structs.replace(member.status, classes=report.classes)
+        member.status = msgspec.structs.replace(member.status, classes=report.classes, state=State.READY)
         if member is self._spare:
+            self._begin_if_ready()
             return  # it waits for its turn
         digits = " ".join(str(label) for label in report.classes)
         self._tell(
@@ -157,15 +158,18 @@ class Supervisor:
 
     def _receive_ready(self, member: Member) -> None:
         member.ready = True
-        if self._begun.is_set() or not all(founder.ready for founder in self._founding):
+        self._begin_if_ready()
+
+    def _begin_if_ready(self) -> None:
+        """The spare peer is waited for, too: importing torch beside the others would slow their rounds down."""
+        is_spare_ready = self._spare is None or self._spare.loaded
+        if self._begun.is_set() or not (is_spare_ready and all(founder.ready for founder in self._founding)):
             return
         self._begun.set()
         self._last_progress = time.monotonic()
         self.history.begin_training()
         for founder in self._founding:
             _send(founder, protocol.Begin())
-        if self._spare is not None:
-            self._workers.create_task(self._run_worker(self._spare))
 
     def _update(self, member: Member, status: Status) -> None:
         before, member.status = member.status, status
@@ -186,7 +190,7 @@ class Supervisor:
         member.status = msgspec.structs.replace(member.status, state=State.FAILED)
         log = f"; the end of its log:\n{log_tail}" if log_tail else ", and its log is empty"
         self._tell(f"{member.name} failed ({reason}){log}")
-        if not all(founder.ready for founder in self._founding):
+        if not self._begun.is_set():
             raise DemoFailed(f"{member.name} could not be started")
 
     # The kill
@@ -194,8 +198,7 @@ class Supervisor:
     def _choose_moment_to_kill(self, member: Member) -> None:
         if member is not self._victim or self._spare is None or self._held:
             return
-        done = member.status.round / self._settings.rounds
-        if done >= (KILL_AFTER if self._spare.loaded else KILL_AT_LATEST):
+        if member.status.round / self._settings.rounds >= KILL_AFTER:
             self._held = True
             _send(member, protocol.Hold())
 
@@ -209,7 +212,7 @@ class Supervisor:
         replacement, self._spare, self._victim = self._spare, None, None
         self._members.append(replacement)
         self._tell(
-            f"{replacement.name} (process {_pid(replacement)}) joins in its place, with weights that know nothing"
+            f"{replacement.name} (process {_pid(replacement)}) takes its place: it downloads the state of another"
         )
         _send(replacement, protocol.Begin())
 
@@ -292,6 +295,10 @@ def _load_references(settings: Settings, parts: list[Part]) -> References:
     from shoal.cli.demo.training import load_references  # imports torch: seconds, so not on the event loop
 
     return load_references(settings, parts)
+
+
+def _count(members: Sequence[Member]) -> str:
+    return "one process" if len(members) == 1 else f"{len(members)} processes"
 
 
 def _send(member: Member, command: protocol.Command) -> None:

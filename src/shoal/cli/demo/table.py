@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -61,7 +62,8 @@ class LiveView:
         self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def show(self, statuses: Sequence[Status], rounds: int, seconds: float) -> None:
-        self._live.update(render_statuses(statuses, rounds, seconds), refresh=True)
+        table = render_statuses(statuses, rounds, seconds, self._live.console.width)
+        self._live.update(table, refresh=True)
 
 
 class PlainView:
@@ -99,27 +101,47 @@ def describe(status: Status, rounds: int) -> str:
     )
 
 
-def render_statuses(statuses: Sequence[Status], rounds: int, seconds: float) -> Table:
-    """``seconds``: since the start of the demo; those of each peer: for its last average."""
-    table = Table(title=f"{seconds:.0f} s", title_justify="left")
-    table.add_column("peer", no_wrap=True)
-    table.add_column("state", min_width=11, no_wrap=True)
-    table.add_column("digits", no_wrap=True)
-    for column in ("round", "group", "loss", "accuracy", "bytes", "seconds"):
-        table.add_column(column, justify="right", no_wrap=True)
+COLUMNS = ("peer", "state", "digits", "round", "group", "loss", "accuracy", "bytes", "sec.")
+ROOM = {"bytes": 78, "loss": 69, "digits": 62}
+"""Columns that are left out of terminals with fewer characters in a line, rather than that any is cut."""
+
+
+def render_statuses(statuses: Sequence[Status], rounds: int, seconds: float, width: int = 80) -> Table:
+    """``seconds``: since the start of the demo; those of each peer: for its last average.
+
+    :param width: of the terminal, in characters
+    """
+    furthest = max((status.round for status in statuses), default=0)
+    table = Table(
+        title=f"{seconds:.0f} s, round {furthest} of {rounds}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    shown = [name for name in COLUMNS if width >= ROOM.get(name, 0)]
+    for name in shown:
+        is_text = name in ("peer", "state", "digits")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
     for status in statuses:
-        table.add_row(
-            status.name,
-            f"[{_STYLES.get(status.state, 'dim')}]{status.state.value}[/]",
-            " ".join(str(label) for label in status.classes),
-            f"{status.round}/{rounds}",
-            str(status.group or "-"),
-            _number(status.loss),
-            _percent(status.accuracy),
-            _bytes(status.nbytes),
-            f"{status.seconds:.2f}" if status.round else "-",
-        )
+        cells = _cells(status)
+        table.add_row(*(cells[name] for name in shown))
     return table
+
+
+def _cells(status: Status) -> dict[str, str]:
+    return {
+        "peer": status.name,
+        "state": f"[{_STYLES.get(status.state, 'dim')}]{status.state.value}[/]",
+        "digits": "".join(str(label) for label in status.classes),
+        "round": str(status.round),
+        "group": str(status.group or "-"),
+        "loss": _number(status.loss),
+        "accuracy": _percent(status.accuracy),
+        "bytes": _bytes(status.nbytes),
+        "sec.": f"{status.seconds:.2f}" if status.round else "-",
+    }
 
 
 def render_outcome(outcome: Outcome) -> Table:

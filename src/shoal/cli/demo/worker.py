@@ -103,12 +103,12 @@ def run(assignment: protocol.Assignment, listener: Listener, reports: Reports) -
     set_threads()
     digits = deal(load_samples(), assignment.settings.peers)
     samples = digits.part(assignment.part.index, reserve=assignment.part.reserve)
-    reports.send(protocol.Loaded(samples.classes, len(samples)))
-    if assignment.newcomer:
-        listener.wait_to_begin()
     with DHT(assignment.initial_peers, start=True, host_maddrs=[listen_address(assignment.host, 0)]) as dht:
         peer = Peer(assignment, samples, digits.held_out, dht, listener.orders, reports.send)
         try:
+            reports.send(protocol.Loaded(samples.classes, len(samples)))
+            if assignment.newcomer:
+                listener.wait_to_begin()
             reports.send(protocol.Ready(peer.status))
             if not assignment.newcomer:
                 listener.wait_to_begin()

@@ -1,0 +1,88 @@
+"""In what order an averager's times have to be, and the times that follow from those that a user gave. Pure.
+
+hivemind has the same rules, checks two of them, and has fixed defaults that break them as soon as one time is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shoal.utils.ordering import DefaultSeconds, Order
+from shoal.utils.scalars import plain
+
+MIN_MATCHMAKING_TIME = DefaultSeconds(5.0)
+REQUEST_TIMEOUT = DefaultSeconds(3.0)
+REDUCER_PATIENCE = 2
+"""``reducer_timeout`` over ``sender_timeout``, by default: an owner may itself have to wait for a sender."""
+REQUESTS_IN_SEARCH = 0.6
+"""``request_timeout`` over ``min_matchmaking_time``, where one of both is not given."""
+STEP_TIMEOUT = "the step's timeout"
+LOAD_TIMEOUT = "the timeout of load_state_from_peers()"
+RECORD_TIME = "half of the DHT's max_expiration"
+
+ORDERS = (
+    Order("request_timeout", "min_matchmaking_time", "a leader that does not answer costs a whole search"),
+    Order(
+        "sender_timeout", "reducer_timeout", "an owner that waits for a slow sender is itself taken for lost"
+    ),
+    Order(
+        "sender_timeout",
+        "allreduce_timeout",
+        "a sender that stalls fails the round instead of being excluded",
+    ),
+    Order("reducer_timeout", "allreduce_timeout", "the round ends before an owner that stalls is noticed"),
+    Order(
+        "min_matchmaking_time",
+        STEP_TIMEOUT,
+        "a group begins earlier, when four fifths of the step's have passed",
+    ),
+    Order("request_timeout", STEP_TIMEOUT, "a leader is left without an answer after half of the step's"),
+    Order("next_chunk_timeout", LOAD_TIMEOUT, "a donor that stalls costs the whole download"),
+    Order("declare_state_period", RECORD_TIME, "the peer declares its state as often as that"),
+)
+
+
+@dataclass(frozen=True)
+class SettledTimes:
+    """The times of an averager, in seconds, in order as far as those that were given are. None: no limit."""
+
+    min_matchmaking_time: float
+    request_timeout: float
+    sender_timeout: float | None
+    reducer_timeout: float | None
+
+
+def given_times(**times: float | None) -> dict[str, float | None]:
+    """The times that a user gave, as Python's own numbers; None for the others."""
+    return {name: None if isinstance(time, DefaultSeconds) else plain(time) for name, time in times.items()}
+
+
+def settle(given: Mapping[str, float | None]) -> SettledTimes:
+    """Choose the times that were not given (absent or None) so that all are in order, if those that were given are.
+
+    A member that stalls is excluded only if ``sender_timeout`` or ``next_chunk_timeout`` was given, or
+    ``reducer_timeout``, by which owners that wait for it are measured.
+    """
+    request, wait = given.get("request_timeout"), given.get("min_matchmaking_time")
+    if wait is None:
+        wait = max(MIN_MATCHMAKING_TIME, (request or 0.0) / REQUESTS_IN_SEARCH)
+    if request is None:
+        request = min(REQUEST_TIMEOUT, REQUESTS_IN_SEARCH * wait)
+    sender, reducer = given.get("sender_timeout"), given.get("reducer_timeout")
+    limit = given.get("allreduce_timeout")
+    if sender is None:
+        sender = _smallest(
+            given.get("next_chunk_timeout"), None if reducer is None else reducer / REDUCER_PATIENCE
+        )
+        if sender is not None and limit is not None:
+            sender = min(sender, limit / (1 + REDUCER_PATIENCE))
+    if reducer is None and sender is not None:
+        reducer = REDUCER_PATIENCE * sender
+        if limit is not None and sender < limit:
+            reducer = min(reducer, (sender + limit) / 2)
+    return SettledTimes(float(wait), float(request), sender, reducer)
+
+
+def _smallest(*times: float | None) -> float | None:
+    return min((time for time in times if time is not None), default=None)

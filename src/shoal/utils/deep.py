@@ -1,0 +1,81 @@
+"""Modules that exist both in hivemind and here: what only hivemind's has is found where it is in Shoal, or is an error
+that says what to use instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+PACKAGES = ("shoal", "shoal.averaging", "shoal.compression", "shoal.dht", "shoal.p2p", "shoal.utils")
+
+_ASYNC = (
+    "achain aiter_with_timeout amap_in_executor anext as_aiter azip attach_event_on_finished cancel_and_wait"
+)
+_P2P = "P2P P2PContext P2PDaemonError P2PHandlerError PeerID ServicerBase StubBase"
+
+NAMES = {
+    "shoal.averaging.allreduce": f"""{_P2P} AllReduceRunner AveragingMode BannedException TensorPartContainer
+        TensorPartReducer deserialize_torch_tensor serialize_torch_tensor averaging_pb2 get_logger GroupID {_ASYNC}""",
+    "shoal.averaging.averager": f"""{_P2P} AllReduceRunner AveragingMode AveragingStage DHT DHTExpiration DHTID
+        DecentralizedAverager GatheredData GroupID GroupInfo Matchmaking MatchmakingException SerializerBase StepControl
+        TensorDescriptor ValueWithExpiration averaging_pb2 combine_from_streaming compute_schema_hash
+        deserialize_torch_tensor enter_asynchronously get_dht_time get_logger load_balance_peers split_for_streaming
+        switch_to_uvloop {_ASYNC}""",
+    "shoal.averaging.control": "AveragingStage DHTExpiration MPFuture StepControl get_dht_time get_logger",
+    "shoal.averaging.load_balancing": """LOAD_BALANCING_LP_DECIMALS get_logger hagenbach_bishoff load_balance_peers
+        optimize_parts_lp""",
+    "shoal.averaging.matchmaking": f"""{_P2P} DHT DHTExpiration DHTID GroupInfo GroupKey GroupKeyManager
+        MAX_DHT_TIME_DISCREPANCY_SECONDS Matchmaking MatchmakingException PotentialLeaders StepControl TimedStorage
+        anext averaging_pb2 cancel_and_wait get_dht_time get_logger""",
+    "shoal.averaging.partition": """AllreduceException BannedException CompressionBase CompressionInfo
+        DEFAULT_PART_SIZE_BYTES NoCompression TensorPartContainer TensorPartReducer amap_in_executor as_aiter get_logger
+        runtime_pb2""",
+    "shoal.compression.adaptive": """AdaptiveCompressionBase CompressionBase CompressionInfo Key NoCompression
+        PerTensorCompression RoleAdaptiveCompression SizeAdaptiveCompression TensorRole deserialize_torch_tensor
+        runtime_pb2""",
+    "shoal.compression.base": """CompressionBase CompressionInfo Key NoCompression TensorDescriptor TensorRole
+        USE_LEGACY_BFLOAT16 runtime_pb2""",
+    "shoal.compression.floating": """CompressionBase CompressionInfo Float16Compression ScaledFloat16Compression
+        get_num_bits runtime_pb2""",
+    "shoal.compression.quantization": """BNB_MISSING_MESSAGE BlockwiseQuantization CompressionBase CompressionInfo
+        EXECUTOR Quantile8BitQuantization Quantization Uniform8BitQuantization average_buckets get_chunk_size
+        quantile_qq_approximation runtime_pb2""",
+    "shoal.dht.dht": """CompositeValidator DEFAULT_NUM_WORKERS DHT DHTExpiration DHTKey DHTNode DHTValue P2P PeerID
+        RecordValidatorBase ReturnType Subkey ValueWithExpiration get_logger switch_to_uvloop""",
+    "shoal.dht.node": """AuthorizerBase BinaryDHTValue Blacklist CacheRefreshQueue DEFAULT_NUM_WORKERS DHTExpiration
+        DHTID DHTKey DHTNode DHTProtocol DHTValue DictionaryDHTValue MSGPackSerializer P2P PeerID SerializerBase Subkey
+        TimedStorage ValueWithExpiration get_dht_time get_logger traverse_dht""",
+    "shoal.dht.routing": """BinaryDHTValue DHTID DHTKey DHTValue KBucket MSGPackSerializer PeerID RoutingTable Subkey
+        get_dht_time""",
+    "shoal.dht.schema": """BytesWithPublicKey DHTID DHTProtocol DHTRecord RSASignatureValidator RecordValidatorBase
+        SchemaValidator conbytes get_logger""",
+    "shoal.dht.storage": """BinaryDHTValue DHTExpiration DHTID DHTLocalStorage DictionaryDHTValue KeyType
+        MSGPackSerializer Subkey TimedStorage ValueType ValueWithExpiration""",
+    "shoal.dht.validation": "CompositeValidator DHTRecord RecordValidatorBase",
+    "shoal.utils.logging": """CustomFormatter HandlerMode TRUE_CONSTANTS TextStyle always_log_caller get_logger
+        golog_level_to_python in_ipython loglevel python_level_to_golog use_hivemind_log_handler""",
+    "shoal.utils.serializer": "MSGPackSerializer SerializerBase get_logger",
+}
+"""Module -> the names that hivemind's module of that name has, those that it imports from others included."""
+
+
+def names_of_hivemind(module: str) -> Callable[[str], Any]:
+    """``__getattr__`` for such a module. For type checkers it would mean that every name is there: define it under
+    ``if not TYPE_CHECKING``.
+    """
+
+    def get(name: str) -> Any:
+        if name not in NAMES[module].split():
+            raise AttributeError(f"module {module!r} has no attribute {name!r}", name=name)
+        from shoal.utils.lazy import no_such_name
+
+        for package in PACKAGES:
+            found = importlib.import_module(package)
+            if name in found.__all__:
+                return getattr(found, name)
+        raise no_such_name(module, name, sys._getframe(1))
+
+    return get
