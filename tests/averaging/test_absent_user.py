@@ -20,7 +20,7 @@ from shoal.errors import AllreduceException, MatchmakingException
 from shoal.runtime.presence import Presence
 from shoal.testing.clock import run
 from shoal.testing.rounds import PART_BYTES, PREFIX, SimulatedGroup
-from shoal.utils.timed import get_dht_time
+from shoal.utils.timed import steady_time
 
 STOPPED = "user's process (pid 7) is stopped (by Ctrl+Z)"
 
@@ -59,6 +59,7 @@ def service_of(group: SimulatedGroup, host: Host, member: int) -> AveragerServic
         _rounds=group.rounds[member],
         _context=host,
         _matchmaker=Mock(),
+        _arena_is_free=asyncio.Event(),
     )
     return service
 
@@ -166,7 +167,7 @@ def test_a_peer_whose_user_is_stopped_is_in_no_search(phase: str):
             *(["searching at 0", "left at 2"] if phase == "within" else []),
             "searching at 50",
         ]
-        assert step.start_time > get_dht_time(), "a group that is not full waits for others from now on"
+        assert step.start_time > steady_time(), "a group that is not full waits for others from now on"
 
     run(main)
 
@@ -175,7 +176,7 @@ def test_a_search_ends_at_its_deadline_though_its_user_is_stopped():
     async def main() -> None:
         host = Host()
         host.stop()
-        step = Step(RunStep(0, 1.0, b"", 0.0, get_dht_time() + 8.0, True, False))
+        step = Step(RunStep(0, 1.0, b"", 0.0, steady_time() + 8.0, True, False))
         with pytest.raises(MatchmakingException, match="until the deadline the user's process"):
             await searching_service(host, Searches())._find_group(step)
         assert asyncio.get_running_loop().time() == pytest.approx(8.0, abs=0.5)

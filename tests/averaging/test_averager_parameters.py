@@ -49,6 +49,7 @@ SIGNATURE = [
     "daemon",
     "shutdown_timeout",
     "apply_when",
+    "max_state_age",
     "detect_lost_updates",
 ]
 

@@ -30,7 +30,7 @@ class Background:
     def __init__(self) -> None:
         self.outcomes: list[MPFuture[Any]] = []
 
-    def call(self, command: object) -> MPFuture[Any]:
+    def call(self, command: object, *, timeout: float | None = None) -> MPFuture[Any]:
         assert isinstance(command, RunStep)
         assert command.step == len(self.outcomes)
         self.outcomes.append(MPFuture())

@@ -17,7 +17,7 @@ from shoal.errors import AllreduceException, MatchmakingException
 from shoal.runtime.presence import Presence
 from shoal.testing.clock import run
 from shoal.testing.rounds import PART_BYTES, PREFIX, SimulatedGroup
-from shoal.utils.timed import get_dht_time
+from shoal.utils.timed import steady_time
 
 
 class Host:
@@ -212,7 +212,7 @@ def test_a_step_whose_time_is_up_before_the_call_says_what_to_do():
         async with SimulatedGroup(seed=1, size=2) as group:
             service = service_with_an_average(group)
             service._arena_is_free.clear()
-            outcome = await service._run_step(step_until(get_dht_time() + 5))
+            outcome = await service._run_step(step_until(steady_time() + 5))
             assert not service._find_group.called
             assert "was not applied; call apply_average()" in outcome.report.failure
             assert not outcome.found_group

@@ -379,12 +379,12 @@ def test_a_round_commits_while_a_state_is_being_captured(swarm: Swarm):
     class Slow(Donor):
         def get_current_state(self):
             asked.set()
-            store = self._DecentralizedAverager__keeper.store
-            store._lock.release()  # as a user can't: shows that nothing but the lock is in the way of rounds
+            lock = self._DecentralizedAverager__keeper.store._guard._own
+            lock.release()  # as a user can't: shows that nothing but the lock is in the way of rounds
             try:
                 assert go_on.wait(LIMIT)
             finally:
-                store._lock.acquire()
+                lock.acquire(time.monotonic() + LIMIT)
             return None, []
 
     donor = swarm.peer(kind=Slow)

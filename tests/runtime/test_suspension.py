@@ -107,8 +107,10 @@ USER = """
 
     process = BackgroundProcess.start("of a stopped user")
     runner = process.create_service(services.make_runner).result(30)
+    watching = runner.call((services.see_user_leave_and_return, sys.argv[1]))
+    runner.call((services.echo, 1)).result(30)  # the call before it has begun by then
     print(process.pid, flush=True)
-    print(runner.call((services.see_user_leave_and_return, sys.argv[1])).result(30), flush=True)
+    print(watching.result(60), flush=True)
 """
 
 

@@ -58,9 +58,11 @@ class Attendance:
 
     def unresponsive(self) -> PeerProcessUnresponsive | None:
         """The error of a call that is late now; None: the process lives, and the call takes its time."""
-        if self._liveness.silence(time.monotonic(), is_stopped=False).seconds < SUSPICIOUS_SECONDS:
+        silence = self._silence()
+        # Where this process gets little of the processor, its looks are late, and the silence counts as short.
+        if not silence.is_stopped and silence.seconds < SUSPICIOUS_SECONDS:
             return None
-        return self._error(self._silence())
+        return self._error(silence)
 
     def _silence(self) -> Silence:
         stopped = is_stopped(self._pid)

@@ -18,6 +18,8 @@ from typing import Any
 from shoal.errors import InvalidTypeError, ShoalError, UsageError
 
 _by_value_lock = threading.Lock()
+_HEAP_TYPE = 1 << 9
+"""``Py_TPFLAGS_HEAPTYPE``: of classes that were made at run time, not by the interpreter."""
 
 
 class RemoteTraceback(Exception):
@@ -209,7 +211,7 @@ def _find_culprit(value: object, depth: int = 4) -> str:
         parts = {f"item {index}": part for index, part in enumerate(value)}
     else:
         parts = {f"its attribute {name!r}": part for name, part in getattr(value, "__dict__", {}).items()}
-        if not _has_a_name(type(value)):
+        if _is_made_in_python(type(value)) and not _has_a_name(type(value)):
             parts["its class"] = type(value)
     for name, part in parts.items():
         try:
@@ -222,6 +224,11 @@ def _find_culprit(value: object, depth: int = 4) -> str:
             inner = _find_culprit(part, depth - 1) if goes_on else ""
             return f"{name} ({label})" + (f", {inner}" if inner else "")
     return ""
+
+
+def _is_made_in_python(kind: type) -> bool:
+    """Whether a class has parts to look at; builtin ones have none, and to search for their names imports much."""
+    return bool(kind.__flags__ & _HEAP_TYPE)
 
 
 def _full_name(kind: type) -> str:
