@@ -81,7 +81,9 @@ class SimulatedGroup:
         self.rng = rng
         self.now = 0.0
         owned = tuple(rng.choice((0, 1, 3)) for _ in range(size))
-        contributes = tuple(me == 0 or not auxiliaries or rng.random() < 0.85 for me in range(size))
+        contributes = tuple(not auxiliaries or rng.random() < 0.85 for _ in range(size))
+        if not any(contributes):
+            contributes = (True,) * size
         timeouts = RoundTimeouts(None, TIMEOUT, 2 * TIMEOUT)
         self.cores = [AllReduce(Roles(me, owned, contributes), timeouts) for me in range(size)]
         self.weights = [rng.choice((0.0, 1.0, 2.0)) if rng.random() < 0.3 else 1.0 for _ in range(size)]
@@ -442,7 +444,7 @@ def sweep_orphans(seeds: range) -> None:
     orphaned = 0
     for seed in seeds:
         rng = random.Random(seed)
-        group = SimulatedGroup(rng, size=rng.randint(3, 8), auxiliaries=False)
+        group = SimulatedGroup(rng, size=rng.randint(3, 8), auxiliaries=rng.random() < 0.5)
         members = range(1, group.roles.size)
         owners = [member for member in members if group.roles.parts_owned[member]]
         if not owners:

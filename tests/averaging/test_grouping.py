@@ -13,9 +13,8 @@ from shoal.averaging.matchmaking.grouping import (
     EarlyBegin,
     cut_groups,
     may_begin_early,
-    plan_groups,
-    stays_full,
 )
+from shoal.averaging.matchmaking.sizes import plan_groups, plan_with_helpers, stays_full
 from shoal.p2p.identity import Identity
 
 PEERS = sorted(Identity.generate(bytes([number]) * 32).peer_id for number in range(14))
@@ -23,8 +22,10 @@ sizes = st.tuples(st.integers(1, 9), st.integers(1, 9)).map(sorted)
 
 
 def candidates(modes: str) -> list[Candidate]:
-    """One letter a peer: "F" can lead, "c" cannot."""
-    return [Candidate(1.0, PEERS[index], mode == "F") for index, mode in enumerate(modes)]
+    """One letter a peer: "F" can lead, "c" cannot, "a" can lead and only helps."""
+    return [
+        Candidate(1.0, PEERS[index], mode != "c", contributes=mode != "a") for index, mode in enumerate(modes)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_clients_that_come_first_are_led_too():
 def test_where_some_cannot_lead_the_plan_says_who_they_are(modes):
     reason = cut_groups(candidates(modes), 2, 2).reason
     assert f"{len(modes)} in all, of which {modes.count('F')} can lead" in reason
-    assert ("(clients and auxiliaries never lead)" in reason) == ("c" in modes)
+    assert ("(clients never lead)" in reason) == ("c" in modes)
 
 
 def verdict(modes: str, members: list[int], target: int, minimum: int) -> EarlyBegin:
@@ -119,3 +120,53 @@ def test_a_group_may_not_take_away_the_leaders_that_others_need():
     # 4 + 4 + 2 with one leader to spare, which the first group gets: the second may not take one as well
     assert verdict("FcFccccFcF", [0, 2, 1, 3], 4, 2) is not EarlyBegin.NO
     assert verdict("FcFccccFcF", [7, 9, 4, 5], 4, 2) is EarlyBegin.NO
+
+
+@pytest.mark.parametrize(
+    ("kinds", "target", "minimum", "expected"),
+    [
+        ((0, 2, 2), 4, 2, (4,)),
+        ((0, 1, 3), 4, 2, (4,)),
+        ((0, 0, 4), 4, 2, ()),  # nothing to average
+        ((0, 4, 0), 4, 2, ()),  # nobody leads
+        ((2, 0, 2), 2, 2, (2,)),  # two helpers wait, rather than that each peer averages with itself
+        ((3, 0, 1), 2, 2, (2, 2)),  # rather alone with a helper than left over
+        ((0, 4, 1), 3, 2, (3,)),
+        ((0, 4, 2), 3, 2, (3, 3)),
+        ((1, 0, 2), None, 2, (3,)),
+        ((0, 0, 2), None, 2, ()),
+    ],
+)
+def test_sizes_where_some_only_help(kinds, target, minimum, expected):
+    assert plan_with_helpers(*kinds, target, minimum) == expected
+
+
+@given(modes=st.text("Fca", max_size=14), bounds=sizes)
+def test_helpers_take_nobodys_place_and_make_no_group_alone(modes, bounds):
+    minimum, target = bounds
+    everybody = candidates(modes)
+    for gone in (None, ()):
+        cut = cut_groups(everybody, target, minimum, gone)
+        complete = [group.members for group in cut.groups if group.is_complete]
+        planned = [member for members in complete for member in members]
+        assert len(planned) == len(set(planned))
+        assert set(planned) | set(cut.left_over) == set(everybody)
+        for members in complete:
+            assert minimum <= len(members) <= target
+            assert members[0].can_lead
+            assert all(members[0] < member for member in members[1:] if member.can_lead)
+            assert any(member.contributes for member in members)
+        if "a" not in modes:
+            continue
+        contribute = sum(member.contributes for member in planned)
+        # With every helper that can be had, and without any: helpers only add places.
+        assert contribute >= sum(plan_groups(len(modes.replace("a", "")), target, minimum, modes.count("F")))
+        alone = sum(sum(member.contributes for member in members) == 1 for members in complete)
+        if target > 2 and minimum > 1 and modes.count("F") >= len(complete):
+            assert alone <= max(1, 2 * len(complete) - contribute)
+
+
+def test_a_leader_waits_for_the_contributor_that_is_planned_in_a_helpers_place():
+    assert verdict("FFaa", [0, 2], 2, 2) is EarlyBegin.NO
+    assert verdict("FFaa", [0, 1], 2, 2) is EarlyBegin.IF_SETTLED
+    assert verdict("aaa", [0, 1], 2, 2) is EarlyBegin.NO

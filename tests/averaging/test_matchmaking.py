@@ -9,10 +9,8 @@ import pytest
 from shoal.averaging.group import MemberInfo, PeerMode
 from shoal.averaging.matchmaking.core import (
     AVOID_AFTER_LOSS,
-    IllegalTransition,
     Matchmaking,
     MatchmakingConfig,
-    State,
 )
 from shoal.averaging.matchmaking.events import (
     AnswerRequest,
@@ -34,6 +32,7 @@ from shoal.averaging.matchmaking.events import (
     LeaderRejected,
     LeaveLeader,
     Log,
+    PeerGone,
     Poll,
     Polled,
     PostponeFollower,
@@ -53,6 +52,7 @@ from shoal.averaging.matchmaking.messages import (
     RejectReason,
     Search,
 )
+from shoal.averaging.matchmaking.states import IllegalTransition, State
 from shoal.averaging.matchmaking.story import StoryTeller
 from shoal.p2p.identity import Identity, PeerID
 
@@ -72,6 +72,7 @@ class Driver:
         mode: PeerMode = PeerMode.FULL,
         *,
         is_first: bool = False,
+        expected: tuple[PeerID, ...] = (),
     ):
         self.core = Matchmaking(
             MatchmakingConfig(target, minimum),
@@ -81,9 +82,11 @@ class Driver:
             key="swarm.0b",
             start_time=START,
             deadline=150.0,
+            expected=expected,
             is_first=is_first,
         )
         self.now = 100.0
+        self.seen: tuple[tuple[PeerID, Declaration], ...] = ()
         self.effects = self.core.handle(SearchStarted(), self.now)
         self.send(Declared(0.0))
 
@@ -92,6 +95,7 @@ class Driver:
         return self.effects
 
     def see(self, *others: tuple[PeerID, Declaration]):
+        self.seen = others
         return self.send(Polled(self.now, others))
 
     def only(self, kind):
@@ -99,7 +103,11 @@ class Driver:
         assert len(found) <= 1
         return found[0] if found else None
 
-    def at(self, now: float):
+    def at(self, now: float, *, was_stopped: bool = False):
+        """Later, when the view is as it was; ``was_stopped``: this process has seen nothing since."""
+        if not was_stopped:
+            just_before = now - 1e-3
+            self.core.handle(Polled(just_before, self.seen), just_before)
         self.now = now
         return self.send(TimerFired())
 
@@ -430,7 +438,7 @@ def test_the_first_search_says_when_a_group_that_is_not_full_begins():
 
 def test_the_first_search_says_nothing_while_the_dht_is_silent_or_the_group_is_about_to_form():
     driver = Driver(number=0, target=2, is_first=True)
-    driver.at(100.5)
+    driver.at(100.5, was_stopped=True)
     assert driver.only(Log) is None
     driver.see(declared(1))
     driver.at(101.0)
@@ -484,3 +492,63 @@ def test_a_settled_timer_is_never_in_the_past():
         driver.at(now)
         timer = driver.only(SetTimer)
         assert now <= timer.at < math.inf
+
+
+def test_a_leader_that_was_stopped_looks_again_before_it_begins():
+    """A follower may have given it up meanwhile, and be alone if it begins without."""
+    driver = Driver(number=0, target=4)
+    driver.join(1, token=1)
+    driver.see(declared(1))
+    driver.at(START + 1.0, was_stopped=True)
+    assert driver.only(BeginGroup) is None
+    assert driver.only(Poll) == Poll()
+    assert driver.only(SetTimer).at > driver.now
+    driver.join(2, token=2)
+    driver.see(declared(1), declared(2))
+    assert driver.only(BeginGroup) == BeginGroup((1, 2))
+
+
+def test_a_group_waits_once_and_for_some_time_for_a_member_of_the_last_one():
+    driver = Driver(number=0, target=4, expected=(IDS[1], IDS[2]))
+    driver.join(1, token=1)
+    driver.see(declared(1))
+    driver.at(START)
+    assert driver.only(BeginGroup) is None
+    assert driver.only(PostponeFollower) == PostponeFollower(1, 5.0)
+    driver.at(START + 4.9)
+    assert driver.only(BeginGroup) is None
+    driver.at(START + 5.0)
+    assert driver.only(BeginGroup) == BeginGroup((1,))
+
+
+def test_a_group_that_waits_for_a_member_begins_when_it_has_come():
+    driver = Driver(number=0, target=4, expected=(IDS[1], IDS[2]))
+    driver.join(1, token=1)
+    driver.see(declared(1))
+    driver.at(START)
+    driver.now = START + 1.0
+    driver.see(declared(1), declared(2, start=START + 3.0))
+    assert driver.only(BeginGroup) is None  # it is on its way here
+    driver.join(2, token=2, start=START + 3.0)
+    assert driver.only(BeginGroup) == BeginGroup((1, 2))
+
+
+def test_nobody_waits_for_a_member_of_the_last_group_whose_connection_is_gone():
+    driver = Driver(number=0, target=4, expected=(IDS[1], IDS[2]))
+    driver.join(1, token=1)
+    driver.send(PeerGone(IDS[2]))
+    driver.at(START)
+    assert driver.only(BeginGroup) == BeginGroup((1,))
+
+
+def test_a_leader_that_gave_no_answer_is_asked_again_soon():
+    """It may only have been stopped for a moment, and nobody else may be there."""
+    driver = Driver()
+    driver.see(declared(0))
+    assert driver.only(AskToJoin).leader == IDS[0]
+    driver.at(103.0)
+    assert driver.only(LeaveLeader) is not None
+    driver.at(105.9)
+    assert driver.only(AskToJoin) is None
+    driver.at(106.1, was_stopped=True)
+    assert driver.only(AskToJoin).leader == IDS[0]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 
 import pytest
 
 from shoal.averaging.group import PeerMode
 from shoal.averaging.matchmaking.core import MatchmakingConfig
-from shoal.averaging.matchmaking.grouping import plan_groups
-from shoal.testing.matchmaking_cores import SwarmOfCores, core_peer_id
+from shoal.averaging.matchmaking.sizes import plan_groups, plan_with_helpers
+from shoal.testing.matchmaking_cores import Peer, SwarmOfCores, core_peer_id
 
 PEER_IDS = [core_peer_id(number) for number in range(16)]
 
@@ -91,3 +92,46 @@ def test_many_more_swarms(first):
     for seed in range(first, first + 1000):
         check_same_instant(seed)
         check_jittered(seed)
+
+
+def make_swarm_with_helpers(seed: int, *, jitter: bool) -> SwarmOfCores:
+    rng = random.Random(f"helpers {seed}")
+    target = rng.choice([None, 2, 3, 4, 5, 6])
+    config = MatchmakingConfig(target, rng.randint(2, target or 4), rng.uniform(3.0, 6.0))
+    swarm = SwarmOfCores(seed, config)
+    window = config.min_matchmaking_time * rng.uniform(0.05, 0.8) if jitter else 0.0
+    kinds = [PeerMode.FULL, PeerMode.CLIENT, PeerMode.AUXILIARY]
+    shares = [rng.random() * rng.randint(0, 1), rng.random() * rng.randint(0, 1), rng.random()]
+    for peer_id in swarm.rng.sample(PEER_IDS, rng.randint(2, 12)):
+        swarm.search(peer_id, swarm.rng.uniform(0, window), rng.choices(kinds, shares)[0])
+    return swarm
+
+
+def plan_of(swarm: SwarmOfCores, peers: list[Peer]) -> tuple[int, ...]:
+    count = Counter(peer.mode for peer in peers)
+    kinds = (count[PeerMode.FULL], count[PeerMode.CLIENT], count[PeerMode.AUXILIARY])
+    return plan_with_helpers(*kinds, swarm.config.target_group_size, swarm.config.min_group_size)
+
+
+def check_helpers(seed: int, *, jitter: bool) -> None:
+    swarm = make_swarm_with_helpers(seed, jitter=jitter)
+    swarm.run()
+    check_groups(swarm)
+    mode_of = {peer.peer_id.to_bytes(): peer.mode for peer in swarm.peers.values()}
+    for peer in swarm.peers.values():
+        assert peer.group is None or any(mode_of[member].contributes for member in peer.group)
+    assert plan_of(swarm, swarm.left_over()) == (), f"seed {seed}: those left over could have made groups"
+    if not jitter:
+        everybody = list(swarm.peers.values())
+        contributors = sum(peer.mode.contributes for peer in everybody)
+        placed = sum(peer.mode.contributes and peer.group is not None for peer in everybody)
+        assert placed >= min(contributors, sum(plan_of(swarm, everybody))) - sum(
+            not peer.mode.contributes for peer in everybody if peer.group is not None
+        ), f"seed {seed}: {swarm.config}"
+
+
+@pytest.mark.parametrize("jitter", [False, True], ids=["one instant", "one after another"])
+@pytest.mark.parametrize("first", range(0, 300, 100))
+def test_swarms_with_helpers_leave_over_no_whole_group(first, jitter):
+    for seed in range(first, first + 100):
+        check_helpers(seed, jitter=jitter)

@@ -1,4 +1,4 @@
-"""Peers in client mode and auxiliaries: only with a full peer in the group, and clients are never dialed."""
+"""Peers in client mode and auxiliaries: each group has one that can be dialed, and clients are never dialed."""
 
 from __future__ import annotations
 
@@ -61,11 +61,41 @@ def test_an_auxiliary_counts_in_the_groups_size():
     assert groups[0] == groups[1] == groups[2]
 
 
-def test_auxiliaries_and_clients_alone_make_no_group_and_the_error_says_why():
-    # Peer 0 keeps the DHT up; as an auxiliary it leads nobody.
-    for failure in results(0, [AUXILIARY, CLIENT, CLIENT, AUXILIARY], 2):
+@pytest.mark.parametrize("clients", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_clients_and_auxiliaries_make_a_group_that_an_auxiliary_leads(clients: int, seed: int):
+    """Trainers behind NAT and public helpers."""
+    modes = [AUXILIARY, *random.Random(seed).sample([AUXILIARY] * (3 - clients) + [CLIENT] * clients, 3)]
+    groups = results(seed, modes, 4)
+    assert all(isinstance(group, GroupInfo) and len(group) == 4 for group in groups)
+    assert all(group == groups[0] for group in groups)
+    assert isinstance(groups[0], GroupInfo)
+    assert groups[0].members[0].mode is AUXILIARY
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_helpers_that_come_first_keep_no_contributors_apart(seed: int):
+    """Two full peers that a helper each could have had for itself average with each other."""
+    groups = results(seed, [AUXILIARY, AUXILIARY, FULL, FULL], 2)
+    assert all(isinstance(failure, MatchmakingException) for failure in groups[:2])
+    assert isinstance(groups[2], GroupInfo)
+    assert groups[2] == groups[3]
+
+
+@pytest.mark.parametrize(
+    ("mode", "why", "told"),
+    [
+        (CLIENT, "all 3 peers are clients", 3),
+        # The others follow the first one by then, which says it.
+        (AUXILIARY, "all 3 peers are auxiliary and have nothing to average", 1),
+    ],
+)
+def test_who_cannot_average_at_all_makes_no_group_and_is_told_so_at_once(mode, why, told, caplog):
+    for failure in results(0, [mode] * 3, 2):
         assert isinstance(failure, MatchmakingException)
-        assert "4 in all, of which 0 can lead (clients and auxiliaries never lead)" in str(failure)
+        assert why in str(failure)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told <= sum(why in warning for warning in warnings) <= 3, "at most once at each peer"
 
 
 @pytest.mark.parametrize("seed", range(4))

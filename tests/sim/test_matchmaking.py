@@ -20,7 +20,7 @@ import pytest
 from shoal.averaging.group import GroupInfo, PeerMode
 from shoal.averaging.matchmaking.core import MatchmakingConfig
 from shoal.averaging.matchmaking.declarations import DECLARATION_LIFETIME
-from shoal.averaging.matchmaking.grouping import plan_groups
+from shoal.averaging.matchmaking.sizes import plan_groups
 from shoal.errors import MatchmakingException
 from shoal.testing.clock import run
 from shoal.testing.matchmaking import SimulatedMatchmaking
@@ -171,3 +171,62 @@ def results(seed: int) -> Iterator[str]:
 def test_the_same_seed_gives_the_same_story() -> None:
     for seed in (3, 4, 5):
         assert list(results(seed)) == list(results(seed))
+
+
+def search_after_a_death(seed: int, late: float) -> list[GroupInfo | MatchmakingException]:
+    """Four peers have a group, one is killed, and the last one looks for a group ``late`` seconds after the others."""
+    sim = SimulatedMatchmaking(seed, MatchmakingConfig(4, min_matchmaking_time=3.0))
+
+    async def story() -> list[GroupInfo | MatchmakingException]:
+        try:
+            await sim.start([PeerMode.FULL] * 4)
+            groups = await asyncio.gather(*(sim.search(number) for number in range(4)))
+            assert all(group == groups[0] for group in groups)
+            for number in range(4):  # the round connects everybody with everybody
+                for other in range(number):
+                    node = sim.dht.nodes[number]
+                    await node.host.connect(sim.dht.identity(other).peer_id, timeout=10)
+            await sim.kill(3)
+            searches = [sim.search(number, timeout=20.0) for number in range(2)]
+            await asyncio.sleep(late)
+            return list(await asyncio.gather(*searches, sim.search(2, timeout=20.0)))
+        finally:
+            await sim.close()
+
+    return run(story)
+
+
+@pytest.mark.parametrize("late", [2.5, 2.99, 3.01, 4.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_survivor_of_a_death_is_left_alone(seed: int, late: float) -> None:
+    """One that has to ask for a round's decision learns of the failure seconds later than the others."""
+    groups = search_after_a_death(seed, late)
+    assert isinstance(groups[0], GroupInfo)
+    assert len(groups[0]) == 3
+    assert groups[0] == groups[1] == groups[2]
+
+
+@pytest.mark.parametrize("count", [4, 8, 16])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_pair_that_cannot_reach_each_other_averages_at_the_second_attempt(seed: int, count: int) -> None:
+    """One silent route between two peers: the others, and both of them, have groups without the other one."""
+    sim = SimulatedMatchmaking(seed, MatchmakingConfig(4, min_matchmaking_time=3.0))
+    pair = random.Random(f"pair {seed} {count}").sample(range(count), 2)
+
+    async def story() -> list[GroupInfo | MatchmakingException]:
+        try:
+            await sim.start([PeerMode.FULL] * count)
+            other = sim.dht.identity(pair[1]).peer_id
+            sim.network.silence(*(f"node{number}" for number in pair))
+            await asyncio.gather(*(sim.search(number, timeout=30.0) for number in range(count)))
+            sim.matchmakers[pair[0]].keep_apart([other])  # what its round would have found out
+            return list(await asyncio.gather(*(sim.search(number, timeout=30.0) for number in range(count))))
+        finally:
+            await sim.close()
+
+    one, other = (sim.dht.identity(number).peer_id for number in pair)
+    groups = run(story)
+    assert all(isinstance(group, GroupInfo) for group in groups), groups
+    for group in groups:
+        assert isinstance(group, GroupInfo)
+        assert not {one, other} <= set(group.peer_ids)

@@ -421,6 +421,33 @@ def test_an_auxiliary_member_helps_and_keeps_its_tensors():
     run(main)
 
 
+def test_members_that_know_the_leader_alone_dial_each_other_by_what_they_have_signed():
+    """In a large DHT many pairs have never heard of each other's addresses."""
+
+    async def story() -> None:
+        async with SimulatedGroup(seed=19, size=5, clients=1, strangers=True) as group:
+            assert not group.hosts[1].addresses_of(group.hosts[2].peer_id)
+            results = await all_of(group)
+            assert [result.failure for result in results] == [None] * 5
+            group.check_average(range(5))
+
+    run(story)
+
+
+@pytest.mark.parametrize("bandwidth", [0.0, 1.0], ids=["owns nothing", "owns a span"])
+def test_an_auxiliary_leader_coordinates_a_round_of_clients(bandwidth: float):
+    async def story() -> None:
+        bandwidths = [bandwidth, 1.0, 1.0, 1.0]
+        async with SimulatedGroup(seed=17, size=4, auxiliaries=2, clients=2, bandwidths=bandwidths) as group:
+            results = await asyncio.gather(*(group.run(member) for member in range(4)))
+            assert [result.failure for result in results] == [None] * 4
+            assert [result.applies for result in results] == [False, False, True, True]
+            assert results[0].weights == (0.0, 0.0, 1.0, 1.0)
+            group.check_average([2, 3])
+
+    run(story)
+
+
 def test_an_auxiliary_member_that_is_never_triggered_holds_up_nobody_without_a_span():
     async def main() -> None:
         async with SimulatedGroup(seed=13, size=3, auxiliaries=1, bandwidths=[1.0, 1.0, 0.0]) as group:

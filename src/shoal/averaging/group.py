@@ -33,6 +33,8 @@ MAX_GROUP_SIZE = 4096
 MAX_ADDRESSES = 32
 MAX_ADDRESS_CHARS = 300
 MAX_GRID_ROUND = 1 << 48
+MAX_LOST = 8
+"""Peers that a member may say it could not reach."""
 MAX_MEMBER_AGE = 3600.0
 """Seconds: a member signs its info when it asks. The leader may keep it for as long as it collects followers."""
 CLOCK_SKEW = 60.0
@@ -47,8 +49,7 @@ class PeerMode(enum.StrEnum):
     CLIENT = "client"
     """Contributes tensors, cannot be dialed, never leads and reduces nothing for others."""
     AUXILIARY = "auxiliary"
-    """Contributes nothing but helps with the reduction, and counts in the group's size. Never leads: as a leader
-    contributes, auxiliaries and clients alone make no group."""
+    """Contributes nothing but helps with the reduction, may lead, and counts in the group's size."""
 
     NODE = "full"
     """The same member as FULL, by the name that users of hivemind know."""
@@ -57,7 +58,12 @@ class PeerMode(enum.StrEnum):
 
     @property
     def can_lead(self) -> bool:
-        return self is PeerMode.FULL
+        return self is not PeerMode.CLIENT
+
+    @property
+    def contributes(self) -> bool:
+        """Whether it has tensors to average: a group needs one such member."""
+        return self is not PeerMode.AUXILIARY
 
 
 AveragingMode = PeerMode
@@ -88,6 +94,8 @@ class MemberInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Rounds that it has been through with the bits that it was given; see :mod:`.matchmaking.group_bits`."""
     lineage: Lineage = NO_LINEAGE
     """With whom it has mixed lately; see :mod:`.lineage`."""
+    lost: tuple[bytes, ...] = ()
+    """Ids of peers that it could not reach lately; see :mod:`.matchmaking.apart`."""
 
 
 class SignedMemberInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -253,6 +261,7 @@ def _field_problem(info: MemberInfo) -> str | None:
         (all(len(address) <= MAX_ADDRESS_CHARS for address in info.addresses), "an address is too long"),
         (bandwidth is None or (math.isfinite(bandwidth) and bandwidth >= 0), f"bandwidth={bandwidth}"),
         (math.isfinite(info.weight) and info.weight >= 0, f"weight={info.weight}"),
+        (len(info.lost) <= MAX_LOST, f"more than {MAX_LOST} lost peers"),
         (0 <= info.grid_round <= MAX_GRID_ROUND, f"grid_round={info.grid_round}"),
         (math.isfinite(info.start_time) and math.isfinite(info.signed_at), "a time is not finite"),
     )

@@ -397,6 +397,7 @@ class AveragerService:
         finally:
             self._rounds.end(current)
         self._record(step, current, result, waited)
+        self._matchmaker.keep_apart(current.unreached)
         if result.failure is not None and cancelled is None:
             raise (StepFailed if own_fault else AllreduceException)(result.failure)
         if result.failure is None:

@@ -45,7 +45,7 @@ class SimulatedGroup:
     """Hosts on one simulated network that know each other, and an arena with random tensors for each.
 
     The last ``clients`` members cannot be dialed, the ``auxiliaries`` before them contribute nothing. ``weights`` are
-    what the members contribute with; ``bandwidths`` decide who owns how much.
+    what the members contribute with; ``bandwidths`` decide who owns how much. ``strangers`` know the leader alone.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class SimulatedGroup:
         min_size: int = 0,
         shapes: Sequence[tuple[int, ...]] = SHAPES,
         codec: CompressionBase | None = None,
+        strangers: bool = False,
     ) -> None:
         modes = [PeerMode.FULL] * (size - clients - auxiliaries)
         self.modes = [*modes, *[PeerMode.AUXILIARY] * auxiliaries, *[PeerMode.CLIENT] * clients]
@@ -67,6 +68,7 @@ class SimulatedGroup:
         self.bandwidths = list(bandwidths or [1.0] * size)
         self.min_size = min_size
         self.rng = random.Random(seed)
+        self.strangers = strangers
         self.seed = seed
         self.size = size
         self.network = SimulatedNetwork(self.rng)
@@ -97,7 +99,7 @@ class SimulatedGroup:
             self.hosts.append(await make_host(self.network, self.name(member), config, seed=self.seed))
         for host in self.hosts:
             for other in self.hosts:
-                if other is not host:
+                if other is not host and not (self.strangers and self.hosts[0] not in (host, other)):
                     host.add_addresses(other.peer_id, other.announced_addresses)
         for host in self.hosts[1:]:
             await host.connect(self.hosts[0].peer_id, timeout=10)
@@ -119,7 +121,7 @@ class SimulatedGroup:
                 schema_hash=bytes(SCHEMA_HASH_BYTES),
                 mode=mode,
                 bandwidth=bandwidth,
-                addresses=(),
+                addresses=("no address", *map(str, host.announced_addresses)),
                 gather=b"",
                 start_time=0.0,
                 signed_at=0.0,

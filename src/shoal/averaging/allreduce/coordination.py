@@ -95,8 +95,9 @@ class Coordinator:
     @property
     def awaited(self) -> set[int]:
         """Members that hold up the decision though every span has been averaged: all owners said so, or the leader
-        itself, which is ready, holds all averages. An excluded leader never does: then it counts that somebody else is
-        ready, or that everybody has sent what the leader averages, so that whoever is alive says how it gets on.
+        itself, which is ready, holds all averages. An excluded or auxiliary leader never does: then it counts that
+        somebody else is ready, or that everybody has sent what the leader averages, so that whoever is alive says how
+        it gets on. An owner that the leader lost is awaited in any case: it may have ended without a word.
         """
         if self.outcome is not None:
             return set()
@@ -105,9 +106,10 @@ class Coordinator:
             owner for owner in self._owners() if owner not in self._spans and owner not in self._gone
         }
         leader = self.roles.leader
-        is_under_way = leader in self._excluded and (bool(self._ready) or leader in self._spans)
+        takes_none = leader not in self._committers()
+        is_under_way = takes_none and (bool(self._ready) or leader in self._spans)
         if unready and unreported and leader not in self._ready and not is_under_way:
-            return set()
+            return self._stranded_by & (unready | unreported) if takes_none else set()
         return (unready | unreported) - {leader}
 
     def pass_over(self, member: int, reason: str, seconds: float) -> list[Effect]:

@@ -40,7 +40,8 @@ Why no two members end differently, excluded ones aside:
    last inquiry began, nobody else does, and none will: all of them fail.
    Two members that own nothing may not reach each other (both are clients), but every owner reaches everybody:
    whoever owns nothing asks owners that are orphans until they are decided, and owners wait for nobody so. This takes
-   an owner that lives and is to commit: one that is excluded or auxiliary gives up with the leader, and asks nobody.
+   an owner that lives and is to commit, or an auxiliary one that has averaged its span, and becomes an orphan with the
+   others. An owner that is excluded gives up with the leader, and asks nobody.
 4. A member that fails by itself, because it was excluded, gave up or was never ready, has never given its word: the
    leader cannot have counted it. That is its own failure and not the group's: to an orphan it answers that it knows
    of no decision; an excluded leader, or member, that knows the decision passes that on.
@@ -270,10 +271,12 @@ class AllReduce:
             effects += self._tell(SpanAveraged(weights, event.square_distance, event.square_average), now)
         return [*effects, *self._advance(now)]
 
-    def _on_sender_lost(self, sender: int, reason: str, now: float) -> list[Effect]:
+    def _on_sender_lost(
+        self, sender: int, reason: str, now: float, *, is_silent: bool = False
+    ) -> list[Effect]:
         if not self._takes_from(sender) or sender == self.roles.me:
             return []  # whoever still waits for averages notices by itself
-        dropped = self._drop(sender, reason)
+        dropped = self._drop(sender, reason, is_silent=is_silent)
         return [*dropped, *self._tell(SenderExcluded(sender, reason_text(reason)), now)]
 
     def _takes_from(self, sender: int) -> bool:
@@ -283,9 +286,9 @@ class AllReduce:
             return False
         return self.roles.contributes[sender] and sender not in book.dropped
 
-    def _drop(self, sender: int, reason: str) -> list[Effect]:
+    def _drop(self, sender: int, reason: str, *, is_silent: bool = False) -> list[Effect]:
         self.collection.drop(sender, reason)
-        return [DropSender(sender, reason), *self._release()]
+        return [DropSender(sender, reason, is_silent), *self._release()]
 
     # as a member
 
@@ -329,7 +332,7 @@ class AllReduce:
             begun = self.collection.delivered_by(sender)
             what = "no further part, or took no average," if begun else "no part"
             reason = f"it sent {what} within sender_timeout={self.collection.clocks.timeout:g} s"
-            effects += self._on_sender_lost(sender, reason, now)
+            effects += self._on_sender_lost(sender, reason, now, is_silent=not begun)
         for owner in self.returns.clocks.expired(now):
             reason = f"it returned no average within reducer_timeout={self.returns.clocks.timeout:g} s"
             effects += self._on_owner_lost(owner, reason, True, now)
@@ -410,13 +413,20 @@ class AllReduce:
         return []
 
     def _on_leader_lost(self, story: str) -> list[Effect]:
-        if self.phase in SERVING:
+        if self.phase in SERVING and not self._can_witness():
             return self._give_up(story)
-        if self.phase is Phase.READY:
+        if self.phase in (Phase.EXCHANGING, Phase.READY):
             self._move_to(Phase.ORPHANED)
             self.failure = story
             return [AskForOutcome(self.roles.others)]
         return []
+
+    def _can_witness(self) -> bool:
+        """Whether this member, which only helps, stays to pass the leader's decision on: it has served its span, so
+        that there may be one, and clients reach each other through owners alone.
+        """
+        only_helps = self.phase is Phase.EXCHANGING and not self._contributes
+        return only_helps and self.collection.count > 0 and self.collection.is_averaged
 
     def _on_withdrawn(self, reason: str, now: float) -> list[Effect]:
         if self.phase not in SERVING:

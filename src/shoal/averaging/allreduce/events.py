@@ -6,7 +6,7 @@ the leader first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from shoal.averaging.allreduce.messages import Excluded, Outcome, Report
@@ -22,7 +22,7 @@ class Phase(Enum):
     READY = auto()
     """It holds every average, has said so, and waits for the outcome."""
     ORPHANED = auto()
-    """It was ready when it lost the leader: it asks the others for the outcome."""
+    """It was ready when it lost the leader, or only helps and had averaged its span: it asks for the outcome."""
     COMMITTED = auto()
     FAILED = auto()
 
@@ -30,7 +30,7 @@ class Phase(Enum):
 DECIDED = (Phase.COMMITTED, Phase.FAILED)
 
 TRANSITIONS: dict[Phase, tuple[Phase, ...]] = {
-    Phase.EXCHANGING: (Phase.READY, Phase.EXCLUDED, Phase.COMMITTED, Phase.FAILED),
+    Phase.EXCHANGING: (Phase.READY, Phase.EXCLUDED, Phase.ORPHANED, Phase.COMMITTED, Phase.FAILED),
     Phase.EXCLUDED: (Phase.FAILED,),
     Phase.READY: (Phase.ORPHANED, Phase.EXCLUDED, Phase.COMMITTED, Phase.FAILED),
     Phase.ORPHANED: (Phase.COMMITTED, Phase.FAILED),
@@ -38,7 +38,7 @@ TRANSITIONS: dict[Phase, tuple[Phase, ...]] = {
     Phase.FAILED: (),
 }
 """An exchanging leader commits without a step in between, since its own readiness may be the last; and so does an
-auxiliary member, which has nothing to be ready with.
+auxiliary member, which has nothing to be ready with. Such a one becomes an orphan without having been ready, too.
 """
 
 
@@ -289,6 +289,8 @@ class DropSender:
 
     sender: int
     reason: str
+    is_silent: bool = field(default=False, compare=False)
+    """This member has waited for its first part in vain."""
 
 
 @dataclass(frozen=True)

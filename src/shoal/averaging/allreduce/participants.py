@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from shoal.averaging.allreduce.core import AllReduce
 from shoal.averaging.allreduce.events import DECIDED, Event
-from shoal.errors import ProtocolViolation, RemoteError
+from shoal.averaging.group import GroupInfo
+from shoal.errors import InvalidValueError, ProtocolViolation, RemoteError
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
+from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.rpc import Stream
 
+logger = logging.getLogger(__name__)
+
 Feed = Callable[[Event], None]
+
+
+def learn_addresses(host: Host, group: GroupInfo) -> None:
+    """Remember where each member says that it can be dialed: in a large DHT many pairs know nothing of each other.
+
+    A member has signed its addresses for this group, so that they count as first-hand. What cannot be dialed is left
+    out; how many are kept of a peer, and of how many peers, is up to the host.
+    """
+    for peer, member in zip(group.peer_ids, group.members, strict=True):
+        addresses = []
+        for text in member.addresses:
+            try:
+                addresses.append(Multiaddr.parse(text))
+            except InvalidValueError as e:
+                logger.debug("%s signed an address that cannot be read: %s", peer, e)
+        host.add_addresses(peer, addresses)
 
 
 @dataclass(frozen=True)

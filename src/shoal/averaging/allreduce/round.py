@@ -39,7 +39,7 @@ from shoal.averaging.allreduce.events import (
 )
 from shoal.averaging.allreduce.exchange import Arena
 from shoal.averaging.allreduce.messages import MAX_WEIGHT, Outcome, is_weight
-from shoal.averaging.allreduce.participants import RoundCore
+from shoal.averaging.allreduce.participants import RoundCore, learn_addresses
 from shoal.averaging.allreduce.streams import Exchange, describe_failure
 from shoal.averaging.group import GroupInfo, PeerMode
 from shoal.averaging.partition import Partition
@@ -139,12 +139,18 @@ class Round:
         """Parts of all owners' spans."""
         return len(self._partition.parts)
 
+    @property
+    def unreached(self) -> list[PeerID]:
+        """Members that this one could not reach, or that could not reach it."""
+        return [self._peers[member] for member in sorted(self._exchange.unreached)]
+
     async def run(self) -> RoundResult:
         """Take part until the round is decided; never cancel this: :meth:`withdraw`, and wait for the
         decision.
         """
         loop = asyncio.get_running_loop()
         began = loop.time()
+        learn_addresses(self._host, self.group)
         unsubscribe = self._host.on_disconnect(self._on_disconnect)
         limit: asyncio.TimerHandle | None = None
         try:
@@ -270,8 +276,8 @@ class Round:
                 return self._average(index)
             case ReturnAverage(index):
                 self._exchange.release(index + 1)
-            case DropSender(sender, reason):
-                self._exchange.drop(sender, reason)
+            case DropSender(sender, reason, is_silent):
+                self._exchange.drop(sender, reason, is_silent=is_silent)
             case StopContributing():
                 self._stopped.set()
                 for task in self._contributing:

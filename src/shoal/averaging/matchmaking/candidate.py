@@ -16,3 +16,7 @@ class Candidate(NamedTuple):
     can_lead: bool
     grid_round: int = 0
     lineage: Lineage = NO_LINEAGE
+    contributes: bool = True
+    """Has something to average; False for auxiliaries, which only help."""
+    lost: tuple[bytes, ...] = ()
+    """Ids of peers that it could not reach lately."""

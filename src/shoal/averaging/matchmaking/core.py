@@ -23,15 +23,15 @@ state lets happen is a table; anything else raises :class:`IllegalTransition` wi
 
 from __future__ import annotations
 
-import enum
 import math
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, NoReturn
 
 from shoal.averaging.group import MAX_GROUP_SIZE, MemberInfo, PeerMode
 from shoal.averaging.lineage import NO_LINEAGE, Lineage
+from shoal.averaging.matchmaking.apart import is_apart
 from shoal.averaging.matchmaking.candidate import Candidate
 from shoal.averaging.matchmaking.events import (
     AnswerRequest,
@@ -59,6 +59,7 @@ from shoal.averaging.matchmaking.events import (
     LeaveLeader,
     Log,
     MoveTo,
+    PeerGone,
     Poll,
     Polled,
     PollFailed,
@@ -69,6 +70,7 @@ from shoal.averaging.matchmaking.events import (
     SetTimer,
     TimerFired,
     TooFew,
+    brief,
 )
 from shoal.averaging.matchmaking.grouping import (
     Cut,
@@ -78,6 +80,8 @@ from shoal.averaging.matchmaking.grouping import (
     may_begin_early,
     takes_too_many_leaders,
 )
+from shoal.averaging.matchmaking.helping import count_contributors, makes_room, why_no_average
+from shoal.averaging.matchmaking.latecomers import STALE_AFTER, avoid_for, longer_wait
 from shoal.averaging.matchmaking.messages import (
     Accepted,
     DeclaredState,
@@ -88,6 +92,7 @@ from shoal.averaging.matchmaking.messages import (
     RejectReason,
     Search,
 )
+from shoal.averaging.matchmaking.states import MOVES, Ask, IllegalTransition, State, Times
 from shoal.averaging.matchmaking.story import StoryTeller
 from shoal.averaging.matchmaking.view import NOBODY, View
 from shoal.errors import InvalidValueError
@@ -112,11 +117,6 @@ AVOID_AFTER_LOSS = 10.0
 """Seconds for which a leader that could not be reached or was lost is left out."""
 MAX_REDIRECTS = 5
 HISTORY_LENGTH = 40
-PEERS_IN_HISTORY = 16
-
-
-class IllegalTransition(AssertionError):
-    """An event that cannot happen in this state, or a change of state that is not allowed: a bug in Shoal."""
 
 
 @dataclass(frozen=True)
@@ -152,56 +152,6 @@ class MatchmakingConfig:
         )
 
 
-class State(enum.Enum):
-    NEW = "new"
-    LOOKING = "looking"
-    """Follows nobody; may have followers."""
-    ASKING = "asking"
-    """Waits for a leader's answer; may have followers, until it is accepted."""
-    FOLLOWING = "following"
-    GROUPED = "grouped"
-    """Over: in a group."""
-    ENDED = "ended"
-    """Over: without a group."""
-
-
-_MOVES: dict[State, set[State]] = {
-    State.NEW: {State.LOOKING},
-    State.LOOKING: {State.LOOKING, State.ASKING, State.GROUPED, State.ENDED},
-    State.ASKING: {State.ASKING, State.LOOKING, State.FOLLOWING, State.GROUPED, State.ENDED},
-    State.FOLLOWING: {State.LOOKING, State.ASKING, State.GROUPED, State.ENDED},
-    State.GROUPED: set(),
-    State.ENDED: set(),
-}
-
-
-def _brief(event: Event) -> Event:
-    """For the history: without most of what a poll has found in a large swarm."""
-    return replace(event, peers=event.peers[:PEERS_IN_HISTORY]) if isinstance(event, Polled) else event
-
-
-@dataclass(frozen=True)
-class _Ask:
-    number: int
-    leader: PeerID
-    addresses: tuple[str, ...]
-    asked_at: float
-    redirects: int
-
-
-@dataclass
-class _Times:
-    """When what is due; infinite: not at all."""
-
-    begins_at: float
-    deadline: float
-    expected_at: float
-    """When a group was expected at first: the start time before it was postponed."""
-    mixes_until: float = -math.inf
-    declare_again: float = math.inf
-    leader_begins_at: float = math.inf
-
-
 class Matchmaking:
     """One search of one peer. Times are DHT time, in seconds."""
 
@@ -220,25 +170,34 @@ class Matchmaking:
         lineage: Lineage = NO_LINEAGE,
         known: Mapping[PeerID, float] = NOBODY,
         is_first: bool = False,
+        expected: Iterable[PeerID] = (),
+        lost: tuple[bytes, ...] = (),
     ) -> None:
         """``start_time``: when to begin if not full; ``order_time``: the place in the order, if not the same;
-        ``known``: the ``records`` of the search before; ``is_first``: there was none before.
+        ``known``: the ``records`` of the search before; ``is_first``: there was none before; ``expected``: who is
+        likely to look for a group now, too; ``lost``: whom this peer could not reach lately.
         """
         self.state = State.NEW
         self.config = config
         self.key = key
         order_time = start_time if order_time is None else order_time
-        self.me = Candidate(order_time, peer_id, mode.can_lead, grid_round, lineage)
+        self.me = Candidate(order_time, peer_id, mode.can_lead, grid_round, lineage, mode.contributes, lost)
         self.story = StoryTeller(key, config.target_group_size, config.min_group_size, is_first=is_first)
         self._schema_hash = schema_hash
         self._view = View(self.me, schema_hash, opens_at=start_time, known=known)
         ends_at = math.inf if deadline is None else deadline
-        self._times = _Times(begins_at=start_time, deadline=ends_at, expected_at=start_time)
-        self._ask: _Ask | None = None
+        self._times = Times(begins_at=start_time, deadline=ends_at, expected_at=start_time)
+        self._ask: Ask | None = None
         self._asks = 0
         self._group: tuple[Search, ...] = ()
         self._has_mixed_peers = False
         """Whether plans of this search were mixed ones, even if they are not any more."""
+        self._expected = set(expected)
+        self._is_put_off = False
+        """Whether the start was put off for expected peers that are missing; once in a search."""
+        self._unanswered: Counter[PeerID] = Counter()
+        self._said: str | None = None
+        """Why no average is possible, as it was logged last."""
         self._effects: list[Effect] = []
         self._history: deque[tuple[float, State, Event]] = deque(maxlen=HISTORY_LENGTH)
 
@@ -252,9 +211,13 @@ class Matchmaking:
         """Who is declared under the key, with the start time of its last search."""
         return self._view.records
 
+    @property
+    def _members(self) -> tuple[Candidate, ...]:
+        return (self.me, *self._view.followers.values())
+
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event at time ``now``; return what the shell has to do, in order."""
-        self._history.append((now, self.state, _brief(event)))
+        self._history.append((now, self.state, brief(event)))
         handler = self._HANDLERS[self.state].get(type(event))
         if handler is None:
             self._raise_illegal(f"{type(event).__name__} cannot happen while {self.state.value}")
@@ -292,6 +255,10 @@ class Matchmaking:
                 self._effects.append(AskSchema(peer_id, other.addresses, other.schema_hash))
         others = len(declared.keys() - {self.me.peer_id})
         self.story.saw(others, self._view.others_looking, len(other_schema))
+        why = why_no_average(self._view.candidates(now)) if self._view.shows_start else None
+        if why is not None and why != self._said:
+            self._said = why
+            self._effects.append(Log(f"{self.key}: no average is possible yet: {why}", is_warning=True))
 
     def _on_compared(self, event: SchemaCompared, now: float) -> None:
         self.story.learned_difference(event.peer, event.difference)
@@ -316,7 +283,9 @@ class Matchmaking:
         ask = self._ask
         if self.state is State.ASKING and ask and now >= ask.asked_at + self.config.request_timeout:
             self._effects.append(LeaveLeader(ask.number))
-            self._drop_leader(f"no answer in {self.config.request_timeout:g} s", now)
+            self._unanswered[ask.leader] += 1
+            wait = avoid_for(self._unanswered[ask.leader], self.config.request_timeout, AVOID_AFTER_LOSS)
+            self._drop_leader(f"no answer in {self.config.request_timeout:g} s", now, wait)
         elif self.state is State.FOLLOWING and ask and now >= self._patience_ends():
             self._effects.append(LeaveLeader(ask.number))
             self._drop_leader("neither began nor postponed when its start time had come", now)
@@ -348,6 +317,9 @@ class Matchmaking:
         self._declare(now)
         self._go_on_looking()
 
+    def _on_peer_gone(self, event: PeerGone, now: float) -> None:
+        self._expected.discard(event.peer_id)
+
     def _on_cancelled(self, event: Cancelled, now: float) -> None:
         self._end(now)
 
@@ -361,6 +333,8 @@ class Matchmaking:
             info.mode.can_lead,
             info.grid_round,
             info.lineage,
+            info.mode.contributes,
+            info.lost,
         )
         answer = self._answer(asker, info, now)
         self._effects.append(AnswerRequest(event.token, answer))
@@ -382,7 +356,7 @@ class Matchmaking:
             return Rejected(RejectReason.CANNOT_LEAD)
         if asker.can_lead and asker[:2] <= self.me[:2]:
             return Rejected(RejectReason.WRONG_ORDER)
-        if not self._view.is_open_to(asker.grid_round, now):
+        if not self._view.is_open_to(asker, now):
             return Rejected(RejectReason.OTHER_ROUND)
         if self.state is State.FOLLOWING:
             assert self._ask is not None
@@ -392,12 +366,17 @@ class Matchmaking:
         return self._offer_place(asker, now)
 
     def _offer_place(self, asker: Candidate, now: float) -> Accepted | Redirect | Rejected:
-        members = set(self._view.members) | {asker.peer_id}
         room, cut = self._room(now, asker)
+        members = len({*self._view.members, asker.peer_id})
+        mine = cut.group_of(self.me.peer_id)
+        has_room = members <= room or (
+            mine is not None and makes_room(asker, self._view.followers.values(), mine.members, members, room)
+        )
         is_wanted_elsewhere = self._is_needed_elsewhere(asker.peer_id, cut, now) or self._belongs_elsewhere(
             asker.peer_id, cut, now
         )
-        if len(members) <= room and not is_wanted_elsewhere:
+        is_wanted_elsewhere |= mine is not cut.group_of(asker.peer_id) and is_apart(asker, self._members)
+        if has_room and not is_wanted_elsewhere:
             return Accepted(begins_in=max(0.0, self._times.begins_at - now))
         planned = cut.group_of(asker.peer_id)
         if planned and planned.leader not in (asker.peer_id, *self._view.members):
@@ -529,7 +508,7 @@ class Matchmaking:
     def _follow_plan(self, now: float) -> None:
         room, cut = self._room(now)
         planned = cut.group_of(self.me.peer_id)
-        self.story.plan = cut.reason
+        self.story.plan = why_no_average(self._view.candidates(now)) or cut.reason
         if planned is None:
             return
         if planned.leader != self.me.peer_id:
@@ -593,9 +572,8 @@ class Matchmaking:
         Peers whose round was one are back in the same instant, and would be by themselves for ever. Few that are
         missing may have died.
         """
-        members = (self.me, *self._view.followers.values())
         many_missing = MANY_MISSING * self._view.yet_to_come >= self._view.count_seen
-        return many_missing and self._is_mixing(now) and have_mixed(members)
+        return many_missing and self._is_mixing(now) and have_mixed(self._members)
 
     def _is_needed_elsewhere(self, peer_id: PeerID, cut: Cut, now: float) -> bool:
         """Whether ``peer_id`` has to lead another group, because too few others there could.
@@ -630,7 +608,7 @@ class Matchmaking:
         members = self._view.members
         if not self.me.can_lead:
             return
-        if now >= self._times.begins_at:
+        if now >= self._times.begins_at or (self._is_put_off and not self._view.missing_of(self._expected)):
             self._begin_or_postpone(now)
             return
         if self.state is not State.LOOKING:
@@ -664,11 +642,19 @@ class Matchmaking:
         if now < self._begins_at_latest() and self._expects_somebody(now):
             self._view.poll_when_settled(now)
             return
-        if len(self._view.members) >= self.config.min_group_size:
+        if self._view.is_stale(now):
+            self._view.look_again(now)
+            return
+        if not self._is_put_off and self._put_off(now):
+            return
+        contributors = count_contributors(self._members)
+        if contributors and len(self._view.members) >= self.config.min_group_size:
             self._begin()
             return
         self._times.begins_at = now + self.config.min_matchmaking_time
         members = f"{len(self._view.members)} of at least {self.config.min_group_size} members"
+        if not contributors:
+            members += ", none of which contributes,"
         self.story.note(now, f"{members} at the start time: postponed")
         self._effects.append(TooFew(self._view.count_seen))
         cut = self._cut(now)
@@ -678,6 +664,19 @@ class Matchmaking:
                 self._dismiss_to_plan(token, cut)  # it can be in a group elsewhere
             else:
                 self._effects.append(PostponeFollower(token, self.config.min_matchmaking_time))
+
+    def _put_off(self, now: float) -> bool:
+        """Whether to begin later than at the start time, since peers of the last group are yet to come."""
+        config = self.config
+        members, missing = len(self._view.members), len(self._view.missing_of(self._expected))
+        wait = longer_wait(members, missing, config.target_group_size, config.min_matchmaking_time)
+        if not wait or members < config.min_group_size:
+            return False
+        self._is_put_off = True
+        self._times.begins_at = now + wait
+        self.story.note(now, f"{missing} of the last group are yet to come: begins up to {wait:.1f} s later")
+        self._effects += [PostponeFollower(token, wait) for token in self._view.followers]
+        return True
 
     def _begin(self) -> None:
         if self._ask is not None:
@@ -726,12 +725,12 @@ class Matchmaking:
         is_hearsay: bool = False,
     ) -> None:
         self._asks += 1
-        self._ask = _Ask(self._asks, leader, addresses, now, redirects)
+        self._ask = Ask(self._asks, leader, addresses, now, redirects)
         self._move(State.ASKING)
         self._effects.append(AskToJoin(self._ask.number, leader, addresses, is_hearsay))
         self.story.asked(leader)
 
-    def _current(self, ask: int) -> _Ask | None:
+    def _current(self, ask: int) -> Ask | None:
         """The request ``ask`` if it still counts: answers may cross with our leaving."""
         return self._ask if self._ask is not None and self._ask.number == ask else None
 
@@ -741,10 +740,10 @@ class Matchmaking:
         self._move(State.LOOKING)
         self._poll()
 
-    def _drop_leader(self, reason: str, now: float) -> None:
+    def _drop_leader(self, reason: str, now: float, avoid: float = AVOID_AFTER_LOSS) -> None:
         assert self._ask is not None
         self.story.answered(self._ask.leader, f"lost ({reason})", now)
-        self._view.leave_out(self._ask.leader, now + AVOID_AFTER_LOSS)
+        self._view.leave_out(self._ask.leader, now + avoid)
         self._go_on_looking()
 
     def _drop_follower_of(self, peer_id: PeerID) -> None:
@@ -791,7 +790,8 @@ class Matchmaking:
         else:
             due.append(self._view.next_poll)
             if self.me.can_lead:
-                due.append(time.begins_at if now < time.begins_at else self._begins_at_latest())
+                stale = now + STALE_AFTER if self._view.is_stale(now) else -math.inf
+                due.append(time.begins_at if now < time.begins_at else max(stale, self._begins_at_latest()))
             if self._ask is not None:
                 due.append(self._ask.asked_at + self.config.request_timeout)
         return max(now, min(due))
@@ -799,7 +799,7 @@ class Matchmaking:
     # ---- states
 
     def _move(self, to: State) -> None:
-        if to not in _MOVES[self.state]:
+        if to not in MOVES[self.state]:
             self._raise_illegal(f"a search that is {self.state.value} cannot become {to.value}")
         self.state = to
         if to in (State.GROUPED, State.ENDED):
@@ -817,6 +817,7 @@ class Matchmaking:
         PollFailed: _on_poll_failed,
         JoinRequested: _on_request,
         FollowerLost: _on_follower_lost,
+        PeerGone: _on_peer_gone,
         TimerFired: _on_timer,
         Restarted: _on_restarted,
         Cancelled: _on_cancelled,
@@ -836,7 +837,8 @@ class Matchmaking:
     )
     _OVER: ClassVar[dict[type, Callable[..., None]]] = {
         **dict.fromkeys(
-            (Declared, DeclareFailed, Polled, PollFailed, SchemaCompared, FollowerLost, TimerFired), _ignore
+            (Declared, DeclareFailed, Polled, PollFailed, SchemaCompared, FollowerLost, PeerGone, TimerFired),
+            _ignore,
         ),
         **_LATE_ANSWERS,
         JoinRequested: _on_request_too_late,

@@ -7,7 +7,7 @@ request that is no longer of interest is recognised by its number.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode
 from shoal.averaging.lineage import NO_LINEAGE, Lineage
@@ -22,6 +22,8 @@ from shoal.averaging.matchmaking.messages import (
 )
 from shoal.p2p.identity import PeerID
 
+PEERS_IN_HISTORY = 16
+
 
 @dataclass(frozen=True)
 class Place:
@@ -34,6 +36,8 @@ class Place:
     """Its place in the order: ``start_time``, but later than that of every earlier search of this peer."""
     grid_round: int = 0
     lineage: Lineage = NO_LINEAGE
+    lost: tuple[bytes, ...] = ()
+    """Ids of peers that it could not reach lately."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,13 @@ class LeaderLost:
 
 
 @dataclass(frozen=True)
+class PeerGone:
+    """The last connection to a peer ended."""
+
+    peer_id: PeerID
+
+
+@dataclass(frozen=True)
 class TimerFired:
     pass
 
@@ -170,6 +181,7 @@ Event = (
     | LeaderDismissed
     | LeaderBegan
     | LeaderLost
+    | PeerGone
     | TimerFired
     | Cancelled
 )
@@ -302,3 +314,8 @@ Effect = (
     | FinishWithGroup
     | FinishWithout
 )
+
+
+def brief(event: Event) -> Event:
+    """For the history: without most of what a poll has found in a large swarm."""
+    return replace(event, peers=event.peers[:PEERS_IN_HISTORY]) if isinstance(event, Polled) else event

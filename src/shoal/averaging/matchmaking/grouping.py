@@ -1,7 +1,7 @@
 """How peers that look for a group are cut into groups: pure functions over sorted peers, each with its
 reason.
 
-Peers with equal views cut them equally, without a word between them. Sizes come first (:func:`plan_groups`),
+Peers with equal views cut them equally, without a word between them. Sizes come first (:mod:`.sizes`),
 then who leads and who follows whom (:func:`cut_groups`), then whether a full group may begin without waiting
 for its start time (:func:`may_begin_early`).
 """
@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+from shoal.averaging.matchmaking.apart import separate
 from shoal.averaging.matchmaking.candidate import Candidate
+from shoal.averaging.matchmaking.helping import count_contributors, lack_contributors, slice_with_helpers
 from shoal.averaging.matchmaking.mixing import mix
+from shoal.averaging.matchmaking.sizes import plan_groups, plan_with_helpers, stays_full
 from shoal.p2p.identity import PeerID
 
 
@@ -50,48 +53,6 @@ class Cut:
         return None
 
 
-def plan_groups(n: int, target: int | None, minimum: int, leaders: int | None = None) -> tuple[int, ...]:
-    """Sizes of the groups into which ``n`` peers are cut, of whom ``leaders`` (default: all) can lead.
-
-    As few peers as possible are left over; among such plans, as many groups as possible have the target size,
-    and these come first. Every size is from ``minimum`` to ``target``.
-    """
-    leaders = n if leaders is None else min(leaders, n)
-    if leaders == 0 or n < minimum:
-        return ()
-    if target is None:
-        return (n,)
-    count = min(-(-n // target), leaders)
-    if count * minimum > n:  # one group more would take in everybody, but somewhere below the minimum
-        count -= 1
-    sizes: list[int] = []
-    rest = n
-    for later_groups in reversed(range(count)):
-        sizes.append(min(target, rest - later_groups * minimum))
-        rest -= sizes[-1]
-    return tuple(sizes)
-
-
-def stays_full(index: int, n: int, target: int | None, minimum: int) -> bool:
-    """Whether group ``index`` (from 0) of the plan has the target size for ``n`` peers and for any larger
-    number.
-
-    The last groups are the smaller ones. In a plan of ``count`` groups that takes in everybody, the groups up
-    to ``index`` are full if ``n >= (index + 1) * target + (count - 1 - index) * minimum``; so it is enough to
-    look at the smallest number of peers for each count. Fewer than ``target`` places are empty, so no more
-    than the last ``target - 1`` groups are ever smaller.
-    """
-    if target is None:
-        return False
-    smallest_count = -(-n // target)
-    for count in range(smallest_count, max(smallest_count, index + target) + 1):
-        peers = max(n, (count - 1) * target + 1, count * minimum)
-        takes_in_everybody = peers <= count * target
-        if takes_in_everybody and peers < (index + 1) * target + (count - 1 - index) * minimum:
-            return False
-    return n >= (index + 1) * target
-
-
 def cut_groups(
     candidates: Sequence[Candidate],
     target: int | None,
@@ -115,24 +76,38 @@ def _cut(
     candidates: tuple[Candidate, ...], target: int | None, minimum: int, gone: tuple[Candidate, ...] | None
 ) -> Cut:
     leaders = sum(candidate.can_lead for candidate in candidates)
-    sizes = plan_groups(len(candidates), target, minimum, leaders)
+    contributors = count_contributors(candidates)
+    all_contribute = contributors == len(candidates)
+    sizes = _sizes_for(candidates, target, minimum)
     waiting = list(candidates)
-    slices = [
-        _take_slice(waiting, size, later_groups=len(sizes) - index - 1) for index, size in enumerate(sizes)
-    ]
+    if all_contribute:
+        slices = [
+            _take_slice(waiting, size, later_groups=len(sizes) - index - 1)
+            for index, size in enumerate(sizes)
+        ]
+    else:
+        slices = slice_with_helpers(waiting, sizes)
     if gone is not None and len(slices) > 1:
         slices = _mixed(slices, sizes, gone, target, minimum)
+    has_lost = any(candidate.lost for candidate in candidates)
+    if has_lost:
+        slices = separate(slices, target, minimum)
+        planned = {member.peer_id for members in slices for member in members}
+        waiting = [candidate for candidate in candidates if candidate.peer_id not in planned]
+        sizes = tuple(map(len, slices))
     groups = []
     for index, members in enumerate(slices):
         # One newcomer changes who is with whom, and so who leads, in all mixed groups.
-        fixed = gone is None and stays_full(index, len(candidates), target, minimum)
+        is_simple = gone is None and all_contribute and not has_lost
+        fixed = is_simple and stays_full(index, len(candidates), target, minimum)
         groups.append(PlannedGroup(members, is_complete=True, newcomers_cannot_change_it=fixed))
     left_over = tuple(waiting)
     if any(candidate.can_lead for candidate in waiting):
         members = _take_slice(waiting, len(waiting), later_groups=0)
         groups.append(PlannedGroup(members, is_complete=False, newcomers_cannot_change_it=False))
-    why = "" if leaders == len(candidates) else " (clients and auxiliaries never lead)"
-    reason = f"{len(candidates)} in all, of which {leaders} can lead{why}, "
+    why = "" if leaders == len(candidates) else " (clients never lead)"
+    what = "" if all_contribute else f" and {contributors} contribute (auxiliaries only help)"
+    reason = f"{len(candidates)} in all, of which {leaders} can lead{why}{what}, "
     if sizes:
         reason += f"make groups of {', '.join(map(str, sizes))}; {len(left_over)} left over"
     else:
@@ -157,6 +132,8 @@ def _mixed(
         groups, rest, rest_sizes = [], placed, sizes
     if rest:
         groups += mix(tuple(rest), rest_sizes)
+    if not all(_can_average(members) for members in groups):
+        return list(slices)
     result = []
     for members in groups:
         leader = next(member for member in members if member.can_lead)
@@ -177,9 +154,17 @@ def _intact_groups(
     return [members for members in groups if not any(member.peer_id in missing for member in members)]
 
 
+def _can_average(members: Sequence[Candidate]) -> bool:
+    return any(member.can_lead for member in members) and any(member.contributes for member in members)
+
+
 def _sizes_for(candidates: Sequence[Candidate], target: int | None, minimum: int) -> tuple[int, ...]:
     leaders = sum(candidate.can_lead for candidate in candidates)
-    return plan_groups(len(candidates), target, minimum, leaders)
+    contributors = count_contributors(candidates)
+    if contributors == len(candidates):
+        return plan_groups(len(candidates), target, minimum, leaders)
+    helpers = len(candidates) - contributors
+    return plan_with_helpers(leaders - helpers, len(candidates) - leaders, helpers, target, minimum)
 
 
 def _take_slice(waiting: list[Candidate], size: int, *, later_groups: int) -> tuple[Candidate, ...]:
@@ -261,6 +246,8 @@ def may_begin_early(
     group = cut.group_of(leader)
     if group is None or group.leader != leader:
         return EarlyBeginDecision(EarlyBegin.NO, f"the plan has this peer follow another: {cut.reason}")
+    if not group.is_complete or lack_contributors(candidates, members, group.members):
+        return EarlyBeginDecision(EarlyBegin.NO, f"peers that contribute are still to come: {cut.reason}")
     if len(group.members) < target:
         return EarlyBeginDecision(EarlyBegin.NO, f"a full group would strand others: {cut.reason}")
     if takes_too_many_leaders(candidates, members, group):

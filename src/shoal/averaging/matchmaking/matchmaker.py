@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from shoal.averaging.agreement import Agreement
 from shoal.averaging.group import (
     MAX_GATHER_BYTES,
+    MAX_LOST,
     SCHEMA_HASH_BYTES,
     GroupInfo,
     PeerMode,
@@ -37,6 +38,8 @@ WITHDRAWAL_TIMEOUT = 1.0
 """Seconds that :meth:`Matchmaker.close` gives the DHT to learn that this peer looks for no group any more."""
 EXPLORE_AFTER = 1.0
 """Seconds after which a new peer that has no group yet looks whether the swarm is under other keys."""
+APART_FOR = 60.0
+"""Seconds for which peers are kept apart of which one could not reach the other."""
 COUNT_EVERY = 10.0
 """Seconds between looks at the keys with a bit more and a bit less."""
 
@@ -82,6 +85,10 @@ class Matchmaker:
         self._last_order_time = -math.inf
         self._known: Mapping[PeerID, float] = NOBODY
         """Who was declared at the end of the last search, with the start time of its own."""
+        self._last_group: tuple[PeerID, ...] = ()
+        """The other members of the group that was found last, if they are likely to look under the same key next."""
+        self._lost: dict[PeerID, float] = {}
+        """Whom this peer could not reach, the latest last, and until when it says so."""
         self._is_closed = False
 
     @property
@@ -125,6 +132,8 @@ class Matchmaker:
         if self._peer.peer_id not in group.peer_ids:
             raise InvalidValueError(f"group {group.group_id.hex()}: this peer is no member of it")
         self._bits.round_committed(group, self._peer.config.target_group_size)
+        if self._bits.are_given or self._bits.depth > 0:
+            self._last_group = ()  # they look under different keys now
         averaged = [
             (member.peer_id, member.lineage)
             for member in group.members
@@ -132,6 +141,15 @@ class Matchmaker:
         ]
         if averaged:
             self._lineage = after_round(group.group_id, averaged)
+
+    def keep_apart(self, lost: Iterable[PeerID]) -> None:
+        """This peer could not reach these in its last round: others than they are to be in its next groups."""
+        until = self._peer.clock() + APART_FOR
+        for peer in lost:
+            self._lost.pop(peer, None)
+            self._lost[peer] = until
+        while len(self._lost) > MAX_LOST:
+            del self._lost[next(iter(self._lost))]
 
     def watch_members(self, when_gone: WhenMemberGone) -> None:
         """If this peer leads the group that it found last, call ``when_gone`` for each member that leaves before it has
@@ -176,13 +194,17 @@ class Matchmaker:
                 weight,
                 self._known,
                 when_too_few=self._found_too_few,
+                last_group=self._last_group,
                 when_mode_changed=self._mode_changed,
                 is_first=self._search is None,
             )
+            self._last_group = ()
             if not self._known:
                 self._peer.tasks.start(self._explore(search, EXPLORE_AFTER), "explore depths")
             try:
-                return await search.run()
+                group = await search.run()
+                self._last_group = tuple(peer for peer in group.peer_ids if peer != self._peer.peer_id)
+                return group
             finally:
                 self._last_order_time = self._peer.after_search(self._last_order_time)
                 self._known = {
@@ -213,7 +235,9 @@ class Matchmaker:
         # left behind.
         self._last_order_time = max(start_time, self._last_order_time + 0.001)
         key = self._bits.key(self._peer.prefix)
-        return Place(key, start_time, self._last_order_time, self._bits.grid_round, self._lineage)
+        now = self._peer.clock()
+        lost = tuple(peer.to_bytes() for peer, until in self._lost.items() if now < until)[-MAX_LOST:]
+        return Place(key, start_time, self._last_order_time, self._bits.grid_round, self._lineage, lost)
 
     def _mode_changed(self) -> None:
         """The search that goes on has declared another mode than this peer has now: it begins anew."""

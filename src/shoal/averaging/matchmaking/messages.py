@@ -16,6 +16,7 @@ from shoal.averaging.group import (
     MAX_ADDRESSES,
     MAX_GRID_ROUND,
     MAX_GROUP_SIZE,
+    MAX_LOST,
     SCHEMA_HASH_BYTES,
     PeerMode,
     SignedMemberInfo,
@@ -169,8 +170,9 @@ class Declaration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     group: tuple[Search, ...] = ()
     """If taken: who is in its group. One record that is seen takes all of them out of a plan at once."""
     grid_round: int = 0
-    """As in :class:`~shoal.averaging.group.MemberInfo`, like the next."""
+    """As in :class:`~shoal.averaging.group.MemberInfo`, like the next two."""
     lineage: Lineage = NO_LINEAGE
+    lost: tuple[bytes, ...] = ()
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -194,6 +196,7 @@ def decode_declaration(raw: object) -> Declaration:
         and len(declaration.schema_hash) == SCHEMA_HASH_BYTES
         and len(declaration.addresses) <= MAX_ADDRESSES
         and 0 <= declaration.grid_round <= MAX_GRID_ROUND
+        and len(declaration.lost) <= MAX_LOST
     ):
         raise InvalidValueError("a declaration with a field out of bounds")
     problem = lineage_problem(declaration.lineage)

@@ -31,7 +31,9 @@ MAX_EXCHANGED = 512
 @lru_cache(maxsize=64)
 def mix(candidates: tuple[Candidate, ...], sizes: tuple[int, ...]) -> tuple[tuple[Candidate, ...], ...]:
     """Groups of these ``sizes``, which add up to the number of ``candidates``; each has one that can lead."""
-    groups = _deal(sorted(candidates, key=_age_order), sizes)
+    # Contributors first, so that they are spread over the groups before helpers fill them up.
+    ordered = sorted(candidates, key=lambda candidate: (not candidate.contributes, _age_order(candidate)))
+    groups = _deal(ordered, sizes)
     _give_leaders(groups)
     grown_up = sum(len(candidate.lineage.groups) > 1 for candidate in candidates)
     if 2 * grown_up >= len(candidates) and len(candidates) <= MAX_EXCHANGED:
@@ -66,13 +68,13 @@ def _give_leaders(groups: list[list[Candidate]]) -> None:
 
 
 def _exchange(groups: list[list[Candidate]]) -> None:
-    """Exchange pairs of peers that both can lead, or both cannot, while that makes the groups' means, squared and
-    weighted by the groups' sizes, deviate less from the mean of all.
+    """Exchange pairs of peers that do the same in a group, while that makes the groups' means, squared and weighted by
+    the groups' sizes, deviate less from the mean of all.
     """
     flat = [candidate for group in groups for candidate in group]
     home = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     sizes = np.array([len(group) for group in groups], dtype=np.int64)
-    can_lead = np.array([candidate.can_lead for candidate in flat])
+    kind = np.array([2 * candidate.can_lead + candidate.contributes for candidate in flat])
     vectors = _deviations(flat)
     sums = np.zeros((len(groups), DIMENSIONS), dtype=np.int64)
     np.add.at(sums, home, vectors)
@@ -80,7 +82,7 @@ def _exchange(groups: list[list[Candidate]]) -> None:
         improved = False
         for mine in range(len(flat)):
             gains = _gains(mine, vectors, sums, home, sizes)
-            gains[(can_lead != can_lead[mine]) | (home == home[mine])] = 0
+            gains[(kind != kind[mine]) | (home == home[mine])] = 0
             other = int(gains.argmin())
             if gains[other] >= -1:
                 continue
@@ -97,8 +99,13 @@ def _exchange(groups: list[list[Candidate]]) -> None:
 
 
 def _deviations(candidates: Sequence[Candidate]) -> IntArray:
-    """Each peer's sketch less their mean; newcomers count as the mean, for nothing is known of them."""
-    known = [index for index, candidate in enumerate(candidates) if candidate.lineage.groups]
+    """Each peer's sketch less their mean; newcomers and helpers count as the mean: nothing is known of the first,
+    and the second change no average."""
+    known = [
+        index
+        for index, candidate in enumerate(candidates)
+        if candidate.lineage.groups and candidate.contributes
+    ]
     vectors = np.zeros((len(candidates), DIMENSIONS), dtype=np.int64)
     vectors[known] = [sketch_of(candidates[index].lineage) for index in known]
     vectors[known] -= vectors[known].sum(axis=0) // len(known)

@@ -105,6 +105,7 @@ class LocalPeer:
             group=group,
             grid_round=place.grid_round,
             lineage=place.lineage,
+            lost=place.lost,
         )
 
     def sign_info(self, leader: PeerID, place: Place, gather: bytes, weight: float) -> SignedMemberInfo:
@@ -124,5 +125,6 @@ class LocalPeer:
             weight=weight,
             grid_round=place.grid_round,
             lineage=place.lineage,
+            lost=place.lost,
         )
         return sign_member(self.node.host.identity, info)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shoal.averaging.group import (
@@ -50,6 +50,7 @@ from shoal.averaging.matchmaking.events import (
     LeaveLeader,
     Log,
     MoveTo,
+    PeerGone,
     Place,
     Poll,
     Polled,
@@ -133,11 +134,13 @@ class GroupSearch:
         when_too_few: Callable[[int], None],
         when_mode_changed: Callable[[], None],
         is_first: bool = False,
+        last_group: Sequence[PeerID] = (),
     ) -> None:
         """
         :param when_too_few: called with the number of peers seen when the start time came without enough members
         :param when_mode_changed: called when this peer's mode is another one than it declared
         :param is_first: of its averager
+        :param last_group: with whom this peer was before; those to whom a connection stands are likely to come back
         """
         self.place = place
         self.now = peer.clock.frozen()
@@ -159,7 +162,9 @@ class GroupSearch:
             deadline=deadline,
             grid_round=place.grid_round,
             lineage=place.lineage,
+            lost=place.lost,
             known=known,
+            expected=[member for member in last_group if peer.node.host.is_connected(member)],
             is_first=is_first,
         )
         self._loop = asyncio.get_running_loop()
@@ -215,6 +220,7 @@ class GroupSearch:
         :raises MatchmakingException:
         """
         self.dispatch(SearchStarted())
+        unsubscribe = self._peer.node.host.on_disconnect(lambda peer, _: self.dispatch(PeerGone(peer)))
         try:
             return await self._result
         except asyncio.CancelledError:
@@ -225,6 +231,8 @@ class GroupSearch:
             if self._result.done() and not self._result.cancelled():
                 self._result.exception()  # nobody is there to see it
             raise
+        finally:
+            unsubscribe()
 
     def dispatch(self, event: Event) -> None:
         """Let the core take in ``event``, and carry out what it asks for."""

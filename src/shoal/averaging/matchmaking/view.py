@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from shoal.averaging.matchmaking.candidate import Candidate
+from shoal.averaging.matchmaking.latecomers import is_stale, still_missing
 from shoal.averaging.matchmaking.messages import Declaration, DeclaredState, Search
 from shoal.p2p.identity import PeerID
 
@@ -83,9 +84,10 @@ class View:
         self._last_newcomer = -math.inf
         self._last_poll_began = -math.inf
         self._outdated_at = -math.inf
+        self._looked_at = -math.inf
 
     def start(self, now: float) -> None:
-        self._started_at = self._last_newcomer = now
+        self._started_at = self._last_newcomer = self._looked_at = now
 
     # ---- who is there
 
@@ -142,6 +144,13 @@ class View:
         """How many of the peers that were there before have not begun another search yet."""
         return sum(self.records.get(peer_id, math.inf) <= time for peer_id, time in self._known.items())
 
+    def missing_of(self, expected: Collection[PeerID]) -> list[PeerID]:
+        """Who of these has not been seen in a search since this peer's last one."""
+        latest = {}
+        for peer in expected:  # one that asked to join may not be declared yet
+            latest[peer] = max(self.records.get(peer, -math.inf), self._last_seen.get(peer, -math.inf))
+        return still_missing(expected, latest, self._known)
+
     @property
     def count_seen(self) -> int:
         """How many peers have looked for a group since this search began, this one included."""
@@ -168,7 +177,7 @@ class View:
         """
         found = {}
         for peer_id, (candidate, _) in self._declared.items():
-            if not self.is_open_to(candidate.grid_round, now):
+            if not self.is_open_to(candidate, now):
                 continue
             left_out = self._is_left_out(peer_id, candidate.start_time, now)
             if left_out is None or (with_full_groups and left_out.is_looking):
@@ -185,12 +194,15 @@ class View:
         return sorted(
             candidate
             for candidate in self._ever.values()
-            if candidate.peer_id not in present and self.is_open_to(candidate.grid_round, now)
+            if candidate.peer_id not in present and self.is_open_to(candidate, now)
         )
 
-    def is_open_to(self, grid_round: int, now: float) -> bool:
-        """Whether a peer in this round of the grid may be in this peer's group already."""
-        return grid_round == self._me.grid_round or now >= self._opens_at
+    def is_open_to(self, other: Candidate, now: float) -> bool:
+        """Whether ``other`` may be in this peer's group already: they are in the same round of the grid, or one of them
+        has waited for its own round until its start time in vain. Its round has gone on without it, and full groups of
+        later ones would do so for ever.
+        """
+        return other.grid_round == self._me.grid_round or now >= min(self._opens_at, other.start_time)
 
     def addresses_of(self, peer_id: PeerID) -> tuple[str, ...]:
         known = self._declared.get(peer_id)
@@ -277,11 +289,20 @@ class View:
         """The view is not settled before a poll that begins from now on."""
         self._outdated_at = now
 
+    def is_stale(self, now: float) -> bool:
+        """Whether no poll has ended for long: what has changed since then is not known."""
+        return is_stale(self._looked_at, now, self.latency)
+
     # ---- polls
+
+    def look_again(self, now: float) -> None:
+        if not self.is_polling:
+            self.next_poll = now
 
     def schedule_poll(self, now: float) -> None:
         """After a poll, successful or not: when to look again."""
         self.is_polling = False
+        self._looked_at = now
         self.next_poll = now + max(self._polls_every, min(self.latency, SLOWEST_POLL))
         self._polls_every = min(2 * self._polls_every, SLOWEST_POLL)
 
@@ -302,4 +323,6 @@ def _candidate(peer_id: PeerID, declaration: Declaration) -> Candidate:
         declaration.mode.can_lead,
         declaration.grid_round,
         declaration.lineage,
+        declaration.mode.contributes,
+        declaration.lost,
     )

@@ -1,0 +1,93 @@
+"""Pairs that could not reach each other are kept apart: a route may be bad for two peers alone. Pure.
+
+Each peer says whom it could not reach lately. Its word counts for groups with itself only, so that a liar can isolate
+nobody else. If no group at all were left, everybody stays together: such a failure is often over by the next attempt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from shoal.averaging.matchmaking.candidate import Candidate
+
+Group = list[Candidate]
+
+
+def are_apart(one: Candidate, other: Candidate) -> bool:
+    """Whether one of the two could not reach the other."""
+    return one.peer_id.to_bytes() in other.lost or other.peer_id.to_bytes() in one.lost
+
+
+def is_apart(peer: Candidate, members: Iterable[Candidate]) -> bool:
+    """Whether ``peer`` is to be kept apart from one of these."""
+    return any(are_apart(peer, member) for member in members if member is not peer)
+
+
+def separate(
+    slices: Sequence[tuple[Candidate, ...]], target: int | None, minimum: int
+) -> list[tuple[Candidate, ...]]:
+    """The planned groups, changed so that no pair is together that is to be kept apart; leaders first.
+
+    The later one of a pair changes places with a peer of another group, else it joins one that has room, else it gets
+    a group with members of others that are larger than they must be, else it is left over.
+    """
+    groups = [list(members) for members in slices]
+    out: list[Candidate] = []
+    for group in groups:
+        for peer in sorted(group, reverse=True):
+            if is_apart(peer, group) and not _exchange(peer, group, groups):
+                group.remove(peer)
+                out.append(peer)
+    for peer in out:
+        _find_place(peer, groups, target, minimum)
+    whole = [sorted(group) for group in groups if _is_whole(group, minimum)]
+    return [_leader_first(group) for group in whole] or list(slices)
+
+
+def _exchange(peer: Candidate, group: Group, groups: Sequence[Group]) -> bool:
+    for other in groups:
+        for partner in sorted(other, reverse=True):
+            if other is group or _kind(partner) != _kind(peer):
+                continue
+            here = [member for member in group if member is not peer]
+            there = [member for member in other if member is not partner]
+            if not is_apart(partner, here) and not is_apart(peer, there):
+                group[group.index(peer)], other[other.index(partner)] = partner, peer
+                return True
+    return False
+
+
+def _find_place(peer: Candidate, groups: list[Group], target: int | None, minimum: int) -> None:
+    for group in groups:
+        if not is_apart(peer, group) and (target is None or len(group) < target):
+            group.append(peer)
+            return
+    made: Group = [peer]
+    for donor in sorted(groups, key=len, reverse=True):
+        for member in sorted(donor, reverse=True):
+            if _is_whole(made, minimum):
+                break
+            rest = [one for one in donor if one is not member]
+            if _is_whole(rest, minimum) and not is_apart(member, made):
+                donor.remove(member)
+                made.append(member)
+    if _is_whole(made, minimum):
+        groups.append(made)
+        return
+    for member in made[1:]:
+        home = next(group for group in groups if not is_apart(member, group))
+        home.append(member)
+
+
+def _is_whole(group: Sequence[Candidate], minimum: int) -> bool:
+    can_average = any(one.can_lead for one in group) and any(one.contributes for one in group)
+    return can_average and len(group) >= minimum
+
+
+def _kind(peer: Candidate) -> tuple[bool, bool]:
+    return peer.can_lead, peer.contributes
+
+
+def _leader_first(ordered: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    leader = next(member for member in ordered if member.can_lead)
+    return (leader, *(member for member in ordered if member is not leader))

@@ -1,0 +1,83 @@
+"""Pairs that could not reach each other are planned apart, and everybody else still has a group."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.averaging.matchmaking.apart import is_apart
+from shoal.averaging.matchmaking.candidate import Candidate
+from shoal.averaging.matchmaking.grouping import cut_groups
+from shoal.p2p.identity import Identity
+
+PEERS = sorted(Identity.generate(bytes([number]) * 32).peer_id for number in range(16))
+
+
+def candidates(count: int, *pairs: tuple[int, int]) -> list[Candidate]:
+    """The first of each pair says that it could not reach the second."""
+    return [
+        Candidate(
+            1.0,
+            PEERS[number],
+            True,
+            lost=tuple(PEERS[other].to_bytes() for one, other in pairs if one == number),
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("pair", [(0, 1), (1, 2), (3, 0), (2, 3)])
+@pytest.mark.parametrize("count", [4, 8, 16])
+@pytest.mark.parametrize("gone", [None, ()], ids=["slices", "mixed"])
+def test_one_bad_route_keeps_nobody_from_a_group(count: int, pair: tuple[int, int], gone: tuple[()] | None):
+    everybody = candidates(count, pair)
+    cut = cut_groups(everybody, 4, 2, gone)
+    assert cut.left_over == ()
+    assert sum(len(group.members) for group in cut.groups) == count
+    for group in cut.groups:
+        assert group.is_complete
+        assert len(group.members) <= 4
+        assert not any(is_apart(member, group.members) for member in group.members)
+
+
+def test_two_that_are_alone_try_again():
+    assert len(cut_groups(candidates(2, (0, 1)), 2, 2).groups[0].members) == 2
+
+
+def test_a_pair_of_three_is_apart_and_the_others_average():
+    cut = cut_groups(candidates(3, (1, 2)), 3, 2)
+    assert [len(group.members) for group in cut.groups if group.is_complete] == [2]
+    assert len(cut.left_over) == 1
+
+
+def test_a_liar_isolates_nobody_but_itself():
+    everybody = candidates(8, *((0, other) for other in range(1, 8)))
+    cut = cut_groups(everybody, 4, 2)
+    placed = {member.peer_id for group in cut.groups if group.is_complete for member in group.members}
+    assert placed >= set(PEERS[1:8])
+
+
+@given(
+    count=st.integers(2, 14),
+    bounds=st.tuples(st.integers(2, 6), st.integers(2, 6)).map(sorted),
+    pairs=st.lists(st.tuples(st.integers(0, 13), st.integers(0, 13)), max_size=12),
+)
+def test_plans_with_bad_routes_are_sound(count: int, bounds: list[int], pairs: list[tuple[int, int]]):
+    minimum, target = bounds
+    everybody = candidates(count, *(pair for pair in pairs if pair[0] != pair[1]))
+    for gone in (None, ()):
+        cut = cut_groups(everybody, target, minimum, gone)
+        complete = [group.members for group in cut.groups if group.is_complete]
+        members = [member for group in complete for member in group]
+        assert len(members) == len(set(members))
+        assert set(members) | set(cut.left_over) == set(everybody)
+        for group in complete:
+            assert minimum <= len(group) <= target
+            assert all(group[0] < member for member in group[1:])
+        if any(is_apart(one, group) for group in complete for one in group):
+            # No group at all would be left: the plan is as if nobody had said anything.
+            plain = cut_groups(candidates(count), target, minimum, gone)
+            assert [[one.peer_id for one in group] for group in complete] == [
+                [one.peer_id for one in group.members] for group in plain.groups if group.is_complete
+            ]
