@@ -55,6 +55,8 @@ def test_a_peer_behind_a_translator_says_that_nobody_can_dial_it_and_what_to_do(
     text = "\n".join(command.wait_for_text(STARTED))
     assert "No other peer can dial this one" in text
     assert "--announce" in text
+    assert f"  tried /ip4/{machine.ip}/tcp/" in text
+    assert "announce_maddrs" not in text  # the log says the same in the library's words: once is enough
 
 
 def test_a_peer_behind_a_forwarded_port_prints_the_outer_address(swarm: Swarm, internet: Internet):

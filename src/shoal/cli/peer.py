@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import queue
 import signal
 import time
@@ -43,6 +45,8 @@ class PeerState:
     is_in_doubt: bool
     """Whether that is being found out."""
     advice: str
+    tried: tuple[str, ...]
+    """Where others could not dial it, and why."""
 
 
 def run_peer(
@@ -66,7 +70,7 @@ def run_peer(
     if not interval > 0:
         raise InvalidValueError(f"--interval {interval:g}: more than 0 seconds are allowed")
     listen = listen_address(host, port)
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, _said_by_this_command("shoal.p2p.reach"):
         dht = DHT(
             list(initial_peers),
             start=True,
@@ -138,6 +142,19 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _said_by_this_command(name: str) -> Iterator[None]:
+    """Mute a log whose warnings this command prints by the names of its options; not if the user chose a level."""
+    log = logging.getLogger(name)
+    before = log.level
+    if "SHOAL_LOGLEVEL" not in os.environ:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def _wait_until_ready(dht: DHT, stop: StopRequest) -> bool:
     """Wait until the peer has joined; False if it is to stop before."""
     while not stop.is_set():
@@ -158,6 +175,7 @@ async def _describe(dht: Any, node: DHTNode) -> PeerState:
         tuple(dht.get_visible_maddrs()),
         reach.is_in_doubt,
         reach.advice(),
+        tuple(reach.tried()),
     )
 
 
@@ -168,6 +186,8 @@ def _print_addresses(state: PeerState, console: Console) -> None:
             f"No other peer can dial this one{why}: it takes part as a client, under no address.", console
         )
         _print_line(f"{_in_options(state.advice)}.", console)
+        for attempt in state.tried:
+            _print_line(f"  tried {attempt}", console)
         return
     is_local = all(address.is_loopback for address in state.addresses)
     whence = "from this machine only (see --host), " if is_local else ""

@@ -204,13 +204,16 @@ class Reach:
             return ""
         if self.is_in_doubt:
             return "no peer has told yet whether it can connect to this one: until then it takes part as a client"
-        failures = list(self._found.failures.items())[:MAX_TOLD]
-        tried = "; ".join(f"{address}: {reason}" for address, reason in failures)
         return (
             "other peers cannot connect back to this one, so it takes part as a client: it averages over connections "
             f"that it opens itself, and serves nobody. {self.advice()}. client_mode=True says that this is "
-            f"intended. Tried: {tried}"
+            f"intended. Tried: {'; '.join(self.tried())}"
         )
+
+    def tried(self) -> list[str]:
+        """For people: where helpers could not dial this host, and why; the first few."""
+        failures = list(self._found.failures.items())[:MAX_TOLD]
+        return [f"{address}: {reason}" for address, reason in failures]
 
     def advice(self) -> str:
         """For people: what would make this host one that others can dial."""
