@@ -98,6 +98,7 @@ class Host:
         self._served: dict[str, Served] = {}
         self._on_disconnect: dict[int, Callable[[PeerID, str], None]] = {}
         self._on_clock_difference: dict[int, Callable[[PeerID, float], None]] = {}
+        self._announcing: set[asyncio.Task[None]] = set()
         self._subscriptions = 0
         self._state = "new"
         self._silent: set[Multiaddr] = set()
@@ -108,7 +109,7 @@ class Host:
             find_served=lambda name: self._served.get(name),
             make_hello=self._make_hello,
             ask_for_lane=self._ask_for_lane,
-            peer_met=lambda connection: self.reach.note_connection(connection),
+            peer_met=self._peer_met,
             peer_lost=self._peer_lost,
             clock=clock,
             clock_differs=self._clock_differs,
@@ -155,6 +156,8 @@ class Host:
         self._state = "closed"
         for listener in self._listeners:
             listener.close()
+        for task in self._announcing:
+            task.cancel()
         await self._connections.close()
         for listener in self._listeners:
             await listener.wait_closed()
@@ -390,20 +393,28 @@ class Host:
     async def announce(self) -> None:
         """Tell all connected peers where this host can be dialed now, or that it cannot; those that fail are left out.
 
-        For a change: who connects learns it anyway.
+        For a change: peers that connect learn it anyway.
         """
-
-        async def tell(peer: PeerID) -> None:
-            addresses = self.reach.announced(beyond_machine=self.is_elsewhere(peer))
-            request = Announcement(not self.can_be_dialed, [str(address) for address in addresses])
-            try:
-                await self.call(peer, ANNOUNCE, request, timeout=_ANNOUNCE_TIMEOUT)
-            except ShoalError as error:
-                logger.debug("%s heard no announcement: %s", peer, error)
-
-        await asyncio.gather(*(tell(peer) for peer in self.connected_peers()))
+        await asyncio.gather(*(self._announce_to(peer) for peer in self.connected_peers()))
 
     # ---- inside ----
+
+    async def _announce_to(self, peer: PeerID) -> None:
+        addresses = self.reach.announced(beyond_machine=self.is_elsewhere(peer))
+        request = Announcement(not self.can_be_dialed, [str(address) for address in addresses])
+        try:
+            await self.call(peer, ANNOUNCE, request, timeout=_ANNOUNCE_TIMEOUT)
+        except ShoalError as error:
+            logger.debug("%s heard no announcement: %s", peer, error)
+
+    def _peer_met(self, connection: Connection) -> None:
+        """What this host's HELLO said may have changed before the connection stood: :meth:`announce` passed it by."""
+        self.reach.note_connection(connection)
+        said = connection.hello_sent
+        if said is not None and said.client_mode != (not self.can_be_dialed):
+            task = asyncio.get_running_loop().create_task(self._announce_to(connection.peer))
+            self._announcing.add(task)
+            task.add_done_callback(self._announcing.discard)
 
     def _register(self, served: Served) -> None:
         if served.method.name in self._served:
