@@ -134,7 +134,10 @@ def chain(first: MPFuture[S], begin: Callable[[S], MPFuture[T]]) -> MPFuture[T]:
             call.cancel()
         return is_first
 
-    outer: MPFuture[T] = MPFuture(cancel_call, first._dispatch, first.why_late)
+    def why_late() -> Exception | None:
+        return calls[0].why_late() if calls else first.why_late()
+
+    outer: MPFuture[T] = MPFuture(cancel_call, first._dispatch, why_late)
 
     def first_done(_: concurrent.futures.Future[S]) -> None:
         if first.cancelled():

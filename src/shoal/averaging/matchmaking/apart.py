@@ -14,7 +14,9 @@ Group = list[Candidate]
 
 
 def are_apart(one: Candidate, other: Candidate) -> bool:
-    """Whether one of the two could not reach the other."""
+    """Whether one of the two could not reach the other, and has to: clients never connect to each other."""
+    if not (one.can_lead or other.can_lead):
+        return False
     return one.peer_id.to_bytes() in other.lost or other.peer_id.to_bytes() in one.lost
 
 
