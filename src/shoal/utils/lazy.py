@@ -30,10 +30,10 @@ def lazy_names(
     def get(name: str) -> Any:
         where = names.get(name)
         if where is None:
-            from shoal.utils.deep import NAMES, names_of_hivemind
+            from shoal.utils.deep import NAMES, name_of_hivemind
 
             if package in NAMES:
-                return names_of_hivemind(package)(name)
+                return name_of_hivemind(package, name, sys._getframe(1))
             raise no_such_name(package, name, sys._getframe(1))
         module = importlib.import_module(where)
         value = module if where == f"{package}.{name}" else getattr(module, name)
