@@ -112,7 +112,8 @@ class DecentralizedAverager:
         names; names of the same elements (tied weights) count once.
       - a function without arguments that returns any of these, called whenever the tensors are read or written, with
         the lock of :meth:`get_tensors` held and without grad; it must return the same shapes, dtypes and names each
-        time. For tensors that are replaced: ``lambda: [p.grad for p in model.parameters()]``.
+        time, and the tensors themselves or views of them: what is written to copies is lost, which is a warning.
+        For tensors that are replaced: ``lambda: [p.grad for p in model.parameters()]``.
     :param dht: a started :class:`~shoal.dht.DHT`, through which peers find each other
     :param start: start at once; otherwise call :meth:`run_in_background`
     :param prefix: peers with the same prefix average together. An averager's prefix is its own on its ``dht``.

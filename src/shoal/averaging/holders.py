@@ -307,6 +307,22 @@ def _is_alone(tensor: torch.Tensor) -> bool:
     return bool(count_tensors() == 1 and count_storages(storage._cdata) <= 2)
 
 
+def are_temporary(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether nothing but ``tensors``, which the caller alone has, refers to any of them or to their memory: what is
+    written to them is gone with them. Not said of memory that torch has borrowed (numpy's, shared memory), nor of
+    tensors that are not dense.
+    """
+    alone = (torch.empty(0),)
+    own = sys.getrefcount(alone[0])
+    return all(
+        type(tensors[index]) is torch.Tensor
+        and sys.getrefcount(tensors[index]) == own
+        and _is_alone(tensors[index])
+        and tensors[index].untyped_storage().resizable()
+        for index in range(len(tensors))
+    )
+
+
 def _references_of_optimizers(tensor: torch.Tensor) -> int:
     """How many times the optimizers of this process have a tensor as a parameter, and as the key of its state. What
     several have in common, as a wrapper and the optimizer in it, counts once.
