@@ -543,7 +543,9 @@ class DecentralizedAverager:
         """Download the state of another peer: that with the highest :attr:`state_sharing_priority` which can give it.
 
         Nothing is written into the averaged tensors: copy what is returned to where it belongs. All of the tensors lie
-        in one block of memory, which is freed with the last of them.
+        in one block of memory, which is freed with the last of them. A round that began before adds
+        what it changed to the state that you have copied. Let it end first, and with ``apply_when="called"`` call
+        :meth:`apply_average` before you copy.
 
         :param wait: return the state; otherwise return at once a future of it, that can be awaited and cancelled
         :param timeout: seconds until all of it has come and is verified; None: until then, or until nobody is left to
