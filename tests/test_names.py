@@ -94,6 +94,8 @@ def test_names_in_modules_that_both_have(module: str):
         if not hasattr(importlib.import_module(module), name):
             with pytest.raises(AttributeError, match=f"^module '{module}' has no attribute '{name}': "):
                 getattr(importlib.import_module(module), name)
+            with pytest.raises(ImportError, match=f"^cannot import name '{name}' from '{module}': "):
+                exec(f"from {module} import {name}")
     with pytest.raises(AttributeError, match=f"^module '{module}' has no attribute 'no_such_name'$"):
         _ = importlib.import_module(module).no_such_name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 
 import numpy as np
@@ -164,3 +165,50 @@ def test_averagers_that_come_to_the_same_tensors_share_their_lock(kind):
     first.snapshot()
     with second.store.lock():
         assert first.store.held_by_this_thread
+
+
+def warnings_of_a_round(given, caplog):
+    bound = Bound(given)
+    for _ in range(2):
+        area = bound.snapshot()
+        bound.store.apply(area, area)
+    return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+MODEL = torch.nn.Linear(3, 2)
+MODEL(torch.ones(1, 3)).sum().backward()
+ARRAY = np.zeros(3, np.float32)
+KEPT = [torch.zeros(3)]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: [parameter.clone() for parameter in MODEL.parameters()],
+        lambda: {name: one.double() for name, one in MODEL.named_parameters()},
+        lambda: [torch.nn.utils.parameters_to_vector(MODEL.parameters())],
+    ],
+    ids=["clone", "double", "vector"],
+)
+def test_a_function_that_returns_copies_is_a_warning_once(function, caplog):
+    (line,) = warnings_of_a_round(function, caplog)
+    assert "averages reach nothing: copies" in line
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        MODEL.parameters,
+        MODEL.state_dict,
+        lambda: [parameter.grad for parameter in MODEL.parameters()],
+        lambda: [parameter.grad.detach() for parameter in MODEL.parameters()],
+        lambda: [parameter.detach()[:1] for parameter in MODEL.parameters()],
+        lambda: [torch.from_numpy(ARRAY)],
+        lambda: [torch.nn.Parameter(parameter.detach()) for parameter in MODEL.parameters()],
+        lambda: KEPT,
+        lambda: [*KEPT, torch.zeros(2)],
+    ],
+    ids=["parameters", "state_dict", "grad", "views of grad", "parts", "numpy", "new", "list", "some"],
+)
+def test_a_function_that_returns_what_is_used_is_no_warning(function, caplog):
+    assert not warnings_of_a_round(function, caplog)

@@ -147,6 +147,38 @@ def test_a_model_that_is_gone_is_a_warning(lines):
     assert len(optimizer.param_groups) == 1
 
 
+class WrappingOptimizer(torch.optim.Optimizer):
+    """As many are made: its own attributes are those of the optimizer in it, or odd, or not there."""
+
+    def __init__(self, **attributes):
+        self.__dict__.update(attributes)
+
+
+@pytest.mark.parametrize("attributes", [{}, {"state": [], "param_groups": None}, {"param_groups": [{}]}])
+def test_optimizers_without_the_usual_attributes_are_passed_over(attributes, lines):
+    model = torch.nn.Linear(3, 2)
+    odd = WrappingOptimizer(**attributes)
+    watch = watch_of(list(model.parameters()))
+    del model
+    gc.collect()
+    (line,) = lines(watch)
+    assert "which is gone" in line
+    assert isinstance(odd, torch.optim.Optimizer)
+
+
+def test_what_a_wrapper_has_in_common_with_its_optimizer_counts_once(lines):
+    model = torch.nn.Linear(3, 2)
+    used = list(model.parameters())
+    optimizer = torch.optim.SGD(used, lr=0.1)
+    wrapper = WrappingOptimizer(state=optimizer.state, param_groups=optimizer.param_groups)
+    watch = watch_of(used)
+    del model
+    gc.collect()
+    assert not lines(watch)
+    assert wrapper.param_groups is optimizer.param_groups
+    assert len(used) == 2
+
+
 def test_tensors_of_a_model_that_is_gone_may_be_used_by_the_user(lines):
     model = torch.nn.Linear(3, 2)
     tensors = list(model.parameters())

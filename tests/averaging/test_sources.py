@@ -182,6 +182,8 @@ ADAM = torch.optim.Adam([torch.nn.Parameter(torch.zeros(2))])
             [torch.zeros(2), None],
             "[1] must be a dense torch.Tensor of float16, bfloat16, float32, float64, got NoneType",
         ),
+        ({torch.zeros(2), torch.ones(2)}, "got a set, whose order differs from peer to peer"),
+        (frozenset([torch.zeros(2)]), "got a frozenset, whose order"),
         ([], "averaged_tensors is empty"),
         ({}, "averaged_tensors is empty"),
         ((one for one in []), "a generator that was used up before"),
@@ -196,6 +198,11 @@ def test_what_holds_no_tensors_is_an_error_that_says_what_to_pass(given, words):
         take_and_check(given)
     assert "averaged_tensors" in str(caught.value)
     assert words in str(caught.value)
+
+
+def test_the_advice_for_floats_of_8_bits_leaves_them_out():
+    with pytest.raises(InvalidTypeError, match=r"got float8_e4m3fn: leave it out$"):
+        take_and_check([torch.zeros(2, dtype=torch.float8_e4m3fn)])
 
 
 def test_a_wrapper_without_memory_of_its_own_is_named():

@@ -31,6 +31,16 @@ def test_one_at_a_time_and_the_next_reads_where_to_ask(tmp_path: Path) -> None:
     second.close()
 
 
+def test_links_to_a_key_share_its_lock(tmp_path: Path) -> None:
+    key, link = tmp_path / "peer.key", tmp_path / "elsewhere.key"
+    link.symlink_to(key)
+    first, second = open_lease(key), open_lease(link)
+    assert first.try_to_hold()
+    assert not second.try_to_hold()
+    first.close()
+    second.close()
+
+
 def test_what_makes_no_sense_is_nobody(tmp_path: Path) -> None:
     key = tmp_path / "peer.key"
     lease = open_lease(key)

@@ -112,7 +112,8 @@ class DecentralizedAverager:
         names; names of the same elements (tied weights) count once.
       - a function without arguments that returns any of these, called whenever the tensors are read or written, with
         the lock of :meth:`get_tensors` held and without grad; it must return the same shapes, dtypes and names each
-        time. For tensors that are replaced: ``lambda: [p.grad for p in model.parameters()]``.
+        time, and the tensors themselves or views of them: what is written to copies is lost, which is a warning.
+        For tensors that are replaced: ``lambda: [p.grad for p in model.parameters()]``.
     :param dht: a started :class:`~shoal.dht.DHT`, through which peers find each other
     :param start: start at once; otherwise call :meth:`run_in_background`
     :param prefix: peers with the same prefix average together. An averager's prefix is its own on its ``dht``.
@@ -542,7 +543,9 @@ class DecentralizedAverager:
         """Download the state of another peer: that with the highest :attr:`state_sharing_priority` which can give it.
 
         Nothing is written into the averaged tensors: copy what is returned to where it belongs. All of the tensors lie
-        in one block of memory, which is freed with the last of them.
+        in one block of memory, which is freed with the last of them. A round that began before adds
+        what it changed to the state that you have copied. Let it end first, and with ``apply_when="called"`` call
+        :meth:`apply_average` before you copy.
 
         :param wait: return the state; otherwise return at once a future of it, that can be awaited and cancelled
         :param timeout: seconds until all of it has come and is verified; None: until then, or until nobody is left to

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from shoal.averaging.holders import are_temporary
 from shoal.averaging.partition import Layout
 from shoal.averaging.schema import check_tensor, lacks_storage, overlaps_itself, shared_memory
 from shoal.averaging.sources import HeldTensors, TensorSource
@@ -28,6 +29,8 @@ class Unchanged(NamedTuple):
     """The same, outside of autograd."""
     moved: bool
     """Whether they lie elsewhere than at the last look."""
+    temporary: bool
+    """Whether a function of the user's has made them just now, and nothing else has them."""
 
 
 class CurrentTensors:
@@ -109,10 +112,11 @@ class CurrentTensors:
         lay are not looked at again.
         """
         held = self.tensors
+        temporary = bool(self._found) and are_temporary(held)  # now: each .data is one more reference
         tensors = [tensor.data for tensor in held]
         seen: list[tuple[object, ...] | None] = [_place(tensor) for tensor in tensors]
         if seen == self._seen:
-            return Unchanged(held, tensors, moved=False)
+            return Unchanged(held, tensors, False, temporary)
         changed = [index for index, place in enumerate(seen) if place != self._seen[index]]
         for index in changed:
             self._check_unchanged(index, tensors[index])
@@ -122,7 +126,7 @@ class CurrentTensors:
         if sharing is not None:
             raise InvalidStateError(f"{sharing} now; give it storage of its own")
         self._seen = seen
-        return Unchanged(held, tensors, moved=True)
+        return Unchanged(held, tensors, True, temporary)
 
     def _check_unchanged(self, index: int, tensor: torch.Tensor) -> None:
         slot = self._layout.slots[index]

@@ -18,7 +18,7 @@ import logging
 import sys
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -57,8 +57,13 @@ class Look:
         """The identities of all that an optimizer keeps for its parameters."""
         known = self._of_optimizers.get(id(optimizer))
         if known is None:
-            states = (state for state in list(optimizer.state.values()) if isinstance(state, dict))
-            known = {id(value) for state in states for value in list(state.values())}
+            states = _states(optimizer).values()
+            known = {
+                id(value)
+                for state in list(states)
+                if isinstance(state, dict)
+                for value in list(state.values())
+            }
             self._of_optimizers[id(optimizer)] = known
         return known
 
@@ -255,7 +260,7 @@ class _Search:
                 self.found[index].append(_GradientSlot(tuple(tensor.shape)))
 
     def _look_into_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        for state in list(getattr(optimizer, "state", {}).values()):
+        for state in list(_states(optimizer).values()):
             for key, value in list(state.items()) if isinstance(state, dict) else ():
                 index = self._by_identity.get(id(value))
                 if index is not None:
@@ -302,11 +307,44 @@ def _is_alone(tensor: torch.Tensor) -> bool:
     return bool(count_tensors() == 1 and count_storages(storage._cdata) <= 2)
 
 
+def are_temporary(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether nothing but ``tensors``, which the caller alone has, refers to any of them or to their memory: what is
+    written to them is gone with them. Not said of memory that torch has borrowed (numpy's, shared memory), nor of
+    tensors that are not dense.
+    """
+    alone = (torch.empty(0),)
+    own = sys.getrefcount(alone[0])
+    return all(
+        type(tensors[index]) is torch.Tensor
+        and sys.getrefcount(tensors[index]) == own
+        and _is_alone(tensors[index])
+        and tensors[index].untyped_storage().resizable()
+        for index in range(len(tensors))
+    )
+
+
 def _references_of_optimizers(tensor: torch.Tensor) -> int:
-    """How many times the optimizers of this process have a tensor as a parameter, and as the key of its state."""
-    count = 0
-    for one in gc.get_objects():
-        if issubclass(type(one), torch.optim.Optimizer):
-            count += sum(parameter is tensor for group in one.param_groups for parameter in group["params"])
-            count += tensor in one.state
-    return count
+    """How many times the optimizers of this process have a tensor as a parameter, and as the key of its state. What
+    several have in common, as a wrapper and the optimizer in it, counts once.
+    """
+    optimizers = [one for one in gc.get_objects() if issubclass(type(one), torch.optim.Optimizer)]
+    states = {id(state): state for state in map(_states, optimizers)}
+    lists = {id(parameters): parameters for one in optimizers for parameters in _parameter_lists(one)}
+    return sum(tensor in state for state in states.values()) + sum(
+        parameter is tensor for parameters in lists.values() for parameter in parameters
+    )
+
+
+def _states(optimizer: torch.optim.Optimizer) -> Mapping[Any, Any]:
+    """What an optimizer keeps, by parameter; nothing of a wrapper that has no such attribute, or an odd one."""
+    with contextlib.suppress(Exception):  # properties of others' classes, which may not be ready
+        if isinstance(optimizer.state, Mapping):
+            return optimizer.state
+    return {}
+
+
+def _parameter_lists(optimizer: torch.optim.Optimizer) -> list[list[Any]]:
+    """The lists of an optimizer's parameters; none of a wrapper that has no such attribute, or an odd one."""
+    with contextlib.suppress(Exception):
+        return [group["params"] for group in optimizer.param_groups]
+    return []

@@ -126,7 +126,9 @@ def _check_kind(label: str, tensor: torch.Tensor) -> None:
                 "pass the parameters that are trained, [p for p in model.parameters() if p.requires_grad]"
             )
         else:
-            advice = "leave it out, e.g. with `if tensor.is_floating_point()`"
+            advice = "leave it out"
+            if not tensor.is_floating_point():  # float8 is
+                advice += ", e.g. with `if tensor.is_floating_point()`"
         raise InvalidTypeError(
             f"{label} {_ALLOWED}, got {str(tensor.dtype).removeprefix('torch.')}: {advice}"
         )

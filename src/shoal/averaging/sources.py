@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, ItemsView, Iterable, KeysView, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -238,6 +239,11 @@ def _refuse_wrong_kinds(given: Any) -> None:
     if isinstance(given, type):
         raise InvalidTypeError(
             f"{_NAME} must be {_ALLOWED}; got the class {given.__name__}: pass an object of it"
+        )
+    if isinstance(given, AbstractSet) and not isinstance(given, KeysView | ItemsView):
+        raise InvalidTypeError(
+            f"{_NAME} must be {_ALLOWED}; got a {type(given).__name__}, whose order differs from peer to peer, and "
+            "tensors are averaged by their order: pass a list"
         )
     if isinstance(given, str | bytes) or not isinstance(given, Iterable):
         raise InvalidTypeError(f"{_NAME} must be {_ALLOWED}; got {type(given).__name__}")

@@ -12,6 +12,7 @@ written when the user calls, and tells autograd.)
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -30,6 +31,8 @@ from shoal.averaging.partition import Layout
 from shoal.averaging.sources import HeldTensors, TensorSource
 from shoal.compression.base import UINT8, tensor_array
 from shoal.errors import InvalidValueError
+
+logger = logging.getLogger(__name__)
 
 Area: TypeAlias = torch.Tensor | memoryview | bytearray
 """An arena of ``layout.nbytes`` bytes: a one-dimensional uint8 CPU tensor, or writable memory."""
@@ -73,6 +76,8 @@ class TensorStore:
         self._current = CurrentTensors(tensors, layout, self.labels, source)
         self._guard = MemoryGuard(self._current.known, name)
         self._watch = UpdateWatch(name, labels=self.labels) if watch is None else watch
+        self._name = name
+        self._has_warned_of_temporary = False
         self._cuda: dict[torch.device, CudaCopier] = {}
         for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
             self._cuda_copier(device)
@@ -159,9 +164,21 @@ class TensorStore:
         # The trainer's own infinities are not ours to report.
         with self._hold_unchanged(None, abandoned) as now, np.errstate(all="ignore"):
             self._guard.end_round()
+            if now.temporary:
+                self._warn_of_temporary()
             with watch.writing(now.tensors):
                 for index, (tensor, old, new) in enumerate(zip(now.data, before, after, strict=True)):
                     watch.write(index, tensor, partial(self._move, old=old, new=new, merge=merge))
+
+    def _warn_of_temporary(self) -> None:
+        if not self._has_warned_of_temporary:
+            self._has_warned_of_temporary = True
+            logger.warning(
+                "%s: averaged_tensors, the function, returned tensors that nothing else has, so that their averages "
+                "reach nothing: copies (clone(), float(), cpu()) or results of a computation. It must return the "
+                "tensors that are trained, or views of them (detach(), to_local(), [:10])",
+                self._name,
+            )
 
     def _move(self, tensor: torch.Tensor, old: Bits, new: Bits, merge: _Merge) -> None:
         """Apply an average to one tensor."""

@@ -58,7 +58,8 @@ class KeyLease:
         """The lease on this key file, not held yet; None where there can be none."""
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            return cls(os.open(key_path + SUFFIX, flags, 0o600))
+            # One lock for one file, also where links lead to it.
+            return cls(os.open(os.path.realpath(key_path) + SUFFIX, flags, 0o600))
         except OSError as error:
             logger.debug("no lock beside %s: %s", key_path, error)
             return None

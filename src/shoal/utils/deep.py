@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 PACKAGES = ("shoal", "shoal.averaging", "shoal.compression", "shoal.dht", "shoal.p2p", "shoal.utils")
@@ -68,14 +69,19 @@ def names_of_hivemind(module: str) -> Callable[[str], Any]:
     """
 
     def get(name: str) -> Any:
-        if name not in NAMES[module].split():
-            raise AttributeError(f"module {module!r} has no attribute {name!r}", name=name)
-        from shoal.utils.lazy import no_such_name
-
-        for package in PACKAGES:
-            found = importlib.import_module(package)
-            if name in found.__all__:
-                return getattr(found, name)
-        raise no_such_name(module, name, sys._getframe(1))
+        return name_of_hivemind(module, name, sys._getframe(1))
 
     return get
+
+
+def name_of_hivemind(module: str, name: str, caller: FrameType) -> Any:
+    """What such a module has under ``name``, which ``caller`` asks for; it raises what says why there is nothing."""
+    if name not in NAMES[module].split():
+        raise AttributeError(f"module {module!r} has no attribute {name!r}", name=name)
+    from shoal.utils.lazy import no_such_name
+
+    for package in PACKAGES:
+        found = importlib.import_module(package)
+        if name in found.__all__:
+            return getattr(found, name)
+    raise no_such_name(module, name, caller)

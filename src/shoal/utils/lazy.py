@@ -8,6 +8,7 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import MetaPathFinder
+from opcode import opmap
 from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
@@ -29,10 +30,10 @@ def lazy_names(
     def get(name: str) -> Any:
         where = names.get(name)
         if where is None:
-            from shoal.utils.deep import NAMES, names_of_hivemind
+            from shoal.utils.deep import NAMES, name_of_hivemind
 
             if package in NAMES:
-                return names_of_hivemind(package)(name)
+                return name_of_hivemind(package, name, sys._getframe(1))
             raise no_such_name(package, name, sys._getframe(1))
         module = importlib.import_module(where)
         value = module if where == f"{package}.{name}" else getattr(module, name)
@@ -99,8 +100,9 @@ def advise_on_absent_modules() -> None:
 def no_such_name(package: str, name: str, caller: FrameType) -> Exception:
     """What to raise for a name that is not there: an AttributeError, and an ImportError if a ``from`` statement asked.
 
-    The import system replaces an AttributeError by an error of its own, without what ours says. It asks from within one
-    function of its own; if that is ever called otherwise, its own error is all that changes.
+    A ``from`` statement replaces an AttributeError by an error of its own, without what ours says. Of a package it asks
+    in a function of the import system, of a module by an instruction of the caller's; if either ever changes, its own
+    error is all that comes of it.
     """
     from shoal.utils.absent import ABSENT, DEEP  # read only when somebody needs it
 
@@ -111,6 +113,13 @@ def no_such_name(package: str, name: str, caller: FrameType) -> Exception:
         advice = next((names[name] for names in (DEEP, *ABSENT.values()) if name in names), None)
     if advice is None:
         return AttributeError(f"module {package!r} has no attribute {name!r}", name=name)
-    if caller.f_code.co_name == "_handle_fromlist" and caller.f_globals.get("__name__") in _IMPORT_SYSTEM:
+    if _is_from_statement(caller):
         return ImportError(f"cannot import name {name!r} from {package!r}: {advice}", name=package)
     return AttributeError(f"module {package!r} has no attribute {name!r}: {advice}", name=name)
+
+
+def _is_from_statement(caller: FrameType) -> bool:
+    code = caller.f_code
+    if code.co_name == "_handle_fromlist" and caller.f_globals.get("__name__") in _IMPORT_SYSTEM:
+        return True
+    return 0 <= caller.f_lasti < len(code.co_code) and code.co_code[caller.f_lasti] == opmap["IMPORT_FROM"]
