@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.averaging.matchmaking.apart import is_apart
+from shoal.averaging.group import MAX_LOST
+from shoal.averaging.matchmaking.apart import APART_FOR, LostPeers, is_apart
 from shoal.averaging.matchmaking.candidate import Candidate
 from shoal.averaging.matchmaking.grouping import cut_groups
 from shoal.p2p.identity import Identity
@@ -81,3 +82,45 @@ def test_plans_with_bad_routes_are_sound(count: int, bounds: list[int], pairs: l
             assert [[one.peer_id for one in group] for group in complete] == [
                 [one.peer_id for one in group.members] for group in plain.groups if group.is_complete
             ]
+
+
+def test_clients_need_no_route_to_each_other():
+    one, other, leader = candidates(3, (0, 1))
+    one, other = one._replace(can_lead=False), other._replace(can_lead=False)
+    assert not is_apart(one, [other, leader])
+    assert is_apart(one, [other._replace(can_lead=True)])
+
+
+class TestLostPeers:
+    """What a peer says of those that it could not reach."""
+
+    def test_it_forgets_them_after_a_while(self):
+        lost = LostPeers(lambda peer: False)
+        lost.add(PEERS[:1], 5.0)
+        assert lost.ids(5.0 + APART_FOR - 0.1) == (PEERS[0].to_bytes(),)
+        assert lost.ids(5.0 + APART_FOR) == ()
+        assert PEERS[0] not in lost
+
+    def test_one_that_came_back_is_lost_no_more(self):
+        """A process that was started again must not be kept apart from all who saw it die."""
+        connected = set()
+        lost = LostPeers(connected.__contains__)
+        lost.add(PEERS[:2], 0.0)
+        assert len(lost.ids(1.0)) == 2
+        connected.add(PEERS[0])
+        assert lost.ids(2.0) == (PEERS[1].to_bytes(),)
+
+    def test_a_connection_that_was_never_closed_may_be_a_dead_one(self):
+        connected = {PEERS[0]}
+        lost = LostPeers(connected.__contains__)
+        lost.add(PEERS[:1], 0.0)
+        assert len(lost.ids(1.0)) == 1
+        connected.clear()
+        assert len(lost.ids(2.0)) == 1
+        connected.add(PEERS[0])
+        assert lost.ids(3.0) == ()
+
+    def test_it_says_so_of_the_latest_ones_alone(self):
+        lost = LostPeers(lambda peer: False)
+        lost.add(PEERS, 0.0)
+        assert lost.ids(0.0) == tuple(peer.to_bytes() for peer in PEERS[-MAX_LOST:])

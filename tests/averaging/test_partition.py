@@ -121,7 +121,8 @@ def test_parts_cross_no_border(partition):
         span, section = partition.spans[part.owner], partition.layout.sections[part.section]
         assert max(span.start, section.first_element) <= part.start
         assert part.start + part.count <= min(span.stop, section.end_element)
-        assert part.nbytes == section.codec.encoded_nbytes(section.dtype, part.count)
+        codec = partition.layout.codec_of(part)
+        assert part.nbytes == codec.encoded_nbytes(section.dtype, part.count)
 
 
 @given(partitions())

@@ -10,7 +10,7 @@ import pickle
 
 import pytest
 
-from shoal.errors import InvalidStateError, InvalidTypeError
+from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidTypeError
 from shoal.runtime.futures import MPFuture, chain
 
 
@@ -81,6 +81,18 @@ def test_a_chain_is_done_when_its_call_is():
     call.set_result("done")
     assert outer.result(0) == "done"
     assert chain(first, lambda _: call).result(0) == "done"
+
+
+def test_a_chain_is_late_for_the_reason_of_the_link_that_it_waits_for():
+    reasons = [DeadlineExceeded("the first is late"), DeadlineExceeded("the call is late")]
+    first: MPFuture[int] = MPFuture(explain=lambda: reasons[0])
+    outer = chain(first, lambda _: MPFuture(explain=lambda: reasons[1]))
+    for reason in reasons:
+        with pytest.raises(DeadlineExceeded) as caught:
+            outer.result(0)
+        assert caught.value is reason
+        if not first.done():
+            first.set_result(1)
 
 
 @pytest.mark.parametrize("where", ["first", "begin", "call"])

@@ -22,6 +22,11 @@ _UNDIALABLE = "cannot be dialed"
 MakeConnection = Callable[[PeerID | None, Lane], Connection]
 
 
+def is_refused(error: ShoalError) -> bool:
+    """Whether a peer cannot be reached because nobody listens at any address that is known of it."""
+    return isinstance(error, PeerUnreachable) and all(why == REFUSED for why in error.failures.values())
+
+
 class Dialer:
     """Dials; owns the tasks that do it only while :meth:`dial` runs."""
 

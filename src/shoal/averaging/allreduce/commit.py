@@ -42,7 +42,7 @@ from shoal.errors import (
     RemoteError,
     ShoalError,
 )
-from shoal.p2p.dialing import REFUSED
+from shoal.p2p.dialing import is_refused
 from shoal.p2p.rpc import EndOfStream, Stream
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,7 @@ class Commitment:
                     reporting.cancel()
                     await asyncio.wait({reporting})
         except (ShoalError, EOFError) as e:
+            shared.note_failure(leader, e)
             shared.feed(MemberLost(leader, str(e)))
 
     async def _send_reports(self, stream: Stream) -> None:
@@ -158,6 +159,7 @@ class Commitment:
             pass  # it has nothing to say any more
         except ShoalError as e:
             reason = str(e)
+            shared.note_failure(member, e)
             raise
         finally:
             reading.cancel()
@@ -214,11 +216,6 @@ class Commitment:
         async with shared.host.open_stream(shared.peers[member], OUTCOME, timeout=ASK_TIMEOUT) as stream:
             await stream.send(AskOutcome(shared.prefix, shared.group_id))
             return read_answer(await stream.receive(), self._roles.size)
-
-
-def is_refused(error: ShoalError) -> bool:
-    """Whether a peer cannot be reached because nobody listens at any address that is known of it."""
-    return isinstance(error, PeerUnreachable) and all(why == REFUSED for why in error.failures.values())
 
 
 def answer_outcome(core: AllReduce) -> OutcomeAnswer:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shoal.averaging.allreduce.core import AllReduce
 from shoal.averaging.allreduce.events import DECIDED, Event
 from shoal.averaging.group import GroupInfo
-from shoal.errors import InvalidValueError, ProtocolViolation, RemoteError
+from shoal.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    InvalidValueError,
+    PeerUnreachable,
+    ProtocolViolation,
+    RemoteError,
+)
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
@@ -47,6 +54,8 @@ class RoundCore:
     core: AllReduce
     feed: Feed
     """Hands an event to the core and carries out what follows."""
+    unreached: set[int] = field(default_factory=set)
+    """Members to which the connection was lost, or that never opened a stream to this one though they had to."""
 
     @property
     def is_decided(self) -> bool:
@@ -60,6 +69,11 @@ class RoundCore:
         if stream.remote not in self.peers:
             raise RemoteError("not_a_member", f"{stream.remote} is no member of this group")
         return self.peers.index(stream.remote)
+
+    def note_failure(self, member: int, error: Exception) -> None:
+        """A stream to or from ``member`` has ended with this error."""
+        if isinstance(error, (PeerUnreachable, ConnectionLost, DeadlineExceeded)):
+            self.unreached.add(member)
 
     def feed_from(self, event: Event, on_violation: Callable[[str], Event]) -> None:
         """As :attr:`feed`, for an event that another member caused: ``on_violation`` makes an event of the reason if

@@ -122,6 +122,7 @@ class Round:
         self._weight = weight
         self._timeouts = timeouts
         shared = RoundCore(host, prefix, group.group_id, self._peers, self.core, self._feed)
+        self._unreached = shared.unreached
         self._exchange = Exchange(shared, partition, arena)
         self._commitment = Commitment(shared)
         self._decided = asyncio.Event()
@@ -142,7 +143,7 @@ class Round:
     @property
     def unreached(self) -> list[PeerID]:
         """Members that this one could not reach, or that could not reach it."""
-        return [self._peers[member] for member in sorted(self._exchange.unreached)]
+        return [self._peers[member] for member in sorted(self._unreached)]
 
     async def run(self) -> RoundResult:
         """Take part until the round is decided; never cancel this: :meth:`withdraw`, and wait for the

@@ -25,15 +25,7 @@ from shoal.averaging.allreduce.messages import EXCHANGE, Contribute, DeclareWeig
 from shoal.averaging.allreduce.participants import RoundCore
 from shoal.averaging.partition import Partition
 from shoal.compression.base import Bytes
-from shoal.errors import (
-    AllreduceException,
-    ConnectionLost,
-    DeadlineExceeded,
-    PeerUnreachable,
-    ProtocolViolation,
-    RemoteError,
-    ShoalError,
-)
+from shoal.errors import AllreduceException, ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.rpc import Lane, Payload, Stream
 
 logger = logging.getLogger(__name__)
@@ -54,8 +46,6 @@ class Exchange:
         self._arena = arena
         self.own = OwnSpan(partition, shared.core.roles.me, arena, {})
         self.bytes_sent = self.bytes_received = 0
-        self.unreached: set[int] = set()
-        """Members to which the connection was lost, or that never opened a stream to this one though they had to."""
         self._weight: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._streams: dict[int, Stream] = {}
         self._averaged = 0
@@ -103,7 +93,7 @@ class Exchange:
         if stream is not None:
             stream.reset(EXCLUDED, reason)
         elif is_silent:
-            self.unreached.add(sender)
+            self._shared.unreached.add(sender)
 
     def _window(self) -> int:
         return max(WINDOW_BYTES, 2 * max((part.nbytes for part in self._partition.parts), default=0))
@@ -122,8 +112,7 @@ class Exchange:
                 feed(OwnerLost(owner, str(e)))
             # else the leader's decision is on its way, with the reason
         except (ShoalError, EOFError) as e:
-            if isinstance(e, (PeerUnreachable, ConnectionLost, DeadlineExceeded)):
-                self.unreached.add(owner)
+            self._shared.note_failure(owner, e)
             feed(OwnerLost(owner, str(e)))
 
     async def _exchange_with(self, owner: int) -> None:

@@ -6,11 +6,54 @@ nobody else. If no group at all were left, everybody stays together: such a fail
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+from shoal.averaging.group import MAX_LOST
 from shoal.averaging.matchmaking.candidate import Candidate
+from shoal.p2p.identity import PeerID
 
 Group = list[Candidate]
+
+APART_FOR = 60.0
+"""Seconds for which peers are kept apart of which one could not reach the other."""
+
+
+class LostPeers:
+    """Whom one peer could not reach lately. A peer that was gone and is connected again is lost no more.
+
+    :param is_connected: whether a connection to a peer stands now
+    """
+
+    def __init__(self, is_connected: Callable[[PeerID], bool]) -> None:
+        self._is_connected = is_connected
+        self._until: dict[PeerID, float] = {}
+        """The latest last."""
+        self._gone: set[PeerID] = set()
+        """Those that were not connected at some time since."""
+
+    def __contains__(self, peer: object) -> bool:
+        return peer in self._until
+
+    def add(self, peers: Iterable[PeerID], now: float) -> None:
+        """These could not be reached. A connection that still stands may be a dead one."""
+        for peer in peers:
+            self._until.pop(peer, None)
+            self._until[peer] = now + APART_FOR
+            self._gone.discard(peer)
+        self._forget(list(self._until)[:-MAX_LOST])
+
+    def ids(self, now: float) -> tuple[bytes, ...]:
+        """Those that this peer says it could not reach, as bytes."""
+        connected = {peer for peer in self._until if self._is_connected(peer)}
+        self._forget(peer for peer, until in list(self._until.items()) if now >= until)
+        self._forget(connected & self._gone)
+        self._gone |= self._until.keys() - connected
+        return tuple(peer.to_bytes() for peer in self._until)
+
+    def _forget(self, peers: Iterable[PeerID]) -> None:
+        for peer in peers:
+            self._until.pop(peer, None)
+            self._gone.discard(peer)
 
 
 def are_apart(one: Candidate, other: Candidate) -> bool:

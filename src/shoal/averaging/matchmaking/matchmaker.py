@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from shoal.averaging.agreement import Agreement
 from shoal.averaging.group import (
     MAX_GATHER_BYTES,
-    MAX_LOST,
     SCHEMA_HASH_BYTES,
     GroupInfo,
     PeerMode,
@@ -18,6 +17,7 @@ from shoal.averaging.group import (
     verify_member,
 )
 from shoal.averaging.lineage import NO_LINEAGE, after_round
+from shoal.averaging.matchmaking.apart import LostPeers
 from shoal.averaging.matchmaking.census import Census
 from shoal.averaging.matchmaking.core import MatchmakingConfig
 from shoal.averaging.matchmaking.events import Cancelled, Place
@@ -38,8 +38,6 @@ WITHDRAWAL_TIMEOUT = 1.0
 """Seconds that :meth:`Matchmaker.close` gives the DHT to learn that this peer looks for no group any more."""
 EXPLORE_AFTER = 1.0
 """Seconds after which a new peer that has no group yet looks whether the swarm is under other keys."""
-APART_FOR = 60.0
-"""Seconds for which peers are kept apart of which one could not reach the other."""
 COUNT_EVERY = 10.0
 """Seconds between looks at the keys with a bit more and a bit less."""
 
@@ -87,8 +85,7 @@ class Matchmaker:
         """Who was declared at the end of the last search, with the start time of its own."""
         self._last_group: tuple[PeerID, ...] = ()
         """The other members of the group that was found last, if they are likely to look under the same key next."""
-        self._lost: dict[PeerID, float] = {}
-        """Whom this peer could not reach, the latest last, and until when it says so."""
+        self._lost = LostPeers(node.host.is_connected)
         self._is_closed = False
 
     @property
@@ -144,12 +141,14 @@ class Matchmaker:
 
     def keep_apart(self, lost: Iterable[PeerID]) -> None:
         """This peer could not reach these in its last round: others than they are to be in its next groups."""
-        until = self._peer.clock() + APART_FOR
-        for peer in lost:
-            self._lost.pop(peer, None)
-            self._lost[peer] = until
-        while len(self._lost) > MAX_LOST:
-            del self._lost[next(iter(self._lost))]
+        self._lost.add(lost, self._peer.clock())
+
+    def _leader_lost(self, leader: PeerID) -> None:
+        """This peer cannot dial a leader that others follow: it says so at once, or they would send it back there."""
+        search = self._search
+        if search is not None and leader not in self._lost:
+            self.keep_apart([leader])
+            search.move_to(self._place(search.place.start_time))
 
     def watch_members(self, when_gone: WhenMemberGone) -> None:
         """If this peer leads the group that it found last, call ``when_gone`` for each member that leaves before it has
@@ -196,6 +195,7 @@ class Matchmaker:
                 when_too_few=self._found_too_few,
                 last_group=self._last_group,
                 when_mode_changed=self._mode_changed,
+                when_leader_lost=self._leader_lost,
                 is_first=self._search is None,
             )
             self._last_group = ()
@@ -235,8 +235,7 @@ class Matchmaker:
         # left behind.
         self._last_order_time = max(start_time, self._last_order_time + 0.001)
         key = self._bits.key(self._peer.prefix)
-        now = self._peer.clock()
-        lost = tuple(peer.to_bytes() for peer, until in self._lost.items() if now < until)[-MAX_LOST:]
+        lost = self._lost.ids(self._peer.clock())
         return Place(key, start_time, self._last_order_time, self._bits.grid_round, self._lineage, lost)
 
     def _mode_changed(self) -> None:

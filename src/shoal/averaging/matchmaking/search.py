@@ -83,9 +83,11 @@ from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.story import SearchStory
 from shoal.errors import (
     MatchmakingException,
+    PeerUnreachable,
     ProtocolViolation,
     ShoalError,
 )
+from shoal.p2p.dialing import is_refused
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.rpc import EndOfStream, Stream
@@ -133,12 +135,14 @@ class GroupSearch:
         *,
         when_too_few: Callable[[int], None],
         when_mode_changed: Callable[[], None],
+        when_leader_lost: Callable[[PeerID], None],
         is_first: bool = False,
         last_group: Sequence[PeerID] = (),
     ) -> None:
         """
         :param when_too_few: called with the number of peers seen when the start time came without enough members
         :param when_mode_changed: called when this peer's mode is another one than it declared
+        :param when_leader_lost: called with a leader to which no route leads
         :param is_first: of its averager
         :param last_group: with whom this peer was before; those to whom a connection stands are likely to come back
         """
@@ -150,6 +154,7 @@ class GroupSearch:
         self._weight = weight
         self._when_too_few = when_too_few
         self._when_mode_changed = when_mode_changed
+        self._when_leader_lost = when_leader_lost
         self._mode = peer.mode
         self._core = Matchmaking(
             peer.config.within(None if deadline is None else deadline - self.now()),
@@ -343,6 +348,8 @@ class GroupSearch:
                 await self._listen_to_leader(ask, stream, own)
         except ShoalError as e:
             self.dispatch(LeaderLost(ask, str(e)))
+            if not self.is_over and isinstance(e, PeerUnreachable) and not is_refused(e):
+                self._when_leader_lost(leader)
 
     async def _listen_to_leader(self, ask: int, stream: Stream, own: SignedMemberInfo) -> None:
         """Turn the leader's messages into events, up to the last one.
