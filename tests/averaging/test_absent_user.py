@@ -14,6 +14,7 @@ from shoal.averaging.commands import ApplyAverage, ReachStage, RunStep, TakeSnap
 from shoal.averaging.config import matchmaking_config
 from shoal.averaging.group import GroupInfo
 from shoal.averaging.service import AveragerService, Step, StepFailed
+from shoal.averaging.slow_peers import SlowPeers
 from shoal.averaging.state.donor import CopyUnavailable
 from shoal.averaging.state.service import StateService
 from shoal.errors import AllreduceException, MatchmakingException
@@ -60,6 +61,7 @@ def service_of(group: SimulatedGroup, host: Host, member: int) -> AveragerServic
         _context=host,
         _matchmaker=Mock(),
         _arena_is_free=asyncio.Event(),
+        _slow_peers=SlowPeers(PREFIX),
     )
     return service
 

@@ -13,6 +13,7 @@ from shoal.averaging.allreduce.round import RoundTimeouts
 from shoal.averaging.commands import ApplyAverage, AverageWritten, BoundByWord, RunStep, TakeSnapshot
 from shoal.averaging.group import GroupInfo
 from shoal.averaging.service import AveragerService, Step, StepFailed
+from shoal.averaging.slow_peers import SlowPeers
 from shoal.errors import AllreduceException, MatchmakingException
 from shoal.runtime.presence import Presence
 from shoal.testing.clock import run
@@ -62,6 +63,7 @@ def service_of(group: SimulatedGroup, host: Host) -> AveragerService:
         _steps={},
         _turn=asyncio.Lock(),
         _arena_is_free=asyncio.Event(),
+        _slow_peers=SlowPeers(PREFIX),
     )
     service._arena_is_free.set()
     return service

@@ -96,7 +96,9 @@ def test_a_round_finds_the_bad_route_and_everybody_averages_at_the_second_attemp
             await swarm.sim.close()
 
     results = run(story)
-    assert all(first.failure or first.exclusions for first, _ in results), "nothing happened in the first round"
+    assert all(first.failure or first.exclusions for first, _ in results), (
+        "nothing happened in the first round"
+    )
     blamed = {(number, other) for number in range(COUNT) for other in swarm.unreached[number]}
     assert blamed
     assert all({number, other} == pair for number, other in blamed), (pair, blamed)

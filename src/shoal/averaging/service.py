@@ -39,6 +39,7 @@ from shoal.averaging.partition import Layout, Partition
 from shoal.averaging.report import RoundReport
 from shoal.averaging.router import Router
 from shoal.averaging.schema import TensorSchema
+from shoal.averaging.slow_peers import SlowPeers
 from shoal.averaging.state.commands import StateCommand
 from shoal.averaging.state.service import StateService
 from shoal.dht.service import DHTService
@@ -141,6 +142,7 @@ class AveragerService:
         self._memory: SharedMemory | None = None
         self._arena: Arena | None = None
         self._populating: asyncio.Future[None] | None = None
+        self._slow_peers = SlowPeers(config.prefix)
         self._steps: dict[int, Step] = {}
         self._turn = asyncio.Lock()
         self._arena_is_free = asyncio.Event()
@@ -397,6 +399,8 @@ class AveragerService:
         finally:
             self._rounds.end(current)
         self._record(step, current, result, waited)
+        duration = result.allreduce_seconds
+        self._slow_peers.note(current.held_up(duration), duration, asyncio.get_running_loop().time())
         self._matchmaker.keep_apart(current.unreached)
         if result.failure is not None and cancelled is None:
             raise (StepFailed if own_fault else AllreduceException)(result.failure)

@@ -39,6 +39,7 @@ from shoal.averaging.allreduce.events import (
 )
 from shoal.averaging.allreduce.exchange import Arena
 from shoal.averaging.allreduce.messages import MAX_WEIGHT, Outcome, is_weight
+from shoal.averaging.allreduce.pace import Wait, find_slowest
 from shoal.averaging.allreduce.participants import RoundCore, learn_addresses
 from shoal.averaging.allreduce.streams import Exchange, describe_failure
 from shoal.averaging.group import GroupInfo, PeerMode
@@ -144,6 +145,11 @@ class Round:
     def unreached(self) -> list[PeerID]:
         """Members that this one could not reach, or that could not reach it."""
         return [self._peers[member] for member in sorted(self._unreached)]
+
+    def held_up(self, duration: float) -> tuple[PeerID, Wait] | None:
+        """The member that this one has waited for in most of a round of ``duration`` seconds, if there is one."""
+        found = find_slowest(self._exchange.waits, duration)
+        return None if found is None else (self._peers[found.sender], found.wait)
 
     async def run(self) -> RoundResult:
         """Take part until the round is decided; never cancel this: :meth:`withdraw`, and wait for the

@@ -22,6 +22,7 @@ from shoal.averaging.allreduce.events import (
 )
 from shoal.averaging.allreduce.exchange import HELD_BYTES, Arena, ForeignSpan, OwnSpan
 from shoal.averaging.allreduce.messages import EXCHANGE, Contribute, DeclareWeight, ReadyForParts
+from shoal.averaging.allreduce.pace import Wait
 from shoal.averaging.allreduce.participants import RoundCore
 from shoal.averaging.partition import Partition
 from shoal.compression.base import Bytes
@@ -46,6 +47,8 @@ class Exchange:
         self._arena = arena
         self.own = OwnSpan(partition, shared.core.roles.me, arena, {})
         self.bytes_sent = self.bytes_received = 0
+        self.waits: dict[int, Wait] = {}
+        """For each sender that has begun: what came of it, and how long this owner waited for it."""
         self._weight: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._streams: dict[int, Stream] = {}
         self._averaged = 0
@@ -206,13 +209,18 @@ class Exchange:
             raise ProtocolViolation(f"{stream.remote} declared no weight before its parts")
         self._shared.feed(WeightDeclared(member, declared.weight))
         self.own.set_weight(member, declared.weight)
+        if declared.weight:
+            self.waits[member] = Wait()
+        loop = asyncio.get_running_loop()
         for index in range(len(self.own.parts) if declared.weight else 0):
             if self._is_ahead(member, index):
                 await self._hold(member, index)
+            began = loop.time()
             payload = await stream.receive()
             if not isinstance(payload, Payload):
                 raise ProtocolViolation(f"{stream.remote} sent a message instead of a part")
             self._refuse_dropped(member)
+            self.waits[member] = self.waits[member].plus(len(payload.data), loop.time() - began)
             self.bytes_received += len(payload.data)
             self.own.deliver(member, index, payload.data)
             self._shared.feed(PartDelivered(member, index))
