@@ -13,7 +13,7 @@ import pytest
 from shoal.averaging.lineage import NO_LINEAGE, Lineage, after_round
 from shoal.averaging.matchmaking.core import MatchmakingConfig
 from shoal.averaging.matchmaking.group_bits import LONELY_BELOW, MAX_DEPTH, SPLIT_ABOVE, GroupBits
-from shoal.averaging.matchmaking.view import GONE_WITHIN, NOBODY
+from shoal.averaging.matchmaking.view import GONE_WITHIN, NOTHING_KNOWN
 from shoal.p2p.identity import PeerID
 from shoal.testing.matchmaking_cores import Peer, SwarmOfCores, core_peer_id
 
@@ -74,7 +74,7 @@ class Story:
                 peer_id,
                 self.rng.uniform(0, self.jitter),
                 lineage=self.lineages.get(peer_id, NO_LINEAGE),
-                known=before[peer_id].core.known if peer_id in before else NOBODY,
+                known=before[peer_id].core.known if peer_id in before else NOTHING_KNOWN,
                 bits=self.bits.setdefault(peer_id, GroupBits(peer_id)),
             )
             for peer_id in self.values
@@ -144,6 +144,23 @@ def test_64_peers_in_groups_of_4_come_to_1_percent_of_their_spread_while_some_jo
 def test_swarms_of_other_sizes_mix(count, target, limit):
     for seed in range(2):
         check(seed, count, target, limit, churn=False)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_replaced_peer_slows_down_few_rounds(seed):
+    """The record of a killed peer stays for a minute. Each of the others waits for that peer in one search."""
+    story = Story(seed, 2, 2, churn=False)
+    story.round()
+    _, killed = story.values
+    story.values[next(story.newcomers)] = story.values.pop(killed)
+    story.round()  # the first one waits
+    story.round()  # and now the newcomer, which has seen the record
+    before = len(story.seconds)
+    for _ in range(3):
+        story.round()
+    assert story.found == story.tries
+    assert killed in story.swarm.peers[next(iter(story.values))].core.known.start_times
+    assert max(story.seconds[before:]) < 2.5, "60 % of min_matchmaking_time are 3 s"
 
 
 @pytest.mark.soak

@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -137,19 +138,19 @@ def test_the_own_background_process_stopped_keeps_no_timeout_waiting(shared_dhts
     pid = dht.background.pid
     os.kill(pid, signal.SIGSTOP)
     try:
+        other = shoal.DecentralizedAverager([torch.ones(10)], dht, prefix="own_stopped_too", start=False)
         waiting = [
+            lambda: other.run_in_background(timeout=2),
             lambda: averager.step(timeout=2),
             lambda: averager.load_state_from_peers(timeout=2),
             lambda: averager.step(wait=False).result(4),
             lambda: dht.get("key", return_future=True).result(4),
             lambda: dht.store("key", 1, shoal.get_dht_time() + 9, return_future=True).result(4),
         ]
-        for call in waiting:
-            with pytest.raises(shoal.PeerProcessUnresponsive, match=rf"\(pid {pid}\) is stopped"):
-                call()
-        other = shoal.DecentralizedAverager([torch.ones(10)], dht, prefix="own_stopped_too", start=False)
-        with pytest.raises(shoal.PeerProcessUnresponsive, match=rf"\(pid {pid}\) is stopped"):
-            other.run_in_background(timeout=2)
+        with ThreadPoolExecutor(len(waiting)) as threads:
+            for outcome in [threads.submit(call) for call in waiting]:
+                with pytest.raises(shoal.PeerProcessUnresponsive, match=rf"\(pid {pid}\) is stopped"):
+                    outcome.result(LIMIT)
     finally:
         averager.shutdown()
         dht.shutdown()

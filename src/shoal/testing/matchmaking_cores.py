@@ -7,7 +7,7 @@ import itertools
 import math
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode, order_members
@@ -49,7 +49,7 @@ from shoal.averaging.matchmaking.events import (
 )
 from shoal.averaging.matchmaking.group_bits import GroupBits
 from shoal.averaging.matchmaking.messages import Accepted, Declaration, DeclaredState, Redirect, Rejected
-from shoal.averaging.matchmaking.view import NOBODY
+from shoal.averaging.matchmaking.view import NOTHING_KNOWN, Known
 from shoal.p2p.identity import Identity, PeerID
 
 __all__ = ["SwarmOfCores", "core_peer_id"]
@@ -108,7 +108,7 @@ class SwarmOfCores:
         mode: PeerMode = PeerMode.FULL,
         *,
         lineage: Lineage = NO_LINEAGE,
-        known: Mapping[PeerID, float] = NOBODY,
+        known: Known = NOTHING_KNOWN,
         bits: GroupBits | None = None,
     ) -> Peer:
         """Let a peer begin a search in ``starts_in`` seconds; its searches before must be over.

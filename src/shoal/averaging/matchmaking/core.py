@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar, NoReturn
 
@@ -94,7 +94,7 @@ from shoal.averaging.matchmaking.messages import (
 )
 from shoal.averaging.matchmaking.states import MOVES, Ask, IllegalTransition, State, Times
 from shoal.averaging.matchmaking.story import StoryTeller
-from shoal.averaging.matchmaking.view import NOBODY, View
+from shoal.averaging.matchmaking.view import NOTHING_KNOWN, Known, View
 from shoal.errors import InvalidValueError
 from shoal.p2p.identity import PeerID
 from shoal.utils import figures
@@ -168,13 +168,13 @@ class Matchmaking:
         deadline: float | None,
         grid_round: int = 0,
         lineage: Lineage = NO_LINEAGE,
-        known: Mapping[PeerID, float] = NOBODY,
+        known: Known = NOTHING_KNOWN,
         is_first: bool = False,
         expected: Iterable[PeerID] = (),
         lost: tuple[bytes, ...] = (),
     ) -> None:
         """``start_time``: when to begin if not full; ``order_time``: the place in the order, if not the same;
-        ``known``: the ``records`` of the search before; ``is_first``: there was none before; ``expected``: who is
+        ``known``: what the search before has left; ``is_first``: there was none before; ``expected``: who is
         likely to look for a group now, too; ``lost``: whom this peer could not reach lately.
         """
         self.state = State.NEW
@@ -207,9 +207,9 @@ class Matchmaking:
         return self._view.count_seen
 
     @property
-    def known(self) -> Mapping[PeerID, float]:
-        """Who is declared under the key, with the start time of its last search."""
-        return self._view.records
+    def known(self) -> Known:
+        """What the next search of this peer is to know."""
+        return self._view.known
 
     @property
     def _members(self) -> tuple[Candidate, ...]:

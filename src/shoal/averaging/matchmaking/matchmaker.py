@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import replace
 
 from shoal.averaging.agreement import Agreement
 from shoal.averaging.group import (
@@ -26,7 +27,7 @@ from shoal.averaging.matchmaking.messages import JOIN, JoinRequest, Rejected, Re
 from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.schemas import OtherSchemas
 from shoal.averaging.matchmaking.search import GroupSearch, WhenMemberGone
-from shoal.averaging.matchmaking.view import NOBODY
+from shoal.averaging.matchmaking.view import NOTHING_KNOWN
 from shoal.averaging.router import Router
 from shoal.dht.node import DHTNode
 from shoal.errors import InvalidStateError, InvalidValueError, ProtocolViolation
@@ -81,7 +82,7 @@ class Matchmaker:
         self._turn = asyncio.Lock()
         self._search: GroupSearch | None = None
         self._last_order_time = -math.inf
-        self._known: Mapping[PeerID, float] = NOBODY
+        self._known = NOTHING_KNOWN
         """Who was declared at the end of the last search, with the start time of its own."""
         self._last_group: tuple[PeerID, ...] = ()
         """The other members of the group that was found last, if they are likely to look under the same key next."""
@@ -199,7 +200,7 @@ class Matchmaker:
                 is_first=self._search is None,
             )
             self._last_group = ()
-            if not self._known:
+            if not self._known.start_times:
                 self._peer.tasks.start(self._explore(search, EXPLORE_AFTER), "explore depths")
             try:
                 group = await search.run()
@@ -207,9 +208,9 @@ class Matchmaker:
                 return group
             finally:
                 self._last_order_time = self._peer.after_search(self._last_order_time)
-                self._known = {
-                    peer: self._peer.after_search(start_time) for peer, start_time in search.known.items()
-                }
+                known = search.known
+                times = {peer: self._peer.after_search(time) for peer, time in known.start_times.items()}
+                self._known = replace(known, start_times=times)
                 self._count_neighbours(search)
                 self._bits.search_ended()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from shoal.averaging.group import (
@@ -81,6 +81,7 @@ from shoal.averaging.matchmaking.messages import (
 )
 from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.story import SearchStory
+from shoal.averaging.matchmaking.view import Known
 from shoal.errors import (
     MatchmakingException,
     PeerUnreachable,
@@ -131,7 +132,7 @@ class GroupSearch:
         deadline: float | None,
         gather: bytes,
         weight: float,
-        known: Mapping[PeerID, float],
+        known: Known,
         *,
         when_too_few: Callable[[int], None],
         when_mode_changed: Callable[[], None],
@@ -202,8 +203,8 @@ class GroupSearch:
         return self._core.count_seen
 
     @property
-    def known(self) -> Mapping[PeerID, float]:
-        """Who was declared at the latest poll, with the start time of its last search."""
+    def known(self) -> Known:
+        """What the next search of this peer is to know."""
         return self._core.known
 
     def move_to(self, place: Place) -> None:

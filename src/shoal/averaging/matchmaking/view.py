@@ -31,7 +31,21 @@ HEARSAY_AT_MOST = 10.0
 that has begun say so themselves; within the third in any case."""
 MAX_HEARSAY = 4096
 """What is said of more searches than these is forgotten, except of those that were seen."""
-NOBODY: Mapping[PeerID, float] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a search leaves to the next search of its peer."""
+
+    start_times: Mapping[PeerID, float]
+    """Of the last search of every peer that was declared at the latest poll, over or not."""
+    absent: frozenset[PeerID] = frozenset()
+    """Those of them that did not search again while this search went on. They may have died, or be far slower. So
+    later searches do not wait for them: the record of a killed peer stays for a minute, and would slow down each
+    round of the others for so long."""
+
+
+NOTHING_KNOWN = Known(MappingProxyType({}))
 
 
 @dataclass(frozen=True)
@@ -54,17 +68,17 @@ class View:
         *,
         opens_at: float = -math.inf,
         latency: float = 0.0,
-        known: Mapping[PeerID, float] = NOBODY,
+        known: Known = NOTHING_KNOWN,
     ) -> None:
-        """``opens_at``: before that time plan without peers in another round of the grid; ``known``: the ``records``
-        at the end of the search before.
+        """``opens_at``: before that time plan without peers in another round of the grid; ``known``: what the
+        search before has left.
         """
         self.followers: dict[int, Candidate] = {}
         """By the token of their request, in the order in which they came."""
         self.latency = latency
         """The longest time, lately, that the DHT took for a declaration or a poll, in seconds."""
         self.records: dict[PeerID, float] = {}
-        """The start time of the last search of every peer that was declared at the latest poll, over or not."""
+        """As :attr:`Known.start_times`."""
         self.next_poll = math.inf
         self.is_polling = False
         self._me = me
@@ -125,7 +139,7 @@ class View:
     def _was_here(self, peer_id: PeerID, taken: Declaration) -> bool:
         """Whether a peer that has a group looked for it beside this one, although that was over too soon to be seen."""
         is_recent = taken.start_time > self._me.start_time - GONE_WITHIN
-        return is_recent and taken.start_time > self._known.get(peer_id, -math.inf)
+        return is_recent and taken.start_time > self._known.start_times.get(peer_id, -math.inf)
 
     def note_seen(self, candidate: Candidate, now: float) -> None:
         self._ever[candidate.peer_id] = candidate
@@ -141,15 +155,24 @@ class View:
 
     @property
     def yet_to_come(self) -> int:
-        """How many of the peers that were there before have not begun another search yet."""
-        return sum(self.records.get(peer_id, math.inf) <= time for peer_id, time in self._known.items())
+        """How many of the peers that were there before have not begun another search yet, but are likely to."""
+        return len(self._not_back() - self._known.absent)
+
+    @property
+    def known(self) -> Known:
+        """For the next search."""
+        return Known(dict(self.records), frozenset(self._not_back()))
+
+    def _not_back(self) -> set[PeerID]:
+        before = self._known.start_times
+        return {peer_id for peer_id, time in before.items() if self.records.get(peer_id, math.inf) <= time}
 
     def missing_of(self, expected: Collection[PeerID]) -> list[PeerID]:
         """Who of these has not been seen in a search since this peer's last one."""
         latest = {}
         for peer in expected:  # one that asked to join may not be declared yet
             latest[peer] = max(self.records.get(peer, -math.inf), self._last_seen.get(peer, -math.inf))
-        return still_missing(expected, latest, self._known)
+        return still_missing(expected, latest, self._known.start_times)
 
     @property
     def count_seen(self) -> int:
