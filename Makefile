@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PIP_OPTIONS ?= --disable-pip-version-check --no-warn-script-location
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: demo test soak check lint format clean
+.PHONY: demo test sweep soak check lint format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing PyTorch and the other packages into $(VENV), once: some minutes, and with"
@@ -20,7 +20,10 @@ demo: $(STAMP)
 	$(BIN)/shoal demo
 
 test: $(STAMP)
-	$(PYTEST) -m 'not soak'
+	$(PYTEST) -m 'not sweep and not soak'
+
+sweep: $(STAMP)
+	$(PYTEST) -m sweep
 
 soak: $(STAMP)
 	$(PYTEST) --timeout 3600 -m soak

@@ -209,6 +209,7 @@ def test_members_come_as_near_as_the_codec_sees_them_and_stay_there(codec):
 ROUNDS, NOISE = 50, 0.1
 
 
+@pytest.mark.sweep
 @codecs
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_fifty_rounds_with_noise_do_not_drift(codec, offset):

@@ -131,7 +131,9 @@ def check_helpers(seed: int, *, jitter: bool) -> None:
 
 
 @pytest.mark.parametrize("jitter", [False, True], ids=["one instant", "one after another"])
-@pytest.mark.parametrize("first", range(0, 300, 100))
+@pytest.mark.parametrize(
+    "first", [0, *(pytest.param(first, marks=pytest.mark.sweep) for first in (100, 200))]
+)
 def test_swarms_with_helpers_leave_over_no_whole_group(first, jitter):
     for seed in range(first, first + 100):
         check_helpers(seed, jitter=jitter)

@@ -157,6 +157,7 @@ def all_gather(swarm: Swarm, runs: int) -> None:
             assert all(results[number_of[peer]] == result for peer in result), averager.peer_id
 
 
+@pytest.mark.sweep
 def test_all_gather_of_8_peers_in_groups_of_4_works_every_time(swarm: Swarm):
     all_gather(swarm, 5)
 
@@ -167,6 +168,7 @@ def test_all_gather_works_50_times(swarm: Swarm):
     all_gather(swarm, 50)
 
 
+@pytest.mark.sweep
 def test_16_peers_in_pairs_find_groups_within_5_seconds_in_every_round(swarm: Swarm):
     averagers = make(swarm, 16, 2)
     spread = float(torch.tensor(values(averagers)).std())

@@ -6,6 +6,7 @@ import json
 import sysconfig
 from pathlib import Path
 
+import pytest
 import torch
 
 from evaluate import main as evaluate_runs
@@ -32,6 +33,7 @@ FAULTS = [
 ]  # early, so that there is time left when the newcomer has started
 
 
+@pytest.mark.sweep
 def test_a_swarm_of_which_one_is_killed_and_one_joins_late_trains_one_model(
     scripts, tmp_path, monkeypatch, capsys
 ):

@@ -41,6 +41,7 @@ def test_demo_that_another_terminal_joins(start_command, tmp_path) -> None:
     assert alive == []
 
 
+@pytest.mark.sweep
 def test_ctrl_c_leaves_nothing_behind(start_command, tmp_path) -> None:
     demo = start_command("demo", "--peers", "2", "--rounds", "2000", "--output", str(tmp_path / "plot.png"))
     demo.wait_for("round 1")
