@@ -552,3 +552,14 @@ def test_a_leader_that_gave_no_answer_is_asked_again_soon():
     assert driver.only(AskToJoin) is None
     driver.at(106.1, was_stopped=True)
     assert driver.only(AskToJoin).leader == IDS[0]
+
+
+def test_clients_alone_are_warned_of_unless_a_leader_is_only_busy():
+    """A full peer that has a group just now will look for another one."""
+    driver = Driver(0, mode=PeerMode.CLIENT)
+    client = declared(1, mode=PeerMode.CLIENT)
+    driver.now += 1.0
+    driver.see(client, declared(2, state=DeclaredState.TAKEN))
+    assert driver.only(Log) is None
+    driver.see(client, declared(2, state=DeclaredState.TAKEN, mode=PeerMode.CLIENT))
+    assert "no average is possible yet: all 3 peers are clients" in driver.only(Log).text

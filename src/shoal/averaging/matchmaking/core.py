@@ -255,7 +255,7 @@ class Matchmaking:
                 self._effects.append(AskSchema(peer_id, other.addresses, other.schema_hash))
         others = len(declared.keys() - {self.me.peer_id})
         self.story.saw(others, self._view.others_looking, len(other_schema))
-        why = why_no_average(self._view.candidates(now)) if self._view.shows_start else None
+        why = why_no_average(self._view.everybody(now)) if self._view.shows_start else None
         if why is not None and why != self._said:
             self._said = why
             self._effects.append(Log(f"{self.key}: no average is possible yet: {why}", is_warning=True))

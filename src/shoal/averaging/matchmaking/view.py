@@ -86,6 +86,8 @@ class View:
         self._opens_at = opens_at
         self._schema_hash = schema_hash
         self._declared: dict[PeerID, tuple[Candidate, Declaration]] = {}
+        self._busy: list[Candidate] = []
+        """Who had a group, or had given up, at the latest poll."""
         self._left_out: dict[PeerID, _LeftOut] = {}
         self._hearsay: dict[tuple[PeerID, float], _LeftOut] = {}
         """Peers and the start times of their searches, of which others have said that they have a group."""
@@ -113,6 +115,7 @@ class View:
         self._last_poll_began = began_at
         self.schedule_poll(now)
         self._declared.clear()
+        self._busy.clear()
         self.records.clear()
         other_schema = []
         groups = []
@@ -126,8 +129,10 @@ class View:
             if declaration.state is DeclaredState.TAKEN:
                 self.leave_out(peer_id, math.inf, declaration.start_time)
                 groups.append(declaration.group)
+                candidate = _candidate(peer_id, declaration)
+                self._busy.append(candidate)
                 if self._was_here(peer_id, declaration):
-                    self._ever[peer_id] = _candidate(peer_id, declaration)
+                    self._ever[peer_id] = candidate
             else:
                 candidate = _candidate(peer_id, declaration)
                 self._declared[peer_id] = (candidate, declaration)
@@ -210,6 +215,12 @@ class View:
             found[asker.peer_id] = asker
         found[self._me.peer_id] = self._me
         return sorted(found.values())
+
+    def everybody(self, now: float) -> list[Candidate]:
+        """The candidates, and who is busy now and may look for a group again."""
+        return sorted(
+            {candidate.peer_id: candidate for candidate in (*self._busy, *self.candidates(now))}.values()
+        )
 
     def gone(self, candidates: Sequence[Candidate], now: float) -> list[Candidate]:
         """Who was seen looking for a group and is not among these ``candidates`` any more, in order."""
