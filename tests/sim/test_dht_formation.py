@@ -109,7 +109,9 @@ def check(seeds: range, caplog: pytest.LogCaptureFixture) -> None:
         assert errors == [], f"seed {seed}"
 
 
-@pytest.mark.parametrize("first", range(0, 50, 10))
+@pytest.mark.parametrize(
+    "first", [0, 10, *(pytest.param(first, marks=pytest.mark.sweep) for first in (20, 30, 40))]
+)
 def test_always_one_dht(first: int, caplog: pytest.LogCaptureFixture) -> None:
     check(range(first, first + 10), caplog)
 

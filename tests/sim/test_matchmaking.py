@@ -139,13 +139,18 @@ def check(seeds: range, caplog: pytest.LogCaptureFixture) -> None:
         assert errors == [], f"seed {seed}: {story}"
 
 
-@pytest.mark.parametrize("first", range(0, 50, 10))
+@pytest.mark.parametrize(
+    "first", [0, 10, *(pytest.param(first, marks=pytest.mark.sweep) for first in (20, 30, 40))]
+)
 def test_as_few_as_possible_are_left_over(first: int, caplog: pytest.LogCaptureFixture) -> None:
     check(range(first, first + 10), caplog)
 
 
-def test_a_request_timeout_above_min_matchmaking_time_keeps_nobody_from_a_group() -> None:
-    for seed in range(3000, 3012):
+@pytest.mark.parametrize(
+    "first", [3000, *(pytest.param(first, marks=pytest.mark.sweep) for first in (3004, 3008))]
+)
+def test_a_request_timeout_above_min_matchmaking_time_keeps_nobody_from_a_group(first: int) -> None:
+    for seed in range(first, first + 4):
         story = Story(seed)
         timeout = story.rng.uniform(1.0, 3.0) * story.config.min_matchmaking_time
         story.config = story.sim.config = replace(story.config, request_timeout=timeout)

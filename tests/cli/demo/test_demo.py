@@ -16,6 +16,7 @@ from shoal.cli.demo.settings import Settings
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.sweep
 @pytest.mark.timeout(180)
 def test_demo_that_another_terminal_joins(start_command, tmp_path) -> None:
     plot = tmp_path / "plot.png"
