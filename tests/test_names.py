@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import shoal
-from shoal.averaging.control import Steering
+from shoal.averaging.trainer.control import Steering
 from shoal.utils import deep
 from shoal.utils.absent import ABSENT, ABSENT_OF_OBJECTS
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from shoal.utils.lazy import advise_on_absent_modules, lazy_names
 
 if TYPE_CHECKING:
-    from shoal.averaging.averager import DecentralizedAverager as DecentralizedAverager
-    from shoal.averaging.control import AveragingStage as AveragingStage
-    from shoal.averaging.control import StepControl as StepControl
+    from shoal.averaging.commands import AveragingStage as AveragingStage
     from shoal.averaging.group import AveragingMode as AveragingMode
     from shoal.averaging.group import GroupInfo as GroupInfo
     from shoal.averaging.load_balancing import load_balance_peers as load_balance_peers
     from shoal.averaging.report import RoundReport as RoundReport
+    from shoal.averaging.trainer.averager import DecentralizedAverager as DecentralizedAverager
+    from shoal.averaging.trainer.control import StepControl as StepControl
     from shoal.compression import AdaptiveCompressionBase as AdaptiveCompressionBase
     from shoal.compression import BFloat16Compression as BFloat16Compression
     from shoal.compression import BlockwiseQuantization as BlockwiseQuantization
@@ -77,12 +77,12 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     # what most programs need
     "DHT": "shoal.dht.dht",
-    "DecentralizedAverager": "shoal.averaging.averager",
+    "DecentralizedAverager": "shoal.averaging.trainer.averager",
     "get_dht_time": "shoal.utils.timed",
     "get_logger": "shoal.utils.logging",
     # averaging
-    "StepControl": "shoal.averaging.control",
-    "AveragingStage": "shoal.averaging.control",
+    "StepControl": "shoal.averaging.trainer.control",
+    "AveragingStage": "shoal.averaging.commands",
     "AveragingMode": "shoal.averaging.group",
     "GroupInfo": "shoal.averaging.group",
     "RoundReport": "shoal.averaging.report",

@@ -12,8 +12,8 @@ import torch
 import shoal
 from shoal.averaging.agreement import Agreement, find_differences
 from shoal.averaging.group import PeerMode
-from shoal.averaging.matchmaking.core import MatchmakingConfig
 from shoal.averaging.matchmaking.schemas import AGREEMENT, UNKNOWN
+from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.schema import TensorSchema
 from shoal.compression import CompressionBase
 from shoal.errors import MatchmakingException, ProtocolViolation, RemoteError

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import shoal
-from shoal.averaging.control import AveragingStage
-from shoal.averaging.sources import AveragedTensors
+from shoal.averaging.commands import AveragingStage
+from shoal.averaging.trainer.sources import AveragedTensors
 
 STEP_TIMEOUT = 30.0
 

@@ -18,8 +18,9 @@ import torch
 from real_swarm import STEP_TIMEOUT, Swarm, step_all, wait_for_stage
 
 import shoal
-from shoal.averaging.control import AveragingStage, StepControl
+from shoal.averaging.commands import AveragingStage
 from shoal.averaging.group import PeerMode
+from shoal.averaging.trainer.control import StepControl
 from shoal.errors import AllreduceException, InvalidStateError, MatchmakingException, PeerProcessDied
 from shoal.utils.serializer import MSGPackSerializer
 from shoal.utils.timed import get_dht_time

@@ -10,7 +10,7 @@ import pytest
 import torch
 from real_swarm import STEP_TIMEOUT, Swarm, wait_for_stage
 
-from shoal.averaging.control import AveragingStage
+from shoal.averaging.commands import AveragingStage
 from shoal.averaging.report import Exclusion
 from shoal.errors import AllreduceException
 

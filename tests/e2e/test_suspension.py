@@ -18,7 +18,7 @@ import torch
 from real_swarm import Swarm, new_dht, wait_for_stage
 
 import shoal
-from shoal.averaging.control import AveragingStage
+from shoal.averaging.commands import AveragingStage
 
 pytestmark = pytest.mark.xdist_group("averaging")
 
@@ -27,7 +27,7 @@ LIMIT = 60  # seconds, against hanging only
 PEER = """
     import sys, time
     import torch, shoal
-    from shoal.averaging.control import AveragingStage
+    from shoal.averaging.commands import AveragingStage
 
     prefix, *peers = sys.argv[1:]
     tensor = torch.full((1000,), 3.0)

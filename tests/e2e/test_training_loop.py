@@ -12,7 +12,7 @@ import pytest
 import torch
 from real_swarm import STEP_TIMEOUT, Swarm, wait_until
 
-from shoal.averaging.control import AveragingStage
+from shoal.averaging.commands import AveragingStage
 from shoal.errors import InvalidStateError
 
 pytestmark = pytest.mark.xdist_group("averaging")

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import lab_namespaces
 import lab_peer_program
 
-import shoal.averaging.service
+import shoal.averaging.background.service
 import shoal.dht.service
 import shoal.runtime.connection
 import shoal.runtime.server

@@ -13,7 +13,7 @@ from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
 from shoal.averaging.allreduce.rounds import Rounds
 from shoal.averaging.group import GroupInfo, PeerMode
 from shoal.averaging.load_balancing import load_balance_peers
-from shoal.averaging.matchmaking.core import MatchmakingConfig
+from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.partition import Layout, Partition
 from shoal.averaging.router import Router
 from shoal.compression.base import NoCompression

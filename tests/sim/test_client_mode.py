@@ -8,7 +8,7 @@ import random
 import pytest
 
 from shoal.averaging.group import GroupInfo, PeerMode
-from shoal.averaging.matchmaking.core import MatchmakingConfig
+from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.errors import MatchmakingException
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID

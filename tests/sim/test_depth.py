@@ -9,7 +9,7 @@ import pytest
 
 from shoal.averaging.group import PeerMode
 from shoal.averaging.matchmaking import group_bits, matchmaker
-from shoal.averaging.matchmaking.core import MatchmakingConfig
+from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.testing.averaging import SimulatedAveraging
 from shoal.testing.clock import run
 from shoal.testing.matchmaking import SimulatedMatchmaking

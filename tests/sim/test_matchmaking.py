@@ -18,9 +18,9 @@ from dataclasses import replace
 import pytest
 
 from shoal.averaging.group import GroupInfo, PeerMode
-from shoal.averaging.matchmaking.core import MatchmakingConfig
 from shoal.averaging.matchmaking.declarations import DECLARATION_LIFETIME
 from shoal.averaging.matchmaking.sizes import plan_groups
+from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.errors import MatchmakingException
 from shoal.testing.clock import run
 from shoal.testing.matchmaking import SimulatedMatchmaking

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from shoal.averaging.group import PeerMode
-from shoal.averaging.matchmaking.core import MatchmakingConfig
+from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.errors import MatchmakingException
 from shoal.testing.averaging import SimulatedAveraging
 from shoal.testing.clock import run

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from shoal.averaging.group import GroupInfo, PeerMode
-from shoal.averaging.matchmaking.core import MatchmakingConfig
+from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.errors import MatchmakingException
 from shoal.testing.clock import run
 from shoal.testing.matchmaking import SimulatedMatchmaking

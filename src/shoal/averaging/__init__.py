@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from shoal.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from shoal.averaging.averager import DecentralizedAverager
-    from shoal.averaging.control import AveragingStage, StepControl
+    from shoal.averaging.commands import AveragingStage
     from shoal.averaging.group import AveragingMode, GroupInfo
     from shoal.averaging.load_balancing import load_balance_peers
     from shoal.averaging.report import Phases, RoundReport
+    from shoal.averaging.trainer.averager import DecentralizedAverager
+    from shoal.averaging.trainer.control import StepControl
     from shoal.errors import AllreduceException, MatchmakingException
 
 __all__ = [
@@ -33,9 +34,9 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {submodule: f"{__name__}.{submodule}" for submodule in _SUBMODULES}
     | {
-        "DecentralizedAverager": "shoal.averaging.averager",
-        "StepControl": "shoal.averaging.control",
-        "AveragingStage": "shoal.averaging.control",
+        "DecentralizedAverager": "shoal.averaging.trainer.averager",
+        "StepControl": "shoal.averaging.trainer.control",
+        "AveragingStage": "shoal.averaging.commands",
         "AveragingMode": "shoal.averaging.group",
         "RoundReport": "shoal.averaging.report",
         "Phases": "shoal.averaging.report",

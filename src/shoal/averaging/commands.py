@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
-from shoal.averaging.control import AveragingStage
 from shoal.averaging.report import RoundReport
 
 # From the host to the service.
+
+
+class AveragingStage(Enum):
+    """How far a step has come."""
+
+    IDLE = "idle"
+    """Still queued behind an earlier step."""
+    LOOKING_FOR_GROUP = "looking for group"
+    AWAITING_TRIGGER = "awaiting trigger"
+    """The group is complete; ``allow_allreduce()`` lets it begin."""
+    RUNNING_ALLREDUCE = "running all-reduce"
+    FINISHED = "finished"
 
 
 @dataclass(frozen=True)

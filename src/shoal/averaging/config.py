@@ -10,7 +10,7 @@ import torch
 
 from shoal.averaging.checks import MAX_WAIT, check_bits, check_count, check_flag, check_number, check_string
 from shoal.averaging.group import MAX_GROUP_SIZE, PeerMode, group_key
-from shoal.averaging.matchmaking.core import MatchmakingConfig
+from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.timeouts import given_times, settle
 from shoal.compression import CompressionBase, CompressionInfo
 from shoal.compression.registry import CODECS

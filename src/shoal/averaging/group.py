@@ -29,6 +29,8 @@ MAX_GATHER_BYTES = 512 * 1024
 """One member's own data; below the transport's limit of a message with room for the rest of the info."""
 MAX_GROUP_GATHER_BYTES = 64 * 1024 * 1024
 """All members' data together, as much as a member accepts from a leader."""
+MAX_WEIGHT = 1e300
+"""So that the sum of all weights is finite."""
 MAX_GROUP_SIZE = 4096
 MAX_ADDRESSES = 32
 MAX_ADDRESS_CHARS = 300

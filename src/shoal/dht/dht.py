@@ -50,7 +50,7 @@ from shoal.utils.timed import dht_clock
 T = TypeVar("T")
 Address = str | Multiaddr
 
-_PRELOAD = {"torch": ("shoal.averaging.service",)}
+_PRELOAD = {"torch": ("shoal.averaging.background.service",)}
 """What the background process imports ahead, by the module that the host has imported: an averager is likely to follow.
 Names, not imports: for a host without torch it stays light.
 """

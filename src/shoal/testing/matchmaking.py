@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from shoal.averaging.agreement import Agreement
 from shoal.averaging.group import GroupInfo, PeerMode
-from shoal.averaging.matchmaking.core import MatchmakingConfig
 from shoal.averaging.matchmaking.matchmaker import Matchmaker
+from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.router import Router
 from shoal.dht.config import DHTConfig
 from shoal.errors import MatchmakingException

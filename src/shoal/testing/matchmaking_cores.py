@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode, order_members
 from shoal.averaging.lineage import NO_LINEAGE, Lineage
-from shoal.averaging.matchmaking.core import Matchmaking, MatchmakingConfig
+from shoal.averaging.matchmaking.core import Matchmaking
 from shoal.averaging.matchmaking.declarations import DECLARATION_LIFETIME
 from shoal.averaging.matchmaking.events import (
     AnswerRequest,
@@ -50,6 +50,7 @@ from shoal.averaging.matchmaking.events import (
 from shoal.averaging.matchmaking.group_bits import GroupBits
 from shoal.averaging.matchmaking.messages import Accepted, Declaration, DeclaredState, Redirect, Rejected
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN, Known
+from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.p2p.identity import Identity, PeerID
 
 __all__ = ["SwarmOfCores", "core_peer_id"]

@@ -20,12 +20,12 @@ _P2P = "P2P P2PContext P2PDaemonError P2PHandlerError PeerID ServicerBase StubBa
 NAMES = {
     "shoal.averaging.allreduce": f"""{_P2P} AllReduceRunner AveragingMode BannedException TensorPartContainer
         TensorPartReducer deserialize_torch_tensor serialize_torch_tensor averaging_pb2 get_logger GroupID {_ASYNC}""",
-    "shoal.averaging.averager": f"""{_P2P} AllReduceRunner AveragingMode AveragingStage DHT DHTExpiration DHTID
+    "shoal.averaging.trainer.averager": f"""{_P2P} AllReduceRunner AveragingMode AveragingStage DHT DHTExpiration DHTID
         DecentralizedAverager GatheredData GroupID GroupInfo Matchmaking MatchmakingException SerializerBase StepControl
         TensorDescriptor ValueWithExpiration averaging_pb2 combine_from_streaming compute_schema_hash
         deserialize_torch_tensor enter_asynchronously get_dht_time get_logger load_balance_peers split_for_streaming
         switch_to_uvloop {_ASYNC}""",
-    "shoal.averaging.control": "AveragingStage DHTExpiration MPFuture StepControl get_dht_time get_logger",
+    "shoal.averaging.trainer.control": "AveragingStage DHTExpiration MPFuture StepControl get_dht_time get_logger",
     "shoal.averaging.load_balancing": """LOAD_BALANCING_LP_DECIMALS get_logger hagenbach_bishoff load_balance_peers
         optimize_parts_lp""",
     "shoal.averaging.matchmaking": f"""{_P2P} DHT DHTExpiration DHTID GroupInfo GroupKey GroupKeyManager

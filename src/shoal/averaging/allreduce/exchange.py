@@ -16,13 +16,13 @@ from shoal.averaging.allreduce.reduction import (
     apply_difference,
     encode_difference,
     encode_part,
-    is_finite,
     reduce_part,
     reduce_wide,
 )
 from shoal.averaging.allreduce.spread import SpreadSample
 from shoal.averaging.partition import Part, Partition
 from shoal.compression.base import Bytes, CompressionBase, tensor_bytes
+from shoal.compression.finite import is_finite
 from shoal.errors import AllreduceException, ProtocolViolation, UsageError
 
 HELD_BYTES = 8 << 20

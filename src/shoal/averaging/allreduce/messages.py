@@ -12,14 +12,12 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
-from shoal.averaging.group import GROUP_ID_BYTES
+from shoal.averaging.group import GROUP_ID_BYTES, MAX_WEIGHT
 from shoal.errors import ProtocolViolation
 from shoal.p2p.rpc import Method
 from shoal.utils.text import printable
 
 MAX_REASON_CHARS = 1000
-MAX_WEIGHT = 1e300
-"""So that the sum of all weights is finite."""
 _EXCLUSION_CHARS = 120_000
 """Characters of all reasons in one list of exclusions: four bytes each, they fit into a message of 1 MiB."""
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from shoal.compression.base import CompressionBase
+from shoal.compression.finite import is_finite
 from shoal.errors import AllreduceException, InvalidValueError, UsageError
 
 CHUNK = 1 << 16
@@ -122,18 +123,6 @@ def _check_weights(weights: Sequence[float]) -> None:
             raise InvalidValueError(f"weights[{index}] is {weight}; it must be a finite number of at least 0")
     if not any(weight > 0 for weight in weights):
         raise InvalidValueError("all weights are 0; at least one must be positive")
-
-
-def is_finite(part: torch.Tensor) -> bool:
-    """Whether a tensor has neither NaN nor infinities.
-
-    One cheap pass as a rule: a sum that is finite has only finite terms. A sum that is not may have
-    overflowed, and only then each element is looked at.
-    """
-    wide = torch.float64 if part.dtype == torch.float64 else torch.float32
-    if math.isfinite(part.sum(dtype=wide).item()):
-        return True
-    return bool(torch.isfinite(part).all())
 
 
 class OutOfRangeError(AllreduceException):

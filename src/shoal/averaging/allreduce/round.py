@@ -38,11 +38,11 @@ from shoal.averaging.allreduce.events import (
     Withdrawn,
 )
 from shoal.averaging.allreduce.exchange import Arena
-from shoal.averaging.allreduce.messages import MAX_WEIGHT, Outcome, is_weight
+from shoal.averaging.allreduce.messages import Outcome, is_weight
 from shoal.averaging.allreduce.pace import Wait, find_slowest
 from shoal.averaging.allreduce.participants import RoundCore, learn_addresses
 from shoal.averaging.allreduce.streams import Exchange, describe_failure
-from shoal.averaging.group import GroupInfo, PeerMode
+from shoal.averaging.group import MAX_WEIGHT, GroupInfo, PeerMode
 from shoal.averaging.partition import Partition
 from shoal.averaging.report import Exclusion, Spread
 from shoal.errors import AllreduceException, InvalidValueError, ShoalError

@@ -20,7 +20,6 @@ from shoal.averaging.group import (
 from shoal.averaging.lineage import NO_LINEAGE, after_round
 from shoal.averaging.matchmaking.apart import LostPeers
 from shoal.averaging.matchmaking.census import Census
-from shoal.averaging.matchmaking.core import MatchmakingConfig
 from shoal.averaging.matchmaking.events import Cancelled, Place
 from shoal.averaging.matchmaking.group_bits import LONELY_BELOW, SPLIT_ABOVE, GroupBits
 from shoal.averaging.matchmaking.messages import JOIN, JoinRequest, Rejected, RejectReason
@@ -28,6 +27,7 @@ from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.schemas import OtherSchemas
 from shoal.averaging.matchmaking.search import GroupSearch, WhenMemberGone
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN
+from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.router import Router
 from shoal.dht.node import DHTNode
 from shoal.errors import InvalidStateError, InvalidValueError, ProtocolViolation

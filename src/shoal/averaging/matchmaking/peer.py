@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shoal.averaging.group import NONCE_BYTES, MemberInfo, PeerMode, SignedMemberInfo, sign_member
-from shoal.averaging.matchmaking.core import MatchmakingConfig
 from shoal.averaging.matchmaking.declarations import Declarations
 from shoal.averaging.matchmaking.events import Place
 from shoal.averaging.matchmaking.families import Station, why_stand_back
 from shoal.averaging.matchmaking.messages import Declaration, DeclaredState, Search
 from shoal.averaging.matchmaking.schemas import OtherSchemas
+from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.dht.node import DHTNode
 from shoal.dht.tasks import TaskSet
 from shoal.p2p.identity import PeerID

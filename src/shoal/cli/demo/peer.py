@@ -16,8 +16,9 @@ import msgspec
 import torch
 from msgspec import Meta, Struct
 
-from shoal.averaging.averager import DecentralizedAverager
-from shoal.averaging.control import AveragingStage, StepControl
+from shoal.averaging.commands import AveragingStage
+from shoal.averaging.trainer.averager import DecentralizedAverager
+from shoal.averaging.trainer.control import StepControl
 from shoal.cli.demo import settings as limits
 from shoal.cli.demo.board import Board, statuses_in
 from shoal.cli.demo.data import Samples

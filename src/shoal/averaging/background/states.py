@@ -1,0 +1,205 @@
+"""Everything about states in the background process: what a donor does, what a joiner does, and the way to the host."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Sequence
+
+from shoal.averaging.router import Router
+from shoal.averaging.state.capture import Capture
+from shoal.averaging.state.choice import Donor
+from shoal.averaging.state.declarations import DonorDeclarations, Wish
+from shoal.averaging.state.donor import CopyUnavailable, StateDonor, UserIsAbsent
+from shoal.averaging.state.download import Progress, StateDownload
+from shoal.averaging.state.messages import pack_entries, unpack_entries
+from shoal.averaging.state.queue import DEFAULT_MAX_AGE, MAX_REQUESTS_PER_PEER, UploadQueue
+from shoal.averaging.state_commands import (
+    AllocateState,
+    CaptureFailed,
+    CaptureState,
+    LoadedState,
+    LoadState,
+    SetStateSharing,
+    ShowProgress,
+    StateCaptured,
+    StateCommand,
+    StateMemory,
+)
+from shoal.dht.node import DHTNode
+from shoal.dht.tasks import TaskSet
+from shoal.errors import InvalidStateError, InvalidValueError
+from shoal.runtime.channel import close_descriptors
+from shoal.runtime.memory import SharedMemory
+from shoal.runtime.presence import UserProcessAbsent
+from shoal.runtime.service import ServiceContext
+from shoal.utils.timed import get_dht_time
+
+
+class StateService:
+    """The part of an averager's service that carries out :mod:`.commands`. Nothing is shared before the host says
+    that it may be.
+
+    :param declare_period: seconds between two declarations of a donor
+    :param next_chunk_timeout: see :class:`StateDownload`
+    :param max_state_age: see :class:`UploadQueue`
+    """
+
+    def __init__(
+        self,
+        context: ServiceContext,
+        node: DHTNode,
+        router: Router,
+        prefix: str,
+        *,
+        declare_period: float,
+        next_chunk_timeout: float | None,
+        max_state_age: float | None = DEFAULT_MAX_AGE,
+    ) -> None:
+        self._context = context
+        self._node = node
+        self._prefix = prefix
+        self._next_chunk_timeout = next_chunk_timeout
+        self._captures: dict[int, asyncio.Future[Capture]] = {}
+        self._last_capture = 0
+        self._downloads = asyncio.Semaphore(MAX_REQUESTS_PER_PEER)
+        self._memories: dict[int, asyncio.Future[SharedMemory]] = {}
+        self._tasks = TaskSet()
+        self._rng = random.SystemRandom()
+        self._donor = StateDonor(
+            router, prefix, allowed=False, capture=self._capture, queue=UploadQueue(max_age=max_state_age)
+        )
+        self._declarations = DonorDeclarations(
+            node, prefix, Wish(False, 0.0), period=declare_period, clock=get_dht_time
+        )
+
+    def start(self) -> None:
+        """The host is ready to make copies: begin to declare this peer as a donor."""
+        self._declarations.start()
+
+    async def handle(self, command: StateCommand, descriptors: Sequence[int]) -> object:
+        """Carry out a command of the host."""
+        match command:
+            case SetStateSharing(allowed, priority):
+                self._donor.switch(allowed)
+                self._declarations.update(Wish(allowed, priority))
+            case LoadState():
+                return await self._load(command)
+            case StateMemory():
+                self._receive_memory(command, descriptors)
+            case StateCaptured():
+                self._receive_capture(command, descriptors)
+            case CaptureFailed(capture, reason):
+                waiting = self._captures.get(capture)
+                if waiting is not None and not waiting.done():
+                    waiting.set_exception(CopyUnavailable(reason))
+            case _:
+                raise InvalidStateError(f"an averager has no command {type(command).__name__}")
+        return None
+
+    async def close(self) -> None:
+        """End uploads, free the copy, and withdraw the declaration."""
+        await self._donor.close()
+        await self._declarations.close()
+        await self._tasks.close()
+
+    # as a donor
+
+    async def _capture(self) -> Capture:
+        self._last_capture += 1
+        number = self._last_capture
+        waiting: asyncio.Future[Capture] = asyncio.get_running_loop().create_future()
+        self._captures[number] = waiting
+        try:
+            return await self._context.user.unless_absent(self._captured(number, waiting))
+        except UserProcessAbsent as e:
+            raise UserIsAbsent(f"the donor's {e}") from None
+        finally:
+            del self._captures[number]
+
+    async def _captured(self, number: int, waiting: asyncio.Future[Capture]) -> Capture:
+        await self._context.call_host(CaptureState(number))
+        return await waiting
+
+    def _receive_capture(self, captured: StateCaptured, descriptors: Sequence[int]) -> None:
+        waiting = self._captures.get(captured.capture)
+        if waiting is None or waiting.done():
+            close_descriptors(descriptors)  # nobody waits for it any more
+            return
+        (descriptor,) = descriptors
+        memory = SharedMemory.from_descriptor(descriptor, captured.nbytes)
+        waiting.set_result(Capture(memory, unpack_entries(captured.entries), captured.codecs))
+
+    # as a joiner
+
+    async def _load(self, command: LoadState) -> LoadedState:
+        began = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(command.timeout):
+                await self._downloads.acquire()  # donors refuse more requests of one peer
+        except TimeoutError:
+            reason = "the downloads that this peer had begun before took longer"
+            return LoadedState(b"", b"", f"{reason} than timeout={command.timeout:g} s")
+        try:
+            return await self._download(command, began)
+        finally:
+            self._downloads.release()
+
+    async def _download(self, command: LoadState, began: float) -> LoadedState:
+        download = StateDownload(
+            self._node.host,
+            self._prefix,
+            find_donors=self._find_donors,
+            allocate=lambda nbytes: self._allocate(command.download, nbytes),
+            next_chunk_timeout=self._next_chunk_timeout,
+            on_progress=lambda progress: self._show(command, progress),
+        )
+        try:
+            result = await download.run(command.timeout, began=began)
+        finally:
+            self._forget_memory(command.download)
+        if isinstance(result, str):
+            return LoadedState(b"", b"", result)
+        seconds = asyncio.get_running_loop().time() - began
+        entries = pack_entries(result.manifest.entries)
+        return LoadedState(result.donor.to_bytes(), entries, age=result.age, seconds=seconds)
+
+    async def _find_donors(self) -> list[Donor]:
+        found = await self._declarations.read()
+        return [
+            Donor(peer, declared.priority, self._rng.random(), declared.addresses) for peer, declared in found
+        ]
+
+    async def _allocate(self, download: int, nbytes: int) -> memoryview:
+        self._forget_memory(download)
+        waiting: asyncio.Future[SharedMemory] = asyncio.get_running_loop().create_future()
+        self._memories[download] = waiting
+        await self._context.call_host(AllocateState(download, nbytes))
+        return (await waiting).buffer
+
+    def _receive_memory(self, answer: StateMemory, descriptors: Sequence[int]) -> None:
+        waiting = self._memories.get(answer.download)
+        if waiting is None or waiting.done():
+            close_descriptors(descriptors)  # the download has ended meanwhile
+        elif answer.refusal is not None:
+            waiting.set_exception(InvalidValueError(answer.refusal))
+        else:
+            (descriptor,) = descriptors
+            waiting.set_result(SharedMemory.from_descriptor(descriptor, answer.nbytes))
+
+    def _forget_memory(self, download: int) -> None:
+        memory = self._memories.pop(download, None)
+        if memory is not None and not memory.cancel() and memory.exception() is None:
+            memory.result().close()
+
+    def _show(self, command: LoadState, progress: Progress) -> None:
+        if not command.wants_progress:
+            return
+        message = ShowProgress(command.download, str(progress.donor), progress.received, progress.total)
+
+        async def show() -> None:
+            with contextlib.suppress(InvalidStateError):  # the averager was shut down meanwhile
+                await self._context.call_host(message)
+
+        self._tasks.start(show(), "show the progress of a download")

@@ -1,0 +1,805 @@
+"""What users hold: :class:`DecentralizedAverager`, which averages tensors with other peers, in place."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+
+from shoal.averaging.checks import OrderOfTimes, check_bits, check_choice, check_flag, check_number
+from shoal.averaging.commands import GetGroupBits, SetGroupBits
+from shoal.averaging.config import (
+    DEFAULT_DECLARE_STATE_PERIOD,
+    DEFAULT_MAX_STATE_AGE,
+    DEFAULT_PART_SIZE_BYTES,
+    MAX_ALPHA,
+    AveragerConfig,
+    check_codec,
+    check_infos,
+    choose_codecs,
+    matchmaking_config,
+    settle_modes,
+)
+from shoal.averaging.factory import create_averager_service
+from shoal.averaging.group import PeerMode, group_key
+from shoal.averaging.overriding import check_overrides
+from shoal.averaging.partition import Layout, Partition
+from shoal.averaging.schema import TensorSchema, check_tensors
+from shoal.averaging.timeouts import (
+    LOAD_TIMEOUT,
+    MIN_MATCHMAKING_TIME,
+    RECORD_TIME,
+    REQUEST_TIMEOUT,
+    given_times,
+)
+from shoal.averaging.trainer.block import TensorsBlock
+from shoal.averaging.trainer.control import StepControl
+from shoal.averaging.trainer.holders import UsageWatch
+from shoal.averaging.trainer.keeper import TensorKeeper, attach_arena, close, close_in_background
+from shoal.averaging.trainer.lost_updates import UpdateWatch
+from shoal.averaging.trainer.pending import APPLY_WHEN, WATCH_ADVICE, ApplyWhen
+from shoal.averaging.trainer.sources import (
+    AveragedTensors,
+    HeldTensors,
+    TensorSource,
+    take_tensors,
+    warn_of_frozen,
+)
+from shoal.averaging.trainer.state_pieces import DownloadData, state_pieces
+from shoal.averaging.trainer.states import State, StateHost
+from shoal.averaging.trainer.steps import Steps, WhenBusy
+from shoal.averaging.trainer.tensors import TensorStore
+from shoal.compression import CompressionBase, CompressionInfo, NoCompression
+from shoal.compression.registry import user_codecs
+from shoal.dht.dht import DHT
+from shoal.errors import (
+    DeadlineExceeded,
+    InvalidStateError,
+    InvalidTypeError,
+    InvalidValueError,
+    PeerProcessUnresponsive,
+)
+from shoal.p2p.identity import PeerID
+from shoal.runtime import pickling
+from shoal.runtime.futures import MPFuture, chain
+from shoal.utils.deep import names_of_hivemind
+from shoal.utils.lazy import attributes_with_advice
+from shoal.utils.serializer import MSGPackSerializer
+
+if TYPE_CHECKING:
+    from shoal.averaging.report import RoundReport, StateReport
+    from shoal.dht.commands import NodeDescription
+    from shoal.runtime.process import BackgroundProcess, ServiceFactory, ServiceHandle
+
+logger = logging.getLogger(__name__)
+
+START_LOOK_PERIOD = 1.0
+"""Seconds between looks at a background process that has taken all the time that a call had for it to start."""
+
+
+class DecentralizedAverager:
+    """Averages tensors with the other peers that run an averager under the same prefix, in groups, in place.
+
+    A group that reaches ``target_group_size`` begins at once. With the default, None, a group is never full,
+    so that **each step takes** ``min_matchmaking_time``: give a size if you know how many peers there are.
+
+    The averager runs in the background process of its ``dht``, and the trainer is never blocked by the
+    network: when a group is complete, the tensors are copied under the lock of :meth:`get_tensors`; when its round
+    has committed, the average is written under the same lock. What the trainer has added in between is kept.
+    A round that fails leaves every tensor as it was.
+
+    **Update the tensors under that lock**, since an update and an average that meet overwrite each other, and nothing
+    raises. Or give ``apply_when="called"``, and have averages written between two training steps::
+
+        optimizer.step()
+        averager.step(wait=False, when_busy="current")  # writes the average that is there; begins a round if none runs
+
+    Peers average together if they agree on ``prefix``, the tensors' shapes, dtypes and codecs, ``min_group_size``,
+    ``part_size_bytes`` and ``min_vector_size``; the other parameters are each peer's own. Times are in seconds.
+
+    :param averaged_tensors: what is averaged. All peers need the same shapes, dtypes and order. Dense tensors in
+      float16, bfloat16, float32 or float64, of any shape and on any device, given as
+
+      - a :class:`torch.nn.Module`: those of its parameters that require grad now, tied ones once. They are found
+        anew by name in each round, so that ``load_state_dict(assign=True)`` and the like do no harm. Its buffers
+        (running statistics) stay this peer's own.
+      - an iterable of tensors, such as ``list(model.parameters())``: these very objects, in all rounds; a warning
+        says when they are no longer used.
+      - tensors by name: a ``state_dict()`` or other mapping, or pairs as from ``named_parameters()``. Errors use the
+        names; names of the same elements (tied weights) count once.
+      - a function without arguments that returns any of these, called whenever the tensors are read or written, with
+        the lock of :meth:`get_tensors` held and without grad; it must return the same shapes, dtypes and names each
+        time, and the tensors themselves or views of them: what is written to copies is lost, which is a warning.
+        For tensors that are replaced: ``lambda: [p.grad for p in model.parameters()]``.
+    :param dht: a started :class:`~shoal.dht.DHT`, through which peers find each other
+    :param start: start at once; otherwise call :meth:`run_in_background`
+    :param prefix: peers with the same prefix average together. An averager's prefix is its own on its ``dht``.
+    :param target_group_size: a group of this many peers is full. Best the same at all peers: where it is not, that of
+      a group's leader counts.
+    :param min_group_size: a smaller group does not begin; the same at all peers
+    :param initial_group_bits: look for groups among the peers with these bits ('0' and '1', at most 64) only; they
+      change after every round. Empty: chosen automatically by the number of peers. Unless the bits of all peers make a
+      full grid, some may find no partners. See :meth:`set_group_bits`.
+    :param min_matchmaking_time: time that a group that is not full waits for further peers; more than 5 s if you give a
+      ``request_timeout`` that needs it
+    :param request_timeout: time to wait for a leader's first answer; smaller than ``min_matchmaking_time``, which a
+      default of less than 3 s follows
+    :param averaging_alpha: tensors move by this fraction of the way to the average; 1: they become the average; above 1
+      they go beyond it, and by 2 at most, where they end as far from it as they were
+    :param part_size_bytes: tensors travel in parts of at most this many bytes, after compression (1 KiB to 64
+      MiB); the same at all peers
+    :param allreduce_timeout: time for the exchange of tensors once a group has begun; None: no limit
+    :param next_chunk_timeout: default of ``sender_timeout``; also the longest time between two whole pieces (2^18
+      elements each, 1 MiB of float32) of a state that is downloaded. None: no limit.
+    :param sender_timeout: a member that sends no next part for this long is excluded: the others average without what
+      it has not sent, and its own step fails. Default: ``next_chunk_timeout``,
+      or half of ``reducer_timeout``, or a third of ``allreduce_timeout``, if that is less.
+    :param reducer_timeout: when a member returns no next average for this long, the round fails for everybody, and the
+      step looks for another group; if the one that waits averages nothing itself (a client), only for that one. A
+      member that takes no average for so long, and 1 s, when all are there is excluded. Default: twice
+      ``sender_timeout``, but less than ``allreduce_timeout``.
+    :param compression: the codec of the parts; the same at all peers
+    :param state_compression: the codec of the state that others download from this peer
+    :param tensor_infos: what each tensor is for, one :class:`~shoal.compression.CompressionInfo` for each; for codecs
+      that choose by it
+    :param bandwidth: of this peer, in Mbit/s; faster peers average a larger share. None: as the mean of those
+      that gave theirs; 0: averages nothing, unless all say so.
+    :param min_vector_size: a member whose share would have fewer elements than this averages nothing; the same at all
+      peers
+    :param auxiliary: help others with averaging without tensors of one's own: nothing is sent of them and they do not
+      change. Counts in the group's size.
+    :param allow_state_sharing: let others download this peer's state; None: unless in client mode or auxiliary. See
+      :attr:`allow_state_sharing`.
+    :param declare_state_period: time after which the peer declares itself anew as one to download the state from
+    :param max_state_age: a peer that joins gets a copy of the state that is not older than its request. While others
+      still download a copy, it shares theirs if that is at most this old, since there is one at a time; None: however
+      old it is. With a state that takes longer to download, newcomers may be sent to other donors.
+    :param client_mode: this peer cannot be dialed; it only joins groups that others lead. None: as the DHT.
+    :param daemon: False is allowed only if the DHT, whose process the averager shares, was made so
+    :param shutdown_timeout: time that :meth:`shutdown` waits for the service to end
+    :param apply_when: "ready": write each average as soon as its round has committed, on a thread of the averager;
+      update the tensors inside :meth:`get_tensors` then. "called": write it when :meth:`apply_average` or :meth:`step`
+      is called, on the caller's thread; updates need no lock.
+    :param detect_lost_updates: a debug switch: compare all elements of tensors on the CPU, to warn of the first that is
+      updated while the averager copies or writes it. Without it, what torch's own count of in-place updates shows is
+      warned of. Takes twice the memory of the tensors, and several times as long under the lock.
+
+    Subclasses may override every public method. A class that defines a method by which hivemind's averager is changed
+    and which nothing calls here (``_aggregate_with_group``, ``rpc_...``, see :mod:`~shoal.averaging.overriding`) is an
+    InvalidTypeError.
+
+    :raises InvalidValueError: (a ValueError) a value out of range, parameters that contradict each other, or a prefix
+      that is in use on this ``dht``
+    :raises InvalidTypeError: (a TypeError) tensors that cannot be averaged, or a parameter of the wrong type
+    """
+
+    serializer = MSGPackSerializer
+    """Encodes what is given to ``step(gather=...)``: anything with ``dumps``, which makes bytes, and ``loads``."""
+
+    def __init__(
+        self,
+        averaged_tensors: AveragedTensors,
+        dht: DHT,
+        *,
+        start: bool,
+        prefix: str,
+        target_group_size: int | None = None,
+        min_group_size: int = 2,
+        initial_group_bits: str = "",
+        min_matchmaking_time: float = MIN_MATCHMAKING_TIME,
+        request_timeout: float = REQUEST_TIMEOUT,
+        averaging_alpha: float = 1.0,
+        part_size_bytes: int = DEFAULT_PART_SIZE_BYTES,
+        allreduce_timeout: float | None = None,
+        next_chunk_timeout: float | None = None,
+        sender_timeout: float | None = None,
+        reducer_timeout: float | None = None,
+        compression: CompressionBase = NoCompression(),
+        state_compression: CompressionBase = NoCompression(),
+        tensor_infos: Sequence[CompressionInfo] | None = None,
+        bandwidth: float | None = None,
+        min_vector_size: int = 0,
+        auxiliary: bool = False,
+        allow_state_sharing: bool | None = None,
+        declare_state_period: float = DEFAULT_DECLARE_STATE_PERIOD,
+        max_state_age: float | None = DEFAULT_MAX_STATE_AGE,
+        client_mode: bool | None = None,
+        daemon: bool = True,
+        shutdown_timeout: float = 5,
+        apply_when: ApplyWhen = "ready",
+        detect_lost_updates: bool = False,
+    ) -> None:
+        if not isinstance(dht, DHT):
+            raise InvalidTypeError(f"dht={dht!r}: a shoal.DHT is allowed, not {type(dht).__name__}")
+        start, daemon = check_flag("start", start), check_flag("daemon", daemon)
+        detect_lost_updates = check_flag("detect_lost_updates", detect_lost_updates)
+        check_choice("apply_when", apply_when, APPLY_WHEN)
+        averaging_alpha = check_number("averaging_alpha", averaging_alpha, above=0, maximum=MAX_ALPHA)
+        shutdown_timeout = check_number(
+            "shutdown_timeout", shutdown_timeout, minimum=0, maximum=threading.TIMEOUT_MAX
+        )
+        self.__config = AveragerConfig(
+            prefix=prefix,
+            matchmaking=matchmaking_config(
+                target_group_size, min_group_size, min_matchmaking_time, request_timeout
+            ),
+            client_mode=client_mode,
+            auxiliary=auxiliary,
+            initial_group_bits=initial_group_bits,
+            part_size_bytes=part_size_bytes,
+            min_vector_size=min_vector_size,
+            allreduce_timeout=allreduce_timeout,
+            next_chunk_timeout=next_chunk_timeout,
+            sender_timeout=sender_timeout,
+            reducer_timeout=reducer_timeout,
+            bandwidth=bandwidth,
+            allow_state_sharing=allow_state_sharing,
+            declare_state_period=declare_state_period,
+            max_state_age=max_state_age,
+        )
+        if (
+            known := dht._last_description
+        ) is not None:  # else, or if that has changed, the start finds it out
+            settle_modes(self.__config, known.client_mode)
+        if not daemon and dht.daemon:
+            raise InvalidValueError(
+                "daemon=False: the averager lives in the background process of its DHT, which was made with daemon=True"
+            )
+        check_codec("compression", compression)
+        check_codec("state_compression", state_compression)
+        named, source = take_tensors(averaged_tensors)
+        tensors, labels = named.tensors, named.labels
+        check_tensors(tensors, labels)
+        infos = check_infos(tensors, tensor_infos)
+        self.__pid = os.getpid()
+        self.dht = dht
+        self.__schema = TensorSchema.from_tensors(tensors, choose_codecs(tensors, compression, infos))
+        layout = Layout.from_schema(self.__schema)
+        Partition.create(
+            layout, [layout.data_nbytes], part_size_bytes
+        )  # raises if there would be too many parts
+        store = TensorStore(
+            tensors,
+            layout,
+            labels,
+            source,
+            name=prefix,
+            watch=UpdateWatch(
+                prefix,
+                WATCH_ADVICE[apply_when],
+                labels=labels,
+                compares=detect_lost_updates,
+                updates_while_copying=apply_when == "called",
+            ),
+        )
+        self.__source: TensorSource | None = (
+            source  # the store refers to it weakly: it may refer to the averager
+        )
+        self.__usage = UsageWatch(store.tensors, labels, prefix) if source is None and not auxiliary else None
+        warn_of_frozen(named, prefix)
+        self.__infos = infos
+        self.__states = StateHost(
+            self, store, prefix=prefix, compression=state_compression, allowed=allow_state_sharing
+        )
+        self.__keeper = TensorKeeper(
+            store, layout, float(averaging_alpha), auxiliary, self.__states, prefix, apply_when
+        )
+        given = given_times(
+            min_matchmaking_time=min_matchmaking_time,
+            request_timeout=request_timeout,
+            allreduce_timeout=allreduce_timeout,
+            next_chunk_timeout=next_chunk_timeout,
+            sender_timeout=sender_timeout,
+            reducer_timeout=reducer_timeout,
+            declare_state_period=declare_state_period,
+        )
+        self.__order = OrderOfTimes(prefix, given)
+        self.__order.check(RECORD_TIME, dht._setup.config.max_expiration / 2)
+        self.__steps = Steps(self.__keeper, self.__config.matchmaking, prefix, self.__order)
+        self.__shutdown_timeout = shutdown_timeout
+        self.__started: MPFuture[ServiceHandle] | None = None
+        self.__finalizer: weakref.finalize[..., Any] | None = None
+        if start:
+            self.run_in_background()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        check_overrides(cls, DecentralizedAverager)
+
+    # life
+
+    def run_in_background(self, await_ready: bool = True, timeout: float | None = None) -> None:
+        """Start the averager in the background process of its DHT, as soon as that is ready.
+
+        :param await_ready: wait until it can take steps, for up to ``timeout`` seconds, the wait for the DHT included
+        :raises InvalidStateError: it was started before, or the DHT is not running
+        :raises TimeoutError: it was not ready in time; it is shut down
+        """
+        await_ready = check_flag("await_ready", await_ready)
+        timeout = _check_timeout(timeout)
+        if self.__started is not None:
+            raise InvalidStateError("this averager was started already")
+        setup = pickling.dumps((user_codecs(), self.__config, self.__schema), "the averager's setup")
+        factory = partial(create_averager_service, setup, self.dht.service_name)
+        begin = partial(_create_service, self.dht.background, factory, self.__config, self.__keeper)
+        creation = chain(self.dht._describe_later(), begin)
+        self.__started = MPFuture(explain=creation.why_late)
+        self.__finalizer = weakref.finalize(self, close_in_background, creation, self.__keeper)
+        self.__finalizer.atexit = (
+            False  # the end of the interpreter ends the background process and all in it
+        )
+        attach = partial(attach_arena, self.__started, self.__keeper)
+        strand = self.__keeper.strand
+        # Past the dispatch of MPFuture: callbacks of users may be waiting on that thread for this very averager.
+        Future.add_done_callback(creation, lambda creation: strand.submit(partial(attach, creation)))
+        if await_ready:
+            try:
+                self.wait_until_ready(timeout)
+            except BaseException:
+                self.shutdown()
+                raise
+
+    def wait_until_ready(self, timeout: float | None = None) -> None:
+        """Wait until steps can be taken, for up to ``timeout`` seconds.
+
+        :raises TimeoutError: not in time; the start goes on
+        :raises InvalidStateError: not started, or shut down
+        :raises InvalidValueError: client_mode=False, and the DHT turned out to be in client mode
+        """
+        timeout = _check_timeout(timeout)
+        started = self.__started
+        if started is None:
+            raise InvalidStateError("this averager is not started; call run_in_background() first")
+        try:
+            started.result(timeout)
+        except TimeoutError as error:
+            if started.done() or isinstance(error, PeerProcessUnresponsive):
+                raise  # the start's own failure, or the reason why it takes so long
+            raise DeadlineExceeded(f"the averager was not ready after {timeout:g} s") from error
+
+    def shutdown(self) -> None:
+        """End the averager: steps that run are cancelled, groupmates learn it at once. Idempotent; the DHT runs on."""
+        if self.__finalizer is None or os.getpid() != self.__pid:
+            return  # in a forked child it is the parent's
+        registered = self.__finalizer.detach()
+        if registered is not None:
+            _, _, (creation, keeper), _ = registered
+            close(creation, keeper, self.__shutdown_timeout)
+
+    def is_alive(self) -> bool:
+        """Whether steps can be taken, or will be when it is ready; False once the start has failed."""
+        if self.__started is None or self.__finalizer is None or os.getpid() != self.__pid:
+            return False
+        has_failed = self.__started.done() and self.__started.exception() is not None
+        return not has_failed and self.__finalizer.alive and self.dht.is_alive()
+
+    def __enter__(self) -> DecentralizedAverager:
+        if self.__started is None:
+            self.run_in_background()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def __repr__(self) -> str:
+        state = "alive" if self.is_alive() else "not started" if self.__started is None else "ended"
+        return f"<DecentralizedAverager {self.prefix!r} of {self.total_size} elements, {state}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise InvalidTypeError(
+            "a DecentralizedAverager can't be pickled or copied: it belongs to this process; make one in each process"
+        )
+
+    if not TYPE_CHECKING:
+        __getattr__ = attributes_with_advice("DecentralizedAverager")
+
+    # properties
+
+    @property
+    def peer_id(self) -> PeerID:
+        """The identity of the DHT's node, also after its end; waits until that is ready."""
+        return self.dht.peer_id
+
+    @property
+    def prefix(self) -> str:
+        """As given: averagers of one prefix, and with tensors of the same shapes, average with each other."""
+        return self.__config.prefix
+
+    @property
+    def client_mode(self) -> bool:
+        """Whether this averager only joins groups that others lead: it was told to, or nobody can dial its DHT. After
+        the DHT's end: as it was last known.
+        """
+        return bool(self.__config.client_mode) or self.dht.client_mode
+
+    @property
+    def mode(self) -> PeerMode:
+        """What this peer does in a group: ``AveragingMode.NODE``, ``CLIENT`` or ``AUX``."""
+        return PeerMode.CLIENT if self.client_mode else self.__config.mode
+
+    @property
+    def total_size(self) -> int:
+        """Number of elements that are averaged."""
+        return self.__keeper.layout.numel
+
+    @property
+    def bandwidth(self) -> float | None:
+        """As given, in Mbit/s; like all that was given to the constructor it cannot be set later."""
+        return self.__config.bandwidth
+
+    @property
+    def next_chunk_timeout(self) -> float | None:
+        """As given, in seconds."""
+        return self.__config.next_chunk_timeout
+
+    @property
+    def declare_state_period(self) -> float:
+        """As given, in seconds."""
+        return self.__config.declare_state_period
+
+    @property
+    def state_compression(self) -> CompressionBase:
+        """As given."""
+        return self.__states.compression
+
+    @property
+    def tensor_infos(self) -> Sequence[CompressionInfo] | None:
+        """As given, as a tuple; None: none were."""
+        return self.__infos
+
+    @property
+    def shutdown_timeout(self) -> float:
+        """As given, in seconds."""
+        return self.__shutdown_timeout
+
+    @property
+    def last_report(self) -> RoundReport | None:
+        """What happened in the last step that has finished."""
+        return self.__keeper.last_report
+
+    @property
+    def last_loaded_state(self) -> StateReport | None:
+        """Whose state :meth:`load_state_from_peers` has returned last, and how old it was; None: none yet."""
+        return self.__states.last_loaded
+
+    # state
+
+    @property
+    def allow_state_sharing(self) -> bool:
+        """Whether other peers may download this one's state. Setting it acts at once: when False has been set, new
+        requests are refused; downloads under way get the rest of what they began.
+
+        :raises InvalidValueError: on setting True in client mode, where nobody can dial this peer
+        """
+        allowed = self.__states.allowed
+        return self.mode is PeerMode.FULL if allowed is None else allowed
+
+    @allow_state_sharing.setter
+    def allow_state_sharing(self, value: bool) -> None:
+        self.__check_process()
+        value = check_flag("allow_state_sharing", value)
+        if value and self.client_mode:
+            raise InvalidValueError(
+                "allow_state_sharing=True: this averager is in client mode, so others can't dial it; False is allowed"
+            )
+        self.__states.switch(allowed=value)
+
+    @property
+    def state_sharing_priority(self) -> float:
+        """Others download the state from peers with the highest priority first; 0 at first. Setting it acts at once.
+
+        :raises InvalidValueError: on setting, not finite, or not 0 in client mode
+        """
+        return self.__states.priority
+
+    @state_sharing_priority.setter
+    def state_sharing_priority(self, value: float) -> None:
+        self.__check_process()
+        value = check_number("state_sharing_priority", value)
+        if value and self.client_mode:
+            raise InvalidValueError(
+                f"state_sharing_priority={value}: this averager is in client mode, so it shares no state; 0 is allowed"
+            )
+        self.__states.switch(priority=float(value))
+
+    def get_current_state(
+        self,
+    ) -> tuple[Any, Sequence[torch.Tensor]] | tuple[Any, Sequence[torch.Tensor], Any]:
+        """What a peer that joins downloads; meant to be overridden.
+
+        Called in the host process, on a thread for this alone (also while ``__init__`` of a subclass still runs after
+        ``super().__init__(start=True)``), with the lock of :meth:`get_tensors` held; that is kept until what was
+        returned is copied, so that no round writes meanwhile, and nothing needs to be cloned. A large state that takes
+        more memory than was made ready for it (as much as the last copy took; before the first one, as much as the
+        averaged tensors) is asked for twice. What is not among the averaged tensors is the subclass's to protect. If it
+        raises, or returns something else, a warning says so here, and the peer that asked is sent to the next donor.
+
+        :returns: metadata that :attr:`serializer` encodes (None and empty ones are fine; 16 MiB at most), any number of
+          dense tensors of any usual dtype, shape and device, and optionally a CompressionInfo for each (or None).
+          Floating tensors travel with ``state_compression``, others as they are.
+        """
+        bits = self.get_group_bits() if self.is_alive() else self.__config.initial_group_bits
+        with self.get_tensors() as tensors:
+            return {"group_key": group_key(self.prefix, str(bits))}, tensors, self.__infos
+
+    @overload
+    def load_state_from_peers(
+        self, wait: Literal[True] = True, timeout: float | None = None, *, progress: bool = False
+    ) -> State | None: ...
+
+    @overload
+    def load_state_from_peers(
+        self, wait: bool, timeout: float | None = None, *, progress: bool = False
+    ) -> State | MPFuture[State | None] | None: ...
+
+    def load_state_from_peers(
+        self, wait: bool = True, timeout: float | None = None, *, progress: bool = False
+    ) -> State | MPFuture[State | None] | None:
+        """Download the state of another peer: that with the highest :attr:`state_sharing_priority` which can give it.
+
+        Nothing is written into the averaged tensors: copy what is returned to where it belongs. All of the tensors lie
+        in one block of memory, which is freed with the last of them. A round that began before adds
+        what it changed to the state that you have copied. Let it end first, and with ``apply_when="called"`` call
+        :meth:`apply_average` before you copy.
+
+        :param wait: return the state; otherwise return at once a future of it, that can be awaited and cancelled
+        :param timeout: seconds until all of it has come and is verified; None: until then, or until nobody is left to
+          ask. The metadata (16 MiB at most) are decoded after that.
+        :param progress: show a progress bar on stderr
+        :returns: metadata and tensors as the donor's :meth:`get_current_state` returned them, on the CPU, verified by
+          their SHA-256; or None, after a warning that says whom was asked and what each answered. It is not older than
+          this call, unless others were still downloading it; see :attr:`last_loaded_state`
+        :raises InvalidValueError: ``timeout`` out of range
+        :raises InvalidStateError: not started, shut down (meanwhile), or ``wait=True`` inside :meth:`get_tensors`
+        :raises PeerProcessDied: the background process has ended
+        :raises PeerProcessUnresponsive: it is stopped, or gives no sign of life, and ``timeout`` has passed
+        """
+        wait, progress = check_flag("wait", wait), check_flag("progress", progress)
+        if timeout is not None:
+            timeout = check_number("timeout", timeout, above=0)
+            self.__order.check(LOAD_TIMEOUT, timeout)
+        if wait:
+            self.__check_lock("load_state_from_peers(wait=True)")
+        loading = self.__states.load(self.__ready(timeout), timeout, progress=progress)
+        if not wait:
+            return loading
+        try:
+            return loading.result()
+        except BaseException:
+            loading.cancel()  # Ctrl+C: the donor's slot is for others
+            raise
+
+    async def rpc_download_state(
+        self, _request: Any = None, _context: Any = None
+    ) -> AsyncIterator[DownloadData]:
+        """What a peer that downloads this one's state is sent: the serialized metadata first, then the tensors' encoded
+        parts. Nothing if :attr:`allow_state_sharing` is False. The parameters are those of hivemind's method and mean
+        nothing: peers are served in the background process, and not by this method, which is here for a look at it.
+
+        Raises whatever :meth:`get_current_state` raises, and a UsageError if what it returns can't be sent.
+        """
+        if self.allow_state_sharing:
+            async for piece in state_pieces(self.__states.capture):
+                yield piece
+
+    # groups
+
+    def get_group_bits(self, wait: bool = True) -> str | MPFuture[str]:
+        """The bits under which this peer looks for its next group, without the prefix.
+
+        :param wait: return them; otherwise return at once a future that can be awaited
+        :raises InvalidStateError: not started or shut down
+        """
+        wait = check_flag("wait", wait)
+        bits: MPFuture[str] = self.__ready().call(GetGroupBits())
+        return bits.result() if wait else bits
+
+    def set_group_bits(self, group_bits: str, wait: bool = True) -> MPFuture[None] | None:
+        """Look for groups among the peers with these bits from now on, in a search that has no group yet as well;
+        while a round runs, from the next one on.
+
+        After each round the bits change, so that peers who start from a full grid of bits meet new ones in every round.
+        Without a full grid some may find no partners, in one step after the other: nobody looks under other bits.
+
+        :param group_bits: '0' and '1', at most 64; empty: back to automatic, where the bits follow the number of peers
+        :param wait: return when it is done; otherwise return at once a future that can be awaited
+        :raises InvalidValueError: other characters, or too many
+        :raises InvalidStateError: not started or shut down
+        """
+        group_bits, wait = check_bits("group_bits", group_bits), check_flag("wait", wait)
+        done: MPFuture[None] = self.__ready().call(SetGroupBits(group_bits))
+        return done.result() if wait else done
+
+    # averaging
+
+    def get_tensors(self) -> TensorsBlock[HeldTensors]:
+        """Hold the averager's lock (re-entrant) and yield the averaged tensors: the very objects that were
+        given; of a module or a function, those that it has now. Change them in place (``tensors[0] += 1``),
+        parameters under :class:`torch.no_grad`.
+
+        While steps run in the background, the trainer's update belongs inside: ``with averager.get_tensors():
+        optimizer.step()``. An update outside that meets the writing of an average would undo it, or be undone by it,
+        in some elements; with ``apply_when="called"`` none meets it. A storage may be resized or replaced between
+        rounds, inside too: a round finds those of all elements, of the same shapes, or fails.
+
+        Waits for a copy that is under way at most, never for the network. While the lock is held no round
+        takes or writes the tensors; hold it shortly. Do not call ``step(wait=True)`` inside.
+        """
+        self.__check_process()
+        return TensorsBlock(self.__hold_tensors())
+
+    @contextmanager
+    def __hold_tensors(self) -> Iterator[HeldTensors]:
+        store = self.__keeper.store
+        with store.hold() as tensors:
+            try:
+                yield tensors
+            finally:
+                store.mark_stream()
+
+    def step(
+        self,
+        gather: Any = None,
+        scheduled_time: float | None = None,
+        weight: float | None = None,
+        timeout: float | None = None,
+        allow_retries: bool = True,
+        require_trigger: bool = False,
+        wait: bool = True,
+        *,
+        when_busy: WhenBusy = "queue",
+    ) -> dict[PeerID, Any] | StepControl | None:
+        """Find a group and average with it once.
+
+        With ``apply_when="called"``, an average that waits for :meth:`apply_average` is written first. With
+        ``wait=True``, so is that of this step, before the call returns.
+
+        :param gather: sent to every member of the group; anything that :attr:`serializer` encodes, at most
+          512 KiB. The leader sends what all n members gathered to each of them before the round, which fails if
+          that (n * n times the size) takes more than some seconds.
+        :param scheduled_time: when all-reduce is expected to begin (:func:`~shoal.utils.get_dht_time`
+          seconds, at most a day ahead); a group that is not full waits for further peers until then. Default: in
+          ``min_matchmaking_time`` seconds, or when four fifths of a shorter ``timeout`` have passed.
+        :param weight: of this peer in the average, at most 1e300; 0: contributes nothing, but takes the average;
+          default: 1. Of no effect if ``auxiliary``.
+        :param timeout: seconds for finding a group, from now on, the wait for earlier steps included; None:
+          search until one is found
+        :param allow_retries: look for another group within ``timeout`` if the round fails, after a pause that grows
+          from 0.1 to 5 seconds, unless this peer's own tensors are the reason (NaN, another shape than before)
+        :param require_trigger: let the group wait until :meth:`StepControl.allow_allreduce` is called; needs
+          ``wait=False``
+        :param wait: return when finished; otherwise return a :class:`StepControl` at once
+        :param when_busy: while an earlier step is under way, "queue" runs this one after it, and "current" returns that
+          one, or waits for it. The other parameters are of no effect then.
+        :returns: with ``wait=True`` what each member gathered, ``{PeerID: data}`` (None where it cannot be
+          read, with a warning), or None if the step failed: then the tensors are as they were, a warning says
+          why (an error from the fifth failure in a row on), and so does :attr:`last_report`
+        :raises InvalidValueError: a parameter out of range
+        :raises InvalidTypeError: ``gather`` can't be encoded, or :attr:`serializer` makes no bytes of it
+        :raises InvalidStateError: not started, shut down, ``wait=True`` inside :meth:`get_tensors`, or an average that
+          waits can't be written, as of :meth:`apply_average`
+        :raises PeerProcessDied: the background process has ended
+        :raises PeerProcessUnresponsive: it is stopped, or gives no sign of life, and ``timeout`` has passed
+        """
+        wait = check_flag("wait", wait)
+        if wait and require_trigger:
+            raise InvalidValueError(
+                "require_trigger=True needs wait=False: with wait=True nobody could trigger it"
+            )
+        if wait:
+            self.__check_lock("step(wait=True)")
+        if self.__usage is not None:
+            self.__usage.check()
+        begin = partial(
+            self.__steps.begin,
+            self.__ready(timeout),
+            self.serializer,
+            gather=gather,
+            scheduled_time=scheduled_time,
+            weight=weight,
+            timeout=timeout,
+            allow_retries=allow_retries,
+            require_trigger=require_trigger,
+            when_busy=when_busy,
+            wait=wait,
+        )
+        writer = self.__keeper.writer
+        if not wait:
+            writer.apply()
+            return begin()[0]
+        with writer.caller_in_step():
+            return self.__steps.wait_for(*begin())
+
+    def apply_average(self) -> bool:
+        """Write the average of a round that has committed, if one is there; for ``apply_when="called"``.
+
+        Call it between two training steps: after :meth:`torch.optim.Optimizer.step` and before the next forward pass.
+        The average is written on this thread, and what the trainer has changed since the round began is kept. No
+        update can get lost, and no forward pass has begun with other values. Where one has all the same, autograd
+        raises an error in its backward pass.
+
+        :returns: whether there was one
+        :raises InvalidStateError: made with ``apply_when="ready"``; not started, shut down; or the average can't be
+          written, since a tensor has another shape now, for instance: it is dropped then
+        """
+        if not self.__keeper.writer.on_call:
+            raise InvalidStateError(
+                "apply_average() needs an averager that is made with apply_when='called'; this one writes each average "
+                "as soon as it is ready"
+            )
+        self.__check_running()
+        return self.__keeper.writer.apply()
+
+    def __check_process(self) -> None:
+        """In a forked child the tensors are copies that are never averaged, and the locks may be held for ever."""
+        if os.getpid() != self.__pid:
+            raise InvalidStateError(
+                f"this averager belongs to process {self.__pid}, and this is process {os.getpid()}, which was forked "
+                "from it; use it there, or make one here"
+            )
+
+    def __check_lock(self, call: str) -> None:
+        if self.__keeper.store.held_by_this_thread:
+            raise InvalidStateError(
+                f"{call} inside get_tensors() would wait for a lock that this thread holds; "
+                "leave the block first or use wait=False"
+            )
+
+    def __ready(self, timeout: float | None = None) -> ServiceHandle:
+        """The service, once it has started. A start takes the time that it takes, as long as its process lives.
+
+        :raises PeerProcessUnresponsive: that does not, and ``timeout`` has passed
+        """
+        started = self.__check_running()
+        _check_timeout(timeout)
+        while True:
+            try:
+                return started.result(timeout)
+            except TimeoutError as error:
+                if started.done() or isinstance(error, PeerProcessUnresponsive):
+                    raise
+                timeout = START_LOOK_PERIOD
+
+    def __check_running(self) -> MPFuture[ServiceHandle]:
+        self.__check_process()
+        if self.__started is None or self.__finalizer is None:
+            raise InvalidStateError("this averager is not started; call run_in_background() first")
+        if not self.__finalizer.alive:
+            raise InvalidStateError("this averager was shut down")
+        return self.__started
+
+
+def _create_service(
+    process: BackgroundProcess,
+    factory: ServiceFactory,
+    config: AveragerConfig,
+    keeper: TensorKeeper,
+    dht: NodeDescription,
+) -> MPFuture[ServiceHandle]:
+    """The DHT is ready: what depends on it is settled, and the service can be made."""
+    keeper.states.settle(default=settle_modes(config, dht.client_mode) is PeerMode.FULL)
+    keeper.creation = process.create_service(factory, name=f"averager {config.prefix}", handler=keeper.handle)
+    return keeper.creation
+
+
+def _check_timeout(timeout: float | None) -> float | None:
+    return (
+        None
+        if timeout is None
+        else check_number("timeout", timeout, minimum=0, maximum=threading.TIMEOUT_MAX)
+    )
+
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of_hivemind(__name__)

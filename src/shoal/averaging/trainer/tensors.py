@@ -1,0 +1,404 @@
+"""The user's tensors and the lock around them: the only file that reads and writes their values.
+
+A round takes a *snapshot* of the tensors into an arena (:class:`~.partition.Layout`), and, when it commits,
+*applies* the average that came of it. Both run in the host process, under the lock, for as long as copying
+takes. Between them the trainer may change the tensors; what it adds is kept.
+
+Neither uses torch's intra-op thread pool for tensors on the CPU (numpy's copies, and pieces too small for the
+pool), so that the trainer keeps its cores. Writes go through ``tensor.data``, which has a version counter of
+its own: autograd does not see them, and a round may land between forward and backward. (:mod:`.pending` has averages
+written when the user calls, and tells autograd.)
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from shoal.averaging.partition import Layout
+from shoal.averaging.trainer.current import CurrentTensors, Unchanged
+from shoal.averaging.trainer.locks import MemoryGuard
+from shoal.averaging.trainer.lost_updates import UpdateWatch
+from shoal.averaging.trainer.sources import HeldTensors, TensorSource
+from shoal.compression.base import UINT8, tensor_array
+from shoal.compression.finite import is_finite
+from shoal.errors import InvalidValueError
+
+logger = logging.getLogger(__name__)
+
+Area: TypeAlias = torch.Tensor | memoryview | bytearray
+"""An arena of ``layout.nbytes`` bytes: a one-dimensional uint8 CPU tensor, or writable memory."""
+
+CHUNK_NBYTES = 1 << 20
+MERGE_ELEMENTS = 1 << 15
+"""What is computed on at a time: the most elements for which torch does not wake its intra-op threads."""
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {size: np.dtype(f"i{size}") for size in _INTEGERS}
+_CPU = torch.device("cpu")
+
+Bits: TypeAlias = npt.NDArray[Any]
+"""The elements of a tensor in the CPU's memory, as integers of their size: a flat view that can be written."""
+
+
+class TensorStore:
+    """The averaged tensors of one averager, referred to as objects: their storage may be replaced between
+    rounds. With a source, the objects too: they are found anew whenever they are read or written.
+
+    :param tensors: that have passed :func:`~.schema.check_tensors`
+    :param labels: what errors call each of them; default: by number
+    :param source: referred to weakly; its owner is the averager, to which it may refer
+    :param name: of the averager, for people
+    :param watch: notices updates while the lock is held here; default: with no advice
+    :raises InvalidValueError: the memory of a tensor is read-only
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        layout: Layout,
+        labels: Sequence[str] | None = None,
+        source: TensorSource | None = None,
+        *,
+        name: str = "",
+        watch: UpdateWatch | None = None,
+    ) -> None:
+        self.layout = layout
+        self.labels = labels or tuple(f"averaged_tensors[{index}]" for index in range(len(tensors)))
+        self._current = CurrentTensors(tensors, layout, self.labels, source)
+        self._guard = MemoryGuard(self._current.known, name)
+        self._watch = UpdateWatch(name, labels=self.labels) if watch is None else watch
+        self._name = name
+        self._has_warned_of_temporary = False
+        self._cuda: dict[torch.device, CudaCopier] = {}
+        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+            self._cuda_copier(device)
+
+    @property
+    def tensors(self) -> HeldTensors:
+        """The tensors as they are now.
+
+        :raises UsageError: of a source: they are not what they were, or cannot be averaged; names the tensor
+        """
+        return self._current.tensors
+
+    @contextmanager
+    def hold(
+        self, timeout: float | None = None, abandoned: Callable[[], bool] | None = None
+    ) -> Iterator[HeldTensors]:
+        """As :meth:`lock`, and yield the tensors; raises what :attr:`tensors` does, too."""
+        with self.lock(timeout, abandoned):
+            yield self.tensors
+
+    def lock(
+        self, timeout: float | None = None, abandoned: Callable[[], bool] | None = None
+    ) -> AbstractContextManager[None]:
+        """Hold the lock (re-entrant); parameters and errors as of :meth:`.MemoryGuard.hold`."""
+        return self._guard.hold(timeout, abandoned)
+
+    @property
+    def held_by_this_thread(self) -> bool:
+        return self._guard.held_by_this_thread
+
+    def mark_stream(self) -> None:
+        """Remember this thread's current CUDA streams as the trainer's: copies are ordered after what it has
+        enqueued there.
+
+        Call it on the trainer's thread whenever a step is triggered and when the lock was held by it; without
+        it, each device's default stream counts.
+        """
+        for copier in self._cuda.values():
+            copier.mark_stream()
+
+    def snapshot(
+        self, area: Area, *, timeout: float | None = None, abandoned: Callable[[], bool] | None = None
+    ) -> None:
+        """Copy every tensor into the arena under the lock.
+
+        Raises :class:`DeadlineExceeded` if the lock is not free in time, :class:`InvalidStateError` if the wait for it
+        was ``abandoned``, or naming the tensor if one has changed its shape or dtype, has lost its memory, or shares
+        it with another one now. Says nothing of NaN: see :func:`first_non_finite`.
+        """
+        targets = self._slots(area)  # before the lock: whoever waits for it, waits for copies alone
+        watch = self._watch
+        with self._hold_unchanged(timeout, abandoned) as now:
+            self._guard.begin_round()
+            for index, (tensor, target) in enumerate(zip(now.data, targets, strict=True)):
+                if _is_plain(tensor):
+                    np.copyto(target, tensor_array(tensor, target.dtype))
+                elif tensor.is_cuda:
+                    self._cuda_copier(tensor.device).read(tensor, _elements(target, tensor.dtype))
+                else:
+                    _elements(target, tensor.dtype).view(tensor.shape).copy_(tensor)
+                if watch.checks_copies:
+                    watch.check_copy(index, tensor, _elements(target, tensor.dtype))
+
+    def apply(
+        self,
+        snapshot: Area,
+        average: Area,
+        alpha: float = 1.0,
+        *,
+        abandoned: Callable[[], bool] | None = None,
+    ) -> None:
+        """Move every tensor by ``alpha`` times what the round changed, under the lock.
+
+        Where ``alpha`` is 1 and an element still has the bits that it had in the snapshot (so that a NaN
+        equals itself, and 0.0 is not -0.0), the average itself is written. Elsewhere the element becomes
+        ``element + alpha * (average - snapshot)``, computed in float32 or wider, which is infinite only if the result
+        is beyond the range. Where the snapshot was not finite (its weight was 0), there is no way to go: the average
+        itself is written, unless the trainer has put a finite value there since, which stays. Raises as
+        :meth:`snapshot` does, but for the time, before anything was written.
+        """
+        merge = _Merge(alpha)
+        before, after = self._slots(snapshot), self._slots(average)
+        watch = self._watch
+        # The trainer's own infinities are not ours to report.
+        with self._hold_unchanged(None, abandoned) as now, np.errstate(all="ignore"):
+            self._guard.end_round()
+            if now.temporary:
+                self._warn_of_temporary()
+            with watch.writing(now.tensors):
+                for index, (tensor, old, new) in enumerate(zip(now.data, before, after, strict=True)):
+                    watch.write(index, tensor, partial(self._move, old=old, new=new, merge=merge))
+
+    def _warn_of_temporary(self) -> None:
+        if not self._has_warned_of_temporary:
+            self._has_warned_of_temporary = True
+            logger.warning(
+                "%s: averaged_tensors, the function, returned tensors that nothing else has, so that their averages "
+                "reach nothing: copies (clone(), float(), cpu()) or results of a computation. It must return the "
+                "tensors that are trained, or views of them (detach(), to_local(), [:10])",
+                self._name,
+            )
+
+    def _move(self, tensor: torch.Tensor, old: Bits, new: Bits, merge: _Merge) -> None:
+        """Apply an average to one tensor."""
+        if _is_plain(tensor):
+            merge(tensor_array(tensor, old.dtype), old, new, tensor.dtype)
+        elif tensor.is_cuda:
+            old_elements, new_elements = _elements(old, tensor.dtype), _elements(new, tensor.dtype)
+            self._cuda_copier(tensor.device).merge(tensor, old_elements, new_elements, merge.alpha)
+        else:
+            flat = tensor.to("cpu", copy=True).reshape(-1).contiguous()
+            merge(tensor_array(flat, old.dtype), old, new, tensor.dtype)
+            tensor.copy_(flat.view(tensor.shape))
+
+    @contextmanager
+    def _hold_unchanged(
+        self, timeout: float | None, abandoned: Callable[[], bool] | None
+    ) -> Iterator[Unchanged]:
+        """Hold the lock of the memory where the tensors lie now, and yield :meth:`.CurrentTensors.unchanged`."""
+        while True:
+            with self.lock(timeout, abandoned):
+                now = self._current.unchanged()
+                # Where they lie now, another averager's tensors may lie too, whose lock is not held yet.
+                if not now.moved or not self._guard.look_around():
+                    yield now
+                    return
+
+    def _slots(self, area: Area) -> list[Bits]:
+        """Where in an arena each tensor's elements lie."""
+        memory = tensor_array(self._area(area), UINT8)
+        return [
+            memory[slot.offset : slot.offset + slot.nbytes].view(_BITS[slot.dtype.itemsize])
+            for slot in self.layout.slots
+        ]
+
+    def _area(self, area: Area) -> torch.Tensor:
+        tensor = area if isinstance(area, torch.Tensor) else _as_tensor(area)
+        if tensor.dtype != torch.uint8 or tensor.shape != (self.layout.nbytes,):
+            raise InvalidValueError(
+                f"an arena must have {self.layout.nbytes} bytes; this one is"
+                f" {list(tensor.shape)} {tensor.dtype}"
+            )
+        return tensor
+
+    def _cuda_copier(self, device: torch.device) -> CudaCopier:
+        if device not in self._cuda:
+            self._cuda[device] = CudaCopier(device)
+        return self._cuda[device]
+
+
+class CudaCopier:
+    """Copies between the tensors of one CUDA device and arenas, through pinned memory, in chunks."""
+
+    CHUNK_NBYTES = 4 << 20
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._trainer_stream: torch.cuda.Stream = torch.cuda.default_stream(device)
+        self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pinned: list[torch.Tensor] = []
+
+    def mark_stream(self) -> None:
+        self._trainer_stream = torch.cuda.current_stream(self._device)
+
+    def read(self, tensor: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy a tensor to flat CPU memory; back when it is there."""
+        # A stream of our own, so that the trainer's next kernels need not wait for the bus. It waits for an event
+        # that is recorded on the trainer's stream now.
+        self._copy_stream.wait_stream(self._trainer_stream)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._copy_stream):
+            source = tensor.contiguous().view(-1)
+            arrived: tuple[torch.cuda.Event, torch.Tensor, torch.Tensor] | None = None
+            for number, (piece, goal) in enumerate(
+                zip(self._split(source), self._split(target), strict=True)
+            ):
+                staged = self._staging(number % 2, piece)
+                staged.copy_(piece, non_blocking=True)
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record(self._copy_stream)
+                self._unload(arrived)
+                arrived = (event, staged, goal)
+            self._unload(arrived)
+
+    def merge(self, tensor: torch.Tensor, old: torch.Tensor, new: torch.Tensor, alpha: float) -> None:
+        """As :func:`_merge` for the whole tensor; back when it is done."""
+        # On the trainer's own stream: each element is read and written between two of the trainer's kernels.
+        stream = self._trainer_stream
+        used: list[torch.cuda.Event | None] = [None, None]
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            flat = tensor.contiguous().view(-1)
+            pieces = zip(self._split(flat), self._split(old), self._split(new), strict=True)
+            for number, (piece, old_piece, new_piece) in enumerate(pieces):
+                turn = number % 2
+                previous = used[turn]
+                if previous is not None:
+                    previous.synchronize()
+                moved = []
+                for slot, source in ((turn, old_piece), (2 + turn, new_piece)):
+                    staged = self._staging(slot, source)
+                    np.copyto(_bytes(staged), _bytes(source))
+                    moved.append(staged.to(self._device, non_blocking=True))
+                event = used[turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record(stream)
+                _merge(piece, moved[0], moved[1], alpha)
+            if flat.data_ptr() != tensor.data_ptr():
+                tensor.copy_(flat.view(tensor.shape))
+            stream.synchronize()
+
+    def _split(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
+        return _pieces(flat, self.CHUNK_NBYTES // flat.itemsize)
+
+    def _staging(self, slot: int, like: torch.Tensor) -> torch.Tensor:
+        while len(self._pinned) <= slot:
+            self._pinned.append(torch.empty(self.CHUNK_NBYTES, dtype=torch.uint8, pin_memory=True))
+        return self._pinned[slot][: like.numel() * like.itemsize].view(like.dtype)
+
+    @staticmethod
+    def _unload(arrived: tuple[torch.cuda.Event, torch.Tensor, torch.Tensor] | None) -> None:
+        if arrived is not None:
+            event, staged, goal = arrived
+            event.synchronize()
+            np.copyto(_bytes(goal), _bytes(staged))
+
+
+def first_non_finite(layout: Layout, area: Area) -> int | None:
+    """Index of the first tensor of a snapshot that has NaN or infinite elements; needs no lock."""
+    source = area if isinstance(area, torch.Tensor) else _as_tensor(area)
+    for section in layout.sections:
+        view = source[section.offset : section.offset + section.nbytes].view(section.dtype)
+        for number, piece in enumerate(_pieces(view, MERGE_ELEMENTS)):
+            if not is_finite(piece):
+                element = number * MERGE_ELEMENTS + int(piece.isfinite().logical_not().nonzero()[0])
+                place = section.offset + element * section.dtype.itemsize
+                return bisect_right(layout.slots, place, key=lambda slot: slot.offset) - 1
+    return None
+
+
+class _Merge:
+    """:func:`_merge` on the CPU, in chunks; those that the trainer did not touch are only copied."""
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+        self._scratch = {size: np.empty(MERGE_ELEMENTS, dtype=f"f{size}") for size in (4, 8)}
+
+    def __call__(self, bits: Bits, old: Bits, new: Bits, dtype: torch.dtype) -> None:
+        for chunk in _slices(len(bits), CHUNK_NBYTES // bits.itemsize):
+            if self.alpha == 1 and _equal(bits[chunk], old[chunk]):
+                np.copyto(bits[chunk], new[chunk])
+                continue
+            for piece in _slices(chunk.stop, MERGE_ELEMENTS, chunk.start):
+                if bits.itemsize == 2:
+                    current, before, after = (_elements(array[piece], dtype) for array in (bits, old, new))
+                    _merge(current, before, after, self.alpha)
+                else:
+                    self._merge_wide(bits[piece], old[piece], new[piece])
+
+    def _merge_wide(self, bits: Bits, old_bits: Bits, new_bits: Bits) -> None:
+        """For float32 and float64, where numpy takes half the time."""
+        alpha, moved = self.alpha, self._scratch[bits.itemsize][: len(bits)]
+        current, old, new = (array.view(moved.dtype) for array in (bits, old_bits, new_bits))
+        np.subtract(new, old, out=moved)
+        if alpha != 1:
+            np.multiply(moved, alpha, out=moved)
+        np.add(moved, current, out=moved)
+        finite = np.isfinite(moved)
+        if not finite.all():
+            half = old.dtype.type(0.5)  # of finite values: differences of halves stay in range
+            carefully = 2 * (current * half + alpha * (new * half - old * half))
+            rescued = np.where(np.isfinite(current), current, new)
+            np.copyto(moved, np.where(np.isfinite(old), carefully, rescued), where=~finite)
+        if alpha == 1:
+            np.copyto(moved, new, where=np.equal(bits, old_bits))
+        np.copyto(current, moved)
+
+
+def _equal(first: Bits, second: Bits) -> bool:
+    head = 256  # an optimizer's step changes nearly every element: seldom is more than this looked at in vain
+    if first[:head].tobytes() != second[:head].tobytes():
+        return False
+    return len(first) <= head or np.array_equal(first, second)
+
+
+def _merge(current: torch.Tensor, old: torch.Tensor, new: torch.Tensor, alpha: float) -> None:
+    """The rule of :meth:`TensorStore.apply` for flat tensors on one device; writes to ``current``."""
+    wide = torch.float64 if current.dtype == torch.float64 else torch.float32
+    moved = torch.sub(new.to(wide), old.to(wide)).mul_(alpha).add_(current)
+    finite = moved.isfinite()
+    if current.is_cuda or not bool(finite.all()):  # to look at CUDA's would hold up its stream
+        now, before, after = current.to(wide) / 2, old.to(wide) / 2, new.to(wide) / 2
+        carefully = 2 * (now + alpha * (after - before))
+        rescued = torch.where(current.isfinite(), current, new).to(wide)
+        moved = torch.where(finite, moved, torch.where(old.isfinite(), carefully, rescued))
+    if alpha != 1:
+        current.copy_(moved)
+        return
+    integers = _INTEGERS[current.itemsize]
+    untouched = torch.eq(current.view(integers), old.view(integers))
+    current.copy_(torch.where(untouched, new, moved.to(current.dtype)))
+
+
+def _slices(stop: int, step: int, start: int = 0) -> Iterator[slice]:
+    return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
+
+
+def _pieces(flat: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+    return (flat[piece] for piece in _slices(flat.numel(), size))
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's memory is its elements in order, readable by the CPU."""
+    return tensor.device == _CPU and tensor.is_contiguous() and not tensor.is_neg()
+
+
+def _elements(bits: Bits, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(bits).view(dtype)
+
+
+def _as_tensor(area: memoryview | bytearray) -> torch.Tensor:
+    view = memoryview(area)
+    return torch.frombuffer(view, dtype=torch.uint8) if len(view) else torch.empty(0, dtype=torch.uint8)
+
+
+def _bytes(flat: torch.Tensor) -> npt.NDArray[Any]:
+    return flat.view(torch.uint8).numpy()
