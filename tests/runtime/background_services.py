@@ -91,12 +91,12 @@ def fail(service: Runner, error: BaseException) -> None:
     raise error
 
 
-async def call_host(service: Runner, *commands: object) -> list[object]:
-    return list(await asyncio.gather(*map(service.context.call_host, commands)))
+async def call_user(service: Runner, *commands: object) -> list[object]:
+    return list(await asyncio.gather(*map(service.context.call_user, commands)))
 
 
 async def call_host_and_cancel(service: Runner, command: object) -> str:
-    task = asyncio.ensure_future(service.context.call_host(command))
+    task = asyncio.ensure_future(service.context.call_user(command))
     await asyncio.sleep(0)
     task.cancel()
     await asyncio.wait([task])

@@ -1,4 +1,4 @@
-"""Log records and output of the background process, as the host's logging sees them."""
+"""Log records and output of the background process, as the user process's logging sees them."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_slow_handler_delays_no_result(runner, collector):
 
 
 def test_a_host_that_does_not_read_holds_up_nothing():
-    """The host is stopped while its background process logs 30 MB: all of it is got rid of, most of it by dropping."""
+    """The background process logs 30 MB while its user process is stopped, and drops most of it."""
     script = textwrap.dedent(
         f"""
         import logging, os, signal, sys
@@ -174,7 +174,7 @@ def test_a_host_that_does_not_read_holds_up_nothing():
     )
     host = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     os.waitpid(host.pid, os.WUNTRACED)
-    # While the host stands still the process goes on, until it waits for work.
+    # While the user process stands still the process goes on, until it waits for work.
     wait_until_idle(int(host.stdout.readline()))
     os.kill(host.pid, signal.SIGCONT)
     assert host.communicate(timeout=LIMIT)[0].split() == ["True", "True"]

@@ -129,7 +129,7 @@ def test_a_command_cannot_end_the_process(process, runner, error):
 
 
 def test_results_that_cannot_be_sent_are_named(runner):
-    with pytest.raises(InvalidTypeError, match=r"the result cannot be sent to the host.*generator"):
+    with pytest.raises(InvalidTypeError, match=r"the result cannot be sent to the user process.*generator"):
         runner.call((services.evaluate, "(x for x in ())")).result(LIMIT)
 
 
@@ -224,7 +224,7 @@ def test_services_call_the_host_in_order_on_one_thread(process):
         return [command]
 
     handle = own_runner(process, name="caller", handler=handler)
-    assert handle.call((services.call_host, *range(20))).result(LIMIT) == [[number] for number in range(20)]
+    assert handle.call((services.call_user, *range(20))).result(LIMIT) == [[number] for number in range(20)]
     assert [command for command, _ in seen] == list(range(20))
     assert {thread for _, thread in seen} == {"shared-caller"}
     handle.close().result(LIMIT)
@@ -233,13 +233,13 @@ def test_services_call_the_host_in_order_on_one_thread(process):
 def test_a_handler_may_call_the_service_and_its_errors_cross(process):
     def handler(command: object) -> object:
         if command == "fail":
-            raise LookupError("not in the host")
+            raise LookupError("not in the user process")
         return handle.call((services.echo, command)).result(LIMIT)
 
     handle = own_runner(process, handler=handler)
-    assert handle.call((services.call_host, "there and back")).result(LIMIT) == ["there and back"]
-    with pytest.raises(LookupError, match="not in the host"):
-        handle.call((services.call_host, "fail")).result(LIMIT)
+    assert handle.call((services.call_user, "there and back")).result(LIMIT) == ["there and back"]
+    with pytest.raises(LookupError, match="not in the user process"):
+        handle.call((services.call_user, "fail")).result(LIMIT)
     handle.close().result(LIMIT)
 
 
@@ -252,19 +252,19 @@ def test_cancelling_a_call_to_the_host_drops_it_unless_it_runs(process):
         go_on.wait(LIMIT)
 
     handle = own_runner(process, handler=handler)
-    first = handle.call((services.call_host, "first"))
+    first = handle.call((services.call_user, "first"))
     assert began.wait(LIMIT)
     assert handle.call((services.call_host_and_cancel, "dropped")).result(LIMIT) == "cancelled"
     go_on.set()
     first.result(LIMIT)
-    handle.call((services.call_host, "last")).result(LIMIT)
+    handle.call((services.call_user, "last")).result(LIMIT)
     assert seen == ["first", "last"]
     handle.close().result(LIMIT)
 
 
 def test_a_service_without_handler_cannot_call_the_host(runner):
     with pytest.raises(InvalidStateError, match="no handler"):
-        runner.call((services.call_host, 1)).result(LIMIT)
+        runner.call((services.call_user, 1)).result(LIMIT)
 
 
 # The process itself

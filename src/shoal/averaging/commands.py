@@ -1,4 +1,4 @@
-"""What the host and the averager's service in the background process say to each other. Data only."""
+"""What the user process and the averager's service in the background process say to each other. Data only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 from shoal.averaging.report import RoundReport
 
-# From the host to the service.
+# From the user process to the service.
 
 
 class AveragingStage(Enum):
@@ -89,7 +89,7 @@ class StepOutcome:
     gathered: tuple[tuple[bytes, bytes], ...] = ()
 
 
-# From the service to the host.
+# From the service to the user process.
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class ApplyAverage:
     Answered by True: it was written; or by False: it waits in the arena for the user's call, and
     :class:`AverageWritten` follows. The step is finished all the same.
 
-    Raises :class:`AllreduceException` if the step has been cancelled before the host knew that it was bound.
+    Raises :class:`AllreduceException` if the step has been cancelled before the user process knew that it was bound.
     """
 
     step: int

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 async def create_averager_service(setup: bytes, dht_service: str, context: ServiceContext) -> Service:
-    """The factory that the host sends by reference.
+    """The factory that the user process sends by reference.
 
     :param setup: the pickled codecs of users, ``AveragerConfig`` and ``TensorSchema``; opaque, since unpickling them
       imports torch

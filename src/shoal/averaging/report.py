@@ -1,5 +1,5 @@
 """What happened in a round of averaging, and why: made in the background process, read by people and programs
-in the host.
+in the user process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the host and the service in the background process say to each other about states. Data only."""
+"""What the user process and the service in the background process say to each other about states. Data only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class StateCommand:
     """Base of everything here, so that others can pass it on."""
 
 
-# From the host to the service.
+# From the user process to the service.
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class StateCaptured(StateCommand):
 
 @dataclass(frozen=True)
 class CaptureFailed(StateCommand):
-    """Answers :class:`CaptureState`: there is no copy; the host's log says why."""
+    """Answers :class:`CaptureState`: there is no copy; the user process's log says why."""
 
     capture: int
     reason: str
@@ -77,7 +77,7 @@ class LoadedState:
     seconds: float = 0.0
 
 
-# From the service to the host.
+# From the service to the user process.
 
 
 @dataclass(frozen=True)

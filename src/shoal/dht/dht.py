@@ -51,8 +51,8 @@ T = TypeVar("T")
 Address = str | Multiaddr
 
 _PRELOAD = {"torch": ("shoal.averaging.background.service",)}
-"""What the background process imports ahead, by the module that the host has imported: an averager is likely to follow.
-Names, not imports: for a host without torch it stays light.
+"""What the background process imports ahead, by the module that the user process has imported: an averager is likely
+to follow. Names, not imports: for a user process without torch it stays light.
 """
 
 

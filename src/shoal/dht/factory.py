@@ -1,4 +1,4 @@
-"""Makes the DHT's service in the background process; the host can name it without loading the node."""
+"""Makes the DHT's service in the background process; the user process can name it without loading the node."""
 
 from __future__ import annotations
 

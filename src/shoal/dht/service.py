@@ -136,7 +136,7 @@ class DHTService:
 
     async def _tell_time(self, reading: ClockReading) -> None:
         with contextlib.suppress(BrokenPipeError):  # the host is gone
-            await self._context.call_host(reading)
+            await self._context.call_user(reading)
 
 
 async def create_dht_service(setup: DHTSetup, context: ServiceContext) -> DHTService:

@@ -1,4 +1,4 @@
-"""Frames and file descriptors over the private socket pair between a host and its background process.
+"""Frames and file descriptors over the private socket pair between a user process and its background process.
 
 Used by both sides, on any thread; never blocks. Trusts its other end: only these two processes hold the
 socket.
@@ -32,10 +32,10 @@ class Kind(IntEnum):
     """What a frame is. Each direction counts its calls; RESULT, ERROR and CANCELLED answer one."""
 
     READY = 1  # the process runs its event loop
-    STATE = 2  # what the process has to know of its host: sys.path, log levels
+    STATE = 2  # what the process has to know of its user process: sys.path, log levels
     CREATE = 3  # a call that makes a service
     CLOSE = 4  # a call that closes a service
-    CALL = 5  # a command for a service, or from a service to its handler in the host
+    CALL = 5  # a command for a service, or from a service to its handler in the user process
     CANCEL = 6  # whoever made the call wants no result any more
     RESULT = 7
     ERROR = 8

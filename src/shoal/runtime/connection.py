@@ -1,4 +1,4 @@
-"""One background process as the host's threads see it: its channel, calls under way, its output and its end.
+"""One background process as the user process's threads see it: its channel, calls under way, its output and its end.
 
 Not referred to by the objects that users hold alone: the receiving thread keeps it until the process has
 ended.
@@ -27,7 +27,7 @@ from shoal.runtime.attendance import Attendance
 from shoal.runtime.channel import Channel, Frame, Kind
 from shoal.runtime.futures import MPFuture
 from shoal.runtime.liveness import BEAT
-from shoal.runtime.messages import HostState
+from shoal.runtime.messages import UserProcessState
 from shoal.runtime.workers import SerialThread
 
 _TAIL_LINES = 40
@@ -58,7 +58,7 @@ class Connection:
         self.pid = process.pid
         self.ready = threading.Event()
         self.ended = threading.Event()
-        self.state: HostState | None = None
+        self.state: UserProcessState | None = None
         self.on_end: Callable[[Connection], None] = lambda _: None
         self.exit_status: int | None = None
         self._process = process
@@ -350,7 +350,7 @@ class Connection:
 
     def _receive_call(self, frame: Frame) -> None:
         if (entry := self._handlers.get(frame.service)) is None:
-            error = InvalidStateError("the service has no handler in the host")
+            error = InvalidStateError("the service has no handler in the user process")
             self._answer(frame.call, Kind.ERROR, pickling.dump_error(error))
             return
         thread, handler = entry

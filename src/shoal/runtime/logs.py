@@ -1,4 +1,4 @@
-"""Log records of the background process, and what is printed there, on their way to the host's ``logging``."""
+"""Log records of the background process, and what is printed there, on their way to the user process's ``logging``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _FORMATTER = logging.Formatter()
 
 
 class ForwardingHandler(logging.Handler):
-    """Sends records to the host; drops and counts them while the host does not read, and never blocks.
+    """Sends records to the user process; drops and counts them while the user process does not read, and never blocks.
 
     :param send: takes a record's bytes; on any thread
-    :param unsent_bytes: how much waits to be read by the host
+    :param unsent_bytes: how much waits to be read by the user process
     """
 
     def __init__(self, send: Callable[[bytes], None], unsent_bytes: Callable[[], int]) -> None:
@@ -39,11 +39,11 @@ class ForwardingHandler(logging.Handler):
         try:
             if self._dropped:
                 dropped, self._dropped = self._dropped, 0
-                text = f"{dropped} log records were dropped because the host did not read them"
+                text = f"{dropped} log records were dropped because the user process did not read them"
                 self._forward(logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, None, None))
             self._forward(record)
         except BrokenPipeError:
-            pass  # the host is gone; the process is about to end
+            pass  # the user process is gone; the process is about to end
         except (TypeError, ValueError, pickle.PicklingError):
             self.handleError(record)  # a record whose arguments do not fit its message
 
@@ -77,7 +77,7 @@ class ForwardingHandler(logging.Handler):
 class OutputWriter(io.TextIOBase):
     """Takes the place of ``sys.stdout`` or ``sys.stderr``: every line printed becomes a log record.
 
-    The process's own descriptors 1 and 2 stay a pipe to the host, for what is written past Python (crashes).
+    The process's own descriptors 1 and 2 stay a pipe to the user process, for what is written past Python (crashes).
     """
 
     def __init__(self, level: int) -> None:
@@ -103,7 +103,7 @@ class OutputWriter(io.TextIOBase):
 
 
 class Reemitter:
-    """The host's side: turns what the process sent into records of the host's loggers.
+    """The user process's side: turns what the process sent into records of the user process's loggers.
 
     :param process_name: becomes ``processName`` of every record
     """
@@ -130,7 +130,7 @@ class Reemitter:
 
 
 def emit(record: logging.LogRecord) -> None:
-    """Hand a record to the host's logger of its name, if that is enabled for its level."""
+    """Hand a record to the user process's logger of its name, if that is enabled for its level."""
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
         logger.handle(record)

@@ -1,4 +1,4 @@
-"""Anonymous memory for the host and its background process: no name, no file, gone with its last user."""
+"""Anonymous memory for the user process and its background process: no name, no file, gone with its last user."""
 
 from __future__ import annotations
 

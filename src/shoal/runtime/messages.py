@@ -1,4 +1,4 @@
-"""What the host tells its background process about itself. Imported by both sides; imports nothing heavy."""
+"""What the user process tells its background process about itself. Imported by both sides; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class HostState:
-    """What may change in the host while the process runs; sent first of all, and again after a change.
+class UserProcessState:
+    """What may change in the user process while the process runs; sent first of all, and again after a change.
 
-    :param path: the host's ``sys.path``, absolute, so that what is sent by reference can be imported
+    :param path: the user process's ``sys.path``, absolute, so that what is sent by reference can be imported
     :param levels: levels of the root logger ("") and of Shoal's
     """
 
@@ -22,9 +22,9 @@ class Setup:
     """The first message to the process.
 
     :param preload: modules that it imports on a thread once its first service is made
-    :param environment: variables to put back to the host's values (None: it has none)
+    :param environment: variables to put back to the user process's values (None: it has none)
     """
 
-    state: HostState
+    state: UserProcessState
     preload: tuple[str, ...]
     environment: tuple[tuple[str, str | None], ...]

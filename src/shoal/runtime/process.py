@@ -1,4 +1,4 @@
-"""The host's side of a background process: start it, call the services in it, and end it.
+"""The user process's side of a background process: start it, call the services in it, and end it.
 
 Changes no signal handler, and works on any thread, in a notebook and after any import. A process ends with
 the last reference to it, with the interpreter, or by :meth:`BackgroundProcess.shutdown`; a forked child can
@@ -21,14 +21,14 @@ from shoal.runtime import lifetime, pickling
 from shoal.runtime.channel import Kind
 from shoal.runtime.connection import Connection
 from shoal.runtime.futures import MPFuture
-from shoal.runtime.messages import HostState, Setup
+from shoal.runtime.messages import Setup, UserProcessState
 from shoal.runtime.service import Service, ServiceContext
 
 ServiceFactory = Callable[[ServiceContext], Awaitable[Service]]
 
 
 class BackgroundProcess:
-    """A Python process beside the host's, on whose event loop services live. Made by :meth:`start`."""
+    """A Python process beside the user process's, on whose event loop services live. Made by :meth:`start`."""
 
     def __init__(self, connection: Connection, *, daemon: bool) -> None:
         self._connection = connection
@@ -45,14 +45,14 @@ class BackgroundProcess:
         """Start a process and wait until it runs.
 
         :param name: names the process in logs, errors and the system's list of processes
-        :param daemon: if false, the host's interpreter waits at its end until the process is shut down or
+        :param daemon: if false, the user process's interpreter waits at its end until the process is shut down or
             Ctrl+C is pressed, and losing the last reference does not end it (as with :mod:`multiprocessing`)
         :param preload: modules that the process imports on a thread when its first service is ready
         :param timeout: seconds to wait
         :raises PeerProcessDied: the process ended at once; shows what it printed
         :raises DeadlineExceeded: it did not start in time, and was killed
         """
-        state = _host_state()
+        state = _user_process_state()
         # Put back in the process: it is there to let its interpreter find this package, not for its own children.
         environment = (("PYTHONPATH", os.environ.get("PYTHONPATH")),)
         setup = Setup(state, preload, environment)
@@ -74,7 +74,7 @@ class BackgroundProcess:
             (functions of ``__main__``, lambdas and closures go by value), with arguments by
             :func:`functools.partial`
         :param name: by which other services of the process find this one
-        :param handler: answers the service's own calls (``context.call_host``), in order, on a thread for
+        :param handler: answers the service's own calls (``context.call_user``), in order, on a thread for
             this service
         :raises InvalidTypeError: the factory cannot be sent
         """
@@ -145,7 +145,7 @@ class BackgroundProcess:
     def _usable(self) -> Connection:
         connection = self._connection
         connection.check_usable()
-        state = _host_state()
+        state = _user_process_state()
         if state != connection.state:
             connection.state = state
             with contextlib.suppress(BrokenPipeError):  # then the call that follows says what happened
@@ -159,7 +159,7 @@ class BackgroundProcess:
 
 
 class ServiceHandle:
-    """A service in the background process, as the host sees it. Keeps the process alive."""
+    """A service in the background process, as the user process sees it. Keeps the process alive."""
 
     def __init__(self, process: BackgroundProcess, service_id: int) -> None:
         self.process = process
@@ -196,11 +196,11 @@ class ServiceHandle:
         )
 
 
-def _host_state() -> HostState:
-    # An empty entry means the current folder, which is the host's; it may change later.
+def _user_process_state() -> UserProcessState:
+    # An empty entry means the current folder, which is the user process's; it may change later.
     path = tuple(entry if entry else os.getcwd() for entry in sys.path)
     shoal = logging.getLogger("shoal").getEffectiveLevel()
-    return HostState(path, (("", logging.getLogger().getEffectiveLevel()), ("shoal", shoal)))
+    return UserProcessState(path, (("", logging.getLogger().getEffectiveLevel()), ("shoal", shoal)))
 
 
 def _python_path() -> str | None:

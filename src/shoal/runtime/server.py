@@ -1,4 +1,4 @@
-"""The background process's own side: one event loop, the services on it, and the channel to the host.
+"""The background process's own side: one event loop, the services on it, and the channel to the user process.
 
 Imports only what every such process needs: its start-up time and memory are measured, and a DHT alone must
 not load torch or NumPy.
@@ -24,19 +24,19 @@ from typing import Any, NoReturn
 from shoal.errors import InvalidStateError, InvalidTypeError, ShoalError
 from shoal.runtime import pickling
 from shoal.runtime.channel import Channel, Frame, Kind, close_descriptors
-from shoal.runtime.hostwatch import watch_host
 from shoal.runtime.liveness import BEAT, SUSPICIOUS_SECONDS, Liveness
 from shoal.runtime.logs import ForwardingHandler, OutputWriter
-from shoal.runtime.messages import HostState, Setup
+from shoal.runtime.messages import Setup, UserProcessState
 from shoal.runtime.presence import Presence
 from shoal.runtime.processes import is_stopped
 from shoal.runtime.service import Service
+from shoal.runtime.userwatch import watch_user_process
 from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
 
-HOST_GONE_SECONDS = 1.5
-"""How long services may take to say goodbye when there is no host any more."""
+USER_GONE_SECONDS = 1.5
+"""How long services may take to say goodbye when there is no user process any more."""
 
 _HARD_LIMIT_SECONDS = 0.3  # after which the process ends even if its event loop is stuck
 _TERMINATED_SECONDS = 2.0
@@ -61,8 +61,8 @@ class Context:
                 return self._server.services[service_id]
         raise InvalidStateError(f"no service named {name!r} is open in this process")
 
-    async def call_host(self, command: object) -> object:
-        return await self._server.call_host(self.service_id, command)
+    async def call_user(self, command: object) -> object:
+        return await self._server.call_user(self.service_id, command)
 
     @property
     def user(self) -> Presence:
@@ -79,12 +79,12 @@ class Context:
 
 
 class Server:
-    """Reads frames from the host, runs services and their commands, and ends everything in order."""
+    """Reads frames from the user process, runs services and their commands, and ends everything in order."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, host_pid: int) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, user_pid: int) -> None:
         self.user = Presence()
-        self._host_pid = host_pid
-        self._liveness = Liveness(host_pid, loop.time())
+        self._user_pid = user_pid
+        self._liveness = Liveness(user_pid, loop.time())
         self._awaits_pong = False
         self.services: dict[int, Service] = {}
         self.contexts: dict[int, Context] = {}
@@ -117,7 +117,7 @@ class Server:
         }
 
     async def run(self) -> None:
-        """Serve until the host says stop or is gone; returns when everything is closed."""
+        """Serve until the user process says stop or is gone; returns when everything is closed."""
         self._loop.add_reader(self._channel.fileno(), self._on_readable)
         self._channel.send(Kind.READY)
         attending = self._loop.create_task(self._attend())
@@ -139,20 +139,20 @@ class Server:
             self._stop_within.set_result(seconds)
 
     def fail(self, error: ShoalError) -> None:
-        """Begin to end the process in order; its host learns of ``error`` by the end of the log."""
+        """Begin to end the process in order; its user process learns of ``error`` by the end of the log."""
         logger.error("%s", error)
         self.failed = True
         self.stop(_TERMINATED_SECONDS)
 
-    def host_is_gone(self) -> None:
+    def user_is_gone(self) -> None:
         """Runs on the watching thread: ends the process in order, or by force if its loop is stuck."""
-        self._loop.call_soon_threadsafe(self.stop, HOST_GONE_SECONDS)
-        time.sleep(HOST_GONE_SECONDS + _HARD_LIMIT_SECONDS)
+        self._loop.call_soon_threadsafe(self.stop, USER_GONE_SECONDS)
+        time.sleep(USER_GONE_SECONDS + _HARD_LIMIT_SECONDS)
         os._exit(1)
 
-    async def call_host(self, service_id: int, command: object) -> object:
+    async def call_user(self, service_id: int, command: object) -> object:
         number = next(self._host_call_numbers)
-        body = pickling.dumps(command, "the command", "the host")
+        body = pickling.dumps(command, "the command", "the user process")
         future: asyncio.Future[object] = self._loop.create_future()
         self._host_calls[number] = future
         try:
@@ -169,14 +169,14 @@ class Server:
         if (preloading := self._start_preload()) is not None:
             await asyncio.shield(preloading)
 
-    # What the host sends
+    # What the user process sends
 
     def _on_readable(self) -> None:
         try:
             frames = self._channel.receive()
         except EOFError:
             self._loop.remove_reader(self._channel.fileno())
-            self.stop(HOST_GONE_SECONDS)
+            self.stop(USER_GONE_SECONDS)
             return
         for frame in frames:
             self._handlers[frame.kind](frame)
@@ -191,7 +191,7 @@ class Server:
                 else:
                     os.environ[name] = value
             message = message.state
-        assert isinstance(message, HostState)
+        assert isinstance(message, UserProcessState)
         sys.path[:] = message.path
         for name, level in message.levels:
             logging.getLogger(name or None).setLevel(level)
@@ -212,20 +212,20 @@ class Server:
     # Whether the user's process lives
 
     async def _attend(self) -> None:
-        """Show the host that this process lives, and notice when the host does not."""
+        """Show the user process that this process lives, and notice when the user process does not."""
         while True:
             await asyncio.sleep(BEAT)
-            # One at a time: a host that does not read is not sent more and more of them.
+            # One at a time: a user process that does not read is not sent more and more of them.
             if not self._awaits_pong:
                 self._awaits_pong = True
                 try:
                     self._channel.send(Kind.PING)
                 except BrokenPipeError:
-                    self.stop(HOST_GONE_SECONDS)
+                    self.stop(USER_GONE_SECONDS)
                     return
             if self._liveness.look(self._loop.time()) < SUSPICIOUS_SECONDS:
                 continue
-            stopped = await asyncio.to_thread(is_stopped, self._host_pid)
+            stopped = await asyncio.to_thread(is_stopped, self._user_pid)
             silence = self._liveness.silence(self._loop.time(), is_stopped=stopped)
             if silence.is_absence and self.user.absence is None:
                 what = silence.describe("by Ctrl+Z, SIGSTOP or a debugger", "'fg' or ")
@@ -236,11 +236,11 @@ class Server:
         self._awaits_pong = False
         if self.user.absence is not None:
             seconds = self._liveness.silence(self._loop.time(), is_stopped=False).seconds
-            logger.warning("the user's process (pid %d) answers again, after %.0f s", self._host_pid, seconds)
+            logger.warning("the user's process (pid %d) answers again, after %.0f s", self._user_pid, seconds)
         self._liveness.hear(self._loop.time())
         self.user.update(None)
 
-    # Calls from the host
+    # Calls from the user process
 
     def _begin(self, frame: Frame, method: Callable[[Frame], Awaitable[object]]) -> None:
         task = self._loop.create_task(self._answer(frame, method))
@@ -263,14 +263,14 @@ class Server:
     async def _answer(self, frame: Frame, method: Callable[[Frame], Awaitable[object]]) -> None:
         try:
             result = await method(frame)
-            kind, body = Kind.RESULT, pickling.dumps(result, "the result", "the host")
+            kind, body = Kind.RESULT, pickling.dumps(result, "the result", "the user process")
         except asyncio.CancelledError:
             raise
-        except Exception as error:  # noqa: BLE001 - the task's outer edge: the host raises it again
+        except Exception as error:  # noqa: BLE001 - the task's outer edge: the user process raises it again
             kind, body = Kind.ERROR, pickling.dump_error(error)
         except BaseException as error:  # noqa: BLE001
             # SystemExit and the like, raised by code of users: it must neither end the process under everybody
-            # else, nor leave the host waiting.
+            # else, nor leave the user process waiting.
             kind, body = Kind.ERROR, pickling.dump_error(ShoalError(f"the command raised {error!r}"))
         self._reply(kind, frame.call, body)
 
@@ -280,7 +280,7 @@ class Server:
         try:
             self._channel.send(kind, call=call, body=body)
         except BrokenPipeError:
-            self.stop(HOST_GONE_SECONDS)
+            self.stop(USER_GONE_SECONDS)
 
     async def _create(self, frame: Frame) -> None:
         # On a thread: the factory's module may import torch.
@@ -332,7 +332,7 @@ class Server:
             async with asyncio.timeout(_FLUSH_SECONDS):
                 await self._all_sent.wait()
         except TimeoutError:
-            pass  # the host does not read: nobody will miss the rest
+            pass  # the user process does not read: nobody will miss the rest
 
     # Helpers
 
@@ -357,7 +357,7 @@ class Server:
             self._channel.flush()
         except BrokenPipeError:
             self._set_writer(False)
-            self.stop(HOST_GONE_SECONDS)
+            self.stop(USER_GONE_SECONDS)
 
     def _start_preload(self) -> asyncio.Future[None] | None:
         if self._preloading is None and self._preload:
@@ -373,7 +373,7 @@ class Server:
 
 def _log_failure(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
-        logger.error("the host is watched no longer", exc_info=error)
+        logger.error("the user process is watched no longer", exc_info=error)
 
 
 def _load(data: bytes, what: str) -> Any:
@@ -401,14 +401,14 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
 
 
 def main() -> NoReturn:
-    """Run the process: ``shoal.runtime.child DESCRIPTOR HOST_PID NAME``."""
-    descriptor, host_pid = int(sys.argv[1]), int(sys.argv[2])
+    """Run the process: ``shoal.runtime.child DESCRIPTOR USER_PID NAME``."""
+    descriptor, user_pid = int(sys.argv[1]), int(sys.argv[2])
     faulthandler.enable(file=2)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the host decides what Ctrl+C means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the user process decides what Ctrl+C means
     os.set_inheritable(descriptor, False)
     loop = _new_event_loop()
     asyncio.set_event_loop(loop)
-    server = Server(loop, socket.socket(fileno=descriptor), host_pid)
+    server = Server(loop, socket.socket(fileno=descriptor), user_pid)
     terminated = False
 
     def terminate() -> None:
@@ -421,9 +421,9 @@ def main() -> NoReturn:
         logging.getLogger().addHandler(server.log_handler)
         sys.stdout, sys.stderr = OutputWriter(logging.INFO), OutputWriter(logging.WARNING)
         loop.add_signal_handler(signal.SIGTERM, terminate)
-        watch_host(host_pid, server.host_is_gone)
+        watch_user_process(user_pid, server.user_is_gone)
         loop.run_until_complete(server.run())
-    except BaseException:  # noqa: BLE001 - the process's outer edge: the host shows what is written to descriptor 2
+    except BaseException:  # noqa: BLE001 - the process's outer edge: the user process shows what is written to descriptor 2
         os.write(2, traceback.format_exc().encode())
         os._exit(1)
     if terminated:

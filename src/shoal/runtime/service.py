@@ -10,7 +10,7 @@ from shoal.runtime.presence import Presence
 
 
 class Service(Protocol):
-    """Something that lives in the background process and answers commands from the host.
+    """Something that lives in the background process and answers commands from the user process.
 
     Both methods run on the process's only event loop.
     """
@@ -18,15 +18,15 @@ class Service(Protocol):
     async def handle(self, command: object, descriptors: Sequence[int]) -> object:
         """Carry out one command and return its result, which has to be picklable.
 
-        Any number of commands run at the same time. The task is cancelled when the host cancels the call, and
+        Any number of commands run at the same time. The task is cancelled when the user process cancels the call, and
         when the service closes. The service owns ``descriptors`` from now on and closes them. Whatever it
-        raises is raised in the host by the call's future.
+        raises is raised in the user process by the call's future.
         """
 
     async def close(self) -> None:
         """End everything that the service does, in order. Called once, after its commands ended.
 
-        It has about as many seconds as the host allowed for the shutdown; 1.5 s when the host itself is gone.
+        It has about as many seconds as the user process allowed for the shutdown, and 1.5 s when that is gone.
         """
 
 
@@ -47,8 +47,8 @@ class ServiceContext(Protocol):
         :raises InvalidStateError: there is none (any more)
         """
 
-    async def call_host(self, command: object) -> object:
-        """Have the host's handler of this service run with ``command``; its outcome is this call's.
+    async def call_user(self, command: object) -> object:
+        """Have the user process's handler of this service run with ``command``; its outcome is this call's.
 
         Handlers of one service run one after the other, in the order of the calls, on a thread of that
         service. Cancelling drops a call that has not begun; one that runs is left to finish and its result is

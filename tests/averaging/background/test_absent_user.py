@@ -12,7 +12,7 @@ import pytest
 from shoal.averaging.allreduce.round import RoundTimeouts
 from shoal.averaging.background.service import AveragerService, Step, StepFailed
 from shoal.averaging.background.slow_peers import SlowPeers
-from shoal.averaging.background.states import StateService
+from shoal.averaging.background.state_sharing import StateService
 from shoal.averaging.commands import ApplyAverage, ReachStage, RunStep, TakeSnapshot
 from shoal.averaging.config import matchmaking_config
 from shoal.averaging.group import GroupInfo
@@ -34,7 +34,7 @@ class Host:
         self.user = Presence()
         self.applied = 0
 
-    async def call_host(self, command: object) -> object:
+    async def call_user(self, command: object) -> object:
         if type(command) is self.stops_at:
             self.stop()
         await self.user.present()

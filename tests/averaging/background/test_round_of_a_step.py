@@ -29,7 +29,7 @@ class Host:
         self.fails = fails
         self.user = Presence()
 
-    async def call_host(self, command: object) -> object:
+    async def call_user(self, command: object) -> object:
         if isinstance(command, ApplyAverage):
             self.story.append("applied")
             if self.fails:
@@ -87,10 +87,10 @@ def test_a_committed_round_is_applied_before_matchmaking_hears_of_it(fails: bool
 class SlowHost(Host):
     """Takes 2 s to copy the tensors, and 3 s to write the average."""
 
-    async def call_host(self, command: object) -> object:
+    async def call_user(self, command: object) -> object:
         seconds = {TakeSnapshot: 2.0, ApplyAverage: 3.0}.get(type(command), 0.0)
         await asyncio.sleep(seconds)
-        return await super().call_host(command)
+        return await super().call_user(command)
 
 
 def test_a_report_tells_the_phases_of_a_round_apart():
@@ -146,12 +146,12 @@ def test_an_average_that_cannot_be_written_is_this_peer_s_own_failure():
 @pytest.mark.parametrize("crosses", [False, True], ids=["in time", "crossed by a cancellation"])
 def test_the_host_hears_that_the_step_is_bound_before_the_average_is_written(crosses: bool):
     class HostThatIsTold(Host):
-        async def call_host(self, command: object) -> object:
+        async def call_user(self, command: object) -> object:
             if isinstance(command, BoundByWord):
                 self.story.append("bound")
                 if crosses:  # cancel() had said True when this came
                     stepping.cancel()
-            return await super().call_host(command)
+            return await super().call_user(command)
 
     async def main() -> None:
         nonlocal stepping
@@ -174,8 +174,8 @@ def test_the_host_hears_that_the_step_is_bound_before_the_average_is_written(cro
 class HostOfAPatientUser(Host):
     """Leaves it to the user to say when the average is written."""
 
-    async def call_host(self, command: object) -> object:
-        answer = await super().call_host(command)
+    async def call_user(self, command: object) -> object:
+        answer = await super().call_user(command)
         return False if isinstance(command, ApplyAverage) else answer
 
 
@@ -229,8 +229,8 @@ def test_a_call_that_overtakes_the_answer_frees_the_arena():
             service = service_with_an_average(group)
 
             class Overtaken(HostOfAPatientUser):
-                async def call_host(self, command: object) -> object:
-                    answer = await super().call_host(command)
+                async def call_user(self, command: object) -> object:
+                    answer = await super().call_user(command)
                     if isinstance(command, ApplyAverage):
                         await service.handle(AverageWritten(), [])
                     return answer

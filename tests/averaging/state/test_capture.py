@@ -22,7 +22,7 @@ from shoal.averaging.state.capture import (
     expected_nbytes,
 )
 from shoal.averaging.state.manifest import CHUNK_ELEMENTS, STATE_DTYPES
-from shoal.averaging.trainer.states import available_memory, tensors_in
+from shoal.averaging.trainer.state_sharing import available_memory, tensors_in
 from shoal.compression import (
     CompressionBase,
     CompressionInfo,

@@ -34,7 +34,7 @@ from shoal.averaging.state.messages import (
 )
 from shoal.averaging.state.partial import PartialState
 from shoal.averaging.state.queue import KEEP_SECONDS, UploadQueue
-from shoal.averaging.trainer.states import tensors_in
+from shoal.averaging.trainer.state_sharing import tensors_in
 from shoal.compression import CompressionBase, Float16Compression, NoCompression
 from shoal.compression.registry import CODECS
 from shoal.errors import InvalidValueError

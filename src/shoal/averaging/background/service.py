@@ -1,6 +1,4 @@
-"""The averager in the background process: takes steps from the host one after the other, finds groups, runs
-rounds.
-"""
+"""The averager in the background process: takes the user's steps one after the other, finds groups, runs rounds."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
 from shoal.averaging.allreduce.rounds import Rounds
 from shoal.averaging.background.arena import map_arena, populate
 from shoal.averaging.background.slow_peers import SlowPeers
-from shoal.averaging.background.states import StateService
+from shoal.averaging.background.state_sharing import StateService
 from shoal.averaging.commands import (
     AllowAllreduce,
     ApplyAverage,
@@ -265,7 +263,7 @@ class AveragerService:
 
     def _finish(self, step: Step, found_group: bool, failure: str | None) -> StepOutcome:
         step.report = replace(step.report, failure=failure)
-        # The host warns of failures, or hands them out.
+        # The user process warns of failures, or hands them out.
         logger.log(
             logging.INFO if failure is None else logging.DEBUG, "%s: %s", self._config.prefix, step.report
         )
@@ -322,15 +320,17 @@ class AveragerService:
         step.start_time = retry_start(step.start_time, steady_time(), deadline, self._config.matchmaking)
 
     async def _reach(self, step: Step, stage: AveragingStage) -> None:
-        await self._context.call_host(ReachStage(step.command.step, stage))
+        await self._context.call_user(ReachStage(step.command.step, stage))
 
     async def _notify_bound(self, step: Step) -> None:
-        await self._context.call_host(BoundByWord(step.command.step))
+        await self._context.call_user(BoundByWord(step.command.step))
 
     async def _run_round(self, step: Step, group: GroupInfo) -> None:
-        """Run one round in ``group`` and, if it commits, have the average applied, unless the step was cancelled before
-        the host knew that this peer was bound: then its tensors stay as they are. Waits for nothing before the round
-        can be withdrawn from: the step may have been cancelled in the moment when the group stood.
+        """Run one round in ``group`` and, if it commits, have the average applied.
+
+        A step that is cancelled before the user process knew that this peer was bound leaves the tensors as they are.
+        Waits for nothing before the round can be withdrawn from: the step may have been cancelled in the moment when
+        the group stood.
 
         :raises AllreduceException: it did not commit
         """
@@ -355,7 +355,7 @@ class AveragerService:
                 waited = loop.time() - began
             await asyncio.shield(populating)
             try:
-                weight = cast("float", await self._context.call_host(TakeSnapshot(step.command.step)))
+                weight = cast("float", await self._context.call_user(TakeSnapshot(step.command.step)))
             except Exception as e:  # of the user's tensors and their devices: may be anything
                 own_fault = not isinstance(e, AllreduceException)
                 raise
@@ -433,10 +433,10 @@ class AveragerService:
     async def _apply(self, step: Step) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
-        self._arena_is_free.clear()  # before the host is asked: AverageWritten may overtake its answer
+        self._arena_is_free.clear()  # before the user process is asked: AverageWritten may overtake its answer
         waits_for_user = False
         try:
-            waits_for_user = not await self._context.call_host(ApplyAverage(step.command.step))
+            waits_for_user = not await self._context.call_user(ApplyAverage(step.command.step))
         except Exception as e:  # of the user's tensors and their devices: may be anything
             raise StepFailed(
                 f"the group has averaged, but the average could not be written to this peer's tensors: {e}"

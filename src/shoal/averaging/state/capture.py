@@ -1,6 +1,6 @@
 """From what ``get_current_state()`` returned to the encoded state that a donor sends: checks, one copy, encoding.
 
-:func:`capture_state` runs in the host, under the averager's lock, for as long as one plain copy takes;
+:func:`capture_state` runs in the user process, under the averager's lock, for as long as one plain copy takes;
 :func:`encode_in_place` turns that copy into the encoded chunks, in the same memory, afterwards and elsewhere.
 """
 

@@ -57,7 +57,7 @@ T = TypeVar("T")
 HEARTBEAT = 1.0
 """Seconds between the signs of life that a joiner gets while it waits."""
 COPY_TIMEOUT = 600.0
-"""Seconds that the host may take to make a copy."""
+"""Seconds that the user process may take to make a copy."""
 STALL_TIMEOUT = 60.0
 """A joiner that takes nothing for so long loses its slot."""
 YIELD_CHUNKS = 32
@@ -68,11 +68,11 @@ FAILED = "the donor's get_current_state failed"
 
 
 class CopyUnavailable(ShoalError):
-    """The host made no copy, and has logged why."""
+    """The user process made no copy, and has logged why."""
 
 
 class UserIsAbsent(CopyUnavailable):
-    """The host is stopped, or does not answer; the message is for joiners."""
+    """The user process is stopped, or does not answer; the message is for joiners."""
 
 
 class HeldState:
@@ -135,7 +135,7 @@ class _Admission:
 class StateDonor:
     """Serves the state of one averager under its prefix.
 
-    :param capture: has the host copy its state; raises whatever went wrong
+    :param capture: has the user process copy its state; raises whatever went wrong
     """
 
     def __init__(

@@ -33,7 +33,7 @@ MAX_CHUNK_NBYTES = 1 << 26
 MAX_TENSORS = 1 << 17
 MAX_STATE_NBYTES = 1 << 42
 MAX_METADATA_NBYTES = 1 << 24
-"""Decoding takes much more than that, on threads of the host."""
+"""Decoding takes much more than that, on threads of the user process."""
 MAX_DIMENSIONS_IN_ALL = 1 << 20
 """Of all tensors: a manifest is in memory before anything of the state has come."""
 ALIGNMENT = 64

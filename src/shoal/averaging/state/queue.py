@@ -92,7 +92,7 @@ Event: TypeAlias = RequestArrived | RequestEnded | CopyTaken | CopyFailed | Shar
 
 @dataclass(frozen=True)
 class TakeCopy:
-    """Have the host make a copy of its state; answered by CopyTaken or CopyFailed."""
+    """Have the user process make a copy of its state; answered by CopyTaken or CopyFailed."""
 
 
 @dataclass(frozen=True)

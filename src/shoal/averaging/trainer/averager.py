@@ -55,7 +55,7 @@ from shoal.averaging.trainer.sources import (
     warn_of_frozen,
 )
 from shoal.averaging.trainer.state_pieces import DownloadData, state_pieces
-from shoal.averaging.trainer.states import State, StateHost
+from shoal.averaging.trainer.state_sharing import State, StateSharing
 from shoal.averaging.trainer.steps import Steps, WhenBusy
 from shoal.averaging.trainer.tensors import TensorStore
 from shoal.compression import CompressionBase, CompressionInfo, NoCompression
@@ -287,7 +287,7 @@ class DecentralizedAverager:
         self.__usage = UsageWatch(store.tensors, labels, prefix) if source is None and not auxiliary else None
         warn_of_frozen(named, prefix)
         self.__infos = infos
-        self.__states = StateHost(
+        self.__states = StateSharing(
             self, store, prefix=prefix, compression=state_compression, allowed=allow_state_sharing
         )
         self.__keeper = TensorKeeper(
@@ -518,7 +518,7 @@ class DecentralizedAverager:
     ) -> tuple[Any, Sequence[torch.Tensor]] | tuple[Any, Sequence[torch.Tensor], Any]:
         """What a peer that joins downloads; meant to be overridden.
 
-        Called in the host process, on a thread for this alone (also while ``__init__`` of a subclass still runs after
+        Called in the user process, on a thread for this alone (also while ``__init__`` of a subclass still runs after
         ``super().__init__(start=True)``), with the lock of :meth:`get_tensors` held; that is kept until what was
         returned is copied, so that no round writes meanwhile, and nothing needs to be cloned. A large state that takes
         more memory than was made ready for it (as much as the last copy took; before the first one, as much as the

@@ -1,4 +1,4 @@
-"""The host's end of an averager: copies between the user's tensors and the arena when the background process
+"""The user process's end of an averager: copies between the user's tensors and the arena when the background process
 asks for it, and what happens when its service has begun or ends.
 
 Holds no reference to the averager itself, so that an averager that nobody refers to any more is collected.
@@ -25,7 +25,7 @@ from shoal.averaging.partition import Layout
 from shoal.averaging.state_commands import StateCommand
 from shoal.averaging.trainer.control import StepControl
 from shoal.averaging.trainer.pending import ApplyWhen, AverageWriter
-from shoal.averaging.trainer.states import StateHost
+from shoal.averaging.trainer.state_sharing import StateSharing
 from shoal.averaging.trainer.tensors import TensorStore, first_non_finite
 from shoal.errors import (
     AllreduceException,
@@ -62,7 +62,7 @@ class TensorKeeper:
         layout: Layout,
         alpha: float,
         auxiliary: bool,
-        states: StateHost,
+        states: StateSharing,
         name: str,
         apply_when: ApplyWhen = "ready",
     ) -> None:
@@ -120,7 +120,7 @@ class TensorKeeper:
             case StateCommand():
                 self.states.handle(command)
             case _:
-                raise InvalidStateError(f"the host has no command {type(command).__name__}")
+                raise InvalidStateError(f"the user process has no command {type(command).__name__}")
         return None
 
     def _area(self, number: int) -> memoryview:

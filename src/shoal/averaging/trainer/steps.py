@@ -1,5 +1,4 @@
-"""The steps of one averager, seen from the host: how one is handed to the background process, and what is made of its
-outcome.
+"""The steps of one averager in the user process: each is handed to the background process, and ends with its outcome.
 
 Holds no reference to the averager itself, so that an averager that nobody refers to any more is collected.
 """

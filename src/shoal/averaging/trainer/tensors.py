@@ -1,7 +1,7 @@
 """The user's tensors and the lock around them: the only file that reads and writes their values.
 
 A round takes a *snapshot* of the tensors into an arena (:class:`~.partition.Layout`), and, when it commits,
-*applies* the average that came of it. Both run in the host process, under the lock, for as long as copying
+*applies* the average that came of it. Both run in the user process, under the lock, for as long as copying
 takes. Between them the trainer may change the tensors; what it adds is kept.
 
 Neither uses torch's intra-op thread pool for tensors on the CPU (numpy's copies, and pieces too small for the

@@ -1,4 +1,4 @@
-"""The host's end of state sharing: has ``get_current_state()`` called on a thread of its own, makes memory for what is
+"""State sharing in the user process: calls ``get_current_state()`` on a thread of its own, makes memory for what is
 downloaded, and hands it to the user.
 
 Refers to the averager weakly, so that one that nobody refers to any more is collected.
@@ -84,8 +84,8 @@ class _Download:
             self.bar.stop()
 
 
-class StateHost:
-    """What an averager shares and loads, in the host process. Methods may be called on any thread."""
+class StateSharing:
+    """What an averager shares and loads, in the user process. Methods may be called on any thread."""
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ class StateHost:
                 if download is not None and download.bar is not None:
                     download.bar.update(donor, received, total)
             case _:
-                raise InvalidStateError(f"the host has no command {type(command).__name__}")
+                raise InvalidStateError(f"the user process has no command {type(command).__name__}")
 
     # as a donor
 

@@ -1,4 +1,4 @@
-"""Everything about states in the background process: what a donor does, what a joiner does, and the way to the host."""
+"""State sharing in the background process: the donor, the joiner, and the way to the user process."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from shoal.utils.timed import get_dht_time
 
 
 class StateService:
-    """The part of an averager's service that carries out :mod:`.commands`. Nothing is shared before the host says
-    that it may be.
+    """The part of an averager's service that carries out :mod:`~shoal.averaging.state_commands`. Nothing is shared
+    before the user process says so.
 
     :param declare_period: seconds between two declarations of a donor
     :param next_chunk_timeout: see :class:`StateDownload`
@@ -75,11 +75,11 @@ class StateService:
         )
 
     def start(self) -> None:
-        """The host is ready to make copies: begin to declare this peer as a donor."""
+        """The user process is ready to make copies: begin to declare this peer as a donor."""
         self._declarations.start()
 
     async def handle(self, command: StateCommand, descriptors: Sequence[int]) -> object:
-        """Carry out a command of the host."""
+        """Carry out a command of the user process."""
         match command:
             case SetStateSharing(allowed, priority):
                 self._donor.switch(allowed)
@@ -119,7 +119,7 @@ class StateService:
             del self._captures[number]
 
     async def _captured(self, number: int, waiting: asyncio.Future[Capture]) -> Capture:
-        await self._context.call_host(CaptureState(number))
+        await self._context.call_user(CaptureState(number))
         return await waiting
 
     def _receive_capture(self, captured: StateCaptured, descriptors: Sequence[int]) -> None:
@@ -175,7 +175,7 @@ class StateService:
         self._forget_memory(download)
         waiting: asyncio.Future[SharedMemory] = asyncio.get_running_loop().create_future()
         self._memories[download] = waiting
-        await self._context.call_host(AllocateState(download, nbytes))
+        await self._context.call_user(AllocateState(download, nbytes))
         return (await waiting).buffer
 
     def _receive_memory(self, answer: StateMemory, descriptors: Sequence[int]) -> None:
@@ -200,6 +200,6 @@ class StateService:
 
         async def show() -> None:
             with contextlib.suppress(InvalidStateError):  # the averager was shut down meanwhile
-                await self._context.call_host(message)
+                await self._context.call_user(message)
 
         self._tasks.start(show(), "show the progress of a download")
