@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -189,7 +190,7 @@ async def forget_the_failure(dht: Any, node: Any) -> None:
     """The next request makes a donor try again at once."""
     for one in gc.get_objects():
         if type(one) is UploadQueue:
-            one._hold_off_until = None
+            one._hold_off_until = -math.inf
 
 
 async def stop_collecting(dht: Any, node: Any) -> None:

@@ -17,21 +17,27 @@ from shoal.averaging.state.queue import (
     MAX_WAITING,
     REST_FACTOR,
     RESUME_SECONDS,
+    Copy,
     CopyFailed,
     CopyTaken,
     DropCopy,
     Effect,
     Event,
     Refuse,
+    Request,
     RequestArrived,
     RequestEnded,
     Serve,
     SharingSwitched,
+    Situation,
     TakeCopy,
     TellPosition,
-    TimePassed,
+    Turn,
     UploadQueue,
+    decide_next,
 )
+from shoal.sansio.core import NEVER, TimePassed
+from shoal.sansio.machine import IllegalTransition
 from shoal.testing.peers import make_identity
 
 PEERS = [make_identity(f"joiner{number}").peer_id for number in range(40)]
@@ -154,7 +160,7 @@ def test_joiners_that_ask_all_the_time_wait_for_the_same_next_copy(seconds: floa
 def test_a_place_is_kept_while_the_copy_is_shared_and_then_waits_for_a_new_one():
     queue = queue_with_copy(MAX_UPLOADS)
     queue.handle(arrive(10), 10.0)
-    assert queue.deadline is None
+    assert queue.deadline == NEVER
     late = DEFAULT_MAX_AGE + 1
     assert queue.handle(RequestEnded(0, complete=True), late) == []
     for request in range(1, MAX_UPLOADS):
@@ -164,12 +170,12 @@ def test_a_place_is_kept_while_the_copy_is_shared_and_then_waits_for_a_new_one()
 
 def test_a_copy_is_kept_for_a_minute_after_its_last_use_and_then_freed():
     queue = queue_with_copy()
-    assert queue.deadline is None
+    assert queue.deadline == NEVER
     queue.handle(RequestEnded(0, complete=True), 100.0)
     assert queue.deadline == 100.0 + KEEP_SECONDS
     assert queue.handle(TimePassed(), 99.9 + KEEP_SECONDS) == []
     assert queue.handle(TimePassed(), 100.0 + KEEP_SECONDS) == [DropCopy()]
-    assert queue.deadline is None
+    assert queue.deadline == NEVER
 
 
 def test_a_joiner_whose_connection_broke_is_served_from_the_same_copy_before_those_who_wait():
@@ -316,3 +322,71 @@ def test_whatever_happens_there_is_one_copy_at_most_and_everybody_gets_an_answer
     assert not model.waiting
     model.feed(TimePassed(), now + KEEP_SECONDS)
     assert model.copies == 0
+
+
+def queue_in(state: Copy) -> UploadQueue:
+    queue = UploadQueue()
+    if state is not Copy.ABSENT:
+        queue.handle(arrive(0), 0.0)
+    if state is Copy.HELD:
+        queue.handle(CopyTaken(b"first"), 0.0)
+    return queue
+
+
+EVENTS: list[Event] = [
+    arrive(1),
+    RequestEnded(0),
+    SharingSwitched(False),
+    TimePassed(),
+    CopyTaken(b"second"),
+    CopyFailed("no"),
+]
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+@pytest.mark.parametrize("state", Copy)
+def test_a_copy_comes_or_fails_only_when_it_was_asked_for(state: Copy, event: Event):
+    queue = queue_in(state)
+    if isinstance(event, CopyTaken | CopyFailed) and state is not Copy.MAKING:
+        with pytest.raises(IllegalTransition, match=f"Copy.{state.name}: {type(event).__name__}") as caught:
+            queue.handle(event, 1.0)
+        assert caught.value.history[-1].event == event
+    else:
+        queue.handle(event, 1.0)
+
+
+ASKED_AT = 100.0
+LATE = ASKED_AT + DEFAULT_MAX_AGE + 1
+
+
+@pytest.mark.parametrize(
+    ("turn", "reason", "arrived", "changes"),
+    [
+        (Turn.JOIN, "being made", 101.0, {"copy": Copy.MAKING}),
+        (Turn.SERVE, "not older than the request", 100.0, {}),
+        (Turn.SERVE, "young enough", 101.0, {"is_in_use": True}),
+        (Turn.WAIT, "too old to be shared", LATE, {"now": LATE, "is_in_use": True}),
+        (Turn.REFUSE, "max_state_age", LATE, {"now": LATE + MAX_PATIENCE, "is_in_use": True}),
+        (Turn.WAIT, "rests", 101.0, {"rests_until": 110.0}),
+        (Turn.REFUSE, "it was full", 101.0, {"copy": Copy.ABSENT, "hold_off_until": 110.0}),
+        (Turn.COPY, "no copy", 101.0, {}),
+    ],
+)
+def test_what_becomes_of_the_next_request_is_decided_with_a_reason(turn, reason, arrived, changes):
+    known = {
+        "now": 102.0,
+        "copy": Copy.HELD,
+        "state_id": b"first",
+        "asked_at": ASKED_AT,
+        "is_in_use": False,
+        "max_age": DEFAULT_MAX_AGE,
+        "rests_until": 0.0,
+        "hold_off_until": 0.0,
+        "failure": "it was full",
+    }
+    decision = decide_next(Request(1, PEERS[1], None, arrived), Situation(**{**known, **changes}))
+    assert decision.turn is turn
+    assert reason in decision.reason
+    resumed = decide_next(Request(1, PEERS[1], b"first", arrived), Situation(**{**known, "now": LATE}))
+    assert resumed.turn is Turn.SERVE
+    assert "has a part" in resumed.reason

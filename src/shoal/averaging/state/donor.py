@@ -34,6 +34,7 @@ from shoal.averaging.state.queue import (
     CopyFailed,
     CopyTaken,
     DropCopy,
+    Effect,
     Event,
     Refuse,
     RequestArrived,
@@ -42,12 +43,12 @@ from shoal.averaging.state.queue import (
     SharingSwitched,
     TakeCopy,
     TellPosition,
-    TimePassed,
     UploadQueue,
 )
 from shoal.dht.tasks import TaskSet
 from shoal.errors import InvalidStateError, ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.rpc import EndOfStream, Stream
+from shoal.sansio.driver import Driver
 from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
@@ -151,12 +152,14 @@ class StateDonor:
         self._prefix = prefix
         self._capture = capture
         self._queue = UploadQueue() if queue is None else queue
+        self._driver: Driver[Event, Effect] = Driver(
+            self._queue, self._carry_out, name="uploads", subject=prefix
+        )
         self._tasks = TaskSet()
         self._requests = 0
         self._admissions: dict[int, _Admission] = {}
         self._uploads: dict[int, Stream] = {}
         self._held: HeldState | None = None
-        self._timer: asyncio.TimerHandle | None = None
         router.register(STATE, prefix, self._serve)
         self.switch(allowed)
 
@@ -167,35 +170,32 @@ class StateDonor:
 
     def switch(self, allowed: bool) -> None:
         """Allow or forbid sharing: new requests and waiting ones are refused from now on, running ones get all."""
-        self._feed(SharingSwitched(allowed))
+        self._driver.tell(SharingSwitched(allowed))
 
     async def close(self) -> None:
         """End all uploads, and free the copy."""
         self._router.unregister(STATE, self._prefix)
-        self._feed(SharingSwitched(False))
+        self._driver.tell(SharingSwitched(False))
         for stream in self._uploads.values():
             stream.reset("cancelled", "the donor was shut down")
-        if self._timer is not None:
-            self._timer.cancel()
+        self._driver.close()
         await self._tasks.close()
         self._drop_copy()
 
     # the queue
 
-    def _feed(self, event: Event) -> None:
-        for effect in self._queue.handle(event, self._now()):
-            match effect:
-                case TakeCopy():
-                    self._tasks.start(self._take_copy(), f"copy the state of {self._prefix}")
-                case DropCopy():
-                    self._drop_copy()
-                case Serve(request):
-                    self._settle(request, state=self._held)
-                case Refuse(request, code, reason):
-                    self._settle(request, refusal=RemoteError(code, reason))
-                case TellPosition(request, position):
-                    self._settle(request, position=position)
-        self._set_timer()
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case TakeCopy():
+                self._tasks.start(self._take_copy(), f"copy the state of {self._prefix}")
+            case DropCopy():
+                self._drop_copy()
+            case Serve(request):
+                self._settle(request, state=self._held)
+            case Refuse(request, code, reason):
+                self._settle(request, refusal=RemoteError(code, reason))
+            case TellPosition(request, position):
+                self._settle(request, position=position)
 
     def _settle(
         self,
@@ -215,15 +215,6 @@ class StateDonor:
         if refusal is not None and request in self._uploads:
             self._uploads[request].reset(refusal.code, refusal.message)
 
-    def _set_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        deadline = self._queue.deadline
-        if deadline is not None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_at(deadline, lambda: self._feed(TimePassed()))
-
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
@@ -234,22 +225,22 @@ class StateDonor:
                 self._held = await self._prepared(await self._capture(), asked_at)
         except TimeoutError:
             logger.warning("%s: the state was not copied within %g s", self._prefix, COPY_TIMEOUT)
-            self._feed(CopyFailed(FAILED))
+            self._driver.tell(CopyFailed(FAILED))
         except UserIsAbsent as e:
-            self._feed(CopyFailed(str(e)))
+            self._driver.tell(CopyFailed(str(e)))
         except CopyUnavailable:
-            self._feed(CopyFailed(FAILED))
+            self._driver.tell(CopyFailed(FAILED))
         except Exception as e:  # noqa: BLE001 - of the user's codecs: may be anything
             logger.warning(
                 "%s: other peers cannot download this one's state: %s: %s", self._prefix, type(e).__name__, e
             )
-            self._feed(CopyFailed(FAILED))
+            self._driver.tell(CopyFailed(FAILED))
         else:
             nbytes = self._held.manifest.nbytes
             logger.info(
                 "%s: took a copy of the state, %s, for peers that join", self._prefix, figures.size(nbytes)
             )
-            self._feed(CopyTaken(self._held.state_id))
+            self._driver.tell(CopyTaken(self._held.state_id))
 
     async def _prepared(self, capture: Capture, taken_at: float) -> HeldState:
         try:
@@ -276,7 +267,9 @@ class StateDonor:
         complete = False
         try:
             resume = first.resume
-            self._feed(RequestArrived(request, stream.remote, None if resume is None else resume.state_id))
+            self._driver.tell(
+                RequestArrived(request, stream.remote, None if resume is None else resume.state_id)
+            )
             await self._admitted(stream, admission)
             self._uploads[request] = stream
             await self._upload(stream, admission, resume)
@@ -288,7 +281,7 @@ class StateDonor:
             admission.state = None
             del self._admissions[request]
             self._uploads.pop(request, None)
-            self._feed(RequestEnded(request, complete))
+            self._driver.tell(RequestEnded(request, complete))
 
     async def _admitted(self, stream: Stream, admission: _Admission) -> None:
         """Wait for the request's turn, with signs of life for the joiner."""

@@ -13,11 +13,13 @@ comes back later than that and nobody else has asked.
 Copies take the averager's lock. After each the donor rests for ``REST_FACTOR`` times as long as it took: joiners that
 ask all the time wait for the same next copy.
 
-:meth:`UploadQueue.handle` is the one entry point: events and ``now`` in, effects out.
+:meth:`UploadQueue.handle` is the one entry point: events and ``now`` in, effects out. Whether the request that is next
+gets a slot is decided by :func:`decide_next`, which changes nothing.
 """
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ from typing import TypeAlias
 
 from shoal.averaging.state.messages import BUSY, NOT_SHARING, REPLACED, STATE_FAILED
 from shoal.p2p.identity import PeerID
+from shoal.sansio.core import NEVER, TimePassed
+from shoal.sansio.machine import Machine
 
 MAX_UPLOADS = 4
 MAX_WAITING = 32
@@ -82,11 +86,6 @@ class SharingSwitched:
     allowed: bool
 
 
-@dataclass(frozen=True)
-class TimePassed:
-    """:attr:`UploadQueue.deadline` may have come."""
-
-
 Event: TypeAlias = RequestArrived | RequestEnded | CopyTaken | CopyFailed | SharingSwitched | TimePassed
 
 
@@ -127,13 +126,111 @@ class TellPosition:
 Effect: TypeAlias = TakeCopy | DropCopy | Serve | Refuse | TellPosition
 
 
+class Copy(enum.Enum):
+    """The donor's one copy of its state."""
+
+    ABSENT = "absent"
+    MAKING = "making"
+    """It was asked for."""
+    HELD = "held"
+
+
+TRANSITIONS: dict[Copy, set[Copy]] = {
+    Copy.ABSENT: {Copy.MAKING},
+    Copy.MAKING: {Copy.HELD, Copy.ABSENT},
+    Copy.HELD: {Copy.ABSENT},
+}
+
+_ALWAYS = (RequestArrived, RequestEnded, SharingSwitched, TimePassed)
+
+HEARD: dict[Copy, frozenset[type]] = {
+    Copy.ABSENT: frozenset(_ALWAYS),
+    Copy.MAKING: frozenset({*_ALWAYS, CopyTaken, CopyFailed}),
+    Copy.HELD: frozenset(_ALWAYS),
+}
+"""The events that may come in each state. Any other one is illegal."""
+
+
 @dataclass
-class _Request:
+class Request:
+    """One joiner's request."""
+
     request: int
     peer: PeerID
     state_id: bytes | None
     arrived: float
     told: int | None = None
+
+
+class Turn(enum.Enum):
+    """What becomes of the request that is next."""
+
+    SERVE = enum.auto()
+    """It gets the copy that there is."""
+    JOIN = enum.auto()
+    """It gets the copy that is being made."""
+    COPY = enum.auto()
+    """A new copy is made for it."""
+    WAIT = enum.auto()
+    REFUSE = enum.auto()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of the request that is next, and why."""
+
+    turn: Turn
+    reason: str
+    code: str = ""
+    """Of a refusal."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What the donor knows when it looks at the request that is next."""
+
+    now: float
+    copy: Copy
+    state_id: bytes | None
+    """Of the copy that is held."""
+    asked_at: float
+    """When the copy was asked for: what is in it is not older."""
+    is_in_use: bool
+    """Somebody downloads the copy, or is expected back."""
+    max_age: float | None
+    rests_until: float
+    hold_off_until: float
+    failure: str
+    """Why there was no copy when it was last asked for; matters until ``hold_off_until``."""
+
+    @property
+    def is_young(self) -> bool:
+        """Whether newcomers may share the copy that is in use."""
+        return self.max_age is None or self.now <= self.asked_at + self.max_age
+
+
+def decide_next(first: Request, at: Situation) -> Decision:
+    """Whether the request that is next gets a free slot, and with which copy."""
+    if at.copy is Copy.MAKING:
+        return Decision(Turn.JOIN, "the copy is being made")
+    if at.copy is Copy.HELD:
+        if first.state_id == at.state_id:
+            return Decision(Turn.SERVE, "the joiner has a part of this copy")
+        if first.arrived <= at.asked_at:
+            return Decision(Turn.SERVE, "the copy is not older than the request")
+        if at.is_in_use and at.is_young:
+            return Decision(Turn.SERVE, "others use the copy, and it is young enough to be shared")
+    if at.is_in_use:
+        if at.now < first.arrived + MAX_PATIENCE:
+            return Decision(Turn.WAIT, "the copy is too old to be shared, and in use")
+        age = at.now - at.asked_at
+        reason = f"others still download a copy of {age:.0f} s ago; max_state_age={at.max_age:g} s"
+        return Decision(Turn.REFUSE, reason, BUSY)
+    if at.now < at.hold_off_until:
+        return Decision(Turn.REFUSE, at.failure, STATE_FAILED)
+    if at.now < at.rests_until:
+        return Decision(Turn.WAIT, "the donor rests after a copy")
+    return Decision(Turn.COPY, "there is no copy that this request may get")
 
 
 class UploadQueue:
@@ -144,31 +241,31 @@ class UploadQueue:
         self._max_uploads = max_uploads
         self._max_age = max_age
         self._allowed = True
-        self._waiting: list[_Request] = []
-        self._admitted: dict[int, _Request] = {}
+        self._waiting: list[Request] = []
+        self._admitted: dict[int, Request] = {}
         self._missing: dict[PeerID, float] = {}
         """Joiners that lost their connection, and until when the copy is kept in use for them."""
-        self._copying = False
+        self._machine = Machine(Copy.ABSENT, TRANSITIONS)
         self._state_id: bytes | None = None
         self._asked_at = 0.0
         """When the copy was asked for: what is in it is not older."""
         self._used_at = 0.0
         self._rests_until = -math.inf
-        self._hold_off_until: float | None = None
+        self._hold_off_until = -math.inf
         self._failure = ""
 
     @property
-    def deadline(self) -> float | None:
-        """When TimePassed is due, if ever."""
-        times = []
-        if self._state_id is not None and not self._admitted:
+    def deadline(self) -> float:
+        """When TimePassed is due."""
+        times = [NEVER]
+        if self._is_held and not self._admitted:
             times.append(self._used_at + KEEP_SECONDS)
-        if self._waiting and len(self._admitted) < self._max_uploads and not self._copying:
+        if self._waiting and len(self._admitted) < self._max_uploads and not self._is_copying:
             if self._is_in_use:
                 times += [self._waiting[0].arrived + MAX_PATIENCE, *self._missing.values()]
             else:
                 times.append(self._rests_until)
-        return min(times, default=None)
+        return min(times)
 
     @property
     def uploads(self) -> int:
@@ -176,19 +273,22 @@ class UploadQueue:
         return len(self._admitted)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
-        """Take in an event; what has to be done comes back, in order."""
+        """Take in an event; what has to be done comes back, in order.
+
+        :raises IllegalTransition: a copy comes, or fails, that was not asked for
+        """
+        self._machine.note(event, now)
+        if type(event) not in HEARD[self._machine.state]:
+            self._machine.refuse(f"{type(event).__name__} cannot happen")
         effects: list[Effect] = []
         self._missing = {peer: until for peer, until in self._missing.items() if until > now}
         match event:
             case RequestArrived(request, peer, state_id):
-                effects += self._arrive(_Request(request, peer, state_id, now))
+                effects += self._arrive(Request(request, peer, state_id, now))
             case RequestEnded(request, complete):
                 self._end(request, complete, now)
             case CopyTaken(state_id):
-                self._copying = False
-                self._state_id, self._used_at = state_id, now
-                self._rests_until = now + min(REST_FACTOR * (now - self._asked_at), MAX_REST)
-                effects += [Serve(request) for request in self._admitted]
+                effects += self._take(state_id, now)
             case CopyFailed(reason):
                 effects += self._fail(reason, now)
             case SharingSwitched(allowed):
@@ -202,7 +302,15 @@ class UploadQueue:
         effects += self._tell_positions()
         return effects
 
-    def _arrive(self, new: _Request) -> Iterator[Effect]:
+    @property
+    def _is_copying(self) -> bool:
+        return self._machine.state is Copy.MAKING
+
+    @property
+    def _is_held(self) -> bool:
+        return self._machine.state is Copy.HELD
+
+    def _arrive(self, new: Request) -> Iterator[Effect]:
         if not self._allowed:
             yield Refuse(new.request, NOT_SHARING, "this peer does not share its state")
             return
@@ -225,22 +333,28 @@ class UploadQueue:
     @property
     def _is_in_use(self) -> bool:
         """Whether somebody downloads the copy, or is expected back."""
-        return self._state_id is not None and bool(self._admitted or self._missing)
+        return self._is_held and bool(self._admitted or self._missing)
 
     def _end(self, request: int, complete: bool, now: float) -> None:
         admitted = self._remove(request)
         if admitted is not None:
             self._used_at = now
-            if not complete and self._state_id is not None:
+            if not complete and self._is_held:
                 self._missing[admitted.peer] = now + RESUME_SECONDS
 
-    def _remove(self, request: int) -> _Request | None:
+    def _remove(self, request: int) -> Request | None:
         """Forget a request; returns it if it had a slot."""
         self._waiting = [one for one in self._waiting if one.request != request]
         return self._admitted.pop(request, None)
 
+    def _take(self, state_id: bytes, now: float) -> list[Effect]:
+        self._machine.move(Copy.HELD)
+        self._state_id, self._used_at = state_id, now
+        self._rests_until = now + min(REST_FACTOR * (now - self._asked_at), MAX_REST)
+        return [Serve(request) for request in self._admitted]
+
     def _fail(self, reason: str, now: float) -> Iterator[Effect]:
-        self._copying = False
+        self._machine.move(Copy.ABSENT)
         self._hold_off_until, self._failure = now + HOLD_OFF_SECONDS, reason
         for request in list(self._admitted):
             del self._admitted[request]
@@ -248,7 +362,7 @@ class UploadQueue:
 
     def _refuse_waiting(self, code: str, reason: str) -> Iterator[Effect]:
         waiting, self._waiting = self._waiting, []
-        if self._copying:  # nobody has got anything of it yet
+        if self._is_copying:  # nobody has got anything of it yet
             waiting += self._admitted.values()
             self._admitted = {}
         for one in waiting:
@@ -257,56 +371,55 @@ class UploadQueue:
     def _admit(self, now: float) -> Iterator[Effect]:
         while self._waiting and len(self._admitted) < self._max_uploads:
             first = self._waiting[0]
-            if self._copying:
-                pass  # served with the others when the copy is there
-            elif self._is_served(first, now):
-                yield Serve(first.request)
-            elif self._is_in_use:
-                if now < first.arrived + MAX_PATIENCE:
+            decision = decide_next(first, self._situation(now))
+            match decision.turn:
+                case Turn.WAIT:
                     return
-                age = now - self._asked_at
-                reason = f"others still download a copy of {age:.0f} s ago; max_state_age={self._max_age:g} s"
-                yield from self._refuse_first(BUSY, reason)
-                continue
-            elif self._hold_off_until is not None and now < self._hold_off_until:
-                yield from self._refuse_first(STATE_FAILED, self._failure)
-                continue
-            elif now < self._rests_until:
-                return
-            else:
-                yield from self._begin_copy(now)
+                case Turn.REFUSE:
+                    del self._waiting[0]
+                    yield Refuse(first.request, decision.code, decision.reason)
+                    continue
+                case Turn.SERVE:
+                    yield Serve(first.request)
+                case Turn.COPY:
+                    yield from self._begin_copy(now)
+                case Turn.JOIN:
+                    pass  # served with the others when the copy is there
             self._admitted[first.request] = self._waiting.pop(0)
 
-    def _refuse_first(self, code: str, reason: str) -> Iterator[Effect]:
-        yield Refuse(self._waiting.pop(0).request, code, reason)
+    def _situation(self, now: float) -> Situation:
+        return Situation(
+            now=now,
+            copy=self._machine.state,
+            state_id=self._state_id,
+            asked_at=self._asked_at,
+            is_in_use=self._is_in_use,
+            max_age=self._max_age,
+            rests_until=self._rests_until,
+            hold_off_until=self._hold_off_until,
+            failure=self._failure,
+        )
 
     def _begin_copy(self, now: float) -> Iterator[Effect]:
-        if self._state_id is not None:
-            self._state_id = None
-            yield DropCopy()
-        self._copying, self._asked_at = True, now
+        if self._is_held:
+            yield self._drop()
+        self._machine.move(Copy.MAKING)
+        self._asked_at = now
         yield TakeCopy()
 
-    def _is_served(self, one: _Request, now: float) -> bool:
-        """Whether a request gets the copy that there is: the joiner has a part of it, or the copy is not older than the
-        request, or others use it and it is young enough to be shared.
-        """
-        if self._state_id is None:
-            return False
-        is_young = self._max_age is None or now <= self._asked_at + self._max_age
-        return (
-            one.state_id == self._state_id or one.arrived <= self._asked_at or (self._is_in_use and is_young)
-        )
+    def _drop(self) -> Effect:
+        self._machine.move(Copy.ABSENT)
+        self._state_id = None
+        return DropCopy()
 
     def _expire(self, now: float) -> Iterator[Effect]:
         is_kept = self._allowed and now < self._used_at + KEEP_SECONDS
-        if self._state_id is not None and not self._admitted and not is_kept:
-            self._state_id = None
+        if self._is_held and not self._admitted and not is_kept:
             self._missing.clear()
-            yield DropCopy()
+            yield self._drop()
 
     def _tell_positions(self) -> Iterator[Effect]:
-        copying = list(self._admitted.values()) if self._copying else []
+        copying = list(self._admitted.values()) if self._is_copying else []
         positions = [(one, 0) for one in copying] + [(one, n) for n, one in enumerate(self._waiting, 1)]
         for one, position in positions:
             if one.told != position:
