@@ -1,174 +1,83 @@
-"""One iterative search for the nodes nearest to an id (Kademlia, section 2.3), as a state machine. Pure.
-
-The driver feeds it what happened (:class:`Answered`, :class:`Stalled`, :class:`Failed`) and gets back whom to
-ask now; the search is over when the ``width`` nearest nodes that have not failed have all answered, or when
-there is nobody left to ask.
-
-It terminates on any sequence of answers: each peer is asked at most once, and at most ``max_asked`` in all.
-Its memory is bounded by ``max_asked + max_nodes_per_answer`` candidates: of more, the farthest that were not
-asked are forgotten.
-"""
+"""Runs one search for the nodes nearest to an id: asks peers, and tells :mod:`.lookup_core` what they say."""
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
 
-from shoal.dht.ids import node_id
+from shoal.dht.lookup_core import Answered, AskNode, Began, Event, Failed, LookupCore, Stopped
+from shoal.dht.tasks import TaskSet
 from shoal.p2p.identity import PeerID
+from shoal.sansio.driver import Driver
 
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """A peer that was asked answered with the nodes it knows to be nearest."""
-
-    peer: PeerID
-    nodes: Sequence[PeerID]
-
-
-@dataclass(frozen=True, slots=True)
-class Stalled:
-    """A peer that was asked has not answered for suspiciously long; it still may."""
-
-    peer: PeerID
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A peer that was asked could not be reached, or its answer was refused."""
-
-    peer: PeerID
-
-
-Event = Answered | Stalled | Failed
-
-
-class _State(enum.Enum):
-    KNOWN = enum.auto()
-    ASKED = enum.auto()
-    STALLED = enum.auto()
-    ANSWERED = enum.auto()
-    FAILED = enum.auto()
-
-
-@dataclass(slots=True)
-class _Candidate:
-    peer: PeerID
-    distance: int
-    state: _State
+Answer = Sequence[PeerID] | None
+Ask = Callable[[PeerID], Coroutine[None, None, Answer]]
+"""Asks one peer; returns the nodes it named, or None if it did not answer."""
 
 
 class Lookup:
-    """See the module. ``answered`` are peers that need not be asked, such as the searching node itself."""
+    """One run of a core, until it is over.
 
-    def __init__(
-        self,
-        target: int,
-        *,
-        width: int,
-        parallel: int,
-        seeds: Iterable[PeerID],
-        answered: Iterable[PeerID] = (),
-        max_asked: int = 100,
-        max_nodes_per_answer: int = 20,
-    ) -> None:
-        self.target = target
-        self.width = width
-        self.parallel = parallel
-        self.max_asked = max_asked
-        self.max_nodes_per_answer = max_nodes_per_answer
-        self._max_candidates = max_asked + max_nodes_per_answer
-        self._candidates: dict[PeerID, _Candidate] = {}
-        self._sorted: list[_Candidate] = []
-        self._in_flight = 0
-        self._asked = 0
-        self._finished = False
-        for peer in answered:
-            self._add(peer, _State.ANSWERED)
-        for peer in seeds:
-            self._add(peer, _State.KNOWN)
-        self._sort()
+    Calls still open at the end are handed to ``leftovers`` if that is given (they go on to their own end), and
+    cancelled otherwise.
+    """
 
-    @property
-    def finished(self) -> bool:
-        """Whether the search is over."""
-        return self._finished
+    def __init__(self, core: LookupCore, ask: Ask, leftovers: TaskSet | None = None) -> None:
+        self._core = core
+        self._ask = ask
+        self._leftovers = leftovers
+        self._loop = asyncio.get_running_loop()
+        self._asked: dict[asyncio.Task[Answer], PeerID] = {}
+        self._failure: BaseException | None = None
+        self._over: asyncio.Future[None] = self._loop.create_future()
+        self._driver: Driver[Event, AskNode] = Driver(
+            core, self._carry_out, on_turn=self._check_over, name="lookup"
+        )
 
-    def start(self) -> list[PeerID]:
-        """Whom to ask first."""
-        return self._next_to_ask()
+    async def run(self) -> None:
+        """Search. Raises what :data:`Ask` raises: that is a bug."""
+        self._driver.tell(Began())
+        try:
+            if not self._over.done():
+                await self._over
+        finally:
+            self._end()
+        if self._failure is not None:
+            raise self._failure
 
-    def handle(self, event: Event) -> list[PeerID]:
-        """Take in what happened; returns whom to ask now. Events about peers that were not asked change
-        nothing.
-        """
-        candidate = self._candidates.get(event.peer)
-        if candidate is None or candidate.state not in (_State.ASKED, _State.STALLED):
-            return []
-        if candidate.state is _State.ASKED:
-            self._in_flight -= 1
-        match event:
-            case Answered(_, nodes):
-                candidate.state = _State.ANSWERED
-                for peer in nodes[: self.max_nodes_per_answer]:
-                    self._add(peer, _State.KNOWN)
-                self._sort()
-            case Stalled():
-                candidate.state = _State.STALLED
-            case Failed():
-                candidate.state = _State.FAILED
-        return self._next_to_ask()
+    def stop(self) -> None:
+        """Enough was found."""
+        self._driver.tell(Stopped())
 
-    def nearest_answered(self) -> list[PeerID]:
-        """The nearest peers that answered, nearest first, at most ``width``."""
-        found = [candidate.peer for candidate in self._sorted if candidate.state is _State.ANSWERED]
-        return found[: self.width]
+    def _carry_out(self, effect: AskNode) -> None:
+        task = self._loop.create_task(self._ask(effect.peer))
+        self._asked[task] = effect.peer
+        task.add_done_callback(self._answered)
 
-    def known(self, count: int) -> list[PeerID]:
-        """The nearest peers that have been heard of, whatever became of them."""
-        return [candidate.peer for candidate in self._sorted[:count]]
-
-    def _add(self, peer: PeerID, state: _State) -> None:
-        if peer not in self._candidates:
-            candidate = _Candidate(peer, node_id(peer) ^ self.target, state)
-            self._candidates[peer] = candidate
-            self._sorted.append(candidate)
-
-    def _sort(self) -> None:
-        self._sorted.sort(key=lambda candidate: candidate.distance)
-        excess = len(self._sorted) - self._max_candidates
-        if excess <= 0:
+    def _answered(self, task: asyncio.Task[Answer]) -> None:
+        peer = self._asked.pop(task, None)
+        if peer is None:
             return
-        farthest_unasked = [c for c in reversed(self._sorted) if c.state is _State.KNOWN][:excess]
-        for candidate in farthest_unasked:
-            del self._candidates[candidate.peer]
-        self._sorted = [c for c in self._sorted if c.peer in self._candidates]
+        nodes: Answer = None
+        if not task.cancelled():
+            self._failure = task.exception()
+            nodes = task.result() if self._failure is None else None
+        if not self._over.done():
+            self._driver.tell(Failed(peer) if nodes is None else Answered(peer, nodes))
 
-    def _next_to_ask(self) -> list[PeerID]:
-        """The nearest known peers among the ``width`` nearest that may still answer, as many as ``parallel``
-        allows.
-        """
-        to_ask: list[PeerID] = []
-        considered = pending = 0
-        for candidate in self._sorted:
-            if considered == self.width:
-                break
-            if candidate.state in (_State.FAILED, _State.STALLED):
-                continue
-            considered += 1
-            if candidate.state is _State.KNOWN and self._asked < self.max_asked:
-                pending += 1
-                if self._in_flight < self.parallel:
-                    candidate.state = _State.ASKED
-                    self._in_flight += 1
-                    self._asked += 1
-                    to_ask.append(candidate.peer)
-            elif candidate.state is _State.ASKED:
-                pending += 1
-        self._finished = not pending and not self._only_stalled_left(considered)
-        return to_ask
+    def _check_over(self) -> None:
+        if not self._over.done() and (self._failure or self._core.is_over):
+            self._over.set_result(None)
 
-    def _only_stalled_left(self, considered: int) -> bool:
-        """Fewer nodes than wanted, and some may answer yet: those are worth waiting for."""
-        return considered < self.width and any(c.state is _State.STALLED for c in self._sorted)
+    def _end(self) -> None:
+        """The search is over, or was cancelled: its open calls get another owner, or end."""
+        if not self._over.done():
+            self._over.cancel()
+        self._driver.close()
+        for task in list(self._asked):
+            if self._leftovers is not None:
+                task.remove_done_callback(self._answered)
+                self._leftovers.adopt(task)
+            else:
+                task.cancel()
+        self._asked.clear()

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from shoal.dht.cache import KnownRecord, RecordCache
 from shoal.dht.config import DHTConfig
 from shoal.dht.ids import id_to_bytes, node_id
-from shoal.dht.lookup import Lookup
+from shoal.dht.lookup import Answer, Lookup
+from shoal.dht.lookup_core import LookupCore
 from shoal.dht.messages import FIND, STORE, FindRequest, StoredEntry, StoreRequest
 from shoal.dht.neighbours import Neighbours
-from shoal.dht.search import Answer, Search
 from shoal.dht.storage import Entry, Storage
 from shoal.dht.tasks import TaskSet
 from shoal.dht.types import ValueWithExpiration
@@ -59,24 +59,22 @@ class Records:
     async def find_nodes(self, target: int, width: int | None = None) -> list[PeerID]:
         """The nodes nearest to an id, by a search over the network."""
         seeds = [entry.peer for entry in self._neighbours.table.nearest(target, self._config.bucket_size)]
-        lookup = self._make_lookup(
-            target, seeds, width or self._config.bucket_size, self._config.parallel_rpc
-        )
+        core = self._make_core(target, seeds, width or self._config.bucket_size, self._config.parallel_rpc)
 
         async def ask(peer: PeerID) -> Answer:
-            response = await self._neighbours.call(peer, FIND, self._find_request(lookup))
+            response = await self._neighbours.call(peer, FIND, self._find_request(core))
             # Those that are near enough will be asked, which is a greeting too.
             return None if response is None else self._neighbours.learn(response.nodes, greet=False)
 
-        await Search(lookup, ask, self._config.stall_timeout).run()
-        return lookup.nearest_answered()
+        await Lookup(core, ask).run()
+        return core.nearest_answered()
 
     async def store(self, identifier: int, key: bytes, subkey: bytes, entry: Entry) -> bool:
         """Store at the nearest nodes that answer; whether one of them accepted."""
         reasons: dict[str, str] = {}
         accepted = 0
         seeds = await self._nearest(identifier)
-        lookup = self._make_lookup(identifier, seeds, self._config.num_replicas, self._config.num_replicas)
+        core = self._make_core(identifier, seeds, self._config.num_replicas, self._config.num_replicas)
         if self._own in self._nearest_of([self._own, *seeds], identifier):
             reason = self._storage.store(key, subkey, entry.value, entry.expiration, self._clock())
             accepted += self._note_outcome(reasons, self._own, reason or "")
@@ -88,7 +86,7 @@ class Records:
                 key,
                 self._neighbours.listening,
                 stored,
-                self._known_prefixes(lookup),
+                self._known_prefixes(core),
                 self._config.bucket_size,
             )
             response = await self._neighbours.call(peer, STORE, request)
@@ -97,8 +95,8 @@ class Records:
             accepted += self._note_outcome(reasons, peer, printable("".join(response.refused[:1])))
             return self._neighbours.learn(response.nodes)
 
-        await Search(lookup, ask, self._config.stall_timeout, self._tasks).run()
-        self._remember_route(identifier, lookup)
+        await Lookup(core, ask, self._tasks).run()
+        self._remember_route(identifier, core)
         self._tell_outcome(accepted > 0, reasons)
         return accepted > 0
 
@@ -128,12 +126,12 @@ class Records:
         parallel = self._config.num_replicas if latest else min(2, self._config.parallel_rpc)
         if not settled:
             parallel = self._config.parallel_rpc
-        lookup = self._make_lookup(identifier, seeds, self._config.num_replicas, parallel)
+        core = self._make_core(identifier, seeds, self._config.num_replicas, parallel)
         lacking: list[PeerID] = []
 
         async def ask(peer: PeerID) -> Answer:
             nonlocal found
-            request = self._find_request(lookup, want_record=True, after=known.known_of(peer))
+            request = self._find_request(core, want_record=True, after=known.known_of(peer))
             response = await self._neighbours.call(peer, FIND, request)
             if response is None:
                 return None
@@ -142,22 +140,20 @@ class Records:
                 self._cache.merge(identifier, known, peer, entries, response.sequence)
                 found = True
                 if not latest and known.value(self._clock()) is not None:
-                    search.stop()
+                    lookup.stop()
             else:
                 lacking.append(peer)
             return self._neighbours.learn(response.nodes)
 
-        search = Search(lookup, ask, self._config.stall_timeout)
-        await search.run()
+        lookup = Lookup(core, ask)
+        await lookup.run()
         value = known.value(self._clock()) if found else None
-        if lookup.finished:
-            self._remember_route(identifier, lookup)
+        if core.finished:
+            self._remember_route(identifier, core)
         if value is not None:
             known.fetched_at = self._loop.time()
             if not latest:
-                self._leave_copies(
-                    key, known, [peer for peer in lookup.nearest_answered() if peer in lacking]
-                )
+                self._leave_copies(key, known, [peer for peer in core.nearest_answered() if peer in lacking])
         return value
 
     def cached(self, identifier: int) -> ValueWithExpiration | None:
@@ -180,28 +176,29 @@ class Records:
 
     # Helpers.
 
-    def _make_lookup(self, target: int, seeds: list[PeerID], width: int, parallel: int) -> Lookup:
-        return Lookup(
+    def _make_core(self, target: int, seeds: list[PeerID], width: int, parallel: int) -> LookupCore:
+        return LookupCore(
             target,
             width=width,
             parallel=parallel,
+            stall_timeout=self._config.stall_timeout,
             seeds=seeds,
             answered=[self._own] if self._neighbours.listening else [],
             max_nodes_per_answer=self._config.bucket_size,
         )
 
-    def _find_request(self, lookup: Lookup, want_record: bool = False, after: int = 0) -> FindRequest:
+    def _find_request(self, core: LookupCore, want_record: bool = False, after: int = 0) -> FindRequest:
         return FindRequest(
-            id_to_bytes(lookup.target),
+            id_to_bytes(core.target),
             self._neighbours.listening,
-            self._known_prefixes(lookup),
+            self._known_prefixes(core),
             self._config.bucket_size,
             want_record,
             after,
         )
 
-    def _known_prefixes(self, lookup: Lookup) -> bytes:
-        return self._neighbours.known_prefixes(lookup.known(self._config.bucket_size))
+    def _known_prefixes(self, core: LookupCore) -> bytes:
+        return self._neighbours.known_prefixes(core.known(self._config.bucket_size))
 
     def _merge_own(self, identifier: int, known: KnownRecord) -> bool:
         """Take in what this node keeps itself; whether it keeps anything."""
@@ -229,12 +226,12 @@ class Records:
             return peers, False
         return [*route[1], *peers], True
 
-    def _remember_route(self, identifier: int, lookup: Lookup) -> None:
+    def _remember_route(self, identifier: int, core: LookupCore) -> None:
         if len(self._neighbours.table) < self._config.bucket_size:
             return
         self._routes[identifier] = (
             self._loop.time(),
-            [peer for peer in lookup.nearest_answered() if peer != self._own],
+            [peer for peer in core.nearest_answered() if peer != self._own],
         )
         self._routes.move_to_end(identifier)
         while len(self._routes) > MAX_ROUTES:
