@@ -9,20 +9,28 @@ import pytest
 from shoal.averaging.state.choice import (
     FIRST_BACKOFF,
     MAX_RESUMPTIONS,
-    WAIT_PATIENCE,
-    Action,
+    AllChunksReceived,
     AskDonor,
+    Began,
     ChunkReceived,
     ConnectionBroke,
-    Donor,
     DonorBusy,
     DonorChoice,
     DonorFailed,
     DonorsFound,
+    Effect,
+    Event,
     GiveUp,
+    LeaveDonor,
+    LookFailed,
     LookForDonors,
-    Stay,
+    OfferReceived,
+    State,
+    StateReceived,
 )
+from shoal.averaging.state.policy import SILENCE, WAIT_PATIENCE, Donor
+from shoal.sansio.core import NEVER, TimePassed
+from shoal.sansio.machine import IllegalTransition
 from shoal.testing.peers import make_identity
 
 PEERS = [make_identity(f"donor{number}").peer_id for number in range(10)]
@@ -32,42 +40,60 @@ def donor(number: int, priority: float = 0.0, tiebreak: float | None = None) -> 
     return Donor(PEERS[number], priority, number / 10 if tiebreak is None else tiebreak)
 
 
-def asked(action: Action) -> int:
-    assert isinstance(action, AskDonor), action
-    return PEERS.index(action.donor.peer)
+STAY: list[Effect] = []
+
+
+class Joiner:
+    """A core that has begun, and its clock."""
+
+    def __init__(self) -> None:
+        self.core = DonorChoice()
+        self.now = 0.0
+        assert self.core.handle(Began(), 0.0) == [LookForDonors()]
+
+    def handle(self, event: Event, after: float = 0.0) -> list[Effect]:
+        self.now += after
+        return self.core.handle(event, self.now)
+
+
+def asked(effects: list[Effect]) -> int:
+    last = effects[-1]
+    assert isinstance(last, AskDonor), effects
+    assert last.reason
+    return PEERS.index(last.donor.peer)
 
 
 def test_the_highest_priority_comes_first_and_a_draw_decides_among_equals():
-    choice = DonorChoice()
+    choice = Joiner()
     donors = (donor(0, 1.0), donor(1, 5.0, 0.9), donor(2, 5.0, 0.2), donor(3, -2.5))
     order = [asked(choice.handle(DonorsFound(donors)))]
     order += [asked(choice.handle(DonorFailed("no"))) for _ in range(3)]
     assert order == [2, 1, 0, 3]
-    assert choice.handle(DonorFailed("no")) == LookForDonors()
+    assert choice.handle(DonorFailed("no")) == [LookForDonors()]
 
 
 def test_nobody_there_is_the_end_and_newcomers_are_asked_after_a_second_look():
-    assert DonorChoice().handle(DonorsFound(())) == GiveUp()
-    choice = DonorChoice()
+    assert Joiner().handle(DonorsFound(())) == [GiveUp()]
+    choice = Joiner()
     choice.handle(DonorsFound((donor(0),)))
-    assert choice.handle(DonorFailed("no")) == LookForDonors()
+    assert choice.handle(DonorFailed("no")) == [LookForDonors()]
     assert asked(choice.handle(DonorsFound((donor(0), donor(1))))) == 1
     choice.handle(DonorFailed("neither"))
-    assert choice.handle(DonorsFound((donor(0), donor(1)))) == GiveUp()
-    assert choice.story() == f"{PEERS[0]} (priority 0): no. {PEERS[1]} (priority 0): neither"
+    assert choice.handle(DonorsFound((donor(0), donor(1)))) == [GiveUp()]
+    assert choice.core.story() == f"{PEERS[0]} (priority 0): no. {PEERS[1]} (priority 0): neither"
 
 
 def test_a_broken_connection_is_made_again_with_growing_pauses_and_each_chunk_renews_patience():
-    choice = DonorChoice()
+    choice = Joiner()
     choice.handle(DonorsFound((donor(0), donor(1))))
-    assert choice.handle(ChunkReceived()) == Stay()
+    assert choice.handle(ChunkReceived()) == STAY
     for _ in range(2):
         delays = []
         for _ in range(MAX_RESUMPTIONS):
-            action = choice.handle(ConnectionBroke("lost"))
-            assert asked(action) == 0
-            assert isinstance(action, AskDonor)
-            delays.append(action.delay)
+            (effect,) = choice.handle(ConnectionBroke("lost"))
+            assert asked([effect]) == 0
+            assert isinstance(effect, AskDonor)
+            delays.append(effect.delay)
         assert delays == [FIRST_BACKOFF * 2**n for n in range(MAX_RESUMPTIONS)]
         choice.handle(ChunkReceived())
     for _ in range(MAX_RESUMPTIONS):
@@ -76,84 +102,181 @@ def test_a_broken_connection_is_made_again_with_growing_pauses_and_each_chunk_re
 
 
 def test_a_donor_that_has_sent_nothing_is_left_at_once():
-    choice = DonorChoice()
+    choice = Joiner()
     choice.handle(DonorsFound((donor(0), donor(1))))
     assert asked(choice.handle(ConnectionBroke("refused"))) == 1
 
 
 def test_a_connection_that_breaks_while_the_donor_makes_its_copy_is_made_again():
-    choice = DonorChoice()
+    choice = Joiner()
     choice.handle(DonorsFound((donor(0),)))
     choice.handle(DonorBusy(0))
     assert asked(choice.handle(ConnectionBroke("lost"))) == 0
 
 
 def test_a_queue_is_left_for_an_equal_donor_but_not_for_a_lesser_one():
-    choice = DonorChoice()
+    choice = Joiner()
     choice.handle(DonorsFound((donor(0, 1.0), donor(1, 1.0), donor(2, 0.0))))
-    assert choice.handle(DonorBusy(0)) == Stay()  # its copy is being made
+    assert choice.handle(DonorBusy(0)) == STAY  # its copy is being made
     assert asked(choice.handle(DonorBusy(3))) == 1
     assert asked(choice.handle(DonorBusy(7))) == 0  # the shortest queue
-    assert choice.handle(DonorBusy(9)) == Stay()  # once is enough: each change costs the place
+    assert choice.handle(DonorBusy(9)) == STAY  # once is enough: each change costs the place
     assert asked(choice.handle(DonorFailed("gone"))) == 1
-    assert choice.handle(DonorBusy(2)) == Stay()
+    assert choice.handle(DonorBusy(2)) == STAY
     assert asked(choice.handle(DonorFailed("gone"))) == 2
 
 
+def wait(choice: Joiner, position: int, seconds: float) -> list[Effect]:
+    """Hear of nothing but a place in the queue, time and again."""
+    effects: list[Effect] = STAY
+    for _ in range(int(seconds)):
+        effects = choice.handle(DonorBusy(position), 1.0)
+        if effects:
+            break
+    return effects
+
+
 def test_a_donor_that_only_asks_to_wait_is_left_for_any_other_but_each_only_once():
-    choice = DonorChoice()
+    choice = Joiner()
     choice.handle(DonorsFound((donor(0, 9.0), donor(1, 1.0), donor(2, 1.0))))
-    assert choice.handle(DonorBusy(0, WAIT_PATIENCE - 1)) == Stay()
-    assert asked(choice.handle(DonorBusy(0, WAIT_PATIENCE))) == 1
-    assert asked(choice.handle(DonorBusy(3, 0.0))) == 2
-    assert asked(choice.handle(DonorBusy(5, 0.0))) == 1
-    assert asked(choice.handle(DonorBusy(3, WAIT_PATIENCE))) == 2
-    assert choice.handle(DonorBusy(5, 10 * WAIT_PATIENCE)) == Stay()  # all others were left so
+    assert wait(choice, 0, WAIT_PATIENCE - 1) == STAY
+    reason = "nothing but place 0 in its queue for 2 min"
+    effects = choice.handle(DonorBusy(0), 1.0)
+    assert effects[0] == LeaveDonor(PEERS[0], reason)
+    assert asked(effects) == 1
+    assert asked(choice.handle(DonorBusy(3))) == 2
+    assert asked(choice.handle(DonorBusy(5))) == 1
+    assert asked(wait(choice, 3, WAIT_PATIENCE)) == 2
+    assert wait(choice, 5, 10 * WAIT_PATIENCE) == STAY  # all others were left so
     assert asked(choice.handle(DonorFailed("gone"))) == 0
-    assert choice.handle(DonorBusy(0, WAIT_PATIENCE)) == Stay()
-    assert "nothing but place 0 in its queue for 2 min" in choice.story()
+    assert wait(choice, 0, WAIT_PATIENCE) == STAY
+    assert reason in choice.core.story()
 
 
 def test_a_donor_alone_is_waited_for():
-    choice = DonorChoice()
+    choice = Joiner()
     choice.handle(DonorsFound((donor(0),)))
-    assert choice.handle(DonorBusy(0, 1e6)) == Stay()
+    assert wait(choice, 0, 1000) == STAY
+    assert choice.core.deadline == NEVER
+
+
+def test_a_silent_donor_is_left_for_another_one_and_not_twice():
+    choice = Joiner()
+    choice.handle(DonorsFound((donor(0), donor(1))))
+    assert choice.core.deadline == SILENCE
+    choice.handle(DonorBusy(0), 1.0)
+    assert choice.core.deadline == 1.0 + SILENCE
+    assert choice.handle(TimePassed()) == STAY, "its time has not come"
+    left = choice.handle(TimePassed(), SILENCE)
+    assert left[0] == LeaveDonor(PEERS[0], "no sign of it for 6.0 s, and there are others to ask")
+    assert asked(left) == 1
+    assert choice.core.deadline == NEVER
+
+
+def test_patience_grows_with_what_has_come_and_goes_on_while_a_connection_is_made_again():
+    choice = Joiner()
+    choice.handle(DonorsFound((donor(0), donor(1))))
+    choice.handle(OfferReceived())
+    choice.handle(ChunkReceived(), 100.0)
+    assert choice.core.deadline == 100.0 + 25.0
+    choice.handle(ConnectionBroke("lost"), 20.0)
+    assert choice.core.deadline == 100.0 + (120.0 + FIRST_BACKOFF) / 4
+    assert asked(choice.handle(TimePassed(), 11.0)) == 1
+    choice.handle(AllChunksReceived())
+    assert choice.core.deadline == NEVER
+
+
+def test_a_donor_that_still_hashes_is_waited_for():
+    choice = Joiner()
+    choice.handle(DonorsFound((donor(0), donor(1))))
+    choice.handle(AllChunksReceived())
+    assert choice.core.deadline == NEVER
+    assert choice.handle(StateReceived(), 100.0) == STAY
+    assert choice.core.state is State.DONE
+
+
+def test_a_dht_that_cannot_be_asked_is_the_end():
+    choice = Joiner()
+    assert choice.handle(LookFailed("it is off")) == [GiveUp("it is off")]
+    assert choice.core.state is State.GIVEN_UP
 
 
 def test_who_waits_to_resume_stays():
-    choice = DonorChoice()
+    choice = Joiner()
     choice.handle(DonorsFound((donor(0), donor(1))))
     choice.handle(ChunkReceived())
     assert asked(choice.handle(ConnectionBroke("lost"))) == 0
-    assert choice.handle(DonorBusy(2)) == Stay()
+    assert choice.handle(DonorBusy(2)) == STAY
 
 
 @pytest.mark.parametrize("seed", range(100))
 def test_whatever_donors_answer_it_ends_and_everybody_was_asked(seed: int):
     rng = random.Random(seed)
     donors = tuple(donor(n, rng.choice([0.0, 1.0, 2.0]), rng.random()) for n in range(rng.randrange(1, 8)))
-    choice, seen = DonorChoice(), set()
-    action = choice.handle(DonorsFound(donors))
+    choice, seen = Joiner(), set()
+    effects = choice.handle(DonorsFound(donors))
     for _ in range(10_000):
-        match action:
+        match effects[-1] if effects else None:
             case AskDonor(one):
                 seen.add(one.peer)
-                action = choice.handle(
+                effects = choice.handle(
                     rng.choice(
                         [
                             DonorFailed("no"),
                             ConnectionBroke("lost"),
                             ChunkReceived(),
-                            DonorBusy(rng.randrange(5), rng.choice([0.0, WAIT_PATIENCE])),
+                            DonorBusy(rng.randrange(5)),
                         ]
-                    )
+                    ),
+                    rng.choice([0.0, WAIT_PATIENCE]),
                 )
-            case Stay():
-                action = choice.handle(rng.choice([DonorFailed("no"), ConnectionBroke("lost"), DonorBusy(1)]))
+            case None:
+                effects = choice.handle(
+                    rng.choice([DonorFailed("no"), ConnectionBroke("lost"), DonorBusy(1)])
+                )
             case LookForDonors():
-                action = choice.handle(DonorsFound(donors))
+                effects = choice.handle(DonorsFound(donors))
             case GiveUp():
                 break
     else:
         pytest.fail("it goes on for ever")
     assert seen == {one.peer for one in donors}
+
+
+ONES = (donor(0), donor(1))
+TO: dict[State, list[Event]] = {
+    State.NEW: [],
+    State.LOOKING: [Began()],
+    State.ASKING: [Began(), DonorsFound(ONES)],
+    State.DONE: [Began(), DonorsFound(ONES), StateReceived()],
+    State.GIVEN_UP: [Began(), DonorsFound(())],
+}
+LEGAL: dict[State, set[type]] = {
+    State.NEW: {Began},
+    State.LOOKING: {DonorsFound, LookFailed, TimePassed},
+    State.ASKING: {
+        *(DonorBusy, OfferReceived, ChunkReceived, AllChunksReceived, StateReceived, ConnectionBroke),
+        *(DonorFailed, TimePassed),
+    },
+    State.DONE: {TimePassed},
+    State.GIVEN_UP: {TimePassed},
+}
+EVENTS: list[Event] = [
+    *(Began(), DonorsFound(ONES), LookFailed("no"), DonorBusy(0), OfferReceived(), ChunkReceived()),
+    *(AllChunksReceived(), StateReceived(), ConnectionBroke("lost"), DonorFailed("no"), TimePassed()),
+]
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+@pytest.mark.parametrize("state", State)
+def test_what_may_happen_in_each_state(state: State, event: Event):
+    core = DonorChoice()
+    for before in TO[state]:
+        core.handle(before, 0.0)
+    assert core.state is state
+    if type(event) in LEGAL[state]:
+        core.handle(event, 1.0)
+    else:
+        with pytest.raises(IllegalTransition, match=f"{state.name}: {type(event).__name__}") as caught:
+            core.handle(event, 1.0)
+        assert [entry.event for entry in caught.value.history] == [*TO[state], event]

@@ -15,7 +15,6 @@ import torch
 
 from shoal.averaging.router import Router
 from shoal.averaging.state.capture import Capture, capture_state
-from shoal.averaging.state.choice import SILENCE, WAIT_PATIENCE, Donor
 from shoal.averaging.state.donor import YIELD_CHUNKS, CopyUnavailable, StateDonor
 from shoal.averaging.state.download import Downloaded, Progress, StateDownload
 from shoal.averaging.state.manifest import MAX_TENSORS, Manifest, metadata_entry
@@ -33,6 +32,7 @@ from shoal.averaging.state.messages import (
     Waiting,
 )
 from shoal.averaging.state.partial import PartialState
+from shoal.averaging.state.policy import SILENCE, WAIT_PATIENCE, Donor
 from shoal.averaging.state.queue import KEEP_SECONDS, UploadQueue
 from shoal.averaging.trainer.state_sharing import tensors_in
 from shoal.compression import CompressionBase, Float16Compression, NoCompression

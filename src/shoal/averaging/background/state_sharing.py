@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 from shoal.averaging.router import Router
 from shoal.averaging.state.capture import Capture
-from shoal.averaging.state.choice import Donor
 from shoal.averaging.state.declarations import DonorDeclarations, Wish
 from shoal.averaging.state.donor import CopyUnavailable, StateDonor, UserIsAbsent
 from shoal.averaging.state.download import Progress, StateDownload
 from shoal.averaging.state.messages import pack_entries, unpack_entries
+from shoal.averaging.state.policy import Donor
 from shoal.averaging.state.queue import DEFAULT_MAX_AGE, MAX_REQUESTS_PER_PEER, UploadQueue
 from shoal.averaging.state_commands import (
     AllocateState,

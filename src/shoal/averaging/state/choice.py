@@ -4,44 +4,35 @@ Theory of operation. Donors of the highest priority come first, in random order 
 ``tiebreak``). A donor that puts the joiner into its queue is left at once for another one of the same priority that
 was not asked yet; when all of them have a queue, the joiner waits at the shortest. A donor that has asked it to wait
 for ``WAIT_PATIENCE`` is left for any other one, whatever its priority, that was not left so before; so is one that
-gives no sign for :func:`patience`, also while its connection is made again. A connection to a donor that has answered
-is made again when it breaks, ``MAX_RESUMPTIONS`` times in a row without progress; whatever else goes wrong, the next
-donor's turn comes. When nobody is left, the DHT is asked once more for donors that have come meanwhile.
+gives no sign for as long as :func:`~.policy.patience` says, also while its connection is made again. A connection to a
+donor that has answered is made again when it breaks, ``MAX_RESUMPTIONS`` times in a row without progress; whatever else
+goes wrong, the next donor's turn comes. When nobody is left, the DHT is asked once more for donors that have come
+meanwhile.
 
-:meth:`DonorChoice.handle` is the one entry point: what has happened in, what to do now out.
+:meth:`DonorChoice.handle` is the one entry point: what has happened and ``now`` in, what to do now out; nothing: go on
+with the donor that was asked. What to do is decided by :mod:`.policy`.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
+from shoal.averaging.state.policy import Candidate, Donor, has_alternative, patience, prefer, wait_or_go
 from shoal.p2p.identity import PeerID
-from shoal.utils import figures
+from shoal.sansio.core import NEVER, TimePassed
+from shoal.sansio.machine import Machine
 
 MAX_RESUMPTIONS = 4
-WAIT_PATIENCE = 120.0
-"""Seconds without a chunk at a donor that says that it lives; what it says costs a liar nothing."""
-SILENCE = 6.0
-"""Seconds without a chunk, or another sign, after which a donor is left while there is another one to ask. A link that
-takes longer for a chunk (1.4 Mbit/s) leaves each donor once, and then stays.
-"""
-INVESTED_SHARE = 0.25
-MAX_SILENCE = 60.0
-"""Leaving costs what has come: so a donor may be silent for this share of the time that it has taken, up to a limit."""
 FIRST_BACKOFF = 0.25
 """Seconds before a broken connection is made again; doubled for each further try."""
 
 
 @dataclass(frozen=True)
-class Donor:
-    """A peer that has declared that it shares its state."""
-
-    peer: PeerID
-    priority: float
-    tiebreak: float
-    addresses: tuple[str, ...] = ()
+class Began:
+    """A state is wanted."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +43,37 @@ class DonorsFound:
 
 
 @dataclass(frozen=True)
+class LookFailed:
+    """The DHT could not be asked."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class DonorBusy:
-    """The donor that was asked has put the joiner at this place of its queue; 0: it is about to begin. For ``waited``
-    seconds it has sent nothing of the state.
-    """
+    """The donor that was asked has put the joiner at this place of its queue; 0: it is about to begin."""
 
     position: int
-    waited: float = 0.0
+
+
+@dataclass(frozen=True)
+class OfferReceived:
+    """The donor that was asked has begun to send its state, from the start."""
 
 
 @dataclass(frozen=True)
 class ChunkReceived:
     """A piece of the state has come from the donor that was asked."""
+
+
+@dataclass(frozen=True)
+class AllChunksReceived:
+    """What is still to come is the digest; the donor may have to compute it first."""
+
+
+@dataclass(frozen=True)
+class StateReceived:
+    """The state is whole, and verified."""
 
 
 @dataclass(frozen=True)
@@ -80,99 +90,145 @@ class DonorFailed:
     reason: str
 
 
+Event: TypeAlias = (
+    Began
+    | DonorsFound
+    | LookFailed
+    | DonorBusy
+    | OfferReceived
+    | ChunkReceived
+    | AllChunksReceived
+    | StateReceived
+    | ConnectionBroke
+    | DonorFailed
+    | TimePassed
+)
+
+
 @dataclass(frozen=True)
-class DonorSilent:
-    """The donor that was asked has given no sign for ``seconds``, and :attr:`DonorChoice.has_alternative`."""
+class LeaveDonor:
+    """Ask the donor that was asked for nothing more. Another one is asked next."""
 
-    seconds: float
-
-    @property
-    def reason(self) -> str:
-        return f"no sign of it for {self.seconds:.1f} s, and there are others to ask"
-
-
-Event: TypeAlias = DonorsFound | DonorBusy | ChunkReceived | ConnectionBroke | DonorFailed | DonorSilent
+    peer: PeerID
+    reason: str
 
 
 @dataclass(frozen=True)
 class AskDonor:
-    """Ask this donor, ``delay`` seconds from now, for what is missing."""
+    """Ask this donor, ``delay`` seconds from now, for what is missing, and no other one any more."""
 
     donor: Donor
     delay: float = 0.0
-
-
-@dataclass(frozen=True)
-class Stay:
-    """Go on with the donor that was asked."""
+    reason: str = ""
+    """Why this one."""
 
 
 @dataclass(frozen=True)
 class LookForDonors:
-    """Ask the DHT again."""
+    """Ask the DHT."""
 
 
 @dataclass(frozen=True)
 class GiveUp:
-    """There is nobody left to ask."""
+    """There is nobody left to ask, or nobody can be found."""
+
+    reason: str = ""
 
 
-Action: TypeAlias = AskDonor | Stay | LookForDonors | GiveUp
+Effect: TypeAlias = LeaveDonor | AskDonor | LookForDonors | GiveUp
 
 
-@dataclass
-class _Candidate:
-    donor: Donor
-    was_asked: bool = False
-    position: int | None = None
-    """Its place in this donor's queue, as last heard."""
-    has_answered: bool = False
-    was_left: bool = False
-    """It made the joiner wait too long; it is asked again only when nobody else is left."""
-    resumptions: int = 0
-    answers: list[str] = field(default_factory=list)
+class State(enum.Enum):
+    NEW = "new"
+    LOOKING = "looking"
+    """Waits for the DHT."""
+    ASKING = "asking"
+    """A donor was asked, and may be sending."""
+    DONE = "done"
+    GIVEN_UP = "given up"
 
 
-def patience(invested: float, next_chunk_timeout: float | None) -> float:
-    """For how many seconds a donor may be silent while there is another one to ask.
+TRANSITIONS: dict[State, set[State]] = {
+    State.NEW: {State.LOOKING},
+    State.LOOKING: {State.ASKING, State.GIVEN_UP},
+    State.ASKING: {State.ASKING, State.LOOKING, State.DONE},
+    State.DONE: set(),
+    State.GIVEN_UP: set(),
+}
 
-    :param invested: seconds since it began to send its state
-    """
-    allowed = min(max(SILENCE, INVESTED_SHARE * invested), MAX_SILENCE)
-    return allowed if next_chunk_timeout is None else min(allowed, max(next_chunk_timeout / 2, SILENCE / 2))
+HEARD: dict[State, frozenset[type]] = {
+    State.NEW: frozenset({Began}),
+    State.LOOKING: frozenset({DonorsFound, LookFailed, TimePassed}),
+    State.ASKING: frozenset(
+        {
+            DonorBusy, OfferReceived, ChunkReceived, AllChunksReceived, StateReceived, ConnectionBroke, DonorFailed,
+            TimePassed,
+        }
+    ),
+    State.DONE: frozenset({TimePassed}),
+    State.GIVEN_UP: frozenset({TimePassed}),
+}  # fmt: skip
+"""The events that may come in each state. Any other one is illegal."""
 
 
 class DonorChoice:
-    """See the module."""
+    """See the module. ``next_chunk_timeout``: seconds between two chunks that the user allows; None: no limit."""
 
-    def __init__(self) -> None:
-        self._candidates: dict[PeerID, _Candidate] = {}
-        self._current: _Candidate | None = None
+    def __init__(self, next_chunk_timeout: float | None = None) -> None:
+        self._next_chunk_timeout = next_chunk_timeout
+        self._machine = Machine(State.NEW, TRANSITIONS)
+        self._candidates: dict[PeerID, Candidate] = {}
+        self._current: Candidate | None = None
         self._failed: set[PeerID] = set()
         self._has_settled = False
+        self._heard_at = self._waits_since = 0.0
+        """When there was a sign of the donor, and since when nothing of the state has come."""
+        self._offered_at: float | None = None
+        """When it began to send its state."""
+        self._silent_at = NEVER
 
-    def handle(self, event: Event) -> Action:
-        """Take in what has happened, and say what to do now."""
-        match event:
-            case DonorsFound(donors):
-                return self._add(donors)
-            case DonorBusy(position, waited):
-                return self._hear_position(position, waited)
-            case ChunkReceived():
-                current = self._asked()
-                current.has_answered, current.resumptions = True, 0
-                return Stay()
-            case ConnectionBroke(reason):
-                return self._reconnect(reason)
-            case DonorFailed(reason):
-                return self._next_after_failure(reason)
-            case DonorSilent():
-                return self._leave(event.reason)
+    @property
+    def state(self) -> State:
+        """What the joiner is doing."""
+        return self._machine.state
+
+    @property
+    def deadline(self) -> float:
+        """When the donor, without a further sign, has been silent for too long."""
+        return self._silent_at if self.state is State.ASKING else NEVER
 
     @property
     def has_alternative(self) -> bool:
         """Whether there is a donor to go to that was neither left before nor has failed."""
-        return any(one is not self._current and not one.was_left for one in self._left())
+        return has_alternative(self._current, self._left())
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take in what has happened, and say what to do now; nothing: go on with the donor that was asked.
+
+        :raises IllegalTransition: the event cannot come now
+        """
+        self._machine.note(event, now)
+        if type(event) not in HEARD[self.state]:
+            self._machine.refuse(f"{type(event).__name__} cannot happen")
+        match event:
+            case Began():
+                return self._look()
+            case DonorsFound(donors):
+                return self._add(donors, now)
+            case LookFailed(reason):
+                self._machine.move(State.GIVEN_UP)
+                return [GiveUp(reason)]
+            case DonorBusy(position):
+                return self._hear_position(position, now)
+            case OfferReceived() | ChunkReceived() | AllChunksReceived() | StateReceived():
+                self._get_on(event, now)
+            case ConnectionBroke(reason):
+                return self._reconnect(reason, now)
+            case DonorFailed(reason):
+                return self._next_after_failure(reason, now)
+            case TimePassed():
+                return self._on_time(now)
+        return []
 
     def story(self) -> str:
         """What each donor answered, for people."""
@@ -183,73 +239,105 @@ class DonorChoice:
             told.append(f"{name}: {'; '.join(one.answers) or (where if one.was_asked else 'not asked')}")
         return ". ".join(told)
 
-    def _add(self, donors: Sequence[Donor]) -> Action:
-        new = [donor for donor in donors if donor.peer not in self._candidates]
-        self._candidates |= {donor.peer: _Candidate(donor) for donor in new}
-        return self._choose() if new else GiveUp()
+    def _look(self) -> list[Effect]:
+        self._machine.move(State.LOOKING)
+        return [LookForDonors()]
 
-    def _hear_position(self, position: int, waited: float) -> Action:
+    def _add(self, donors: Sequence[Donor], now: float) -> list[Effect]:
+        new = [donor for donor in donors if donor.peer not in self._candidates]
+        self._candidates |= {donor.peer: Candidate(donor) for donor in new}
+        if new:
+            return self._choose(now)
+        self._machine.move(State.GIVEN_UP)
+        return [GiveUp()]
+
+    def _get_on(
+        self, event: OfferReceived | ChunkReceived | AllChunksReceived | StateReceived, now: float
+    ) -> None:
+        match event:
+            case OfferReceived():
+                self._offered_at = now
+                self._hear(now)
+            case ChunkReceived():
+                current = self._asked()
+                current.has_answered, current.resumptions = True, 0
+                self._waits_since = now
+                self._hear(now)
+            case AllChunksReceived():
+                self._silent_at = NEVER
+            case StateReceived():
+                self._machine.move(State.DONE)
+
+    def _hear(self, now: float) -> None:
+        """There is a sign of the donor."""
+        self._heard_at = now
+        self._be_patient(now)
+
+    def _be_patient(self, now: float) -> None:
+        invested = 0.0 if self._offered_at is None else now - self._offered_at
+        allowed = patience(invested, self._next_chunk_timeout)
+        self._silent_at = self._heard_at + allowed if self.has_alternative else NEVER
+
+    def _on_time(self, now: float) -> list[Effect]:
+        if now < self.deadline:
+            return []
+        return self._leave(
+            f"no sign of it for {now - self._heard_at:.1f} s, and there are others to ask", now
+        )
+
+    def _hear_position(self, position: int, now: float) -> list[Effect]:
         current = self._asked()
         current.position, current.has_answered = position, True
-        if waited >= WAIT_PATIENCE and self.has_alternative:
-            return self._leave(f"nothing but place {position} in its queue for {figures.duration(waited)}")
-        if position == 0:
-            return Stay()
-        if self._has_settled or current.resumptions:
-            return Stay()
-        equals = [
-            one
-            for one in self._left()
-            if (one.donor.priority, one.was_left) == (current.donor.priority, current.was_left)
-        ]
-        # Leaving a queue costs the place in it: one round through all of them, and then patience.
-        self._has_settled = all(one.was_asked for one in equals)
-        shortest = min(equals, key=_wait)
-        return Stay() if shortest is current else self._ask(shortest)
+        self._hear(now)
+        waited = now - self._waits_since
+        decision = wait_or_go(current, self._left(), waited=waited, has_settled=self._has_settled)
+        if decision.leaves:
+            return self._leave(decision.reason, now)
+        self._has_settled = decision.has_settled
+        return [] if decision.go_to is None else self._ask(decision.go_to, decision.reason, now)
 
-    def _leave(self, reason: str) -> Action:
+    def _leave(self, reason: str, now: float) -> list[Effect]:
         """Try others first; this one may be asked again when nobody else is left."""
         current = self._asked()
         current.was_left, self._has_settled = True, False
         current.answers.append(reason)
-        return self._choose()
+        return [LeaveDonor(current.donor.peer, reason), *self._choose(now)]
 
-    def _reconnect(self, reason: str) -> Action:
+    def _reconnect(self, reason: str, now: float) -> list[Effect]:
         current = self._asked()
         if not current.has_answered:
-            return self._next_after_failure(reason)
+            return self._next_after_failure(reason, now)
         current.resumptions += 1
         if current.resumptions > MAX_RESUMPTIONS:
-            return self._next_after_failure(f"{reason}, also in {MAX_RESUMPTIONS} further tries")
-        return AskDonor(current.donor, FIRST_BACKOFF * 2 ** (current.resumptions - 1))
+            return self._next_after_failure(f"{reason}, also in {MAX_RESUMPTIONS} further tries", now)
+        delay = FIRST_BACKOFF * 2 ** (current.resumptions - 1)
+        self._be_patient(now + delay)  # what it has sent counts, and its silence goes on
+        self._silent_at = max(self._silent_at, now + delay)
+        return [AskDonor(current.donor, delay, "its connection broke")]
 
-    def _next_after_failure(self, reason: str) -> Action:
+    def _next_after_failure(self, reason: str, now: float) -> list[Effect]:
         current = self._asked()
         current.answers.append(reason)
         self._failed.add(current.donor.peer)
         self._has_settled = False
-        return self._choose()
+        return self._choose(now)
 
-    def _choose(self) -> Action:
-        left = self._left()
-        if not left:
-            return LookForDonors()
-        return self._ask(min(left, key=lambda one: (one.was_left, -one.donor.priority, *_wait(one))))
+    def _choose(self, now: float) -> list[Effect]:
+        candidate, reason = prefer(self._left())
+        return self._look() if candidate is None else self._ask(candidate, reason, now)
 
-    def _ask(self, candidate: _Candidate) -> Action:
+    def _ask(self, candidate: Candidate, reason: str, now: float) -> list[Effect]:
+        self._machine.move(State.ASKING)
         self._current = candidate
         candidate.was_asked = True
         candidate.has_answered = False
-        return AskDonor(candidate.donor)
+        self._waits_since, self._offered_at = now, None
+        self._hear(now)
+        return [AskDonor(candidate.donor, reason=reason)]
 
-    def _left(self) -> list[_Candidate]:
+    def _left(self) -> list[Candidate]:
         return [one for peer, one in self._candidates.items() if peer not in self._failed]
 
-    def _asked(self) -> _Candidate:
+    def _asked(self) -> Candidate:
         assert self._current is not None, "nobody was asked"
         return self._current
-
-
-def _wait(candidate: _Candidate) -> tuple[int, float]:
-    """How long a donor's queue is as far as known; unknown ones first."""
-    return (candidate.position or 0, candidate.donor.tiebreak)

@@ -16,21 +16,23 @@ from dataclasses import dataclass
 from shoal.averaging.state.capture import drop_tracebacks
 from shoal.averaging.state.choice import (
     MAX_RESUMPTIONS,
-    Action,
+    AllChunksReceived,
     AskDonor,
+    Began,
     ChunkReceived,
     ConnectionBroke,
-    Donor,
     DonorBusy,
     DonorChoice,
     DonorFailed,
     DonorsFound,
-    DonorSilent,
+    Effect,
     Event,
     GiveUp,
+    LeaveDonor,
+    LookFailed,
     LookForDonors,
-    Stay,
-    patience,
+    OfferReceived,
+    StateReceived,
 )
 from shoal.averaging.state.donor import YIELD_CHUNKS
 from shoal.averaging.state.manifest import Manifest, ManifestReader
@@ -49,6 +51,7 @@ from shoal.averaging.state.messages import (
     Waiting,
 )
 from shoal.averaging.state.partial import PartialState
+from shoal.averaging.state.policy import Donor
 from shoal.errors import (
     ConnectionLost,
     DeadlineExceeded,
@@ -62,6 +65,7 @@ from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.rpc import EndOfStream, Lane, Payload, Stream
+from shoal.sansio.driver import Driver
 from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
@@ -102,13 +106,6 @@ class _StalledError(Exception):
     """The donor sent nothing for too long."""
 
 
-class _Leave(Exception):
-    """Go on with ``action`` instead."""
-
-    def __init__(self, action: Action) -> None:
-        self.action = action
-
-
 class StateDownload:
     """One download. Make it, and :meth:`run` it once.
 
@@ -136,14 +133,16 @@ class StateDownload:
         self._allocate = allocate
         self._next_chunk_timeout = next_chunk_timeout
         self._on_progress = on_progress
-        self._choice = DonorChoice()
+        self._choice = DonorChoice(next_chunk_timeout)
+        self._driver: Driver[Event, Effect] = Driver(
+            self._choice, self._carry_out, name="download", subject=prefix
+        )
+        self._to_do: AskDonor | LookForDonors | GiveUp | None = None
+        """What the core wants next; None: to go on."""
+        self._attempt: asyncio.Task[Downloaded | ConnectionBroke | DonorFailed] | None = None
+        """Asks one donor."""
         self._partial: PartialState | None = None
         self._offers: Counter[PeerID] = Counter()
-        self._waiting: tuple[PeerID, float] | None = None
-        """For whom, and since when nothing of the state has come."""
-        self._heard_at = self._offered_at = 0.0
-        """When there was a sign of the donor, and when it offered what is downloaded now."""
-        self._silence = asyncio.timeout(None)
         self._began = self._logged = self._shown = 0.0
         self._began_at_byte = 0
 
@@ -160,26 +159,46 @@ class StateDownload:
         except TimeoutError:
             return f"it took longer than timeout={timeout:g} s. {self._story()}"
         finally:
+            self._driver.close()
             await self._drop()
 
     async def _run(self) -> Downloaded | str:
-        action: Action = LookForDonors()
+        self._driver.tell(Began())
         while True:
-            match action:
+            match self._take_to_do():
                 case LookForDonors():
-                    try:
-                        donors = tuple(await self._find_donors())
-                    except ShoalError as e:
-                        return f"the DHT could not be asked for donors: {e}. {self._story()}"
-                    action = self._choice.handle(DonorsFound(donors))
+                    await self._look()
                 case AskDonor(donor, delay):
-                    await asyncio.sleep(delay)
-                    outcome = await self._ask(donor)
-                    if isinstance(outcome, Downloaded):
-                        return outcome
-                    action = outcome
-                case Stay() | GiveUp():
-                    return self._story()
+                    downloaded = await self._ask(donor, delay)
+                    if downloaded is not None:
+                        return downloaded
+                case GiveUp(reason):
+                    return f"{reason}. {self._story()}" if reason else self._story()
+
+    def _take_to_do(self) -> AskDonor | LookForDonors | GiveUp:
+        to_do, self._to_do = self._to_do, None
+        assert to_do is not None, "a core that waits for nothing has ended"
+        return to_do
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case LeaveDonor(peer, reason):
+                self._tell_user(logging.INFO, peer, reason)
+            case AskDonor() | LookForDonors() | GiveUp():
+                self._to_do = effect
+                if self._attempt is not None:
+                    self._attempt.cancel()
+
+    def _tell_user(self, level: int, donor: PeerID, reason: str) -> None:
+        logger.log(level, "%s: %s does not give its state: %s", self._prefix, donor, reason)
+
+    async def _look(self) -> None:
+        try:
+            donors = tuple(await self._find_donors())
+        except ShoalError as e:
+            self._driver.tell(LookFailed(f"the DHT could not be asked for donors: {e}"))
+        else:
+            self._driver.tell(DonorsFound(donors))
 
     def _story(self) -> str:
         return self._choice.story() or (
@@ -187,37 +206,49 @@ class StateDownload:
             "nobody has allow_state_sharing"
         )
 
-    def _tell(self, event: Event) -> None:
-        action = self._choice.handle(event)
-        if not isinstance(action, Stay):
-            raise _Leave(action)
+    async def _ask(self, donor: Donor, delay: float) -> Downloaded | None:
+        """Get what is missing from one donor: the state, or nothing when there is something else to do."""
+        outcome = await self._until_left(donor, delay)
+        if isinstance(outcome, Downloaded):
+            return outcome
+        if outcome is None or self._to_do is not None:
+            return None  # the donor was left
+        if isinstance(outcome, DonorFailed):
+            await self._drop()
+        self._tell_user(
+            logging.WARNING if isinstance(outcome, DonorFailed) else logging.INFO, donor.peer, outcome.reason
+        )
+        self._driver.tell(outcome)
+        return None
 
-    async def _ask(self, donor: Donor) -> Downloaded | Action:
-        """Get what is missing from one donor: the state, or what to do instead."""
+    async def _until_left(
+        self, donor: Donor, delay: float
+    ) -> Downloaded | ConnectionBroke | DonorFailed | None:
+        """How asking a donor has ended; None: the core has left it."""
+        attempt = self._attempt = asyncio.create_task(self._attempt_at(donor, delay))
+        try:
+            await asyncio.wait({attempt})
+        finally:
+            self._attempt = None
+            if not attempt.done():
+                attempt.cancel()
+                await asyncio.wait({attempt})
+        return None if attempt.cancelled() else attempt.result()
+
+    async def _attempt_at(self, donor: Donor, delay: float) -> Downloaded | ConnectionBroke | DonorFailed:
+        await asyncio.sleep(delay)
         if self._partial is not None and self._partial.donor != donor.peer:
             await self._drop()
-        if self._waiting is None or self._waiting[0] != donor.peer:
-            self._waiting = donor.peer, self._now()
-            self._heard_at = self._offered_at = self._now()
         try:
-            async with asyncio.timeout_at(self._silent_at()) as self._silence:
-                return await self._download(donor)
-        except _Leave as e:
+            return await self._download(donor)
+        except (ShoalError, _StalledError, EndOfStream) as e:
             drop_tracebacks(e)
-            return e.action
-        except (ShoalError, _StalledError, TimeoutError, EndOfStream) as e:
-            drop_tracebacks(e)
-            event = self._event_of(e)
+            return self._event_of(e)
         except BaseException as e:
             drop_tracebacks(e)
             raise
-        log = logger.warning if isinstance(event, DonorFailed) else logger.info
-        log("%s: %s does not give its state: %s", self._prefix, donor.peer, event.reason)
-        if isinstance(event, DonorFailed):
-            await self._drop()
-        return self._choice.handle(event)
 
-    def _event_of(self, error: Exception) -> ConnectionBroke | DonorFailed | DonorSilent:
+    def _event_of(self, error: Exception) -> ConnectionBroke | DonorFailed:
         """What a download's error says of the donor that was asked.
 
         :raises ShoalError: ``error`` itself, if it is not the donor's
@@ -232,24 +263,10 @@ class StateDownload:
                 return DonorFailed(str(error))
             case EndOfStream():
                 return DonorFailed("it ended before the state did")
-            case ShoalError():
-                raise error
-        return DonorSilent(self._now() - self._heard_at)
+        raise error
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
-
-    def _silent_at(self) -> float | None:
-        """When the donor, without a further sign, has been silent for too long; None: there is no other to go to."""
-        if not self._choice.has_alternative:
-            return None
-        invested = self._now() - self._offered_at if self._partial is not None else 0.0
-        return self._heard_at + patience(invested, self._next_chunk_timeout)
-
-    def _hear(self) -> None:
-        """There is a sign of the donor."""
-        self._heard_at = self._now()
-        self._silence.reschedule(self._silent_at())
 
     async def _download(self, donor: Donor) -> Downloaded:
         self._host.add_addresses(donor.peer, map(Multiaddr.parse, donor.addresses))
@@ -265,11 +282,9 @@ class StateDownload:
                 await partial.take(payload)
                 if partial.next_chunk % YIELD_CHUNKS == 0:
                     await asyncio.sleep(0)
-                self._waiting = donor.peer, self._now()
-                self._hear()
-                self._tell(ChunkReceived())
+                self._driver.tell(ChunkReceived())
                 self._show(partial)
-            self._silence.reschedule(None)  # it may still be hashing what it has sent
+            self._driver.tell(AllChunksReceived())
             await self._check_digest(stream, partial)
             await stream.finish()
             try:
@@ -277,6 +292,7 @@ class StateDownload:
                     await stream.receive()  # the donor's end: it knows that all has come
             except (ShoalError, TimeoutError) as e:
                 drop_tracebacks(e)
+        self._driver.tell(StateReceived())
         age = self._now() - partial.copied_at
         logger.info(
             "%s: loaded the state of %s, %s in %s, copied %s ago",
@@ -294,10 +310,9 @@ class StateDownload:
             None if self._next_chunk_timeout is None else max(self._next_chunk_timeout, LEAST_FIRST_TIMEOUT)
         )
         while isinstance(answer := await self._receive(stream, limit, "its state"), Waiting):
-            assert self._waiting is not None
-            self._hear()
-            waited = self._now() - self._waiting[1]
-            self._tell(DonorBusy(answer.position, waited))
+            self._driver.tell(DonorBusy(answer.position))
+            if self._to_do is not None:
+                await asyncio.sleep(0)  # this attempt was cancelled: what the donor says counts no more
         partial = self._partial
         if isinstance(answer, Resumed):
             if partial is None:
@@ -306,8 +321,7 @@ class StateDownload:
             logger.info("%s: resuming the download from %s", self._prefix, donor.peer)
         elif isinstance(answer, Offer):
             await self._drop()
-            self._hear()
-            self._offered_at = self._now()
+            self._driver.tell(OfferReceived())
             self._offers[donor.peer] += 1
             if self._offers[donor.peer] > 1 + MAX_RESUMPTIONS:
                 raise ProtocolViolation(f"began {MAX_RESUMPTIONS + 1} times, and did not come to the end")
