@@ -8,6 +8,10 @@ import pytest
 
 from shoal.averaging.allreduce.events import TRANSITIONS as ALLREDUCE
 from shoal.averaging.matchmaking.states import TRANSITIONS as MATCHMAKING
+from shoal.averaging.state.choice import TRANSITIONS as DOWNLOAD
+from shoal.averaging.state.queue import TRANSITIONS as UPLOADS
+from shoal.dht.bootstrap_core import TRANSITIONS as BOOTSTRAP
+from shoal.dht.lookup_core import TRANSITIONS as LOOKUP
 from shoal.sansio.machine import IllegalTransition, Machine, mermaid
 
 
@@ -49,7 +53,7 @@ def test_only_the_latest_events_are_remembered():
     assert [entry.event for entry in machine.history] == [7, 8, 9]
 
 
-@pytest.mark.parametrize("table", [ALLREDUCE, MATCHMAKING])
+@pytest.mark.parametrize("table", [ALLREDUCE, MATCHMAKING, DOWNLOAD, UPLOADS, BOOTSTRAP, LOOKUP])
 def test_every_state_of_a_core_is_in_its_table_and_can_be_reached(table):
     states = set(type(next(iter(table))))
     assert set(table) == states

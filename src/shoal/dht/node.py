@@ -14,7 +14,7 @@ import random
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from shoal.dht.bootstrap import InitialPeers
+from shoal.dht.bootstrap import Bootstrap
 from shoal.dht.cache import RecordCache
 from shoal.dht.config import DHTConfig
 from shoal.dht.ids import key_id
@@ -114,10 +114,10 @@ class DHTNode:
         self._server = Server(self._neighbours, self._storage, self._validator, clock)
         self._cache = RecordCache(config.cache_size, self._validator, config.storage_limits(), clock)
         self._records = Records(self._neighbours, self._storage, self._cache, config, clock, self._tasks)
-        self._initial = InitialPeers(
+        self._bootstrap = Bootstrap(
             self._neighbours, initial_peers, self._tasks, rng, self._found_initial_peer
         )
-        self._upkeep = Upkeep(self._neighbours, self._initial, self._records.find_nodes, clock.steady, rng)
+        self._upkeep = Upkeep(self._neighbours, self._bootstrap, self._records.find_nodes, clock.steady, rng)
         self._reachability = ReachabilityWatch(
             host, lambda: list(self._neighbours.table), self._reachability_changed, rng
         )
@@ -144,7 +144,7 @@ class DHTNode:
     @property
     def initial_peers(self) -> list[str]:
         """The addresses of other peers by which this node joined."""
-        return self._initial.others
+        return self._bootstrap.others
 
     @property
     def num_records(self) -> int:
@@ -249,6 +249,7 @@ class DHTNode:
         self._closed = True
         self._server.stop(self.host)
         self._time.close()
+        self._bootstrap.close()
         self._neighbours.close()
         await self._tasks.close()
 
@@ -277,10 +278,10 @@ class DHTNode:
         if not self.config.client_mode:
             self._server.start(self.host)
         if self._checks:
-            self._reachability.begin(in_doubt=bool(self._initial.others))
-        found = await self._initial.find_first(self.config.bootstrap_timeout)
+            self._reachability.begin(in_doubt=bool(self._bootstrap.others))
+        found = await self._bootstrap.find_first(self.config.bootstrap_timeout)
         self.host.check_identity()
-        if not found and self._initial.others and not self._initial.includes_self:
+        if not found and self._bootstrap.others and not self._bootstrap.includes_self:
             if self.config.ensure_bootstrap_success:
                 raise self._bootstrap_error()
             logger.warning("%s; going on in the background", self._bootstrap_error())
@@ -315,7 +316,7 @@ class DHTNode:
         """The first initial peer has answered: meet the nodes near this one, and become one of them."""
         self._entered = True
         neighbours = self._neighbours
-        known = [*self._initial.found.values(), *neighbours.table, *(neighbours.heard_of or ())]
+        known = [*self._bootstrap.found.values(), *neighbours.table, *(neighbours.heard_of or ())]
         known = list(dict.fromkeys(known))
         # Before anything is stored, and before users ask what time it is.
         asked = [self._time.ask(known[:ASKED])]
@@ -349,7 +350,9 @@ class DHTNode:
         return list(dict.fromkeys([*self._neighbours.table, *self.host.connected_peers()]))
 
     def _bootstrap_error(self) -> BootstrapError:
-        failures = {text: self._initial.failures.get(text, "no answer yet") for text in self._initial.others}
+        failures = {
+            text: self._bootstrap.failures.get(text, "no answer yet") for text in self._bootstrap.others
+        }
         listed = "".join(f"\n  {text}: {reason}" for text, reason in failures.items())
         return BootstrapError(
             f"no initial peer answered within {figures.duration(self.config.bootstrap_timeout)}:{listed}",

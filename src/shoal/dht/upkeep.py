@@ -7,7 +7,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 
-from shoal.dht.bootstrap import InitialPeers
+from shoal.dht.bootstrap import Bootstrap
 from shoal.dht.ids import id_in_bucket
 from shoal.dht.neighbours import Neighbours
 from shoal.utils import figures
@@ -31,13 +31,13 @@ class Upkeep:
     def __init__(
         self,
         neighbours: Neighbours,
-        initial: InitialPeers,
+        bootstrap: Bootstrap,
         search: Callable[[int], Awaitable[object]],
         steady: Callable[[], float],
         rng: random.Random,
     ) -> None:
         self._neighbours = neighbours
-        self._initial = initial
+        self._bootstrap = bootstrap
         self._search = search
         self._steady = steady
         self._rng = rng
@@ -66,7 +66,7 @@ class Upkeep:
         neighbours, now = self._neighbours, self._loop.time()
         if not len(neighbours.table):
             neighbours.retry_all_soon()
-            self._initial.retry_soon()
+            self._bootstrap.retry_soon()
         stale = neighbours.table.not_seen_since(now - neighbours.config.refresh_timeout)
         for peer in [*neighbours.lost_to_retry(now), *stale][:MAX_PROBES]:
             neighbours.greet_in_background(peer)
@@ -101,6 +101,6 @@ class Upkeep:
         """Connections may have died unnoticed, and neighbours may have gone: call everybody."""
         logger.info("this machine was asleep for about %s: calling all neighbours", figures.duration(seconds))
         self._neighbours.retry_all_soon()
-        self._initial.retry_soon()
+        self._bootstrap.retry_soon()
         self.hurry()
         await self._neighbours.greet_all(list(self._neighbours.table)[:64])
