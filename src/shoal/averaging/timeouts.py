@@ -1,6 +1,6 @@
 """In what order an averager's times have to be, and the times that follow from those that a user gave. Pure.
 
-hivemind has the same rules, checks two of them, and has fixed defaults that break them as soon as one time is given.
+Defaults follow what was given: fixed ones would break the order as soon as one time is given.
 """
 
 from __future__ import annotations

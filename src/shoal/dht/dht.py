@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
+from typing import Any, Literal, NoReturn, TypeVar, overload
 
 from shoal.dht import addresses, options
 from shoal.dht.commands import (
@@ -41,8 +41,6 @@ from shoal.p2p.multiaddr import Multiaddr
 from shoal.runtime import pickling
 from shoal.runtime.futures import MPFuture, chain
 from shoal.runtime.process import BackgroundProcess, ServiceHandle
-from shoal.utils.deep import names_of_hivemind
-from shoal.utils.lazy import attributes_with_advice
 from shoal.utils.logging import show_logs
 from shoal.utils.serializer import MSGPackSerializer
 from shoal.utils.timed import dht_clock
@@ -242,9 +240,6 @@ class DHT:
     def __repr__(self) -> str:
         state = "alive" if self.is_alive() else "not started" if self._process is None else "ended"
         return f"<DHT {self._peer_id or 'of unknown peer id'}, {state}>"
-
-    if not TYPE_CHECKING:
-        __getattr__ = attributes_with_advice("DHT")
 
     # Properties
 
@@ -527,7 +522,3 @@ def _end_after_failure(process: weakref.ref[BackgroundProcess], creation: Future
 
 def _name_of(function: object) -> str:
     return str(getattr(function, "__qualname__", repr(function)))
-
-
-if not TYPE_CHECKING:
-    __getattr__ = names_of_hivemind(__name__)

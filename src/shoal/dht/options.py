@@ -10,25 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from shoal.compat.dht_options import IGNORED, REFUSED
 from shoal.dht.config import DHTConfig
 from shoal.dht.validation import RecordValidatorBase
 from shoal.errors import InvalidTypeError, InvalidValueError
 from shoal.utils.ordering import Order, contradictions
 from shoal.utils.scalars import plain
-
-LIBP2P_OPTIONS = frozenset(
-    {
-        "auto_nat", "check_if_identity_free", "conn_manager", "dht_mode", "force_reachability", "idle_timeout",
-        "nat_port_map", "no_listen", "persistent_conn_max_msg_size", "quic", "relay_hop_limit", "startup_timeout",
-        "tls", "trusted_relays", "use_auto_relay", "use_ipfs", "use_relay", "use_relay_discovery", "use_relay_hop",
-    }
-)  # fmt: skip
-"""Options of hivemind that its libp2p daemon had; Shoal has no such daemon."""
-
-HIVEMIND_TUNING = frozenset(
-    {"backoff_rate", "blacklist_time", "chunk_size", "depth_modulo", "num_workers", "strict"}
-)  # fmt: skip
-"""Options of hivemind that tune its own implementation, and have no counterpart here."""
 
 ORDERS = (
     Order("stall_timeout", "wait_timeout", "a search waits for nodes that are gone"),
@@ -36,16 +23,6 @@ ORDERS = (
 )
 STALLS_IN_WAIT = 4
 """``wait_timeout`` over ``stall_timeout`` at least, where one of both is not given."""
-
-_REFUSED = {
-    "authorizer": "Shoal has no authorizers yet, and will not start a DHT without one that was asked for",
-    "node_id": "a node's id follows from its identity; use identity_path to keep it",
-    "p2p": "the DHT makes its own host",
-    "protocol": "the DHT makes its own",
-    "record_validator": "it is called record_validators, and takes several",
-    "listen": "use client_mode=True instead of listen=False",
-    "listen_on": "use host_maddrs",
-}
 
 
 def make_config(given: Mapping[str, Any], extra: Mapping[str, Any]) -> DHTConfig:
@@ -61,14 +38,8 @@ def make_config(given: Mapping[str, Any], extra: Mapping[str, Any]) -> DHTConfig
     for name, value in extra.items():
         if name in types:
             values |= {} if value is None else {name: value}
-        elif name in LIBP2P_OPTIONS:
-            _warn(
-                f"DHT option {name!r} is ignored: it belongs to hivemind's libp2p daemon, and Shoal needs none"
-            )
-        elif name in HIVEMIND_TUNING:
-            _warn(
-                f"DHT option {name!r} is ignored: it tunes hivemind's implementation, and has no counterpart here"
-            )
+        elif name in IGNORED:
+            _warn(f"DHT option {name!r} is ignored: {IGNORED[name]}")
         else:
             raise InvalidTypeError(_unknown(name, [*given, *types]))
     values = {name: check_number(name, value, types[name]) for name, value in values.items()}
@@ -144,8 +115,8 @@ def check_validators(validators: object) -> tuple[RecordValidatorBase, ...]:
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:
-    if name in _REFUSED:
-        return f"DHT option {name!r} is not supported: {_REFUSED[name]}"
+    if name in REFUSED:
+        return f"DHT option {name!r} is not supported: {REFUSED[name]}"
     signature: tuple[str, ...] = (
         "initial_peers",
         "host_maddrs",

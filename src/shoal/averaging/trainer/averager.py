@@ -31,7 +31,6 @@ from shoal.averaging.config import (
 )
 from shoal.averaging.factory import create_averager_service
 from shoal.averaging.group import PeerMode, group_key
-from shoal.averaging.overriding import check_overrides
 from shoal.averaging.partition import Layout, Partition
 from shoal.averaging.schema import TensorSchema, check_tensors
 from shoal.averaging.timeouts import (
@@ -58,6 +57,7 @@ from shoal.averaging.trainer.state_pieces import DownloadData, state_pieces
 from shoal.averaging.trainer.state_sharing import State, StateSharing
 from shoal.averaging.trainer.steps import Steps, WhenBusy
 from shoal.averaging.trainer.tensors import TensorStore
+from shoal.compat.overriding import check_overrides
 from shoal.compression import CompressionBase, CompressionInfo, NoCompression
 from shoal.compression.registry import user_codecs
 from shoal.dht.dht import DHT
@@ -71,8 +71,6 @@ from shoal.errors import (
 from shoal.p2p.identity import PeerID
 from shoal.runtime import pickling
 from shoal.runtime.futures import MPFuture, chain
-from shoal.utils.deep import names_of_hivemind
-from shoal.utils.lazy import attributes_with_advice
 from shoal.utils.serializer import MSGPackSerializer
 
 if TYPE_CHECKING:
@@ -174,7 +172,7 @@ class DecentralizedAverager:
       warned of. Takes twice the memory of the tensors, and several times as long under the lock.
 
     Subclasses may override every public method. A class that defines a method by which hivemind's averager is changed
-    and which nothing calls here (``_aggregate_with_group``, ``rpc_...``, see :mod:`~shoal.averaging.overriding`) is an
+    and which nothing calls here (``_aggregate_with_group``, ``rpc_...``, see :mod:`~shoal.compat.overriding`) is an
     InvalidTypeError.
 
     :raises InvalidValueError: (a ValueError) a value out of range, parameters that contradict each other, or a prefix
@@ -400,9 +398,6 @@ class DecentralizedAverager:
         raise InvalidTypeError(
             "a DecentralizedAverager can't be pickled or copied: it belongs to this process; make one in each process"
         )
-
-    if not TYPE_CHECKING:
-        __getattr__ = attributes_with_advice("DecentralizedAverager")
 
     # properties
 
@@ -799,7 +794,3 @@ def _check_timeout(timeout: float | None) -> float | None:
         if timeout is None
         else check_number("timeout", timeout, minimum=0, maximum=threading.TIMEOUT_MAX)
     )
-
-
-if not TYPE_CHECKING:
-    __getattr__ = names_of_hivemind(__name__)
