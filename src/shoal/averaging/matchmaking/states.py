@@ -9,10 +9,6 @@ from dataclasses import dataclass
 from shoal.p2p.identity import PeerID
 
 
-class IllegalTransition(AssertionError):
-    """An event that cannot happen in this state, or a change of state that is not allowed: a bug in Shoal."""
-
-
 class State(enum.Enum):
     NEW = "new"
     LOOKING = "looking"
@@ -26,7 +22,7 @@ class State(enum.Enum):
     """Over: without a group."""
 
 
-MOVES: dict[State, set[State]] = {
+TRANSITIONS: dict[State, set[State]] = {
     State.NEW: {State.LOOKING},
     State.LOOKING: {State.LOOKING, State.ASKING, State.GROUPED, State.ENDED},
     State.ASKING: {State.ASKING, State.LOOKING, State.FOLLOWING, State.GROUPED, State.ENDED},
