@@ -15,18 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from shoal.averaging.checks import OrderOfTimes, check_bits, check_choice, check_flag, check_number
+from shoal.averaging.checks import OrderOfTimes, check_bits
 from shoal.averaging.commands import GetGroupBits, SetGroupBits
 from shoal.averaging.config import (
     DEFAULT_DECLARE_STATE_PERIOD,
     DEFAULT_MAX_STATE_AGE,
     DEFAULT_PART_SIZE_BYTES,
-    MAX_ALPHA,
     AveragerConfig,
     check_codec,
     check_infos,
     choose_codecs,
-    matchmaking_config,
     settle_modes,
 )
 from shoal.averaging.factory import create_averager_service
@@ -38,14 +36,15 @@ from shoal.averaging.timeouts import (
     MIN_MATCHMAKING_TIME,
     RECORD_TIME,
     REQUEST_TIMEOUT,
-    given_times,
+    times_in_order,
 )
 from shoal.averaging.trainer.block import TensorsBlock
+from shoal.averaging.trainer.config import TrainerConfig
 from shoal.averaging.trainer.control import StepControl
 from shoal.averaging.trainer.holders import UsageWatch
 from shoal.averaging.trainer.keeper import TensorKeeper, attach_arena, close, close_in_background
 from shoal.averaging.trainer.lost_updates import UpdateWatch
-from shoal.averaging.trainer.pending import APPLY_WHEN, WATCH_ADVICE, ApplyWhen
+from shoal.averaging.trainer.pending import WATCH_ADVICE, ApplyWhen
 from shoal.averaging.trainer.sources import (
     AveragedTensors,
     HeldTensors,
@@ -71,6 +70,8 @@ from shoal.errors import (
 from shoal.p2p.identity import PeerID
 from shoal.runtime import pickling
 from shoal.runtime.futures import MPFuture, chain
+from shoal.utils.checks import check_flag, check_number
+from shoal.utils.options import gather
 from shoal.utils.serializer import MSGPackSerializer
 
 if TYPE_CHECKING:
@@ -216,39 +217,18 @@ class DecentralizedAverager:
         apply_when: ApplyWhen = "ready",
         detect_lost_updates: bool = False,
     ) -> None:
+        given = (
+            locals().copy()
+        )  # the configurations take what is theirs: names and defaults are tested to agree
         if not isinstance(dht, DHT):
             raise InvalidTypeError(f"dht={dht!r}: a shoal.DHT is allowed, not {type(dht).__name__}")
-        start, daemon = check_flag("start", start), check_flag("daemon", daemon)
-        detect_lost_updates = check_flag("detect_lost_updates", detect_lost_updates)
-        check_choice("apply_when", apply_when, APPLY_WHEN)
-        averaging_alpha = check_number("averaging_alpha", averaging_alpha, above=0, maximum=MAX_ALPHA)
-        shutdown_timeout = check_number(
-            "shutdown_timeout", shutdown_timeout, minimum=0, maximum=threading.TIMEOUT_MAX
-        )
-        self.__config = AveragerConfig(
-            prefix=prefix,
-            matchmaking=matchmaking_config(
-                target_group_size, min_group_size, min_matchmaking_time, request_timeout
-            ),
-            client_mode=client_mode,
-            auxiliary=auxiliary,
-            initial_group_bits=initial_group_bits,
-            part_size_bytes=part_size_bytes,
-            min_vector_size=min_vector_size,
-            allreduce_timeout=allreduce_timeout,
-            next_chunk_timeout=next_chunk_timeout,
-            sender_timeout=sender_timeout,
-            reducer_timeout=reducer_timeout,
-            bandwidth=bandwidth,
-            allow_state_sharing=allow_state_sharing,
-            declare_state_period=declare_state_period,
-            max_state_age=max_state_age,
-        )
+        own = gather(TrainerConfig, given)
+        self.__config = AveragerConfig.of_user(given)
         if (
             known := dht._last_description
         ) is not None:  # else, or if that has changed, the start finds it out
             settle_modes(self.__config, known.client_mode)
-        if not daemon and dht.daemon:
+        if not own.daemon and dht.daemon:
             raise InvalidValueError(
                 "daemon=False: the averager lives in the background process of its DHT, which was made with daemon=True"
             )
@@ -275,7 +255,7 @@ class DecentralizedAverager:
                 prefix,
                 WATCH_ADVICE[apply_when],
                 labels=labels,
-                compares=detect_lost_updates,
+                compares=own.detect_lost_updates,
                 updates_while_copying=apply_when == "called",
             ),
         )
@@ -289,24 +269,15 @@ class DecentralizedAverager:
             self, store, prefix=prefix, compression=state_compression, allowed=allow_state_sharing
         )
         self.__keeper = TensorKeeper(
-            store, layout, float(averaging_alpha), auxiliary, self.__states, prefix, apply_when
+            store, layout, float(own.averaging_alpha), auxiliary, self.__states, prefix, apply_when
         )
-        given = given_times(
-            min_matchmaking_time=min_matchmaking_time,
-            request_timeout=request_timeout,
-            allreduce_timeout=allreduce_timeout,
-            next_chunk_timeout=next_chunk_timeout,
-            sender_timeout=sender_timeout,
-            reducer_timeout=reducer_timeout,
-            declare_state_period=declare_state_period,
-        )
-        self.__order = OrderOfTimes(prefix, given)
+        self.__order = OrderOfTimes(prefix, times_in_order(given))
         self.__order.check(RECORD_TIME, dht._setup.config.max_expiration / 2)
         self.__steps = Steps(self.__keeper, self.__config.matchmaking, prefix, self.__order)
-        self.__shutdown_timeout = shutdown_timeout
+        self.__shutdown_timeout = own.shutdown_timeout
         self.__started: MPFuture[ServiceHandle] | None = None
         self.__finalizer: weakref.finalize[..., Any] | None = None
-        if start:
+        if own.start:
             self.run_in_background()
 
     def __init_subclass__(cls, **options: Any) -> None:

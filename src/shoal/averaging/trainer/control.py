@@ -12,11 +12,12 @@ from concurrent.futures import InvalidStateError as FutureIsDone
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shoal.averaging.checks import check_number, check_scheduled_time
+from shoal.averaging.checks import check_scheduled_time
 from shoal.averaging.commands import AveragingStage
 from shoal.averaging.group import MAX_WEIGHT
 from shoal.errors import InvalidStateError
 from shoal.runtime.futures import MPFuture
+from shoal.utils.checks import check_number
 
 if TYPE_CHECKING:
     from shoal.averaging.report import RoundReport
