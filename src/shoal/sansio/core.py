@@ -43,5 +43,5 @@ class Core(Protocol[E, F]):
 
     @property
     def deadline(self) -> float:
-        """When :class:`TimePassed` is due, in seconds of the same clock; :data:`NEVER` if the core waits for no time."""
+        """When :class:`TimePassed` is due, by the same clock; :data:`NEVER` if the core waits for no time."""
         ...

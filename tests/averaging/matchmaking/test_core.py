@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from shoal.averaging.group import MemberInfo, PeerMode
-from shoal.averaging.matchmaking.core import AVOID_AFTER_LOSS, SearchCore
+from shoal.averaging.matchmaking.asking import AVOID_AFTER_LOSS
+from shoal.averaging.matchmaking.core import SearchCore
 from shoal.averaging.matchmaking.events import (
     AnswerRequest,
     AskSchema,
@@ -375,10 +376,10 @@ def test_a_client_never_leads():
 def test_an_illegal_event_raises_with_the_story_that_led_there():
     driver = Driver()
     driver.see(declared(0))
-    with pytest.raises(IllegalTransition, match="State.ASKING: SearchStarted cannot happen now") as caught:
+    with pytest.raises(IllegalTransition, match=r"SearchStarted cannot happen now") as caught:
         driver.send(SearchStarted())
     assert "Polled" in str(caught.value)
-    with pytest.raises(IllegalTransition, match="State.NEW: TimePassed cannot happen now"):
+    with pytest.raises(IllegalTransition, match=r"TimePassed cannot happen now"):
         SearchCore(
             MatchmakingConfig(),
             peer_id=IDS[0],

@@ -16,7 +16,7 @@ from shoal.averaging.group import (
     group_key,
     sign_member,
 )
-from shoal.averaging.matchmaking.core import AVOID_AFTER_LOSS
+from shoal.averaging.matchmaking.asking import AVOID_AFTER_LOSS
 from shoal.averaging.matchmaking.declarations import Declarations
 from shoal.averaging.matchmaking.events import FinishWithGroup, FinishWithout
 from shoal.averaging.matchmaking.matchmaker import Matchmaker

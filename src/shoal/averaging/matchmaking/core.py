@@ -25,53 +25,17 @@ by :mod:`.policy`.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import ClassVar
 
 from shoal.averaging.group import MemberInfo, PeerMode
 from shoal.averaging.lineage import NO_LINEAGE, Lineage
-from shoal.averaging.matchmaking.candidate import Candidate
-from shoal.averaging.matchmaking.events import (
-    AnswerRequest,
-    AskSchema,
-    AskToJoin,
-    BeginGroup,
-    Cancelled,
-    Declare,
-    Declared,
-    DeclareFailed,
-    DismissFollower,
-    Effect,
-    Event,
-    FinishWithGroup,
-    FinishWithout,
-    FollowerLost,
-    JoinRequested,
-    LeaderAccepted,
-    LeaderBegan,
-    LeaderDismissed,
-    LeaderLost,
-    LeaderPostponed,
-    LeaderRedirected,
-    LeaderRejected,
-    LeaveLeader,
-    Log,
-    MoveTo,
-    PeerGone,
-    Poll,
-    Polled,
-    PollFailed,
-    PostponeFollower,
-    Restarted,
-    SchemaCompared,
-    SearchStarted,
-    TooFew,
-    brief,
-)
+from shoal.averaging.matchmaking import events as ev
+from shoal.averaging.matchmaking.asking import Ask, Asking, Refusal, retry_time
+from shoal.averaging.matchmaking.candidate import Candidate, candidate_of
+from shoal.averaging.matchmaking.events import Effect, Event, brief
 from shoal.averaging.matchmaking.helping import why_no_average
-from shoal.averaging.matchmaking.latecomers import STALE_AFTER, avoid_for
 from shoal.averaging.matchmaking.messages import (
     Accepted,
     DeclaredState,
@@ -79,11 +43,9 @@ from shoal.averaging.matchmaking.messages import (
     DismissReason,
     Redirect,
     Rejected,
-    RejectReason,
     SearchId,
 )
 from shoal.averaging.matchmaking.policy import (
-    BEGIN_GRACE,
     Dismissal,
     Look,
     Situation,
@@ -92,9 +54,12 @@ from shoal.averaging.matchmaking.policy import (
     begin_early,
     dismissals_when_postponed,
     follow_plan,
+    next_deadline,
     offer_place,
+    refuse,
+    too_late,
 )
-from shoal.averaging.matchmaking.states import TRANSITIONS, Ask, State, Times
+from shoal.averaging.matchmaking.states import HEARD, OVERHEARD, TRANSITIONS, State, Times
 from shoal.averaging.matchmaking.story import StoryTeller
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN, Known, View
 from shoal.averaging.matchmaking_config import MatchmakingConfig
@@ -107,13 +72,8 @@ DECLARATION_PERIOD = 10.0
 """Seconds after which a declaration is renewed; the shell lets it expire after three of these."""
 DECLARE_RETRY = 0.5
 """Seconds after which a declaration that failed is tried again."""
-RETRY_AFTER = 0.2
-"""Seconds, at least, for which a leader that turned this peer down is left out of its plans."""
 MIX_FOR = 0.6
 """The part of the time until the start in which peers are mixed; see :attr:`.policy.Situation.is_mixing`."""
-AVOID_AFTER_LOSS = 10.0
-"""Seconds for which a leader that could not be reached or was lost is left out."""
-MAX_REDIRECTS = 5
 
 
 class SearchCore:
@@ -151,15 +111,13 @@ class SearchCore:
         self._view = View(self.me, schema_hash, opens_at=start_time, known=known)
         ends_at = math.inf if deadline is None else deadline
         self._times = Times(begins_at=start_time, deadline=ends_at, expected_at=start_time)
-        self._ask: Ask | None = None
-        self._asks = 0
+        self._asking = Asking(config, self.story)
         self._group: tuple[SearchId, ...] = ()
         self._has_mixed_peers = False
         """Whether plans of this search were mixed ones, even if they are not any more."""
         self._expected = set(expected)
         self._is_put_off = False
         """Whether the start was put off for expected peers that are missing; once in a search."""
-        self._unanswered: Counter[PeerID] = Counter()
         self._said: str | None = None
         """Why no average is possible, as it was logged last."""
         self._effects: list[Effect] = []
@@ -184,11 +142,11 @@ class SearchCore:
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event at time ``now``; return what the shell has to do, in order."""
         self._machine.note(brief(event), now)
-        handler = self._HANDLERS[self.state].get(type(event))
-        if handler is None:
-            self._machine.refuse(f"{type(event).__name__} cannot happen now")
-        was_over = self.state is State.GROUPED
-        handler(self, event, now)
+        kind, was_over = type(event), self.state is State.GROUPED
+        if kind in HEARD[self.state]:
+            self._ON[kind](self, event, now)
+        elif kind not in OVERHEARD[self.state]:
+            self._machine.refuse(f"{kind.__name__} cannot happen now")
         self._act(now)
         if self.state is State.GROUPED and not was_over:
             self._log(self.story.found(now, len(self._group)))
@@ -197,7 +155,7 @@ class SearchCore:
 
     # ---- events of this peer's own search
 
-    def _on_started(self, event: SearchStarted, now: float) -> None:
+    def _on_started(self, event: ev.SearchStarted, now: float) -> None:
         self._move(State.LOOKING)
         self.story.begin(now)
         self._view.start(now)
@@ -205,31 +163,31 @@ class SearchCore:
         self._declare(now)
         self._poll()
 
-    def _on_declared(self, event: Declared, now: float) -> None:
+    def _on_declared(self, event: ev.Declared, now: float) -> None:
         self._view.note_latency(event.seconds)
 
-    def _on_declare_failed(self, event: DeclareFailed, now: float) -> None:
+    def _on_declare_failed(self, event: ev.DeclareFailed, now: float) -> None:
         self.story.note(now, f"could not declare itself: {event.reason}")
         self._times.declare_again = now + DECLARE_RETRY
 
-    def _on_polled(self, event: Polled, now: float) -> None:
+    def _on_polled(self, event: ev.Polled, now: float) -> None:
         other_schema = self._view.take_in(event.peers, event.began_at, now)
         declared = dict(event.peers)
         for peer_id in other_schema:
             if self.story.saw_other_schema(peer_id):
                 other = declared[peer_id]
-                self._effects.append(AskSchema(peer_id, other.addresses, other.schema_hash))
+                self._effects.append(ev.AskSchema(peer_id, other.addresses, other.schema_hash))
         others = len(declared.keys() - {self.me.peer_id})
         self.story.saw(others, self._view.others_looking, len(other_schema))
         why = why_no_average(self._view.everybody(now)) if self._view.shows_start else None
         if why is not None and why != self._said:
             self._said = why
-            self._effects.append(Log(f"{self.key}: no average is possible yet: {why}", is_warning=True))
+            self._effects.append(ev.Log(f"{self.key}: no average is possible yet: {why}", is_warning=True))
 
-    def _on_compared(self, event: SchemaCompared, now: float) -> None:
+    def _on_compared(self, event: ev.SchemaCompared, now: float) -> None:
         self.story.learned_difference(event.peer, event.difference)
 
-    def _on_poll_failed(self, event: PollFailed, now: float) -> None:
+    def _on_poll_failed(self, event: ev.PollFailed, now: float) -> None:
         self.story.note(now, f"could not read who is declared: {event.reason}")
         self._view.schedule_poll(now)
 
@@ -246,23 +204,17 @@ class SearchCore:
             self._declare(now)
         if now >= self._view.next_poll:
             self._poll()
-        ask = self._ask
-        if self.state is State.ASKING and ask and now >= ask.asked_at + self.config.request_timeout:
-            self._effects.append(LeaveLeader(ask.number))
-            self._unanswered[ask.leader] += 1
-            wait = avoid_for(self._unanswered[ask.leader], self.config.request_timeout, AVOID_AFTER_LOSS)
-            self._drop_leader(f"no answer in {self.config.request_timeout:g} s", now, wait)
-        elif self.state is State.FOLLOWING and ask and now >= self._patience_ends():
-            self._effects.append(LeaveLeader(ask.number))
-            self._drop_leader("neither began nor postponed when its start time had come", now)
+        is_accepted = self.state is State.FOLLOWING
+        if now >= self._asking.deadline(self._view, is_accepted=is_accepted):
+            self._leave(self._asking.lose_patience(self._view, now, is_accepted=is_accepted))
+            self._go_on_looking()
 
-    def _on_restarted(self, event: Restarted, now: float) -> None:
-        if self._ask is not None:
-            self._effects.append(LeaveLeader(self._ask.number))
+    def _on_restarted(self, event: ev.Restarted, now: float) -> None:
+        self._leave(self._asking.end())
         self._dismiss_all(Dismissed(DismissReason.SEARCH_ENDED))
         place = event.place
         if place.key != self.key:
-            self._effects.append(Declare(DeclaredState.TAKEN))
+            self._effects.append(ev.Declare(DeclaredState.TAKEN))
         self.key = self.story.key = place.key
         self.me = self.me._replace(
             start_time=place.order_time,
@@ -270,7 +222,7 @@ class SearchCore:
             grid_round=place.grid_round,
             lineage=place.lineage,
         )
-        self._effects.append(MoveTo(place))
+        self._effects.append(ev.MoveTo(place))
         self._view = View(self.me, self._schema_hash, opens_at=place.start_time, latency=self._view.latency)
         self._view.start(now)
         if now < self._times.expected_at:
@@ -283,27 +235,18 @@ class SearchCore:
         self._declare(now)
         self._go_on_looking()
 
-    def _on_peer_gone(self, event: PeerGone, now: float) -> None:
+    def _on_peer_gone(self, event: ev.PeerGone, now: float) -> None:
         self._expected.discard(event.peer_id)
 
-    def _on_cancelled(self, event: Cancelled, now: float) -> None:
+    def _on_cancelled(self, event: ev.Cancelled, now: float) -> None:
         self._end(now)
 
     # ---- others ask this peer to lead them
 
-    def _on_request(self, event: JoinRequested, now: float) -> None:
-        info = event.info
-        asker = Candidate(
-            info.start_time,
-            PeerID.from_bytes(info.peer_id),
-            info.mode.can_lead,
-            info.grid_round,
-            info.lineage,
-            info.mode.contributes,
-            info.lost,
-        )
-        answer = self._answer(asker, info, now)
-        self._effects.append(AnswerRequest(event.token, answer))
+    def _on_request(self, event: ev.JoinRequested, now: float) -> None:
+        asker = candidate_of(event.info)
+        answer = self._answer(asker, event.info, now)
+        self._effects.append(ev.AnswerRequest(event.token, answer))
         if isinstance(answer, Accepted):
             self._drop_follower_of(asker.peer_id)
             self._view.followers[event.token] = asker
@@ -313,119 +256,61 @@ class SearchCore:
             self.story.note(now, f"{asker.peer_id} joined")
 
     def _answer(self, asker: Candidate, info: MemberInfo, now: float) -> Accepted | Redirect | Rejected:
+        if self._machine.is_final:
+            return too_late(self._group)
         if info.schema_hash != self._schema_hash:
             self.story.saw_other_schema(asker.peer_id)
-            return Rejected(RejectReason.OTHER_SCHEMA)
-        if info.key != self.key:
-            return Rejected(RejectReason.OTHER_KEY)
-        if not self.me.can_lead:
-            return Rejected(RejectReason.CANNOT_LEAD)
-        if asker.can_lead and asker[:2] <= self.me[:2]:
-            return Rejected(RejectReason.WRONG_ORDER)
-        if not self._view.is_open_to(asker, now):
-            return Rejected(RejectReason.OTHER_ROUND)
+        refusal = refuse(self._situation(now), asker, info, self.key, self._schema_hash)
+        if refusal is not None:
+            return refusal
         if self.state is State.FOLLOWING:
-            assert self._ask is not None
-            return Redirect(self._ask.leader.to_bytes(), self._ask.addresses)
+            ask = self._asking.current
+            assert ask is not None
+            return Redirect(ask.leader.to_bytes(), ask.addresses)
         self._view.take_back(asker)  # it lives
         self._view.note_seen(asker, now)
         return offer_place(self._situation(now), asker)
 
-    def _on_request_too_late(self, event: JoinRequested, now: float) -> None:
-        if self.state is State.GROUPED:
-            answer = Rejected(RejectReason.BEGUN, self._group)
-        else:
-            answer = Rejected(RejectReason.NOT_LOOKING)
-        self._effects.append(AnswerRequest(event.token, answer))
-
-    def _on_follower_lost(self, event: FollowerLost, now: float) -> None:
+    def _on_follower_lost(self, event: ev.FollowerLost, now: float) -> None:
         follower = self._view.followers.pop(event.token, None)
         if follower is not None:
             self.story.note(now, f"lost follower {follower.peer_id}: {event.reason}")
             # It may live and ask again, which puts it back; what is declared of it until then is not to be
             # relied on.
-            self._view.leave_out(follower.peer_id, now + self._retry_time())
+            self._view.leave_out(follower.peer_id, now + retry_time(self._view))
 
     # ---- what leaders answer
 
-    def _on_accepted(self, event: LeaderAccepted, now: float) -> None:
-        ask = self._current(event.ask)
-        if ask is None:
+    def _on_accepted(self, event: ev.LeaderAccepted, now: float) -> None:
+        ask = self._asking.current
+        if ask is None or not self._asking.expects(event.ask):
             return
         self._move(State.FOLLOWING)
-        self.story.answered(ask.leader, "accepted", now)
-        self._times.leader_begins_at = self._believed_begin(event.begins_in, now)
-        message = Dismissed(DismissReason.JOINED_ANOTHER, ask.leader.to_bytes(), ask.addresses)
-        self._dismiss_all(message)
+        self._asking.accepted(event, now, self._times.begins_at)
+        self._dismiss_all(Dismissed(DismissReason.JOINED_ANOTHER, ask.leader.to_bytes(), ask.addresses))
 
-    def _on_redirected(self, event: LeaderRedirected, now: float) -> None:
-        ask = self._current(event.ask)
-        if ask is None:
+    def _on_postponed(self, event: ev.LeaderPostponed, now: float) -> None:
+        if self._asking.expects(event.ask):
+            self._asking.accepted(event, now, self._times.begins_at)
+
+    def _on_refused(self, event: Refusal, now: float) -> None:
+        if not self._asking.expects(event.ask):
             return
-        if event.leader == ask.leader:
-            self._drop_leader("redirected to itself", now)
-            return
-        self.story.answered(ask.leader, f"redirected to {event.leader}", now)
-        if ask.redirects < MAX_REDIRECTS and self._view.may_ask(event.leader, now):
-            self._ask_to_join(
-                event.leader, event.addresses, now, redirects=ask.redirects + 1, is_hearsay=True
-            )
-        else:
-            self._view.leave_out(ask.leader, now + self._retry_time())
+        instead = self._asking.refused(event, self._view, now)
+        if instead is None:
             self._go_on_looking()
-
-    def _on_rejected(self, event: LeaderRejected, now: float) -> None:
-        ask = self._current(event.ask)
-        if ask is None:
-            return
-        reason = event.answer.reason
-        self.story.answered(ask.leader, f"rejected: {reason.words}", now)
-        until = now + self._retry_time()
-        if reason in (RejectReason.BEGUN, RejectReason.NOT_LOOKING):
-            # It says so itself before long, and its next search may be earlier in the order.
-            until = now + AVOID_AFTER_LOSS
-        elif reason is RejectReason.OTHER_SCHEMA:
-            until = math.inf
-        is_looking = reason is RejectReason.FULL
-        self._view.leave_out(ask.leader, until, is_looking=is_looking)
-        self._view.leave_out_group(event.answer.members, until, now, is_looking=is_looking)
-        self._go_on_looking()
-
-    def _on_dismissed(self, event: LeaderDismissed, now: float) -> None:
-        ask = self._current(event.ask)
-        if ask is None:
-            return
-        answer = event.answer
-        self.story.answered(ask.leader, f"dismissed: {answer.reason.words}", now)
-        is_looking = answer.reason is DismissReason.BETTER_CUT
-        self._view.leave_out(ask.leader, now + self._retry_time(), is_looking=is_looking)
-        self._view.leave_out_group(answer.members, now + self._retry_time(), now, is_looking=True)
-        suggested = PeerID.from_bytes(answer.leader) if answer.leader else None
-        if suggested is not None and self._view.may_ask(suggested, now):
-            self._ask_to_join(suggested, answer.addresses, now, redirects=0, is_hearsay=True)
         else:
-            self._go_on_looking()
+            self._ask_to_join(instead.leader, instead.addresses, now, instead.redirects, is_hearsay=True)
 
-    def _on_postponed(self, event: LeaderPostponed, now: float) -> None:
-        if self._current(event.ask):
-            self._times.leader_begins_at = self._believed_begin(event.begins_in, now)
-
-    def _on_began(self, event: LeaderBegan, now: float) -> None:
-        if self._current(event.ask) is None:
+    def _on_began(self, event: ev.LeaderBegan, now: float) -> None:
+        if not self._asking.expects(event.ask):
             return
         self._group = tuple(SearchId(member.peer_id, member.start_time) for member in event.group.members)
         self._move(State.GROUPED)
-        self._effects.append(Declare(DeclaredState.TAKEN, self._group))
-        self._effects.append(FinishWithGroup(event.group))
+        self._effects.append(ev.Declare(DeclaredState.TAKEN, self._group))
+        self._effects.append(ev.FinishWithGroup(event.group))
 
-    def _on_leader_lost(self, event: LeaderLost, now: float) -> None:
-        if self._current(event.ask):
-            self._drop_leader(event.reason, now)
-
-    def _ignore(self, event: Event, now: float) -> None:
-        """The event belongs to something that is over."""
-
-    def _log(self, line: Log | None) -> None:
+    def _log(self, line: ev.Log | None) -> None:
         if line is not None:
             self._effects.append(line)
 
@@ -466,7 +351,7 @@ class SearchCore:
             self._view.addresses_of(suggested) if suggested else (),
             self._view.searches,
         )
-        self._effects.append(DismissFollower(dismissal.token, message))
+        self._effects.append(ev.DismissFollower(dismissal.token, message))
 
     def _consider_beginning(self, now: float) -> None:
         situation = self._situation(now)
@@ -487,19 +372,21 @@ class SearchCore:
             case Verdict.PUT_OFF:
                 self._is_put_off = True
                 self._times.begins_at = now + decision.later
-                self._effects += [PostponeFollower(token, decision.later) for token in self._view.followers]
+                self._effects += [
+                    ev.PostponeFollower(token, decision.later) for token in self._view.followers
+                ]
             case Verdict.POSTPONE:
                 self._postpone(now, decision.later)
 
     def _postpone(self, now: float, later: float) -> None:
         self._times.begins_at = now + later
-        self._effects.append(TooFew(self._view.count_seen))
+        self._effects.append(ev.TooFew(self._view.count_seen))
         elsewhere = dismissals_when_postponed(self._situation(now))
         for token in list(self._view.followers):
             if token in elsewhere:
                 self._dismiss_to_plan(elsewhere[token])
             else:
-                self._effects.append(PostponeFollower(token, later))
+                self._effects.append(ev.PostponeFollower(token, later))
 
     def _look(self, look: Look, now: float) -> None:
         match look:
@@ -511,21 +398,19 @@ class SearchCore:
                 self._view.poll_when_settled(now)
 
     def _begin(self) -> None:
-        if self._ask is not None:
-            self._effects.append(LeaveLeader(self._ask.number))
+        self._leave(self._asking.end())
         self._group = self._view.searches
         self._move(State.GROUPED)
-        self._effects.append(BeginGroup(tuple(self._view.followers)))
-        self._effects.append(Declare(DeclaredState.TAKEN, self._group))
+        self._effects.append(ev.BeginGroup(tuple(self._view.followers)))
+        self._effects.append(ev.Declare(DeclaredState.TAKEN, self._group))
 
     def _end(self, now: float) -> None:
-        if self._ask is not None:
-            self._effects.append(LeaveLeader(self._ask.number))
+        self._leave(self._asking.end())
         self._dismiss_all(Dismissed(DismissReason.SEARCH_ENDED))
         explanation = self.story.explain(now, self._view.candidates(now), self.me.peer_id)
         self._move(State.ENDED)
-        self._effects.append(Declare(DeclaredState.TAKEN))
-        self._effects.append(FinishWithout(explanation))
+        self._effects.append(ev.Declare(DeclaredState.TAKEN))
+        self._effects.append(ev.FinishWithout(explanation))
 
     # ---- leaders and followers
 
@@ -538,144 +423,73 @@ class SearchCore:
         *,
         is_hearsay: bool = False,
     ) -> None:
-        self._asks += 1
-        self._ask = Ask(self._asks, leader, addresses, now, redirects)
+        ask = self._asking.begin(leader, addresses, now, redirects)
         self._move(State.ASKING)
-        self._effects.append(AskToJoin(self._ask.number, leader, addresses, is_hearsay))
-        self.story.asked(leader)
+        self._effects.append(ev.AskToJoin(ask.number, leader, addresses, is_hearsay))
 
-    def _current(self, ask: int) -> Ask | None:
-        """The request ``ask`` if it still counts: answers may cross with our leaving."""
-        return self._ask if self._ask is not None and self._ask.number == ask else None
+    def _leave(self, ask: Ask | None) -> None:
+        if ask is not None:
+            self._effects.append(ev.LeaveLeader(ask.number))
 
     def _go_on_looking(self) -> None:
-        self._ask = None
-        self._times.leader_begins_at = math.inf
+        self._asking.end()
         self._move(State.LOOKING)
         self._poll()
-
-    def _drop_leader(self, reason: str, now: float, avoid: float = AVOID_AFTER_LOSS) -> None:
-        assert self._ask is not None
-        self.story.answered(self._ask.leader, f"lost ({reason})", now)
-        self._view.leave_out(self._ask.leader, now + avoid)
-        self._go_on_looking()
 
     def _drop_follower_of(self, peer_id: PeerID) -> None:
         """A peer that asks again has given up its earlier request."""
         for token, follower in list(self._view.followers.items()):
             if follower.peer_id == peer_id:
                 del self._view.followers[token]
-                self._effects.append(DismissFollower(token, Dismissed(DismissReason.REPLACED)))
+                self._effects.append(ev.DismissFollower(token, Dismissed(DismissReason.REPLACED)))
 
     def _dismiss_all(self, message: Dismissed) -> None:
         for token in self._view.followers:
-            self._effects.append(DismissFollower(token, message))
+            self._effects.append(ev.DismissFollower(token, message))
         self._view.followers.clear()
 
     # ---- time
 
     def _declare(self, now: float) -> None:
         self._times.declare_again = now + DECLARATION_PERIOD
-        self._effects.append(Declare(DeclaredState.LOOKING))
+        self._effects.append(ev.Declare(DeclaredState.LOOKING))
 
     def _poll(self) -> None:
         self._view.next_poll = math.inf
         if not self._view.is_polling:
             self._view.is_polling = True
-            self._effects.append(Poll())
-
-    def _retry_time(self) -> float:
-        return max(RETRY_AFTER, 2 * self._view.latency)
-
-    def _believed_begin(self, begins_in: float, now: float) -> float:
-        """When a leader begins that says so; what no leader does that is earlier in the order is not believed."""
-        return min(now + begins_in, max(now, self._times.begins_at) + self.config.min_matchmaking_time)
-
-    def _patience_ends(self) -> float:
-        return self._times.leader_begins_at + self.config.request_timeout + BEGIN_GRACE * self._view.latency
+            self._effects.append(ev.Poll())
 
     def _next_deadline(self, now: float) -> float:
-        time = self._times
-        due = [time.deadline, self.story.next_status, time.declare_again]
-        if time.mixes_until > now:
-            due.append(time.mixes_until)
-        if self.state is State.FOLLOWING:
-            due.append(self._patience_ends())
-        else:
-            due.append(self._view.next_poll)
-            if self.me.can_lead:
-                stale = now + STALE_AFTER if self._view.is_stale(now) else -math.inf
-                due.append(
-                    time.begins_at
-                    if now < time.begins_at
-                    else max(stale, self._situation(now).begins_at_latest)
-                )
-            if self._ask is not None:
-                due.append(self._ask.asked_at + self.config.request_timeout)
-        return max(now, min(due))
+        is_accepted = self.state is State.FOLLOWING
+        patience = self._asking.deadline(self._view, is_accepted=is_accepted)
+        due = (self.story.next_status, patience)
+        return next_deadline(self._situation(now), due, follows=is_accepted)
 
     # ---- states
 
     def _move(self, to: State) -> None:
         self._machine.move(to)
         if self._machine.is_final:
-            self._ask = None
+            self._asking.end()
 
-    _ALWAYS: ClassVar[dict[type, Callable[..., None]]] = {
-        Declared: _on_declared,
-        DeclareFailed: _on_declare_failed,
-        Polled: _on_polled,
-        SchemaCompared: _on_compared,
-        PollFailed: _on_poll_failed,
-        JoinRequested: _on_request,
-        FollowerLost: _on_follower_lost,
-        PeerGone: _on_peer_gone,
-        TimePassed: _on_timer,
-        Restarted: _on_restarted,
-        Cancelled: _on_cancelled,
-    }
-    # Answers of leaders that this peer has left meanwhile.
-    _LATE_ANSWERS: ClassVar[dict[type, Callable[..., None]]] = dict.fromkeys(
-        (
-            LeaderAccepted,
-            LeaderRedirected,
-            LeaderRejected,
-            LeaderPostponed,
-            LeaderDismissed,
-            LeaderBegan,
-            LeaderLost,
-        ),
-        _ignore,
-    )
-    _OVER: ClassVar[dict[type, Callable[..., None]]] = {
+    _ON: ClassVar[dict[type, Callable[..., None]]] = {
+        ev.SearchStarted: _on_started,
+        ev.Restarted: _on_restarted,
+        ev.Cancelled: _on_cancelled,
+        ev.Declared: _on_declared,
+        ev.DeclareFailed: _on_declare_failed,
+        ev.Polled: _on_polled,
+        ev.PollFailed: _on_poll_failed,
+        ev.SchemaCompared: _on_compared,
+        ev.JoinRequested: _on_request,
+        ev.FollowerLost: _on_follower_lost,
+        ev.PeerGone: _on_peer_gone,
+        ev.LeaderAccepted: _on_accepted,
+        ev.LeaderPostponed: _on_postponed,
+        ev.LeaderBegan: _on_began,
         **dict.fromkeys(
-            (Declared, DeclareFailed, Polled, PollFailed, SchemaCompared, FollowerLost, PeerGone, TimePassed),
-            _ignore,
+            (ev.LeaderRedirected, ev.LeaderRejected, ev.LeaderDismissed, ev.LeaderLost), _on_refused
         ),
-        **_LATE_ANSWERS,
-        JoinRequested: _on_request_too_late,
-        Restarted: _ignore,
-        Cancelled: _ignore,
-    }
-    _HANDLERS: ClassVar[dict[State, dict[type, Callable[..., None]]]] = {
-        State.NEW: {SearchStarted: _on_started},
-        State.LOOKING: {**_ALWAYS, **_LATE_ANSWERS},
-        State.ASKING: {
-            **_ALWAYS,
-            **_LATE_ANSWERS,
-            LeaderAccepted: _on_accepted,
-            LeaderRedirected: _on_redirected,
-            LeaderRejected: _on_rejected,
-            LeaderLost: _on_leader_lost,
-        },
-        State.FOLLOWING: {
-            **_ALWAYS,
-            **_LATE_ANSWERS,
-            LeaderPostponed: _on_postponed,
-            LeaderDismissed: _on_dismissed,
-            LeaderBegan: _on_began,
-            LeaderLost: _on_leader_lost,
-        },
-        State.GROUPED: _OVER,
-        State.ENDED: _OVER,
+        TimePassed: _on_timer,
     }

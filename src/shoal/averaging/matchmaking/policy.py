@@ -7,12 +7,13 @@ reason, which becomes a line of the search's history.
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from shoal.averaging.group import MAX_GROUP_SIZE
+from shoal.averaging.group import MAX_GROUP_SIZE, MemberInfo
 from shoal.averaging.matchmaking.apart import is_apart
 from shoal.averaging.matchmaking.candidate import Candidate
 from shoal.averaging.matchmaking.grouping import (
@@ -24,8 +25,8 @@ from shoal.averaging.matchmaking.grouping import (
     takes_too_many_leaders,
 )
 from shoal.averaging.matchmaking.helping import count_contributors, makes_room, why_no_average
-from shoal.averaging.matchmaking.latecomers import longer_wait
-from shoal.averaging.matchmaking.messages import Accepted, Redirect, Rejected, RejectReason
+from shoal.averaging.matchmaking.latecomers import STALE_AFTER, longer_wait
+from shoal.averaging.matchmaking.messages import Accepted, Redirect, Rejected, RejectReason, SearchId
 from shoal.averaging.matchmaking.states import Times
 from shoal.averaging.matchmaking.view import View
 from shoal.averaging.matchmaking_config import MatchmakingConfig
@@ -320,3 +321,54 @@ def offer_place(situation: Situation, asker: Candidate) -> Accepted | Redirect |
     if theirs and theirs.leader not in (asker.peer_id, *view.members):
         return Redirect(theirs.leader.to_bytes(), view.addresses_of(theirs.leader))
     return Rejected(RejectReason.FULL, view.searches)
+
+
+def refuse(
+    situation: Situation, asker: Candidate, info: MemberInfo, key: str, schema_hash: bytes
+) -> Rejected | None:
+    """Why ``asker`` cannot be led by this peer, whatever the plan; None: it can."""
+    if info.schema_hash != schema_hash:
+        return Rejected(RejectReason.OTHER_SCHEMA)
+    if info.key != key:
+        return Rejected(RejectReason.OTHER_KEY)
+    if not situation.me.can_lead:
+        return Rejected(RejectReason.CANNOT_LEAD)
+    if asker.can_lead and asker[:2] <= situation.me[:2]:
+        return Rejected(RejectReason.WRONG_ORDER)
+    if not situation.view.is_open_to(asker, situation.now):
+        return Rejected(RejectReason.OTHER_ROUND)
+    return None
+
+
+def too_late(group: tuple[SearchId, ...]) -> Rejected:
+    """The answer to a peer that asks when the search is over; ``group``: what it has found."""
+    return Rejected(RejectReason.BEGUN, group) if group else Rejected(RejectReason.NOT_LOOKING)
+
+
+# ---- when to look at all this again
+
+
+def next_deadline(situation: Situation, due: Sequence[float], *, follows: bool) -> float:
+    """When time alone changes something next.
+
+    :param due: other times that are due
+    :param follows: whether this peer has a leader, so that it neither polls nor begins
+    """
+    times, now = situation.times, situation.now
+    later = [*due, times.deadline, times.declare_again]
+    if times.mixes_until > now:
+        later.append(times.mixes_until)
+    if not follows:
+        later.append(situation.view.next_poll)
+        if situation.me.can_lead:
+            later.append(_begins_next(situation))
+    return max(now, min(later))
+
+
+def _begins_next(situation: Situation) -> float:
+    """When to consider the beginning of this peer's own group next."""
+    now = situation.now
+    if now < situation.times.begins_at:
+        return situation.times.begins_at
+    stale = now + STALE_AFTER if situation.view.is_stale(now) else -math.inf
+    return max(stale, situation.begins_at_latest)
