@@ -1,4 +1,4 @@
-"""Names of hivemind, for programs that were written for it. Nothing else in Shoal knows them.
+"""Names of hivemind, for programs that were written for it. No other module mentions a name that only hivemind has.
 
 - :mod:`~shoal.compat.modules` lists the modules of hivemind, and the names that each has there.
 - :mod:`~shoal.compat.advice` says what to use in place of a name that Shoal does not have.

@@ -126,7 +126,7 @@ class DHT:
         reuse_get_requests: bool | None = None,
         **options_: Any,
     ) -> None:
-        given = locals().copy()  # the configurations take what is theirs: names and types are tested to agree
+        given = locals().copy()  # each configuration takes what is its own
         del given["self"], given["options_"]
         self._process: BackgroundProcess | None = None
         self._creation: MPFuture[ServiceHandle] | None = None

@@ -217,9 +217,7 @@ class DecentralizedAverager:
         apply_when: ApplyWhen = "ready",
         detect_lost_updates: bool = False,
     ) -> None:
-        given = (
-            locals().copy()
-        )  # the configurations take what is theirs: names and defaults are tested to agree
+        given = locals().copy()  # each configuration takes what is its own
         if not isinstance(dht, DHT):
             raise InvalidTypeError(f"dht={dht!r}: a shoal.DHT is allowed, not {type(dht).__name__}")
         own = gather(TrainerConfig, given)
