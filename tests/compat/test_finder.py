@@ -43,8 +43,8 @@ def test_only_two_modules_are_made_of_names():
     ] == (MADE_OF_NAMES)
 
 
-def test_no_module_says_that_hivemind_has_it():
-    """The hook gives ``__getattr__`` to modules and classes; what defines its own, keeps it."""
+def test_the_hook_answers_for_what_a_module_lacks():
+    """Packages with lazy names answer themselves, and ask the same tables."""
     for name in MODULES:
         function = vars(importlib.import_module(name))["__getattr__"]
         lazy = ["shoal.averaging.allreduce", "shoal.averaging.matchmaking", "shoal.utils"]
@@ -133,6 +133,17 @@ def test_asking_for_what_is_not_there_loads_no_torch():
 import sys, shoal
 for name in ("P2P", "no_such_name"):
     assert not hasattr(shoal.dht.dht, name)
+print("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_listing_a_package_loads_no_torch():
+    code = """
+import sys, shoal
+assert {"averager", "control", "DecentralizedAverager"} <= set(dir(shoal.averaging))
+assert {"MPFuture", "logging"} <= set(dir(shoal.utils))
+assert "P2P" not in dir(shoal.averaging.matchmaking)
 print("torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
