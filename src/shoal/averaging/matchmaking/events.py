@@ -221,6 +221,8 @@ class LeaveLeader:
     """End the request ``ask``, whether it was answered or not."""
 
     ask: int
+    is_overdue: bool = False
+    """Because there was no answer in time."""
 
 
 @dataclass(frozen=True)

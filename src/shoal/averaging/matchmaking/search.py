@@ -177,6 +177,8 @@ class GroupSearch:
         self._result: asyncio.Future[GroupInfo] = self._loop.create_future()
         self._timer: asyncio.TimerHandle | None = None
         self._asks: dict[int, asyncio.Task[None]] = {}
+        self._dialing: dict[int, PeerID] = {}
+        """Leaders of those requests to which there is no connection yet."""
         self._followers: dict[int, _Follower] = {}
         self._tokens = 0
         self._gone: list[tuple[PeerID, str]] = []
@@ -264,9 +266,8 @@ class GroupSearch:
             case AskToJoin(ask, leader):
                 self._asks[ask] = self._peer.tasks.start(self._ask(effect), f"ask {leader}")
                 self._asks[ask].add_done_callback(lambda _: self._asks.pop(ask))
-            case LeaveLeader(ask):
-                if ask in self._asks:
-                    self._asks[ask].cancel()
+            case LeaveLeader():
+                self._leave(effect)
             case AnswerRequest() | PostponeFollower() | DismissFollower():
                 self._tell_follower(effect)
             case BeginGroup(tokens):
@@ -344,13 +345,17 @@ class GroupSearch:
         try:
             add(leader, [Multiaddr.parse(address) for address in effect.addresses])
             own = self._sign_info(leader)
+            self._dialing[ask] = leader
             async with host.open_stream(leader, JOIN) as stream:
+                del self._dialing[ask]
                 await stream.send(JoinRequest(self._peer.prefix, own))
                 await self._listen_to_leader(ask, stream, own)
         except ShoalError as e:
             self.dispatch(LeaderLost(ask, str(e)))
             if not self.is_over and isinstance(e, PeerUnreachable) and not is_refused(e):
                 self._when_leader_lost(leader)
+        finally:
+            self._dialing.pop(ask, None)
 
     async def _listen_to_leader(self, ask: int, stream: Stream, own: SignedMemberInfo) -> None:
         """Turn the leader's messages into events, up to the last one.
@@ -391,6 +396,13 @@ class GroupSearch:
                     return
                 case other:
                     raise ProtocolViolation(f"{stream.remote} sends its follower a {type(other).__name__}")
+
+    def _leave(self, effect: LeaveLeader) -> None:
+        if effect.is_overdue and effect.ask in self._dialing:
+            # Where packets vanish, a dial takes longer than that. Not at once: the answer is to move, another event.
+            self._loop.call_soon(self._when_leader_lost, self._dialing[effect.ask])
+        if effect.ask in self._asks:
+            self._asks[effect.ask].cancel()
 
     # ---- this peer leads
 

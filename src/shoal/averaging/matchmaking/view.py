@@ -286,7 +286,7 @@ class View:
 
     def may_ask(self, leader: PeerID, now: float) -> bool:
         """Whether to follow somebody's advice to ask ``leader``, who need not be visible here."""
-        if leader in self.members:
+        if leader in self.members or leader.to_bytes() in self._me.lost:
             return False
         return self._is_left_out(leader, self._last_seen.get(leader, -math.inf), now) is None
 
