@@ -110,6 +110,13 @@ class TestLostPeers:
         connected.add(PEERS[0])
         assert lost.ids(2.0) == (PEERS[1].to_bytes(),)
 
+    def test_one_that_is_back_before_the_next_search_is_lost_no_more(self):
+        connected = set()
+        lost = LostPeers(connected.__contains__)
+        lost.add(PEERS[:1], 0.0)
+        connected.add(PEERS[0])
+        assert lost.ids(1.0) == ()
+
     def test_a_connection_that_was_never_closed_may_be_a_dead_one(self):
         connected = {PEERS[0]}
         lost = LostPeers(connected.__contains__)

@@ -40,6 +40,8 @@ class LostPeers:
             self._until.pop(peer, None)
             self._until[peer] = now + APART_FOR
             self._gone.discard(peer)
+            if not self._is_connected(peer):
+                self._gone.add(peer)
         self._forget(list(self._until)[:-MAX_LOST])
 
     def ids(self, now: float) -> tuple[bytes, ...]:
