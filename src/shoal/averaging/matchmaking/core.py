@@ -282,7 +282,7 @@ class Matchmaking:
             self._poll()
         ask = self._ask
         if self.state is State.ASKING and ask and now >= ask.asked_at + self.config.request_timeout:
-            self._effects.append(LeaveLeader(ask.number, is_overdue=True))
+            self._effects.append(LeaveLeader(ask.number, overdue=ask.leader))
             self._unanswered[ask.leader] += 1
             wait = avoid_for(self._unanswered[ask.leader], self.config.request_timeout, AVOID_AFTER_LOSS)
             self._drop_leader(f"no answer in {self.config.request_timeout:g} s", now, wait)

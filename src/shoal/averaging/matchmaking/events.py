@@ -221,8 +221,8 @@ class LeaveLeader:
     """End the request ``ask``, whether it was answered or not."""
 
     ask: int
-    is_overdue: bool = False
-    """Because there was no answer in time."""
+    overdue: PeerID | None = None
+    """The leader, if it has given no answer in time."""
 
 
 @dataclass(frozen=True)

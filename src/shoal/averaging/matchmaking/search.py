@@ -177,8 +177,6 @@ class GroupSearch:
         self._result: asyncio.Future[GroupInfo] = self._loop.create_future()
         self._timer: asyncio.TimerHandle | None = None
         self._asks: dict[int, asyncio.Task[None]] = {}
-        self._dialing: dict[int, PeerID] = {}
-        """Leaders of those requests to which there is no connection yet."""
         self._followers: dict[int, _Follower] = {}
         self._tokens = 0
         self._gone: list[tuple[PeerID, str]] = []
@@ -345,17 +343,13 @@ class GroupSearch:
         try:
             add(leader, [Multiaddr.parse(address) for address in effect.addresses])
             own = self._sign_info(leader)
-            self._dialing[ask] = leader
             async with host.open_stream(leader, JOIN) as stream:
-                del self._dialing[ask]
                 await stream.send(JoinRequest(self._peer.prefix, own))
                 await self._listen_to_leader(ask, stream, own)
         except ShoalError as e:
             self.dispatch(LeaderLost(ask, str(e)))
-            if not self.is_over and isinstance(e, PeerUnreachable) and not is_refused(e):
-                self._when_leader_lost(leader)
-        finally:
-            self._dialing.pop(ask, None)
+            if not self.is_over:
+                self._note_lost(leader, e)
 
     async def _listen_to_leader(self, ask: int, stream: Stream, own: SignedMemberInfo) -> None:
         """Turn the leader's messages into events, up to the last one.
@@ -398,11 +392,22 @@ class GroupSearch:
                     raise ProtocolViolation(f"{stream.remote} sends its follower a {type(other).__name__}")
 
     def _leave(self, effect: LeaveLeader) -> None:
-        if effect.is_overdue and effect.ask in self._dialing:
-            # Where packets vanish, a dial takes longer than that. Not at once: the answer is to move, another event.
-            self._loop.call_soon(self._when_leader_lost, self._dialing[effect.ask])
         if effect.ask in self._asks:
             self._asks[effect.ask].cancel()
+        if effect.overdue is not None:
+            self._peer.tasks.start(self._look_for_route(effect.overdue), f"dial {effect.overdue}")
+
+    async def _look_for_route(self, leader: PeerID) -> None:
+        """Where packets vanish, a dial takes longer than this peer waits for an answer: wait until it has failed."""
+        host = self._peer.node.host
+        try:
+            await host.connect(leader, timeout=2 * host.config.dial_timeout)
+        except ShoalError as e:
+            self._note_lost(leader, e)
+
+    def _note_lost(self, leader: PeerID, error: ShoalError) -> None:
+        if isinstance(error, PeerUnreachable) and not is_refused(error):
+            self._when_leader_lost(leader)
 
     # ---- this peer leads
 
