@@ -110,6 +110,7 @@ def _find_place(peer: Candidate, groups: list[Group], target: int | None, minimu
             group.append(peer)
             return
     made: Group = [peer]
+    homes: list[Group] = []
     for donor in sorted(groups, key=len, reverse=True):
         for member in sorted(donor, reverse=True):
             if _is_whole(made, minimum):
@@ -118,11 +119,11 @@ def _find_place(peer: Candidate, groups: list[Group], target: int | None, minimu
             if _is_whole(rest, minimum) and not is_apart(member, made):
                 donor.remove(member)
                 made.append(member)
+                homes.append(donor)
     if _is_whole(made, minimum):
         groups.append(made)
         return
-    for member in made[1:]:
-        home = next(group for group in groups if not is_apart(member, group))
+    for member, home in zip(made[1:], homes, strict=True):
         home.append(member)
 
 
