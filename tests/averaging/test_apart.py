@@ -52,6 +52,18 @@ def test_a_pair_of_three_is_apart_and_the_others_average():
     assert len(cut.left_over) == 1
 
 
+def test_a_client_that_is_kept_apart_takes_one_leader_along_and_no_other_clients():
+    everybody = candidates(12, (10, 2), (10, 3), (10, 4), (10, 11), (2, 7))
+    clients = {0, 3, 5, 6, 8, 9, 10}
+    everybody = [
+        one._replace(can_lead=number not in clients, contributes=number not in {1, 4})
+        for number, one in enumerate(everybody)
+    ]
+    cut = cut_groups(everybody, 6, 1)
+    assert cut.left_over == ()
+    assert all(len(group.members) <= 6 for group in cut.groups)
+
+
 def test_a_liar_isolates_nobody_but_itself():
     everybody = candidates(8, *((0, other) for other in range(1, 8)))
     cut = cut_groups(everybody, 4, 2)

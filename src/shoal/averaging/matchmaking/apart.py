@@ -113,10 +113,10 @@ def _find_place(peer: Candidate, groups: list[Group], target: int | None, minimu
     homes: list[Group] = []
     for donor in sorted(groups, key=len, reverse=True):
         for member in sorted(donor, reverse=True):
-            if _is_whole(made, minimum):
+            if _is_whole(made, minimum) or len(made) == target:
                 break
             rest = [one for one in donor if one is not member]
-            if _is_whole(rest, minimum) and not is_apart(member, made):
+            if _is_whole(rest, minimum) and _is_of_use(member, made) and not is_apart(member, made):
                 donor.remove(member)
                 made.append(member)
                 homes.append(donor)
@@ -130,6 +130,13 @@ def _find_place(peer: Candidate, groups: list[Group], target: int | None, minimu
 def _is_whole(group: Sequence[Candidate], minimum: int) -> bool:
     can_average = any(one.can_lead for one in group) and any(one.contributes for one in group)
     return can_average and len(group) >= minimum
+
+
+def _is_of_use(peer: Candidate, group: Sequence[Candidate]) -> bool:
+    """Whether ``peer`` makes a group whole, or larger if all that lacks is its size."""
+    if not any(one.can_lead for one in group):
+        return peer.can_lead
+    return peer.contributes or any(one.contributes for one in group)
 
 
 def _kind(peer: Candidate) -> tuple[bool, bool]:
