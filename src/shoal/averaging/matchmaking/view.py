@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -46,6 +47,17 @@ class Known:
 
 
 NOTHING_KNOWN = Known(MappingProxyType({}))
+
+
+class Look(enum.Enum):
+    """When to poll next, for the sake of a decision."""
+
+    AS_PLANNED = enum.auto()
+    NOW = enum.auto()
+    WHEN_STARTERS_VISIBLE = enum.auto()
+    """As soon as a poll shows every peer that started in the same instant."""
+    WHEN_SETTLED = enum.auto()
+    """As soon as a poll can show that nobody else has come."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +207,13 @@ class View:
         members = (self._me, *self.followers.values())
         return tuple(SearchId(member.peer_id.to_bytes(), member.start_time) for member in members)
 
+    def drop_followers(self, peer_id: PeerID) -> list[int]:
+        """A peer that asks again has given up its earlier requests: their tokens."""
+        tokens = [token for token, follower in self.followers.items() if follower.peer_id == peer_id]
+        for token in tokens:
+            del self.followers[token]
+        return tokens
+
     def candidates(
         self, now: float, asker: Candidate | None = None, *, with_full_groups: bool = False
     ) -> list[Candidate]:
@@ -286,16 +305,17 @@ class View:
 
     def may_ask(self, leader: PeerID, now: float) -> bool:
         """Whether to follow somebody's advice to ask ``leader``, who need not be visible here."""
-        if leader in self.members:
+        if leader in self.members or leader.to_bytes() in self._me.lost:
             return False
         return self._is_left_out(leader, self._last_seen.get(leader, -math.inf), now) is None
 
     def _is_left_out(self, peer_id: PeerID, start_time: float, now: float) -> _LeftOut | None:
-        left_out = self._left_out.get(peer_id)
-        if left_out is not None and now < left_out.until and start_time <= left_out.start_time:
-            return left_out
-        rumour = self._hearsay.get((peer_id, start_time))
-        return rumour if rumour is not None and now < rumour.until else None
+        """Why; that it has a group which has begun counts more than that its group was full."""
+        left_out, rumour = self._left_out.get(peer_id), self._hearsay.get((peer_id, start_time))
+        reasons = (
+            one for one in (left_out, rumour) if one and now < one.until and start_time <= one.start_time
+        )
+        return min(reasons, key=lambda one: one.is_looking, default=None)
 
     # ---- how sure
 
@@ -328,6 +348,16 @@ class View:
         return is_stale(self._looked_at, now, self.latency)
 
     # ---- polls
+
+    def look(self, when: Look, now: float) -> None:
+        """Poll at a time that a decision asks for."""
+        match when:
+            case Look.NOW:
+                self.look_again(now)
+            case Look.WHEN_STARTERS_VISIBLE:
+                self.poll_when_starters_visible(now)
+            case Look.WHEN_SETTLED:
+                self.poll_when_settled(now)
 
     def look_again(self, now: float) -> None:
         if not self.is_polling:
