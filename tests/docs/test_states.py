@@ -6,12 +6,20 @@ from pathlib import Path
 
 from shoal.averaging.allreduce.events import TRANSITIONS as ALLREDUCE
 from shoal.averaging.matchmaking.states import TRANSITIONS as MATCHMAKING
+from shoal.averaging.state.choice import TRANSITIONS as DOWNLOAD
+from shoal.averaging.state.queue import TRANSITIONS as UPLOADS
+from shoal.dht.bootstrap_core import TRANSITIONS as BOOTSTRAP
+from shoal.dht.lookup_core import TRANSITIONS as LOOKUP
 from shoal.sansio.machine import mermaid
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "states.md"
 TABLES = {
     "A search for a group (`averaging/matchmaking/states.py`)": MATCHMAKING,
     "A member in a round (`averaging/allreduce/events.py`)": ALLREDUCE,
+    "A donor's copy of its state (`averaging/state/queue.py`)": UPLOADS,
+    "A joiner's download (`averaging/state/choice.py`)": DOWNLOAD,
+    "A lookup in the DHT (`dht/lookup_core.py`)": LOOKUP,
+    "A node's search for its initial peers (`dht/bootstrap_core.py`)": BOOTSTRAP,
 }
 HEAD = """# States of the cores
 

@@ -147,7 +147,8 @@ class LookupCore:
     @property
     def is_over(self) -> bool:
         """Whether nothing more is asked."""
-        return self._machine.is_final
+        state = self._machine.state
+        return state is State.FINISHED or state is State.STOPPED  # asked several times for each answer
 
     @property
     def deadline(self) -> float:
