@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from types import MappingProxyType
 
 from shoal.averaging.matchmaking.candidate import Candidate
 from shoal.averaging.matchmaking.latecomers import is_stale, still_missing
-from shoal.averaging.matchmaking.messages import Declaration, DeclaredState, Search
+from shoal.averaging.matchmaking.messages import Declaration, DeclaredState, SearchId
 from shoal.p2p.identity import PeerID
 
 FASTEST_POLL = 0.01
@@ -46,6 +47,17 @@ class Known:
 
 
 NOTHING_KNOWN = Known(MappingProxyType({}))
+
+
+class Look(enum.Enum):
+    """When to poll next, for the sake of a decision."""
+
+    AS_PLANNED = enum.auto()
+    NOW = enum.auto()
+    WHEN_STARTERS_VISIBLE = enum.auto()
+    """As soon as a poll shows every peer that started in the same instant."""
+    WHEN_SETTLED = enum.auto()
+    """As soon as a poll can show that nobody else has come."""
 
 
 @dataclass(frozen=True)
@@ -190,10 +202,17 @@ class View:
         return [self._me.peer_id, *(follower.peer_id for follower in self.followers.values())]
 
     @property
-    def searches(self) -> tuple[Search, ...]:
+    def searches(self) -> tuple[SearchId, ...]:
         """As :attr:`members`, for messages and records."""
         members = (self._me, *self.followers.values())
-        return tuple(Search(member.peer_id.to_bytes(), member.start_time) for member in members)
+        return tuple(SearchId(member.peer_id.to_bytes(), member.start_time) for member in members)
+
+    def drop_followers(self, peer_id: PeerID) -> list[int]:
+        """A peer that asks again has given up its earlier requests: their tokens."""
+        tokens = [token for token, follower in self.followers.items() if follower.peer_id == peer_id]
+        for token in tokens:
+            del self.followers[token]
+        return tokens
 
     def candidates(
         self, now: float, asker: Candidate | None = None, *, with_full_groups: bool = False
@@ -255,7 +274,7 @@ class View:
             self._left_out[peer_id] = _LeftOut(start_time, until, is_looking)
 
     def leave_out_group(
-        self, members: tuple[Search, ...], until: float, now: float, *, is_looking: bool = False
+        self, members: tuple[SearchId, ...], until: float, now: float, *, is_looking: bool = False
     ) -> None:
         """Plan without the members of a group that has begun, or is full (``is_looking``).
 
@@ -328,6 +347,16 @@ class View:
         return is_stale(self._looked_at, now, self.latency)
 
     # ---- polls
+
+    def look(self, when: Look, now: float) -> None:
+        """Poll at a time that a decision asks for."""
+        match when:
+            case Look.NOW:
+                self.look_again(now)
+            case Look.WHEN_STARTERS_VISIBLE:
+                self.poll_when_starters_visible(now)
+            case Look.WHEN_SETTLED:
+                self.poll_when_settled(now)
 
     def look_again(self, now: float) -> None:
         if not self.is_polling:
