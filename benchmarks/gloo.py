@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     work = (options.peers, options.floats, options.rounds, free_port())
-    mp.spawn(peer, work, nprocs=options.peers)  # type: ignore[no-untyped-call]
+    mp.spawn(peer, work, nprocs=options.peers)  # type: ignore[attr-defined, no-untyped-call]
 
 
 if __name__ == "__main__":
