@@ -212,7 +212,7 @@ class Supervisor:
         replacement, self._spare, self._victim = self._spare, None, None
         self._members.append(replacement)
         self._tell(
-            f"{replacement.name} (process {_pid(replacement)}) takes its place: it downloads the state of another"
+            f"{replacement.name} (process {_pid(replacement)}) takes its place and downloads a state"
         )
         _send(replacement, protocol.Begin())
 
