@@ -21,7 +21,7 @@ from shoal.averaging.commands import (
 )
 from shoal.averaging.config import MAX_RETRY_PAUSE, matchmaking_config, retry_pause, retry_start
 from shoal.averaging.partition import Layout
-from shoal.averaging.report import RoundReport
+from shoal.averaging.report import StepReport
 from shoal.averaging.trainer.control import Steering, StepControl
 from shoal.averaging.trainer.keeper import TensorKeeper, close
 from shoal.averaging.trainer.steps import Steps
@@ -181,7 +181,7 @@ PEER = Identity.generate(bytes(32)).peer_id.to_bytes()
 
 
 def outcome_of_a_round(gathered: tuple[tuple[bytes, bytes], ...]) -> StepOutcome:
-    report = RoundReport(step=0, group_id="00", members=(), modes=(), failure=None, attempts=1)
+    report = StepReport(step=0, group_id="00", members=(), modes=(), failure=None, attempts=1)
     return StepOutcome(report, found_group=True, gathered=gathered)
 
 

@@ -12,7 +12,7 @@ import torch
 from shoal.averaging.commands import RunStep, StepOutcome
 from shoal.averaging.config import matchmaking_config
 from shoal.averaging.partition import Layout
-from shoal.averaging.report import RoundReport
+from shoal.averaging.report import StepReport
 from shoal.averaging.trainer.control import StepControl
 from shoal.averaging.trainer.keeper import TensorKeeper
 from shoal.averaging.trainer.steps import MANY_WAITING, Steps
@@ -37,7 +37,7 @@ class Background:
         return self.outcomes[-1]
 
     def end(self, step: int, failure: str | None = None) -> None:
-        report = RoundReport(step=step, failure=failure, attempts=1)
+        report = StepReport(step=step, failure=failure, attempts=1)
         self.outcomes[step].set_result(StepOutcome(report, found_group=True))
 
 

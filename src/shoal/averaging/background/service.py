@@ -36,7 +36,7 @@ from shoal.averaging.load_balancing import load_balance_peers
 from shoal.averaging.matchmaking.matchmaker import Matchmaker
 from shoal.averaging.matchmaking.story import SearchStory
 from shoal.averaging.partition import Layout, Partition
-from shoal.averaging.report import RoundReport
+from shoal.averaging.report import StepReport
 from shoal.averaging.router import Router
 from shoal.averaging.schema import TensorSchema
 from shoal.averaging.state_commands import StateCommand
@@ -71,11 +71,11 @@ class Step:
     start_time: float = field(init=False)
     is_searching: bool = False
     triggered: asyncio.Event = field(default_factory=asyncio.Event)
-    report: RoundReport = field(init=False)
+    report: StepReport = field(init=False)
 
     def __post_init__(self) -> None:
         self.start_time = self.command.scheduled_time
-        self.report = RoundReport(self.command.step)
+        self.report = StepReport(self.command.step)
         if not self.command.needs_trigger:
             self.triggered.set()
 

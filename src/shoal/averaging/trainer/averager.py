@@ -76,7 +76,7 @@ from shoal.utils.lazy import attributes_with_advice
 from shoal.utils.serializer import MSGPackSerializer
 
 if TYPE_CHECKING:
-    from shoal.averaging.report import RoundReport, StateReport
+    from shoal.averaging.report import StateReport, StepReport
     from shoal.dht.commands import NodeDescription
     from shoal.runtime.process import BackgroundProcess, ServiceFactory, ServiceHandle
 
@@ -464,7 +464,7 @@ class DecentralizedAverager:
         return self.__shutdown_timeout
 
     @property
-    def last_report(self) -> RoundReport | None:
+    def last_report(self) -> StepReport | None:
         """What happened in the last step that has finished."""
         return self.__keeper.last_report
 

@@ -38,7 +38,7 @@ from shoal.runtime.memory import SharedMemory
 from shoal.runtime.workers import Strand
 
 if TYPE_CHECKING:
-    from shoal.averaging.report import RoundReport
+    from shoal.averaging.report import StepReport
     from shoal.runtime.futures import MPFuture
     from shoal.runtime.process import ServiceHandle
 
@@ -76,7 +76,7 @@ class TensorKeeper:
         self.controls: dict[int, StepControl] = {}
         self.creation: MPFuture[ServiceHandle] | None = None
         """Of the service itself, once the DHT is ready."""
-        self.last_report: RoundReport | None = None
+        self.last_report: StepReport | None = None
         self._alpha = alpha
         self._memory: SharedMemory | None = None
         self._is_ending = False
