@@ -15,7 +15,7 @@ import pytest
 import torch
 from real_swarm import STEP_TIMEOUT, Swarm, step_all, wait_for_stage, wait_until
 
-from shoal.averaging.background.service import WARN_AFTER_ATTEMPTS
+from shoal.averaging.background.step_runner import WARN_AFTER_ATTEMPTS
 from shoal.averaging.commands import AveragingStage
 from shoal.averaging.trainer.steps import LONELY_ROUNDS
 from shoal.errors import AllreduceException, InvalidStateError, MatchmakingException
