@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import shoal
-from shoal.averaging import DecentralizedAverager, holders
+from shoal.averaging import DecentralizedAverager
 from shoal.averaging.checks import check_scheduled_time
 from shoal.averaging.config import default_start, matchmaking_config
+from shoal.averaging.trainer import holders
 from shoal.averaging.trainer.control import check_weight
 from shoal.utils.timed import get_dht_time
 
