@@ -155,10 +155,14 @@ def test_a_search_ends_at_its_deadline_though_its_user_is_stopped():
 
 
 def test_a_donor_whose_user_is_stopped_refuses_at_once():
+    class Busy(UserProcess):
+        async def call_user(self, command: object) -> object:
+            return await asyncio.get_running_loop().create_future()
+
     async def main() -> None:
-        process = UserProcess()
+        process = Busy()
         service = cast("StateService", object.__new__(StateService))
-        vars(service).update(_context=process, _captures={}, _last_capture=0)
+        vars(service).update(_context=process)
         asyncio.get_running_loop().call_later(3.0, process.stop)
         with pytest.raises(CopyUnavailable, match="the donor's user's process"):
             await service._capture()

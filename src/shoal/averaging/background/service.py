@@ -92,7 +92,7 @@ class AveragerService:
             case SetGroupBits(bits):
                 self._matchmaker.set_bits(bits)
             case StateCommand():
-                return await self._states.handle(command, descriptors)
+                return await self._states.handle(command)
             case AttachArena(nbytes):
                 (descriptor,) = descriptors
                 self._arena.attach(nbytes, descriptor)

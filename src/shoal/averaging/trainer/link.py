@@ -221,7 +221,7 @@ class Link:
                 self._steps.under_way(step)
                 return self._writer.deliver(step)
             case StateCommand():
-                self._states.handle(command)
+                return self._states.handle(command)
             case _:
                 raise InvalidStateError(f"the user process has no command {type(command).__name__}")
         return None
