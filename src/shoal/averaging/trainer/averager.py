@@ -6,7 +6,6 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -62,6 +61,7 @@ from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError
 from shoal.p2p.identity import PeerID
 from shoal.runtime import pickling
 from shoal.runtime.futures import MPFuture
+from shoal.runtime.startable import Startable, wait_or_end
 from shoal.utils.deep import names_of_hivemind
 from shoal.utils.lazy import attributes_with_advice
 from shoal.utils.serializer import MSGPackSerializer
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from shoal.averaging.report import StateReport, StepReport
 
 
-class DecentralizedAverager:
+class DecentralizedAverager(Startable):
     """Averages tensors with the other peers that run an averager under the same prefix, in groups, in place.
 
     A group that reaches ``target_group_size`` begins at once. With the default, None, a group is never full,
@@ -290,6 +290,11 @@ class DecentralizedAverager:
         arena = TensorArena(self.__store, alpha=float(averaging_alpha), auxiliary=auxiliary)
         self.__writer = AverageWriter(arena, on_call=apply_when == "called", name=prefix)
         self.__link = Link(self.__config, self.__writer, self.__steps, self.__states)
+        super().__init__(
+            self.__link,
+            instead_of_a_copy="a DecentralizedAverager can't be pickled or copied: it belongs to this process; "
+            "make one in each process",
+        )
         # The end of the interpreter ends the background process, and all in it.
         weakref.finalize(self, self.__link.end_in_background).atexit = False
         self.__shutdown_timeout = shutdown_timeout
@@ -314,11 +319,7 @@ class DecentralizedAverager:
         setup = pickling.dumps((user_codecs(), self.__config, self.__schema), "the averager's setup")
         self.__link.start(self.dht, partial(create_averager_service, setup, self.dht.service_name))
         if await_ready:
-            try:
-                self.wait_until_ready(timeout)
-            except BaseException:
-                self.shutdown()
-                raise
+            wait_or_end(self, timeout)
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
         """Wait until steps can be taken, for up to ``timeout`` seconds.
@@ -327,7 +328,7 @@ class DecentralizedAverager:
         :raises InvalidStateError: not started, or shut down
         :raises InvalidValueError: client_mode=False, and the DHT turned out to be in client mode
         """
-        self.__link.wait(timeout)
+        super().wait_until_ready(timeout)
 
     def shutdown(self) -> None:
         """End the averager: steps that run are cancelled, groupmates learn it at once. Idempotent; the DHT runs on."""
@@ -336,25 +337,6 @@ class DecentralizedAverager:
     def is_alive(self) -> bool:
         """Whether steps can be taken, or will be when it is ready; False once the start has failed."""
         return self.__link.is_alive and self.dht.is_alive()
-
-    def __enter__(self) -> DecentralizedAverager:
-        if not self.__link.life.was_started:
-            self.run_in_background()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.shutdown()
-
-    def __repr__(self) -> str:
-        state = "alive" if self.is_alive() else "ended" if self.__link.life.was_started else "not started"
-        return f"<DecentralizedAverager {self.prefix!r} of {self.total_size} elements, {state}>"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        raise InvalidTypeError(
-            "a DecentralizedAverager can't be pickled or copied: it belongs to this process; make one in each process"
-        )
 
     if not TYPE_CHECKING:
         __getattr__ = attributes_with_advice("DecentralizedAverager")

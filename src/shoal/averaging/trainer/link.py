@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from functools import partial
@@ -34,6 +35,7 @@ from shoal.averaging.trainer.state_sharing import StateSharing
 from shoal.averaging.trainer.steps import Steps
 from shoal.errors import DeadlineExceeded, InvalidStateError, PeerProcessDied, PeerProcessUnresponsive
 from shoal.runtime.futures import MPFuture
+from shoal.runtime.startable import result_of_start
 
 if TYPE_CHECKING:
     from shoal.dht.commands import NodeDescription
@@ -68,7 +70,7 @@ class Link:
         self._call: MPFuture[Any] | None = None
         """What the start waits for now."""
         self._handle: ServiceHandle | None = None
-        self._started: MPFuture[ServiceHandle] = MPFuture()
+        self._started: MPFuture[ServiceHandle] = MPFuture(explain=partial(_why_late, weakref.ref(self)))
 
     # the start
 
@@ -156,16 +158,7 @@ class Link:
         """
         timeout = check_timeout(timeout)
         self.life.check_started()
-        try:
-            return self._started.result(timeout)
-        except TimeoutError as error:
-            if self._started.done():
-                raise  # the start's own failure
-            call = self._call
-            late = None if call is None else call.why_late()
-            if late is not None:
-                raise late from None
-            raise DeadlineExceeded(f"the averager was not ready after {timeout:g} s") from error
+        return result_of_start(self._started, timeout, "averager")
 
     def ready(self, timeout: float | None = None) -> ServiceHandle:
         """The service, once it has started. A start takes the time that it takes, as long as its process lives.
@@ -182,6 +175,17 @@ class Link:
                 if self._started.done() or isinstance(error, PeerProcessUnresponsive):
                     raise
                 timeout = START_LOOK_PERIOD
+
+    @property
+    def name(self) -> str:
+        """What a printout calls the averager."""
+        elements = self._arena.store.layout.numel
+        return f"DecentralizedAverager {self._config.prefix!r} of {elements} elements"
+
+    @property
+    def was_started(self) -> bool:
+        """Whether it was, whatever became of it since."""
+        return self.life.was_started
 
     @property
     def is_alive(self) -> bool:
@@ -277,6 +281,12 @@ class Link:
             RuntimeError
         ):  # the interpreter is ending, and the background process with it
             threading.Thread(target=self.end, name="shoal-averager-end", daemon=True).start()
+
+
+def _why_late(link: weakref.ref[Link]) -> Exception | None:
+    this = link()
+    call = None if this is None else this._call
+    return None if call is None else call.why_late()
 
 
 def check_timeout(timeout: float | None) -> float | None:
