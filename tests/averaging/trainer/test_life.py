@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import pytest
 
-from shoal.averaging.trainer.life import MOVES, Life, State
+from shoal.averaging.trainer.life import TRANSITIONS, Life, State
 from shoal.errors import InvalidStateError
-from shoal.sansio.machine import IllegalTransition, mermaid
+from shoal.sansio.machine import IllegalTransition
 
-ARCHITECTURE = Path(__file__).parents[3] / "docs" / "architecture.md"
 A_START = (State.WAITING_FOR_DHT, State.CREATING, State.ATTACHING, State.RUNNING)
 WAYS = {
     State.NEW: (),
@@ -55,7 +53,7 @@ def test_what_the_table_does_not_have_is_an_error_and_changes_nothing(state: Sta
             life.enter(to, 0.0)
     elif state is State.ENDED:
         assert not life.enter(to, 0.0)
-    elif to in MOVES[state]:
+    elif to in TRANSITIONS[state]:
         assert life.enter(to, 0.0)
         assert life.state is to
         return
@@ -75,7 +73,3 @@ def test_calls_are_for_averagers_that_run_or_will(state: State):
     else:
         life.check_running()  # also where the start has failed: its own error says more
     assert life.is_alive == (state not in (State.NEW, State.FAILED, State.ENDED))
-
-
-def test_the_diagram_of_the_documentation_is_the_table():
-    assert f"```mermaid\n{mermaid(MOVES)}\n```" in ARCHITECTURE.read_text()

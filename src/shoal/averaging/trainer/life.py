@@ -23,7 +23,7 @@ class State(Enum):
     ENDED = "shut down"
 
 
-MOVES: Mapping[State, Collection[State]] = {
+TRANSITIONS: Mapping[State, Collection[State]] = {
     State.NEW: (State.WAITING_FOR_DHT,),
     State.WAITING_FOR_DHT: (State.CREATING, State.FAILED, State.ENDED),
     State.CREATING: (State.ATTACHING, State.FAILED, State.ENDED),
@@ -37,7 +37,7 @@ class Life:
     """Which state an averager is in. ``now`` is of one steady clock, for the history of an error."""
 
     def __init__(self) -> None:
-        self._machine = Machine(State.NEW, MOVES)
+        self._machine = Machine(State.NEW, TRANSITIONS)
 
     @property
     def state(self) -> State:
