@@ -32,34 +32,14 @@ from typing import ClassVar
 from shoal.averaging.group import MemberInfo, PeerMode
 from shoal.averaging.lineage import NO_LINEAGE, Lineage
 from shoal.averaging.matchmaking import events as ev
-from shoal.averaging.matchmaking.asking import Ask, Asking, Refusal, retry_time
+from shoal.averaging.matchmaking import messages as msg
+from shoal.averaging.matchmaking import policy, states
+from shoal.averaging.matchmaking.asking import Ask, Asking, NextLeader, Refusal, retry_time
 from shoal.averaging.matchmaking.candidate import Candidate, candidate_of
 from shoal.averaging.matchmaking.events import Effect, Event, brief
 from shoal.averaging.matchmaking.helping import why_no_average
-from shoal.averaging.matchmaking.messages import (
-    Accepted,
-    DeclaredState,
-    Dismissed,
-    DismissReason,
-    Redirect,
-    Rejected,
-    SearchId,
-)
-from shoal.averaging.matchmaking.policy import (
-    Dismissal,
-    Look,
-    Situation,
-    Verdict,
-    begin_at_start_time,
-    begin_early,
-    dismissals_when_postponed,
-    follow_plan,
-    next_deadline,
-    offer_place,
-    refuse,
-    too_late,
-)
-from shoal.averaging.matchmaking.states import HEARD, OVERHEARD, TRANSITIONS, State, Times
+from shoal.averaging.matchmaking.policy import Dismissal, Situation, Verdict
+from shoal.averaging.matchmaking.states import State, Times
 from shoal.averaging.matchmaking.story import StoryTeller
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN, Known, View
 from shoal.averaging.matchmaking_config import MatchmakingConfig
@@ -67,13 +47,6 @@ from shoal.p2p.identity import PeerID
 from shoal.sansio.core import NEVER, TimePassed
 from shoal.sansio.machine import Machine
 from shoal.utils import figures
-
-DECLARATION_PERIOD = 10.0
-"""Seconds after which a declaration is renewed; the shell lets it expire after three of these."""
-DECLARE_RETRY = 0.5
-"""Seconds after which a declaration that failed is tried again."""
-MIX_FOR = 0.6
-"""The part of the time until the start in which peers are mixed; see :attr:`.policy.Situation.is_mixing`."""
 
 
 class SearchCore:
@@ -101,7 +74,7 @@ class SearchCore:
         ``known``: what the search before has left; ``is_first``: there was none before; ``expected``: who is
         likely to look for a group now, too; ``lost``: whom this peer could not reach lately.
         """
-        self._machine = Machine(State.NEW, TRANSITIONS)
+        self._machine = Machine(State.NEW, states.TRANSITIONS)
         self.config = config
         self.key = key
         order_time = start_time if order_time is None else order_time
@@ -112,7 +85,7 @@ class SearchCore:
         ends_at = math.inf if deadline is None else deadline
         self._times = Times(begins_at=start_time, deadline=ends_at, expected_at=start_time)
         self._asking = Asking(config, self.story)
-        self._group: tuple[SearchId, ...] = ()
+        self._group: tuple[msg.SearchId, ...] = ()
         self._has_mixed_peers = False
         """Whether plans of this search were mixed ones, even if they are not any more."""
         self._expected = set(expected)
@@ -143,9 +116,9 @@ class SearchCore:
         """Take in one event at time ``now``; return what the shell has to do, in order."""
         self._machine.note(brief(event), now)
         kind, was_over = type(event), self.state is State.GROUPED
-        if kind in HEARD[self.state]:
+        if kind in states.HEARD[self.state]:
             self._ON[kind](self, event, now)
-        elif kind not in OVERHEARD[self.state]:
+        elif kind not in states.OVERHEARD[self.state]:
             self._machine.refuse(f"{kind.__name__} cannot happen now")
         self._act(now)
         if self.state is State.GROUPED and not was_over:
@@ -159,7 +132,7 @@ class SearchCore:
         self._move(State.LOOKING)
         self.story.begin(now)
         self._view.start(now)
-        self._times.mixes_until = now + MIX_FOR * (self._times.begins_at - now)
+        self._times.mix(now)
         self._declare(now)
         self._poll()
 
@@ -168,7 +141,7 @@ class SearchCore:
 
     def _on_declare_failed(self, event: ev.DeclareFailed, now: float) -> None:
         self.story.note(now, f"could not declare itself: {event.reason}")
-        self._times.declare_again = now + DECLARE_RETRY
+        self._times.declare_again = now + states.DECLARE_RETRY
 
     def _on_polled(self, event: ev.Polled, now: float) -> None:
         other_schema = self._view.take_in(event.peers, event.began_at, now)
@@ -211,10 +184,10 @@ class SearchCore:
 
     def _on_restarted(self, event: ev.Restarted, now: float) -> None:
         self._leave(self._asking.end())
-        self._dismiss_all(Dismissed(DismissReason.SEARCH_ENDED))
+        self._dismiss_all(msg.Dismissed(msg.DismissReason.SEARCH_ENDED))
         place = event.place
         if place.key != self.key:
-            self._effects.append(ev.Declare(DeclaredState.TAKEN))
+            self._effects.append(ev.Declare(msg.DeclaredState.TAKEN))
         self.key = self.story.key = place.key
         self.me = self.me._replace(
             start_time=place.order_time,
@@ -228,7 +201,7 @@ class SearchCore:
         if now < self._times.expected_at:
             self._times.expected_at = place.start_time
         self._times.begins_at = place.start_time
-        self._times.mixes_until = now + MIX_FOR * (place.start_time - now)
+        self._times.mix(now)
         self.story.note(
             now, f"began anew under {place.key!r}, to start in {figures.duration(place.start_time - now)}"
         )
@@ -247,29 +220,30 @@ class SearchCore:
         asker = candidate_of(event.info)
         answer = self._answer(asker, event.info, now)
         self._effects.append(ev.AnswerRequest(event.token, answer))
-        if isinstance(answer, Accepted):
-            self._drop_follower_of(asker.peer_id)
+        if isinstance(answer, msg.Accepted):
+            self._effects += [
+                ev.DismissFollower(token, msg.Dismissed(msg.DismissReason.REPLACED))
+                for token in self._view.drop_followers(asker.peer_id)
+            ]
             self._view.followers[event.token] = asker
             if self._has_mixed_peers:
                 # Groups come together in another order than the plan's: who is still there counts, not who was.
                 self._view.outdate(now)
             self.story.note(now, f"{asker.peer_id} joined")
 
-    def _answer(self, asker: Candidate, info: MemberInfo, now: float) -> Accepted | Redirect | Rejected:
+    def _answer(self, asker: Candidate, info: MemberInfo, now: float) -> msg.Answer:
         if self._machine.is_final:
-            return too_late(self._group)
+            return policy.too_late(self._group)
         if info.schema_hash != self._schema_hash:
             self.story.saw_other_schema(asker.peer_id)
-        refusal = refuse(self._situation(now), asker, info, self.key, self._schema_hash)
+        refusal = policy.refuse(self._situation(now), asker, info, self.key, self._schema_hash)
         if refusal is not None:
             return refusal
         if self.state is State.FOLLOWING:
-            ask = self._asking.current
-            assert ask is not None
-            return Redirect(ask.leader.to_bytes(), ask.addresses)
+            return self._asking.redirect()
         self._view.take_back(asker)  # it lives
         self._view.note_seen(asker, now)
-        return offer_place(self._situation(now), asker)
+        return policy.offer_place(self._situation(now), asker)
 
     def _on_follower_lost(self, event: ev.FollowerLost, now: float) -> None:
         follower = self._view.followers.pop(event.token, None)
@@ -287,7 +261,9 @@ class SearchCore:
             return
         self._move(State.FOLLOWING)
         self._asking.accepted(event, now, self._times.begins_at)
-        self._dismiss_all(Dismissed(DismissReason.JOINED_ANOTHER, ask.leader.to_bytes(), ask.addresses))
+        self._dismiss_all(
+            msg.Dismissed(msg.DismissReason.JOINED_ANOTHER, ask.leader.to_bytes(), ask.addresses)
+        )
 
     def _on_postponed(self, event: ev.LeaderPostponed, now: float) -> None:
         if self._asking.expects(event.ask):
@@ -300,14 +276,14 @@ class SearchCore:
         if instead is None:
             self._go_on_looking()
         else:
-            self._ask_to_join(instead.leader, instead.addresses, now, instead.redirects, is_hearsay=True)
+            self._ask_to_join(instead, now)
 
     def _on_began(self, event: ev.LeaderBegan, now: float) -> None:
         if not self._asking.expects(event.ask):
             return
-        self._group = tuple(SearchId(member.peer_id, member.start_time) for member in event.group.members)
+        self._group = tuple(msg.SearchId(member.peer_id, member.start_time) for member in event.group.members)
         self._move(State.GROUPED)
-        self._effects.append(ev.Declare(DeclaredState.TAKEN, self._group))
+        self._effects.append(ev.Declare(msg.DeclaredState.TAKEN, self._group))
         self._effects.append(ev.FinishWithGroup(event.group))
 
     def _log(self, line: ev.Log | None) -> None:
@@ -332,21 +308,21 @@ class SearchCore:
         return situation
 
     def _follow_plan(self, now: float) -> None:
-        decision = follow_plan(self._situation(now))
+        decision = policy.follow_plan(self._situation(now))
         self.story.plan = decision.reason
         if self.state is State.LOOKING:
-            self._look(decision.look, now)
+            self._view.look(decision.look, now)
             if decision.leader is not None:
                 addresses = self._view.addresses_of(decision.leader)
-                self._ask_to_join(decision.leader, addresses, now, redirects=0)
+                self._ask_to_join(NextLeader(decision.leader, addresses), now)
         for dismissal in decision.dismissals:
             self._dismiss_to_plan(dismissal)
 
     def _dismiss_to_plan(self, dismissal: Dismissal) -> None:
         del self._view.followers[dismissal.token]
         suggested = dismissal.suggested
-        message = Dismissed(
-            DismissReason.BETTER_CUT,
+        message = msg.Dismissed(
+            msg.DismissReason.BETTER_CUT,
             suggested.to_bytes() if suggested else None,
             self._view.addresses_of(suggested) if suggested else (),
             self._view.searches,
@@ -357,15 +333,15 @@ class SearchCore:
         situation = self._situation(now)
         has_come = self._is_put_off and not self._view.missing_of(self._expected)
         if now >= self._times.begins_at or has_come:
-            decision = begin_at_start_time(situation, self._expected, is_put_off=self._is_put_off)
+            decision = policy.begin_at_start_time(situation, self._expected, is_put_off=self._is_put_off)
             if decision.verdict in (Verdict.PUT_OFF, Verdict.POSTPONE):
                 self.story.note(now, decision.reason)
         elif self.state is State.LOOKING:
-            decision = begin_early(situation)
+            decision = policy.begin_early(situation)
             self.story.plan = decision.reason
         else:
             return
-        self._look(decision.look, now)
+        self._view.look(decision.look, now)
         match decision.verdict:
             case Verdict.BEGIN:
                 self._begin()
@@ -381,51 +357,34 @@ class SearchCore:
     def _postpone(self, now: float, later: float) -> None:
         self._times.begins_at = now + later
         self._effects.append(ev.TooFew(self._view.count_seen))
-        elsewhere = dismissals_when_postponed(self._situation(now))
+        elsewhere = policy.dismissals_when_postponed(self._situation(now))
         for token in list(self._view.followers):
             if token in elsewhere:
                 self._dismiss_to_plan(elsewhere[token])
             else:
                 self._effects.append(ev.PostponeFollower(token, later))
 
-    def _look(self, look: Look, now: float) -> None:
-        match look:
-            case Look.NOW:
-                self._view.look_again(now)
-            case Look.WHEN_STARTERS_VISIBLE:
-                self._view.poll_when_starters_visible(now)
-            case Look.WHEN_SETTLED:
-                self._view.poll_when_settled(now)
-
     def _begin(self) -> None:
         self._leave(self._asking.end())
         self._group = self._view.searches
         self._move(State.GROUPED)
         self._effects.append(ev.BeginGroup(tuple(self._view.followers)))
-        self._effects.append(ev.Declare(DeclaredState.TAKEN, self._group))
+        self._effects.append(ev.Declare(msg.DeclaredState.TAKEN, self._group))
 
     def _end(self, now: float) -> None:
         self._leave(self._asking.end())
-        self._dismiss_all(Dismissed(DismissReason.SEARCH_ENDED))
+        self._dismiss_all(msg.Dismissed(msg.DismissReason.SEARCH_ENDED))
         explanation = self.story.explain(now, self._view.candidates(now), self.me.peer_id)
         self._move(State.ENDED)
-        self._effects.append(ev.Declare(DeclaredState.TAKEN))
+        self._effects.append(ev.Declare(msg.DeclaredState.TAKEN))
         self._effects.append(ev.FinishWithout(explanation))
 
     # ---- leaders and followers
 
-    def _ask_to_join(
-        self,
-        leader: PeerID,
-        addresses: tuple[str, ...],
-        now: float,
-        redirects: int,
-        *,
-        is_hearsay: bool = False,
-    ) -> None:
-        ask = self._asking.begin(leader, addresses, now, redirects)
+    def _ask_to_join(self, leader: NextLeader, now: float) -> None:
+        ask = self._asking.begin(leader, now)
         self._move(State.ASKING)
-        self._effects.append(ev.AskToJoin(ask.number, leader, addresses, is_hearsay))
+        self._effects.append(ev.AskToJoin(ask.number, ask.leader, ask.addresses, leader.is_hearsay))
 
     def _leave(self, ask: Ask | None) -> None:
         if ask is not None:
@@ -436,14 +395,7 @@ class SearchCore:
         self._move(State.LOOKING)
         self._poll()
 
-    def _drop_follower_of(self, peer_id: PeerID) -> None:
-        """A peer that asks again has given up its earlier request."""
-        for token, follower in list(self._view.followers.items()):
-            if follower.peer_id == peer_id:
-                del self._view.followers[token]
-                self._effects.append(ev.DismissFollower(token, Dismissed(DismissReason.REPLACED)))
-
-    def _dismiss_all(self, message: Dismissed) -> None:
+    def _dismiss_all(self, message: msg.Dismissed) -> None:
         for token in self._view.followers:
             self._effects.append(ev.DismissFollower(token, message))
         self._view.followers.clear()
@@ -451,8 +403,8 @@ class SearchCore:
     # ---- time
 
     def _declare(self, now: float) -> None:
-        self._times.declare_again = now + DECLARATION_PERIOD
-        self._effects.append(ev.Declare(DeclaredState.LOOKING))
+        self._times.declare_again = now + states.DECLARATION_PERIOD
+        self._effects.append(ev.Declare(msg.DeclaredState.LOOKING))
 
     def _poll(self) -> None:
         self._view.next_poll = math.inf
@@ -464,7 +416,7 @@ class SearchCore:
         is_accepted = self.state is State.FOLLOWING
         patience = self._asking.deadline(self._view, is_accepted=is_accepted)
         due = (self.story.next_status, patience)
-        return next_deadline(self._situation(now), due, follows=is_accepted)
+        return policy.next_deadline(self._situation(now), due, follows=is_accepted)
 
     # ---- states
 
