@@ -14,7 +14,7 @@ from shoal.averaging.background.resources import Resources
 from shoal.averaging.background.slow_peers import SlowPeers
 from shoal.averaging.background.step import Step
 from shoal.averaging.commands import RunStep
-from shoal.averaging.config import matchmaking_config
+from shoal.averaging.matchmaking_config import matchmaking_config
 from shoal.testing.rounds import PART_BYTES, PREFIX, SimulatedGroup
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from shoal.averaging.config import matchmaking_config
+from shoal.averaging.matchmaking_config import matchmaking_config
 from shoal.averaging.partition import Layout
 from shoal.averaging.trainer.arena import TensorArena
 from shoal.averaging.trainer.control import Steering, StepControl

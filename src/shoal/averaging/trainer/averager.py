@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
@@ -10,23 +9,20 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from shoal.averaging.checks import OrderOfTimes, check_bits, check_choice, check_flag, check_number
+from shoal.averaging.checks import OrderOfTimes, check_bits
 from shoal.averaging.commands import GetGroupBits, SetGroupBits
 from shoal.averaging.config import (
     DEFAULT_DECLARE_STATE_PERIOD,
     DEFAULT_MAX_STATE_AGE,
     DEFAULT_PART_SIZE_BYTES,
-    MAX_ALPHA,
     AveragerConfig,
     check_codec,
     check_infos,
     choose_codecs,
-    matchmaking_config,
     settle_modes,
 )
 from shoal.averaging.factory import create_averager_service
 from shoal.averaging.group import PeerMode, group_key
-from shoal.averaging.overriding import check_overrides
 from shoal.averaging.partition import Layout, Partition
 from shoal.averaging.schema import TensorSchema, check_tensors
 from shoal.averaging.timeouts import (
@@ -34,15 +30,16 @@ from shoal.averaging.timeouts import (
     MIN_MATCHMAKING_TIME,
     RECORD_TIME,
     REQUEST_TIMEOUT,
-    given_times,
+    times_in_order,
 )
 from shoal.averaging.trainer.arena import TensorArena
 from shoal.averaging.trainer.block import TensorsBlock
+from shoal.averaging.trainer.config import TrainerConfig
 from shoal.averaging.trainer.control import StepControl
 from shoal.averaging.trainer.holders import UsageWatch
 from shoal.averaging.trainer.link import Link, check_timeout
 from shoal.averaging.trainer.lost_updates import UpdateWatch
-from shoal.averaging.trainer.pending import APPLY_WHEN, WATCH_ADVICE, ApplyWhen, AverageWriter
+from shoal.averaging.trainer.pending import WATCH_ADVICE, ApplyWhen, AverageWriter
 from shoal.averaging.trainer.sources import (
     AveragedTensors,
     HeldTensors,
@@ -54,6 +51,7 @@ from shoal.averaging.trainer.state_pieces import DownloadData, state_pieces
 from shoal.averaging.trainer.state_sharing import State, StateSharing
 from shoal.averaging.trainer.steps import Steps, WhenBusy
 from shoal.averaging.trainer.tensors import TensorStore
+from shoal.compat.overriding import check_overrides
 from shoal.compression import CompressionBase, CompressionInfo, NoCompression
 from shoal.compression.registry import user_codecs
 from shoal.dht.dht import DHT
@@ -62,8 +60,8 @@ from shoal.p2p.identity import PeerID
 from shoal.runtime import pickling
 from shoal.runtime.futures import MPFuture
 from shoal.runtime.startable import Startable, wait_or_end
-from shoal.utils.deep import names_of_hivemind
-from shoal.utils.lazy import attributes_with_advice
+from shoal.utils.checks import check_flag, check_number
+from shoal.utils.options import gather
 from shoal.utils.serializer import MSGPackSerializer
 
 if TYPE_CHECKING:
@@ -158,7 +156,7 @@ class DecentralizedAverager(Startable):
       warned of. Takes twice the memory of the tensors, and several times as long under the lock.
 
     Subclasses may override every public method. A class that defines a method by which hivemind's averager is changed
-    and which nothing calls here (``_aggregate_with_group``, ``rpc_...``, see :mod:`~shoal.averaging.overriding`) is an
+    and which nothing calls here (``_aggregate_with_group``, ``rpc_...``, see :mod:`~shoal.compat.overriding`) is an
     InvalidTypeError.
 
     :raises InvalidValueError: (a ValueError) a value out of range, parameters that contradict each other, or a prefix
@@ -202,39 +200,16 @@ class DecentralizedAverager(Startable):
         apply_when: ApplyWhen = "ready",
         detect_lost_updates: bool = False,
     ) -> None:
+        given = locals().copy()  # each configuration takes what is its own
         if not isinstance(dht, DHT):
             raise InvalidTypeError(f"dht={dht!r}: a shoal.DHT is allowed, not {type(dht).__name__}")
-        start, daemon = check_flag("start", start), check_flag("daemon", daemon)
-        detect_lost_updates = check_flag("detect_lost_updates", detect_lost_updates)
-        check_choice("apply_when", apply_when, APPLY_WHEN)
-        averaging_alpha = check_number("averaging_alpha", averaging_alpha, above=0, maximum=MAX_ALPHA)
-        shutdown_timeout = check_number(
-            "shutdown_timeout", shutdown_timeout, minimum=0, maximum=threading.TIMEOUT_MAX
-        )
-        self.__config = AveragerConfig(
-            prefix=prefix,
-            matchmaking=matchmaking_config(
-                target_group_size, min_group_size, min_matchmaking_time, request_timeout
-            ),
-            client_mode=client_mode,
-            auxiliary=auxiliary,
-            initial_group_bits=initial_group_bits,
-            part_size_bytes=part_size_bytes,
-            min_vector_size=min_vector_size,
-            allreduce_timeout=allreduce_timeout,
-            next_chunk_timeout=next_chunk_timeout,
-            sender_timeout=sender_timeout,
-            reducer_timeout=reducer_timeout,
-            bandwidth=bandwidth,
-            allow_state_sharing=allow_state_sharing,
-            declare_state_period=declare_state_period,
-            max_state_age=max_state_age,
-        )
+        own = gather(TrainerConfig, given)
+        self.__config = AveragerConfig.of_user(given)
         if (
             known := dht._last_description
         ) is not None:  # else, or if that has changed, the start finds it out
             settle_modes(self.__config, known.client_mode)
-        if not daemon and dht.daemon:
+        if not own.daemon and dht.daemon:
             raise InvalidValueError(
                 "daemon=False: the averager lives in the background process of its DHT, which was made with daemon=True"
             )
@@ -260,7 +235,7 @@ class DecentralizedAverager(Startable):
                 prefix,
                 WATCH_ADVICE[apply_when],
                 labels=labels,
-                compares=detect_lost_updates,
+                compares=own.detect_lost_updates,
                 updates_while_copying=apply_when == "called",
             ),
         )
@@ -275,30 +250,22 @@ class DecentralizedAverager(Startable):
         self.__states = StateSharing(
             self, self.__store, prefix=prefix, compression=state_compression, allowed=allow_state_sharing
         )
-        given = given_times(
-            min_matchmaking_time=min_matchmaking_time,
-            request_timeout=request_timeout,
-            allreduce_timeout=allreduce_timeout,
-            next_chunk_timeout=next_chunk_timeout,
-            sender_timeout=sender_timeout,
-            reducer_timeout=reducer_timeout,
-            declare_state_period=declare_state_period,
-        )
-        self.__order = OrderOfTimes(prefix, given)
+        self.__order = OrderOfTimes(prefix, times_in_order(given))
         self.__order.check(RECORD_TIME, dht._setup.config.max_expiration / 2)
         self.__steps = Steps(self.__store, self.__config.matchmaking, prefix, self.__order)
-        arena = TensorArena(self.__store, alpha=float(averaging_alpha), auxiliary=auxiliary)
+        arena = TensorArena(self.__store, alpha=float(own.averaging_alpha), auxiliary=auxiliary)
         self.__writer = AverageWriter(arena, on_call=apply_when == "called", name=prefix)
         self.__link = Link(self.__config, self.__writer, self.__steps, self.__states)
-        super().__init__(
+        Startable.__init__(  # super() would be one more local variable
+            self,
             self.__link,
             instead_of_a_copy="a DecentralizedAverager can't be pickled or copied: it belongs to this process; "
             "make one in each process",
         )
         # The end of the interpreter ends the background process, and all in it.
         weakref.finalize(self, self.__link.end_in_background).atexit = False
-        self.__shutdown_timeout = shutdown_timeout
-        if start:
+        self.__shutdown_timeout = own.shutdown_timeout
+        if own.start:
             self.run_in_background()
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -337,9 +304,6 @@ class DecentralizedAverager(Startable):
     def is_alive(self) -> bool:
         """Whether steps can be taken, or will be when it is ready; False once the start has failed."""
         return self.__link.is_alive and self.dht.is_alive()
-
-    if not TYPE_CHECKING:
-        __getattr__ = attributes_with_advice("DecentralizedAverager")
 
     # properties
 
@@ -667,7 +631,3 @@ class DecentralizedAverager(Startable):
             )
         self.__link.check_running()
         return self.__writer.apply()
-
-
-if not TYPE_CHECKING:
-    __getattr__ = names_of_hivemind(__name__)

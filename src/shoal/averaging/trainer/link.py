@@ -17,7 +17,6 @@ from concurrent.futures import CancelledError, Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from shoal.averaging.checks import check_number
 from shoal.averaging.commands import (
     ApplyAverage,
     AttachArena,
@@ -36,6 +35,7 @@ from shoal.averaging.trainer.steps import Steps
 from shoal.errors import DeadlineExceeded, InvalidStateError, PeerProcessDied, PeerProcessUnresponsive
 from shoal.runtime.futures import MPFuture
 from shoal.runtime.startable import result_of_start
+from shoal.utils.checks import check_number
 
 if TYPE_CHECKING:
     from shoal.dht.commands import NodeDescription
