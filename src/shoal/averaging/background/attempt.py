@@ -35,11 +35,12 @@ class Attempt:
         self._is_own_fault = False
         self._notices: list[asyncio.Future[object]] = []
         """What tells the user process that this peer is bound."""
+        self._partition = resources.division.among(group)
         self._round = Round(
             resources.host,
             resources.prefix,
             group,
-            resources.division.among(group),
+            self._partition,
             resources.arena.areas,
             take_snapshot=self._snapshot_unless_absent,
             weight=lambda: self._weight,
@@ -134,9 +135,9 @@ class Attempt:
 
     def _learn(self, result: RoundResult) -> None:
         """Remember which peers are slow, and which this one could not reach."""
-        duration = result.allreduce_seconds
+        duration, now = result.allreduce_seconds, asyncio.get_running_loop().time()
         held_up = self._round.held_up(duration)
-        self._resources.slow_peers.note(held_up, duration, asyncio.get_running_loop().time())
+        self._resources.slow_peers.note(held_up, duration, now, self._group, self._partition)
         self._resources.matchmaker.keep_apart(self._round.unreached)
 
     def _note_group(self) -> None:
