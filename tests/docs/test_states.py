@@ -10,6 +10,7 @@ from shoal.averaging.state.choice import TRANSITIONS as DOWNLOAD
 from shoal.averaging.state.queue import TRANSITIONS as UPLOADS
 from shoal.dht.bootstrap_core import TRANSITIONS as BOOTSTRAP
 from shoal.dht.lookup_core import TRANSITIONS as LOOKUP
+from shoal.averaging.trainer.life import TRANSITIONS as LIFE
 from shoal.sansio.machine import mermaid
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "states.md"
@@ -20,6 +21,7 @@ TABLES = {
     "A joiner's download (`averaging/state/choice.py`)": DOWNLOAD,
     "A lookup in the DHT (`dht/lookup_core.py`)": LOOKUP,
     "A node's search for its initial peers (`dht/bootstrap_core.py`)": BOOTSTRAP,
+    "The life of an averager (`averaging/trainer/life.py`)": LIFE,
 }
 HEAD = """# States of the cores
 

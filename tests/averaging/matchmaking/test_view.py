@@ -108,5 +108,5 @@ def test_a_member_of_a_full_group_that_has_begun_is_not_counted_as_one_that_may_
     view.take_in([MEMBER_LOOKS], 0.0, 0.0)
     view.leave_out(MEMBER.peer_id, 5.0, is_looking=True)
     assert view.candidates(1.0, with_full_groups=True) == [ME, MEMBER]
-    view.leave_out_group((Search(MEMBER.peer_id.to_bytes(), MEMBER.start_time),), math.inf, 0.5)
+    view.leave_out_group((SearchId(MEMBER.peer_id.to_bytes(), MEMBER.start_time),), math.inf, 0.5)
     assert view.candidates(1.0, with_full_groups=True) == [ME]
