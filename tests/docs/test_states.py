@@ -8,9 +8,9 @@ from shoal.averaging.allreduce.events import TRANSITIONS as ALLREDUCE
 from shoal.averaging.matchmaking.states import TRANSITIONS as MATCHMAKING
 from shoal.averaging.state.choice import TRANSITIONS as DOWNLOAD
 from shoal.averaging.state.queue import TRANSITIONS as UPLOADS
+from shoal.averaging.trainer.life import TRANSITIONS as LIFE
 from shoal.dht.bootstrap_core import TRANSITIONS as BOOTSTRAP
 from shoal.dht.lookup_core import TRANSITIONS as LOOKUP
-from shoal.averaging.trainer.life import TRANSITIONS as LIFE
 from shoal.sansio.machine import mermaid
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "states.md"
