@@ -286,7 +286,7 @@ BODIES = st.one_of(
     ),
     st.builds(wire.encode_reset, st.text(max_size=5), st.text(max_size=5)),
     st.builds(wire.encode_credit, st.integers(0, 2**64 - 1)),
-    st.builds(wire.encode_goodbye, st.text(max_size=5)),
+    st.builds(wire.encode_goodbye, st.builds(wire.Refusal, st.text(max_size=5))),
 )
 CONNECTION_FRAMES = st.sampled_from([FrameKind.HELLO, FrameKind.PING, FrameKind.PONG, FrameKind.GOODBYE])
 STREAM_FRAMES = st.sampled_from(
@@ -330,7 +330,7 @@ def test_no_text_of_a_peer_forges_lines_of_a_log():
         method = Method("m", msgspec.Struct, msgspec.Struct)
         _, state = stranger.connection.calls.open_stream(method, None)
         stranger.send(FrameKind.RESET, state.id, wire.encode_reset("x\ny", FORGED))
-        stranger.send(FrameKind.GOODBYE, 0, wire.encode_goodbye(FORGED))
+        stranger.send(FrameKind.GOODBYE, 0, wire.encode_goodbye(wire.Refusal(FORGED)))
         for text in (str(state.failure), stranger.connection.close_reason):
             assert "all keys are lost" in text
             assert text.isprintable()

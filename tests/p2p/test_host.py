@@ -13,6 +13,7 @@ import pytest
 from shoal.errors import (
     ConnectionLost,
     DeadlineExceeded,
+    DialOutcome,
     InvalidStateError,
     InvalidValueError,
     PeerUnreachable,
@@ -124,6 +125,12 @@ async def test_every_address_is_listed_with_its_reason(swarm, caplog):
     assert failures[str(addresses[1])] == "refused"
     assert str(other.peer_id) in failures[str(addresses[2])]
     assert all(reason in str(caught.value) for reason in failures.values())
+    assert [dial.outcome for dial in sorted(caught.value.dials, key=lambda dial: dial.outcome.value)] == [
+        DialOutcome.REFUSED,
+        DialOutcome.TIMED_OUT,
+        DialOutcome.WRONG_PEER,
+    ]
+    assert not caught.value.is_refused
 
 
 @simulated()
@@ -166,8 +173,9 @@ async def test_whoever_does_not_speak_the_protocol_is_named_so(swarm, caplog):
 
     b = await swarm.host("b")
     listener = await swarm.network.host("web").listen(Web, swarm.network.host("web").address(80))
-    with pytest.raises(PeerUnreachable, match="HTTP"):
+    with pytest.raises(PeerUnreachable, match="HTTP") as caught:
         await b.connect(listener.address, timeout=5)
+    assert [dial.outcome for dial in caught.value.dials] == [DialOutcome.NOT_SHOAL]
 
 
 @simulated()
@@ -273,7 +281,7 @@ async def test_a_machine_that_moves_announces_where_it_is_now(swarm, caplog):
 async def test_a_lost_connection_is_dialed_again(swarm, caplog):
     a, b = await swarm.pair()
     lost = []
-    unsubscribe = b.on_disconnect(lambda peer, reason: lost.append((peer, reason)))
+    unsubscribe = b.on_disconnect(lambda peer, ending: lost.append((peer, ending)))
     assert swarm.network.drop_connections("a", "b") == 1
     await asyncio.sleep(0.1)
     assert [peer for peer, _ in lost] == [a.peer_id]
@@ -496,8 +504,9 @@ async def test_connections_over_the_limit_are_refused_while_all_are_in_use(swarm
         await other.connect(a.listen_addresses[0], timeout=5)
         calls.append(asyncio.ensure_future(other.call(a.peer_id, ECHO, Number(1), timeout=50)))
     await asyncio.sleep(1)
-    with pytest.raises(PeerUnreachable, match="too many connections"):
+    with pytest.raises(PeerUnreachable, match="too many connections") as caught:
         await others[2].connect(a.listen_addresses[0], timeout=5)
+    assert [dial.outcome for dial in caught.value.dials] == [DialOutcome.NO_ROOM]
     for call in calls:
         call.cancel()
     await asyncio.gather(*calls, return_exceptions=True)
@@ -858,7 +867,7 @@ def test_everything_is_the_same_in_every_run():
             for host in hosts:
                 for other in hosts:
                     host.add_addresses(other.peer_id, other.listen_addresses)
-                host.on_disconnect(lambda peer, reason: trace.append((now(), str(peer), reason)))
+                host.on_disconnect(lambda peer, ending: trace.append((now(), str(peer), ending)))
 
             async def talk(host, other):
                 await host.call(other.peer_id, ECHO, Number(1), timeout=5)

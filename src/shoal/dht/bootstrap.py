@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 
 from shoal.dht.neighbours import Neighbours
 from shoal.dht.tasks import TaskSet
-from shoal.errors import DeadlineExceeded, IdentityInUse, InvalidValueError, PeerUnreachable
+from shoal.errors import DeadlineExceeded, DialOutcome, IdentityInUse, InvalidValueError, PeerUnreachable
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
-from shoal.p2p.tenancy import OWN
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +105,8 @@ class InitialPeers:
         """An address with this node's own PeerID: until it leads here, another peer may start there."""
         try:
             while True:
-                outcomes = await self._neighbours.host.ask_rivals([self._addresses[text]])
-                if any(OWN in reason for reason in outcomes.values()):
+                (dial,) = await self._neighbours.host.ask_rivals([self._addresses[text]])
+                if dial.outcome is DialOutcome.ITSELF:
                     return
                 await self._pause(text, MAX_DELAY)
         except IdentityInUse as error:  # the node's owner has been told
@@ -123,7 +122,7 @@ class InitialPeers:
             return None
         except PeerUnreachable as error:
             self.failures[text] = "; ".join(dict.fromkeys(error.failures.values())) or str(error)
-            if OWN in self.failures[text]:
+            if any(dial.outcome is DialOutcome.ITSELF for dial in error.dials):
                 self._own.add(text)
             return None
         except DeadlineExceeded:

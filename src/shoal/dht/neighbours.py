@@ -27,11 +27,11 @@ from shoal.errors import (
     ProtocolViolation,
     RemoteError,
 )
-from shoal.p2p.connections import NO_ROOM
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.rpc import Method
+from shoal.p2p.violations import Ending, EndKind
 
 logger = logging.getLogger(__name__)
 
@@ -278,9 +278,9 @@ class Neighbours:
         for callback in self.on_left:
             callback(peer)
 
-    def _disconnected(self, peer: PeerID, reason: str) -> None:
+    def _disconnected(self, peer: PeerID, ending: Ending) -> None:
         if peer in self.table:
-            logger.debug("the connection to %s ended: %s", peer, reason)
-            if NO_ROOM in reason:
+            logger.debug("the connection to %s ended: %s", peer, ending)
+            if ending.kind is EndKind.NO_ROOM:
                 return  # it is not lost, and a new connection would only drive out another one
             self.greet_in_background(peer)  # it leaves the table unless it answers on a new connection

@@ -36,12 +36,12 @@ from shoal.p2p.pool import PeerConnections
 from shoal.p2p.rpc import Lane
 from shoal.p2p.session import Role
 from shoal.p2p.tenancy import Tenancy
+from shoal.p2p.violations import Ending, EndKind
 
 logger = logging.getLogger(__name__)
 
 REDUNDANT_TIMEOUT = 10.0
 NO_ROOM = "too many connections"
-"""Why a connection is closed or refused that one side has no room for. To dial at once again would be in vain."""
 LANE_RETRY_PAUSE = 30.0
 
 
@@ -58,7 +58,7 @@ class Connections:
         make_hello: Callable[[Connection], wire.Hello],
         ask_for_lane: Callable[[PeerID, float], Awaitable[bool]],
         peer_met: Callable[[Connection], None],
-        peer_lost: Callable[[PeerID, str], None],
+        peer_lost: Callable[[PeerID, Ending], None],
         clock: Callable[[], float],
         clock_differs: Callable[[PeerID, float], None],
         incarnation: int | None = None,
@@ -125,7 +125,7 @@ class Connections:
                 raise ConnectionLost(f"connection to {peer}: {outcome.close_reason}")
             connections = self._peers.get(peer)
             if isinstance(outcome, PeerUnreachable) and (connections is None or not connections.control()):
-                raise PeerUnreachable(str(outcome), outcome.failures)
+                raise PeerUnreachable(str(outcome), outcome.dials)
 
     async def lane(self, peer: PeerID, deadline: float) -> Connection:
         """The bulk lane to ``peer`` for the next stream; the control connection if none can be had."""
@@ -245,22 +245,22 @@ class Connections:
     def _make(self, expected: PeerID | None, lane: Lane) -> Connection:
         return Connection(self, Role.INITIATOR, expected_peer=expected, lane=lane)
 
-    def connection_made(self, connection: Connection) -> str | None:
+    def connection_made(self, connection: Connection) -> wire.Refusal | None:
         """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
         self._connections[connection] = None
         if self._is_closing:
-            return "the host is closed"
+            return wire.Refusal("the host is closed")
         if connection.role is not Role.RESPONDER:
             return None
         config, origin = self.config, connection.origin
         if len(self._connections) > config.max_connections + config.max_handshakes:
-            return NO_ROOM
+            return _no_room(NO_ROOM)
         unproven = [one for one in self._from(origin) if not one.is_admitted]
         if len(unproven) > config.max_handshakes_per_ip:
-            return f"too many connections from {origin} at once"
+            return _no_room(f"{NO_ROOM} from {origin} at once")
         return None
 
-    def connection_opened(self, connection: Connection) -> str | None:
+    def connection_opened(self, connection: Connection) -> wire.Refusal | None:
         """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
         peer, hello = connection.peer, connection.hello
         assert hello is not None
@@ -272,7 +272,7 @@ class Connections:
         except InvalidValueError as error:
             raise ProtocolViolation(f"HELLO with a bad address: {error}") from error
         if self._is_closing:
-            return "the host is closed"
+            return wire.Refusal("the host is closed")
         refusal = self._make_room(connection)
         if refusal is not None:
             return refusal
@@ -310,7 +310,8 @@ class Connections:
         connections.remove(connection)
         if not connections.all():
             self._drop_if_empty(connection.remote)
-            self._peer_lost(connection.remote, connection.close_reason or "closed")
+            ending = Ending(connection.end_kind, connection.close_reason or "closed")
+            self._peer_lost(connection.remote, ending)
 
     def may_close_idle(self, connection: Connection) -> bool:
         """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
@@ -332,7 +333,7 @@ class Connections:
         # A peer that cannot be dialed could not be called any more, and neither could this host by that peer.
         return self.is_dialable(connection.peer) and not self.config.client_mode
 
-    def _make_room(self, new: Connection) -> str | None:
+    def _make_room(self, new: Connection) -> wire.Refusal | None:
         """Close a connection that can be spared if there are too many with ``new``; why it is refused if there is none.
 
         Limits of one peer and of one address are kept among its own connections, so that nobody drives out others.
@@ -340,18 +341,18 @@ class Connections:
         opened = [connection for connection in self._connections if connection.is_open]
         of_peer = [connection for connection in opened if connection.remote == new.remote]
         if len(of_peer) > self.config.max_connections_per_peer and not _close_oldest(of_peer, new):
-            return "too many connections to one peer"
+            return _no_room(f"{NO_ROOM} to one peer")
         if new.role is Role.RESPONDER:
             of_ip = [connection for connection in self._from(new.origin) if connection.is_open]
             if len(of_ip) > self.config.max_connections_per_ip and not self._close_spare(of_ip, new):
-                return f"too many connections from {new.origin}"
+                return _no_room(f"{NO_ROOM} from {new.origin}")
         opened = [connection for connection in opened if connection.is_open]
         if len(opened) <= self.config.max_connections or self._close_spare(opened, new):
             return None
         # What this side dials, it needs: else strangers that cannot be dialed could cut it off from everybody.
         if new.role is Role.INITIATOR and _close_oldest(opened, new):
             return None
-        return NO_ROOM
+        return _no_room(NO_ROOM)
 
     def _close_spare(self, connections: list[Connection], new: Connection) -> bool:
         return _close_oldest([one for one in connections if self._can_be_had_again(one)], new)
@@ -433,9 +434,13 @@ def _meaningful(addresses: list[Multiaddr], connection: Connection) -> list[Mult
     return [address for address in addresses if not address.is_loopback]
 
 
+def _no_room(reason: str) -> wire.Refusal:
+    return wire.Refusal(reason, kind=EndKind.NO_ROOM)
+
+
 def _close_oldest(connections: list[Connection], new: Connection) -> bool:
     """Close the one that was not used for longest; False if all are in use."""
     idle = [one for one in connections if one.is_idle and one is not new]
     if idle:
-        min(idle, key=lambda one: one.last_used).close(NO_ROOM)
+        min(idle, key=lambda one: one.last_used).close(NO_ROOM, EndKind.NO_ROOM)
     return bool(idle)

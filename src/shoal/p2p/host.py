@@ -15,6 +15,8 @@ import msgspec
 from shoal.errors import (
     ConnectionLost,
     DeadlineExceeded,
+    DialFailure,
+    DialOutcome,
     IdentityInUse,
     InvalidStateError,
     InvalidValueError,
@@ -46,6 +48,7 @@ from shoal.p2p.reach import Reach
 from shoal.p2p.rpc import Lane, Method, RequestT, ResponseT, Stream
 from shoal.p2p.streams import StreamState
 from shoal.p2p.tenancy import CLAIM
+from shoal.p2p.violations import Ending
 from shoal.utils.timed import get_dht_time
 
 __all__ = ["Host"]
@@ -54,7 +57,6 @@ logger = logging.getLogger(__name__)
 
 CHECK_TIMEOUT = 7.0
 _ANNOUNCE_TIMEOUT = 10.0
-SILENT = "it does not answer"
 LOOPBACK_IPS = ("127.0.0.1", "::1")
 
 
@@ -96,7 +98,7 @@ class Host:
         self._clock = clock
         self._listeners: list[Listener] = []
         self._served: dict[str, Served] = {}
-        self._on_disconnect: dict[int, Callable[[PeerID, str], None]] = {}
+        self._on_disconnect: dict[int, Callable[[PeerID, Ending], None]] = {}
         self._on_clock_difference: dict[int, Callable[[PeerID, float], None]] = {}
         self._announcing: set[asyncio.Task[None]] = set()
         self._subscriptions = 0
@@ -169,34 +171,36 @@ class Host:
             listener.close()
         self._connections.abort()
 
-    async def ask_rivals(self, addresses: Iterable[Multiaddr]) -> dict[Multiaddr, str]:
-        """Dial where another peer with this host's identity may be; why each address led to none, or is the host's own.
+    async def ask_rivals(self, addresses: Iterable[Multiaddr]) -> list[DialFailure]:
+        """Dial where another peer with this host's identity may be; how each dial ended instead.
 
-        An address that does not answer within 5 s counts as free.
+        An address that does not answer within 5 s counts as free: its dial ended as TIMED_OUT.
 
         :raises IdentityInUse: another peer answers, and keeps the identity
         """
         deadline = asyncio.get_running_loop().time() + SILENCE
         asked = list(dict.fromkeys(address.without_peer_id() for address in addresses))
 
-        async def ask(address: Multiaddr) -> str:
+        async def ask(address: Multiaddr) -> DialFailure:
+            silence = DialFailure(str(address), DialOutcome.TIMED_OUT, "it does not answer")
             if address in self._silent and not self.tenancy.claim().is_settled:
-                return SILENT  # the same start has waited there before
+                return silence  # the same start has waited there before
             self._silent.discard(address)
             try:
                 outcome = await self._connections.dial_address(address, self.peer_id, Lane.PROBE, deadline)
             except DeadlineExceeded:
                 self._silent.add(address)
-                return SILENT
-            except PeerUnreachable as error:
-                return str(error)
+                return silence
+            except PeerUnreachable as error:  # another peer holds the identity, and that is known
+                return DialFailure(str(address), DialOutcome.SAME_IDENTITY, str(error))
             if isinstance(outcome, PeerUnreachable):
-                return next(iter(outcome.failures.values()), str(outcome))
+                (failure,) = outcome.dials
+                return failure
             raise AssertionError("the own identity was let in")
 
-        reasons = await asyncio.gather(*(ask(address) for address in asked))
+        failures = await asyncio.gather(*(ask(address) for address in asked))
         self.check_identity()
-        return dict(zip(asked, reasons, strict=True))
+        return failures
 
     def check_identity(self) -> None:
         """:class:`IdentityInUse` if another peer holds this host's identity: the host is closed then."""
@@ -362,8 +366,8 @@ class Host:
         """
         return _StreamContext(self._connections, peer, method, timeout, lane)
 
-    def on_disconnect(self, callback: Callable[[PeerID, str], None]) -> Callable[[], None]:
-        """Call ``callback(peer, reason)`` when the last connection to a peer ends; returns an unsubscriber."""
+    def on_disconnect(self, callback: Callable[[PeerID, Ending], None]) -> Callable[[], None]:
+        """Call ``callback(peer, ending)`` when the last connection to a peer ends; returns an unsubscriber."""
         self._subscriptions += 1
         number = self._subscriptions
         self._on_disconnect[number] = callback
@@ -442,9 +446,9 @@ class Host:
             listener.close()
         self._connections.retire(f"another peer holds this identity, at {rival.address}")
 
-    def _peer_lost(self, peer: PeerID, reason: str) -> None:
+    def _peer_lost(self, peer: PeerID, ending: Ending) -> None:
         for callback in list(self._on_disconnect.values()):
-            callback(peer, reason)
+            callback(peer, ending)
 
     def _clock_differs(self, peer: PeerID, ahead: float) -> None:
         for callback in list(self._on_clock_difference.values()):
@@ -490,7 +494,8 @@ class Host:
         except DeadlineExceeded:
             return f"no answer in {patience:.1f} s"
         if isinstance(outcome, PeerUnreachable):
-            return next(iter(outcome.failures.values()), str(outcome))
+            (failure,) = outcome.dials
+            return failure.reason
         outcome.close("the address can be dialed")
         return ""
 

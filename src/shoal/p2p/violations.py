@@ -1,8 +1,42 @@
-"""The kinds of :class:`~shoal.errors.ProtocolViolation` that callers tell apart; all others are just that."""
+"""How connections end, where callers tell it apart: kinds of violations, and of endings in order. Pure."""
 
 from __future__ import annotations
 
-from shoal.errors import ProtocolViolation
+import enum
+from dataclasses import dataclass
+
+from shoal.errors import ConnectionLost, ProtocolViolation
+
+
+class EndKind(enum.IntEnum):
+    """Why a connection was closed in order, where the other side acts on it; the number is sent in GOODBYE."""
+
+    OTHER = 0
+    NO_ROOM = 1
+    """One side has too many connections. To dial at once again would be in vain."""
+    ITSELF = 2
+    """Both ends are the same host."""
+    SAME_IDENTITY = 3
+    """Another peer holds the same identity."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a connection ended: what callers act on, and the words for people."""
+
+    kind: EndKind
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class TurnedAway(ConnectionLost):
+    """One side ended the connection in order before it was open."""
+
+    def __init__(self, message: str, kind: EndKind = EndKind.OTHER) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class NotShoalPeer(ProtocolViolation):

@@ -35,6 +35,7 @@ import msgspec
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
 from shoal.p2p.claims import UNKNOWN, UNSETTLED, Incarnation
 from shoal.p2p.config import MAX_ANNOUNCED
+from shoal.p2p.violations import EndKind
 from shoal.utils.text import printable
 
 T = TypeVar("T")
@@ -101,6 +102,8 @@ class Goodbye(msgspec.Struct, array_like=True, frozen=True):
     reason: Annotated[str, msgspec.Meta(max_length=MAX_REASON)]
     rival: Annotated[bytes, msgspec.Meta(max_length=MAX_PROOF)] = b""
     """If the reason is that another peer holds the same identity: what that one signed; ``reason`` is its address."""
+    kind: Annotated[int, msgspec.Meta(ge=0, le=255)] = EndKind.OTHER
+    """The :class:`~shoal.p2p.violations.EndKind`; one that is not known counts as OTHER."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ class Refusal:
 
     reason: str
     proof: bytes = b""
+    kind: EndKind = EndKind.OTHER
 
 
 @lru_cache(maxsize=1024)
@@ -162,9 +166,9 @@ def decode_reset(body: Body) -> Reset:
     return Reset(printable(reset.code, MAX_CODE), printable(reset.message, MAX_REASON))
 
 
-def encode_goodbye(reason: str, rival: bytes = b"") -> bytes:
+def encode_goodbye(refusal: Refusal) -> bytes:
     """Body of GOODBYE; the reason is cut to its limit."""
-    return _encoder.encode(Goodbye(_sendable(reason, MAX_REASON), rival))
+    return _encoder.encode(Goodbye(_sendable(refusal.reason, MAX_REASON), refusal.proof, int(refusal.kind)))
 
 
 def _sendable(text: str, limit: int) -> str:
@@ -175,7 +179,9 @@ def _sendable(text: str, limit: int) -> str:
 def decode_goodbye(body: Body) -> Refusal:
     """The reason in the body of GOODBYE, with the proof."""
     goodbye = decode(body, Goodbye, "GOODBYE")
-    return Refusal(printable(goodbye.reason, MAX_REASON), goodbye.rival)
+    is_known = goodbye.kind in EndKind.__members__.values()
+    kind = EndKind(goodbye.kind) if is_known else EndKind.OTHER
+    return Refusal(printable(goodbye.reason, MAX_REASON), goodbye.rival, kind)
 
 
 def decode_hello(body: Body) -> Hello:

@@ -49,6 +49,7 @@ from shoal.errors import AllreduceException, InvalidValueError, ShoalError
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Stream
+from shoal.p2p.violations import Ending
 
 __all__ = ["Round", "RoundResult", "RoundTimeouts"]
 
@@ -76,6 +77,7 @@ class RoundResult:
       its decision is known
     :param weights: of each member, as averaged; 0 for auxiliary and excluded ones (what these had delivered before is
       in the average all the same); empty if the round failed
+    :param was_undialable: the round failed, and a member could not dial this one
     :param spread: how far apart the members were before; None: unknown
     """
 
@@ -88,6 +90,7 @@ class RoundResult:
     exclusions: tuple[Exclusion, ...] = ()
     weights: tuple[float, ...] = ()
     spread: Spread | None = None
+    was_undialable: bool = False
 
 
 class Round:
@@ -262,6 +265,7 @@ class Round:
             ),
             weights=() if outcome is None else outcome.weights,
             spread=None if outcome is None else _spread(outcome, self._partition.layout.numel),
+            was_undialable=outcome is not None and roles.me in outcome.undialable,
         )
 
     # core
@@ -341,10 +345,10 @@ class Round:
         if self._tasks is not None:
             self._feed(TimePassed(late + CATCH_UP if late > LATE else 0.0))
 
-    def _on_disconnect(self, peer: PeerID, reason: str) -> None:
+    def _on_disconnect(self, peer: PeerID, ending: Ending) -> None:
         # Other connections than the leader's come and go as the DHT needs them; a stream that ends with one says so.
         if self._commitment.leads and peer in self._peers:
-            self._feed(MemberLost(self._peers.index(peer), reason))
+            self._feed(MemberLost(self._peers.index(peer), ending.reason))
 
 
 def _spread(outcome: Outcome, elements: int) -> Spread | None:

@@ -42,7 +42,6 @@ from shoal.averaging.schema import TensorSchema
 from shoal.averaging.state_commands import StateCommand
 from shoal.dht.service import DHTService
 from shoal.errors import AllreduceException, InvalidStateError, MatchmakingException
-from shoal.p2p.dialing import says_undialable
 from shoal.runtime.memory import SharedMemory
 from shoal.runtime.presence import UserProcessAbsent
 from shoal.runtime.service import ServiceContext
@@ -238,8 +237,6 @@ class AveragerService:
                 return self._finish(step, found, reason)
             except AllreduceException as e:
                 step.report = replace(step.report, failure=str(e))
-                if says_undialable(str(e), self._host.peer_id):
-                    self._node.look_again(in_doubt=True)
                 time_is_up = command.deadline is not None and steady_time() >= command.deadline
                 if not command.allow_retries or time_is_up or isinstance(e, StepFailed):
                     return self._finish(step, found, str(e))
@@ -399,6 +396,7 @@ class AveragerService:
         finally:
             self._rounds.end(current)
         self._record(step, current, result, waited)
+        self._note_reach(result)
         duration = result.allreduce_seconds
         self._slow_peers.note(current.held_up(duration), duration, asyncio.get_running_loop().time())
         self._matchmaker.keep_apart(current.unreached)
@@ -429,6 +427,10 @@ class AveragerService:
             spread_distance=None if result.spread is None else result.spread.distance,
             spread_relative=None if result.spread is None else result.spread.relative,
         )
+
+    def _note_reach(self, result: RoundResult) -> None:
+        if result.was_undialable:
+            self._node.look_again(in_doubt=True)
 
     async def _apply(self, step: Step) -> None:
         loop = asyncio.get_running_loop()

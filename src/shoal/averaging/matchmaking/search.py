@@ -88,7 +88,6 @@ from shoal.errors import (
     ProtocolViolation,
     ShoalError,
 )
-from shoal.p2p.dialing import is_refused
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.rpc import EndOfStream, Stream
@@ -349,7 +348,7 @@ class GroupSearch:
                 await self._listen_to_leader(ask, stream, own)
         except ShoalError as e:
             self.dispatch(LeaderLost(ask, str(e)))
-            if not self.is_over and isinstance(e, PeerUnreachable) and not is_refused(e):
+            if not self.is_over and isinstance(e, PeerUnreachable) and not e.is_refused:
                 self._when_leader_lost(leader)
 
     async def _listen_to_leader(self, ask: int, stream: Stream, own: SignedMemberInfo) -> None:
