@@ -12,7 +12,7 @@ from real_swarm import Swarm
 
 import shoal
 from shoal.averaging.matchmaking import search
-from shoal.averaging.matchmaking.search import GroupSearch
+from shoal.averaging.matchmaking.search import Search
 from shoal.errors import AllreduceException, InvalidTypeError, InvalidValueError, MatchmakingException
 
 pytestmark = [pytest.mark.xdist_group("averaging"), pytest.mark.timeout(300)]
@@ -89,37 +89,37 @@ def test_the_report_of_a_search_that_failed_holds_its_story_as_data(swarm: Swarm
 
 async def cancel_the_next_search_when_the_group_stands(dht: Any, node: Any) -> None:
     """As a step that is cancelled then does."""
-    run, finish = GroupSearch.run, GroupSearch._finish
+    run, finish = Search.run, Search._finish
     tasks = {}
 
-    async def run_and_remember(self: GroupSearch) -> Any:
+    async def run_and_remember(self: Search) -> Any:
         tasks[self] = asyncio.current_task()
         return await run(self)
 
-    def finish_and_cancel(self: GroupSearch, effect: Any) -> None:
-        GroupSearch.run, GroupSearch._finish = run, finish
+    def finish_and_cancel(self: Search, effect: Any) -> None:
+        Search.run, Search._finish = run, finish
         finish(self, effect)
         tasks[self].cancel()
 
-    GroupSearch.run, GroupSearch._finish = run_and_remember, finish_and_cancel
+    Search.run, Search._finish = run_and_remember, finish_and_cancel
 
 
 async def cancel_the_next_search_when_it_is_told_of_the_group(dht: Any, node: Any) -> None:
     """As a step that is cancelled while that is on its way does."""
-    run, receive = GroupSearch.run, search._receive_members
+    run, receive = Search.run, search._receive_members
     tasks = []
 
-    async def run_and_remember(self: GroupSearch) -> Any:
+    async def run_and_remember(self: Search) -> Any:
         tasks.append(asyncio.current_task())
         return await run(self)
 
     async def cancel(stream: Any, size: int) -> Any:
-        GroupSearch.run, search._receive_members = run, receive
+        Search.run, search._receive_members = run, receive
         tasks[-1].cancel()
         await asyncio.sleep(1.0)
         raise AssertionError("it still listens")
 
-    GroupSearch.run, search._receive_members = run_and_remember, cancel
+    Search.run, search._receive_members = run_and_remember, cancel
 
 
 @pytest.mark.parametrize(

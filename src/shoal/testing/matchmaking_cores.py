@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode, order_members
 from shoal.averaging.lineage import NO_LINEAGE, Lineage
-from shoal.averaging.matchmaking.core import Matchmaking
+from shoal.averaging.matchmaking.core import SearchCore
 from shoal.averaging.matchmaking.declarations import DECLARATION_LIFETIME
 from shoal.averaging.matchmaking.events import (
     AnswerRequest,
@@ -43,8 +43,6 @@ from shoal.averaging.matchmaking.events import (
     PostponeFollower,
     Restarted,
     SearchStarted,
-    SetTimer,
-    TimerFired,
     TooFew,
 )
 from shoal.averaging.matchmaking.group_bits import GroupBits
@@ -52,6 +50,7 @@ from shoal.averaging.matchmaking.messages import Accepted, Declaration, Declared
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN, Known
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.p2p.identity import Identity, PeerID
+from shoal.sansio.core import NEVER, TimePassed
 
 __all__ = ["SwarmOfCores", "core_peer_id"]
 
@@ -70,7 +69,7 @@ class Peer:
 
     peer_id: PeerID
     mode: PeerMode
-    core: Matchmaking
+    core: SearchCore
     one_way: float
     start_at: float
     store_time: float
@@ -120,7 +119,7 @@ class SwarmOfCores:
         key = KEY
         if bits is not None:
             key += bits.bits
-        core = Matchmaking(
+        core = SearchCore(
             self.config,
             peer_id=peer_id,
             mode=mode,
@@ -153,6 +152,13 @@ class SwarmOfCores:
             return
         for effect in peer.core.handle(event, self.now):
             self.apply(peer, effect)
+        self.set_timer(peer)
+
+    def set_timer(self, peer: Peer) -> None:
+        peer.timer += 1
+        timer, deadline = peer.timer, peer.core.deadline
+        if deadline < NEVER:
+            self.at(max(deadline, self.now), lambda: self.fire(peer, timer))
 
     def deliver(self, sender: Peer, to: PeerID, event: Event) -> None:
         """In order between two peers, as on one stream: the delay of a pair does not vary."""
@@ -160,11 +166,6 @@ class SwarmOfCores:
 
     def apply(self, peer: Peer, effect: Effect) -> None:
         match effect:
-            case SetTimer(at):
-                peer.timer += 1
-                timer = peer.timer
-                if at < math.inf:
-                    self.at(max(at, self.now), lambda: self.fire(peer, timer))
             case Declare(state, group):
                 me, key = peer.core.me, peer.key
                 record = Declaration(me.start_time, state, SCHEMA, peer.mode, (), group, lineage=me.lineage)
@@ -224,7 +225,7 @@ class SwarmOfCores:
 
     def fire(self, peer: Peer, timer: int) -> None:
         if peer.timer == timer:
-            self.send(peer.peer_id, TimerFired())
+            self.send(peer.peer_id, TimePassed())
 
     def move(self, peer: Peer) -> None:
         """Begin the search anew under the key that the peer's bits name now."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
 from shoal.averaging.group import MemberInfo, PeerMode
-from shoal.averaging.matchmaking.core import AVOID_AFTER_LOSS, Matchmaking
+from shoal.averaging.matchmaking.asking import AVOID_AFTER_LOSS
+from shoal.averaging.matchmaking.core import SearchCore
 from shoal.averaging.matchmaking.events import (
     AnswerRequest,
     AskSchema,
@@ -34,8 +33,6 @@ from shoal.averaging.matchmaking.events import (
     PostponeFollower,
     SchemaCompared,
     SearchStarted,
-    SetTimer,
-    TimerFired,
 )
 from shoal.averaging.matchmaking.messages import (
     Accepted,
@@ -46,12 +43,14 @@ from shoal.averaging.matchmaking.messages import (
     Redirect,
     Rejected,
     RejectReason,
-    Search,
+    SearchId,
 )
-from shoal.averaging.matchmaking.states import IllegalTransition, State
+from shoal.averaging.matchmaking.states import State
 from shoal.averaging.matchmaking.story import StoryTeller
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.p2p.identity import Identity, PeerID
+from shoal.sansio.core import NEVER, TimePassed
+from shoal.sansio.machine import IllegalTransition
 
 SCHEMA = b"s" * 32
 START = 105.0
@@ -71,7 +70,7 @@ class Driver:
         is_first: bool = False,
         expected: tuple[PeerID, ...] = (),
     ):
-        self.core = Matchmaking(
+        self.core = SearchCore(
             MatchmakingConfig(target, minimum),
             peer_id=IDS[number],
             mode=mode,
@@ -106,7 +105,7 @@ class Driver:
             just_before = now - 1e-3
             self.core.handle(Polled(just_before, self.seen), just_before)
         self.now = now
-        return self.send(TimerFired())
+        return self.send(TimePassed())
 
     def join(self, number: int, token: int, **changes) -> object:
         self.send(JoinRequested(token, info(number, **changes)))
@@ -119,8 +118,8 @@ def declared(
     return IDS[number], Declaration(start, state, schema, mode, (f"address {number}",), group)
 
 
-def search(number: int, start: float = START) -> Search:
-    return Search(IDS[number].to_bytes(), start)
+def search(number: int, start: float = START) -> SearchId:
+    return SearchId(IDS[number].to_bytes(), start)
 
 
 def info(
@@ -143,7 +142,7 @@ def info(
 
 def test_a_search_declares_itself_looks_around_and_sets_a_timer():
     driver = Driver()
-    fresh = Matchmaking(
+    fresh = SearchCore(
         MatchmakingConfig(),
         peer_id=IDS[0],
         mode=PeerMode.FULL,
@@ -153,7 +152,8 @@ def test_a_search_declares_itself_looks_around_and_sets_a_timer():
         deadline=None,
     )
     kinds = [type(effect) for effect in fresh.handle(SearchStarted(), 100.0)]
-    assert kinds == [Declare, Poll, SetTimer]
+    assert kinds == [Declare, Poll]
+    assert 100.0 < fresh.deadline <= START
     assert driver.core.state is State.LOOKING
 
 
@@ -324,14 +324,14 @@ def test_a_leader_lets_those_go_who_make_its_group_larger_than_planned():
     dismissed = driver.only(DismissFollower)
     assert dismissed.token == 3
     assert dismissed.message.leader is None  # it is to lead peer 4
-    assert {Search(*member).peer_id for member in map(tuple_of, dismissed.message.members)} == {
+    assert {SearchId(*member).peer_id for member in map(tuple_of, dismissed.message.members)} == {
         IDS[number].to_bytes() for number in (0, 1, 2)
     }
     driver.at(START)
     assert driver.only(BeginGroup) == BeginGroup((1, 2))
 
 
-def tuple_of(member: Search) -> tuple[bytes, float]:
+def tuple_of(member: SearchId) -> tuple[bytes, float]:
     return member.peer_id, member.start_time
 
 
@@ -361,7 +361,7 @@ def test_cancelling_lets_everybody_go():
     driver.send(Cancelled())
     assert driver.only(LeaveLeader) == LeaveLeader(1)
     assert driver.only(DismissFollower).token == 1
-    assert driver.only(SetTimer) is None
+    assert driver.core.deadline == NEVER
     assert driver.core.state is State.ENDED
     assert driver.join(5, token=2) == Rejected(RejectReason.NOT_LOOKING)
 
@@ -376,11 +376,11 @@ def test_a_client_never_leads():
 def test_an_illegal_event_raises_with_the_story_that_led_there():
     driver = Driver()
     driver.see(declared(0))
-    with pytest.raises(IllegalTransition, match="SearchStarted cannot happen while asking") as caught:
+    with pytest.raises(IllegalTransition, match=r"SearchStarted cannot happen now") as caught:
         driver.send(SearchStarted())
     assert "Polled" in str(caught.value)
-    with pytest.raises(IllegalTransition, match="cannot happen while new"):
-        Matchmaking(
+    with pytest.raises(IllegalTransition, match=r"TimePassed cannot happen now"):
+        SearchCore(
             MatchmakingConfig(),
             peer_id=IDS[0],
             mode=PeerMode.FULL,
@@ -388,7 +388,7 @@ def test_an_illegal_event_raises_with_the_story_that_led_there():
             key="k",
             start_time=0.0,
             deadline=None,
-        ).handle(TimerFired(), 0.0)
+        ).handle(TimePassed(), 0.0)
 
 
 def test_the_story_names_what_was_seen_and_answered():
@@ -487,8 +487,7 @@ def test_a_settled_timer_is_never_in_the_past():
     driver = Driver(number=0, target=4)
     for now in (100.5, 101.0, 104.0, 111.0):
         driver.at(now)
-        timer = driver.only(SetTimer)
-        assert now <= timer.at < math.inf
+        assert now <= driver.core.deadline < NEVER
 
 
 def test_a_leader_that_was_stopped_looks_again_before_it_begins():
@@ -499,7 +498,7 @@ def test_a_leader_that_was_stopped_looks_again_before_it_begins():
     driver.at(START + 1.0, was_stopped=True)
     assert driver.only(BeginGroup) is None
     assert driver.only(Poll) == Poll()
-    assert driver.only(SetTimer).at > driver.now
+    assert driver.core.deadline > driver.now
     driver.join(2, token=2)
     driver.see(declared(1), declared(2))
     assert driver.only(BeginGroup) == BeginGroup((1, 2))

@@ -16,7 +16,7 @@ from shoal.averaging.group import (
     group_key,
     sign_member,
 )
-from shoal.averaging.matchmaking.core import AVOID_AFTER_LOSS
+from shoal.averaging.matchmaking.asking import AVOID_AFTER_LOSS
 from shoal.averaging.matchmaking.declarations import Declarations
 from shoal.averaging.matchmaking.events import FinishWithGroup, FinishWithout
 from shoal.averaging.matchmaking.matchmaker import Matchmaker
@@ -34,7 +34,7 @@ from shoal.averaging.matchmaking.messages import (
     Rejected,
     RejectReason,
 )
-from shoal.averaging.matchmaking.search import GroupSearch
+from shoal.averaging.matchmaking.search import Search
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.router import Router
 from shoal.dht.node import DHTNode
@@ -559,13 +559,13 @@ def test_who_is_cancelled_in_the_moment_when_the_group_stands_gets_it_to_withdra
             await asyncio.sleep(1.0)
             raise AssertionError("the cancellation is lost")
 
-        def finish(search: GroupSearch, effect: FinishWithGroup | FinishWithout) -> None:
+        def finish(search: Search, effect: FinishWithGroup | FinishWithout) -> None:
             original(search, effect)
             if search is sim.matchmakers[number]._search:
                 task.cancel()
 
-        original = GroupSearch._finish
-        monkeypatch.setattr(GroupSearch, "_finish", finish)
+        original = Search._finish
+        monkeypatch.setattr(Search, "_finish", finish)
         task = asyncio.ensure_future(step())
         other = sim.search(1 - number, starts_in=4.0 + (1 - number))
         with pytest.raises(asyncio.CancelledError):

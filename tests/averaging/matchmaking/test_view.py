@@ -12,7 +12,7 @@ from shoal.averaging.matchmaking.messages import (
     MAX_DECLARED_MEMBERS,
     Declaration,
     DeclaredState,
-    Search,
+    SearchId,
     decode_declaration,
     encode_declaration,
 )
@@ -32,7 +32,7 @@ ME, LEADER, MEMBER = (Candidate(float(i), make_identity(f"peer {i}").peer_id, Tr
 
 
 def declaration(peer: Candidate, state: DeclaredState, *group: Candidate) -> tuple:
-    members = tuple(Search(member.peer_id.to_bytes(), member.start_time) for member in group)
+    members = tuple(SearchId(member.peer_id.to_bytes(), member.start_time) for member in group)
     return peer.peer_id, Declaration(peer.start_time, state, HASH, PeerMode.FULL, (), members)
 
 
@@ -82,7 +82,7 @@ def test_what_others_say_of_peers_that_were_never_seen_takes_little_memory():
 
 def test_what_was_said_of_a_search_counts_when_that_is_seen_later():
     view = View(ME, HASH)
-    view.leave_out_group((Search(MEMBER.peer_id.to_bytes(), MEMBER.start_time),), math.inf, 0.0)
+    view.leave_out_group((SearchId(MEMBER.peer_id.to_bytes(), MEMBER.start_time),), math.inf, 0.0)
     view.take_in([MEMBER_LOOKS], 0.1, 0.1)
     assert view.candidates(0.1) == [ME]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from shoal.averaging.group import MemberInfo
 from shoal.averaging.lineage import NO_LINEAGE, Lineage
 from shoal.p2p.identity import PeerID
 
@@ -20,3 +21,16 @@ class Candidate(NamedTuple):
     """Has something to average; False for auxiliaries, which only help."""
     lost: tuple[bytes, ...] = ()
     """Ids of peers that it could not reach lately."""
+
+
+def candidate_of(info: MemberInfo) -> Candidate:
+    """What a peer that asks to join says of itself."""
+    return Candidate(
+        info.start_time,
+        PeerID.from_bytes(info.peer_id),
+        info.mode.can_lead,
+        info.grid_round,
+        info.lineage,
+        info.mode.contributes,
+        info.lost,
+    )

@@ -18,9 +18,10 @@ from shoal.averaging.matchmaking.messages import (
     Dismissed,
     Redirect,
     Rejected,
-    Search,
+    SearchId,
 )
 from shoal.p2p.identity import PeerID
+from shoal.sansio.core import TimePassed
 
 PEERS_IN_HISTORY = 16
 
@@ -155,11 +156,6 @@ class PeerGone:
 
 
 @dataclass(frozen=True)
-class TimerFired:
-    pass
-
-
-@dataclass(frozen=True)
 class Cancelled:
     pass
 
@@ -182,7 +178,7 @@ Event = (
     | LeaderBegan
     | LeaderLost
     | PeerGone
-    | TimerFired
+    | TimePassed
     | Cancelled
 )
 
@@ -192,7 +188,7 @@ class Declare:
     """Store this peer's record under the group key; the newest one counts, an older one in progress may be dropped."""
 
     state: DeclaredState
-    group: tuple[Search, ...] = ()
+    group: tuple[SearchId, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -251,13 +247,6 @@ class BeginGroup:
 
 
 @dataclass(frozen=True)
-class SetTimer:
-    """Send :class:`TimerFired` at this time; replaces the timer that was set before."""
-
-    at: float
-
-
-@dataclass(frozen=True)
 class TooFew:
     """The start time came without enough members; ``seen`` peers have looked for a group here, this one included."""
 
@@ -309,7 +298,6 @@ Effect = (
     | PostponeFollower
     | DismissFollower
     | BeginGroup
-    | SetTimer
     | Log
     | FinishWithGroup
     | FinishWithout

@@ -25,7 +25,7 @@ from shoal.averaging.matchmaking.group_bits import LONELY_BELOW, SPLIT_ABOVE, Gr
 from shoal.averaging.matchmaking.messages import JOIN, JoinRequest, Rejected, RejectReason
 from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.schemas import OtherSchemas
-from shoal.averaging.matchmaking.search import GroupSearch, WhenMemberGone
+from shoal.averaging.matchmaking.search import Search, WhenMemberGone
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.router import Router
@@ -80,7 +80,7 @@ class Matchmaker:
         self._lineage = NO_LINEAGE
         self._router = router
         self._turn = asyncio.Lock()
-        self._search: GroupSearch | None = None
+        self._search: Search | None = None
         self._last_order_time = -math.inf
         self._known = NOTHING_KNOWN
         """Who was declared at the end of the last search, with the start time of its own."""
@@ -186,7 +186,7 @@ class Matchmaker:
             if self._is_closed:
                 raise InvalidStateError("the matchmaker is closed")
             place = self._place(start_time)
-            search = self._search = GroupSearch(
+            search = self._search = Search(
                 self._peer,
                 place,
                 deadline,
@@ -255,7 +255,7 @@ class Matchmaker:
         elif seen == 1:
             self._peer.tasks.start(self._explore(search, 0.0), "explore depths")
 
-    async def _explore(self, search: GroupSearch, delay: float) -> None:
+    async def _explore(self, search: Search, delay: float) -> None:
         """Look where others are, unless the search is over after ``delay`` seconds."""
         await asyncio.sleep(delay)
         if search.is_over or self._bits.are_given:
@@ -263,11 +263,11 @@ class Matchmaker:
         if await self._census.explore() and not search.is_over:
             self._begin_anew(search)
 
-    def _begin_anew(self, search: GroupSearch) -> None:
+    def _begin_anew(self, search: Search) -> None:
         start_time = search.now() + self._peer.config.min_matchmaking_time
         search.move_to(self._place(max(start_time, search.place.start_time)))
 
-    def _count_neighbours(self, search: GroupSearch) -> None:
+    def _count_neighbours(self, search: Search) -> None:
         """Choose the number of bits for the next search, by what this one has seen; at a leisurely pace."""
         now = self._peer.clock()
         if self._is_closed or self._bits.are_given or not self._bits.is_at_home or now < self._next_count:

@@ -75,7 +75,7 @@ _WORDS: dict[RejectReason | DismissReason, str] = {
 }
 
 
-class Search(msgspec.Struct, frozen=True, array_like=True, order=True):
+class SearchId(msgspec.Struct, frozen=True, array_like=True, order=True):
     """One search of one peer: a later search of that peer starts later."""
 
     peer_id: bytes
@@ -112,7 +112,7 @@ class Rejected(msgspec.Struct, frozen=True, tag=True):
     """``members``: the group that is full or has begun, for the asker to leave all of it out of its plans."""
 
     reason: RejectReason
-    members: tuple[Search, ...] = ()
+    members: tuple[SearchId, ...] = ()
 
 
 class Dismissed(msgspec.Struct, frozen=True, tag=True):
@@ -121,7 +121,7 @@ class Dismissed(msgspec.Struct, frozen=True, tag=True):
     reason: DismissReason
     leader: bytes | None = None
     addresses: tuple[str, ...] = ()
-    members: tuple[Search, ...] = ()
+    members: tuple[SearchId, ...] = ()
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
@@ -167,7 +167,7 @@ class Declaration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schema_hash: bytes
     mode: PeerMode
     addresses: tuple[str, ...]
-    group: tuple[Search, ...] = ()
+    group: tuple[SearchId, ...] = ()
     """If taken: who is in its group. One record that is seen takes all of them out of a plan at once."""
     grid_round: int = 0
     """As in :class:`~shoal.averaging.group.MemberInfo`, like the next two."""
@@ -209,7 +209,7 @@ def decode_declaration(raw: object) -> Declaration:
     return declaration
 
 
-def check_searches(members: tuple[Search, ...], limit: int = MAX_GROUP_SIZE) -> None:
+def check_searches(members: tuple[SearchId, ...], limit: int = MAX_GROUP_SIZE) -> None:
     """:raises ProtocolViolation: they cannot be the members of a group"""
     if len(members) > limit:
         raise ProtocolViolation(f"a group of {len(members)} members; at most {limit} are allowed")

@@ -11,7 +11,7 @@ from shoal.averaging.group import NONCE_BYTES, MemberInfo, PeerMode, SignedMembe
 from shoal.averaging.matchmaking.declarations import Declarations
 from shoal.averaging.matchmaking.events import Place
 from shoal.averaging.matchmaking.families import Station, why_stand_back
-from shoal.averaging.matchmaking.messages import Declaration, DeclaredState, Search
+from shoal.averaging.matchmaking.messages import Declaration, DeclaredState, SearchId
 from shoal.averaging.matchmaking.schemas import OtherSchemas
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.dht.node import DHTNode
@@ -93,7 +93,7 @@ class LocalPeer:
         return min(order_time, self.clock() + self.config.min_matchmaking_time)
 
     def declaration(
-        self, place: Place, mode: PeerMode, state: DeclaredState, group: tuple[Search, ...]
+        self, place: Place, mode: PeerMode, state: DeclaredState, group: tuple[SearchId, ...]
     ) -> Declaration:
         taken = state is DeclaredState.TAKEN
         return Declaration(

@@ -1,13 +1,12 @@
-"""One search for a group: the asyncio shell of a :class:`.Matchmaking`. Turns effects into I/O, and I/O into events.
+"""One search for a group: the asyncio shell of a :class:`.SearchCore`. Turns effects into I/O, and I/O into events.
 
-It owns the core, its timer, the stream to the leader that this peer asks, and the streams of its followers.
+It owns the core and its driver, the stream to the leader that this peer asks, and the streams of its followers.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -23,7 +22,7 @@ from shoal.averaging.group import (
     verify_group,
     verify_member,
 )
-from shoal.averaging.matchmaking.core import Matchmaking
+from shoal.averaging.matchmaking.core import SearchCore
 from shoal.averaging.matchmaking.events import (
     AnswerRequest,
     AskSchema,
@@ -59,8 +58,6 @@ from shoal.averaging.matchmaking.events import (
     Restarted,
     SchemaCompared,
     SearchStarted,
-    SetTimer,
-    TimerFired,
     TooFew,
 )
 from shoal.averaging.matchmaking.messages import (
@@ -91,6 +88,7 @@ from shoal.errors import (
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.rpc import EndOfStream, Stream
+from shoal.sansio.driver import Driver
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +119,7 @@ class _Follower:
             self.outbox.put_nowait(None)
 
 
-class GroupSearch:
+class Search:
     """One search. Its core may only be touched through :meth:`dispatch`."""
 
     def __init__(
@@ -156,7 +154,7 @@ class GroupSearch:
         self._when_mode_changed = when_mode_changed
         self._when_leader_lost = when_leader_lost
         self._mode = peer.mode
-        self._core = Matchmaking(
+        self._core = SearchCore(
             peer.config.within(None if deadline is None else deadline - self.now()),
             peer_id=peer.peer_id,
             mode=self._mode,
@@ -174,7 +172,9 @@ class GroupSearch:
         )
         self._loop = asyncio.get_running_loop()
         self._result: asyncio.Future[GroupInfo] = self._loop.create_future()
-        self._timer: asyncio.TimerHandle | None = None
+        self._driver: Driver[Event, Effect] = Driver(
+            self._core, self._carry_out, clock=self.now, name="matchmaking", subject=peer.prefix
+        )
         self._asks: dict[int, asyncio.Task[None]] = {}
         self._followers: dict[int, _Follower] = {}
         self._tokens = 0
@@ -242,8 +242,7 @@ class GroupSearch:
     def dispatch(self, event: Event) -> None:
         """Let the core take in ``event``, and carry out what it asks for."""
         try:
-            for effect in self._core.handle(event, self.now()):
-                self._carry_out(effect)
+            self._driver.tell(event)
         except Exception as e:
             # A bug: whoever waits for the group must not wait for ever.
             if not self._result.done():
@@ -252,8 +251,6 @@ class GroupSearch:
 
     def _carry_out(self, effect: Effect) -> None:
         match effect:
-            case SetTimer(at):
-                self._set_timer(at)
             case Declare():
                 self._declare(effect)
             case MoveTo(place):
@@ -290,7 +287,7 @@ class GroupSearch:
                 self._peer.tasks.start(self._compare(peer, addresses, schema_hash), f"compare with {peer}")
 
     def _finish(self, effect: FinishWithGroup | FinishWithout) -> None:
-        self._set_timer(math.inf)
+        self._driver.close()
         if self._result.done():
             return  # the search was cancelled
         match effect:
@@ -298,14 +295,6 @@ class GroupSearch:
                 self._result.set_result(group)
             case FinishWithout(explanation):
                 self._result.set_exception(MatchmakingException(explanation, self.story))
-
-    def _set_timer(self, at: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if at < math.inf:
-            delay = max(0.0, at - self.now())
-            self._timer = self._loop.call_later(delay, self.dispatch, TimerFired())
 
     # ---- the DHT
 

@@ -6,11 +6,8 @@ import enum
 import math
 from dataclasses import dataclass
 
-from shoal.p2p.identity import PeerID
-
-
-class IllegalTransition(AssertionError):
-    """An event that cannot happen in this state, or a change of state that is not allowed: a bug in Shoal."""
+from shoal.averaging.matchmaking import events as ev
+from shoal.sansio.core import TimePassed
 
 
 class State(enum.Enum):
@@ -26,7 +23,7 @@ class State(enum.Enum):
     """Over: without a group."""
 
 
-MOVES: dict[State, set[State]] = {
+TRANSITIONS: dict[State, set[State]] = {
     State.NEW: {State.LOOKING},
     State.LOOKING: {State.LOOKING, State.ASKING, State.GROUPED, State.ENDED},
     State.ASKING: {State.ASKING, State.LOOKING, State.FOLLOWING, State.GROUPED, State.ENDED},
@@ -36,13 +33,35 @@ MOVES: dict[State, set[State]] = {
 }
 
 
-@dataclass(frozen=True)
-class Ask:
-    number: int
-    leader: PeerID
-    addresses: tuple[str, ...]
-    asked_at: float
-    redirects: int
+_ALWAYS = (
+    ev.Declared, ev.DeclareFailed, ev.Polled, ev.PollFailed, ev.SchemaCompared, ev.JoinRequested, ev.FollowerLost,
+    ev.PeerGone, ev.Restarted, ev.Cancelled, TimePassed,
+)  # fmt: skip
+_ANSWERS = (
+    ev.LeaderAccepted, ev.LeaderRedirected, ev.LeaderRejected, ev.LeaderPostponed, ev.LeaderDismissed, ev.LeaderBegan,
+    ev.LeaderLost,
+)  # fmt: skip
+
+HEARD: dict[State, frozenset[type]] = {
+    State.NEW: frozenset({ev.SearchStarted}),
+    State.LOOKING: frozenset(_ALWAYS),
+    State.ASKING: frozenset(
+        {*_ALWAYS, ev.LeaderAccepted, ev.LeaderRedirected, ev.LeaderRejected, ev.LeaderLost}
+    ),
+    State.FOLLOWING: frozenset(
+        {*_ALWAYS, ev.LeaderPostponed, ev.LeaderDismissed, ev.LeaderBegan, ev.LeaderLost}
+    ),
+    State.GROUPED: frozenset({ev.JoinRequested}),
+    State.ENDED: frozenset({ev.JoinRequested}),
+}
+"""The events that change a search in each state."""
+OVERHEARD: dict[State, frozenset[type]] = {
+    State.NEW: frozenset(),
+    **{state: frozenset(_ANSWERS) for state in (State.LOOKING, State.ASKING, State.FOLLOWING)},
+    **{state: frozenset({*_ALWAYS, *_ANSWERS}) for state in (State.GROUPED, State.ENDED)},
+}
+"""Events of something that is over, such as the answer of a leader that this peer has left: they change nothing. Any
+other event is illegal."""
 
 
 @dataclass
@@ -55,4 +74,3 @@ class Times:
     """When a group was expected at first: the start time before it was postponed."""
     mixes_until: float = -math.inf
     declare_again: float = math.inf
-    leader_begins_at: float = math.inf

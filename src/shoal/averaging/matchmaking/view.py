@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from shoal.averaging.matchmaking.candidate import Candidate
 from shoal.averaging.matchmaking.latecomers import is_stale, still_missing
-from shoal.averaging.matchmaking.messages import Declaration, DeclaredState, Search
+from shoal.averaging.matchmaking.messages import Declaration, DeclaredState, SearchId
 from shoal.p2p.identity import PeerID
 
 FASTEST_POLL = 0.01
@@ -190,10 +190,10 @@ class View:
         return [self._me.peer_id, *(follower.peer_id for follower in self.followers.values())]
 
     @property
-    def searches(self) -> tuple[Search, ...]:
+    def searches(self) -> tuple[SearchId, ...]:
         """As :attr:`members`, for messages and records."""
         members = (self._me, *self.followers.values())
-        return tuple(Search(member.peer_id.to_bytes(), member.start_time) for member in members)
+        return tuple(SearchId(member.peer_id.to_bytes(), member.start_time) for member in members)
 
     def candidates(
         self, now: float, asker: Candidate | None = None, *, with_full_groups: bool = False
@@ -255,7 +255,7 @@ class View:
             self._left_out[peer_id] = _LeftOut(start_time, until, is_looking)
 
     def leave_out_group(
-        self, members: tuple[Search, ...], until: float, now: float, *, is_looking: bool = False
+        self, members: tuple[SearchId, ...], until: float, now: float, *, is_looking: bool = False
     ) -> None:
         """Plan without the members of a group that has begun, or is full (``is_looking``).
 

@@ -1,0 +1,185 @@
+"""The one leader that a search asks or follows: which it is, what it has answered, and how long to be patient. Pure.
+
+It is a part of :class:`.core.SearchCore`, which owns the state of the search. What leaders answer is told here, and
+comes back as the leader to ask next, or None: then the search goes on looking.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from shoal.averaging.matchmaking.events import (
+    LeaderAccepted,
+    LeaderDismissed,
+    LeaderLost,
+    LeaderPostponed,
+    LeaderRedirected,
+    LeaderRejected,
+)
+from shoal.averaging.matchmaking.latecomers import avoid_for
+from shoal.averaging.matchmaking.messages import DismissReason, RejectReason
+from shoal.averaging.matchmaking.policy import BEGIN_GRACE
+from shoal.averaging.matchmaking.story import StoryTeller
+from shoal.averaging.matchmaking.view import View
+from shoal.averaging.matchmaking_config import MatchmakingConfig
+from shoal.p2p.identity import PeerID
+
+RETRY_AFTER = 0.2
+"""Seconds, at least, for which a leader that turned this peer down is left out of its plans."""
+AVOID_AFTER_LOSS = 10.0
+"""Seconds for which a leader that could not be reached or was lost is left out."""
+MAX_REDIRECTS = 5
+
+Refusal = LeaderRedirected | LeaderRejected | LeaderDismissed | LeaderLost
+"""What ends a request without a group."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request to join. Answers to an earlier one are recognised by its number."""
+
+    number: int
+    leader: PeerID
+    addresses: tuple[str, ...]
+    asked_at: float
+    redirects: int
+
+
+class NextLeader(NamedTuple):
+    """A leader that another one has named."""
+
+    leader: PeerID
+    addresses: tuple[str, ...]
+    redirects: int
+
+
+class Asking:
+    """The request that is under way, if there is one."""
+
+    def __init__(self, config: MatchmakingConfig, story: StoryTeller) -> None:
+        self.current: Ask | None = None
+        self._config = config
+        self._story = story
+        self._count = 0
+        self._begins_at = math.inf
+        """When the leader begins, as it says."""
+        self._unanswered: Counter[PeerID] = Counter()
+
+    def begin(self, leader: PeerID, addresses: tuple[str, ...], now: float, redirects: int) -> Ask:
+        """Make a request."""
+        self._count += 1
+        self.current = Ask(self._count, leader, addresses, now, redirects)
+        self._story.asked(leader)
+        return self.current
+
+    def end(self) -> Ask | None:
+        """Forget the request; it is returned, so that its leader can be left."""
+        ask, self.current = self.current, None
+        self._begins_at = math.inf
+        return ask
+
+    def expects(self, number: int) -> bool:
+        """Whether an answer to this request still counts: answers may cross with this peer's leaving."""
+        return self.current is not None and self.current.number == number
+
+    # ---- what the leader answers
+
+    def accepted(self, event: LeaderAccepted | LeaderPostponed, now: float, own_start: float) -> None:
+        """The leader says when it begins. What no leader does that is earlier in the order is not believed.
+
+        :param own_start: when this peer's own group would begin
+        """
+        limit = max(now, own_start) + self._config.min_matchmaking_time
+        self._begins_at = min(now + event.begins_in, limit)
+        if isinstance(event, LeaderAccepted):
+            self._story.answered(self._leader.leader, "accepted", now)
+
+    def refused(self, event: Refusal, view: View, now: float) -> NextLeader | None:
+        """The leader does not take this peer, or not any more: whom to ask instead."""
+        match event:
+            case LeaderRedirected(_, leader, addresses):
+                return self._redirected(leader, addresses, view, now)
+            case LeaderDismissed():
+                return self._dismissed(event, view, now)
+            case LeaderRejected():
+                self._rejected(event, view, now)
+            case LeaderLost(_, reason):
+                self.lost(reason, view, now)
+        return None
+
+    def lost(self, reason: str, view: View, now: float, avoid: float = AVOID_AFTER_LOSS) -> None:
+        """The leader cannot be relied on: leave it out for ``avoid`` seconds."""
+        self._story.answered(self._leader.leader, f"lost ({reason})", now)
+        view.leave_out(self._leader.leader, now + avoid)
+
+    def _redirected(
+        self, leader: PeerID, addresses: tuple[str, ...], view: View, now: float
+    ) -> NextLeader | None:
+        ask = self._leader
+        if leader == ask.leader:
+            self.lost("redirected to itself", view, now)
+            return None
+        self._story.answered(ask.leader, f"redirected to {leader}", now)
+        if ask.redirects < MAX_REDIRECTS and view.may_ask(leader, now):
+            return NextLeader(leader, addresses, ask.redirects + 1)
+        view.leave_out(ask.leader, now + retry_time(view))
+        return None
+
+    def _rejected(self, event: LeaderRejected, view: View, now: float) -> None:
+        leader, reason = self._leader.leader, event.answer.reason
+        self._story.answered(leader, f"rejected: {reason.words}", now)
+        until = now + retry_time(view)
+        if reason in (RejectReason.BEGUN, RejectReason.NOT_LOOKING):
+            # It says so itself before long, and its next search may be earlier in the order.
+            until = now + AVOID_AFTER_LOSS
+        elif reason is RejectReason.OTHER_SCHEMA:
+            until = math.inf
+        is_looking = reason is RejectReason.FULL
+        view.leave_out(leader, until, is_looking=is_looking)
+        view.leave_out_group(event.answer.members, until, now, is_looking=is_looking)
+
+    def _dismissed(self, event: LeaderDismissed, view: View, now: float) -> NextLeader | None:
+        leader, answer = self._leader.leader, event.answer
+        self._story.answered(leader, f"dismissed: {answer.reason.words}", now)
+        until = now + retry_time(view)
+        view.leave_out(leader, until, is_looking=answer.reason is DismissReason.BETTER_CUT)
+        view.leave_out_group(answer.members, until, now, is_looking=True)
+        suggested = PeerID.from_bytes(answer.leader) if answer.leader else None
+        if suggested is not None and view.may_ask(suggested, now):
+            return NextLeader(suggested, answer.addresses, 0)
+        return None
+
+    # ---- patience
+
+    def deadline(self, view: View, *, is_accepted: bool) -> float:
+        """When this peer's patience with the leader ends."""
+        if self.current is None:
+            return math.inf
+        if is_accepted:
+            return self._begins_at + self._config.request_timeout + BEGIN_GRACE * view.latency
+        return self.current.asked_at + self._config.request_timeout
+
+    def lose_patience(self, view: View, now: float, *, is_accepted: bool) -> Ask:
+        """That time has come: the leader counts as lost, and is to be left."""
+        ask = self._leader
+        if is_accepted:
+            self.lost("neither began nor postponed when its start time had come", view, now)
+            return ask
+        timeout = self._config.request_timeout
+        self._unanswered[ask.leader] += 1
+        avoid = avoid_for(self._unanswered[ask.leader], timeout, AVOID_AFTER_LOSS)
+        self.lost(f"no answer in {timeout:g} s", view, now, avoid)
+        return ask
+
+    @property
+    def _leader(self) -> Ask:
+        assert self.current is not None, "answers are told only while a request is under way"
+        return self.current
+
+
+def retry_time(view: View) -> float:
+    """Seconds after which a peer may be asked, or planned with, again."""
+    return max(RETRY_AFTER, 2 * view.latency)
