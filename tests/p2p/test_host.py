@@ -758,7 +758,7 @@ async def test_a_host_that_nobody_can_dial_becomes_a_client(swarm, caplog):
     result = await b.check_reachability([a.peer_id])
     assert result.reachable is False
     assert list(result.failures.values()) == ["refused"]
-    assert not b.can_be_dialed
+    assert not b.reachability.is_full
     assert b.announced_addresses == []
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
@@ -785,7 +785,7 @@ async def test_a_host_that_can_be_dialed_after_all_is_announced_again(swarm, cap
     await asyncio.sleep(6)
     result = await b.check_reachability([a.peer_id])
     assert (result.reachable, result.confirmed) == (True, (outer,))
-    assert b.can_be_dialed
+    assert b.reachability.is_full
     assert b.announced_addresses == [outer]
     told = [record for record in caplog.records if "client no longer" in record.getMessage()]
     assert [(record.levelno, str(outer) in record.getMessage()) for record in told] == [(logging.INFO, True)]
@@ -809,7 +809,7 @@ async def test_loopback_is_of_no_use_to_other_machines(swarm, caplog):
     result = await b.check_reachability([a.peer_id])
     assert result.reachable is False
     assert "another machine" in result.failures["/ip4/127.0.0.1/tcp/4001"]
-    assert not b.can_be_dialed
+    assert not b.reachability.is_full
     assert "host_maddrs" in caplog.text
     assert len(swarm.network._connections) == seen, "nothing was dialed"
 
@@ -847,7 +847,7 @@ async def test_helpers_are_not_asked_too_often(swarm, caplog):
             await b.call(a.peer_id, DIAL_BACK, request, timeout=20)
         assert (await b.check_reachability([a.peer_id])).reachable is None
         await asyncio.sleep(6)
-    assert b.can_be_dialed
+    assert b.reachability.is_full
 
 
 @simulated()
@@ -856,7 +856,7 @@ async def test_helpers_that_do_not_answer_change_nothing(swarm, caplog):
     swarm.network.silence("a", "b")
     result = await b.check_reachability([a.peer_id], timeout=3)
     assert result.reachable is None
-    assert b.can_be_dialed
+    assert b.reachability.is_full
 
 
 def test_everything_is_the_same_in_every_run():

@@ -134,7 +134,7 @@ class DHTNode:
     @property
     def client_mode(self) -> bool:
         """Whether this node keeps no records and is in nobody's routing table."""
-        return self.config.client_mode or not self.host.can_be_dialed
+        return not self.host.reachability.is_full
 
     @property
     def neighbours(self) -> list[PeerID]:
@@ -267,7 +267,6 @@ class DHTNode:
         """
         if not self.client_mode:
             self._server.start(self.host)
-        self._neighbours.listening = not self.client_mode
         await self.host.announce()
         await self._neighbours.greet_all(list(self._neighbours.table)[:MAX_GREETED])
 
@@ -322,9 +321,9 @@ class DHTNode:
         if self._checks:
             asked.append(self._reachability.check(known))
         await asyncio.gather(*asked)
-        if self._checks and self.host.can_be_dialed:
+        if self._checks and self.host.reachability.is_full:
             await self._tell_neighbours()
-        if not self.host.can_be_dialed:
+        if not self.host.reachability.is_full:
             self._server.stop(self.host)
         self._present()
         await self._records.find_nodes(neighbours.own_id)
@@ -340,7 +339,7 @@ class DHTNode:
     def _present(self) -> None:
         """From now on others may know whether to put this node into their tables."""
         heard_of, self._neighbours.heard_of = self._neighbours.heard_of or {}, None
-        self._neighbours.listening = not self.client_mode
+        self._neighbours.is_presented = True
         for peer in heard_of:
             self._neighbours.greet_if_new(peer)
 

@@ -77,7 +77,7 @@ class ReachabilityWatch:
             )
             self._last = self._loop.time()
         reach = self._host.reach
-        if not reach.is_in_doubt and reach.has_heard_of_widest(self._host.connected_peers()):
+        if not reach.reachability.is_in_doubt and reach.has_heard_of_widest(self._host.connected_peers()):
             self._news.clear()
         if result.reachable is None:
             self._next = self._last + self._retry
@@ -89,13 +89,14 @@ class ReachabilityWatch:
     async def run(self) -> None:
         """For ever."""
         reach = self._host.reach
-        before = reach.can_be_dialed, reach.announced()
+        before = reach.reachability
         while True:
             await self._wait()
             if self._is_due():
                 await self.check()
-            if (reach.can_be_dialed, reach.announced()) != before:
-                before = reach.can_be_dialed, reach.announced()
+            now = reach.reachability
+            if (now.is_full, now.addresses) != (before.is_full, before.addresses):
+                before = now
                 await self._on_change()
 
     async def _wait(self) -> None:
@@ -112,17 +113,17 @@ class ReachabilityWatch:
             await asyncio.sleep(max(self._last + PAUSE - self._loop.time(), 0.0))
 
     def _pause(self) -> float:
-        is_waiting = self._host.reach.is_in_doubt and self._by_vantage()
+        is_waiting = self._host.reachability.is_in_doubt and self._by_vantage()
         return max(min(self._next - self._loop.time(), LOOK_EVERY), 0.0) if is_waiting else LOOK_EVERY
 
     def _is_due(self) -> bool:
         host, now = self._host, self._loop.time()
-        if host.config.client_mode or not host.listen_addresses or not self._by_vantage():
+        if host.reachability.is_intended or not self._by_vantage():
             return False
         if self._news.is_set():
             return True
         if self._checked is None:
-            return host.reach.is_in_doubt
+            return host.reachability.is_in_doubt
         has_moved = self._checked != frozenset(host.candidate_addresses)
         return now >= self._next or (has_moved and now >= self._last + PAUSE)
 

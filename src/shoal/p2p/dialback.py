@@ -12,7 +12,7 @@ import ipaddress
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
@@ -21,6 +21,7 @@ from shoal.errors import InvalidValueError, ProtocolViolation, RemoteError
 from shoal.p2p import wire
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.reachability import Findings
 from shoal.p2p.rpc import Method
 from shoal.p2p.vantage import Vantage, is_global
 from shoal.utils.text import printable
@@ -82,24 +83,6 @@ class Answer:
     response: DialBackResponse | str
 
 
-@dataclass(frozen=True)
-class Reachability:
-    """What :meth:`Host.check_reachability` found."""
-
-    reachable: bool | None
-    """None: nobody could tell, so nothing changes."""
-    confirmed: tuple[Multiaddr, ...] = ()
-    """Own addresses at which a peer got through, first those that were reached from farthest away."""
-    failures: dict[str, str] = field(default_factory=dict)
-    """Why the others were not confirmed: address, or the helper that gave no answer, to reason."""
-    refuted: frozenset[Multiaddr] = frozenset()
-    """Own addresses that helpers dialed in vain, and none with success."""
-    vantage: Vantage | None = None
-    """How far away the helpers stand whose word decided."""
-    is_contested: bool = False
-    """Helpers disagree: more of them should be asked."""
-
-
 @dataclass
 class _Vote:
     """What one helper's answer says about this host as a whole."""
@@ -108,7 +91,7 @@ class _Vote:
     got_through: bool
 
 
-def judge(answers: Sequence[Answer], trusted: Collection[Multiaddr] = ()) -> Reachability:
+def judge(answers: Sequence[Answer], trusted: Collection[Multiaddr] = ()) -> Findings:
     """The verdict on what helpers answered. Pure.
 
     The helpers with the widest view decide, by majority; with as many for as against, the answer is no: it costs less
@@ -142,12 +125,12 @@ def judge(answers: Sequence[Answer], trusted: Collection[Multiaddr] = ()) -> Rea
     ordered = tuple(sorted(confirmed, key=lambda address: -confirmed[address]))
     refuted = frozenset(dialed_in_vain - set(confirmed))
     if not votes:
-        return Reachability(None, ordered, failures, refuted)
+        return Findings(None, ordered, failures, refuted)
     widest = max(vote.vantage for vote in votes)
     deciding = [vote.got_through for vote in votes if vote.vantage is widest]
     yes = sum(deciding)
     is_contested = len({vote.got_through for vote in votes}) > 1
-    return Reachability(2 * yes > len(deciding), ordered, failures, refuted, widest, is_contested)
+    return Findings(2 * yes > len(deciding), ordered, failures, refuted, widest, is_contested)
 
 
 class DialBackHelper:

@@ -38,13 +38,13 @@ from shoal.p2p.dialback import (
     DialBackHelper,
     DialBackRequest,
     DialBackResponse,
-    Reachability,
     dial_back_time,
 )
 from shoal.p2p.identity import Identity, PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Listener, Network
 from shoal.p2p.reach import Reach
+from shoal.p2p.reachability import Findings, Reachability
 from shoal.p2p.rpc import Lane, Method, RequestT, ResponseT, Stream
 from shoal.p2p.streams import StreamState
 from shoal.p2p.tenancy import CLAIM
@@ -222,7 +222,7 @@ class Host:
     @property
     def announced_addresses(self) -> list[Multiaddr]:
         """What peers are told: first the addresses at which others got through; nothing if it cannot be dialed."""
-        return self.reach.announced()
+        return list(self.reachability.addresses)
 
     @property
     def visible_addresses(self) -> list[Multiaddr]:
@@ -240,11 +240,9 @@ class Host:
         return self.reach.candidates()
 
     @property
-    def can_be_dialed(self) -> bool:
-        """False in client mode, while that is in doubt, and while :meth:`check_reachability` has last found that nobody
-        gets through.
-        """
-        return self.reach.can_be_dialed
+    def reachability(self) -> Reachability:
+        """How others reach this host now: whether they can dial it, where, how that is known, and why not."""
+        return self.reach.reachability
 
     def is_elsewhere(self, peer: PeerID) -> bool:
         """Whether ``peer`` is connected from another machine, where loopback addresses of this one mean nothing."""
@@ -384,7 +382,7 @@ class Host:
 
     async def check_reachability(
         self, helpers: Sequence[PeerID], *, more: Sequence[PeerID] = (), timeout: float = CHECK_TIMEOUT
-    ) -> Reachability:
+    ) -> Findings:
         """Ask ``helpers`` to dial back the candidate addresses, and draw the conclusions: see :mod:`shoal.p2p.reach`.
 
         ``more`` are asked too if the helpers disagree, or if they say that nobody gets through any more. If nobody
@@ -404,8 +402,9 @@ class Host:
     # ---- inside ----
 
     async def _announce_to(self, peer: PeerID) -> None:
-        addresses = self.reach.announced(beyond_machine=self.is_elsewhere(peer))
-        request = Announcement(not self.can_be_dialed, [str(address) for address in addresses])
+        now = self.reachability
+        addresses = now.told(beyond_machine=self.is_elsewhere(peer))
+        request = Announcement(not now.is_full, [str(address) for address in addresses])
         try:
             await self.call(peer, ANNOUNCE, request, timeout=_ANNOUNCE_TIMEOUT)
         except ShoalError as error:
@@ -415,7 +414,7 @@ class Host:
         """What this host's HELLO said may have changed before the connection stood: :meth:`announce` passed it by."""
         self.reach.note_connection(connection)
         said = connection.hello_sent
-        if said is not None and said.client_mode != (not self.can_be_dialed):
+        if said is not None and said.client_mode is self.reachability.is_full:
             task = asyncio.get_running_loop().create_task(self._announce_to(connection.peer))
             self._announcing.add(task)
             task.add_done_callback(self._announcing.discard)
@@ -426,13 +425,13 @@ class Host:
         self._served[served.method.name] = served
 
     def _make_hello(self, connection: Connection) -> wire.Hello:
-        announced = self.reach.announced(beyond_machine=connection.origin is not None)
+        now = self.reachability
         claim = self.tenancy.claim()
         return wire.Hello(
             lane=int(connection.lane),
             agent=self.config.agent,
-            client_mode=not self.can_be_dialed,
-            addresses=[str(address) for address in announced],
+            client_mode=not now.is_full,
+            addresses=[str(one) for one in now.told(beyond_machine=connection.origin is not None)],
             clock=self._clock(),
             seen="" if connection.remote_address is None else str(connection.remote_address),
             incarnation=claim.incarnation,
@@ -455,7 +454,7 @@ class Host:
             callback(peer, ahead)
 
     async def _ask_for_lane(self, peer: PeerID, deadline: float) -> bool:
-        if not self.can_be_dialed:
+        if not self.reachability.is_full:
             return False
         remaining = deadline - asyncio.get_running_loop().time()
         return (await self.call(peer, _OPEN_LANE, _OpenLane(), timeout=remaining)).opened

@@ -404,7 +404,7 @@ class HostConformance:
         server = await world.host("server")
         client = await world.host("client", HostConfig(client_mode=True))
         assert client.listen_addresses == client.announced_addresses == []
-        assert not client.can_be_dialed
+        assert not client.reachability.is_full
         client.serve(ECHO, double)
         unknown = await failure_of(server.call(client.peer_id, ECHO, Number(1), timeout=10), PeerUnreachable)
         assert "no address" in str(unknown)

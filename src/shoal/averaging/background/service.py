@@ -267,7 +267,7 @@ class AveragerService:
         return StepOutcome(step.report, found_group)
 
     async def _find_group(self, step: Step) -> GroupInfo:
-        if self._config.auxiliary and not self._host.can_be_dialed:
+        if self._config.auxiliary and not self._host.reachability.is_full:
             raise MatchmakingException(
                 "found no group: auxiliary=True, but no other peer can dial this one, so that it can't assist them; "
                 "see the DHT's host_maddrs and announce_maddrs"
