@@ -134,7 +134,8 @@ class PeerUnreachable(ShoalError, ConnectionError):
     @property
     def is_refused(self) -> bool:
         """Whether nobody listens at any address that is known of the peer, as after the end of its process."""
-        return all(dial.outcome is DialOutcome.REFUSED for dial in self.dials)
+        tried = [dial.outcome for dial in self.dials if dial.outcome is not DialOutcome.UNSUPPORTED]
+        return all(outcome is DialOutcome.REFUSED for outcome in tried)
 
     def __reduce__(self) -> tuple[object, ...]:
         return (type(self), (str(self), self.dials))

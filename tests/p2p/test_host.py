@@ -109,6 +109,26 @@ async def test_a_silent_address_holds_up_the_next_one_only_shortly(swarm, caplog
 
 
 @simulated()
+async def test_an_address_that_is_not_spoken_is_passed_over_and_told(swarm, caplog):
+    a, b = await swarm.host("a"), await swarm.host("b")
+    relayed = Multiaddr(f"/ip4/10.9.9.9/tcp/1/p2p/{make_identity('relay').peer_id}/p2p-circuit")
+    b.add_addresses(a.peer_id, [relayed])
+    with pytest.raises(PeerUnreachable, match="Shoal has no relays") as caught:
+        await b.connect(a.peer_id, timeout=5)
+    assert [dial.outcome for dial in caught.value.dials] == [DialOutcome.UNSUPPORTED]
+    b.add_addresses(a.peer_id, [relayed, *a.listen_addresses])
+    assert b.addresses_of(a.peer_id)[0] == relayed
+    assert await b.connect(a.peer_id, timeout=5) == a.peer_id
+
+
+@simulated()
+async def test_a_host_listens_at_addresses_that_it_speaks_only(swarm, caplog):
+    host = Host(make_identity("quic"), swarm.network.host("quic"))
+    with pytest.raises(InvalidValueError, match="'quic' cannot be used"):
+        await host.start([Multiaddr("/ip4/0.0.0.0/udp/1/quic")])
+
+
+@simulated()
 async def test_every_address_is_listed_with_its_reason(swarm, caplog):
     a, b, other = await swarm.host("a"), await swarm.host("b"), await swarm.host("other")
     addresses = [
@@ -779,7 +799,7 @@ async def test_a_host_that_can_be_dialed_after_all_is_announced_again(swarm, cap
     await b.connect(a.listen_addresses[0], timeout=5)
     await b.check_reachability([a.peer_id])
     await b.announce()
-    assert not a._connections.is_dialable(b.peer_id)
+    assert not a._connections.routes_to(b.peer_id)
     (outer,) = b.config.announce
     await swarm.network.host("b").listen(b._connections.accept, outer)  # the port is forwarded now
     await asyncio.sleep(6)
@@ -791,7 +811,7 @@ async def test_a_host_that_can_be_dialed_after_all_is_announced_again(swarm, cap
     assert [(record.levelno, str(outer) in record.getMessage()) for record in told] == [(logging.INFO, True)]
     await b.announce()
     assert a.addresses_of(b.peer_id)[0] == outer
-    assert a._connections.is_dialable(b.peer_id)
+    assert a._connections.routes_to(b.peer_id)
     with pytest.raises(RemoteError, match="bad_address"):
         await b.call(a.peer_id, ANNOUNCE, Announcement(False, ["/ip4/1.2.3/tcp/1"]), timeout=20)
 

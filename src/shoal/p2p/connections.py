@@ -33,6 +33,7 @@ from shoal.p2p.identity import Identity, PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Network
 from shoal.p2p.pool import PeerConnections
+from shoal.p2p.routes import Route, routes
 from shoal.p2p.rpc import Lane
 from shoal.p2p.session import Role
 from shoal.p2p.tenancy import Tenancy
@@ -101,12 +102,16 @@ class Connections:
         """Everybody to whom a connection stands."""
         return [peer for peer, connections in self._peers.items() if connections.is_connected]
 
-    def is_dialable(self, peer: PeerID) -> bool:
-        """Whether it makes sense to dial ``peer``."""
+    def is_client(self, peer: PeerID) -> bool:
+        """Whether ``peer`` is connected and says that it cannot be dialed."""
         connections = self._peers.get(peer)
         hellos = [] if connections is None else [connection.hello for connection in connections.all()]
-        in_client_mode = any(hello is not None and hello.client_mode for hello in hellos)
-        return not in_client_mode and bool(self.addresses.get(peer))
+        return any(hello is not None and hello.client_mode for hello in hellos)
+
+    def routes_to(self, peer: PeerID) -> list[Route]:
+        """The routes that this host can take to ``peer``, as far as it knows; none to a client."""
+        known = [] if self.is_client(peer) else routes(self.addresses.get(peer))
+        return [route for route in known if not route.obstacle]
 
     # Getting one.
 
@@ -146,7 +151,7 @@ class Connections:
         """``peer`` asks for one more lane, because it cannot dial this host."""
         loop = asyncio.get_running_loop()
         before = len(self._bulk(peer))
-        if before >= self.config.bulk_lanes or not self.is_dialable(peer):
+        if before >= self.config.bulk_lanes or not self.routes_to(peer):
             return False
         deadline = loop.time() + self.config.dial_timeout
         # More than once, if the dial that was joined had just led to the lane before.
@@ -162,7 +167,7 @@ class Connections:
         self._check_not_closing()
         try:
             async with asyncio.timeout_at(deadline):
-                outcome = await self._dialer.dial([address.without_peer_id()], expected, lane)
+                outcome = await self._dialer.dial([Route.of(address.without_peer_id())], expected, lane)
         except TimeoutError:
             raise DeadlineExceeded(f"{address} could not be connected in time") from None
         return outcome if isinstance(outcome, PeerUnreachable) else outcome[0]
@@ -176,7 +181,7 @@ class Connections:
         return [] if connections is None else connections.bulk()
 
     async def _open_lane(self, peer: PeerID, deadline: float) -> bool:
-        if self.is_dialable(peer) and not isinstance(
+        if self.routes_to(peer) and not isinstance(
             await self._dial(peer, Lane.BULK, deadline), PeerUnreachable
         ):
             return True
@@ -229,7 +234,7 @@ class Connections:
             logger.error("dialing %s failed unexpectedly", peer, exc_info=task.exception())
 
     async def _run_dial(self, peer: PeerID, lane: Lane) -> Connection | PeerUnreachable:
-        outcome = await self._dialer.dial(self.addresses.get(peer), peer, lane)
+        outcome = await self._dialer.dial(routes(self.addresses.get(peer)), peer, lane)
         if isinstance(outcome, PeerUnreachable):
             return outcome
         connection, address = outcome
@@ -268,9 +273,10 @@ class Connections:
             return self.tenancy.meet(connection)
         try:
             announced = [Multiaddr.parse(text) for text in hello.addresses]
-            connection.seen = Multiaddr.parse(hello.seen) if hello.seen else None
+            seen = Multiaddr.parse(hello.seen) if hello.seen else None
         except InvalidValueError as error:
             raise ProtocolViolation(f"HELLO with a bad address: {error}") from error
+        connection.seen = None if seen is None or seen.unspoken else seen
         if self._is_closing:
             return wire.Refusal("the host is closed")
         refusal = self._make_room(connection)
@@ -331,7 +337,7 @@ class Connections:
 
     def _can_be_had_again(self, connection: Connection) -> bool:
         # A peer that cannot be dialed could not be called any more, and neither could this host by that peer.
-        return self.is_dialable(connection.peer) and not self.config.client_mode
+        return bool(self.routes_to(connection.peer)) and not self.config.client_mode
 
     def _make_room(self, new: Connection) -> wire.Refusal | None:
         """Close a connection that can be spared if there are too many with ``new``; why it is refused if there is none.

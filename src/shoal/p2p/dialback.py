@@ -156,11 +156,12 @@ class DialBackHelper:
         except InvalidValueError as error:
             raise RemoteError("bad_address", str(error)) from error
         own = self._ips_of(asker)
-        mine = [address.without_peer_id() for address in addresses if address.host in own][:MAX_DIALED]
+        is_mine = {address: address.host in own and not address.unspoken for address in addresses}
+        mine = [address.without_peer_id() for address in addresses if is_mine[address]][:MAX_DIALED]
         foreign = {
             str(address.without_peer_id()): _why_foreign(address, own)[: wire.MAX_REASON]
             for address in addresses
-            if own and address.host not in own
+            if own and not is_mine[address]
         }
         if not mine:
             return DialBackResponse({}, foreign)
@@ -184,6 +185,8 @@ class DialBackHelper:
 
 
 def _why_foreign(address: Multiaddr, own: Sequence[str]) -> str:
+    if address.unspoken:
+        return address.unspoken
     if address.is_loopback and not any(ipaddress.ip_address(ip).is_loopback for ip in own):
         return f"a loopback address, which does not lead to {own[0]} from another machine"
     if address.protocol.startswith("dns"):

@@ -18,6 +18,7 @@ from shoal.p2p.connection import Connection
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Network
+from shoal.p2p.routes import Route
 from shoal.p2p.rpc import Lane
 from shoal.p2p.violations import EndKind, NotShoalPeer, OtherIdentity, OtherVersion, TurnedAway
 
@@ -52,18 +53,22 @@ class Dialer:
         self._stagger = stagger
 
     async def dial(
-        self, addresses: Sequence[Multiaddr], expected: PeerID | None, lane: Lane
+        self, routes: Sequence[Route], expected: PeerID | None, lane: Lane
     ) -> tuple[Connection, Multiaddr] | PeerUnreachable:
         """An open connection and the address that led to it, or the error that lists why there is none.
 
         The error is returned, not raised: several callers may wait for one dial, or none any more.
         """
         who = "a peer" if expected is None else str(expected)
-        if not addresses:
+        if not routes:
             return PeerUnreachable(f"{who} cannot be dialed: no address is known")
-        failures: list[DialFailure] = []
+        failures = [
+            DialFailure(str(route.address), DialOutcome.UNSUPPORTED, route.obstacle)
+            for route in routes
+            if route.obstacle
+        ]
         attempts: dict[asyncio.Task[Connection | DialFailure], Multiaddr] = {}
-        waiting = list(addresses)
+        waiting = [route.address for route in routes if not route.obstacle]
         try:
             while waiting or attempts:
                 if waiting:

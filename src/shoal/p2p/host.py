@@ -146,6 +146,9 @@ class Host:
         self._state = "running"
         if self.config.client_mode and listen_on:
             raise InvalidValueError("listen_on: a host in client mode does not listen")
+        for address in listen_on:
+            if address.unspoken:
+                raise InvalidValueError(f"listen_on: {address}: {address.unspoken}")
         try:
             for address in listen_on:
                 self._listeners.append(await self._network.listen(self._connections.accept, address))
@@ -251,7 +254,7 @@ class Host:
 
     def is_client(self, peer: PeerID) -> bool:
         """Whether ``peer`` is connected and says that it cannot be dialed."""
-        return any(one.hello is not None and one.hello.client_mode for one in self._connections_to(peer))
+        return self._connections.is_client(peer)
 
     def add_addresses(self, peer: PeerID, addresses: Iterable[Multiaddr]) -> None:
         """Remember where ``peer`` may be dialed; the newest are kept and are tried first."""
