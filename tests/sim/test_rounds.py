@@ -268,10 +268,10 @@ def test_a_process_that_was_stopped_blames_nobody():
             # as if it had been stopped for a minute, in which the other member's parts have come
             loop, clocks = asyncio.get_running_loop(), owner.core.collection.clocks
             clocks.shift(-60.0)
-            assert owner._timer is not None
-            owner._timer.cancel()
-            assert clocks.deadline is not None
-            owner._timer = loop.call_at(clocks.deadline, owner._on_time)
+            driver = owner._driver
+            assert driver._timer is not None
+            driver._timer.cancel()
+            driver._timer = loop.call_at(clocks.deadline, driver._on_timer)
             results = await asyncio.gather(owner_runs, group.run(1, timeouts=TIMEOUTS))
             assert [result.failure for result in results] == [None] * 2
             assert not results[0].exclusions

@@ -13,7 +13,7 @@ from shoal.sansio.core import NEVER, Core, TimePassed
 E = TypeVar("E")
 F = TypeVar("F")
 
-LATE = 0.5
+LATE = 0.1
 """A timer that fires so many seconds late was held up: the process was stopped, or its event loop busy."""
 
 

@@ -45,10 +45,10 @@ from shoal.averaging.allreduce.events import (
     SnapshotTaken,
     StopContributing,
     TellLeader,
-    TimePassed,
     WeightDeclared,
     Withdrawn,
 )
+from shoal.sansio.core import NEVER, TimePassed
 
 TIMEOUT = 400.0
 """Of senders and owners, in steps of the scheduler: now and then somebody who only has bad luck is excluded too."""
@@ -302,7 +302,7 @@ class SimulatedGroup:
         tasks = [task for task in self.tasks if self.alive[task[0]]]
         deadlines = [(me, core.deadline) for me, core in enumerate(self.cores) if self.alive[me]]
         for me, deadline in deadlines:
-            if deadline is not None and deadline <= self.now:
+            if deadline <= self.now:
                 self.feed(me, TimePassed())
         if tasks and (not links or self.rng.random() < 0.3):
             task = self.rng.choice(tasks)
@@ -311,7 +311,7 @@ class SimulatedGroup:
         elif links:
             self.deliver(self.rng.choice(links))
         else:
-            ends = [deadline for _, deadline in deadlines if deadline is not None]
+            ends = [deadline for _, deadline in deadlines if deadline < NEVER]
             if not ends:
                 return False
             self.now = max(self.now, *ends)

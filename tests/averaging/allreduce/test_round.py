@@ -181,7 +181,7 @@ def test_an_orphan_that_knows_the_outcome_waits_for_no_further_answer():
             tasks = [asyncio.ensure_future(other.run()) for other in (current, *others)]
             await asyncio.sleep(1.0)
             # as if this member had been ready when it lost the leader, and the last member had heard of a failure
-            current.core.phase = Phase.ORPHANED
+            current.core._machine.state = Phase.ORPHANED
             group.network.kill(group.name(0), silently=True)
             others[1]._feed(OutcomeReceived(Outcome("on purpose")))
             current._carry_out(AskForOutcome((0, 2)))

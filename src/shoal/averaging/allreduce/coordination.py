@@ -16,7 +16,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shoal.averaging.allreduce.events import AnnounceExclusion, AnnounceOutcome, Effect, Roles
+from shoal.averaging.allreduce.events import (
+    AnnounceExclusion,
+    AnnounceOutcome,
+    Effect,
+    ExchangeBegan,
+    JoinTimedOut,
+    MemberLost,
+    MemberReported,
+    Roles,
+    Withdrawn,
+)
 from shoal.averaging.allreduce.messages import (
     AveragesReceived,
     Excluded,
@@ -33,15 +43,29 @@ from shoal.averaging.allreduce.messages import (
     exclusion_text,
     reason_text,
 )
+from shoal.averaging.allreduce.part_clocks import PartClocks
 from shoal.errors import ProtocolViolation
+from shoal.sansio.core import TimePassed
+
+PROGRESS_INTERVAL = 1.0
+"""Seconds between two words of a member to the leader about averages that it has taken."""
+
+CoordinatorEvent = ExchangeBegan | MemberReported | MemberLost | JoinTimedOut | Withdrawn | TimePassed
 
 
 @dataclass
 class Coordinator:
-    """What the leader knows of the group. Each method that takes something in returns what is to be announced."""
+    """What the leader knows of the group. Its effects are announcements, which hold for the leader itself, too.
+
+    ``timeout``: seconds after which the group goes on without a member that is awaited; None: never.
+    """
 
     roles: Roles
+    timeout: float | None = None
     outcome: Outcome | None = None
+    _began: float | None = None
+    _clocks: PartClocks = field(init=False)
+    """Of the members that are awaited."""
     _ready: dict[int, float] = field(default_factory=dict)
     """Weights of the members that are ready."""
     _excluded: dict[int, Excluded] = field(default_factory=dict)
@@ -59,11 +83,57 @@ class Coordinator:
     _told: dict[int, tuple[int, float]] = field(default_factory=dict)
     """The weight that each member told, and to whom first."""
 
-    def take(self, member: int, report: Report, seconds: float) -> list[Effect]:
-        """A member's report, ``seconds`` into the all-reduce.
+    def __post_init__(self) -> None:
+        limit = self.timeout
+        self._clocks = PartClocks(None if limit is None else limit + PROGRESS_INTERVAL)
 
-        :raises ProtocolViolation: no honest member would have sent it
+    @property
+    def deadline(self) -> float:
+        """When the patience with a member that is awaited ends."""
+        return self._clocks.deadline
+
+    def handle(self, event: CoordinatorEvent, now: float) -> list[Effect]:
+        """Take in one event; return what is to be announced.
+
+        :raises ProtocolViolation: no honest member would have reported that; nothing has changed
         """
+        effects = self._take(event, 0.0 if self._began is None else now - self._began, now)
+        awaited = self.awaited
+        for member in self.roles.others:
+            if member not in awaited:
+                self._clocks.stop(member)
+            elif not self._clocks.runs(member):
+                self._clocks.start(member, now)
+        return effects
+
+    def _take(self, event: CoordinatorEvent, seconds: float, now: float) -> list[Effect]:
+        match event:
+            case MemberReported(member, report):
+                if isinstance(report, AveragesReceived):
+                    self._clocks.stop(member)
+                return self._on_report(member, report, seconds)
+            case MemberLost(member, reason):
+                return self._lose(member, reason, seconds)
+            case JoinTimedOut(member, reason):
+                return self._lose(member, reason, seconds, "join")
+            case Withdrawn(reason):
+                return self.fail(f"the leader gave up: {reason}")
+            case ExchangeBegan():
+                self._began = now
+            case TimePassed(late):
+                self._clocks.shift(late)
+                return self._on_time(seconds, now)
+        return []
+
+    def _on_time(self, seconds: float, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for member in self._clocks.expired(now):
+            self._clocks.stop(member)
+            reason = f"everything was averaged, but it said nothing for {self._clocks.timeout:g} s"
+            effects += self._pass_over(member, reason, seconds)
+        return effects
+
+    def _on_report(self, member: int, report: Report, seconds: float) -> list[Effect]:
         if self.outcome is not None:
             return []
         match report:
@@ -89,7 +159,7 @@ class Coordinator:
             case OwnerFailed():
                 return self._on_owner_failed(member, report, seconds)
 
-    def lose(self, member: int, reason: str, seconds: float, phase: str = "exchange") -> list[Effect]:
+    def _lose(self, member: int, reason: str, seconds: float, phase: str = "exchange") -> list[Effect]:
         """The connection to a member ended, or it never joined."""
         if self.outcome is not None or member in self._gone:
             return []
@@ -115,13 +185,13 @@ class Coordinator:
             return self._stranded_by & (unready | unreported) if takes_none else set()
         return (unready | unreported) - {leader}
 
-    def pass_over(self, member: int, reason: str, seconds: float) -> list[Effect]:
+    def _pass_over(self, member: int, reason: str, seconds: float) -> list[Effect]:
         """An awaited member has done nothing for too long."""
         if self.outcome is not None:
             return []
         if member in self._committers() and member not in self._ready:
             return self._exclude(member, "exchange", seconds, reason)
-        return self.lose(member, reason, seconds)
+        return self._lose(member, reason, seconds)
 
     def fail(self, reason: str) -> list[Effect]:
         """The leader fails the round for everybody."""

@@ -56,10 +56,9 @@ shell is :mod:`.round`.
 from __future__ import annotations
 
 import math
-from collections import deque
 
 from shoal.averaging.allreduce.books import Collection, Returns
-from shoal.averaging.allreduce.coordination import Coordinator
+from shoal.averaging.allreduce.coordination import PROGRESS_INTERVAL, Coordinator, CoordinatorEvent
 from shoal.averaging.allreduce.events import (
     DECIDED,
     TRANSITIONS,
@@ -71,6 +70,7 @@ from shoal.averaging.allreduce.events import (
     DropSender,
     Effect,
     Event,
+    ExchangeBegan,
     ExchangeOpened,
     ExcludedByOwner,
     ExclusionReceived,
@@ -98,7 +98,6 @@ from shoal.averaging.allreduce.events import (
     SnapshotTaken,
     StopContributing,
     TellLeader,
-    TimePassed,
     WeightDeclared,
     Withdrawn,
 )
@@ -116,12 +115,12 @@ from shoal.averaging.allreduce.messages import (
     StandsAside,
     reason_text,
 )
-from shoal.averaging.allreduce.part_clocks import PartClocks
 from shoal.errors import AllreduceException, ProtocolViolation
+from shoal.sansio.core import NEVER, TimePassed
+from shoal.sansio.machine import Machine
 
-HISTORY_LENGTH = 64
-PROGRESS_INTERVAL = 1.0
-"""Seconds between two words of a member to the leader about averages that it has taken."""
+CATCH_UP = 1.0
+"""Seconds that a process which was stopped, or busy, takes to read what has arrived meanwhile."""
 NO_LIMITS = RoundTimeouts()
 SERVING = (Phase.EXCHANGING, Phase.EXCLUDED)
 """While the own span may still have to be averaged: a member that is ready has done that."""
@@ -138,22 +137,24 @@ class AllReduce:
         if not any(roles.contributes):
             raise AllreduceException("no member of the group contributes tensors: all of them only help")
         self.roles = roles
-        self.phase = Phase.EXCHANGING
+        self._machine = Machine(Phase.EXCHANGING, TRANSITIONS)
         self.failure: str | None = None
         self.outcome: Outcome | None = None
         self.collection = Collection(roles, timeouts.sender)
         self._contributes = roles.contributes[roles.me]
-        self._coordinator = Coordinator(roles) if roles.me == roles.leader else None
+        self._coordinator = Coordinator(roles, timeouts.reducer) if roles.me == roles.leader else None
         self._began: float | None = None
         self.returns = Returns(roles, timeouts.reducer)
-        limit = timeouts.reducer
-        self._awaited = PartClocks(None if limit is None else limit + PROGRESS_INTERVAL)
         self._progress_told = -math.inf
         self._failed_owners: set[int] = set()
         self._answers: dict[int, Phase | None] = {}
         self._lost_some = False
         """Whether somebody did not answer, since the orphans that did were asked."""
-        self._history: deque[tuple[str, Event]] = deque(maxlen=HISTORY_LENGTH)
+
+    @property
+    def phase(self) -> Phase:
+        """Where this member stands."""
+        return self._machine.state
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event; return what has to be done, in order.
@@ -162,7 +163,7 @@ class AllReduce:
         :raises ProtocolViolation: the event is something that an honest peer would not have caused; the state
           is unchanged
         """
-        self._history.append((self.phase.name, event))
+        self._machine.note(event, now)
         match event:
             case SnapshotTaken(weight):
                 return self._on_snapshot(weight, now)
@@ -221,12 +222,8 @@ class AllReduce:
         match event:
             case MemberLost(member, reason):
                 return self._on_lost(member, reason, now)
-            case JoinTimedOut(member, reason):
-                return self._coordinate(self._lead().lose(member, reason, self._elapsed(now), "join"), now)
-            case MemberReported(member, report):
-                if isinstance(report, AveragesReceived):
-                    self._awaited.stop(member)
-                return self._coordinate(self._lead().take(member, report, self._elapsed(now)), now)
+            case JoinTimedOut() | MemberReported():
+                return self._coordinate(event, now)
             case ExclusionReceived(excluded):
                 return self._on_exclusion(excluded, now)
             case OutcomeReceived(outcome):
@@ -235,15 +232,12 @@ class AllReduce:
                 return self._on_answer(member, phase, known)
 
     @property
-    def deadline(self) -> float | None:
+    def deadline(self) -> float:
         """When :class:`TimePassed` is due, if nothing else happens before."""
         if self.phase not in SERVING:
-            return None
-        ends = (clocks.deadline for clocks in self._clocks())
-        return min((one for one in ends if one is not None), default=None)
-
-    def _clocks(self) -> tuple[PartClocks, ...]:
-        return (self.collection.clocks, self.returns.clocks, self._awaited)
+            return NEVER
+        awaited = NEVER if self._coordinator is None else self._coordinator.deadline
+        return min(self.collection.clocks.deadline, self.returns.clocks.deadline, awaited)
 
     # as an owner
 
@@ -257,6 +251,8 @@ class AllReduce:
 
     def _settle(self, weight: float | None, now: float) -> None:
         self._began = now
+        if self._coordinator is not None:
+            self._coordinator.handle(ExchangeBegan(), now)
         self.collection.settle(weight, now)
 
     def _release(self) -> list[Effect]:
@@ -326,8 +322,9 @@ class AllReduce:
         return [TellLeader(AveragesReceived(self.returns.received))]
 
     def _on_time(self, late: float, now: float) -> list[Effect]:
-        for clocks in self._clocks():
-            clocks.shift(late)
+        uncounted = late + CATCH_UP if late else 0.0
+        self.collection.clocks.shift(uncounted)
+        self.returns.clocks.shift(uncounted)
         effects: list[Effect] = []
         for sender in self.collection.clocks.expired(now):
             begun = self.collection.delivered_by(sender)
@@ -337,14 +334,8 @@ class AllReduce:
         for owner in self.returns.clocks.expired(now):
             reason = f"it returned no average within reducer_timeout={self.returns.clocks.timeout:g} s"
             effects += self._on_owner_lost(owner, reason, Loss.TIMED_OUT, now)
-        return effects + self._pass_over_awaited(now)
-
-    def _pass_over_awaited(self, now: float) -> list[Effect]:
-        effects: list[Effect] = []
-        for member in self._awaited.expired(now):
-            self._awaited.stop(member)
-            reason = f"everything was averaged, but it said nothing for {self._awaited.timeout:g} s"
-            effects += self._coordinate(self._lead().pass_over(member, reason, self._elapsed(now)), now)
+        if self._coordinator is not None:
+            effects += self._coordinate(TimePassed(uncounted), now)
         return effects
 
     # exclusion
@@ -372,43 +363,28 @@ class AllReduce:
 
     # commit
 
-    def _lead(self) -> Coordinator:
-        if self._coordinator is None:
-            raise ProtocolViolation("a member reported to one that does not lead")
-        return self._coordinator
-
-    def _elapsed(self, now: float) -> float:
-        return 0.0 if self._began is None else now - self._began
-
     def _tell(self, report: Report, now: float) -> list[Effect]:
         if self._coordinator is None:
             return [TellLeader(report)]
-        return self._coordinate(self._coordinator.take(self.roles.me, report, self._elapsed(now)), now)
+        return self._coordinate(MemberReported(self.roles.me, report), now)
 
-    def _coordinate(self, announcements: list[Effect], now: float) -> list[Effect]:
+    def _coordinate(self, event: CoordinatorEvent, now: float) -> list[Effect]:
         """What the leader announces holds for itself too."""
+        if self._coordinator is None:
+            raise ProtocolViolation("a member reported to one that does not lead")
         effects: list[Effect] = []
-        for announcement in announcements:
+        for announcement in self._coordinator.handle(event, now):
             effects.append(announcement)
             match announcement:
                 case AnnounceExclusion(excluded):
                     effects += self._on_exclusion(excluded, now)
                 case AnnounceOutcome(outcome):
                     effects += self._conclude(outcome)
-        self._watch_awaited(now)
         return effects
-
-    def _watch_awaited(self, now: float) -> None:
-        awaited = self._lead().awaited
-        for member in self.roles.others:
-            if member not in awaited:
-                self._awaited.stop(member)
-            elif not self._awaited.runs(member):
-                self._awaited.start(member, now)
 
     def _on_lost(self, member: int, reason: str, now: float) -> list[Effect]:
         if self._coordinator is not None:
-            return self._coordinate(self._coordinator.lose(member, reason, self._elapsed(now)), now)
+            return self._coordinate(MemberLost(member, reason), now)
         if member == self.roles.leader:
             return self._on_leader_lost(f"lost {self.roles.name(member)}: {reason}")
         return []
@@ -433,7 +409,7 @@ class AllReduce:
         if self.phase not in SERVING:
             return []  # a member that is ready has given its word: only the outcome can free it
         if self._coordinator is not None:
-            return self._coordinate(self._coordinator.fail(f"the leader gave up: {reason}"), now)
+            return self._coordinate(Withdrawn(reason), now)
         return self._give_up(reason)
 
     def _give_up(self, reason: str) -> list[Effect]:
@@ -498,6 +474,4 @@ class AllReduce:
         return [Finish(reason)]
 
     def _move_to(self, phase: Phase) -> None:
-        if phase not in TRANSITIONS[self.phase]:
-            raise AssertionError(f"{self.phase.name} -> {phase.name} is no transition: {list(self._history)}")
-        self.phase = phase
+        self._machine.move(phase)

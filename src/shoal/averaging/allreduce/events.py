@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from shoal.averaging.allreduce.messages import Excluded, Loss, Outcome, Report
+from shoal.sansio.core import TimePassed
 
 
 class Phase(Enum):
@@ -193,15 +194,6 @@ class ExcludedByOwner:
 
 
 @dataclass(frozen=True)
-class TimePassed:
-    """A deadline has come. ``late``: seconds that do not count against others, since this member itself is late to
-    notice (its process was stopped, its event loop busy), and their messages may lie unread.
-    """
-
-    late: float = 0.0
-
-
-@dataclass(frozen=True)
 class MemberLost:
     """To the leader: the connection to ``member`` ended, or its stream of reports. To the others: that to the leader
     did. Streams of parts end for themselves.
@@ -250,6 +242,11 @@ class OutcomeAnswered:
     member: int
     phase: Phase | None
     outcome: Outcome | None = None
+
+
+@dataclass(frozen=True)
+class ExchangeBegan:
+    """The leader's own exchange has begun: what it notes of others counts its seconds from here."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from shoal.sansio.core import NEVER
+
 
 @dataclass
 class PartClocks:
@@ -39,8 +41,8 @@ class PartClocks:
         return sorted(member for member, since in self._since.items() if since + self.timeout <= now)
 
     @property
-    def deadline(self) -> float | None:
-        """When the first clock that runs expires."""
+    def deadline(self) -> float:
+        """When the first clock that runs expires; NEVER if none does."""
         if self.timeout is None or not self._since:
-            return None
+            return NEVER
         return min(self._since.values()) + self.timeout

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -34,7 +33,6 @@ from shoal.averaging.allreduce.events import (
     SnapshotTaken,
     StopContributing,
     TellLeader,
-    TimePassed,
     Withdrawn,
 )
 from shoal.averaging.allreduce.exchange import Arena
@@ -50,6 +48,7 @@ from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Stream
 from shoal.p2p.violations import Ending
+from shoal.sansio.driver import Driver
 
 __all__ = ["Round", "RoundResult", "RoundTimeouts"]
 
@@ -59,12 +58,8 @@ JOIN_TIMEOUT = 15.0
 """Seconds, from the beginning of the round, within which each member has joined it at the leader; ``sender_timeout``
 if that is shorter.
 """
-LATE = 0.1
-"""Seconds by which a timer may be late before this process is taken for having been stopped or busy."""
 BOUND = (Phase.READY, Phase.ORPHANED, Phase.COMMITTED)
 """Once a member has given its word, or the round is decided."""
-CATCH_UP = 1.0
-"""Seconds that it then takes to read what has arrived meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +131,13 @@ class Round:
         self._tasks: asyncio.TaskGroup | None = None
         self._contributing: list[asyncio.Task[None]] = []
         self._asking: set[asyncio.Task[None]] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._driver: Driver[Event, Effect] = Driver(
+            self.core,
+            self._carry_out,
+            on_turn=self._note_bound,
+            name="allreduce",
+            subject=group.group_id.hex(),
+        )
         self._is_broken = False
 
     @property
@@ -190,9 +191,9 @@ class Round:
         finally:
             self._tasks = None
             unsubscribe()
-            for timer in (limit, self._timer):
-                if timer is not None:
-                    timer.cancel()
+            self._driver.close()
+            if limit is not None:
+                limit.cancel()
         return self._result(snapshot_at - began, decided_at - snapshot_at)
 
     def withdraw(self, reason: str) -> None:
@@ -271,20 +272,17 @@ class Round:
     # core
 
     def _feed(self, event: Event) -> None:
-        now = asyncio.get_running_loop().time()
-        pending = deque([event])
-        while pending:
-            for effect in self.core.handle(pending.popleft(), now):
-                pending.extend(self._carry_out(effect))
+        self._driver.tell(event)
+
+    def _note_bound(self) -> None:
         if self.core.phase in BOUND and not self._is_bound:
             self._is_bound = True
             self._on_bound()
-        self._set_timer()
 
-    def _carry_out(self, effect: Effect) -> list[Event]:
+    def _carry_out(self, effect: Effect) -> None:
         match effect:
             case AveragePart(index):
-                return self._average(index)
+                self._average(index)
             case ReturnAverage(index):
                 self._exchange.release(index + 1)
             case DropSender(sender, reason, is_silent):
@@ -305,20 +303,21 @@ class Round:
                 self._decided.set()
                 self._commitment.close()
                 self._exchange.close(reason)
-        return []
 
-    def _average(self, index: int) -> list[Event]:
+    def _average(self, index: int) -> None:
         if self._is_broken:
-            return []  # an earlier part of the same batch could not be averaged
+            return  # an earlier part of the same batch could not be averaged
         own = self._exchange.own
         try:
             offenders = own.average(index)
             measured = own.spread() if index == len(own.parts) - 1 else (None, None)
         except Exception as e:  # noqa: BLE001 - memory may be short, a codec is the user's: whose part came last is not to blame
             self._is_broken = True
-            return [Withdrawn(describe_failure(e))]
-        lost = [SenderLost(member, reason) for member, reason in offenders.items()]
-        return [*lost, PartAveraged(index, *measured)]
+            self._feed(Withdrawn(describe_failure(e)))
+            return
+        for member, reason in offenders.items():
+            self._feed(SenderLost(member, reason))
+        self._feed(PartAveraged(index, *measured))
 
     def _ask(self, members: tuple[int, ...]) -> None:
         if self._tasks is None:
@@ -327,23 +326,6 @@ class Round:
             task = self._tasks.create_task(self._commitment.ask_for_outcome(member))
             self._asking.add(task)
             task.add_done_callback(self._asking.discard)
-
-    def _set_timer(self) -> None:
-        """Have the core look at its clocks when the first one may expire. A timer that turns out to be early costs
-        less than one for each part.
-        """
-        deadline = self.core.deadline
-        if deadline is None or (self._timer is not None and self._timer.when() <= deadline):
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_at(deadline, self._on_time)
-
-    def _on_time(self) -> None:
-        timer, self._timer = self._timer, None
-        late = asyncio.get_running_loop().time() - timer.when() if timer is not None else 0.0
-        if self._tasks is not None:
-            self._feed(TimePassed(late + CATCH_UP if late > LATE else 0.0))
 
     def _on_disconnect(self, peer: PeerID, ending: Ending) -> None:
         # Other connections than the leader's come and go as the DHT needs them; a stream that ends with one says so.
