@@ -104,6 +104,22 @@ def test_it_uses_the_clock_that_it_was_given():
     run(main)
 
 
+@pytest.mark.parametrize("delay", [-1.0, 0.0, 0.01])
+def test_deadlines_are_kept_on_uvloop(delay):
+    """Its handles of timers that are due at once are others than those of later ones."""
+    uvloop = pytest.importorskip("uvloop")
+
+    async def main() -> None:
+        core, driver = make()
+        driver.tell(asyncio.get_running_loop().time() + delay)
+        async with asyncio.timeout(30.0):
+            while len(core.heard) < 2:  # noqa: ASYNC110 - the driver under test is what would set an event
+                await asyncio.sleep(0.001)
+        assert core.heard[1][0] == TimePassed()
+
+    uvloop.run(main())
+
+
 def test_a_watcher_sees_turns_before_and_after_their_effects():
     async def main() -> None:
         order = []

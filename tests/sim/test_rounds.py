@@ -271,6 +271,7 @@ def test_a_process_that_was_stopped_blames_nobody():
             driver = owner._driver
             assert driver._timer is not None
             driver._timer.cancel()
+            driver._due = clocks.deadline
             driver._timer = loop.call_at(clocks.deadline, driver._on_timer)
             results = await asyncio.gather(owner_runs, group.run(1, timeouts=TIMEOUTS))
             assert [result.failure for result in results] == [None] * 2

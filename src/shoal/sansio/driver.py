@@ -49,6 +49,8 @@ class Driver(Generic[E, F]):
         self._queue: deque[E | TimePassed] = deque()
         self._is_busy = False
         self._timer: asyncio.TimerHandle | None = None
+        self._due = NEVER
+        """Of the timer. uvloop's handles do not know it, if it has come already."""
         self._is_closed = False
 
     def tell(self, event: E | TimePassed) -> None:
@@ -98,16 +100,15 @@ class Driver(Generic[E, F]):
             return
         due = self._loop.time() + max(0.0, deadline - self._clock())
         if self._timer is not None:
-            if self._timer.when() <= due:
+            if self._due <= due:
                 return
             self._timer.cancel()
-        self._timer = self._loop.call_at(due, self._on_timer)
+        self._timer, self._due = self._loop.call_at(due, self._on_timer), due
 
     def _on_timer(self) -> None:
-        timer, self._timer = self._timer, None
-        assert timer is not None
+        self._timer = None
         if self._clock() < self.core.deadline:
             self._set_timer()
             return
-        late = self._loop.time() - timer.when()
+        late = self._loop.time() - self._due
         self.tell(TimePassed(late if late > LATE else 0.0))
