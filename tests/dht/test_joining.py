@@ -19,7 +19,7 @@ from shoal.p2p.config import HostConfig
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
-from shoal.p2p.reachability import Findings
+from shoal.p2p.reach.reachability import Findings
 from shoal.testing.clock import run
 from shoal.testing.dht import PORT, SimulatedDHT
 

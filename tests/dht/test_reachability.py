@@ -10,8 +10,8 @@ import pytest
 
 from shoal.dht.config import DHTConfig
 from shoal.dht.node import DHTNode
-from shoal.p2p.dialback import DIAL_BACK
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.reach.dialback import DIAL_BACK
 from shoal.testing.clock import run
 from shoal.testing.dht import PORT, SimulatedDHT
 

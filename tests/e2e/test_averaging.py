@@ -22,7 +22,7 @@ from shoal.averaging.commands import AveragingStage
 from shoal.averaging.group import PeerMode
 from shoal.averaging.trainer.control import StepControl
 from shoal.errors import AllreduceException, InvalidStateError, MatchmakingException, PeerProcessDied
-from shoal.p2p.reachability import Standing
+from shoal.p2p.reach.reachability import Standing
 from shoal.utils.serializer import MSGPackSerializer
 from shoal.utils.timed import get_dht_time
 

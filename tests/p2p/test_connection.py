@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 
 import msgspec
 import pytest
@@ -11,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import ProtocolViolation
-from shoal.p2p import wire
 from shoal.p2p.calls import Served
 from shoal.p2p.config import HostConfig
 from shoal.p2p.connection import Connection
-from shoal.p2p.frames import FrameKind
+from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.frames import FrameKind
+from shoal.p2p.protocol.session import FrameReceived, Role, Session
 from shoal.p2p.rpc import Lane, Method
-from shoal.p2p.session import FrameReceived, Role, Session
 from shoal.testing import clock
 from shoal.testing.peers import make_identity
 
@@ -94,7 +95,7 @@ class Stranger:
         self.connection = Connection(owner, Role.RESPONDER)
         self.transport = Wire()
         self.transport.protocol = self.connection
-        self.session = Session(Role.INITIATOR, make_identity("stranger"))
+        self.session = Session(Role.INITIATOR, make_identity("stranger"), os.urandom(32))
         self.received = []
         self.session.start()
         self.connection.connection_made(self.transport)

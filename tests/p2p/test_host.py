@@ -20,12 +20,12 @@ from shoal.errors import (
     RemoteError,
 )
 from shoal.p2p.config import HostConfig
-from shoal.p2p.dialback import ANNOUNCE, DIAL_BACK, Announcement, DialBackRequest
 from shoal.p2p.host import Host
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.reach.dialback import ANNOUNCE, DIAL_BACK, Announcement, DialBackRequest
+from shoal.p2p.reach.vantage import Interface, likely_first
 from shoal.p2p.rpc import Lane, Method
 from shoal.p2p.sockets import origin_of
-from shoal.p2p.vantage import Interface, likely_first
 from shoal.testing import clock
 from shoal.testing.network import SimulatedNetwork
 from shoal.testing.peers import make_host, make_identity

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import ConnectionLost, InvalidStateError, InvalidValueError, ProtocolViolation, RemoteError
-from shoal.p2p import wire
 from shoal.p2p.config import INITIAL_WINDOW
-from shoal.p2p.frames import FrameKind
-from shoal.p2p.streams import ITEM_COST, Multiplexer, Payload
+from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.frames import FrameKind
+from shoal.p2p.protocol.streams import ITEM_COST, Multiplexer, Payload
 
 MAX_INBOUND = 4
 MAX_UNREAD = 2 * INITIAL_WINDOW

@@ -12,7 +12,7 @@ from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.errors import MatchmakingException
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
-from shoal.p2p.reachability import Evidence, Reachability, Standing
+from shoal.p2p.reach.reachability import Evidence, Reachability, Standing
 from shoal.testing.clock import run
 from shoal.testing.matchmaking import SimulatedMatchmaking
 from shoal.testing.network import HostNetwork

@@ -70,7 +70,7 @@ def run_peer(
     if not interval > 0:
         raise InvalidValueError(f"--interval {interval:g}: more than 0 seconds are allowed")
     listen = listen_address(host, port)
-    with stop_on_signals() as stop, _said_by_this_command("shoal.p2p.reach"):
+    with stop_on_signals() as stop, _said_by_this_command("shoal.p2p.reach.inquiry"):
         dht = DHT(
             list(initial_peers),
             start=True,

@@ -30,8 +30,8 @@ from shoal.errors import (
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.protocol.violations import Ending, EndKind
 from shoal.p2p.rpc import Method
-from shoal.p2p.violations import Ending, EndKind
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """A node of the DHT: puts its parts together, and is what the rest of Shoal calls.
 
 The parts: :mod:`~shoal.dht.neighbours` knows and calls other nodes, :mod:`~shoal.dht.bootstrap` finds the first of
-them, :mod:`~shoal.dht.upkeep` keeps them, :mod:`~shoal.dht.reachability` asks whether
+them, :mod:`~shoal.dht.upkeep` keeps them, :mod:`~shoal.p2p.reach.watch` asks whether
 they can dial this node, :mod:`~shoal.dht.server` answers them, :mod:`~shoal.dht.records` stores and
 gets.
 """
@@ -20,7 +20,6 @@ from shoal.dht.config import DHTConfig
 from shoal.dht.ids import key_id
 from shoal.dht.messages import StoredEntry
 from shoal.dht.neighbours import Neighbours
-from shoal.dht.reachability import ReachabilityWatch
 from shoal.dht.records import Records
 from shoal.dht.replication import records_after_loss, records_for_newcomer
 from shoal.dht.server import Server
@@ -34,6 +33,7 @@ from shoal.errors import BootstrapError, IdentityInUse, InvalidStateError, Inval
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.reach.watch import ReachabilityWatch
 from shoal.utils import figures
 from shoal.utils.deep import names_of_hivemind
 from shoal.utils.lazy import attributes_with_advice

@@ -1,4 +1,4 @@
-"""One authenticated connection: the asyncio shell around :class:`~shoal.p2p.session.Session` and the streams.
+"""One authenticated connection: the asyncio shell around :class:`~shoal.p2p.protocol.session.Session` and the streams.
 
 It moves bytes between the transport and the session, hands frames to the multiplexer, runs the handlers of what the
 peer calls, and keeps the time: handshake, deadlines, keep-alive, the end. Which connections exist, and to whom, is
@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections import deque
 from functools import partial
 from typing import Protocol, cast
 
 from shoal.errors import ConnectionLost, DeadlineExceeded, ProtocolViolation, ShoalError
-from shoal.p2p import wire
 from shoal.p2p.calls import Calls, Served
 from shoal.p2p.config import KIB, MIB, HostConfig
-from shoal.p2p.frames import FrameKind
 from shoal.p2p.identity import Identity, PeerID
-from shoal.p2p.keepalive import KeepAlive, Verdict
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.frames import FrameKind
+from shoal.p2p.protocol.keepalive import KeepAlive, Verdict
+from shoal.p2p.protocol.session import FrameReceived, HandshakeCompleted, PayloadReceived, Role, Session
+from shoal.p2p.protocol.streams import Multiplexer, StreamState
+from shoal.p2p.protocol.violations import EndKind, TurnedAway
 from shoal.p2p.rpc import Lane
-from shoal.p2p.session import FrameReceived, HandshakeCompleted, PayloadReceived, Role, Session
 from shoal.p2p.sockets import ip_of, origin_of, unsent_bytes
-from shoal.p2p.streams import Multiplexer, StreamState
-from shoal.p2p.violations import EndKind, TurnedAway
 from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class Connection(asyncio.BufferedProtocol):
         """Whether the owner has let the peer in, which has said HELLO and proven its identity."""
         self._owner = owner
         self._config = owner.config
-        self._session = Session(role, owner.identity, expected_peer=expected_peer)
+        self._session = Session(role, owner.identity, secrets.token_bytes(32), expected_peer=expected_peer)
         self._session.payload_sink = self._place_payload
         self._streams = Multiplexer(
             is_initiator=role is Role.INITIATOR,

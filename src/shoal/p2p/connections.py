@@ -23,8 +23,6 @@ from shoal.errors import (
     ProtocolViolation,
     ShoalError,
 )
-from shoal.p2p import wire
-from shoal.p2p.addresses import AddressBook
 from shoal.p2p.calls import Served
 from shoal.p2p.config import HostConfig
 from shoal.p2p.connection import Connection
@@ -33,11 +31,13 @@ from shoal.p2p.identity import Identity, PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Network
 from shoal.p2p.pool import PeerConnections
-from shoal.p2p.routes import Route, routes
+from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.session import Role
+from shoal.p2p.protocol.violations import Ending, EndKind
+from shoal.p2p.reach.addresses import AddressBook
+from shoal.p2p.reach.routes import Route, routes
 from shoal.p2p.rpc import Lane
-from shoal.p2p.session import Role
 from shoal.p2p.tenancy import Tenancy
-from shoal.p2p.violations import Ending, EndKind
 
 logger = logging.getLogger(__name__)
 

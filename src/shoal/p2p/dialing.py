@@ -18,9 +18,9 @@ from shoal.p2p.connection import Connection
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Network
-from shoal.p2p.routes import Route
+from shoal.p2p.protocol.violations import EndKind, NotShoalPeer, OtherIdentity, OtherVersion, TurnedAway
+from shoal.p2p.reach.routes import Route
 from shoal.p2p.rpc import Lane
-from shoal.p2p.violations import EndKind, NotShoalPeer, OtherIdentity, OtherVersion, TurnedAway
 
 MakeConnection = Callable[[PeerID | None, Lane], Connection]
 

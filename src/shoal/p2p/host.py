@@ -24,31 +24,31 @@ from shoal.errors import (
     RemoteError,
     ShoalError,
 )
-from shoal.p2p import wire
 from shoal.p2p.calls import Served
-from shoal.p2p.claims import SILENCE
 from shoal.p2p.config import HostConfig
 from shoal.p2p.connection import Connection
 from shoal.p2p.connections import Connections
-from shoal.p2p.dialback import (
+from shoal.p2p.identity import Identity, PeerID
+from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.network import Listener, Network
+from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.claims import SILENCE
+from shoal.p2p.protocol.streams import StreamState
+from shoal.p2p.protocol.violations import Ending
+from shoal.p2p.reach.dialback import (
     ANNOUNCE,
     DIAL_BACK,
     Announcement,
     AnnouncementHeard,
-    DialBackHelper,
     DialBackRequest,
     DialBackResponse,
     dial_back_time,
 )
-from shoal.p2p.identity import Identity, PeerID
-from shoal.p2p.multiaddr import Multiaddr
-from shoal.p2p.network import Listener, Network
-from shoal.p2p.reach import Reach
-from shoal.p2p.reachability import Findings, Reachability
+from shoal.p2p.reach.helper import DialBackHelper
+from shoal.p2p.reach.inquiry import Reach
+from shoal.p2p.reach.reachability import Findings, Reachability
 from shoal.p2p.rpc import Lane, Method, RequestT, ResponseT, Stream
-from shoal.p2p.streams import StreamState
 from shoal.p2p.tenancy import CLAIM
-from shoal.p2p.violations import Ending
 from shoal.utils.timed import get_dht_time
 
 __all__ = ["Host"]
@@ -343,7 +343,7 @@ class Host:
         """Call ``method`` at ``peer``, connecting if need be; ``timeout`` in seconds covers everything.
 
         Raises :class:`DeadlineExceeded`, :class:`PeerUnreachable`, :class:`ConnectionLost`, :class:`RemoteError`
-        (codes: see :mod:`shoal.p2p.wire`), :class:`ProtocolViolation`. Cancelling cancels the handler too.
+        (codes: see :mod:`shoal.p2p.protocol.wire`), :class:`ProtocolViolation`. Cancelling cancels the handler too.
         """
         deadline = asyncio.get_running_loop().time() + timeout
         body = wire.encode(request)
@@ -386,7 +386,7 @@ class Host:
     async def check_reachability(
         self, helpers: Sequence[PeerID], *, more: Sequence[PeerID] = (), timeout: float = CHECK_TIMEOUT
     ) -> Findings:
-        """Ask ``helpers`` to dial back the candidate addresses, and draw the conclusions: see :mod:`shoal.p2p.reach`.
+        """Ask ``helpers`` to dial back the candidate addresses, and draw the conclusions; see :mod:`.inquiry`.
 
         ``more`` are asked too if the helpers disagree, or if they say that nobody gets through any more. If nobody
         gets through, one warning says what can be done, nothing is announced, and the host acts as a client; what it

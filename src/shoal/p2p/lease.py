@@ -23,9 +23,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from shoal.errors import DialOutcome, IdentityInUse, InvalidValueError
-from shoal.p2p.claims import SILENCE
 from shoal.p2p.host import Host
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.protocol.claims import SILENCE
 
 logger = logging.getLogger(__name__)
 

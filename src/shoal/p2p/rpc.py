@@ -1,6 +1,6 @@
 """What calls and streams look like to those who use them: methods, lanes, payloads and :class:`Stream`.
 
-A stream here is the asyncio side of one :class:`~shoal.p2p.streams.StreamState`, which holds all rules of the
+A stream here is the asyncio side of one :class:`~shoal.p2p.protocol.streams.StreamState`, which holds all rules of the
 protocol; this file only waits, encodes and decodes.
 """
 
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidValueError, ProtocolViolation, ShoalError
-from shoal.p2p import wire
 from shoal.p2p.identity import PeerID
-from shoal.p2p.streams import Payload, StreamState
+from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.streams import Payload, StreamState
 
 __all__ = ["Buffer", "EndOfStream", "Lane", "Method", "Payload", "Stream"]
 

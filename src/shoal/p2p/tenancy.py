@@ -1,6 +1,6 @@
 """How a host holds its identity, and how it judges two peers that both prove one identity.
 
-The rule is in :mod:`shoal.p2p.claims`. There are three places where two such peers are noticed:
+The rule is in :mod:`shoal.p2p.protocol.claims`. There are three places where two such peers are noticed:
 
 * one dials the other: each reads the other's claim in HELLO, and the lesser one stops;
 * both are connected to a third peer, which asks the one that it knew first. If that one answers, with a claim that
@@ -20,8 +20,10 @@ import secrets
 from collections.abc import Awaitable, Callable
 
 from shoal.errors import IdentityInUse, ProtocolViolation, RemoteError, ShoalError
-from shoal.p2p import wire
-from shoal.p2p.claims import (
+from shoal.p2p.connection import Connection
+from shoal.p2p.identity import Identity, PeerID
+from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.claims import (
     RECOVERING,
     SILENCE,
     UNKNOWN,
@@ -32,11 +34,9 @@ from shoal.p2p.claims import (
     is_genuine,
     sign_claim,
 )
-from shoal.p2p.connection import Connection
-from shoal.p2p.identity import Identity, PeerID
+from shoal.p2p.protocol.session import Role
+from shoal.p2p.protocol.violations import EndKind
 from shoal.p2p.rpc import Method
-from shoal.p2p.session import Role
-from shoal.p2p.violations import EndKind
 
 logger = logging.getLogger(__name__)
 

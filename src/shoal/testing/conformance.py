@@ -26,8 +26,8 @@ from shoal.errors import (
 from shoal.p2p.config import INITIAL_WINDOW, HostConfig
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
+from shoal.p2p.protocol.violations import Ending
 from shoal.p2p.rpc import EndOfStream, Lane, Method, Payload, Stream
-from shoal.p2p.violations import Ending
 
 __all__ = ["HostConformance", "Number", "Text", "World"]
 

@@ -18,7 +18,7 @@ from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
 from shoal.averaging.allreduce.rounds import MAX_WAITING_STREAMS_PER_PEER
 from shoal.averaging.group import GROUP_ID_BYTES
 from shoal.errors import AllreduceException, ProtocolViolation, RemoteError
-from shoal.p2p.wire import decode, encode
+from shoal.p2p.protocol.wire import decode, encode
 from shoal.testing.clock import run
 from shoal.testing.network import HostNetwork
 from shoal.testing.peers import make_host

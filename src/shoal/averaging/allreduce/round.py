@@ -46,8 +46,8 @@ from shoal.averaging.report import Exclusion, Spread
 from shoal.errors import AllreduceException, InvalidValueError, ShoalError
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
+from shoal.p2p.protocol.violations import Ending
 from shoal.p2p.rpc import Stream
-from shoal.p2p.violations import Ending
 from shoal.sansio.driver import Driver
 
 __all__ = ["Round", "RoundResult", "RoundTimeouts"]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from shoal.p2p.multiaddr import Multiaddr
-from shoal.p2p.vantage import Interface, Vantage
+from shoal.p2p.reach.vantage import Interface, Vantage
 
 MAX_TOLD = 4
 """Failures that are kept for people."""

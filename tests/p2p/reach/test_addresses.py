@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from shoal.p2p.addresses import AddressBook
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.reach.addresses import AddressBook
 
 
 def peer(number: int) -> PeerID:

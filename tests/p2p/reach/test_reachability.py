@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from shoal.p2p.multiaddr import Multiaddr
-from shoal.p2p.reachability import Evidence, Findings, Means, Standing, assess
-from shoal.p2p.vantage import Interface, Vantage
+from shoal.p2p.reach.reachability import Evidence, Findings, Means, Standing, assess
+from shoal.p2p.reach.vantage import Interface, Vantage
 
 INNER = Multiaddr("/ip4/10.0.0.5/tcp/4000")
 OUTER = Multiaddr("/ip4/198.51.100.7/tcp/4000")

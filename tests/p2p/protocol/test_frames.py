@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
-from shoal.p2p.frames import (
+from shoal.p2p.protocol.frames import (
     CHUNK_BYTES,
     DEFAULT_LIMITS,
     MAX_PLAINTEXT_BYTES,

@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Protocol
 
 from shoal.errors import ShoalError
-from shoal.p2p import wire
 from shoal.p2p.config import HostConfig
-from shoal.p2p.connection import Connection
-from shoal.p2p.dialback import (
+from shoal.p2p.identity import PeerID
+from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.session import Role
+from shoal.p2p.reach.dialback import (
     Answer,
     DialBackRequest,
     DialBackResponse,
@@ -22,11 +25,16 @@ from shoal.p2p.dialback import (
     dial_back_time,
     judge,
 )
-from shoal.p2p.identity import PeerID
-from shoal.p2p.multiaddr import Multiaddr
-from shoal.p2p.reachability import Evidence, Findings, Means, Reachability, Standing, assess, listened_on
-from shoal.p2p.session import Role
-from shoal.p2p.vantage import Interface, Vantage, is_global, vantage_of
+from shoal.p2p.reach.reachability import (
+    Evidence,
+    Findings,
+    Means,
+    Reachability,
+    Standing,
+    assess,
+    listened_on,
+)
+from shoal.p2p.reach.vantage import Interface, Vantage, is_global, vantage_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +42,34 @@ GRACE = 0.5
 """Seconds that helpers still have when one with as wide a view has answered."""
 INTERFACES_AGE = 2.0
 """Seconds after which the system is asked again for its interfaces."""
+
+
+class Link(Protocol):
+    """What a connection shows of how its two ends see each other."""
+
+    @property
+    def role(self) -> Role:
+        """Which side has dialed."""
+
+    @property
+    def origin(self) -> str | None:
+        """See :attr:`shoal.p2p.connection.Connection.origin`."""
+
+    @property
+    def local_ip(self) -> str | None:
+        """This end, as this machine sees it."""
+
+    @property
+    def remote_ip(self) -> str | None:
+        """The other end, as this machine sees it."""
+
+    @property
+    def seen(self) -> Multiaddr | None:
+        """This end, as the peer sees it."""
+
+    @property
+    def rtt(self) -> float | None:
+        """The round-trip time in seconds, once measured."""
 
 
 class Reach:
@@ -45,7 +81,7 @@ class Reach:
         config: Callable[[], HostConfig],
         listening: Callable[[], list[Multiaddr]],
         list_interfaces: Callable[[], list[Interface]],
-        connections_to: Callable[[PeerID], Sequence[Connection]],
+        connections_to: Callable[[PeerID], Sequence[Link]],
         connect: Callable[[PeerID, float], Awaitable[object]],
         ask: Callable[[PeerID, DialBackRequest, float], Awaitable[DialBackResponse]],
     ) -> None:
@@ -119,7 +155,7 @@ class Reach:
         """There is nobody to ask, so nobody whom a mistake could hurt: whoever comes has dialed this host."""
         self._standing, self._evidence = Standing.FULL, Evidence.PRESUMED
 
-    def note_connection(self, connection: Connection) -> None:
+    def note_connection(self, connection: Link) -> None:
         """A connection has opened: what it shows of where others see this host."""
         if self.on_news is None or not self._means().listening:
             return
@@ -179,7 +215,7 @@ class Reach:
         is_wide = any(address.is_unspecified for address in listening)
         return Means.of(listening, config.announce, self.interfaces() if is_wide else ())
 
-    def _vantage_of(self, connection: Connection) -> Vantage:
+    def _vantage_of(self, connection: Link) -> Vantage:
         if connection.origin is None:
             return Vantage.MACHINE
         seen = connection.seen

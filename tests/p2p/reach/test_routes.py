@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shoal.p2p.multiaddr import Multiaddr
-from shoal.p2p.routes import Route, RouteKind, routes
+from shoal.p2p.reach.routes import Route, RouteKind, routes
 
 DIRECT = Multiaddr("/ip4/10.0.0.1/tcp/1")
 QUIC = Multiaddr("/ip4/10.0.0.1/udp/1/quic-v1")

@@ -33,9 +33,9 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
-from shoal.p2p.claims import UNKNOWN, UNSETTLED, Incarnation
 from shoal.p2p.config import MAX_ANNOUNCED
-from shoal.p2p.violations import EndKind
+from shoal.p2p.protocol.claims import UNKNOWN, UNSETTLED, Incarnation
+from shoal.p2p.protocol.violations import EndKind
 from shoal.utils.text import printable
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ class Hello(msgspec.Struct, array_like=True, frozen=True):
     clock: float
     """The sender's DHT time."""
     incarnation: Incarnation = UNKNOWN
-    """The number that this run of the sender has drawn; with ``tenure``, see :mod:`shoal.p2p.claims`."""
+    """The number that this run of the sender has drawn; with ``tenure``, see :mod:`shoal.p2p.protocol.claims`."""
     tenure: float = UNSETTLED
     seen: Annotated[str, msgspec.Meta(max_length=MAX_ADDRESS)] = ""
     """The address that the receiver has for the sender: what it dialed, or from where it was dialed."""
@@ -103,7 +103,7 @@ class Goodbye(msgspec.Struct, array_like=True, frozen=True):
     rival: Annotated[bytes, msgspec.Meta(max_length=MAX_PROOF)] = b""
     """If the reason is that another peer holds the same identity: what that one signed; ``reason`` is its address."""
     kind: Annotated[int, msgspec.Meta(ge=0, le=255)] = EndKind.OTHER
-    """The :class:`~shoal.p2p.violations.EndKind`; one that is not known counts as OTHER."""
+    """The :class:`~shoal.p2p.protocol.violations.EndKind`; one that is not known counts as OTHER."""
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shoal.errors import ProtocolViolation, RemoteError, ShoalError
-from shoal.p2p import wire
 from shoal.p2p.config import INITIAL_WINDOW
-from shoal.p2p.frames import FrameKind
+from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.frames import FrameKind
 
 ITEM_COST = 64
 MAX_CREDIT = 1 << 40

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from shoal.p2p.dialback import Answer, DialBackResponse, judge
 from shoal.p2p.multiaddr import Multiaddr
-from shoal.p2p.vantage import Vantage
+from shoal.p2p.reach.dialback import Answer, DialBackResponse, judge
+from shoal.p2p.reach.vantage import Vantage
 from shoal.testing.peers import make_identity
 
 INNER, OUTER = "/ip4/192.168.1.5/tcp/4000", "/ip4/10.7.0.1/tcp/4000"

@@ -23,7 +23,7 @@ from typing import Final, NamedTuple
 
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
 from shoal.p2p.config import MAX_MESSAGE
-from shoal.p2p.noise import MAX_MESSAGE_BYTES, TAG_BYTES
+from shoal.p2p.protocol.noise import MAX_MESSAGE_BYTES, TAG_BYTES
 
 MAX_PLAINTEXT_BYTES: Final = MAX_MESSAGE_BYTES - TAG_BYTES
 # The most that is a multiple of a cache line, so that an aligned payload is decrypted in aligned pieces.
