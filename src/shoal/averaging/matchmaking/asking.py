@@ -20,7 +20,7 @@ from shoal.averaging.matchmaking.events import (
     LeaderRejected,
 )
 from shoal.averaging.matchmaking.latecomers import avoid_for
-from shoal.averaging.matchmaking.messages import DismissReason, RejectReason
+from shoal.averaging.matchmaking.messages import DismissReason, Redirect, RejectReason
 from shoal.averaging.matchmaking.policy import BEGIN_GRACE
 from shoal.averaging.matchmaking.story import StoryTeller
 from shoal.averaging.matchmaking.view import View
@@ -49,11 +49,14 @@ class Ask:
 
 
 class NextLeader(NamedTuple):
-    """A leader that another one has named."""
+    """A leader to ask."""
 
     leader: PeerID
     addresses: tuple[str, ...]
-    redirects: int
+    redirects: int = 0
+    """How many leaders in a row have sent this peer on."""
+    is_hearsay: bool = False
+    """Another leader has named these addresses, not the leader itself."""
 
 
 class Asking:
@@ -68,11 +71,11 @@ class Asking:
         """When the leader begins, as it says."""
         self._unanswered: Counter[PeerID] = Counter()
 
-    def begin(self, leader: PeerID, addresses: tuple[str, ...], now: float, redirects: int) -> Ask:
+    def begin(self, leader: NextLeader, now: float) -> Ask:
         """Make a request."""
         self._count += 1
-        self.current = Ask(self._count, leader, addresses, now, redirects)
-        self._story.asked(leader)
+        self.current = Ask(self._count, leader.leader, leader.addresses, now, leader.redirects)
+        self._story.asked(leader.leader)
         return self.current
 
     def end(self) -> Ask | None:
@@ -84,6 +87,10 @@ class Asking:
     def expects(self, number: int) -> bool:
         """Whether an answer to this request still counts: answers may cross with this peer's leaving."""
         return self.current is not None and self.current.number == number
+
+    def redirect(self) -> Redirect:
+        """What a follower answers to a peer that asks to be led by it."""
+        return Redirect(self._leader.leader.to_bytes(), self._leader.addresses)
 
     # ---- what the leader answers
 
@@ -124,7 +131,7 @@ class Asking:
             return None
         self._story.answered(ask.leader, f"redirected to {leader}", now)
         if ask.redirects < MAX_REDIRECTS and view.may_ask(leader, now):
-            return NextLeader(leader, addresses, ask.redirects + 1)
+            return NextLeader(leader, addresses, ask.redirects + 1, is_hearsay=True)
         view.leave_out(ask.leader, now + retry_time(view))
         return None
 
@@ -149,7 +156,7 @@ class Asking:
         view.leave_out_group(answer.members, until, now, is_looking=True)
         suggested = PeerID.from_bytes(answer.leader) if answer.leader else None
         if suggested is not None and view.may_ask(suggested, now):
-            return NextLeader(suggested, answer.addresses, 0)
+            return NextLeader(suggested, answer.addresses, is_hearsay=True)
         return None
 
     # ---- patience

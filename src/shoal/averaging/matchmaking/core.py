@@ -32,34 +32,29 @@ from typing import ClassVar
 from shoal.averaging.group import MemberInfo, PeerMode
 from shoal.averaging.lineage import NO_LINEAGE, Lineage
 from shoal.averaging.matchmaking import events as ev
-from shoal.averaging.matchmaking.asking import Ask, Asking, Refusal, retry_time
+from shoal.averaging.matchmaking import policy
+from shoal.averaging.matchmaking.asking import Ask, Asking, NextLeader, Refusal, retry_time
 from shoal.averaging.matchmaking.candidate import Candidate, candidate_of
 from shoal.averaging.matchmaking.events import Effect, Event, brief
 from shoal.averaging.matchmaking.helping import why_no_average
 from shoal.averaging.matchmaking.messages import (
     Accepted,
+    Answer,
     DeclaredState,
     Dismissed,
     DismissReason,
-    Redirect,
-    Rejected,
     SearchId,
 )
-from shoal.averaging.matchmaking.policy import (
-    Dismissal,
-    Look,
-    Situation,
-    Verdict,
-    begin_at_start_time,
-    begin_early,
-    dismissals_when_postponed,
-    follow_plan,
-    next_deadline,
-    offer_place,
-    refuse,
-    too_late,
+from shoal.averaging.matchmaking.policy import Dismissal, Situation, Verdict
+from shoal.averaging.matchmaking.states import (
+    DECLARATION_PERIOD,
+    DECLARE_RETRY,
+    HEARD,
+    OVERHEARD,
+    TRANSITIONS,
+    State,
+    Times,
 )
-from shoal.averaging.matchmaking.states import HEARD, OVERHEARD, TRANSITIONS, State, Times
 from shoal.averaging.matchmaking.story import StoryTeller
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN, Known, View
 from shoal.averaging.matchmaking_config import MatchmakingConfig
@@ -67,13 +62,6 @@ from shoal.p2p.identity import PeerID
 from shoal.sansio.core import NEVER, TimePassed
 from shoal.sansio.machine import Machine
 from shoal.utils import figures
-
-DECLARATION_PERIOD = 10.0
-"""Seconds after which a declaration is renewed; the shell lets it expire after three of these."""
-DECLARE_RETRY = 0.5
-"""Seconds after which a declaration that failed is tried again."""
-MIX_FOR = 0.6
-"""The part of the time until the start in which peers are mixed; see :attr:`.policy.Situation.is_mixing`."""
 
 
 class SearchCore:
@@ -159,7 +147,7 @@ class SearchCore:
         self._move(State.LOOKING)
         self.story.begin(now)
         self._view.start(now)
-        self._times.mixes_until = now + MIX_FOR * (self._times.begins_at - now)
+        self._times.mix(now)
         self._declare(now)
         self._poll()
 
@@ -228,7 +216,7 @@ class SearchCore:
         if now < self._times.expected_at:
             self._times.expected_at = place.start_time
         self._times.begins_at = place.start_time
-        self._times.mixes_until = now + MIX_FOR * (place.start_time - now)
+        self._times.mix(now)
         self.story.note(
             now, f"began anew under {place.key!r}, to start in {figures.duration(place.start_time - now)}"
         )
@@ -248,28 +236,29 @@ class SearchCore:
         answer = self._answer(asker, event.info, now)
         self._effects.append(ev.AnswerRequest(event.token, answer))
         if isinstance(answer, Accepted):
-            self._drop_follower_of(asker.peer_id)
+            self._effects += [
+                ev.DismissFollower(token, Dismissed(DismissReason.REPLACED))
+                for token in self._view.drop_followers(asker.peer_id)
+            ]
             self._view.followers[event.token] = asker
             if self._has_mixed_peers:
                 # Groups come together in another order than the plan's: who is still there counts, not who was.
                 self._view.outdate(now)
             self.story.note(now, f"{asker.peer_id} joined")
 
-    def _answer(self, asker: Candidate, info: MemberInfo, now: float) -> Accepted | Redirect | Rejected:
+    def _answer(self, asker: Candidate, info: MemberInfo, now: float) -> Answer:
         if self._machine.is_final:
-            return too_late(self._group)
+            return policy.too_late(self._group)
         if info.schema_hash != self._schema_hash:
             self.story.saw_other_schema(asker.peer_id)
-        refusal = refuse(self._situation(now), asker, info, self.key, self._schema_hash)
+        refusal = policy.refuse(self._situation(now), asker, info, self.key, self._schema_hash)
         if refusal is not None:
             return refusal
         if self.state is State.FOLLOWING:
-            ask = self._asking.current
-            assert ask is not None
-            return Redirect(ask.leader.to_bytes(), ask.addresses)
+            return self._asking.redirect()
         self._view.take_back(asker)  # it lives
         self._view.note_seen(asker, now)
-        return offer_place(self._situation(now), asker)
+        return policy.offer_place(self._situation(now), asker)
 
     def _on_follower_lost(self, event: ev.FollowerLost, now: float) -> None:
         follower = self._view.followers.pop(event.token, None)
@@ -300,7 +289,7 @@ class SearchCore:
         if instead is None:
             self._go_on_looking()
         else:
-            self._ask_to_join(instead.leader, instead.addresses, now, instead.redirects, is_hearsay=True)
+            self._ask_to_join(instead, now)
 
     def _on_began(self, event: ev.LeaderBegan, now: float) -> None:
         if not self._asking.expects(event.ask):
@@ -332,13 +321,13 @@ class SearchCore:
         return situation
 
     def _follow_plan(self, now: float) -> None:
-        decision = follow_plan(self._situation(now))
+        decision = policy.follow_plan(self._situation(now))
         self.story.plan = decision.reason
         if self.state is State.LOOKING:
-            self._look(decision.look, now)
+            self._view.look(decision.look, now)
             if decision.leader is not None:
                 addresses = self._view.addresses_of(decision.leader)
-                self._ask_to_join(decision.leader, addresses, now, redirects=0)
+                self._ask_to_join(NextLeader(decision.leader, addresses), now)
         for dismissal in decision.dismissals:
             self._dismiss_to_plan(dismissal)
 
@@ -357,15 +346,15 @@ class SearchCore:
         situation = self._situation(now)
         has_come = self._is_put_off and not self._view.missing_of(self._expected)
         if now >= self._times.begins_at or has_come:
-            decision = begin_at_start_time(situation, self._expected, is_put_off=self._is_put_off)
+            decision = policy.begin_at_start_time(situation, self._expected, is_put_off=self._is_put_off)
             if decision.verdict in (Verdict.PUT_OFF, Verdict.POSTPONE):
                 self.story.note(now, decision.reason)
         elif self.state is State.LOOKING:
-            decision = begin_early(situation)
+            decision = policy.begin_early(situation)
             self.story.plan = decision.reason
         else:
             return
-        self._look(decision.look, now)
+        self._view.look(decision.look, now)
         match decision.verdict:
             case Verdict.BEGIN:
                 self._begin()
@@ -381,21 +370,12 @@ class SearchCore:
     def _postpone(self, now: float, later: float) -> None:
         self._times.begins_at = now + later
         self._effects.append(ev.TooFew(self._view.count_seen))
-        elsewhere = dismissals_when_postponed(self._situation(now))
+        elsewhere = policy.dismissals_when_postponed(self._situation(now))
         for token in list(self._view.followers):
             if token in elsewhere:
                 self._dismiss_to_plan(elsewhere[token])
             else:
                 self._effects.append(ev.PostponeFollower(token, later))
-
-    def _look(self, look: Look, now: float) -> None:
-        match look:
-            case Look.NOW:
-                self._view.look_again(now)
-            case Look.WHEN_STARTERS_VISIBLE:
-                self._view.poll_when_starters_visible(now)
-            case Look.WHEN_SETTLED:
-                self._view.poll_when_settled(now)
 
     def _begin(self) -> None:
         self._leave(self._asking.end())
@@ -414,18 +394,10 @@ class SearchCore:
 
     # ---- leaders and followers
 
-    def _ask_to_join(
-        self,
-        leader: PeerID,
-        addresses: tuple[str, ...],
-        now: float,
-        redirects: int,
-        *,
-        is_hearsay: bool = False,
-    ) -> None:
-        ask = self._asking.begin(leader, addresses, now, redirects)
+    def _ask_to_join(self, leader: NextLeader, now: float) -> None:
+        ask = self._asking.begin(leader, now)
         self._move(State.ASKING)
-        self._effects.append(ev.AskToJoin(ask.number, leader, addresses, is_hearsay))
+        self._effects.append(ev.AskToJoin(ask.number, ask.leader, ask.addresses, leader.is_hearsay))
 
     def _leave(self, ask: Ask | None) -> None:
         if ask is not None:
@@ -435,13 +407,6 @@ class SearchCore:
         self._asking.end()
         self._move(State.LOOKING)
         self._poll()
-
-    def _drop_follower_of(self, peer_id: PeerID) -> None:
-        """A peer that asks again has given up its earlier request."""
-        for token, follower in list(self._view.followers.items()):
-            if follower.peer_id == peer_id:
-                del self._view.followers[token]
-                self._effects.append(ev.DismissFollower(token, Dismissed(DismissReason.REPLACED)))
 
     def _dismiss_all(self, message: Dismissed) -> None:
         for token in self._view.followers:
@@ -464,7 +429,7 @@ class SearchCore:
         is_accepted = self.state is State.FOLLOWING
         patience = self._asking.deadline(self._view, is_accepted=is_accepted)
         due = (self.story.next_status, patience)
-        return next_deadline(self._situation(now), due, follows=is_accepted)
+        return policy.next_deadline(self._situation(now), due, follows=is_accepted)
 
     # ---- states
 

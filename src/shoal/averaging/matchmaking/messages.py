@@ -115,6 +115,10 @@ class Rejected(msgspec.Struct, frozen=True, tag=True):
     members: tuple[SearchId, ...] = ()
 
 
+Answer = Accepted | Redirect | Rejected
+"""The first word of a leader to a request."""
+
+
 class Dismissed(msgspec.Struct, frozen=True, tag=True):
     """No longer a follower. ``leader``: whom to ask next, if the sender knows; ``members``: as in :class:`Rejected`."""
 

@@ -26,9 +26,9 @@ from shoal.averaging.matchmaking.grouping import (
 )
 from shoal.averaging.matchmaking.helping import count_contributors, makes_room, why_no_average
 from shoal.averaging.matchmaking.latecomers import STALE_AFTER, longer_wait
-from shoal.averaging.matchmaking.messages import Accepted, Redirect, Rejected, RejectReason, SearchId
+from shoal.averaging.matchmaking.messages import Accepted, Answer, Redirect, Rejected, RejectReason, SearchId
 from shoal.averaging.matchmaking.states import Times
-from shoal.averaging.matchmaking.view import View
+from shoal.averaging.matchmaking.view import Look, View
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.p2p.identity import PeerID
 
@@ -36,17 +36,6 @@ BEGIN_GRACE = 3.0
 """A leader waits this many declaration times longer at its start time, if peers may be on the way to it."""
 MANY_MISSING = 2
 """As many are missing as were seen, divided by this: a group waits rather than be the last one again."""
-
-
-class Look(enum.Enum):
-    """When to poll next, for the sake of a decision."""
-
-    AS_PLANNED = enum.auto()
-    NOW = enum.auto()
-    WHEN_STARTERS_VISIBLE = enum.auto()
-    """As soon as a poll shows every peer that started in the same instant."""
-    WHEN_SETTLED = enum.auto()
-    """As soon as a poll can show that nobody else has come."""
 
 
 @dataclass(frozen=True)
@@ -301,7 +290,7 @@ def _expects_somebody(situation: Situation) -> bool:
 # ---- who may join
 
 
-def offer_place(situation: Situation, asker: Candidate) -> Accepted | Redirect | Rejected:
+def offer_place(situation: Situation, asker: Candidate) -> Answer:
     """What a leader that may be asked at all answers to ``asker``; the reason is part of the answer."""
     view, me = situation.view, situation.me.peer_id
     cut = situation.cut_with(asker)

@@ -9,6 +9,13 @@ from dataclasses import dataclass
 from shoal.averaging.matchmaking import events as ev
 from shoal.sansio.core import TimePassed
 
+DECLARATION_PERIOD = 10.0
+"""Seconds after which a declaration is renewed; the shell lets it expire after three of these."""
+DECLARE_RETRY = 0.5
+"""Seconds after which a declaration that failed is tried again."""
+MIX_FOR = 0.6
+"""The part of the time until the start in which peers are mixed; see ``policy.Situation.is_mixing``."""
+
 
 class State(enum.Enum):
     NEW = "new"
@@ -74,3 +81,7 @@ class Times:
     """When a group was expected at first: the start time before it was postponed."""
     mixes_until: float = -math.inf
     declare_again: float = math.inf
+
+    def mix(self, now: float) -> None:
+        """Mix peers for the first part of the time until the start."""
+        self.mixes_until = now + MIX_FOR * (self.begins_at - now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -46,6 +47,17 @@ class Known:
 
 
 NOTHING_KNOWN = Known(MappingProxyType({}))
+
+
+class Look(enum.Enum):
+    """When to poll next, for the sake of a decision."""
+
+    AS_PLANNED = enum.auto()
+    NOW = enum.auto()
+    WHEN_STARTERS_VISIBLE = enum.auto()
+    """As soon as a poll shows every peer that started in the same instant."""
+    WHEN_SETTLED = enum.auto()
+    """As soon as a poll can show that nobody else has come."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +207,13 @@ class View:
         members = (self._me, *self.followers.values())
         return tuple(SearchId(member.peer_id.to_bytes(), member.start_time) for member in members)
 
+    def drop_followers(self, peer_id: PeerID) -> list[int]:
+        """A peer that asks again has given up its earlier requests: their tokens."""
+        tokens = [token for token, follower in self.followers.items() if follower.peer_id == peer_id]
+        for token in tokens:
+            del self.followers[token]
+        return tokens
+
     def candidates(
         self, now: float, asker: Candidate | None = None, *, with_full_groups: bool = False
     ) -> list[Candidate]:
@@ -328,6 +347,16 @@ class View:
         return is_stale(self._looked_at, now, self.latency)
 
     # ---- polls
+
+    def look(self, when: Look, now: float) -> None:
+        """Poll at a time that a decision asks for."""
+        match when:
+            case Look.NOW:
+                self.look_again(now)
+            case Look.WHEN_STARTERS_VISIBLE:
+                self.poll_when_starters_visible(now)
+            case Look.WHEN_SETTLED:
+                self.poll_when_settled(now)
 
     def look_again(self, now: float) -> None:
         if not self.is_polling:
