@@ -334,8 +334,6 @@ def test_the_end_of_the_connection_fails_all(sides):
         (FrameKind.MESSAGE, 2, b"x"),
         (FrameKind.END, 7, b""),
         (FrameKind.CREDIT, 1, b"1234567"),
-        (FrameKind.OPEN, 2, wire.encode_open("m", None, False, None)),
-        (FrameKind.OPEN, 0, wire.encode_open("m", None, False, None)),
         (FrameKind.OPEN, 1, b"\xc0"),
         (FrameKind.OPEN, 1, wire.encode_open("m", -1.0, False, None)),
         (FrameKind.OPEN, 1, wire.encode_open("m", float("nan"), False, None)),

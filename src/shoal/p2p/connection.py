@@ -268,8 +268,6 @@ class Connection(asyncio.BufferedProtocol):
 
     def _receive_frame(self, kind: FrameKind, stream_id: int, body: bytes) -> None:
         if kind in CONNECTION_FRAMES:
-            if stream_id != 0:
-                raise ProtocolViolation(f"{kind.name} on stream {stream_id}")
             self._receive_connection_frame(kind, body)
         elif not self.is_admitted:
             raise ProtocolViolation(f"{kind.name} before HELLO")

@@ -839,7 +839,7 @@ def test_frames_that_no_peer_would_take_are_not_sent() -> None:
     ):
         with pytest.raises(InvalidValueError):
             initiator.send_frame(kind, stream_id, body)
-    with pytest.raises(InvalidValueError, match="not one that the responder opens"):
+    with pytest.raises(InvalidValueError, match="not the responder's to open"):
         responder.send_frame(FrameKind.OPEN, 1)
     with pytest.raises(InvalidValueError):
         initiator.send_payload(1, 2**64, b"")

@@ -6,8 +6,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from shoal.averaging.matchmaking.core import DECLARATION_PERIOD
 from shoal.averaging.matchmaking.messages import Declaration, decode_declaration, encode_declaration
+from shoal.averaging.matchmaking.states import DECLARATION_PERIOD
 from shoal.dht.node import DHTNode
 from shoal.dht.tasks import TaskSet
 from shoal.dht.validation import protected_key

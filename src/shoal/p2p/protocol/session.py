@@ -248,10 +248,8 @@ class Session:
         sender = self._check_open(even_failed=kind is FrameKind.GOODBYE)
         if kind is FrameKind.PAYLOAD:
             raise InvalidValueError("kind: payloads are sent with send_payload")
-        if kind is FrameKind.OPEN and stream_id % 2 != (self.role is Role.INITIATOR):
-            raise InvalidValueError(f"stream_id: {stream_id} is not one that the {self.role.value} opens")
         data = _as_bytes("body", body)
-        header = encode_header(kind, stream_id, data.nbytes, self.limits)
+        header = self._header(kind, stream_id, data.nbytes)
         if fits_beside(header, data.nbytes):
             self._to_send.append(seal_message(sender, b"".join((header, data))))
             return
@@ -271,7 +269,7 @@ class Session:
         """
         self._check_open()
         body = _as_bytes("data", data)
-        header = encode_header(FrameKind.PAYLOAD, stream_id, body.nbytes, self.limits, tag)
+        header = self._header(FrameKind.PAYLOAD, stream_id, body.nbytes, tag)
         return self._seal(header, body, piece_bytes)
 
     def data_to_send(self) -> list[bytes | bytearray | memoryview]:
@@ -282,6 +280,10 @@ class Session:
         """
         queued, self._to_send = self._to_send, []
         return queued
+
+    def _header(self, kind: FrameKind, stream_id: int, length: int, tag: int = 0) -> bytes:
+        by_initiator = self.role is Role.INITIATOR
+        return encode_header(kind, stream_id, length, self.limits, tag, by_initiator=by_initiator)
 
     def _seal(self, header: bytes, body: memoryview, piece_bytes: int) -> Iterator[None]:
         """Encrypt a frame and queue it, a piece at each step."""
