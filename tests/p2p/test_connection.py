@@ -22,7 +22,7 @@ from shoal.p2p.rpc import Lane, Method
 from shoal.testing import clock
 from shoal.testing.peers import make_identity
 
-HELLO = wire.encode(wire.Hello(lane=0, agent="x", client_mode=True, addresses=[], clock=0.0))
+HELLO = wire.encode(wire.Hello(lane=0, agent="x", is_client=True, addresses=[], clock=0.0))
 
 
 class Owner:
@@ -34,7 +34,7 @@ class Owner:
         self.closed = []
 
     def make_hello(self, connection):
-        return wire.Hello(lane=int(connection.lane), agent="o", client_mode=False, addresses=[], clock=0.0)
+        return wire.Hello(lane=int(connection.lane), agent="o", is_client=False, addresses=[], clock=0.0)
 
     def find_served(self, name):
         return None

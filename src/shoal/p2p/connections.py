@@ -106,7 +106,7 @@ class Connections:
         """Whether ``peer`` is connected and says that it cannot be dialed."""
         connections = self._peers.get(peer)
         hellos = [] if connections is None else [connection.hello for connection in connections.all()]
-        return any(hello is not None and hello.client_mode for hello in hellos)
+        return any(hello is not None and hello.is_client for hello in hellos)
 
     def routes_to(self, peer: PeerID) -> list[Route]:
         """The routes that this host can take to ``peer``, as far as it knows; none to a client."""
@@ -292,7 +292,7 @@ class Connections:
         logger.debug("connected to %s (%s, %s lane)", peer, hello.agent, connection.lane.name.lower())
         return None
 
-    def peer_announced(self, peer: PeerID, addresses: list[Multiaddr], client_mode: bool) -> None:
+    def peer_announced(self, peer: PeerID, addresses: list[Multiaddr], is_client: bool) -> None:
         """``peer`` says that what its HELLO said of it has changed."""
         connections = self._peers.get(peer)
         known = [] if connections is None else connections.all()
@@ -301,7 +301,7 @@ class Connections:
             if connection.hello is not None:
                 texts = [str(address) for address in addresses]
                 connection.hello = msgspec.structs.replace(
-                    connection.hello, client_mode=client_mode, addresses=texts
+                    connection.hello, is_client=is_client, addresses=texts
                 )
 
     def connection_closed(self, connection: Connection) -> None:

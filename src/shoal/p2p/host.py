@@ -417,7 +417,7 @@ class Host:
         """What this host's HELLO said may have changed before the connection stood: :meth:`announce` passed it by."""
         self.reach.note_connection(connection)
         said = connection.hello_sent
-        if said is not None and said.client_mode is self.reachability.is_full:
+        if said is not None and said.is_client is self.reachability.is_full:
             task = asyncio.get_running_loop().create_task(self._announce_to(connection.peer))
             self._announcing.add(task)
             task.add_done_callback(self._announcing.discard)
@@ -433,7 +433,7 @@ class Host:
         return wire.Hello(
             lane=int(connection.lane),
             agent=self.config.agent,
-            client_mode=not now.is_full,
+            is_client=not now.is_full,
             addresses=[str(one) for one in now.told(beyond_machine=connection.origin is not None)],
             clock=self._clock(),
             seen="" if connection.remote_address is None else str(connection.remote_address),
@@ -470,7 +470,7 @@ class Host:
             addresses = [Multiaddr.parse(text) for text in request.addresses]
         except InvalidValueError as error:
             raise RemoteError("bad_address", str(error)) from error
-        self._connections.peer_announced(peer, addresses, request.client_mode)
+        self._connections.peer_announced(peer, addresses, request.is_client)
         return AnnouncementHeard()
 
     def _ips_of(self, peer: PeerID) -> list[str]:
@@ -487,8 +487,8 @@ class Host:
         connections = self._connections.to(peer)
         return [] if connections is None else connections.all()
 
-    async def _probe(self, peer: PeerID, address: Multiaddr) -> str:
-        """Whether ``peer`` answers at ``address``: the reason why not, or nothing."""
+    async def _probe(self, peer: PeerID, address: Multiaddr) -> str | None:
+        """None if ``peer`` answers at ``address``, or why it does not."""
         patience = dial_back_time(self.rtt(peer) or 0.0)
         deadline = asyncio.get_running_loop().time() + patience
         try:
@@ -499,7 +499,7 @@ class Host:
             (failure,) = outcome.dials
             return failure.reason
         outcome.close("the address can be dialed")
-        return ""
+        return None
 
     async def _ask_back(self, helper: PeerID, request: DialBackRequest, timeout: float) -> DialBackResponse:
         return await self.call(helper, DIAL_BACK, request, timeout=timeout)

@@ -83,7 +83,8 @@ class Hello(msgspec.Struct, array_like=True, frozen=True):
 
     lane: Annotated[int, msgspec.Meta(ge=0, le=255)]
     agent: Annotated[str, msgspec.Meta(max_length=MAX_AGENT)]
-    client_mode: bool
+    is_client: bool
+    """Whether the sender cannot be dialed now, or does not know yet."""
     addresses: Annotated[
         list[Annotated[str, msgspec.Meta(max_length=MAX_ADDRESS)]], msgspec.Meta(max_length=MAX_ADDRESSES)
     ]

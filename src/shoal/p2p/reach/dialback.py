@@ -35,12 +35,12 @@ class DialBackRequest(msgspec.Struct, array_like=True, frozen=True):
 
 
 class DialBackResponse(msgspec.Struct, array_like=True, frozen=True):
-    """What came of it, per address that was dialed: an empty reason is success.
+    """What came of it, per address that was dialed: None, or why the helper did not get through.
 
     ``foreign``: addresses that were not dialed, since they are not the asker's as the helper sees it, with the reason.
     """
 
-    outcomes: dict[_Address, _Reason]
+    outcomes: dict[_Address, _Reason | None]
     foreign: dict[_Address, _Reason] = {}
 
 
@@ -50,7 +50,7 @@ DIAL_BACK = Method("shoal.host.dial_back", DialBackRequest, DialBackResponse)
 class Announcement(msgspec.Struct, array_like=True, frozen=True):
     """What HELLO said of the sender has changed: this holds now."""
 
-    client_mode: bool
+    is_client: bool
     addresses: Annotated[list[_Address], msgspec.Meta(max_length=wire.MAX_ADDRESSES)]
 
 
@@ -94,11 +94,13 @@ def judge(answers: Sequence[Answer], trusted: Collection[Multiaddr] = ()) -> Fin
         if isinstance(response, str):
             failures[str(answer.helper)] = response
             continue
-        reached = [Multiaddr.parse(text) for text, reason in response.outcomes.items() if not reason]
+        reached = [Multiaddr.parse(text) for text, reason in response.outcomes.items() if reason is None]
         for text, reason in {**response.foreign, **response.outcomes}.items():
-            if reason:
+            if reason is not None:
                 failures[text] = printable(reason, wire.MAX_REASON)
-        dialed_in_vain |= {Multiaddr.parse(text) for text, reason in response.outcomes.items() if reason}
+        dialed_in_vain |= {
+            Multiaddr.parse(text) for text, reason in response.outcomes.items() if reason is not None
+        }
         vantage = answer.vantage
         if vantage >= Vantage.ROUTED and any(is_global(address.host) for address in reached):
             vantage = Vantage.TRANSLATED

@@ -33,7 +33,7 @@ class DialBackHelper:
         self,
         *,
         ips_of: Callable[[PeerID], Sequence[str]],
-        probe: Callable[[PeerID, Multiaddr], Awaitable[str]],
+        probe: Callable[[PeerID, Multiaddr], Awaitable[str | None]],
         now: Callable[[], float],
     ) -> None:
         self._ips_of = ips_of
@@ -62,7 +62,8 @@ class DialBackHelper:
         async with self._places:
             reasons = await asyncio.gather(*(self._probe(asker, address) for address in mine))
         outcomes = {
-            str(address): reason[: wire.MAX_REASON] for address, reason in zip(mine, reasons, strict=True)
+            str(address): None if reason is None else reason[: wire.MAX_REASON]
+            for address, reason in zip(mine, reasons, strict=True)
         }
         return DialBackResponse(outcomes, foreign)
 
