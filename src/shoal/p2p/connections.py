@@ -104,9 +104,7 @@ class Connections:
 
     def is_client(self, peer: PeerID) -> bool:
         """Whether ``peer`` is connected and says that it cannot be dialed."""
-        connections = self._peers.get(peer)
-        hellos = [] if connections is None else [connection.hello for connection in connections.all()]
-        return any(hello is not None and hello.is_client for hello in hellos)
+        return any(one.hello is not None and one.hello.is_client for one in self._all_to(peer))
 
     def routes_to(self, peer: PeerID) -> list[Route]:
         """The routes that this host can take to ``peer``, as far as it knows; none to a client."""
@@ -173,8 +171,11 @@ class Connections:
         return outcome if isinstance(outcome, PeerUnreachable) else outcome[0]
 
     def _open_to(self, peer: PeerID) -> list[Connection]:
+        return [one for one in self._all_to(peer) if one.is_open]
+
+    def _all_to(self, peer: PeerID) -> list[Connection]:
         connections = self._peers.get(peer)
-        return [] if connections is None else [one for one in connections.all() if one.is_open]
+        return [] if connections is None else connections.all()
 
     def _bulk(self, peer: PeerID) -> list[Connection]:
         connections = self._peers.get(peer)
@@ -294,8 +295,7 @@ class Connections:
 
     def peer_announced(self, peer: PeerID, addresses: list[Multiaddr], is_client: bool) -> None:
         """``peer`` says that what its HELLO said of it has changed."""
-        connections = self._peers.get(peer)
-        known = [] if connections is None else connections.all()
+        known = self._all_to(peer)
         self.addresses.add(peer, _meaningful(addresses, known[0]) if known else addresses)
         for connection in known:
             if connection.hello is not None:
@@ -331,8 +331,7 @@ class Connections:
         return idle >= self.config.idle_timeout and self._can_be_had_again(connection)
 
     def seen_elsewhere(self, connection: Connection) -> float:
-        known = self.to(connection.peer)
-        others = [] if known is None else [other for other in known.all() if other is not connection]
+        others = [other for other in self._all_to(connection.peer) if other is not connection]
         return max((other.last_sign for other in others), default=-math.inf)
 
     def _can_be_had_again(self, connection: Connection) -> bool:

@@ -32,29 +32,14 @@ from typing import ClassVar
 from shoal.averaging.group import MemberInfo, PeerMode
 from shoal.averaging.lineage import NO_LINEAGE, Lineage
 from shoal.averaging.matchmaking import events as ev
-from shoal.averaging.matchmaking import policy
+from shoal.averaging.matchmaking import messages as msg
+from shoal.averaging.matchmaking import policy, states
 from shoal.averaging.matchmaking.asking import Ask, Asking, NextLeader, Refusal, retry_time
 from shoal.averaging.matchmaking.candidate import Candidate, candidate_of
 from shoal.averaging.matchmaking.events import Effect, Event, brief
 from shoal.averaging.matchmaking.helping import why_no_average
-from shoal.averaging.matchmaking.messages import (
-    Accepted,
-    Answer,
-    DeclaredState,
-    Dismissed,
-    DismissReason,
-    SearchId,
-)
 from shoal.averaging.matchmaking.policy import Dismissal, Situation, Verdict
-from shoal.averaging.matchmaking.states import (
-    DECLARATION_PERIOD,
-    DECLARE_RETRY,
-    HEARD,
-    OVERHEARD,
-    TRANSITIONS,
-    State,
-    Times,
-)
+from shoal.averaging.matchmaking.states import State, Times
 from shoal.averaging.matchmaking.story import StoryTeller
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN, Known, View
 from shoal.averaging.matchmaking_config import MatchmakingConfig
@@ -89,7 +74,7 @@ class SearchCore:
         ``known``: what the search before has left; ``is_first``: there was none before; ``expected``: who is
         likely to look for a group now, too; ``lost``: whom this peer could not reach lately.
         """
-        self._machine = Machine(State.NEW, TRANSITIONS)
+        self._machine = Machine(State.NEW, states.TRANSITIONS)
         self.config = config
         self.key = key
         order_time = start_time if order_time is None else order_time
@@ -100,7 +85,7 @@ class SearchCore:
         ends_at = math.inf if deadline is None else deadline
         self._times = Times(begins_at=start_time, deadline=ends_at, expected_at=start_time)
         self._asking = Asking(config, self.story)
-        self._group: tuple[SearchId, ...] = ()
+        self._group: tuple[msg.SearchId, ...] = ()
         self._has_mixed_peers = False
         """Whether plans of this search were mixed ones, even if they are not any more."""
         self._expected = set(expected)
@@ -131,9 +116,9 @@ class SearchCore:
         """Take in one event at time ``now``; return what the shell has to do, in order."""
         self._machine.note(brief(event), now)
         kind, was_over = type(event), self.state is State.GROUPED
-        if kind in HEARD[self.state]:
+        if kind in states.HEARD[self.state]:
             self._ON[kind](self, event, now)
-        elif kind not in OVERHEARD[self.state]:
+        elif kind not in states.OVERHEARD[self.state]:
             self._machine.refuse(f"{kind.__name__} cannot happen now")
         self._act(now)
         if self.state is State.GROUPED and not was_over:
@@ -156,7 +141,7 @@ class SearchCore:
 
     def _on_declare_failed(self, event: ev.DeclareFailed, now: float) -> None:
         self.story.note(now, f"could not declare itself: {event.reason}")
-        self._times.declare_again = now + DECLARE_RETRY
+        self._times.declare_again = now + states.DECLARE_RETRY
 
     def _on_polled(self, event: ev.Polled, now: float) -> None:
         other_schema = self._view.take_in(event.peers, event.began_at, now)
@@ -199,10 +184,10 @@ class SearchCore:
 
     def _on_restarted(self, event: ev.Restarted, now: float) -> None:
         self._leave(self._asking.end())
-        self._dismiss_all(Dismissed(DismissReason.SEARCH_ENDED))
+        self._dismiss_all(msg.Dismissed(msg.DismissReason.SEARCH_ENDED))
         place = event.place
         if place.key != self.key:
-            self._effects.append(ev.Declare(DeclaredState.TAKEN))
+            self._effects.append(ev.Declare(msg.DeclaredState.TAKEN))
         self.key = self.story.key = place.key
         self.me = self.me._replace(
             start_time=place.order_time,
@@ -235,9 +220,9 @@ class SearchCore:
         asker = candidate_of(event.info)
         answer = self._answer(asker, event.info, now)
         self._effects.append(ev.AnswerRequest(event.token, answer))
-        if isinstance(answer, Accepted):
+        if isinstance(answer, msg.Accepted):
             self._effects += [
-                ev.DismissFollower(token, Dismissed(DismissReason.REPLACED))
+                ev.DismissFollower(token, msg.Dismissed(msg.DismissReason.REPLACED))
                 for token in self._view.drop_followers(asker.peer_id)
             ]
             self._view.followers[event.token] = asker
@@ -246,7 +231,7 @@ class SearchCore:
                 self._view.outdate(now)
             self.story.note(now, f"{asker.peer_id} joined")
 
-    def _answer(self, asker: Candidate, info: MemberInfo, now: float) -> Answer:
+    def _answer(self, asker: Candidate, info: MemberInfo, now: float) -> msg.Answer:
         if self._machine.is_final:
             return policy.too_late(self._group)
         if info.schema_hash != self._schema_hash:
@@ -276,7 +261,9 @@ class SearchCore:
             return
         self._move(State.FOLLOWING)
         self._asking.accepted(event, now, self._times.begins_at)
-        self._dismiss_all(Dismissed(DismissReason.JOINED_ANOTHER, ask.leader.to_bytes(), ask.addresses))
+        self._dismiss_all(
+            msg.Dismissed(msg.DismissReason.JOINED_ANOTHER, ask.leader.to_bytes(), ask.addresses)
+        )
 
     def _on_postponed(self, event: ev.LeaderPostponed, now: float) -> None:
         if self._asking.expects(event.ask):
@@ -294,9 +281,9 @@ class SearchCore:
     def _on_began(self, event: ev.LeaderBegan, now: float) -> None:
         if not self._asking.expects(event.ask):
             return
-        self._group = tuple(SearchId(member.peer_id, member.start_time) for member in event.group.members)
+        self._group = tuple(msg.SearchId(member.peer_id, member.start_time) for member in event.group.members)
         self._move(State.GROUPED)
-        self._effects.append(ev.Declare(DeclaredState.TAKEN, self._group))
+        self._effects.append(ev.Declare(msg.DeclaredState.TAKEN, self._group))
         self._effects.append(ev.FinishWithGroup(event.group))
 
     def _log(self, line: ev.Log | None) -> None:
@@ -334,8 +321,8 @@ class SearchCore:
     def _dismiss_to_plan(self, dismissal: Dismissal) -> None:
         del self._view.followers[dismissal.token]
         suggested = dismissal.suggested
-        message = Dismissed(
-            DismissReason.BETTER_CUT,
+        message = msg.Dismissed(
+            msg.DismissReason.BETTER_CUT,
             suggested.to_bytes() if suggested else None,
             self._view.addresses_of(suggested) if suggested else (),
             self._view.searches,
@@ -382,14 +369,14 @@ class SearchCore:
         self._group = self._view.searches
         self._move(State.GROUPED)
         self._effects.append(ev.BeginGroup(tuple(self._view.followers)))
-        self._effects.append(ev.Declare(DeclaredState.TAKEN, self._group))
+        self._effects.append(ev.Declare(msg.DeclaredState.TAKEN, self._group))
 
     def _end(self, now: float) -> None:
         self._leave(self._asking.end())
-        self._dismiss_all(Dismissed(DismissReason.SEARCH_ENDED))
+        self._dismiss_all(msg.Dismissed(msg.DismissReason.SEARCH_ENDED))
         explanation = self.story.explain(now, self._view.candidates(now), self.me.peer_id)
         self._move(State.ENDED)
-        self._effects.append(ev.Declare(DeclaredState.TAKEN))
+        self._effects.append(ev.Declare(msg.DeclaredState.TAKEN))
         self._effects.append(ev.FinishWithout(explanation))
 
     # ---- leaders and followers
@@ -408,7 +395,7 @@ class SearchCore:
         self._move(State.LOOKING)
         self._poll()
 
-    def _dismiss_all(self, message: Dismissed) -> None:
+    def _dismiss_all(self, message: msg.Dismissed) -> None:
         for token in self._view.followers:
             self._effects.append(ev.DismissFollower(token, message))
         self._view.followers.clear()
@@ -416,8 +403,8 @@ class SearchCore:
     # ---- time
 
     def _declare(self, now: float) -> None:
-        self._times.declare_again = now + DECLARATION_PERIOD
-        self._effects.append(ev.Declare(DeclaredState.LOOKING))
+        self._times.declare_again = now + states.DECLARATION_PERIOD
+        self._effects.append(ev.Declare(msg.DeclaredState.LOOKING))
 
     def _poll(self) -> None:
         self._view.next_poll = math.inf
