@@ -77,7 +77,7 @@ class Connections:
         self._clock = clock
         self.tenancy = Tenancy(
             identity,
-            connections_to=self._open_to,
+            connections_to=lambda peer: [one for one in self._all_to(peer) if one.is_open],
             forget_addresses=self.addresses.forget,
             clock=clock,
             incarnation=incarnation,
@@ -169,9 +169,6 @@ class Connections:
         except TimeoutError:
             raise DeadlineExceeded(f"{address} could not be connected in time") from None
         return outcome if isinstance(outcome, PeerUnreachable) else outcome[0]
-
-    def _open_to(self, peer: PeerID) -> list[Connection]:
-        return [one for one in self._all_to(peer) if one.is_open]
 
     def _all_to(self, peer: PeerID) -> list[Connection]:
         connections = self._peers.get(peer)
@@ -331,7 +328,7 @@ class Connections:
         return idle >= self.config.idle_timeout and self._can_be_had_again(connection)
 
     def seen_elsewhere(self, connection: Connection) -> float:
-        others = [other for other in self._all_to(connection.peer) if other is not connection]
+        others = (other for other in self._all_to(connection.peer) if other is not connection)
         return max((other.last_sign for other in others), default=-math.inf)
 
     def _can_be_had_again(self, connection: Connection) -> bool:
