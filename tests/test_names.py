@@ -13,10 +13,8 @@ import torch
 
 import shoal
 from shoal.averaging.trainer.control import Steering
-from shoal.utils import deep
-from shoal.utils.absent import ABSENT, ABSENT_OF_OBJECTS
-
-PACKAGES = ["shoal", "shoal.averaging", "shoal.compression", "shoal.dht", "shoal.p2p", "shoal.utils"]
+from shoal.compat.advice import ABSENT, ABSENT_OF_OBJECTS
+from shoal.compat.modules import MODULES, PACKAGES
 
 # Every public attribute of each package of hivemind 1.1.12 once `import hivemind` has run, submodules included.
 NAMES_OF_HIVEMIND = {
@@ -87,10 +85,10 @@ def test_every_name_of_hivemind_is_here_or_says_what_to_use_instead(package: str
     assert not hasattr(module, name)
 
 
-@pytest.mark.parametrize("module", deep.NAMES)
+@pytest.mark.parametrize("module", MODULES)
 def test_names_in_modules_that_both_have(module: str):
     """Each is what Shoal has under this name, or says what to use instead."""
-    for name in deep.NAMES[module].split():
+    for name in MODULES[module].split():
         if not hasattr(importlib.import_module(module), name):
             with pytest.raises(AttributeError, match=f"^module '{module}' has no attribute '{name}': "):
                 getattr(importlib.import_module(module), name)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shoal.utils.lazy import advise_on_absent_modules, lazy_names
+from shoal.compat.finder import install_finder
+from shoal.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from shoal.averaging.commands import AveragingStage as AveragingStage
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from shoal.averaging.report import RoundReport as RoundReport
     from shoal.averaging.trainer.averager import DecentralizedAverager as DecentralizedAverager
     from shoal.averaging.trainer.control import StepControl as StepControl
+    from shoal.compat.logs import use_hivemind_log_handler as use_hivemind_log_handler
     from shoal.compression import AdaptiveCompressionBase as AdaptiveCompressionBase
     from shoal.compression import BFloat16Compression as BFloat16Compression
     from shoal.compression import BlockwiseQuantization as BlockwiseQuantization
@@ -68,7 +70,6 @@ if TYPE_CHECKING:
     from shoal.p2p.multiaddr import Multiaddr as Multiaddr
     from shoal.runtime.futures import MPFuture as MPFuture
     from shoal.utils.logging import get_logger as get_logger
-    from shoal.utils.logging import use_hivemind_log_handler as use_hivemind_log_handler
     from shoal.utils.serializer import MSGPackSerializer as MSGPackSerializer
     from shoal.utils.timed import get_dht_time as get_dht_time
 
@@ -123,7 +124,7 @@ _MODULE_OF = {
     "Multiaddr": "shoal.p2p.multiaddr",
     "MPFuture": "shoal.runtime.futures",
     "MSGPackSerializer": "shoal.utils.serializer",
-    "use_hivemind_log_handler": "shoal.utils.logging",
+    "use_hivemind_log_handler": "shoal.compat.logs",
     # errors
     "ShoalError": "shoal.errors",
     "UsageError": "shoal.errors",
@@ -151,4 +152,4 @@ __getattr__, __dir__ = lazy_names(
     __name__, _MODULE_OF | {submodule: f"{__name__}.{submodule}" for submodule in _SUBMODULES}
 )
 
-advise_on_absent_modules()
+install_finder()

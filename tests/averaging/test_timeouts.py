@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import shoal
 from shoal.averaging.checks import OrderOfTimes
-from shoal.averaging.config import AveragerConfig, matchmaking_config
-from shoal.averaging.matchmaking_config import MatchmakingConfig
+from shoal.averaging.config import AveragerConfig
+from shoal.averaging.matchmaking_config import MatchmakingConfig, matchmaking_config
 from shoal.averaging.timeouts import LOAD_TIMEOUT, ORDERS, RECORD_TIME, STEP_TIMEOUT, given_times, settle
 from shoal.utils.ordering import DefaultSeconds, Order, contradictions
 

@@ -18,7 +18,8 @@ import pytest
 
 import shoal
 from shoal import DHT, get_dht_time
-from shoal.dht.options import LIBP2P_OPTIONS, make_config
+from shoal.compat.dht_options import LIBP2P_OPTIONS
+from shoal.dht.options import make_config
 from shoal.errors import (
     BootstrapError,
     DeadlineExceeded,

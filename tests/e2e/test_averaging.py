@@ -423,9 +423,9 @@ def test_mistakes_in_a_step_name_the_parameter(swarm: Swarm):
     for options, named in (
         ({"gather": object()}, "gather: cannot serialize"),
         ({"gather": bytes(1 << 20)}, "gather must take at most 524,288 bytes"),
-        ({"wait": "no"}, "wait='no'"),
-        ({"weight": -1}, "weight=-1"),
-        ({"timeout": 0}, "timeout=0"),
+        ({"wait": "no"}, "wait must be True or False, got 'no'"),
+        ({"weight": -1}, "weight must be .*, got -1"),
+        ({"timeout": 0}, "timeout must be more than 0, got 0"),
     ):
         with pytest.raises(shoal.UsageError, match=named):
             averager.step(**options)

@@ -68,9 +68,9 @@ def test_bits_can_be_set_and_asked_for_with_and_without_waiting(swarm: Swarm):
     step = averager.step(wait=False, timeout=PATIENCE)
     other.set_group_bits("")
     assert len(other.step(timeout=PATIENCE)) == len(step.result(PATIENCE)) == 2
-    with pytest.raises(InvalidValueError, match="group_bits='2'"):
+    with pytest.raises(InvalidValueError, match=r"group_bits must be at most 64 .*, got '2'"):
         averager.set_group_bits("2")
-    with pytest.raises(InvalidTypeError, match="group_bits=3"):
+    with pytest.raises(InvalidTypeError, match="group_bits must be a text, got 3"):
         averager.set_group_bits(3)
 
 

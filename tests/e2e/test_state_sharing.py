@@ -594,10 +594,16 @@ def test_what_cannot_be_shared_is_an_error_that_names_it(swarm: Swarm):
     for assign, message in (
         (lambda: setattr(client, "allow_state_sharing", True), "allow_state_sharing=True"),
         (lambda: setattr(client, "state_sharing_priority", 1.0), r"state_sharing_priority=1\.0"),
-        (lambda: setattr(client, "state_sharing_priority", float("nan")), "state_sharing_priority=nan"),
-        (lambda: setattr(client, "allow_state_sharing", "yes"), "allow_state_sharing='yes'"),
-        (lambda: client.load_state_from_peers(timeout=0), "timeout=0"),
-        (lambda: client.load_state_from_peers(wait=1), "wait=1"),
+        (
+            lambda: setattr(client, "state_sharing_priority", float("nan")),
+            "must be a finite number, got nan",
+        ),
+        (
+            lambda: setattr(client, "allow_state_sharing", "yes"),
+            "allow_state_sharing must be True or False, got 'yes'",
+        ),
+        (lambda: client.load_state_from_peers(timeout=0), "timeout must be more than 0, got 0"),
+        (lambda: client.load_state_from_peers(wait=1), "wait must be True or False, got 1"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             assign()

@@ -50,7 +50,7 @@ def test_a_weight_that_is_none_is_refused_and_the_old_one_stays(
     swarm: Swarm, value: Any, error: type[Exception]
 ):
     control = swarm.peer([torch.zeros(2)], size=2).step(wait=False, timeout=STEP_TIMEOUT, weight=2.0)
-    with pytest.raises(error, match="weight="):
+    with pytest.raises(error, match="weight must be"):
         control.weight = value
     assert control.weight == 2.0
     assert control.cancel()
@@ -125,7 +125,7 @@ def test_a_step_that_waits_for_its_turn_can_be_rescheduled(swarm: Swarm):
 def test_a_time_that_cannot_be_is_refused(swarm: Swarm):
     control = swarm.peer([torch.zeros(2)], size=2).step(wait=False, timeout=10.0)
     for value in (get_dht_time() + 20, float("inf"), get_dht_time() + 1e6):
-        with pytest.raises(ValueError, match="scheduled_time="):
+        with pytest.raises(ValueError, match="scheduled_time"):
             control.scheduled_time = value
     control.cancel()
 

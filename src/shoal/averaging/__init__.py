@@ -28,12 +28,9 @@ __all__ = [
     "MatchmakingException",
 ]
 
-_SUBMODULES = ("allreduce", "averager", "control", "load_balancing", "matchmaking", "partition")
-
 __getattr__, __dir__ = lazy_names(
     __name__,
-    {submodule: f"{__name__}.{submodule}" for submodule in _SUBMODULES}
-    | {
+    {
         "DecentralizedAverager": "shoal.averaging.trainer.averager",
         "StepControl": "shoal.averaging.trainer.control",
         "AveragingStage": "shoal.averaging.commands",

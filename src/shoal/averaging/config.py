@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
-from shoal.averaging.checks import MAX_WAIT, check_bits, check_count, check_flag, check_number, check_string
-from shoal.averaging.group import MAX_GROUP_SIZE, PeerMode, group_key
-from shoal.averaging.matchmaking_config import MatchmakingConfig
-from shoal.averaging.timeouts import given_times, settle
+from shoal.averaging.checks import GROUP_BITS
+from shoal.averaging.group import PeerMode, group_key
+from shoal.averaging.matchmaking_config import MatchmakingConfig, matchmaking_config
+from shoal.averaging.timeouts import settle
 from shoal.compression import CompressionBase, CompressionInfo
 from shoal.compression.registry import CODECS
 from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.utils.checks import Count, Number, Text
+from shoal.utils.options import check_options, gather
 from shoal.utils.ordering import DefaultSeconds
-from shoal.utils.scalars import plain
 
 DEFAULT_PART_SIZE_BYTES = 1 << 19
 MIN_PART_SIZE_BYTES = 1 << 10
 MAX_PART_SIZE_BYTES = 1 << 26
 """The largest payload that a connection takes."""
-
-MAX_ALPHA = 2.0
-"""A round leaves ``abs(1 - alpha)`` of a peer's distance to the average: with more than this, peers would drift further
-apart in every round, and at last to infinity.
-"""
 
 START_BEFORE_DEADLINE = 0.8
 MAX_VECTOR_SIZE = 1 << 62
@@ -39,58 +35,62 @@ MAX_DECLARE_STATE_PERIOD = 3000.0
 """Seconds; with the time until it expires, a declaration stays below the hour that the DHT keeps records."""
 
 
+def _check_prefix(name: str, prefix: str) -> None:
+    group_key(prefix)
+    try:
+        prefix.encode()
+    except UnicodeEncodeError:
+        raise InvalidValueError(
+            f"{name} must be a text that can be written in UTF-8, got {prefix!r}"
+        ) from None
+
+
+Patience = Annotated[float | None, Number(above=0, unit="s")]
+"""None: no limit, or what follows from the other times (:mod:`shoal.averaging.timeouts`)."""
+
+
 @dataclass(frozen=True)
 class AveragerConfig:
-    """Everything but the tensors that the background process has to know. Times in seconds."""
+    """The options of an averager that its background process has to know.
 
-    prefix: str
+    What each means is said to users, at the parameters of :class:`~shoal.DecentralizedAverager`. Here is what values it
+    takes, in which unit, and its default.
+    """
+
+    prefix: Annotated[str, Text("a text of 1 to 256 characters", _check_prefix)]
     matchmaking: MatchmakingConfig
-    client_mode: bool | None
+    client_mode: bool | None = None
     """None: as the DHT, which is known when the averager starts."""
     auxiliary: bool = False
-    initial_group_bits: str = ""
-    part_size_bytes: int = DEFAULT_PART_SIZE_BYTES
-    min_vector_size: int = 0
-    """Elements: members whose span would be smaller own nothing."""
-    allreduce_timeout: float | None = None
-    next_chunk_timeout: float | None = None
-    sender_timeout: float | None = None
-    reducer_timeout: float | None = None
-    bandwidth: float | None = None
-    """Mbit/s; None: as the mean of the group's members that gave theirs."""
+    initial_group_bits: Annotated[str, GROUP_BITS] = ""
+    part_size_bytes: Annotated[int, Count(MIN_PART_SIZE_BYTES, MAX_PART_SIZE_BYTES, "bytes")] = (
+        DEFAULT_PART_SIZE_BYTES
+    )
+    min_vector_size: Annotated[int, Count(0, MAX_VECTOR_SIZE, "elements")] = 0
+    allreduce_timeout: Patience = None
+    next_chunk_timeout: Patience = None
+    sender_timeout: Patience = None
+    reducer_timeout: Patience = None
+    bandwidth: Annotated[float | None, Number(minimum=0, unit="Mbit/s")] = None
     allow_state_sharing: bool | None = None
-    """None: unless in client mode or auxiliary."""
-    declare_state_period: float = DEFAULT_DECLARE_STATE_PERIOD
-    max_state_age: float | None = DEFAULT_MAX_STATE_AGE
+    declare_state_period: Annotated[
+        float, Number(MIN_DECLARE_STATE_PERIOD, maximum=MAX_DECLARE_STATE_PERIOD, unit="s")
+    ] = DEFAULT_DECLARE_STATE_PERIOD
+    max_state_age: Annotated[float | None, Number(minimum=0, unit="s")] = DEFAULT_MAX_STATE_AGE
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # numbers of numpy are not for the other process
-            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
-        _check_prefix(self.prefix)
-        check_bits("initial_group_bits", self.initial_group_bits)
-        check_flag("auxiliary", self.auxiliary)
-        for name, flag in (
-            ("client_mode", self.client_mode),
-            ("allow_state_sharing", self.allow_state_sharing),
-        ):
-            if flag is not None:
-                check_flag(name, flag)
+        check_options(self)
         _check_modes(self)
-        check_count("part_size_bytes", self.part_size_bytes, MIN_PART_SIZE_BYTES, MAX_PART_SIZE_BYTES)
-        check_count("min_vector_size", self.min_vector_size, 0, MAX_VECTOR_SIZE)
-        for name in ("allreduce_timeout", "next_chunk_timeout", "sender_timeout", "reducer_timeout"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), above=0)
-        if self.bandwidth is not None:
-            check_number("bandwidth", self.bandwidth, minimum=0)
-        check_number(
-            "declare_state_period",
-            self.declare_state_period,
-            minimum=MIN_DECLARE_STATE_PERIOD,
-            maximum=MAX_DECLARE_STATE_PERIOD,
-        )
-        if self.max_state_age is not None:
-            check_number("max_state_age", self.max_state_age, minimum=0)
+
+    @classmethod
+    def of_user(cls, given: Mapping[str, Any]) -> AveragerConfig:
+        """The configuration for the parameters of :class:`~shoal.DecentralizedAverager`.
+
+        :raises InvalidTypeError: a value is of the wrong type
+        :raises InvalidValueError: a value is out of range, or does not go with another one
+        """
+        search = {field.name: given[field.name] for field in fields(MatchmakingConfig)}
+        return gather(cls, {**given, "matchmaking": matchmaking_config(**search)})
 
     @property
     def mode(self) -> PeerMode:
@@ -102,17 +102,12 @@ class AveragerConfig:
     @property
     def effective_sender_timeout(self) -> float | None:
         """``sender_timeout`` or, by default, what follows from the other times."""
-        return settle(self._times).sender_timeout
+        return settle(vars(self)).sender_timeout
 
     @property
     def effective_reducer_timeout(self) -> float | None:
         """``reducer_timeout`` or, by default, what follows from the other times."""
-        return settle(self._times).reducer_timeout
-
-    @property
-    def _times(self) -> dict[str, float | None]:
-        names = ("allreduce_timeout", "next_chunk_timeout", "sender_timeout", "reducer_timeout")
-        return {name: getattr(self, name) for name in names}
+        return settle(vars(self)).reducer_timeout
 
 
 def _check_modes(config: AveragerConfig) -> None:
@@ -143,15 +138,6 @@ def settle_modes(config: AveragerConfig, dht_is_client: bool) -> PeerMode:
             "True or None is allowed"
         )
     return replace(config, client_mode=bool(config.client_mode) or dht_is_client).mode
-
-
-def _check_prefix(prefix: Any) -> None:
-    check_string("prefix", prefix)
-    group_key(prefix)
-    try:
-        prefix.encode()
-    except UnicodeEncodeError:
-        raise InvalidValueError(f"prefix={prefix!r}: text that can be written in UTF-8 is allowed") from None
 
 
 def check_codec(name: str, codec: Any) -> None:
@@ -214,20 +200,6 @@ def check_infos(tensors: Sequence[torch.Tensor], tensor_infos: Any) -> tuple[Com
                 f"{tensor.dtype} {list(tensor.shape)}"
             )
     return infos
-
-
-def matchmaking_config(
-    target_group_size: Any, min_group_size: Any, min_matchmaking_time: Any, request_timeout: Any
-) -> MatchmakingConfig:
-    """Group sizes and search times; types are checked here, ranges where the object is made."""
-    if target_group_size is not None:
-        target_group_size = check_count("target_group_size", target_group_size, 1, MAX_GROUP_SIZE)
-    min_group_size = check_count("min_group_size", min_group_size, 1, MAX_GROUP_SIZE)
-    check_number("min_matchmaking_time", min_matchmaking_time, above=0, maximum=MAX_WAIT)
-    check_number("request_timeout", request_timeout, above=0)
-    times = settle(given_times(min_matchmaking_time=min_matchmaking_time, request_timeout=request_timeout))
-    wait = min(times.min_matchmaking_time, MAX_WAIT)
-    return MatchmakingConfig(target_group_size, min_group_size, wait, times.request_timeout)
 
 
 def default_start(now: float, deadline: float | None, settings: MatchmakingConfig) -> float:

@@ -19,10 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 from shoal.errors import AllreduceException, InvalidValueError
-from shoal.utils.deep import names_of_hivemind
 from shoal.utils.scalars import plain
 
 
@@ -132,7 +130,3 @@ def _round_to_sum(shares: Sequence[Fraction], total: int) -> tuple[int, ...]:
     for index in by_remainder[: total - sum(sizes)]:
         sizes[index] += 1
     return tuple(sizes)
-
-
-if not TYPE_CHECKING:
-    __getattr__ = names_of_hivemind(__name__)

@@ -21,7 +21,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,7 +29,6 @@ from shoal.compression.base import CompressionBase
 from shoal.compression.registry import get_codec
 from shoal.compression.segments import SegmentedCodec
 from shoal.errors import InvalidValueError
-from shoal.utils.deep import names_of_hivemind
 
 ALIGNMENT = 64
 MAX_PARTS = 1 << 20
@@ -313,7 +311,3 @@ def _part(section: Section, owner: int, index: int, start: int, segments: tuple[
         offset=section.offset + (start - section.first_element) * itemsize,
         memory_nbytes=count * itemsize,
     )
-
-
-if not TYPE_CHECKING:
-    __getattr__ = names_of_hivemind(__name__)

@@ -1,18 +1,21 @@
 """In what order an averager's times have to be, and the times that follow from those that a user gave. Pure.
 
-hivemind has the same rules, checks two of them, and has fixed defaults that break them as soon as one time is given.
+Defaults follow what was given: fixed ones would break the order as soon as one time is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from shoal.utils.ordering import DefaultSeconds, Order
 from shoal.utils.scalars import plain
 
 MIN_MATCHMAKING_TIME = DefaultSeconds(5.0)
 REQUEST_TIMEOUT = DefaultSeconds(3.0)
+MAX_WAIT = 86400.0
+"""Seconds: the longest time ahead at which a group may be scheduled."""
 REDUCER_PATIENCE = 2
 """``reducer_timeout`` over ``sender_timeout``, by default: an owner may itself have to wait for a sender."""
 REQUESTS_IN_SEARCH = 0.6
@@ -56,6 +59,12 @@ class SettledTimes:
 def given_times(**times: float | None) -> dict[str, float | None]:
     """The times that a user gave, as Python's own numbers; None for the others."""
     return {name: None if isinstance(time, DefaultSeconds) else plain(time) for name, time in times.items()}
+
+
+def times_in_order(given: Mapping[str, Any]) -> dict[str, float | None]:
+    """Those of a user's options that some rule of :data:`ORDERS` concerns, as :func:`given_times` has them."""
+    names = {name for order in ORDERS for name in (order.shorter, order.longer)}
+    return given_times(**{name: value for name, value in given.items() if name in names})
 
 
 def settle(given: Mapping[str, float | None]) -> SettledTimes:

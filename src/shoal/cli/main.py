@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -147,8 +148,7 @@ def main() -> None:
 
 def _in_options(text: str) -> str:
     """A message of the library, with the option in place of the parameter that it names first."""
-    name, colon, rest = text.partition(":")
-    return OPTION_OF.get(name, name) + colon + rest
+    return re.sub(r"^\w+", lambda name: OPTION_OF.get(name[0], name[0]), text)
 
 
 def _complain(text: str, status: int) -> int:

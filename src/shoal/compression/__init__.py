@@ -30,7 +30,6 @@ from shoal.compression.registry import (
     serialize_tensor,
     user_codecs,
 )
-from shoal.utils.lazy import names_with_advice
 
 __all__ = [
     "CompressionBase",
@@ -56,5 +55,3 @@ __all__ = [
     "serialize_tensor",
     "deserialize_tensor",
 ]
-
-__getattr__ = names_with_advice(__name__)

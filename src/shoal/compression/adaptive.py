@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 import torch
 
@@ -20,7 +20,6 @@ from shoal.compression.base import (
 )
 from shoal.compression.registry import deserialize_tensor
 from shoal.errors import InvalidTypeError, InvalidValueError
-from shoal.utils.deep import names_of_hivemind
 from shoal.utils.scalars import plain
 
 
@@ -188,7 +187,3 @@ def _count(name: str, value: object) -> int:
     if value < 0:
         raise InvalidValueError(f"{name} is {value}; it must be at least 0")
     return value
-
-
-if not TYPE_CHECKING:
-    __getattr__ = names_of_hivemind(__name__)

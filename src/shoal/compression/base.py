@@ -15,7 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import msgspec
 import numpy as np
@@ -24,7 +24,6 @@ import torch
 
 from shoal.compression.settings import Configured
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation, UsageError
-from shoal.utils.deep import names_of_hivemind
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
@@ -370,7 +369,3 @@ def decode_raw(data: memoryview, dtype: torch.dtype, count: int, out: torch.Tens
     if values.data_ptr() != out.data_ptr():
         out.copy_(values)
     return out
-
-
-if not TYPE_CHECKING:
-    __getattr__ = names_of_hivemind(__name__)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 
 from shoal.compression.base import CompressionBase, decode_raw, tensor_bytes
 from shoal.compression.finite import FLOAT32_MAX, finite_and_sum
 from shoal.errors import ProtocolViolation
-from shoal.utils.deep import names_of_hivemind
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
@@ -159,7 +156,3 @@ def _centre_and_scale(values: torch.Tensor, mean: float) -> tuple[float, float]:
 
 def _float32(value: float) -> float:
     return float(np.float32(value))
-
-
-if not TYPE_CHECKING:
-    __getattr__ = names_of_hivemind(__name__)

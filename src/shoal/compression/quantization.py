@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,6 @@ from shoal.compression.base import CompressionBase, decode_raw
 from shoal.compression.codebooks import HALVES, LEVELS, PIECE, code_table, fit_codebook, half_bits
 from shoal.compression.finite import FLOAT32_MAX, finite_float32
 from shoal.errors import ProtocolViolation
-from shoal.utils.deep import names_of_hivemind
 
 Side: TypeAlias = npt.NDArray[np.uint8]
 
@@ -347,7 +346,3 @@ def _codes_of_halves() -> torch.Tensor:
     steps = np.arange(-_STEPS, _STEPS + 1) / _STEPS
     flat, peaked = steps * (np.abs(steps) + 1) / 2, steps * np.abs(steps)
     return torch.cat([code_table((levels[:-1] + levels[1:]) / 2) - _STEPS for levels in (flat, peaked)])
-
-
-if not TYPE_CHECKING:
-    __getattr__ = names_of_hivemind(__name__)

@@ -34,12 +34,9 @@ __all__ = [
     "protected_key",
 ]
 
-_SUBMODULES = ("dht", "node", "routing", "schema", "storage", "validation")
-
 __getattr__, __dir__ = lazy_names(
     __name__,
-    {submodule: f"{__name__}.{submodule}" for submodule in _SUBMODULES}
-    | {
+    {
         "DHT": "shoal.dht.dht",
         "DHTNode": "shoal.dht.node",
         "DHTConfig": "shoal.dht.config",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import threading
@@ -12,7 +11,7 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
+from typing import Any, Literal, NoReturn, TypeVar, overload
 
 from shoal.dht import addresses, options
 from shoal.dht.commands import (
@@ -26,6 +25,7 @@ from shoal.dht.commands import (
     RunCoroutine,
     StoreRecord,
 )
+from shoal.dht.config import ProcessConfig
 from shoal.dht.types import ValueWithExpiration
 from shoal.dht.validation import RecordValidatorBase
 from shoal.errors import (
@@ -41,9 +41,9 @@ from shoal.p2p.multiaddr import Multiaddr
 from shoal.runtime import pickling
 from shoal.runtime.futures import MPFuture, chain
 from shoal.runtime.process import BackgroundProcess, ServiceHandle
-from shoal.utils.deep import names_of_hivemind
-from shoal.utils.lazy import attributes_with_advice
+from shoal.utils.checks import check_number
 from shoal.utils.logging import show_logs
+from shoal.utils.options import gather
 from shoal.utils.serializer import MSGPackSerializer
 from shoal.utils.timed import dht_clock
 
@@ -126,49 +126,31 @@ class DHT:
         reuse_get_requests: bool | None = None,
         **options_: Any,
     ) -> None:
+        given = locals().copy()  # each configuration takes what is its own
+        del given["self"], given["options_"]
         self._process: BackgroundProcess | None = None
         self._creation: MPFuture[ServiceHandle] | None = None
         self._peer_id: PeerID | None = None
         self._last_description: NodeDescription | None = None
         self._time = _NodeTime()
         self._shared_classes: dict[int, type[Any]] = {}
-        for name, flag in (("start", start), ("daemon", daemon), ("await_ready", await_ready)):
-            options.check_number(name, flag, "bool")
-        options.check_seconds("shutdown_timeout", shutdown_timeout)
-        config = options.make_config(
-            {
-                "client_mode": client_mode,
-                "bootstrap_timeout": bootstrap_timeout,
-                "ensure_bootstrap_success": ensure_bootstrap_success,
-                "num_replicas": num_replicas,
-                "bucket_size": bucket_size,
-                "parallel_rpc": parallel_rpc,
-                "wait_timeout": wait_timeout,
-                "refresh_timeout": refresh_timeout,
-                "cache_locally": cache_locally,
-                "cache_nearest": cache_nearest,
-                "cache_size": cache_size,
-                "cache_on_store": cache_on_store,
-                "cache_refresh_before_expiry": cache_refresh_before_expiry,
-                "reuse_get_requests": reuse_get_requests,
-            },
-            options_,
-        )
+        own = gather(ProcessConfig, given)
+        config = options.make_config(given, options_)
         listen = addresses.parse_listen_addresses(host_maddrs)
-        self._daemon = daemon
-        self._shutdown_timeout = float(shutdown_timeout)
+        self._daemon = own.daemon
+        self._shutdown_timeout = float(own.shutdown_timeout)
         self._initial_peers = addresses.parse_addresses("initial_peers", initial_peers)
         validators = options.check_validators(record_validators)
         self._setup = DHTSetup(
-            listen=() if client_mode else listen,
+            listen=() if config.client_mode else listen,
             announce=addresses.parse_announced_addresses(announce_maddrs),
             initial_peers=self._initial_peers,
             config=config,
             validators=pickling.dumps(validators, "record_validators"),
             identity_path=options.check_identity_path(identity_path),
         )
-        if start:
-            self.run_in_background(await_ready=await_ready)
+        if own.start:
+            self.run_in_background(await_ready=own.await_ready)
 
     # Life
 
@@ -242,9 +224,6 @@ class DHT:
     def __repr__(self) -> str:
         state = "alive" if self.is_alive() else "not started" if self._process is None else "ended"
         return f"<DHT {self._peer_id or 'of unknown peer id'}, {state}>"
-
-    if not TYPE_CHECKING:
-        __getattr__ = attributes_with_advice("DHT")
 
     # Properties
 
@@ -359,11 +338,7 @@ class DHT:
         :raises InvalidTypeError: key, sub-key or value cannot be serialized, see
             :class:`~shoal.utils.MSGPackSerializer`
         """
-        expiration_time = options.check_number("expiration_time", expiration_time)
-        if not math.isfinite(expiration_time):
-            raise InvalidValueError(
-                f"expiration_time must be a finite number of seconds, not {expiration_time!r}"
-            )
+        expiration_time = check_number("expiration_time", expiration_time)
         command = StoreRecord(
             key=_serialize("key", key),
             value=_serialize("value", value),
@@ -527,7 +502,3 @@ def _end_after_failure(process: weakref.ref[BackgroundProcess], creation: Future
 
 def _name_of(function: object) -> str:
     return str(getattr(function, "__qualname__", repr(function)))
-
-
-if not TYPE_CHECKING:
-    __getattr__ = names_of_hivemind(__name__)

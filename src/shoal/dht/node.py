@@ -12,7 +12,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shoal.dht.bootstrap import InitialPeers
 from shoal.dht.cache import RecordCache
@@ -35,8 +35,6 @@ from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.reach.watch import ReachabilityWatch
 from shoal.utils import figures
-from shoal.utils.deep import names_of_hivemind
-from shoal.utils.lazy import attributes_with_advice
 from shoal.utils.serializer import MSGPackSerializer
 from shoal.utils.timed import DHTClock, dht_clock
 
@@ -125,9 +123,6 @@ class DHTNode:
         self._gets: dict[tuple[int, bool], asyncio.Task[ValueWithExpiration | None]] = {}
         self._neighbours.on_joined.append(self._neighbour_joined)
         self._neighbours.on_left.append(self._neighbour_left)
-
-    if not TYPE_CHECKING:
-        __getattr__ = attributes_with_advice("DHTNode")
 
     # What users see.
 
@@ -432,7 +427,3 @@ class DHTNode:
         self.host.check_identity()
         if self._closed:
             raise InvalidStateError("the DHT node was shut down")
-
-
-if not TYPE_CHECKING:
-    __getattr__ = names_of_hivemind(__name__)

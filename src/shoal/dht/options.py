@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from shoal.compat.dht_options import IGNORED, REFUSED
 from shoal.dht.config import DHTConfig
 from shoal.dht.validation import RecordValidatorBase
-from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.errors import InvalidTypeError
+from shoal.utils.options import options_of
 from shoal.utils.ordering import Order, contradictions
-from shoal.utils.scalars import plain
-
-LIBP2P_OPTIONS = frozenset(
-    {
-        "auto_nat", "check_if_identity_free", "conn_manager", "dht_mode", "force_reachability", "idle_timeout",
-        "nat_port_map", "no_listen", "persistent_conn_max_msg_size", "quic", "relay_hop_limit", "startup_timeout",
-        "tls", "trusted_relays", "use_auto_relay", "use_ipfs", "use_relay", "use_relay_discovery", "use_relay_hop",
-    }
-)  # fmt: skip
-"""Options of hivemind that its libp2p daemon had; Shoal has no such daemon."""
-
-HIVEMIND_TUNING = frozenset(
-    {"backoff_rate", "blacklist_time", "chunk_size", "depth_modulo", "num_workers", "strict"}
-)  # fmt: skip
-"""Options of hivemind that tune its own implementation, and have no counterpart here."""
 
 ORDERS = (
     Order("stall_timeout", "wait_timeout", "a search waits for nodes that are gone"),
@@ -37,41 +22,26 @@ ORDERS = (
 STALLS_IN_WAIT = 4
 """``wait_timeout`` over ``stall_timeout`` at least, where one of both is not given."""
 
-_REFUSED = {
-    "authorizer": "Shoal has no authorizers yet, and will not start a DHT without one that was asked for",
-    "node_id": "a node's id follows from its identity; use identity_path to keep it",
-    "p2p": "the DHT makes its own host",
-    "protocol": "the DHT makes its own",
-    "record_validator": "it is called record_validators, and takes several",
-    "listen": "use client_mode=True instead of listen=False",
-    "listen_on": "use host_maddrs",
-}
-
 
 def make_config(given: Mapping[str, Any], extra: Mapping[str, Any]) -> DHTConfig:
     """The configuration of a node; None stands for the default.
 
-    :param given: options of DHT's signature
+    :param given: what DHT's signature names; those that are no options of the node are left out
     :param extra: what was given besides, misspelt or meant for another library perhaps
     :raises InvalidTypeError: an option is unknown (names the nearest known one), or of the wrong type
     :raises InvalidValueError: a value is not allowed
     """
-    types = {field.name: str(field.type) for field in fields(DHTConfig)}
-    values = {name: value for name, value in given.items() if value is not None}
-    for name, value in extra.items():
-        if name in types:
-            values |= {} if value is None else {name: value}
-        elif name in LIBP2P_OPTIONS:
-            _warn(
-                f"DHT option {name!r} is ignored: it belongs to hivemind's libp2p daemon, and Shoal needs none"
-            )
-        elif name in HIVEMIND_TUNING:
-            _warn(
-                f"DHT option {name!r} is ignored: it tunes hivemind's implementation, and has no counterpart here"
-            )
-        else:
-            raise InvalidTypeError(_unknown(name, [*given, *types]))
-    values = {name: check_number(name, value, types[name]) for name, value in values.items()}
+    known = options_of(DHTConfig)
+    for name in extra:
+        if name in IGNORED:
+            _warn(f"DHT option {name!r} is ignored: {IGNORED[name]}")
+        elif name not in known:
+            raise InvalidTypeError(_unknown(name, [*given, *known]))
+    values = {
+        name: known[name].check(value)
+        for name, value in {**given, **extra}.items()
+        if name in known and value is not None
+    }
     for text in contradictions(values, ORDERS):
         _warn(text)
     return DHTConfig(**(_followers(values) | values))
@@ -85,32 +55,6 @@ def _followers(given: Mapping[str, Any]) -> dict[str, Any]:
     if wait is None and stall:
         return {"wait_timeout": max(DHTConfig.wait_timeout, STALLS_IN_WAIT * stall)}
     return {}
-
-
-def check_number(name: str, value: Any, kind: str = "float") -> Any:
-    """The value, as Python's own if it is one of numpy's.
-
-    :raises InvalidTypeError: not of the ``kind`` "bool", "int" or "float"
-    """
-    value = plain(value)
-    if kind == "bool":
-        if not isinstance(value, bool):
-            raise InvalidTypeError(f"{name} must be True or False, not {value!r}")
-        return value
-    allowed = (int,) if kind == "int" else (int, float)
-    if isinstance(value, bool) or not isinstance(value, allowed):
-        what = "a whole number" if kind == "int" else "a number"
-        raise InvalidTypeError(f"{name} must be {what}, not {value!r}")
-    return value
-
-
-def check_seconds(name: str, value: float | None) -> None:
-    """Raise InvalidTypeError or InvalidValueError unless ``value`` is None or a number of seconds >= 0."""
-    if value is None:
-        return
-    value = check_number(name, value)
-    if not (value >= 0 and math.isfinite(value)):
-        raise InvalidValueError(f"{name} must be a number of seconds >= 0, not {value!r}")
 
 
 def check_identity_path(path: object) -> str | None:
@@ -143,18 +87,10 @@ def check_validators(validators: object) -> tuple[RecordValidatorBase, ...]:
     return checked
 
 
-def _unknown(name: str, known: Iterable[str]) -> str:
-    if name in _REFUSED:
-        return f"DHT option {name!r} is not supported: {_REFUSED[name]}"
-    signature: tuple[str, ...] = (
-        "initial_peers",
-        "host_maddrs",
-        "announce_maddrs",
-        "identity_path",
-        "record_validators",
-    )
-    signature += ("start", "daemon", "shutdown_timeout", "await_ready")
-    nearest = difflib.get_close_matches(name, [*known, *signature], n=1, cutoff=0.5)
+def _unknown(name: str, known: Sequence[str]) -> str:
+    if name in REFUSED:
+        return f"DHT option {name!r} is not supported: {REFUSED[name]}"
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     advice = f"; did you mean {nearest[0]!r}?" if nearest else ""
     return f"DHT got an unknown option {name!r}{advice}"
 

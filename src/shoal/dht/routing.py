@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from shoal.dht.ids import ID_BITS, bucket_index, node_id
 from shoal.p2p.identity import PeerID
-from shoal.utils.deep import names_of_hivemind
 
 
 @dataclass(slots=True)
@@ -181,7 +179,3 @@ class RoutingTable:
         ]
         for index in sorted(index for index in self._buckets if index > middle):
             yield self._buckets[index].nodes.values()
-
-
-if not TYPE_CHECKING:
-    __getattr__ = names_of_hivemind(__name__)

@@ -6,14 +6,13 @@ import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import msgspec
 
 from shoal.dht.storage import PLAIN
 from shoal.dht.validation import DHTRecord, RecordValidatorBase
 from shoal.errors import InvalidTypeError, InvalidValueError
-from shoal.utils.deep import names_of_hivemind
 from shoal.utils.serializer import MSGPackSerializer
 
 __all__ = ["SchemaValidator"]
@@ -177,7 +176,3 @@ def _pydantic_check(annotation: Any) -> Callable[[Any], str | None]:
         return None
 
     return check
-
-
-if not TYPE_CHECKING:
-    __getattr__ = names_of_hivemind(__name__)

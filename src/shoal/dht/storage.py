@@ -15,11 +15,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from shoal.dht.ids import key_id
 from shoal.utils import figures
-from shoal.utils.deep import names_of_hivemind
 
 PLAIN = b""
 """The sub-key of the entry that holds a plain value."""
@@ -301,7 +299,3 @@ class Storage:
 
 def _footprint(record: Record) -> int:
     return record.size + ENTRY_OVERHEAD * len(record.entries)
-
-
-if not TYPE_CHECKING:
-    __getattr__ = names_of_hivemind(__name__)

@@ -12,11 +12,9 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from shoal.errors import InvalidTypeError, InvalidValueError
 from shoal.p2p.identity import SIGNATURE_BYTES, Identity, PeerID, verify
-from shoal.utils.deep import names_of_hivemind
 from shoal.utils.serializer import MSGPackSerializer
 from shoal.utils.text import printable
 
@@ -265,7 +263,3 @@ class ProtectedKeyValidator(RecordValidatorBase):
 
     def merge_with(self, other: RecordValidatorBase) -> bool:
         return isinstance(other, ProtectedKeyValidator)
-
-
-if not TYPE_CHECKING:
-    __getattr__ = names_of_hivemind(__name__)

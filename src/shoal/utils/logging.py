@@ -14,10 +14,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import warnings
-from typing import TYPE_CHECKING
-
-from shoal.utils.deep import names_of_hivemind
 
 _OFF = "OFF"
 _FORMAT = "%(asctime)s.%(msecs)03d [%(levelname)s] [%(name)s] %(message)s"
@@ -52,20 +48,6 @@ def get_logger(name: str | None = None) -> logging.Logger:
     return logging.getLogger(name or "shoal")
 
 
-def use_hivemind_log_handler(where: object = "in_root_logger") -> None:
-    """Of no effect but a warning, for programs written for hivemind: there it says which logger gets its handler.
-
-    Here Shoal's records are seen anyway, and go to the handlers that the program brings.
-    """
-    show_logs()
-    warnings.warn(
-        f"use_hivemind_log_handler({where!r}) has no effect: Shoal's records are shown anyway, and go to the handlers "
-        "of the logging module if you add some; SHOAL_LOGLEVEL sets the level",
-        UserWarning,
-        stacklevel=2,
-    )
-
-
 def show_logs() -> None:
     """Install the handler and the level that this module describes, unless that was done. Idempotent."""
     logger = logging.getLogger("shoal")
@@ -90,7 +72,3 @@ def _parse_level(text: str) -> int | None:
     if text.isdigit():
         return int(text)
     return logging.getLevelNamesMapping().get(text)
-
-
-if not TYPE_CHECKING:
-    __getattr__ = names_of_hivemind(__name__)

@@ -10,13 +10,12 @@ import datetime
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import msgspec
 
 from shoal.errors import InvalidTypeError, InvalidValueError
 from shoal.utils.budget import TUPLE_CODE, check_budget
-from shoal.utils.deep import names_of_hivemind
 from shoal.utils.scalars import plain
 
 __all__ = ["MSGPackSerializer", "SerializerBase"]
@@ -229,7 +228,3 @@ def _full_name(kind: type[Any]) -> str:
 def _shorten(obj: object) -> str:
     text = repr(obj)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-if not TYPE_CHECKING:
-    __getattr__ = names_of_hivemind(__name__)

@@ -14,8 +14,8 @@ from shoal.averaging.background.service import AveragerService, Step, StepFailed
 from shoal.averaging.background.slow_peers import SlowPeers
 from shoal.averaging.background.state_sharing import StateService
 from shoal.averaging.commands import ApplyAverage, ReachStage, RunStep, TakeSnapshot
-from shoal.averaging.config import matchmaking_config
 from shoal.averaging.group import GroupInfo
+from shoal.averaging.matchmaking_config import matchmaking_config
 from shoal.averaging.state.donor import CopyUnavailable
 from shoal.errors import AllreduceException, MatchmakingException
 from shoal.runtime.presence import Presence

@@ -158,7 +158,7 @@ def test_without_bits_a_small_swarm_stays_under_one_key():
 
 @pytest.mark.parametrize("bits", ["2", "0 1", "x", "0" * 65])
 def test_bits_are_bits(bits):
-    with pytest.raises(InvalidValueError, match="group_bits="):
+    with pytest.raises(InvalidValueError, match="group_bits must be at most 64"):
         GroupBits(PEERS[0], bits)
 
 

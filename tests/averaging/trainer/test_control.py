@@ -19,7 +19,8 @@ from shoal.averaging.commands import (
     StepOutcome,
     TakeSnapshot,
 )
-from shoal.averaging.config import MAX_RETRY_PAUSE, matchmaking_config, retry_pause, retry_start
+from shoal.averaging.config import MAX_RETRY_PAUSE, retry_pause, retry_start
+from shoal.averaging.matchmaking_config import matchmaking_config
 from shoal.averaging.partition import Layout
 from shoal.averaging.report import RoundReport
 from shoal.averaging.trainer.control import Steering, StepControl

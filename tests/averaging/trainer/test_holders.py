@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.utils import parametrize, prune
 
-from shoal.averaging import holders
+from shoal.averaging.trainer import holders
 from shoal.averaging.trainer.holders import UsageWatch
 from shoal.averaging.trainer.sources import HeldTensors
 

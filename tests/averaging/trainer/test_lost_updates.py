@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.averaging import lost_updates as watch_module
-from shoal.averaging import tensors as tensors_module
 from shoal.averaging.partition import Layout
+from shoal.averaging.trainer import lost_updates as watch_module
+from shoal.averaging.trainer import tensors as tensors_module
 from shoal.averaging.trainer.lost_updates import UpdateWatch
 from shoal.averaging.trainer.tensors import TensorStore
 

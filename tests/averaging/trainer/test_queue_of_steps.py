@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shoal.averaging.commands import RunStep, StepOutcome
-from shoal.averaging.config import matchmaking_config
+from shoal.averaging.matchmaking_config import matchmaking_config
 from shoal.averaging.partition import Layout
 from shoal.averaging.report import RoundReport
 from shoal.averaging.trainer.control import StepControl
@@ -128,7 +128,7 @@ def test_threads_that_begin_at_once_get_the_same_step():
 def test_what_is_asked_for_is_checked_even_if_it_is_of_no_effect():
     user = User()
     user.begin()
-    with pytest.raises(InvalidValueError, match="timeout=-1"):
+    with pytest.raises(InvalidValueError, match="timeout must be more than 0, got -1"):
         user.begin("current", timeout=-1)
     with pytest.raises(InvalidValueError, match="when_busy must be 'queue' or 'current', got 'wait'"):
         user.begin("wait")

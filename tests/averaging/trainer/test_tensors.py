@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.averaging import tensors as tensors_module
 from shoal.averaging.partition import Layout
+from shoal.averaging.trainer import tensors as tensors_module
 from shoal.averaging.trainer.tensors import CHUNK_NBYTES, TensorStore, first_non_finite
 from shoal.compression.base import FLOATING_DTYPES, tensor_bytes
 from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidValueError

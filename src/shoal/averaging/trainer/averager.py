@@ -15,23 +15,20 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from shoal.averaging.checks import OrderOfTimes, check_bits, check_choice, check_flag, check_number
+from shoal.averaging.checks import OrderOfTimes, check_bits
 from shoal.averaging.commands import GetGroupBits, SetGroupBits
 from shoal.averaging.config import (
     DEFAULT_DECLARE_STATE_PERIOD,
     DEFAULT_MAX_STATE_AGE,
     DEFAULT_PART_SIZE_BYTES,
-    MAX_ALPHA,
     AveragerConfig,
     check_codec,
     check_infos,
     choose_codecs,
-    matchmaking_config,
     settle_modes,
 )
 from shoal.averaging.factory import create_averager_service
 from shoal.averaging.group import PeerMode, group_key
-from shoal.averaging.overriding import check_overrides
 from shoal.averaging.partition import Layout, Partition
 from shoal.averaging.schema import TensorSchema, check_tensors
 from shoal.averaging.timeouts import (
@@ -39,14 +36,15 @@ from shoal.averaging.timeouts import (
     MIN_MATCHMAKING_TIME,
     RECORD_TIME,
     REQUEST_TIMEOUT,
-    given_times,
+    times_in_order,
 )
 from shoal.averaging.trainer.block import TensorsBlock
+from shoal.averaging.trainer.config import TrainerConfig
 from shoal.averaging.trainer.control import StepControl
 from shoal.averaging.trainer.holders import UsageWatch
 from shoal.averaging.trainer.keeper import TensorKeeper, attach_arena, close, close_in_background
 from shoal.averaging.trainer.lost_updates import UpdateWatch
-from shoal.averaging.trainer.pending import APPLY_WHEN, WATCH_ADVICE, ApplyWhen
+from shoal.averaging.trainer.pending import WATCH_ADVICE, ApplyWhen
 from shoal.averaging.trainer.sources import (
     AveragedTensors,
     HeldTensors,
@@ -58,6 +56,7 @@ from shoal.averaging.trainer.state_pieces import DownloadData, state_pieces
 from shoal.averaging.trainer.state_sharing import State, StateSharing
 from shoal.averaging.trainer.steps import Steps, WhenBusy
 from shoal.averaging.trainer.tensors import TensorStore
+from shoal.compat.overriding import check_overrides
 from shoal.compression import CompressionBase, CompressionInfo, NoCompression
 from shoal.compression.registry import user_codecs
 from shoal.dht.dht import DHT
@@ -71,8 +70,8 @@ from shoal.errors import (
 from shoal.p2p.identity import PeerID
 from shoal.runtime import pickling
 from shoal.runtime.futures import MPFuture, chain
-from shoal.utils.deep import names_of_hivemind
-from shoal.utils.lazy import attributes_with_advice
+from shoal.utils.checks import check_flag, check_number
+from shoal.utils.options import gather
 from shoal.utils.serializer import MSGPackSerializer
 
 if TYPE_CHECKING:
@@ -174,7 +173,7 @@ class DecentralizedAverager:
       warned of. Takes twice the memory of the tensors, and several times as long under the lock.
 
     Subclasses may override every public method. A class that defines a method by which hivemind's averager is changed
-    and which nothing calls here (``_aggregate_with_group``, ``rpc_...``, see :mod:`~shoal.averaging.overriding`) is an
+    and which nothing calls here (``_aggregate_with_group``, ``rpc_...``, see :mod:`~shoal.compat.overriding`) is an
     InvalidTypeError.
 
     :raises InvalidValueError: (a ValueError) a value out of range, parameters that contradict each other, or a prefix
@@ -218,39 +217,16 @@ class DecentralizedAverager:
         apply_when: ApplyWhen = "ready",
         detect_lost_updates: bool = False,
     ) -> None:
+        given = locals().copy()  # each configuration takes what is its own
         if not isinstance(dht, DHT):
             raise InvalidTypeError(f"dht={dht!r}: a shoal.DHT is allowed, not {type(dht).__name__}")
-        start, daemon = check_flag("start", start), check_flag("daemon", daemon)
-        detect_lost_updates = check_flag("detect_lost_updates", detect_lost_updates)
-        check_choice("apply_when", apply_when, APPLY_WHEN)
-        averaging_alpha = check_number("averaging_alpha", averaging_alpha, above=0, maximum=MAX_ALPHA)
-        shutdown_timeout = check_number(
-            "shutdown_timeout", shutdown_timeout, minimum=0, maximum=threading.TIMEOUT_MAX
-        )
-        self.__config = AveragerConfig(
-            prefix=prefix,
-            matchmaking=matchmaking_config(
-                target_group_size, min_group_size, min_matchmaking_time, request_timeout
-            ),
-            client_mode=client_mode,
-            auxiliary=auxiliary,
-            initial_group_bits=initial_group_bits,
-            part_size_bytes=part_size_bytes,
-            min_vector_size=min_vector_size,
-            allreduce_timeout=allreduce_timeout,
-            next_chunk_timeout=next_chunk_timeout,
-            sender_timeout=sender_timeout,
-            reducer_timeout=reducer_timeout,
-            bandwidth=bandwidth,
-            allow_state_sharing=allow_state_sharing,
-            declare_state_period=declare_state_period,
-            max_state_age=max_state_age,
-        )
+        own = gather(TrainerConfig, given)
+        self.__config = AveragerConfig.of_user(given)
         if (
             known := dht._last_description
         ) is not None:  # else, or if that has changed, the start finds it out
             settle_modes(self.__config, known.client_mode)
-        if not daemon and dht.daemon:
+        if not own.daemon and dht.daemon:
             raise InvalidValueError(
                 "daemon=False: the averager lives in the background process of its DHT, which was made with daemon=True"
             )
@@ -277,7 +253,7 @@ class DecentralizedAverager:
                 prefix,
                 WATCH_ADVICE[apply_when],
                 labels=labels,
-                compares=detect_lost_updates,
+                compares=own.detect_lost_updates,
                 updates_while_copying=apply_when == "called",
             ),
         )
@@ -291,24 +267,15 @@ class DecentralizedAverager:
             self, store, prefix=prefix, compression=state_compression, allowed=allow_state_sharing
         )
         self.__keeper = TensorKeeper(
-            store, layout, float(averaging_alpha), auxiliary, self.__states, prefix, apply_when
+            store, layout, float(own.averaging_alpha), auxiliary, self.__states, prefix, apply_when
         )
-        given = given_times(
-            min_matchmaking_time=min_matchmaking_time,
-            request_timeout=request_timeout,
-            allreduce_timeout=allreduce_timeout,
-            next_chunk_timeout=next_chunk_timeout,
-            sender_timeout=sender_timeout,
-            reducer_timeout=reducer_timeout,
-            declare_state_period=declare_state_period,
-        )
-        self.__order = OrderOfTimes(prefix, given)
+        self.__order = OrderOfTimes(prefix, times_in_order(given))
         self.__order.check(RECORD_TIME, dht._setup.config.max_expiration / 2)
         self.__steps = Steps(self.__keeper, self.__config.matchmaking, prefix, self.__order)
-        self.__shutdown_timeout = shutdown_timeout
+        self.__shutdown_timeout = own.shutdown_timeout
         self.__started: MPFuture[ServiceHandle] | None = None
         self.__finalizer: weakref.finalize[..., Any] | None = None
-        if start:
+        if own.start:
             self.run_in_background()
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -400,9 +367,6 @@ class DecentralizedAverager:
         raise InvalidTypeError(
             "a DecentralizedAverager can't be pickled or copied: it belongs to this process; make one in each process"
         )
-
-    if not TYPE_CHECKING:
-        __getattr__ = attributes_with_advice("DecentralizedAverager")
 
     # properties
 
@@ -799,7 +763,3 @@ def _check_timeout(timeout: float | None) -> float | None:
         if timeout is None
         else check_number("timeout", timeout, minimum=0, maximum=threading.TIMEOUT_MAX)
     )
-
-
-if not TYPE_CHECKING:
-    __getattr__ = names_of_hivemind(__name__)

@@ -12,13 +12,12 @@ from concurrent.futures import InvalidStateError as FutureIsDone
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shoal.averaging.checks import check_number, check_scheduled_time
+from shoal.averaging.checks import check_scheduled_time
 from shoal.averaging.commands import AveragingStage
 from shoal.averaging.group import MAX_WEIGHT
 from shoal.errors import InvalidStateError
 from shoal.runtime.futures import MPFuture
-from shoal.utils.deep import names_of_hivemind
-from shoal.utils.lazy import attributes_with_advice
+from shoal.utils.checks import check_number
 
 if TYPE_CHECKING:
     from shoal.averaging.report import RoundReport
@@ -182,9 +181,6 @@ class StepControl(MPFuture[Any]):
             call.cancel()
         return True
 
-    if not TYPE_CHECKING:
-        __getattr__ = attributes_with_advice("StepControl")
-
     # for the averager
 
     # what the averager tells its steps
@@ -261,7 +257,3 @@ def _run_on_its_own_thread(callback: Callable[[], None]) -> None:
         threading.Thread(target=callback, name="shoal-step-callback", daemon=True).start()
     except RuntimeError:  # the interpreter is ending: no thread can be started any more, and none is held up
         callback()
-
-
-if not TYPE_CHECKING:
-    __getattr__ = names_of_hivemind(__name__)

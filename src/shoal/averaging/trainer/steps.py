@@ -12,13 +12,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from shoal.averaging.checks import (
-    OrderOfTimes,
-    check_choice,
-    check_flag,
-    check_number,
-    check_scheduled_time,
-)
+from shoal.averaging.checks import OrderOfTimes, check_scheduled_time
 from shoal.averaging.commands import AllowAllreduce, Reschedule, RunStep, StepOutcome
 from shoal.averaging.config import default_start
 from shoal.averaging.group import MAX_GATHER_BYTES
@@ -27,6 +21,7 @@ from shoal.averaging.timeouts import STEP_TIMEOUT
 from shoal.averaging.trainer.control import Steering, StepControl, check_weight
 from shoal.errors import AllreduceException, InvalidTypeError, InvalidValueError, MatchmakingException
 from shoal.p2p.identity import PeerID
+from shoal.utils.checks import check_choice, check_flag, check_number
 from shoal.utils.timed import dht_clock
 
 if TYPE_CHECKING:

@@ -1,31 +1,26 @@
-"""Modules that exist both in hivemind and here: what only hivemind's has is found where it is in Shoal, or is an error
-that says what to use instead.
-"""
+"""The modules of hivemind and the names in them: what is found where it is in Shoal, or is an error with advice."""
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable
-from types import FrameType
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 PACKAGES = ("shoal", "shoal.averaging", "shoal.compression", "shoal.dht", "shoal.p2p", "shoal.utils")
+"""The public names of Shoal are those in the ``__all__`` of these."""
 
 _ASYNC = (
     "achain aiter_with_timeout amap_in_executor anext as_aiter azip attach_event_on_finished cancel_and_wait"
 )
 _P2P = "P2P P2PContext P2PDaemonError P2PHandlerError PeerID ServicerBase StubBase"
 
-NAMES = {
+MODULES: Mapping[str, str] = {
     "shoal.averaging.allreduce": f"""{_P2P} AllReduceRunner AveragingMode BannedException TensorPartContainer
         TensorPartReducer deserialize_torch_tensor serialize_torch_tensor averaging_pb2 get_logger GroupID {_ASYNC}""",
-    "shoal.averaging.trainer.averager": f"""{_P2P} AllReduceRunner AveragingMode AveragingStage DHT DHTExpiration DHTID
+    "shoal.averaging.averager": f"""{_P2P} AllReduceRunner AveragingMode AveragingStage DHT DHTExpiration DHTID
         DecentralizedAverager GatheredData GroupID GroupInfo Matchmaking MatchmakingException SerializerBase StepControl
         TensorDescriptor ValueWithExpiration averaging_pb2 combine_from_streaming compute_schema_hash
         deserialize_torch_tensor enter_asynchronously get_dht_time get_logger load_balance_peers split_for_streaming
         switch_to_uvloop {_ASYNC}""",
-    "shoal.averaging.trainer.control": "AveragingStage DHTExpiration MPFuture StepControl get_dht_time get_logger",
+    "shoal.averaging.control": "AveragingStage DHTExpiration MPFuture StepControl get_dht_time get_logger",
     "shoal.averaging.load_balancing": """LOAD_BALANCING_LP_DECIMALS get_logger hagenbach_bishoff load_balance_peers
         optimize_parts_lp""",
     "shoal.averaging.matchmaking": f"""{_P2P} DHT DHTExpiration DHTID GroupInfo GroupKey GroupKeyManager
@@ -56,32 +51,22 @@ NAMES = {
     "shoal.dht.storage": """BinaryDHTValue DHTExpiration DHTID DHTLocalStorage DictionaryDHTValue KeyType
         MSGPackSerializer Subkey TimedStorage ValueType ValueWithExpiration""",
     "shoal.dht.validation": "CompositeValidator DHTRecord RecordValidatorBase",
+    "shoal.utils": "MPFuture ValueWithExpiration use_hivemind_log_handler",
     "shoal.utils.logging": """CustomFormatter HandlerMode TRUE_CONSTANTS TextStyle always_log_caller get_logger
         golog_level_to_python in_ipython loglevel python_level_to_golog use_hivemind_log_handler""",
     "shoal.utils.serializer": "MSGPackSerializer SerializerBase get_logger",
 }
-"""Module -> the names that hivemind's module of that name has, those that it imports from others included."""
+"""Module -> the names that hivemind's module of that name has, those that it imports from others included.
 
+Of a package, only what its own ``__getattr__`` leaves to this table. A module without a file in Shoal is made of the
+names that Shoal has elsewhere.
+"""
 
-def names_of_hivemind(module: str) -> Callable[[str], Any]:
-    """``__getattr__`` for such a module. For type checkers it would mean that every name is there: define it under
-    ``if not TYPE_CHECKING``.
-    """
-
-    def get(name: str) -> Any:
-        return name_of_hivemind(module, name, sys._getframe(1))
-
-    return get
-
-
-def name_of_hivemind(module: str, name: str, caller: FrameType) -> Any:
-    """What such a module has under ``name``, which ``caller`` asks for; it raises what says why there is nothing."""
-    if name not in NAMES[module].split():
-        raise AttributeError(f"module {module!r} has no attribute {name!r}", name=name)
-    from shoal.utils.lazy import no_such_name
-
-    for package in PACKAGES:
-        found = importlib.import_module(package)
-        if name in found.__all__:
-            return getattr(found, name)
-    raise no_such_name(module, name, caller)
+CLASSES: Mapping[str, Sequence[str]] = {
+    "shoal.averaging.trainer.averager": ["DecentralizedAverager"],
+    "shoal.averaging.trainer.control": ["StepControl"],
+    "shoal.dht.dht": ["DHT"],
+    "shoal.dht.node": ["DHTNode"],
+}
+"""Module -> its classes whose objects advise on attributes of hivemind (:data:`shoal.compat.advice.ABSENT_OF_OBJECTS`).
+"""

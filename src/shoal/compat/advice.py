@@ -1,4 +1,4 @@
-"""Names of hivemind that Shoal does not have, and what to use instead: data for :mod:`shoal.utils.lazy`.
+"""Names of hivemind that Shoal does not have, and what to use instead.
 
 They are listed by the package, or the class of the object, in which a user of hivemind would look for them;
 docs/migration.md says more.
@@ -140,7 +140,7 @@ _TYPES = "it is an alias for type checkers: write bytes or typing.Any"
 _STORAGE = "the DHT's storage is internal; dht.store() and dht.get() use it"
 _OWN_CODEC = "it is internal to hivemind's codecs; those of Shoal have settings of their own (docs/api.md)"
 
-DEEP: Mapping[str, str] = {
+ABSENT_IN_MODULES: Mapping[str, str] = {
     **dict.fromkeys(
         ("achain", "aiter_with_timeout", "anext", "azip", "attach_event_on_finished", "cancel_and_wait"),
         _ASYNC_HELPER,
@@ -176,7 +176,7 @@ DEEP: Mapping[str, str] = {
     "PotentialLeaders": _INTERNALS,
     "compute_schema_hash": "peers that do not fit are named by the error of a step that found no group",
 }  # fmt: skip
-"""What else modules have that exist in both libraries, see :mod:`shoal.utils.deep`."""
+"""Name -> what to use instead, for what hivemind has only inside of modules (:mod:`shoal.compat.modules`)."""
 
 _PROCESS_OF_DHT = "the process is that of the DHT: dht.background"
 _PROCESS: Mapping[str, str] = {
