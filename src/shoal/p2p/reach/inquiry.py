@@ -44,6 +44,9 @@ INTERFACES_AGE = 2.0
 """Seconds after which the system is asked again for its interfaces."""
 
 
+_NOTHING = Means()
+
+
 class Link(Protocol):
     """What a connection shows of how its two ends see each other."""
 
@@ -96,6 +99,10 @@ class Reach:
         self._standing = Standing.FULL
         self._evidence = Evidence.PRESUMED
         self._found = Findings(None)
+        self._assessed: tuple[tuple[Means, Standing, Evidence, Findings], Reachability] | None = None
+        self._means_basis: tuple[list[Multiaddr], Sequence[Multiaddr], list[Interface]] | None = None
+        self._known_means = _NOTHING
+        self._is_wide = False
         self._doubts = 0
         self._told: tuple[bool, tuple[Multiaddr, ...]] | None = None
         self._interfaces: list[Interface] = []
@@ -106,7 +113,13 @@ class Reach:
     @property
     def reachability(self) -> Reachability:
         """How others reach this host now, as far as it knows."""
-        return assess(self._means(), self._standing, self._evidence, self._found, wire.MAX_ADDRESSES)
+        # Each request in the DHT asks for it, and it seldom changes: it is made anew only then.
+        basis = (self._means(), self._standing, self._evidence, self._found)
+        if self._assessed is None or any(
+            one is not before for one, before in zip(basis, self._assessed[0], strict=True)
+        ):
+            self._assessed = basis, assess(*basis, wire.MAX_ADDRESSES)
+        return self._assessed[1]
 
     def candidates(self) -> list[Multiaddr]:
         """Where others may be able to dial the host: ``config.announce``, or else where it listens.
@@ -211,9 +224,13 @@ class Reach:
     def _means(self) -> Means:
         config, listening = self._config(), self._listening()
         if config.client_mode or not listening:
-            return Means()
-        is_wide = any(address.is_unspecified for address in listening)
-        return Means.of(listening, config.announce, self.interfaces() if is_wide else ())
+            return _NOTHING
+        if self._known_means.listening != tuple(listening):
+            self._is_wide = any(address.is_unspecified for address in listening)
+        basis = (listening, config.announce, self.interfaces() if self._is_wide else [])
+        if basis != self._means_basis:
+            self._means_basis, self._known_means = basis, Means.of(*basis)
+        return self._known_means
 
     def _vantage_of(self, connection: Link) -> Vantage:
         if connection.origin is None:
