@@ -1,4 +1,4 @@
-"""Shoal beside hivemind, in turn on this machine: medians and ratios of the figures in the README.
+"""Shoal beside hivemind, in turn on this machine: medians and ratios of the figures in docs/performance.md.
 
     python benchmarks/compare.py --hivemind-python /path/to/venv/bin/python
 

@@ -17,6 +17,7 @@ from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.partition import Layout, Partition
 from shoal.averaging.router import Router
 from shoal.compression.base import NoCompression
+from shoal.errors import MatchmakingException
 from shoal.p2p.identity import PeerID
 from shoal.testing.clock import run
 from shoal.testing.matchmaking import SimulatedMatchmaking
@@ -105,3 +106,32 @@ def test_a_round_finds_the_bad_route_and_everybody_averages_at_the_second_attemp
     for _, second in results:
         assert second.failure is None
         assert not second.exclusions
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_peer_whose_leader_cannot_be_dialed_finds_other_members(seed: int):
+    """The same peer is always the first and leads, so that no round ever shows the bad route."""
+    swarm = Swarm(seed)
+    order = random.Random(f"silent leader {seed}").sample(range(COUNT), COUNT)
+    leader, unlucky = order[0], order[-1]
+
+    async def groups_of_unlucky() -> list[GroupInfo | MatchmakingException]:
+        found = []
+        try:
+            await swarm.start()
+            swarm.sim.network.silence(f"node{leader}", f"node{unlucky}")
+            for _ in range(5):
+                searches = []
+                for number in order:
+                    searches.append(swarm.sim.search(number, starts_in=5.0, timeout=30.0))
+                    await asyncio.sleep(0.05)
+                found.append((await asyncio.gather(*searches))[-1])
+        finally:
+            await swarm.sim.close()
+        return found
+
+    for group in run(groups_of_unlucky)[
+        2:
+    ]:  # it takes up to two searches until a dead connection is given up
+        assert isinstance(group, GroupInfo), group
+        assert swarm.sim.dht.identity(leader).peer_id not in group.peer_ids

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shoal.averaging.group import MAX_LOST
@@ -52,6 +52,18 @@ def test_a_pair_of_three_is_apart_and_the_others_average():
     assert len(cut.left_over) == 1
 
 
+def test_a_client_that_is_kept_apart_takes_one_leader_along_and_no_other_clients():
+    everybody = candidates(12, (10, 2), (10, 3), (10, 4), (10, 11), (2, 7))
+    clients = {0, 3, 5, 6, 8, 9, 10}
+    everybody = [
+        one._replace(can_lead=number not in clients, contributes=number not in {1, 4})
+        for number, one in enumerate(everybody)
+    ]
+    cut = cut_groups(everybody, 6, 1)
+    assert cut.left_over == ()
+    assert all(len(group.members) <= 6 for group in cut.groups)
+
+
 def test_a_liar_isolates_nobody_but_itself():
     everybody = candidates(8, *((0, other) for other in range(1, 8)))
     cut = cut_groups(everybody, 4, 2)
@@ -62,11 +74,27 @@ def test_a_liar_isolates_nobody_but_itself():
 @given(
     count=st.integers(2, 14),
     bounds=st.tuples(st.integers(2, 6), st.integers(2, 6)).map(sorted),
-    pairs=st.lists(st.tuples(st.integers(0, 13), st.integers(0, 13)), max_size=12),
+    pairs=st.lists(st.tuples(st.integers(0, 13), st.integers(0, 13)), max_size=20),
+    clients=st.sets(st.integers(0, 13)),
 )
-def test_plans_with_bad_routes_are_sound(count: int, bounds: list[int], pairs: list[tuple[int, int]]):
+@example(  # a client that was to make a group with another one went back to a group that was full
+    13,
+    [2, 3],
+    [
+        *((0, 8), (0, 12), (1, 6), (1, 8), (2, 8), (2, 11), (4, 12), (5, 2), (5, 12), (6, 0), (7, 12)),
+        *((8, 1), (8, 4), (8, 6), (10, 3), (10, 4), (10, 6), (11, 12), (12, 0), (12, 5)),
+    ],
+    {1, 2, 6, 8, 9, 10, 12},
+)
+def test_plans_with_bad_routes_are_sound(
+    count: int, bounds: list[int], pairs: list[tuple[int, int]], clients: set[int]
+):
+    def peers(*pairs: tuple[int, int]) -> list[Candidate]:
+        full = candidates(count, *pairs)
+        return [one._replace(can_lead=number not in clients) for number, one in enumerate(full)]
+
     minimum, target = bounds
-    everybody = candidates(count, *(pair for pair in pairs if pair[0] != pair[1]))
+    everybody = peers(*(pair for pair in pairs if pair[0] != pair[1]))
     for gone in (None, ()):
         cut = cut_groups(everybody, target, minimum, gone)
         complete = [group.members for group in cut.groups if group.is_complete]
@@ -75,10 +103,11 @@ def test_plans_with_bad_routes_are_sound(count: int, bounds: list[int], pairs: l
         assert set(members) | set(cut.left_over) == set(everybody)
         for group in complete:
             assert minimum <= len(group) <= target
-            assert all(group[0] < member for member in group[1:])
+            assert group[0].can_lead
+            assert all(group[0] < member for member in group[1:] if member.can_lead)
         if any(is_apart(one, group) for group in complete for one in group):
             # No group at all would be left: the plan is as if nobody had said anything.
-            plain = cut_groups(candidates(count), target, minimum, gone)
+            plain = cut_groups(peers(), target, minimum, gone)
             assert [[one.peer_id for one in group] for group in complete] == [
                 [one.peer_id for one in group.members] for group in plain.groups if group.is_complete
             ]
@@ -109,6 +138,13 @@ class TestLostPeers:
         assert len(lost.ids(1.0)) == 2
         connected.add(PEERS[0])
         assert lost.ids(2.0) == (PEERS[1].to_bytes(),)
+
+    def test_one_that_is_back_before_the_next_search_is_lost_no_more(self):
+        connected = set()
+        lost = LostPeers(connected.__contains__)
+        lost.add(PEERS[:1], 0.0)
+        connected.add(PEERS[0])
+        assert lost.ids(1.0) == ()
 
     def test_a_connection_that_was_never_closed_may_be_a_dead_one(self):
         connected = {PEERS[0]}

@@ -28,9 +28,11 @@ from shoal.averaging.matchmaking.events import (
     LeaveLeader,
     Log,
     PeerGone,
+    Place,
     Poll,
     Polled,
     PostponeFollower,
+    Restarted,
     SchemaCompared,
     SearchStarted,
 )
@@ -249,8 +251,27 @@ def test_no_answer_in_time_means_a_lost_leader():
     driver.at(102.9)
     assert driver.core.state is State.ASKING
     driver.at(103.0)
-    assert driver.only(LeaveLeader) == LeaveLeader(1)
+    assert driver.only(LeaveLeader) == LeaveLeader(1, overdue=IDS[0])
     assert driver.core.state is State.LOOKING
+
+
+def test_a_search_that_begins_anew_keeps_to_what_it_says_of_its_routes():
+    driver = Driver(number=3, target=4)
+    driver.see(declared(0), declared(1), declared(2))
+    assert driver.only(AskToJoin).leader == IDS[0]
+    place = Place("swarm.0b", START, START, lost=(IDS[0].to_bytes(),))
+    driver.send(Restarted(place, PeerMode.FULL))
+    driver.see(declared(0), declared(1), declared(2))
+    assert driver.only(AskToJoin).leader != IDS[0]
+
+
+def test_a_leader_that_cannot_be_reached_is_asked_on_nobodys_advice():
+    driver = Driver()
+    place = Place("swarm.0b", START, START, lost=(IDS[0].to_bytes(),))
+    driver.send(Restarted(place, PeerMode.FULL))
+    driver.see(declared(1))
+    driver.send(LeaderRedirected(1, IDS[0], ("elsewhere",)))
+    assert driver.only(AskToJoin) is None
 
 
 @pytest.mark.parametrize("says", [LeaderAccepted, LeaderPostponed])

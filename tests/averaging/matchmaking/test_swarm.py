@@ -70,6 +70,10 @@ def test_peers_that_start_in_one_instant_leave_over_as_few_as_possible(first):
         check_same_instant(seed)
 
 
+def test_nobody_is_stranded_by_a_leader_that_counts_on_a_group_which_has_begun():
+    check_same_instant(1899)
+
+
 def check_jittered(seed: int) -> None:
     swarm = make_swarm(seed, jitter=True)
     swarm.run()

@@ -101,3 +101,12 @@ def test_what_a_member_says_of_itself_counts_for_ever():
     view.take_in([LEADER_BEGAN, declaration(MEMBER, DeclaredState.TAKEN, LEADER, MEMBER)], 0.0, 0.0)
     view.take_in([MEMBER_LOOKS], 3600.0, 3600.0)
     assert view.candidates(3600.0) == [ME]
+
+
+def test_a_member_of_a_full_group_that_has_begun_is_not_counted_as_one_that_may_still_be_placed():
+    view = View(ME, HASH)
+    view.take_in([MEMBER_LOOKS], 0.0, 0.0)
+    view.leave_out(MEMBER.peer_id, 5.0, is_looking=True)
+    assert view.candidates(1.0, with_full_groups=True) == [ME, MEMBER]
+    view.leave_out_group((SearchId(MEMBER.peer_id.to_bytes(), MEMBER.start_time),), math.inf, 0.5)
+    assert view.candidates(1.0, with_full_groups=True) == [ME]

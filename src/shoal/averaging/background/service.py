@@ -398,7 +398,8 @@ class AveragerService:
         self._record(step, current, result, waited)
         self._note_reach(result)
         duration = result.allreduce_seconds
-        self._slow_peers.note(current.held_up(duration), duration, asyncio.get_running_loop().time())
+        now = asyncio.get_running_loop().time()
+        self._slow_peers.note(current.held_up(duration), duration, now, group, partition)
         self._matchmaker.keep_apart(current.unreached)
         if result.failure is not None and cancelled is None:
             raise (StepFailed if own_fault else AllreduceException)(result.failure)

@@ -40,6 +40,8 @@ class LostPeers:
             self._until.pop(peer, None)
             self._until[peer] = now + APART_FOR
             self._gone.discard(peer)
+            if not self._is_connected(peer):
+                self._gone.add(peer)
         self._forget(list(self._until)[:-MAX_LOST])
 
     def ids(self, now: float) -> tuple[bytes, ...]:
@@ -108,25 +110,33 @@ def _find_place(peer: Candidate, groups: list[Group], target: int | None, minimu
             group.append(peer)
             return
     made: Group = [peer]
+    homes: list[Group] = []
     for donor in sorted(groups, key=len, reverse=True):
         for member in sorted(donor, reverse=True):
-            if _is_whole(made, minimum):
+            if _is_whole(made, minimum) or len(made) == target:
                 break
             rest = [one for one in donor if one is not member]
-            if _is_whole(rest, minimum) and not is_apart(member, made):
+            if _is_whole(rest, minimum) and _is_of_use(member, made) and not is_apart(member, made):
                 donor.remove(member)
                 made.append(member)
+                homes.append(donor)
     if _is_whole(made, minimum):
         groups.append(made)
         return
-    for member in made[1:]:
-        home = next(group for group in groups if not is_apart(member, group))
+    for member, home in zip(made[1:], homes, strict=True):
         home.append(member)
 
 
 def _is_whole(group: Sequence[Candidate], minimum: int) -> bool:
     can_average = any(one.can_lead for one in group) and any(one.contributes for one in group)
     return can_average and len(group) >= minimum
+
+
+def _is_of_use(peer: Candidate, group: Sequence[Candidate]) -> bool:
+    """Whether ``peer`` makes a group whole, or larger if all that lacks is its size."""
+    if not any(one.can_lead for one in group):
+        return peer.can_lead
+    return peer.contributes or any(one.contributes for one in group)
 
 
 def _kind(peer: Candidate) -> tuple[bool, bool]:

@@ -179,7 +179,8 @@ class SearchCore:
             self._poll()
         is_accepted = self.state is State.FOLLOWING
         if now >= self._asking.deadline(self._view, is_accepted=is_accepted):
-            self._leave(self._asking.lose_patience(self._view, now, is_accepted=is_accepted))
+            ask = self._asking.lose_patience(self._view, now, is_accepted=is_accepted)
+            self._effects.append(ev.LeaveLeader(ask.number, overdue=None if is_accepted else ask.leader))
             self._go_on_looking()
 
     def _on_restarted(self, event: ev.Restarted, now: float) -> None:
@@ -194,6 +195,7 @@ class SearchCore:
             can_lead=event.mode.can_lead,
             grid_round=place.grid_round,
             lineage=place.lineage,
+            lost=place.lost,
         )
         self._effects.append(ev.MoveTo(place))
         self._view = View(self.me, self._schema_hash, opens_at=place.start_time, latency=self._view.latency)

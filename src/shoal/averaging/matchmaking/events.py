@@ -217,6 +217,8 @@ class LeaveLeader:
     """End the request ``ask``, whether it was answered or not."""
 
     ask: int
+    overdue: PeerID | None = None
+    """The leader, if it has given no answer in time."""
 
 
 @dataclass(frozen=True)

@@ -260,9 +260,8 @@ class Search:
             case AskToJoin(ask, leader):
                 self._asks[ask] = self._peer.tasks.start(self._ask(effect), f"ask {leader}")
                 self._asks[ask].add_done_callback(lambda _: self._asks.pop(ask))
-            case LeaveLeader(ask):
-                if ask in self._asks:
-                    self._asks[ask].cancel()
+            case LeaveLeader():
+                self._leave(effect)
             case AnswerRequest() | PostponeFollower() | DismissFollower():
                 self._tell_follower(effect)
             case BeginGroup(tokens):
@@ -337,8 +336,8 @@ class Search:
                 await self._listen_to_leader(ask, stream, own)
         except ShoalError as e:
             self.dispatch(LeaderLost(ask, str(e)))
-            if not self.is_over and isinstance(e, PeerUnreachable) and not e.is_refused:
-                self._when_leader_lost(leader)
+            if not self.is_over:
+                self._note_lost(leader, e)
 
     async def _listen_to_leader(self, ask: int, stream: Stream, own: SignedMemberInfo) -> None:
         """Turn the leader's messages into events, up to the last one.
@@ -379,6 +378,24 @@ class Search:
                     return
                 case other:
                     raise ProtocolViolation(f"{stream.remote} sends its follower a {type(other).__name__}")
+
+    def _leave(self, effect: LeaveLeader) -> None:
+        if effect.ask in self._asks:
+            self._asks[effect.ask].cancel()
+        if effect.overdue is not None:
+            self._peer.tasks.start(self._look_for_route(effect.overdue), f"dial {effect.overdue}")
+
+    async def _look_for_route(self, leader: PeerID) -> None:
+        """Where packets vanish, a dial takes longer than this peer waits for an answer: wait until it has failed."""
+        host = self._peer.node.host
+        try:
+            await host.connect(leader, timeout=2 * host.config.dial_timeout)
+        except ShoalError as e:
+            self._note_lost(leader, e)
+
+    def _note_lost(self, leader: PeerID, error: ShoalError) -> None:
+        if isinstance(error, PeerUnreachable) and not error.is_refused:
+            self._when_leader_lost(leader)
 
     # ---- this peer leads
 

@@ -305,16 +305,17 @@ class View:
 
     def may_ask(self, leader: PeerID, now: float) -> bool:
         """Whether to follow somebody's advice to ask ``leader``, who need not be visible here."""
-        if leader in self.members:
+        if leader in self.members or leader.to_bytes() in self._me.lost:
             return False
         return self._is_left_out(leader, self._last_seen.get(leader, -math.inf), now) is None
 
     def _is_left_out(self, peer_id: PeerID, start_time: float, now: float) -> _LeftOut | None:
-        left_out = self._left_out.get(peer_id)
-        if left_out is not None and now < left_out.until and start_time <= left_out.start_time:
-            return left_out
-        rumour = self._hearsay.get((peer_id, start_time))
-        return rumour if rumour is not None and now < rumour.until else None
+        """Why; that it has a group which has begun counts more than that its group was full."""
+        left_out, rumour = self._left_out.get(peer_id), self._hearsay.get((peer_id, start_time))
+        reasons = (
+            one for one in (left_out, rumour) if one and now < one.until and start_time <= one.start_time
+        )
+        return min(reasons, key=lambda one: one.is_looking, default=None)
 
     # ---- how sure
 
