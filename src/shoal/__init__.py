@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from shoal.averaging.group import GroupInfo as GroupInfo
     from shoal.averaging.load_balancing import load_balance_peers as load_balance_peers
     from shoal.averaging.report import RoundReport as RoundReport
+    from shoal.averaging.report import StepReport as StepReport
     from shoal.averaging.trainer.averager import DecentralizedAverager as DecentralizedAverager
     from shoal.averaging.trainer.control import StepControl as StepControl
     from shoal.compat.logs import use_hivemind_log_handler as use_hivemind_log_handler
@@ -86,6 +87,7 @@ _MODULE_OF = {
     "AveragingStage": "shoal.averaging.commands",
     "AveragingMode": "shoal.averaging.group",
     "GroupInfo": "shoal.averaging.group",
+    "StepReport": "shoal.averaging.report",
     "RoundReport": "shoal.averaging.report",
     "load_balance_peers": "shoal.averaging.load_balancing",
     # compression

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from dataclasses import replace
 
 import pytest
 
-from shoal.averaging.report import Exclusion, Phases, RoundReport
+import shoal
+from shoal.averaging.report import Exclusion, Phases, StepReport
 
 PHASES = Phases(search=6.162, snapshot=0.0012, allreduce=0.0359999999, apply=0.001)
-REPORT = RoundReport(
+REPORT = StepReport(
     3,
     members=("a", "b"),
     attempts=1,
@@ -68,9 +70,15 @@ def test_a_failure_is_told_with_its_reason():
 
 
 @pytest.mark.parametrize("report", [REPORT, replace(REPORT, failure="<b>no</b> & group", attempts=2)])
-def test_a_notebook_shows_a_table_with_three_digits(report: RoundReport):
+def test_a_notebook_shows_a_table_with_three_digits(report: StepReport):
     html = report._repr_html_()
     assert not re.search(r"\d{5}", html)
     assert "<th>search</th><td>6.16 s</td>" in html
     assert "<b>" not in html
     assert ("averaged" in html) == report.succeeded
+
+
+def test_the_former_name_is_the_same_class_also_in_old_pickles():
+    old = pickle.dumps(REPORT, protocol=0).replace(b"StepReport", b"RoundReport")
+    assert pickle.loads(old) == REPORT
+    assert shoal.RoundReport is shoal.averaging.RoundReport is shoal.StepReport

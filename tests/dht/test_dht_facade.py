@@ -472,7 +472,7 @@ def test_futures_come_at_once_while_the_node_is_not_ready(monkeypatch):
             got = dht.get("never stored", return_future=True)
             ran = dht.run_coroutine(make_coroutine("early coroutine"), return_future=True)
             dropped = dht.store("dropped", 1, soon(), return_future=True)
-            assert not dht._creation.done(), "they came before the node was ready"
+            assert not dht._link.creation.done(), "they came before the node was ready"
             assert dropped.cancel()
             assert dropped.cancelled()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import shoal.compression
-from shoal.averaging import DecentralizedAverager, RoundReport, StepControl
+from shoal.averaging import DecentralizedAverager, StepControl, StepReport
 from shoal.dht import DHT
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +66,7 @@ def test_every_table_has_the_same_columns(section: str):
         ("DecentralizedAverager: methods and properties", public(DecentralizedAverager)),
         ("step()", parameters(DecentralizedAverager.step)),
         ("StepControl", public(StepControl) - OF_THE_AVERAGER | OF_FUTURES),
-        ("RoundReport", public(RoundReport) | {field.name for field in dataclasses.fields(RoundReport)}),
+        ("StepReport", public(StepReport) | {field.name for field in dataclasses.fields(StepReport)}),
         ("DHT", public(DHT)),
         ("Compression", set(shoal.compression.__all__)),
     ],

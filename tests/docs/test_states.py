@@ -6,12 +6,14 @@ from pathlib import Path
 
 from shoal.averaging.allreduce.events import TRANSITIONS as ALLREDUCE
 from shoal.averaging.matchmaking.states import TRANSITIONS as MATCHMAKING
+from shoal.averaging.trainer.life import TRANSITIONS as LIFE
 from shoal.sansio.machine import mermaid
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "states.md"
 TABLES = {
     "A search for a group (`averaging/matchmaking/states.py`)": MATCHMAKING,
     "A member in a round (`averaging/allreduce/events.py`)": ALLREDUCE,
+    "The life of an averager (`averaging/trainer/life.py`)": LIFE,
 }
 HEAD = """# States of the cores
 

@@ -22,10 +22,10 @@ import torch
 from tests.e2e.real_swarm import wait_until
 
 import shoal
-from shoal.averaging.state import host
 from shoal.averaging.state.donor import StateDonor
 from shoal.averaging.state.partial import PartialState
 from shoal.averaging.state.queue import UploadQueue
+from shoal.averaging.trainer import state_sharing
 from shoal.compression import PerTensorCompression
 from shoal.compression.registry import CODECS
 from shoal.errors import InvalidStateError, PeerProcessDied
@@ -379,7 +379,7 @@ def test_a_round_commits_while_a_state_is_being_captured(swarm: Swarm):
     class Slow(Donor):
         def get_current_state(self):
             asked.set()
-            lock = self._DecentralizedAverager__keeper.store._guard._own
+            lock = self._DecentralizedAverager__store._guard._own
             lock.release()  # as a user can't: shows that nothing but the lock is in the way of rounds
             try:
                 assert go_on.wait(LIMIT)
@@ -428,7 +428,7 @@ def test_rubbish_is_named_at_the_donor_and_the_joiner_goes_to_the_next(
     text = [
         r.getMessage()
         for r in caplog.records
-        if r.name.endswith("state.host") and r.levelno == logging.WARNING
+        if r.name.endswith("trainer.state_sharing") and r.levelno == logging.WARNING
     ]
     assert len(text) == 1
     assert problem in text[0]
@@ -468,7 +468,7 @@ def test_a_copy_that_cannot_be_handed_on_is_named_and_the_next_one_is_made(
 def test_a_lock_that_is_not_free_is_said_and_not_taken_for_a_failure_of_the_state(
     swarm: Swarm, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(host, "LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(state_sharing, "LOCK_TIMEOUT", 0.1)
     donor = swarm.donor((1, []))
     joiner = swarm.joiner()
     swarm.wait_for_donors(joiner, 1)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from real_swarm import STEP_TIMEOUT, Swarm, step_all, wait_for_stage, wait_until
 
-from shoal.averaging.background.service import WARN_AFTER_ATTEMPTS
+from shoal.averaging.background.step_runner import WARN_AFTER_ATTEMPTS
 from shoal.averaging.commands import AveragingStage
 from shoal.averaging.trainer.steps import LONELY_ROUNDS
 from shoal.errors import AllreduceException, InvalidStateError, MatchmakingException
@@ -310,7 +310,7 @@ def test_a_report_reads_well_and_is_made_of_plain_values(swarm: Swarm):
 
 def when_copied(averager: Any) -> threading.Event:
     """Set when a round has copied this averager's tensors."""
-    store, copied = averager._DecentralizedAverager__keeper.store, threading.Event()
+    store, copied = averager._DecentralizedAverager__store, threading.Event()
     snapshot = store.snapshot
 
     def note(*arguments: Any, **options: Any) -> None:

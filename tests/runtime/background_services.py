@@ -95,7 +95,7 @@ async def call_user(service: Runner, *commands: object) -> list[object]:
     return list(await asyncio.gather(*map(service.context.call_user, commands)))
 
 
-async def call_host_and_cancel(service: Runner, command: object) -> str:
+async def call_user_and_cancel(service: Runner, command: object) -> str:
     task = asyncio.ensure_future(service.context.call_user(command))
     await asyncio.sleep(0)
     task.cancel()
@@ -110,6 +110,31 @@ def evaluate(service: Runner, expression: str) -> object:
 def add_one_to_memory(service: Runner, nbytes: int) -> None:
     with SharedMemory.from_descriptor(service.descriptors[0], nbytes) as memory:
         memory.buffer[nbytes - 1] += 1
+
+
+async def add_one_to_memory_of_user(service: Runner, nbytes: int) -> object:
+    answer = await service.context.call_user(nbytes)
+    (descriptor,) = answer.take()
+    with SharedMemory.from_descriptor(descriptor, nbytes) as memory:
+        memory.buffer[nbytes - 1] += 1
+    return answer.value
+
+
+async def call_user_and_forget(service: Runner, command: object) -> None:
+    await service.context.call_user(command)
+
+
+def count_descriptors(service: Runner) -> int:
+    return len(os.listdir("/dev/fd"))
+
+
+class FailsToLoad:
+    def __reduce__(self) -> Any:
+        return _fail_to_load, ()
+
+
+def _fail_to_load() -> Any:
+    raise LookupError("it is not here")
 
 
 def log(service: Runner, name: str, level: int, message: str, *arguments: object, **rest: Any) -> None:

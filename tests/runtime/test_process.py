@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 from shoal.errors import InvalidStateError, InvalidTypeError, PeerProcessDied, ShoalError
+from shoal.runtime.descriptors import WithDescriptors
 from shoal.runtime.memory import SharedMemory
 from shoal.runtime.pickling import RemoteTraceback
 from shoal.runtime.process import BackgroundProcess
@@ -216,7 +217,7 @@ def test_closing_a_service_cancels_its_commands_and_says_farewell(process, runne
     assert runner.call((services.echo, 1)).result(LIMIT) == 1
 
 
-def test_services_call_the_host_in_order_on_one_thread(process):
+def test_services_call_the_user_process_in_order_on_one_thread(process):
     seen: list[object] = []
 
     def handler(command: object) -> object:
@@ -243,7 +244,7 @@ def test_a_handler_may_call_the_service_and_its_errors_cross(process):
     handle.close().result(LIMIT)
 
 
-def test_cancelling_a_call_to_the_host_drops_it_unless_it_runs(process):
+def test_cancelling_a_call_to_the_user_process_drops_it_unless_it_runs(process):
     began, go_on, seen = threading.Event(), threading.Event(), []
 
     def handler(command: object) -> None:
@@ -254,7 +255,7 @@ def test_cancelling_a_call_to_the_host_drops_it_unless_it_runs(process):
     handle = own_runner(process, handler=handler)
     first = handle.call((services.call_user, "first"))
     assert began.wait(LIMIT)
-    assert handle.call((services.call_host_and_cancel, "dropped")).result(LIMIT) == "cancelled"
+    assert handle.call((services.call_user_and_cancel, "dropped")).result(LIMIT) == "cancelled"
     go_on.set()
     first.result(LIMIT)
     handle.call((services.call_user, "last")).result(LIMIT)
@@ -262,7 +263,74 @@ def test_cancelling_a_call_to_the_host_drops_it_unless_it_runs(process):
     handle.close().result(LIMIT)
 
 
-def test_a_service_without_handler_cannot_call_the_host(runner):
+def test_a_handler_answers_with_descriptors(process):
+    """The answer owns them: here they are closed when it is sent, there when it is let go."""
+    with SharedMemory.create(10_000) as memory:
+        given: list[WithDescriptors] = []
+
+        def handler(nbytes: int) -> WithDescriptors:
+            given.append(WithDescriptors("filled", [os.dup(memory.fd)]))
+            return given[-1]
+
+        handle = own_runner(process, handler=handler)
+        before = handle.call((services.count_descriptors,)).result(LIMIT)
+        for _ in range(3):
+            assert handle.call((services.add_one_to_memory_of_user, 10_000)).result(LIMIT) == "filled"
+        assert memory.buffer[9_999] == 3
+        assert handle.call((services.call_user_and_forget, 10_000)).result(LIMIT) is None
+        assert handle.call((services.count_descriptors,)).result(LIMIT) == before
+        assert [answer.descriptors for answer in given] == [()] * 4
+        handle.close().result(LIMIT)
+
+
+def test_descriptors_of_an_answer_that_nobody_waits_for_are_closed(process):
+    began, go_on = threading.Event(), threading.Event()
+
+    def handler(command: object) -> object:
+        if command == "first":
+            began.set()
+            go_on.wait(LIMIT)
+            return WithDescriptors(None, [os.dup(0)])
+        return command
+
+    handle = own_runner(process, handler=handler)
+    before = handle.call((services.count_descriptors,)).result(LIMIT)
+    first = handle.call((services.call_user, "first"))
+    assert began.wait(LIMIT)
+    first.cancel()
+    go_on.set()
+    handle.call((services.call_user, "second")).result(LIMIT)  # behind it, there and back
+    assert handle.call((services.count_descriptors,)).result(LIMIT) == before
+    handle.close().result(LIMIT)
+
+
+def test_a_handler_that_answers_later_holds_up_no_other_call(process):
+    later: concurrent.futures.Future[object] = concurrent.futures.Future()
+    handle = own_runner(process, handler=lambda command: later if command == "later" else command)
+    first = handle.call((services.call_user, "later"))
+    assert handle.call((services.call_user, "now")).result(LIMIT) == ["now"]
+    assert not first.done()
+    later.set_exception(LookupError("after some time"))
+    with pytest.raises(LookupError, match="after some time"):
+        first.result(LIMIT)
+    handle.close().result(LIMIT)
+
+
+def test_an_answer_that_cannot_be_sent_is_an_error_of_the_call(process):
+    handle = own_runner(process, handler=lambda _: WithDescriptors(threading.Lock(), [os.dup(0)]))
+    with pytest.raises(InvalidTypeError, match="the handler's result"):
+        handle.call((services.call_user, 1)).result(LIMIT)
+    handle.close().result(LIMIT)
+
+
+def test_an_answer_that_cannot_be_loaded_is_an_error_of_the_call(process):
+    handle = own_runner(process, handler=lambda _: services.FailsToLoad())
+    with pytest.raises(InvalidTypeError, match="an answer of the user process could not be loaded"):
+        handle.call((services.call_user, 1)).result(LIMIT)
+    handle.close().result(LIMIT)
+
+
+def test_a_service_without_handler_cannot_call_the_user_process(runner):
     with pytest.raises(InvalidStateError, match="no handler"):
         runner.call((services.call_user, 1)).result(LIMIT)
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from shoal.averaging.commands import AveragingStage
     from shoal.averaging.group import AveragingMode, GroupInfo
     from shoal.averaging.load_balancing import load_balance_peers
-    from shoal.averaging.report import Phases, RoundReport
+    from shoal.averaging.report import Phases, RoundReport, StepReport
     from shoal.averaging.trainer.averager import DecentralizedAverager
     from shoal.averaging.trainer.control import StepControl
     from shoal.errors import AllreduceException, MatchmakingException
@@ -20,6 +20,7 @@ __all__ = [
     "StepControl",
     "AveragingStage",
     "AveragingMode",
+    "StepReport",
     "RoundReport",
     "Phases",
     "GroupInfo",
@@ -35,6 +36,7 @@ __getattr__, __dir__ = lazy_names(
         "StepControl": "shoal.averaging.trainer.control",
         "AveragingStage": "shoal.averaging.commands",
         "AveragingMode": "shoal.averaging.group",
+        "StepReport": "shoal.averaging.report",
         "RoundReport": "shoal.averaging.report",
         "Phases": "shoal.averaging.report",
         "GroupInfo": "shoal.averaging.group",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from shoal.averaging.report import RoundReport
+from shoal.averaging.report import StepReport
 
 # From the user process to the service.
 
@@ -84,7 +84,7 @@ class StepOutcome:
     failure.
     """
 
-    report: RoundReport
+    report: StepReport
     found_group: bool
     gathered: tuple[tuple[bytes, bytes], ...] = ()
 

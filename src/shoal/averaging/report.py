@@ -1,5 +1,5 @@
-"""What happened in a round of averaging, and why: made in the background process, read by people and programs
-in the user process.
+"""What happened in a step of averaging, and why: made in the background process, read by people and programs in the
+user process.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class RoundReport:
+class StepReport:
     """What happened in one step of averaging.
 
     :param step: number of the step in this averager, from 0
@@ -167,16 +167,16 @@ class RoundReport:
         return f"{figures.number(100 * self.spread_relative)} % of the average (root mean square)"
 
 
+RoundReport = StepReport
+"""The former name. A step may try several rounds, and its report is about all of them."""
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 @dataclass(frozen=True)

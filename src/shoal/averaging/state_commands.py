@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shoal.compression.base import CompressionBase
-
 
 class StateCommand:
     """Base of everything here, so that others can pass it on."""
@@ -32,36 +30,6 @@ class LoadState(StateCommand):
 
 
 @dataclass(frozen=True)
-class StateMemory(StateCommand):
-    """Answers :class:`AllocateState`: the memory follows as a descriptor; or why there is none."""
-
-    download: int
-    nbytes: int
-    refusal: str | None = None
-
-
-@dataclass(frozen=True)
-class StateCaptured(StateCommand):
-    """Answers :class:`CaptureState`: the copy's memory, of ``nbytes`` bytes, follows as a descriptor.
-
-    ``entries``: packed.
-    """
-
-    capture: int
-    nbytes: int
-    entries: bytes
-    codecs: tuple[CompressionBase, ...]
-
-
-@dataclass(frozen=True)
-class CaptureFailed(StateCommand):
-    """Answers :class:`CaptureState`: there is no copy; the user process's log says why."""
-
-    capture: int
-    reason: str
-
-
-@dataclass(frozen=True)
 class LoadedState:
     """``donor`` (PeerID bytes) has given a state of these tensors (packed), which lies in the memory of the download;
     or why nobody has.
@@ -82,17 +50,46 @@ class LoadedState:
 
 @dataclass(frozen=True)
 class CaptureState(StateCommand):
-    """Have ``get_current_state()`` called and copy what it returns; answered by a command, after some time."""
+    """Have ``get_current_state()`` called and copy what it returns; answered by a :class:`StateCaptured` with one
+    descriptor, or by a :class:`CaptureFailed`.
+    """
 
-    capture: int
+
+@dataclass(frozen=True)
+class StateCaptured:
+    """The copy's memory, of ``nbytes`` bytes, comes as a descriptor.
+
+    :param entries: packed
+    :param codecs: pickled, since their classes may be the user's
+    """
+
+    nbytes: int
+    entries: bytes
+    codecs: bytes
+
+
+@dataclass(frozen=True)
+class CaptureFailed:
+    """There is no copy; the user process's log says why, and joiners are told ``reason``."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
 class AllocateState(StateCommand):
-    """Make memory for a state, in place of what the download had before; answered by a command."""
+    """Make memory for a state, in place of what the download had before; answered by True with one descriptor, or by a
+    :class:`MemoryRefused`.
+    """
 
     download: int
     nbytes: int
+
+
+@dataclass(frozen=True)
+class MemoryRefused:
+    """There is not so much memory."""
+
+    reason: str
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
-from typing import Any, Literal, NoReturn, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 from shoal.dht import addresses, options
 from shoal.dht.commands import (
@@ -26,21 +25,21 @@ from shoal.dht.commands import (
     StoreRecord,
 )
 from shoal.dht.config import ProcessConfig
+from shoal.dht.link import NodeLink
 from shoal.dht.types import ValueWithExpiration
 from shoal.dht.validation import RecordValidatorBase
 from shoal.errors import (
-    DeadlineExceeded,
     InvalidStateError,
     InvalidTypeError,
     InvalidValueError,
     PeerProcessDied,
-    PeerProcessUnresponsive,
 )
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.runtime import pickling
 from shoal.runtime.futures import MPFuture, chain
 from shoal.runtime.process import BackgroundProcess, ServiceHandle
+from shoal.runtime.startable import Startable, wait_or_end
 from shoal.utils.checks import check_number
 from shoal.utils.logging import show_logs
 from shoal.utils.options import gather
@@ -56,7 +55,7 @@ to follow. Names, not imports: for a user process without torch it stays light.
 """
 
 
-class DHT:
+class DHT(Startable):
     """A node of a distributed hash table, running in a background process of its own.
 
     Two DHTs that were given each other's addresses, or the same third one's, are one DHT: what is stored
@@ -128,9 +127,13 @@ class DHT:
     ) -> None:
         given = locals().copy()  # each configuration takes what is its own
         del given["self"], given["options_"]
-        self._process: BackgroundProcess | None = None
-        self._creation: MPFuture[ServiceHandle] | None = None
-        self._peer_id: PeerID | None = None
+        self._link = NodeLink()
+        Startable.__init__(  # super() would be one more local variable
+            self,
+            self._link,
+            instead_of_a_copy="a DHT cannot be pickled or copied: it belongs to the process that made it. "
+            "Make another one there, with initial_peers=[str(address) for address in dht.get_visible_maddrs()]",
+        )
         self._last_description: NodeDescription | None = None
         self._time = _NodeTime()
         self._shared_classes: dict[int, type[Any]] = {}
@@ -161,69 +164,44 @@ class DHT:
         :raises InvalidStateError: it was started before
         :raises DeadlineExceeded: (a TimeoutError) it was not ready in time; it is shut down then
         """
-        if self._process is not None:
-            raise InvalidStateError("this DHT was started before; make a new one to start again")
         show_logs()
-        process = BackgroundProcess.start("shoal-dht", daemon=self._daemon, preload=_likely_modules())
-        self._process = process
+        self._link.start_process(daemon=self._daemon, preload=_likely_modules())
         try:
             from shoal.dht.factory import make_service  # imports nothing of the node here
 
-            self._creation = process.create_service(
+            self._link.create_node(
                 partial(make_service, replace(self._setup, clock_offset=dht_clock.offset)),
                 name=self.service_name,
                 handler=self._time.take_in,
             )
-            self._creation.add_done_callback(partial(_end_after_failure, weakref.ref(process)))
-            if await_ready:
-                self.wait_until_ready(timeout)
         except BaseException:
             self.shutdown()
             raise
+        if await_ready:
+            wait_or_end(self, timeout)
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
         """Wait until the node has joined the DHT, and raise what :class:`DHT` raises if it could not.
 
         :raises DeadlineExceeded: it is not ready after ``timeout`` seconds; it goes on
         """
-        self._ready(timeout)
-        self._peer_id = self.peer_id  # from now on repr() says it
+        super().wait_until_ready(timeout)
+        self._link.peer_id = self.peer_id  # from now on repr() says it
 
     def is_alive(self) -> bool:
         """Whether the background process runs."""
-        return self._process is not None and self._process.is_alive
+        return self._link.is_alive
 
     def shutdown(self) -> None:
         """End the node, and the averagers that live with it, in order. Idempotent, on any thread.
 
         Waits for ``shutdown_timeout`` seconds at most and then uses force.
         """
-        if self._process is not None:
-            self._process.shutdown(self._shutdown_timeout)
+        self._link.end(self._shutdown_timeout)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until the background process has ended, for ``timeout`` seconds at most."""
         self.background.wait(timeout)
-
-    def __enter__(self) -> DHT:
-        if self._process is None:
-            self.run_in_background()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.shutdown()
-
-    def __reduce__(self) -> NoReturn:
-        raise InvalidTypeError(
-            "a DHT cannot be pickled or copied: it belongs to the process that made it. "
-            "Make another one there, with initial_peers=[str(address) for address in dht.get_visible_maddrs()]"
-        )
-
-    def __repr__(self) -> str:
-        state = "alive" if self.is_alive() else "not started" if self._process is None else "ended"
-        return f"<DHT {self._peer_id or 'of unknown peer id'}, {state}>"
 
     # Properties
 
@@ -233,11 +211,7 @@ class DHT:
 
         :raises InvalidStateError: it was not started
         """
-        if self._process is None:
-            raise InvalidStateError(
-                "this DHT was not started: use start=True, run_in_background() or a with block"
-            )
-        return self._process
+        return self._link.process
 
     @property
     def daemon(self) -> bool:
@@ -250,9 +224,9 @@ class DHT:
 
         :raises InvalidStateError: it was not started, or ended before it was ready
         """
-        if self._peer_id is None:
-            self._peer_id = PeerID.from_bytes(self._describe_at_last().peer_id)
-        return self._peer_id
+        if self._link.peer_id is None:
+            self._link.peer_id = PeerID.from_bytes(self._describe_at_last().peer_id)
+        return self._link.peer_id
 
     @property
     def client_mode(self) -> bool:
@@ -389,29 +363,12 @@ class DHT:
         validators = options.check_validators(record_validators)
         self._call(AddValidators(pickling.dumps(validators, "record_validators"))).result()
 
-    def _started(self) -> MPFuture[ServiceHandle]:
-        """The node's service, which may still be in the making."""
-        self.background  # noqa: B018 - raises if it was not started
-        if self._creation is None:
-            raise InvalidStateError("this DHT could not be started")
-        return self._creation
-
-    def _ready(self, timeout: float | None = None) -> ServiceHandle:
-        """The node's service, once it is there."""
-        creation = self._started()
-        try:
-            return creation.result(timeout)
-        except TimeoutError as error:
-            if creation.done() or isinstance(error, PeerProcessUnresponsive):
-                raise  # the node's own failure, or the reason why it takes so long
-            raise DeadlineExceeded(f"the DHT was not ready after {timeout:g} s") from error
-
     def _call(self, command: object, *, with_classes: bool = False) -> MPFuture[Any]:
         """Send a command as soon as the node is ready; returns at once.
 
         :param with_classes: make classes known there first that were registered with MSGPackSerializer here
         """
-        creation = self._started()
+        creation = self._link.creation
         classes = MSGPackSerializer._class_of
         if with_classes and classes != self._shared_classes:
             registered = chain(creation, self._register(dict(classes)))
@@ -491,13 +448,6 @@ def _note_description(owner: weakref.ref[DHT], call: Future[NodeDescription]) ->
 
 def _likely_modules() -> tuple[str, ...]:
     return tuple(name for loaded, names in _PRELOAD.items() if loaded in sys.modules for name in names)
-
-
-def _end_after_failure(process: weakref.ref[BackgroundProcess], creation: Future[ServiceHandle]) -> None:
-    """A process whose node could not be made is of no use to anybody."""
-    alive = process()
-    if alive is not None and (creation.cancelled() or creation.exception() is not None):
-        alive.shutdown()  # in order: it has nobody to say goodbye to, and is quick
 
 
 def _name_of(function: object) -> str:

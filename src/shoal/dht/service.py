@@ -34,7 +34,7 @@ from shoal.p2p.lease import KeyLease, make_sure
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import TcpNetwork
 from shoal.runtime import pickling
-from shoal.runtime.channel import close_descriptors
+from shoal.runtime.descriptors import close_descriptors
 from shoal.runtime.service import ServiceContext
 from shoal.utils.serializer import MSGPackSerializer
 from shoal.utils.timed import dht_clock

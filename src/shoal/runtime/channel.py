@@ -7,7 +7,6 @@ socket.
 from __future__ import annotations
 
 import array
-import contextlib
 import os
 import socket
 import struct
@@ -223,10 +222,3 @@ class Channel:
         if offset:
             del received[:offset]
         return frames
-
-
-def close_descriptors(descriptors: Sequence[int]) -> None:
-    """Close descriptors that nobody took over."""
-    for descriptor in descriptors:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)

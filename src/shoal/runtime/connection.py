@@ -26,6 +26,7 @@ from shoal.runtime import logs, pickling
 from shoal.runtime.attendance import Attendance
 from shoal.runtime.channel import Channel, Frame, Kind
 from shoal.runtime.futures import MPFuture
+from shoal.runtime.handlers import Handler, Handlers
 from shoal.runtime.liveness import BEAT
 from shoal.runtime.messages import UserProcessState
 from shoal.runtime.workers import SerialThread
@@ -38,8 +39,6 @@ _KILL_SECONDS = 10.0
 
 _GRACE_SECONDS = 1.0
 """By so much an answer may come after the time that its call has: the process keeps that time itself."""
-
-Handler = Callable[[Any], Any]
 
 
 class _Call(NamedTuple):
@@ -69,8 +68,7 @@ class Connection:
         self._numbers = itertools.count(1)
         self._service_numbers = itertools.count(1)
         self._pending: dict[int, _Call] = {}
-        self._handlers: dict[int, tuple[SerialThread, Handler]] = {}
-        self._waiting_host_calls: set[int] = set()
+        self._handlers = Handlers(self._channel)
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._reemitter = logs.Reemitter(name)
         self._log_thread = SerialThread(f"{name}-logs")
@@ -187,14 +185,11 @@ class Connection:
         """A number for a service, and a thread for its handler."""
         number = next(self._service_numbers)
         if handler is not None:
-            thread = SerialThread(f"{self.name}-{name or number}")
-            thread.start()
-            self._handlers[number] = (thread, handler)
+            self._handlers.add(number, handler, f"{self.name}-{name or number}")
         return number
 
     def forget_service(self, number: int) -> None:
-        if (entry := self._handlers.pop(number, None)) is not None:
-            entry[0].stop()
+        self._handlers.remove(number)
 
     def begin_shutdown(self, timeout: float) -> None:
         """Ask the process to end in order; does not wait."""
@@ -310,9 +305,9 @@ class Connection:
             case Kind.RESULT | Kind.ERROR | Kind.CANCELLED:
                 self._receive_answer(frame)
             case Kind.CALL:
-                self._receive_call(frame)
+                self._handlers.receive(frame)
             case Kind.CANCEL:
-                self._waiting_host_calls.discard(frame.call)
+                self._handlers.cancel(frame.call)
             case Kind.READY:
                 self.ready.set()
             case Kind.PING:
@@ -348,30 +343,6 @@ class Connection:
         if self._log_thread.backlog < _MAX_LOG_BACKLOG:
             self._log_thread.submit(partial(logs.emit, record))
 
-    def _receive_call(self, frame: Frame) -> None:
-        if (entry := self._handlers.get(frame.service)) is None:
-            error = InvalidStateError("the service has no handler in the user process")
-            self._answer(frame.call, Kind.ERROR, pickling.dump_error(error))
-            return
-        thread, handler = entry
-        self._waiting_host_calls.add(frame.call)
-        thread.submit(partial(self._run_handler, handler, frame))
-
-    def _run_handler(self, handler: Handler, frame: Frame) -> None:
-        if frame.call not in self._waiting_host_calls:
-            return  # cancelled before it began
-        self._waiting_host_calls.discard(frame.call)
-        try:
-            body = pickling.dumps(handler(pickling.loads(frame.body)), "the handler's result")
-        except BaseException as error:  # noqa: BLE001 - the edge of the handler's thread: the service raises it
-            self._answer(frame.call, Kind.ERROR, pickling.dump_error(error))
-        else:
-            self._answer(frame.call, Kind.RESULT, body)
-
-    def _answer(self, call: int, kind: Kind, body: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self._channel.send(kind, call=call, body=body)
-
     def _finish(self) -> None:
         """The last thing that the receiving thread does: tell everybody who waits, and give everything back."""
         if self._forked:
@@ -387,8 +358,7 @@ class Connection:
         if self._exit_watch is not None:
             os.close(self._exit_watch)
         self._selector.close()
-        for number in list(self._handlers):
-            self.forget_service(number)
+        self._handlers.remove_all()
         self._callback_thread.stop()
         self._log_thread.stop(1.0)  # so that every record is out when shutdown() returns
         self.on_end(self)

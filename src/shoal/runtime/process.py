@@ -21,6 +21,7 @@ from shoal.runtime import lifetime, pickling
 from shoal.runtime.channel import Kind
 from shoal.runtime.connection import Connection
 from shoal.runtime.futures import MPFuture
+from shoal.runtime.handlers import Handler
 from shoal.runtime.messages import Setup, UserProcessState
 from shoal.runtime.service import Service, ServiceContext
 
@@ -66,7 +67,7 @@ class BackgroundProcess:
         return cls(connection, daemon=daemon)
 
     def create_service(
-        self, factory: ServiceFactory, *, name: str = "", handler: Callable[[Any], Any] | None = None
+        self, factory: ServiceFactory, *, name: str = "", handler: Handler | None = None
     ) -> MPFuture[ServiceHandle]:
         """Make a service in the process.
 
@@ -75,7 +76,7 @@ class BackgroundProcess:
             :func:`functools.partial`
         :param name: by which other services of the process find this one
         :param handler: answers the service's own calls (``context.call_user``), in order, on a thread for
-            this service
+            this service; see :data:`~.handlers.Handler`
         :raises InvalidTypeError: the factory cannot be sent
         """
         connection = self._usable()

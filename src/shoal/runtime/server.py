@@ -23,7 +23,8 @@ from typing import Any, NoReturn
 
 from shoal.errors import InvalidStateError, InvalidTypeError, ShoalError
 from shoal.runtime import pickling
-from shoal.runtime.channel import Channel, Frame, Kind, close_descriptors
+from shoal.runtime.channel import Channel, Frame, Kind
+from shoal.runtime.descriptors import WithDescriptors, close_descriptors
 from shoal.runtime.liveness import BEAT, SUSPICIOUS_SECONDS, Liveness
 from shoal.runtime.logs import ForwardingHandler, OutputWriter
 from shoal.runtime.messages import Setup, UserProcessState
@@ -97,8 +98,8 @@ class Server:
         self._untaken: dict[
             int, tuple[int, ...]
         ] = {}  # descriptors of calls whose service has not got them yet
-        self._host_calls: dict[int, asyncio.Future[object]] = {}
-        self._host_call_numbers = itertools.count(1)
+        self._user_calls: dict[int, asyncio.Future[object]] = {}
+        self._user_call_numbers = itertools.count(1)
         self._preload: tuple[str, ...] = ()
         self._preloading: asyncio.Future[None] | None = None
         self._stop_within: asyncio.Future[float] = loop.create_future()
@@ -151,10 +152,10 @@ class Server:
         os._exit(1)
 
     async def call_user(self, service_id: int, command: object) -> object:
-        number = next(self._host_call_numbers)
+        number = next(self._user_call_numbers)
         body = pickling.dumps(command, "the command", "the user process")
         future: asyncio.Future[object] = self._loop.create_future()
-        self._host_calls[number] = future
+        self._user_calls[number] = future
         try:
             self._channel.send(Kind.CALL, call=number, service=service_id, body=body)
             return await future
@@ -163,7 +164,7 @@ class Server:
                 self._channel.send(Kind.CANCEL, call=number, service=service_id)
             raise
         finally:
-            del self._host_calls[number]
+            del self._user_calls[number]
 
     async def modules_ready(self) -> None:
         if (preloading := self._start_preload()) is not None:
@@ -201,13 +202,20 @@ class Server:
             task.cancel()
 
     def _receive_result(self, frame: Frame) -> None:
-        future = self._host_calls.get(frame.call)
+        future = self._user_calls.get(frame.call)
+        attached = WithDescriptors(None, frame.descriptors)
         if future is None or future.done():
             return  # cancelled meanwhile
         if frame.kind is Kind.ERROR:
             future.set_exception(pickling.load_error(frame.body))
-        else:
-            future.set_result(pickling.loads(frame.body))
+            return
+        try:
+            value = _load(frame.body, "an answer of the user process")
+        except InvalidTypeError as error:
+            future.set_exception(error)
+            return
+        attached.value = value
+        future.set_result(attached if frame.descriptors else value)
 
     # Whether the user's process lives
 

@@ -48,7 +48,8 @@ class ServiceContext(Protocol):
         """
 
     async def call_user(self, command: object) -> object:
-        """Have the user process's handler of this service run with ``command``; its outcome is this call's.
+        """Have the user process's handler of this service run with ``command``; its outcome is this call's. What it
+        answers with file descriptors comes as a :class:`~.descriptors.WithDescriptors`.
 
         Handlers of one service run one after the other, in the order of the calls, on a thread of that
         service. Cancelling drops a call that has not begun; one that runs is left to finish and its result is

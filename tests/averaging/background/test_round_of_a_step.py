@@ -1,27 +1,29 @@
-"""A committed round is applied, whatever becomes of the rest: the service's part of a round, without a process."""
+"""A committed round is applied, whatever becomes of the rest: an attempt of a step, without a process."""
 
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
 from typing import cast
 from unittest.mock import Mock
 
 import pytest
+from step_surroundings import make_resources, make_step, run_attempt
 
-from shoal.averaging.allreduce.round import RoundTimeouts
-from shoal.averaging.background.service import AveragerService, Step, StepFailed
-from shoal.averaging.background.slow_peers import SlowPeers
-from shoal.averaging.commands import ApplyAverage, AverageWritten, BoundByWord, RunStep, TakeSnapshot
+from shoal.averaging.background.arena import SharedArena
+from shoal.averaging.background.resources import Resources
+from shoal.averaging.background.service import AveragerService
+from shoal.averaging.background.step import Step, StepFailed
+from shoal.averaging.background.step_runner import StepRunner
+from shoal.averaging.commands import ApplyAverage, AverageWritten, BoundByWord, TakeSnapshot
 from shoal.averaging.group import GroupInfo
 from shoal.errors import AllreduceException, MatchmakingException
 from shoal.runtime.presence import Presence
 from shoal.testing.clock import run
-from shoal.testing.rounds import PART_BYTES, PREFIX, SimulatedGroup
+from shoal.testing.rounds import SimulatedGroup
 from shoal.utils.timed import steady_time
 
 
-class Host:
+class UserProcess:
     """The process of the user: it hears what is applied."""
 
     def __init__(self, *, fails: bool) -> None:
@@ -45,46 +47,28 @@ class Host:
         raise IndexError("of matchmaking")
 
 
-def service_of(group: SimulatedGroup, host: Host) -> AveragerService:
-    service = cast("AveragerService", object.__new__(AveragerService))
-    populated: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    populated.set_result(None)
-    vars(service).update(
-        _arena=group.arenas[0],
-        _populating=populated,
-        _layout=group.layout,
-        _min_span_nbytes=0,
-        _config=SimpleNamespace(prefix=PREFIX, part_size_bytes=PART_BYTES),
-        _timeouts=RoundTimeouts(),
-        _host=group.hosts[0],
-        _rounds=group.rounds[0],
-        _context=host,
-        _matchmaker=Mock(**{"round_committed.side_effect": host.hear_of}),
-        _steps={},
-        _turn=asyncio.Lock(),
-        _arena_is_free=asyncio.Event(),
-        _slow_peers=SlowPeers(PREFIX),
-    )
-    service._arena_is_free.set()
-    return service
+def resources_of(group: SimulatedGroup, process: UserProcess) -> Resources:
+    """Matchmaking raises an error of its own when it hears of the round."""
+    matchmaker = Mock(**{"round_committed.side_effect": process.hear_of})
+    return make_resources(process, group=group, matchmaker=matchmaker)
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["applied", "a device is gone"])
 def test_a_committed_round_is_applied_before_matchmaking_hears_of_it(fails: bool):
     async def main() -> None:
         async with SimulatedGroup(seed=1, size=2) as group:
-            host = Host(fails=fails)
-            step = Step(RunStep(0, 1.0, b"", 0.0, None, False, False))
+            process = UserProcess(fails=fails)
+            step = Step(make_step())
             other = asyncio.ensure_future(group.run(1))
             with pytest.raises(IndexError):
-                await service_of(group, host)._run_round(step, group.group)
-            assert host.story == ["applied", "a group of 2"]
+                await run_attempt(resources_of(group, process), group, step)
+            assert process.story == ["applied", "a group of 2"]
             assert (await other).failure is None
 
     run(main)
 
 
-class SlowHost(Host):
+class SlowUser(UserProcess):
     """Takes 2 s to copy the tensors, and 3 s to write the average."""
 
     async def call_user(self, command: object) -> object:
@@ -96,11 +80,11 @@ class SlowHost(Host):
 def test_a_report_tells_the_phases_of_a_round_apart():
     async def main() -> None:
         async with SimulatedGroup(seed=1, size=2) as group:
-            step = Step(RunStep(0, 1.0, b"", 0.0, None, False, True))
+            step = Step(make_step(needs_trigger=True))
             asyncio.get_running_loop().call_later(5.0, step.triggered.set)
             other = asyncio.ensure_future(group.run(1))
             with pytest.raises(IndexError):
-                await service_of(group, SlowHost(fails=False))._run_round(step, group.group)
+                await run_attempt(resources_of(group, SlowUser(fails=False)), group, step)
             await other
             phases = step.report.phases
             assert (phases.trigger, phases.snapshot, phases.apply) == pytest.approx((5.0, 2.0, 3.0))
@@ -113,12 +97,12 @@ def test_a_report_tells_the_phases_of_a_round_apart():
 def test_a_wait_for_the_trigger_that_was_in_vain_is_no_copying():
     async def main() -> None:
         async with SimulatedGroup(seed=1, size=2) as group:
-            step = Step(RunStep(0, 1.0, b"", 0.0, None, False, True))
+            step = Step(make_step(needs_trigger=True))
             leader = group.round(1)
             asyncio.get_running_loop().call_later(5.0, leader.withdraw, "its user cancelled the step")
             other = asyncio.ensure_future(group.run_round(1, leader))
             with pytest.raises(AllreduceException):
-                await service_of(group, SlowHost(fails=False))._run_round(step, group.group)
+                await run_attempt(resources_of(group, SlowUser(fails=False)), group, step)
             await other
             assert step.report.phases.trigger == pytest.approx(5.0, abs=0.5)
             assert step.report.phases.snapshot == pytest.approx(0.0, abs=0.5)
@@ -129,23 +113,23 @@ def test_a_wait_for_the_trigger_that_was_in_vain_is_no_copying():
 def test_an_average_that_cannot_be_written_is_this_peer_s_own_failure():
     async def main() -> None:
         async with SimulatedGroup(seed=1, size=2) as group:
-            host = Host(fails=True)
-            step = Step(RunStep(0, 1.0, b"", 0.0, None, False, False))
+            process = UserProcess(fails=True)
+            step = Step(make_step())
             other = asyncio.ensure_future(group.run(1))
-            service = service_of(group, host)
-            service._matchmaker.round_committed.side_effect = None
+            resources = resources_of(group, process)
+            resources.matchmaker.round_committed.side_effect = None
             with pytest.raises(
                 StepFailed, match="could not be written to this peer's tensors: a device is gone"
             ):
-                await service._run_round(step, group.group)
+                await run_attempt(resources, group, step)
             assert (await other).failure is None
 
     run(main)
 
 
 @pytest.mark.parametrize("crosses", [False, True], ids=["in time", "crossed by a cancellation"])
-def test_the_host_hears_that_the_step_is_bound_before_the_average_is_written(crosses: bool):
-    class HostThatIsTold(Host):
+def test_the_user_process_hears_that_the_step_is_bound_before_the_average_is_written(crosses: bool):
+    class UserThatIsTold(UserProcess):
         async def call_user(self, command: object) -> object:
             if isinstance(command, BoundByWord):
                 self.story.append("bound")
@@ -156,22 +140,22 @@ def test_the_host_hears_that_the_step_is_bound_before_the_average_is_written(cro
     async def main() -> None:
         nonlocal stepping
         async with SimulatedGroup(seed=1, size=2) as group:
-            host = HostThatIsTold(fails=False)
-            service = service_of(group, host)
-            service._matchmaker.round_committed.side_effect = None
+            process = UserThatIsTold(fails=False)
+            resources = resources_of(group, process)
+            resources.matchmaker.round_committed.side_effect = None
             other = asyncio.ensure_future(group.run(1))
-            step = Step(RunStep(0, 1.0, b"", 0.0, None, False, False))
-            stepping = asyncio.ensure_future(service._run_round(step, group.group))
+            step = Step(make_step())
+            stepping = asyncio.ensure_future(run_attempt(resources, group, step))
             await asyncio.wait([stepping])
             assert stepping.cancelled() == crosses
-            assert host.story == (["bound"] if crosses else ["bound", "applied"])
+            assert process.story == (["bound"] if crosses else ["bound", "applied"])
             assert (await other).failure is None
 
     stepping: asyncio.Future[None]
     run(main)
 
 
-class HostOfAPatientUser(Host):
+class PatientUser(UserProcess):
     """Leaves it to the user to say when the average is written."""
 
     async def call_user(self, command: object) -> object:
@@ -179,16 +163,21 @@ class HostOfAPatientUser(Host):
         return False if isinstance(command, ApplyAverage) else answer
 
 
-def service_with_an_average(group: SimulatedGroup) -> AveragerService:
-    """It finds no group; an average of an earlier round waits for the user's call."""
-    service = service_of(group, HostOfAPatientUser(fails=False))
-    service._matchmaker.round_committed.side_effect = None
-    vars(service)["_find_group"] = Mock(side_effect=MatchmakingException("found no group: nobody is there"))
-    return service
+class NothingFound:
+    """A search that finds no group."""
+
+    def __init__(self) -> None:
+        self.has_begun = False
+
+    async def find(self, step: Step) -> GroupInfo:
+        self.has_begun = True
+        raise MatchmakingException("found no group: nobody is there")
 
 
-def step_until(deadline: float | None) -> RunStep:
-    return RunStep(1, 1.0, b"", 0.0, deadline, False, False)
+def runner_with(resources: Resources) -> tuple[StepRunner, NothingFound]:
+    runner, search = StepRunner(resources), NothingFound()
+    vars(runner)["_search"] = search
+    return runner, search
 
 
 def test_no_step_looks_for_a_group_while_an_average_waits_for_its_call():
@@ -196,14 +185,15 @@ def test_no_step_looks_for_a_group_while_an_average_waits_for_its_call():
 
     async def main() -> None:
         async with SimulatedGroup(seed=1, size=2) as group:
-            service = service_with_an_average(group)
+            resources = make_resources(PatientUser(fails=False), group=group)
             other = asyncio.ensure_future(group.run(1))
-            await service._run_round(Step(RunStep(0, 1.0, b"", 0.0, None, False, False)), group.group)
+            await run_attempt(resources, group, Step(make_step()))
             assert (await other).failure is None
-            following = asyncio.ensure_future(service._run_step(step_until(None)))
+            runner, search = runner_with(resources)
+            following = asyncio.ensure_future(runner.run(make_step(1)))
             await asyncio.sleep(600)
-            assert not service._find_group.called
-            await service.handle(AverageWritten(), [])
+            assert not search.has_begun
+            resources.arena.is_free.set()
             assert "nobody is there" in (await following).report.failure
 
     run(main)
@@ -211,48 +201,59 @@ def test_no_step_looks_for_a_group_while_an_average_waits_for_its_call():
 
 def test_a_step_whose_time_is_up_before_the_call_says_what_to_do():
     async def main() -> None:
-        async with SimulatedGroup(seed=1, size=2) as group:
-            service = service_with_an_average(group)
-            service._arena_is_free.clear()
-            outcome = await service._run_step(step_until(steady_time() + 5))
-            assert not service._find_group.called
-            assert "was not applied; call apply_average()" in outcome.report.failure
-            assert not outcome.found_group
-            assert not service._turn.locked()
+        resources = make_resources(PatientUser(fails=False))
+        resources.arena.is_free.clear()
+        runner, search = runner_with(resources)
+        outcome = await runner.run(make_step(1, deadline=steady_time() + 5))
+        assert not search.has_begun
+        assert "was not applied; call apply_average()" in outcome.report.failure
+        assert not outcome.found_group
+        resources.arena.is_free.set()
+        assert "nobody is there" in (await runner.run(make_step(2))).report.failure  # it has its turn
 
     run(main)
 
 
-def test_a_call_that_overtakes_the_answer_frees_the_arena():
+def test_a_call_that_overtakes_the_answer_leaves_the_arena_free():
     async def main() -> None:
         async with SimulatedGroup(seed=1, size=2) as group:
-            service = service_with_an_average(group)
 
-            class Overtaken(HostOfAPatientUser):
+            class Overtaken(PatientUser):
                 async def call_user(self, command: object) -> object:
                     answer = await super().call_user(command)
                     if isinstance(command, ApplyAverage):
-                        await service.handle(AverageWritten(), [])
+                        resources.arena.is_free.set()
                     return answer
 
-            vars(service)["_context"] = Overtaken(fails=False)
+            resources = make_resources(Overtaken(fails=False), group=group)
             other = asyncio.ensure_future(group.run(1))
-            await service._run_round(Step(RunStep(0, 1.0, b"", 0.0, None, False, False)), group.group)
+            await run_attempt(resources, group, Step(make_step()))
             await other
-            assert "nobody is there" in (await service._run_step(step_until(None))).report.failure
+            assert resources.arena.is_free.is_set()
 
     run(main)
 
 
-def test_an_average_that_cannot_be_written_frees_the_arena():
+def test_an_average_that_cannot_be_written_leaves_the_arena_free():
     async def main() -> None:
         async with SimulatedGroup(seed=1, size=2) as group:
-            service = service_with_an_average(group)
-            vars(service)["_context"] = HostOfAPatientUser(fails=True)
+            resources = make_resources(PatientUser(fails=True), group=group)
             other = asyncio.ensure_future(group.run(1))
             with pytest.raises(StepFailed):
-                await service._run_round(Step(RunStep(0, 1.0, b"", 0.0, None, False, False)), group.group)
+                await run_attempt(resources, group, Step(make_step()))
             await other
-            assert "nobody is there" in (await service._run_step(step_until(None))).report.failure
+            assert resources.arena.is_free.is_set()
+
+    run(main)
+
+
+def test_the_user_process_says_that_the_arena_is_free():
+    async def main() -> None:
+        service = cast("AveragerService", object.__new__(AveragerService))
+        arena = SharedArena(Mock())
+        arena.is_free.clear()
+        vars(service).update(_arena=arena)
+        await service.handle(AverageWritten(), [])
+        assert arena.is_free.is_set()
 
     run(main)

@@ -10,54 +10,34 @@ from typing import Any
 
 import pytest
 import torch
+from user_side import AVERAGE, UserSide
 
 import shoal
 from shoal.averaging.commands import ApplyAverage, AveragingStage, ReachStage, TakeSnapshot
-from shoal.averaging.partition import Layout
-from shoal.averaging.trainer.control import Steering, StepControl
-from shoal.averaging.trainer.keeper import TensorKeeper
+from shoal.averaging.trainer.control import StepControl
 from shoal.averaging.trainer.pending import ApplyWhen
-from shoal.averaging.trainer.tensors import TensorStore
 from shoal.errors import InvalidStateError, InvalidValueError
 
 LIMIT = 20  # seconds, against hanging only
-AVERAGE = 9.0
 
 
-class NoStates:
-    def close(self) -> None:
-        pass
-
-
-class Peer:
-    """The user's side of an averager, whose rounds end with an average of 9."""
+class Peer(UserSide):
+    """Its rounds are run by the test."""
 
     def __init__(self, tensor: torch.Tensor, apply_when: ApplyWhen = "called") -> None:
-        layout = Layout.from_tensors([tensor])
-        states: Any = NoStates()
-        self.keeper = TensorKeeper(
-            TensorStore([tensor], layout), layout, 1.0, False, states, "test", apply_when
-        )
-        area = torch.frombuffer(self.keeper.create_memory().buffer, dtype=torch.uint8)[layout.nbytes :]
-        layout.tensor_view(area, 0).fill_(AVERAGE)
-        self.writer = self.keeper.writer
+        super().__init__(tensor, apply_when)
+        self.make_average()
         self.told: list[str] = []
         self.writer.notify_written = lambda: self.told.append("written")
 
     def begin_round(self, step: int = 0) -> StepControl:
-        control = self.keeper.controls[step] = StepControl(
-            scheduled_time=0.0,
-            deadline=None,
-            weight=1.0,
-            needs_trigger=False,
-            steering=Steering(trigger=lambda: None, reschedule=lambda _: None),
-        )
-        self.keeper.handle(ReachStage(step, AveragingStage.LOOKING_FOR_GROUP))
-        self.keeper.handle(TakeSnapshot(step))
+        control = self.add_step(step)
+        self.link.handle(ReachStage(step, AveragingStage.LOOKING_FOR_GROUP))
+        self.link.handle(TakeSnapshot(step))
         return control
 
     def commit(self, step: int = 0) -> Any:
-        return self.keeper.handle(ApplyAverage(step))
+        return self.link.handle(ApplyAverage(step))
 
 
 def test_an_average_is_written_when_it_is_ready():
@@ -97,7 +77,7 @@ def test_a_call_inside_get_tensors_is_fine():
     peer = Peer(tensor)
     peer.begin_round()
     peer.commit()
-    with peer.keeper.store.hold():
+    with peer.store.hold():
         assert peer.writer.apply()
     assert tensor.tolist() == [AVERAGE] * 3
 
@@ -180,7 +160,7 @@ def test_the_end_drops_an_average_with_a_warning(caplog: pytest.LogCaptureFixtur
     peer.begin_round(4)
     peer.commit(4)
     with caplog.at_level(logging.WARNING):
-        peer.keeper.close()
+        peer.close()
     assert "test: shut down before the average of step 4 was applied" in caplog.text
     assert not peer.writer.apply()
     assert tensor.tolist() == [0.0] * 3
@@ -192,7 +172,7 @@ def test_an_end_with_nothing_pending_says_nothing(caplog: pytest.LogCaptureFixtu
     peer.commit()
     peer.writer.apply()
     with caplog.at_level(logging.WARNING):
-        peer.keeper.close()
+        peer.close()
     assert not caplog.records
 
 

@@ -1,4 +1,4 @@
-"""What a caller of ``step(wait=False)`` holds, and the host's end of a step, without any process."""
+"""What a caller of ``step(wait=False)`` holds, and the user process's end of a step, without any process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from user_side import UserSide, make_control
 
 from shoal.averaging.commands import (
     ApplyAverage,
@@ -21,45 +22,14 @@ from shoal.averaging.commands import (
 )
 from shoal.averaging.config import MAX_RETRY_PAUSE, retry_pause, retry_start
 from shoal.averaging.matchmaking_config import matchmaking_config
-from shoal.averaging.partition import Layout
-from shoal.averaging.report import RoundReport
-from shoal.averaging.trainer.control import Steering, StepControl
-from shoal.averaging.trainer.keeper import TensorKeeper, close
-from shoal.averaging.trainer.steps import Steps
-from shoal.averaging.trainer.tensors import TensorStore
+from shoal.averaging.report import StepReport
+from shoal.averaging.trainer.control import StepControl
 from shoal.errors import AllreduceException, InvalidTypeError
 from shoal.p2p.identity import Identity
 from shoal.runtime.futures import MPFuture
 from shoal.utils.serializer import MSGPackSerializer
 
 LIMIT = 20  # seconds, against hanging only
-
-
-def make_control() -> StepControl:
-    return StepControl(
-        scheduled_time=0.0,
-        deadline=None,
-        weight=1.0,
-        needs_trigger=False,
-        steering=Steering(trigger=lambda: None, reschedule=lambda _: None),
-    )
-
-
-class NoStates:
-    def close(self) -> None:
-        pass
-
-
-def make_keeper(tensor: torch.Tensor) -> TensorKeeper:
-    """With one step, number 0, and an average of 9."""
-    layout = Layout.from_tensors([tensor])
-    states: Any = NoStates()
-    keeper = TensorKeeper(TensorStore([tensor], layout), layout, 1.0, False, states, "test")
-    memory = keeper.create_memory()
-    area = torch.frombuffer(memory.buffer, dtype=torch.uint8)[layout.nbytes :]
-    layout.tensor_view(area, 0).fill_(9.0)
-    keeper.controls[0] = make_control()
-    return keeper
 
 
 def test_of_several_threads_that_cancel_at_once_each_is_told_that_it_is_cancelled():
@@ -85,49 +55,34 @@ def test_of_several_threads_that_cancel_at_once_each_is_told_that_it_is_cancelle
 
 def test_a_step_that_is_bound_cannot_be_cancelled_until_another_group_is_looked_for():
     tensor = torch.zeros(3)
-    keeper = make_keeper(tensor)
-    control = keeper.controls[0]
-    keeper.handle(TakeSnapshot(0))
-    keeper.handle(BoundByWord(0))
+    side = UserSide(tensor)
+    side.make_average()
+    control = side.add_step(0)
+    side.link.handle(TakeSnapshot(0))
+    side.link.handle(BoundByWord(0))
     assert not control.cancel()
     assert not control.cancelled()
-    keeper.handle(ApplyAverage(0))
+    side.link.handle(ApplyAverage(0))
     assert tensor.tolist() == [9.0] * 3
-    keeper.handle(ReachStage(0, AveragingStage.LOOKING_FOR_GROUP))
+    side.link.handle(ReachStage(0, AveragingStage.LOOKING_FOR_GROUP))
     assert control.cancel()
-    keeper.close()
+    side.close()
 
 
 def test_a_step_that_was_cancelled_writes_nothing_even_if_its_group_has_averaged():
-    """The service hears of it too late: it has given its word, and the host does not know yet."""
+    """The service hears of it too late: it has given its word, and the user process does not know yet."""
     tensor = torch.zeros(3)
-    keeper = make_keeper(tensor)
-    keeper.handle(TakeSnapshot(0))
-    assert keeper.controls[0].cancel()
-    keeper.handle(BoundByWord(0))
-    assert keeper.controls[0].cancel()
+    side = UserSide(tensor)
+    side.make_average()
+    control = side.add_step(0)
+    side.link.handle(TakeSnapshot(0))
+    assert control.cancel()
+    side.link.handle(BoundByWord(0))
+    assert control.cancel()
     with pytest.raises(AllreduceException):
-        keeper.handle(ApplyAverage(0))
+        side.link.handle(ApplyAverage(0))
     assert tensor.tolist() == [0.0] * 3
-    keeper.close()
-
-
-def test_a_service_that_came_to_be_while_its_start_was_cancelled_is_closed():
-    class Handle:
-        closed = False
-
-        def close(self) -> MPFuture[None]:
-            self.closed = True
-            done: MPFuture[None] = MPFuture()
-            done.set_result(None)
-            return done
-
-    keeper, start, made = make_keeper(torch.zeros(3)), MPFuture(), MPFuture()
-    made.set_result(Handle())
-    keeper.creation = made
-    close(start, keeper, LIMIT)  # start waits for the DHT, made comes of it
-    assert start.cancelled()
-    assert made.result().closed
+    side.close()
 
 
 def test_pauses_between_attempts_grow_and_leave_time_for_another():
@@ -158,7 +113,7 @@ class Background:
 
 
 def begin_step(background: Background, serializer: Any, gather: Any = None) -> StepControl:
-    steps = Steps(make_keeper(torch.zeros(3)), matchmaking_config(2, 2, 5.0, 3.0), "test")
+    steps = UserSide(torch.zeros(3)).steps
     wishes: dict[str, Any] = dict.fromkeys(("scheduled_time", "weight", "timeout"))
     handle: Any = background
     control, _ = steps.begin(
@@ -182,7 +137,7 @@ PEER = Identity.generate(bytes(32)).peer_id.to_bytes()
 
 
 def outcome_of_a_round(gathered: tuple[tuple[bytes, bytes], ...]) -> StepOutcome:
-    report = RoundReport(step=0, group_id="00", members=(), modes=(), failure=None, attempts=1)
+    report = StepReport(step=0, group_id="00", members=(), modes=(), failure=None, attempts=1)
     return StepOutcome(report, found_group=True, gathered=gathered)
 
 

@@ -8,15 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from user_side import UserSide
 
 from shoal.averaging.commands import RunStep, StepOutcome
-from shoal.averaging.matchmaking_config import matchmaking_config
-from shoal.averaging.partition import Layout
-from shoal.averaging.report import RoundReport
+from shoal.averaging.report import StepReport
 from shoal.averaging.trainer.control import StepControl
-from shoal.averaging.trainer.keeper import TensorKeeper
-from shoal.averaging.trainer.steps import MANY_WAITING, Steps
-from shoal.averaging.trainer.tensors import TensorStore
+from shoal.averaging.trainer.steps import MANY_WAITING
 from shoal.errors import AllreduceException, InvalidValueError
 from shoal.runtime.futures import MPFuture
 from shoal.utils.serializer import MSGPackSerializer
@@ -37,18 +34,14 @@ class Background:
         return self.outcomes[-1]
 
     def end(self, step: int, failure: str | None = None) -> None:
-        report = RoundReport(step=step, failure=failure, attempts=1)
+        report = StepReport(step=step, failure=failure, attempts=1)
         self.outcomes[step].set_result(StepOutcome(report, found_group=True))
 
 
 class User:
     def __init__(self) -> None:
-        tensor = torch.zeros(3)
-        layout = Layout.from_tensors([tensor])
-        states: Any = None
-        keeper = TensorKeeper(TensorStore([tensor], layout), layout, 1.0, False, states, "run")
         self.background = Background()
-        self.steps = Steps(keeper, matchmaking_config(2, 2, 5.0, 3.0), "run")
+        self.steps = UserSide(torch.zeros(3), name="run").steps
 
     def begin(self, when_busy: Any = "queue", wait: bool = False, **options: Any) -> tuple[StepControl, bool]:
         handle: Any = self.background

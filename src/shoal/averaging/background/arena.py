@@ -2,20 +2,64 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import torch
 
 from shoal.averaging.allreduce.exchange import Arena
 from shoal.averaging.partition import Layout
+from shoal.errors import InvalidStateError
 from shoal.runtime.memory import SharedMemory
 
 
-def populate(arena: Arena) -> None:
+class SharedArena:
+    """The memory that the user process has made for both areas, once it is attached.
+
+    ``is_free`` is cleared while an average waits in it for the user's call: no round may begin then.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._memory: SharedMemory | None = None
+        self._areas: Arena | None = None
+        self._populating: asyncio.Future[None] | None = None
+        self.is_free = asyncio.Event()
+        self.is_free.set()
+
+    def attach(self, nbytes: int, descriptor: int) -> None:
+        """Map the memory, and begin to get its pages; owns ``descriptor`` from now on."""
+        self._memory = SharedMemory.from_descriptor(descriptor, nbytes)
+        self._areas = areas = map_areas(self._memory, self._layout)
+        self._populating = asyncio.ensure_future(asyncio.to_thread(populate, areas))
+
+    @property
+    def areas(self) -> Arena:
+        """:raises InvalidStateError: no memory is attached"""
+        if self._areas is None:
+            raise InvalidStateError("no arena is attached")
+        return self._areas
+
+    async def populated(self) -> None:
+        """Wait until all pages are there. Cancelling the wait does not stop that."""
+        if self._populating is not None:
+            await asyncio.shield(self._populating)
+
+    async def close(self) -> None:
+        """Give the memory back, when its pages are no longer being written."""
+        if self._populating is not None:
+            await self._populating
+        self._areas = None
+        if self._memory is not None:
+            self._memory.close()
+
+
+def populate(areas: Arena) -> None:
     """Have the system give the arena its pages now: the first round would take ten times as long to get them."""
-    arena.snapshot.zero_()
-    arena.average.zero_()
+    areas.snapshot.zero_()
+    areas.average.zero_()
 
 
-def map_arena(memory: SharedMemory, layout: Layout) -> Arena:
+def map_areas(memory: SharedMemory, layout: Layout) -> Arena:
     """Both areas of the shared memory: the snapshot, and the average behind it."""
     both = torch.frombuffer(memory.buffer, dtype=torch.uint8)
     return Arena(both[: layout.nbytes], both[layout.nbytes : 2 * layout.nbytes])

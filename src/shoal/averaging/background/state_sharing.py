@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
-from collections.abc import Sequence
+from typing import cast
 
 from shoal.averaging.router import Router
 from shoal.averaging.state.capture import Capture
@@ -21,20 +22,23 @@ from shoal.averaging.state_commands import (
     CaptureState,
     LoadedState,
     LoadState,
+    MemoryRefused,
     SetStateSharing,
     ShowProgress,
     StateCaptured,
     StateCommand,
-    StateMemory,
 )
 from shoal.dht.node import DHTNode
 from shoal.dht.tasks import TaskSet
 from shoal.errors import InvalidStateError, InvalidValueError
-from shoal.runtime.channel import close_descriptors
+from shoal.runtime import pickling
+from shoal.runtime.descriptors import WithDescriptors
 from shoal.runtime.memory import SharedMemory
 from shoal.runtime.presence import UserProcessAbsent
 from shoal.runtime.service import ServiceContext
 from shoal.utils.timed import get_dht_time
+
+logger = logging.getLogger(__name__)
 
 
 class StateService:
@@ -61,10 +65,8 @@ class StateService:
         self._node = node
         self._prefix = prefix
         self._next_chunk_timeout = next_chunk_timeout
-        self._captures: dict[int, asyncio.Future[Capture]] = {}
-        self._last_capture = 0
         self._downloads = asyncio.Semaphore(MAX_REQUESTS_PER_PEER)
-        self._memories: dict[int, asyncio.Future[SharedMemory]] = {}
+        self._memories: dict[int, SharedMemory] = {}
         self._tasks = TaskSet()
         self._rng = random.SystemRandom()
         self._donor = StateDonor(
@@ -78,7 +80,7 @@ class StateService:
         """The user process is ready to make copies: begin to declare this peer as a donor."""
         self._declarations.start()
 
-    async def handle(self, command: StateCommand, descriptors: Sequence[int]) -> object:
+    async def handle(self, command: StateCommand) -> object:
         """Carry out a command of the user process."""
         match command:
             case SetStateSharing(allowed, priority):
@@ -86,14 +88,6 @@ class StateService:
                 self._declarations.update(Wish(allowed, priority))
             case LoadState():
                 return await self._load(command)
-            case StateMemory():
-                self._receive_memory(command, descriptors)
-            case StateCaptured():
-                self._receive_capture(command, descriptors)
-            case CaptureFailed(capture, reason):
-                waiting = self._captures.get(capture)
-                if waiting is not None and not waiting.done():
-                    waiting.set_exception(CopyUnavailable(reason))
             case _:
                 raise InvalidStateError(f"an averager has no command {type(command).__name__}")
         return None
@@ -107,29 +101,28 @@ class StateService:
     # as a donor
 
     async def _capture(self) -> Capture:
-        self._last_capture += 1
-        number = self._last_capture
-        waiting: asyncio.Future[Capture] = asyncio.get_running_loop().create_future()
-        self._captures[number] = waiting
         try:
-            return await self._context.user.unless_absent(self._captured(number, waiting))
+            answer = await self._context.user.unless_absent(self._context.call_user(CaptureState()))
         except UserProcessAbsent as e:
             raise UserIsAbsent(f"the donor's {e}") from None
-        finally:
-            del self._captures[number]
-
-    async def _captured(self, number: int, waiting: asyncio.Future[Capture]) -> Capture:
-        await self._context.call_user(CaptureState(number))
-        return await waiting
-
-    def _receive_capture(self, captured: StateCaptured, descriptors: Sequence[int]) -> None:
-        waiting = self._captures.get(captured.capture)
-        if waiting is None or waiting.done():
-            close_descriptors(descriptors)  # nobody waits for it any more
-            return
-        (descriptor,) = descriptors
+        if isinstance(answer, CaptureFailed):
+            raise CopyUnavailable(answer.reason)
+        assert isinstance(answer, WithDescriptors)
+        captured = cast("StateCaptured", answer.value)
+        try:
+            codecs = await asyncio.to_thread(pickling.loads, captured.codecs)
+        except Exception as e:  # of the user's codecs: may be anything
+            logger.warning(
+                "%s: other peers cannot download this one's state, because its codecs could not be loaded in the "
+                "background process: %s: %s",
+                self._prefix,
+                type(e).__name__,
+                e,
+            )
+            raise CopyUnavailable(type(e).__name__) from e
+        (descriptor,) = answer.take()
         memory = SharedMemory.from_descriptor(descriptor, captured.nbytes)
-        waiting.set_result(Capture(memory, unpack_entries(captured.entries), captured.codecs))
+        return Capture(memory, unpack_entries(captured.entries), codecs)
 
     # as a joiner
 
@@ -173,25 +166,18 @@ class StateService:
 
     async def _allocate(self, download: int, nbytes: int) -> memoryview:
         self._forget_memory(download)
-        waiting: asyncio.Future[SharedMemory] = asyncio.get_running_loop().create_future()
-        self._memories[download] = waiting
-        await self._context.call_user(AllocateState(download, nbytes))
-        return (await waiting).buffer
-
-    def _receive_memory(self, answer: StateMemory, descriptors: Sequence[int]) -> None:
-        waiting = self._memories.get(answer.download)
-        if waiting is None or waiting.done():
-            close_descriptors(descriptors)  # the download has ended meanwhile
-        elif answer.refusal is not None:
-            waiting.set_exception(InvalidValueError(answer.refusal))
-        else:
-            (descriptor,) = descriptors
-            waiting.set_result(SharedMemory.from_descriptor(descriptor, answer.nbytes))
+        answer = await self._context.call_user(AllocateState(download, nbytes))
+        if isinstance(answer, MemoryRefused):
+            raise InvalidValueError(answer.reason)
+        assert isinstance(answer, WithDescriptors)
+        (descriptor,) = answer.take()
+        memory = self._memories[download] = SharedMemory.from_descriptor(descriptor, nbytes)
+        return memory.buffer
 
     def _forget_memory(self, download: int) -> None:
         memory = self._memories.pop(download, None)
-        if memory is not None and not memory.cancel() and memory.exception() is None:
-            memory.result().close()
+        if memory is not None:
+            memory.close()
 
     def _show(self, command: LoadState, progress: Progress) -> None:
         if not command.wants_progress:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import threading
 import weakref
-from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -38,13 +32,14 @@ from shoal.averaging.timeouts import (
     REQUEST_TIMEOUT,
     times_in_order,
 )
+from shoal.averaging.trainer.arena import TensorArena
 from shoal.averaging.trainer.block import TensorsBlock
 from shoal.averaging.trainer.config import TrainerConfig
 from shoal.averaging.trainer.control import StepControl
 from shoal.averaging.trainer.holders import UsageWatch
-from shoal.averaging.trainer.keeper import TensorKeeper, attach_arena, close, close_in_background
+from shoal.averaging.trainer.link import Link, check_timeout
 from shoal.averaging.trainer.lost_updates import UpdateWatch
-from shoal.averaging.trainer.pending import WATCH_ADVICE, ApplyWhen
+from shoal.averaging.trainer.pending import WATCH_ADVICE, ApplyWhen, AverageWriter
 from shoal.averaging.trainer.sources import (
     AveragedTensors,
     HeldTensors,
@@ -60,32 +55,20 @@ from shoal.compat.overriding import check_overrides
 from shoal.compression import CompressionBase, CompressionInfo, NoCompression
 from shoal.compression.registry import user_codecs
 from shoal.dht.dht import DHT
-from shoal.errors import (
-    DeadlineExceeded,
-    InvalidStateError,
-    InvalidTypeError,
-    InvalidValueError,
-    PeerProcessUnresponsive,
-)
+from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError
 from shoal.p2p.identity import PeerID
 from shoal.runtime import pickling
-from shoal.runtime.futures import MPFuture, chain
+from shoal.runtime.futures import MPFuture
+from shoal.runtime.startable import Startable, wait_or_end
 from shoal.utils.checks import check_flag, check_number
 from shoal.utils.options import gather
 from shoal.utils.serializer import MSGPackSerializer
 
 if TYPE_CHECKING:
-    from shoal.averaging.report import RoundReport, StateReport
-    from shoal.dht.commands import NodeDescription
-    from shoal.runtime.process import BackgroundProcess, ServiceFactory, ServiceHandle
-
-logger = logging.getLogger(__name__)
-
-START_LOOK_PERIOD = 1.0
-"""Seconds between looks at a background process that has taken all the time that a call had for it to start."""
+    from shoal.averaging.report import StateReport, StepReport
 
 
-class DecentralizedAverager:
+class DecentralizedAverager(Startable):
     """Averages tensors with the other peers that run an averager under the same prefix, in groups, in place.
 
     A group that reaches ``target_group_size`` begins at once. With the default, None, a group is never full,
@@ -236,14 +219,13 @@ class DecentralizedAverager:
         tensors, labels = named.tensors, named.labels
         check_tensors(tensors, labels)
         infos = check_infos(tensors, tensor_infos)
-        self.__pid = os.getpid()
         self.dht = dht
         self.__schema = TensorSchema.from_tensors(tensors, choose_codecs(tensors, compression, infos))
         layout = Layout.from_schema(self.__schema)
         Partition.create(
             layout, [layout.data_nbytes], part_size_bytes
         )  # raises if there would be too many parts
-        store = TensorStore(
+        self.__store = TensorStore(
             tensors,
             layout,
             labels,
@@ -260,21 +242,29 @@ class DecentralizedAverager:
         self.__source: TensorSource | None = (
             source  # the store refers to it weakly: it may refer to the averager
         )
-        self.__usage = UsageWatch(store.tensors, labels, prefix) if source is None and not auxiliary else None
+        self.__usage = (
+            UsageWatch(self.__store.tensors, labels, prefix) if source is None and not auxiliary else None
+        )
         warn_of_frozen(named, prefix)
         self.__infos = infos
         self.__states = StateSharing(
-            self, store, prefix=prefix, compression=state_compression, allowed=allow_state_sharing
-        )
-        self.__keeper = TensorKeeper(
-            store, layout, float(own.averaging_alpha), auxiliary, self.__states, prefix, apply_when
+            self, self.__store, prefix=prefix, compression=state_compression, allowed=allow_state_sharing
         )
         self.__order = OrderOfTimes(prefix, times_in_order(given))
         self.__order.check(RECORD_TIME, dht._setup.config.max_expiration / 2)
-        self.__steps = Steps(self.__keeper, self.__config.matchmaking, prefix, self.__order)
+        self.__steps = Steps(self.__store, self.__config.matchmaking, prefix, self.__order)
+        arena = TensorArena(self.__store, alpha=float(own.averaging_alpha), auxiliary=auxiliary)
+        self.__writer = AverageWriter(arena, on_call=apply_when == "called", name=prefix)
+        self.__link = Link(self.__config, self.__writer, self.__steps, self.__states)
+        Startable.__init__(  # super() would be one more local variable
+            self,
+            self.__link,
+            instead_of_a_copy="a DecentralizedAverager can't be pickled or copied: it belongs to this process; "
+            "make one in each process",
+        )
+        # The end of the interpreter ends the background process, and all in it.
+        weakref.finalize(self, self.__link.end_in_background).atexit = False
         self.__shutdown_timeout = own.shutdown_timeout
-        self.__started: MPFuture[ServiceHandle] | None = None
-        self.__finalizer: weakref.finalize[..., Any] | None = None
         if own.start:
             self.run_in_background()
 
@@ -292,28 +282,11 @@ class DecentralizedAverager:
         :raises TimeoutError: it was not ready in time; it is shut down
         """
         await_ready = check_flag("await_ready", await_ready)
-        timeout = _check_timeout(timeout)
-        if self.__started is not None:
-            raise InvalidStateError("this averager was started already")
+        timeout = check_timeout(timeout)
         setup = pickling.dumps((user_codecs(), self.__config, self.__schema), "the averager's setup")
-        factory = partial(create_averager_service, setup, self.dht.service_name)
-        begin = partial(_create_service, self.dht.background, factory, self.__config, self.__keeper)
-        creation = chain(self.dht._describe_later(), begin)
-        self.__started = MPFuture(explain=creation.why_late)
-        self.__finalizer = weakref.finalize(self, close_in_background, creation, self.__keeper)
-        self.__finalizer.atexit = (
-            False  # the end of the interpreter ends the background process and all in it
-        )
-        attach = partial(attach_arena, self.__started, self.__keeper)
-        strand = self.__keeper.strand
-        # Past the dispatch of MPFuture: callbacks of users may be waiting on that thread for this very averager.
-        Future.add_done_callback(creation, lambda creation: strand.submit(partial(attach, creation)))
+        self.__link.start(self.dht, partial(create_averager_service, setup, self.dht.service_name))
         if await_ready:
-            try:
-                self.wait_until_ready(timeout)
-            except BaseException:
-                self.shutdown()
-                raise
+            wait_or_end(self, timeout)
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
         """Wait until steps can be taken, for up to ``timeout`` seconds.
@@ -322,51 +295,15 @@ class DecentralizedAverager:
         :raises InvalidStateError: not started, or shut down
         :raises InvalidValueError: client_mode=False, and the DHT turned out to be in client mode
         """
-        timeout = _check_timeout(timeout)
-        started = self.__started
-        if started is None:
-            raise InvalidStateError("this averager is not started; call run_in_background() first")
-        try:
-            started.result(timeout)
-        except TimeoutError as error:
-            if started.done() or isinstance(error, PeerProcessUnresponsive):
-                raise  # the start's own failure, or the reason why it takes so long
-            raise DeadlineExceeded(f"the averager was not ready after {timeout:g} s") from error
+        super().wait_until_ready(timeout)
 
     def shutdown(self) -> None:
         """End the averager: steps that run are cancelled, groupmates learn it at once. Idempotent; the DHT runs on."""
-        if self.__finalizer is None or os.getpid() != self.__pid:
-            return  # in a forked child it is the parent's
-        registered = self.__finalizer.detach()
-        if registered is not None:
-            _, _, (creation, keeper), _ = registered
-            close(creation, keeper, self.__shutdown_timeout)
+        self.__link.end(self.__shutdown_timeout)
 
     def is_alive(self) -> bool:
         """Whether steps can be taken, or will be when it is ready; False once the start has failed."""
-        if self.__started is None or self.__finalizer is None or os.getpid() != self.__pid:
-            return False
-        has_failed = self.__started.done() and self.__started.exception() is not None
-        return not has_failed and self.__finalizer.alive and self.dht.is_alive()
-
-    def __enter__(self) -> DecentralizedAverager:
-        if self.__started is None:
-            self.run_in_background()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.shutdown()
-
-    def __repr__(self) -> str:
-        state = "alive" if self.is_alive() else "not started" if self.__started is None else "ended"
-        return f"<DecentralizedAverager {self.prefix!r} of {self.total_size} elements, {state}>"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        raise InvalidTypeError(
-            "a DecentralizedAverager can't be pickled or copied: it belongs to this process; make one in each process"
-        )
+        return self.__link.is_alive and self.dht.is_alive()
 
     # properties
 
@@ -395,7 +332,7 @@ class DecentralizedAverager:
     @property
     def total_size(self) -> int:
         """Number of elements that are averaged."""
-        return self.__keeper.layout.numel
+        return self.__store.layout.numel
 
     @property
     def bandwidth(self) -> float | None:
@@ -428,9 +365,9 @@ class DecentralizedAverager:
         return self.__shutdown_timeout
 
     @property
-    def last_report(self) -> RoundReport | None:
+    def last_report(self) -> StepReport | None:
         """What happened in the last step that has finished."""
-        return self.__keeper.last_report
+        return self.__steps.last_report
 
     @property
     def last_loaded_state(self) -> StateReport | None:
@@ -451,7 +388,7 @@ class DecentralizedAverager:
 
     @allow_state_sharing.setter
     def allow_state_sharing(self, value: bool) -> None:
-        self.__check_process()
+        self.__link.check_process()
         value = check_flag("allow_state_sharing", value)
         if value and self.client_mode:
             raise InvalidValueError(
@@ -469,7 +406,7 @@ class DecentralizedAverager:
 
     @state_sharing_priority.setter
     def state_sharing_priority(self, value: float) -> None:
-        self.__check_process()
+        self.__link.check_process()
         value = check_number("state_sharing_priority", value)
         if value and self.client_mode:
             raise InvalidValueError(
@@ -534,8 +471,8 @@ class DecentralizedAverager:
             timeout = check_number("timeout", timeout, above=0)
             self.__order.check(LOAD_TIMEOUT, timeout)
         if wait:
-            self.__check_lock("load_state_from_peers(wait=True)")
-        loading = self.__states.load(self.__ready(timeout), timeout, progress=progress)
+            self.__store.check_not_held("load_state_from_peers(wait=True)")
+        loading = self.__states.load(self.__link.ready(timeout), timeout, progress=progress)
         if not wait:
             return loading
         try:
@@ -566,7 +503,7 @@ class DecentralizedAverager:
         :raises InvalidStateError: not started or shut down
         """
         wait = check_flag("wait", wait)
-        bits: MPFuture[str] = self.__ready().call(GetGroupBits())
+        bits: MPFuture[str] = self.__link.ready().call(GetGroupBits())
         return bits.result() if wait else bits
 
     def set_group_bits(self, group_bits: str, wait: bool = True) -> MPFuture[None] | None:
@@ -582,7 +519,7 @@ class DecentralizedAverager:
         :raises InvalidStateError: not started or shut down
         """
         group_bits, wait = check_bits("group_bits", group_bits), check_flag("wait", wait)
-        done: MPFuture[None] = self.__ready().call(SetGroupBits(group_bits))
+        done: MPFuture[None] = self.__link.ready().call(SetGroupBits(group_bits))
         return done.result() if wait else done
 
     # averaging
@@ -600,17 +537,8 @@ class DecentralizedAverager:
         Waits for a copy that is under way at most, never for the network. While the lock is held no round
         takes or writes the tensors; hold it shortly. Do not call ``step(wait=True)`` inside.
         """
-        self.__check_process()
-        return TensorsBlock(self.__hold_tensors())
-
-    @contextmanager
-    def __hold_tensors(self) -> Iterator[HeldTensors]:
-        store = self.__keeper.store
-        with store.hold() as tensors:
-            try:
-                yield tensors
-            finally:
-                store.mark_stream()
+        self.__link.check_process()
+        return TensorsBlock(self.__store.hold_for_trainer())
 
     def step(
         self,
@@ -662,12 +590,12 @@ class DecentralizedAverager:
                 "require_trigger=True needs wait=False: with wait=True nobody could trigger it"
             )
         if wait:
-            self.__check_lock("step(wait=True)")
+            self.__store.check_not_held("step(wait=True)")
         if self.__usage is not None:
             self.__usage.check()
         begin = partial(
             self.__steps.begin,
-            self.__ready(timeout),
+            self.__link.ready(timeout),
             self.serializer,
             gather=gather,
             scheduled_time=scheduled_time,
@@ -678,11 +606,10 @@ class DecentralizedAverager:
             when_busy=when_busy,
             wait=wait,
         )
-        writer = self.__keeper.writer
         if not wait:
-            writer.apply()
+            self.__writer.apply()
             return begin()[0]
-        with writer.caller_in_step():
+        with self.__writer.caller_in_step():
             return self.__steps.wait_for(*begin())
 
     def apply_average(self) -> bool:
@@ -697,69 +624,10 @@ class DecentralizedAverager:
         :raises InvalidStateError: made with ``apply_when="ready"``; not started, shut down; or the average can't be
           written, since a tensor has another shape now, for instance: it is dropped then
         """
-        if not self.__keeper.writer.on_call:
+        if not self.__writer.on_call:
             raise InvalidStateError(
                 "apply_average() needs an averager that is made with apply_when='called'; this one writes each average "
                 "as soon as it is ready"
             )
-        self.__check_running()
-        return self.__keeper.writer.apply()
-
-    def __check_process(self) -> None:
-        """In a forked child the tensors are copies that are never averaged, and the locks may be held for ever."""
-        if os.getpid() != self.__pid:
-            raise InvalidStateError(
-                f"this averager belongs to process {self.__pid}, and this is process {os.getpid()}, which was forked "
-                "from it; use it there, or make one here"
-            )
-
-    def __check_lock(self, call: str) -> None:
-        if self.__keeper.store.held_by_this_thread:
-            raise InvalidStateError(
-                f"{call} inside get_tensors() would wait for a lock that this thread holds; "
-                "leave the block first or use wait=False"
-            )
-
-    def __ready(self, timeout: float | None = None) -> ServiceHandle:
-        """The service, once it has started. A start takes the time that it takes, as long as its process lives.
-
-        :raises PeerProcessUnresponsive: that does not, and ``timeout`` has passed
-        """
-        started = self.__check_running()
-        _check_timeout(timeout)
-        while True:
-            try:
-                return started.result(timeout)
-            except TimeoutError as error:
-                if started.done() or isinstance(error, PeerProcessUnresponsive):
-                    raise
-                timeout = START_LOOK_PERIOD
-
-    def __check_running(self) -> MPFuture[ServiceHandle]:
-        self.__check_process()
-        if self.__started is None or self.__finalizer is None:
-            raise InvalidStateError("this averager is not started; call run_in_background() first")
-        if not self.__finalizer.alive:
-            raise InvalidStateError("this averager was shut down")
-        return self.__started
-
-
-def _create_service(
-    process: BackgroundProcess,
-    factory: ServiceFactory,
-    config: AveragerConfig,
-    keeper: TensorKeeper,
-    dht: NodeDescription,
-) -> MPFuture[ServiceHandle]:
-    """The DHT is ready: what depends on it is settled, and the service can be made."""
-    keeper.states.settle(default=settle_modes(config, dht.client_mode) is PeerMode.FULL)
-    keeper.creation = process.create_service(factory, name=f"averager {config.prefix}", handler=keeper.handle)
-    return keeper.creation
-
-
-def _check_timeout(timeout: float | None) -> float | None:
-    return (
-        None
-        if timeout is None
-        else check_number("timeout", timeout, minimum=0, maximum=threading.TIMEOUT_MAX)
-    )
+        self.__link.check_running()
+        return self.__writer.apply()

@@ -20,7 +20,7 @@ from shoal.runtime.futures import MPFuture
 from shoal.utils.checks import check_number
 
 if TYPE_CHECKING:
-    from shoal.averaging.report import RoundReport
+    from shoal.averaging.report import StepReport
     from shoal.p2p.identity import PeerID
 
 
@@ -72,7 +72,7 @@ class StepControl(MPFuture[Any]):
         )
         self._is_bound = False
         self._call: Future[Any] | None = None
-        self._report: RoundReport | None = None
+        self._report: StepReport | None = None
 
     @property
     def stage(self) -> AveragingStage:
@@ -133,7 +133,7 @@ class StepControl(MPFuture[Any]):
         return self._stage is AveragingStage.RUNNING_ALLREDUCE
 
     @property
-    def report(self) -> RoundReport | None:
+    def report(self) -> StepReport | None:
         """What happened; None until the step has finished, and if it was cancelled."""
         return self._report
 
@@ -206,14 +206,14 @@ class StepControl(MPFuture[Any]):
         self.reach(AveragingStage.RUNNING_ALLREDUCE)
         return self._weight
 
-    def succeed(self, report: RoundReport, gathered: dict[PeerID, Any]) -> None:
+    def succeed(self, report: StepReport, gathered: dict[PeerID, Any]) -> None:
         """The step ends with what its group gathered, unless it was cancelled in the same moment."""
         self._report = report
         with contextlib.suppress(FutureIsDone):
             self.set_result(gathered)
         self._let_go()
 
-    def fail(self, error: BaseException, report: RoundReport | None = None) -> None:
+    def fail(self, error: BaseException, report: StepReport | None = None) -> None:
         """The step ends with ``error``, unless it was cancelled in the same moment."""
         self._report = report
         with contextlib.suppress(FutureIsDone):

@@ -6,14 +6,17 @@ The arena keeps an average that waits for the user's call, so no further round b
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, TypeAlias, get_args
 
 import torch
 
-from shoal.averaging.trainer.tensors import TensorStore
+from shoal.averaging.trainer.arena import TensorArena
 from shoal.errors import InvalidStateError
+
+logger = logging.getLogger(__name__)
 
 ApplyWhen: TypeAlias = Literal["ready", "called"]
 """When an average is written: as soon as it is ready, on a thread of the averager; or when the user calls
@@ -31,28 +34,30 @@ WATCH_ADVICE: Mapping[str, str] = {
 class AverageWriter:
     """Writes averages when it is their time. Its state is guarded by the lock of the tensors.
 
-    :param write: writes the average that is in the arena
+    :param arena: writes the average that is in it
     :param on_call: leave it to the user to say when
+    :param name: of the averager, for people
     """
 
-    def __init__(self, store: TensorStore, write: Callable[[], None], *, on_call: bool) -> None:
-        self._store = store
-        self._write = write
+    def __init__(self, arena: TensorArena, *, on_call: bool = False, name: str = "") -> None:
+        self.arena = arena
+        self._store = arena.store
         self.on_call = on_call
+        self._name = name
         self._pending: int | None = None
         self._callers_in_step = 0
         self.notify_written: Callable[[], object] = lambda: None
         """Tells the background process that the arena is free again."""
 
-    def deliver(self, step: int, abandoned: Callable[[], bool]) -> bool:
+    def deliver(self, step: int) -> bool:
         """The round of ``step`` has committed.
 
         :returns: whether its average was written; otherwise it waits for :meth:`apply`
         """
         if not self.on_call:
-            self._write()
+            self.arena.write_average()
             return True
-        with self._store.lock(None, abandoned):
+        with self._store.lock(None, lambda: self.arena.is_ending):
             if self._callers_in_step == 0:
                 self._pending = step
                 return False
@@ -79,10 +84,16 @@ class AverageWriter:
                 self.notify_written()
             return True
 
-    def drop(self) -> int | None:
-        """The averager ends; returns the number of the step whose average nobody has called for. Waits for no lock."""
+    def close(self) -> None:
+        """The averager ends: an average that waits for the user's call is dropped, with a warning. No lock is taken."""
         step, self._pending = self._pending, None
-        return step
+        if step is not None:
+            logger.warning(
+                "%s: shut down before the average of step %d was applied: the tensors lack it; call apply_average() "
+                "before shutdown()",
+                self._name,
+                step,
+            )
 
     @contextmanager
     def caller_in_step(self) -> Iterator[None]:
@@ -100,7 +111,7 @@ class AverageWriter:
                 self._callers_in_step -= 1
 
     def _write_visibly(self) -> None:
-        self._write()
+        self.arena.write_average()
         # A backward pass whose forward pass used the old values is an error of autograd from now on.
         for tensor in self._store.tensors:
             if not tensor.is_inference():

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import InvalidStateError as FutureIsDone
 from functools import partial
@@ -31,15 +31,17 @@ from shoal.averaging.state_commands import (
     CaptureState,
     LoadedState,
     LoadState,
+    MemoryRefused,
     SetStateSharing,
     ShowProgress,
     StateCaptured,
-    StateMemory,
 )
 from shoal.averaging.trainer.tensors import TensorStore
 from shoal.compression.base import CompressionBase
-from shoal.errors import DeadlineExceeded, InvalidStateError, PeerProcessDied, UsageError
+from shoal.errors import DeadlineExceeded, InvalidStateError, UsageError
 from shoal.p2p.identity import PeerID
+from shoal.runtime import pickling
+from shoal.runtime.descriptors import WithDescriptors
 from shoal.runtime.futures import MPFuture
 from shoal.runtime.memory import SharedMemory
 from shoal.runtime.workers import SerialThread
@@ -152,19 +154,21 @@ class StateSharing:
         with contextlib.suppress(CancelledError):  # shut down meanwhile
             done.result(SWITCH_TIMEOUT)
 
-    def handle(self, command: object) -> None:
+    def handle(self, command: object) -> object:
         """Carry out a request of the service; never blocks, since rounds use the same thread."""
         match command:
-            case CaptureState(number):
-                self._thread.submit(partial(self._capture_for_service, number))
+            case CaptureState():
+                answer: Future[object] = Future()
+                self._thread.submit(partial(_settle, answer, self._capture_for_service))
+                return answer
             case AllocateState(number, nbytes):
-                self._allocate(number, nbytes)
+                return self._allocate(number, nbytes)
             case ShowProgress(number, donor, received, total):
                 download = self._downloads.get(number)
                 if download is not None and download.bar is not None:
                     download.bar.update(donor, received, total)
-            case _:
-                raise InvalidStateError(f"the user process has no command {type(command).__name__}")
+                return None
+        raise InvalidStateError(f"the user process has no command {type(command).__name__}")
 
     # as a donor
 
@@ -185,27 +189,23 @@ class StateSharing:
         self._reserve = capture.layout().nbytes + GROWTH
         return capture
 
-    def _capture_for_service(self, number: int) -> None:
-        handle = self._handle
-        if handle is None:
-            return
+    def _capture_for_service(self) -> WithDescriptors | CaptureFailed:
+        """Whatever becomes of the copy, the donor is told, and its user why there is none."""
         try:
             capture = self.capture()
         except LockNotFree as e:
-            self._fail(handle, number, "its lock was not free", e)
+            return self._failed("its lock was not free", e)
         except BaseException as e:  # noqa: BLE001 - of the user's get_current_state(): may be anything, SystemExit too
-            self._fail(handle, number, "get_current_state() failed", e)
-        else:
-            with capture.memory as memory:
-                packed = pack_entries(capture.entries)
-                captured = StateCaptured(number, memory.nbytes, packed, capture.codecs)
-                try:
-                    _tell(handle, captured, [memory.fd])
-                except BaseException as e:  # noqa: BLE001 - of the user's codecs, which are pickled
-                    self._fail(handle, number, "its copy could not be handed to the background process", e)
+            return self._failed("get_current_state() failed", e)
+        with capture.memory as memory:
+            try:
+                codecs = pickling.dumps(capture.codecs, "its codecs")
+                captured = StateCaptured(memory.nbytes, pack_entries(capture.entries), codecs)
+                return WithDescriptors(captured, [os.dup(memory.fd)])
+            except BaseException as e:  # noqa: BLE001 - of the user's codecs, which are pickled
+                return self._failed("its copy could not be handed to the background process", e)
 
-    def _fail(self, handle: ServiceHandle, number: int, what: str, error: BaseException) -> None:
-        """Say why there is no copy; the donor would wait for it, and have no other made."""
+    def _failed(self, what: str, error: BaseException) -> CaptureFailed:
         # A traceback leads to the line of the user's that failed; what Shoal itself says needs none.
         trace = None if isinstance(error, UsageError | TimeoutError) else error
         logger.warning(
@@ -216,7 +216,7 @@ class StateSharing:
             error,
             exc_info=trace,
         )
-        _tell(handle, CaptureFailed(number, type(error).__name__))
+        return CaptureFailed(type(error).__name__)
 
     @contextlib.contextmanager
     def _hold(self) -> Iterator[None]:
@@ -251,24 +251,22 @@ class StateSharing:
 
         return ProgressBar(self._prefix)
 
-    def _allocate(self, number: int, nbytes: int) -> None:
-        handle, download = self._handle, self._downloads.get(number)
-        if handle is None or download is None:
-            return
+    def _allocate(self, number: int, nbytes: int) -> WithDescriptors | MemoryRefused:
+        download = self._downloads.get(number)
+        if download is None:
+            return MemoryRefused("the download has ended here")
         if download.memory is not None:
             download.memory.close()
             download.memory = None
         available = available_memory()
-        refusal = None
+        if available is not None and nbytes > available:
+            sizes = figures.size(nbytes), figures.size(available)
+            return MemoryRefused("its state takes {}, and {} of memory are free".format(*sizes))
         try:
-            if available is not None and nbytes > available:
-                refusal = f"its state takes {figures.size(nbytes)}, and {figures.size(available)} of memory are free"
-            else:
-                download.memory = SharedMemory.create(nbytes)
+            download.memory = memory = SharedMemory.create(nbytes)
+            return WithDescriptors(True, [os.dup(memory.fd)])
         except OSError as e:
-            refusal = f"there is no memory for its state of {figures.size(nbytes)}: {e}"
-        descriptors = [] if download.memory is None else [download.memory.fd]
-        handle.call(StateMemory(number, nbytes, refusal), descriptors=descriptors)
+            return MemoryRefused(f"there is no memory for its state of {figures.size(nbytes)}: {e}")
 
     def _finish(self, number: int, outer: MPFuture[State | None], call: Future[LoadedState]) -> None:
         """The download is done: hand its result on."""
@@ -309,11 +307,11 @@ class StateSharing:
         return state
 
 
-def _tell(handle: ServiceHandle, command: object, descriptors: Sequence[int] = ()) -> None:
-    with contextlib.suppress(
-        PeerProcessDied, InvalidStateError, CancelledError
-    ):  # nobody is left to share with
-        handle.call(command, descriptors=descriptors).result()
+def _settle(answer: Future[object], work: Callable[[], object]) -> None:
+    try:
+        answer.set_result(work())
+    except BaseException as e:  # noqa: BLE001 - the edge of the thread: the service raises it
+        answer.set_exception(e)
 
 
 def tensors_in(manifest: Manifest, memory: memoryview) -> list[torch.Tensor]:

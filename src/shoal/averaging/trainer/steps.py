@@ -1,4 +1,5 @@
 """The steps of one averager in the user process: each is handed to the background process, and ends with its outcome.
+Those under way are here in a table, by number, and so is the report of the last one that has ended.
 
 Holds no reference to the averager itself, so that an averager that nobody refers to any more is collected.
 """
@@ -21,11 +22,14 @@ from shoal.averaging.timeouts import STEP_TIMEOUT
 from shoal.averaging.trainer.control import Steering, StepControl, check_weight
 from shoal.errors import AllreduceException, InvalidTypeError, InvalidValueError, MatchmakingException
 from shoal.p2p.identity import PeerID
+from shoal.runtime.workers import Strand
 from shoal.utils.checks import check_choice, check_flag, check_number
 from shoal.utils.timed import dht_clock
 
 if TYPE_CHECKING:
-    from shoal.averaging.trainer.keeper import TensorKeeper
+    from shoal.averaging.commands import AveragingStage
+    from shoal.averaging.report import StepReport
+    from shoal.averaging.trainer.tensors import TensorStore
     from shoal.runtime.futures import MPFuture
     from shoal.runtime.process import ServiceHandle
 
@@ -47,12 +51,18 @@ class Steps:
 
     def __init__(
         self,
-        keeper: TensorKeeper,
+        store: TensorStore,
         settings: MatchmakingConfig,
         prefix: str,
         order: OrderOfTimes | None = None,
     ) -> None:
-        self._keeper = keeper
+        self._store = store
+        self.strand = Strand(f"shoal-steps {prefix}")
+        """Where the averager's own calls are concluded: it is never held up by callbacks of users."""
+        self._controls: dict[int, StepControl] = {}
+        """Under way, by number, in their order."""
+        self.last_report: StepReport | None = None
+        """Of the last step that has finished."""
         self._settings = settings
         self._prefix = prefix
         self._order = order or OrderOfTimes(prefix, {})
@@ -103,7 +113,7 @@ class Steps:
             if wait:
                 self._awaited.add(number)
             if current is not None:
-                return self._keeper.controls[current], False
+                return self._controls[current], False
             command = RunStep(
                 number,
                 weight,
@@ -115,17 +125,36 @@ class Steps:
             )
             return self._send(handle, serializer, command, timeout), True
 
+    # what the background process says of them
+
+    def reach(self, step: int, stage: AveragingStage) -> None:
+        """The step has come to ``stage``, if it is still under way."""
+        if step in self._controls:
+            self._controls[step].reach(stage)
+
+    def bind(self, step: int) -> None:
+        """This peer has given its word for the step, which cannot be cancelled any more."""
+        if step in self._controls:
+            self._controls[step].bind()
+
+    def under_way(self, step: int) -> StepControl:
+        """:raises AllreduceException: the step has ended"""
+        control = self._controls.get(step)
+        if control is None or control.done():
+            raise AllreduceException("the step has ended")
+        return control
+
     def _current(self) -> int | None:
         """The number of the earliest step that is under way."""
-        return next((number for number, control in self._under_way() if not control.done()), None)
+        return next((number for number, control in self._all_under_way() if not control.done()), None)
 
-    def _under_way(self) -> list[tuple[int, StepControl]]:
-        return list(self._keeper.controls.items())
+    def _all_under_way(self) -> list[tuple[int, StepControl]]:
+        return list(self._controls.items())
 
     def _send(
         self, handle: ServiceHandle, serializer: Any, command: RunStep, timeout: float | None
     ) -> StepControl:
-        self._keeper.store.mark_stream()
+        self._store.mark_stream()
         control = StepControl(
             scheduled_time=dht_clock.from_steady(command.scheduled_time),
             deadline=None if command.deadline is None else dht_clock.from_steady(command.deadline),
@@ -134,21 +163,21 @@ class Steps:
             steering=Steering(
                 trigger=lambda: handle.call(AllowAllreduce(command.step)),
                 reschedule=lambda time: handle.call(Reschedule(command.step, dht_clock.to_steady(time))),
-                would_wait_for_itself=lambda: self._keeper.store.held_by_this_thread,
+                would_wait_for_itself=lambda: self._store.held_by_this_thread,
             ),
         )
-        self._keeper.controls[command.step] = control
+        self._controls[command.step] = control
         try:
             call: MPFuture[StepOutcome] = handle.call(command, timeout=timeout)
         except BaseException:
-            del self._keeper.controls[command.step]
+            del self._controls[command.step]
             self._awaited.discard(command.step)
             raise
         control.follow(call)
         self._warn_of_a_long_queue()
         conclude = partial(self._conclude, control, command.step, serializer)
         # Past the dispatch of MPFuture: callbacks of users may be waiting on that thread for this very step.
-        Future.add_done_callback(call, lambda call: self._keeper.strand.submit(partial(conclude, call)))
+        Future.add_done_callback(call, lambda call: self.strand.submit(partial(conclude, call)))
         return control
 
     def wait_for(self, control: StepControl, is_own: bool) -> dict[PeerID, Any] | None:
@@ -171,7 +200,7 @@ class Steps:
     def _conclude(self, control: StepControl, step: int, serializer: Any, call: Any) -> None:
         """The call of a step is done: the step ends, whatever happens. Runs on the averager's own strand."""
         with self._lock:
-            self._keeper.controls.pop(step, None)
+            self._controls.pop(step, None)
             is_awaited = step in self._awaited
             self._awaited.discard(step)
         try:
@@ -193,7 +222,7 @@ class Steps:
             control.fail(error)
             return
         outcome: StepOutcome = call.result()
-        self._keeper.last_report = outcome.report
+        self.last_report = outcome.report
         failure = outcome.report.failure
         if failure is None:
             self.failures_in_a_row = 0
@@ -208,9 +237,9 @@ class Steps:
         control.fail(kind(failure), outcome.report)
 
     def _warn_of_a_long_queue(self) -> None:
-        if self._has_warned_of_queue or len(self._keeper.controls) <= MANY_WAITING:
+        if self._has_warned_of_queue or len(self._controls) <= MANY_WAITING:
             return
-        under_way = [(number, control) for number, control in self._under_way() if not control.done()]
+        under_way = [(number, control) for number, control in self._all_under_way() if not control.done()]
         if len(under_way) <= MANY_WAITING:
             return
         self._has_warned_of_queue = True

@@ -30,7 +30,7 @@ from shoal.averaging.trainer.lost_updates import UpdateWatch
 from shoal.averaging.trainer.sources import HeldTensors, TensorSource
 from shoal.compression.base import UINT8, tensor_array
 from shoal.compression.finite import is_finite
-from shoal.errors import InvalidValueError
+from shoal.errors import InvalidStateError, InvalidValueError
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +104,26 @@ class TensorStore:
         """Hold the lock (re-entrant); parameters and errors as of :meth:`.MemoryGuard.hold`."""
         return self._guard.hold(timeout, abandoned)
 
+    @contextmanager
+    def hold_for_trainer(self) -> Iterator[HeldTensors]:
+        """As :meth:`hold`, on the trainer's thread: what it enqueues meanwhile comes before the next copy."""
+        with self.hold() as tensors:
+            try:
+                yield tensors
+            finally:
+                self.mark_stream()
+
     @property
     def held_by_this_thread(self) -> bool:
         return self._guard.held_by_this_thread
+
+    def check_not_held(self, call: str) -> None:
+        """:raises InvalidStateError: this thread holds the lock, for which ``call`` would wait"""
+        if self.held_by_this_thread:
+            raise InvalidStateError(
+                f"{call} inside get_tensors() would wait for a lock that this thread holds; "
+                "leave the block first or use wait=False"
+            )
 
     def mark_stream(self) -> None:
         """Remember this thread's current CUDA streams as the trainer's: copies are ordered after what it has

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from shoal.cli.demo.history import Outcome
 from shoal.cli.demo.protocol import State, Status
@@ -59,7 +60,8 @@ class LiveView:
         self._live.stop()
 
     def tell(self, text: str) -> None:
-        self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        # A Text, and not markup=False: the table is drawn anew with the same options, and has markup.
+        self._live.console.print(Text(text), highlight=False, soft_wrap=True)
 
     def show(self, statuses: Sequence[Status], rounds: int, seconds: float) -> None:
         table = render_statuses(statuses, rounds, seconds, self._live.console.width)

@@ -1,0 +1,185 @@
+"""One attempt of a step: a round in one group and, if it commits, the average written by the user process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, TypeVar, cast
+
+from shoal.averaging.allreduce.round import Round, RoundResult
+from shoal.averaging.background.resources import Resources
+from shoal.averaging.background.step import Step, StepFailed
+from shoal.averaging.commands import ApplyAverage, AveragingStage, BoundByWord, ReachStage, TakeSnapshot
+from shoal.averaging.group import GroupInfo
+from shoal.errors import AllreduceException
+from shoal.runtime.presence import UserProcessAbsent
+
+T = TypeVar("T")
+
+
+class Attempt:
+    """Takes a step through one round; used once.
+
+    :raises InvalidStateError: no arena is attached
+    """
+
+    def __init__(self, resources: Resources, step: Step, group: GroupInfo) -> None:
+        self._resources = resources
+        self._context = resources.context
+        self._step = step
+        self._group = group
+        self._weight = step.command.weight
+        self._waited = 0.0
+        """Seconds until the user had triggered the round."""
+        self._is_own_fault = False
+        self._notices: list[asyncio.Future[object]] = []
+        """What tells the user process that this peer is bound."""
+        self._partition = resources.division.among(group)
+        self._round = Round(
+            resources.host,
+            resources.prefix,
+            group,
+            self._partition,
+            resources.arena.areas,
+            take_snapshot=self._snapshot_unless_absent,
+            weight=lambda: self._weight,
+            timeouts=resources.timeouts,
+            on_bound=self._on_bound,
+        )
+
+    async def run(self) -> None:
+        """Back when the average is written, or waits for the user's call.
+
+        A step that is cancelled before the user process knew that this peer was bound leaves the tensors as they are.
+        Waits for nothing before the round can be withdrawn from: the step may have been cancelled in the moment when
+        the group stood.
+
+        :raises AllreduceException: the round did not commit
+        :raises StepFailed: because of this peer's own tensors, or these could not be written
+        """
+        self._note_group()
+        rounds, matchmaker = self._resources.rounds, self._resources.matchmaker
+        rounds.begin(self._round)
+        matchmaker.watch_members(partial(rounds.lose_member, self._group.group_id))
+        try:
+            result, cancelled = await run_to_the_end(
+                self._take_part(), partial(self._round.withdraw, "its user cancelled the step")
+            )
+        finally:
+            rounds.end(self._round)
+        self._note_result(result)
+        self._learn(result)
+        if result.failure is not None and cancelled is None:
+            raise (StepFailed if self._is_own_fault else AllreduceException)(result.failure)
+        if result.failure is None:
+            try:  # the others apply the average, whatever matchmaking makes of this group
+                if result.applies and cancelled is None:
+                    # A cancellation from now on comes too late, and gets the outcome.
+                    await run_to_the_end(self._apply(), lambda: None)
+            finally:
+                matchmaker.round_committed(self._group)
+        if cancelled is not None:
+            raise cancelled
+
+    async def _take_part(self) -> RoundResult:
+        try:
+            return await self._round.run()
+        finally:
+            await asyncio.gather(*self._notices)
+
+    def _on_bound(self) -> None:
+        self._notices.append(asyncio.ensure_future(self._context.call_user(BoundByWord(self._step.number))))
+
+    async def _snapshot_unless_absent(self) -> None:
+        try:
+            await self._context.user.unless_absent(self._snapshot())
+        except UserProcessAbsent as e:  # the others go on without this member
+            raise AllreduceException(f"withdrew from the round: the {e}") from None
+
+    async def _snapshot(self) -> None:
+        await self._wait_for_trigger()
+        await self._resources.arena.populated()
+        try:
+            self._weight = cast("float", await self._context.call_user(TakeSnapshot(self._step.number)))
+        except Exception as e:  # of the user's tensors and their devices: may be anything
+            self._is_own_fault = not isinstance(e, AllreduceException)
+            raise
+
+    async def _wait_for_trigger(self) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            if not self._step.triggered.is_set():
+                await self._context.call_user(ReachStage(self._step.number, AveragingStage.AWAITING_TRIGGER))
+                await self._step.triggered.wait()
+        finally:  # the round may fail meanwhile
+            self._waited = loop.time() - began
+
+    async def _apply(self) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        arena_is_free = self._resources.arena.is_free
+        arena_is_free.clear()  # before the user process is asked: AverageWritten may overtake its answer
+        waits_for_user = False
+        try:
+            waits_for_user = not await self._context.call_user(ApplyAverage(self._step.number))
+        except Exception as e:  # of the user's tensors and their devices: may be anything
+            raise StepFailed(
+                f"the group has averaged, but the average could not be written to this peer's tensors: {e}"
+            ) from e
+        finally:
+            if not waits_for_user:
+                arena_is_free.set()
+            self._step.spend(apply=loop.time() - began)
+
+    def _learn(self, result: RoundResult) -> None:
+        """Remember which peers are slow, and which this one could not reach, or could not reach this one."""
+        duration, now = result.allreduce_seconds, asyncio.get_running_loop().time()
+        held_up = self._round.held_up(duration)
+        self._resources.slow_peers.note(held_up, duration, now, self._group, self._partition)
+        self._resources.matchmaker.keep_apart(self._round.unreached)
+        if result.was_undialable:
+            self._resources.node.look_again(in_doubt=True)
+
+    def _note_group(self) -> None:
+        group = self._group
+        self._step.note(
+            attempts=self._step.report.attempts + 1,
+            group_id=group.group_id.hex(),
+            members=tuple(str(peer) for peer in group.peer_ids),
+            modes=tuple(str(member.mode) for member in group.members),
+        )
+
+    def _note_result(self, result: RoundResult) -> None:
+        self._step.spend(
+            trigger=self._waited,
+            snapshot=result.snapshot_seconds - self._waited,
+            allreduce=result.allreduce_seconds,
+        )
+        spread = result.spread
+        self._step.note(
+            bytes_sent=result.bytes_sent,
+            bytes_received=result.bytes_received,
+            weight=sum(result.weights),
+            weights=result.weights,
+            parts=self._round.part_count,
+            excluded=result.exclusions,
+            spread_distance=None if spread is None else spread.distance,
+            spread_relative=None if spread is None else spread.relative,
+        )
+
+
+async def run_to_the_end(
+    work: Coroutine[Any, Any, T], on_cancel: Callable[[], None]
+) -> tuple[T, asyncio.CancelledError | None]:
+    """Run what must not stop half-way. Being cancelled meanwhile calls ``on_cancel``, and is returned for later."""
+    running = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not running.done():
+        try:
+            await asyncio.wait({running})
+        except asyncio.CancelledError as e:
+            cancelled = e
+            on_cancel()
+    return running.result(), cancelled

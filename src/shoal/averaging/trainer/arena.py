@@ -1,0 +1,94 @@
+"""The user process's end of the arena: copies the user's tensors to the one area, and the average from the other."""
+
+from __future__ import annotations
+
+import logging
+
+from shoal.averaging.trainer.control import StepControl
+from shoal.averaging.trainer.tensors import TensorStore, first_non_finite
+from shoal.errors import AllreduceException, DeadlineExceeded, InvalidStateError, InvalidValueError
+from shoal.runtime.memory import SharedMemory
+
+logger = logging.getLogger(__name__)
+
+LOCK_TIMEOUT = 30.0
+"""Seconds for which a round waits for the lock before its snapshot; groupmates wait with it."""
+
+
+class TensorArena:
+    """The shared memory of the snapshot and the average behind it, and what is copied there and back.
+
+    :param alpha: the fraction of the way to the average that tensors move
+    :param auxiliary: the tensors are this peer's own, and nothing is copied of them
+    """
+
+    def __init__(self, store: TensorStore, *, alpha: float = 1.0, auxiliary: bool = False) -> None:
+        self.store = store
+        self._alpha = alpha
+        self._auxiliary = auxiliary
+        self._memory: SharedMemory | None = None
+        self._is_ending = False
+
+    def create_memory(self) -> SharedMemory:
+        """The memory of both areas, to be attached in the background process."""
+        if self._is_ending:
+            raise InvalidStateError("the averager was shut down")
+        self._memory = SharedMemory.create(max(1, 2 * self.store.layout.nbytes))
+        return self._memory
+
+    def begin_to_end(self) -> None:
+        """From now on nothing waits for the lock of the tensors: the thread that ends the averager may hold it."""
+        self._is_ending = True
+
+    @property
+    def is_ending(self) -> bool:
+        return self._is_ending
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._is_ending = True
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            memory.close()
+
+    def take_snapshot(self, control: StepControl) -> float:
+        """All-reduce of a step begins: settle its weight, which is returned, and copy the tensors.
+
+        :raises AllreduceException: the lock was not free in time
+        :raises UsageError: the tensors cannot be averaged as they are now
+        """
+        weight = control.begin_allreduce()
+        if self._auxiliary:
+            return weight
+        area = self._area(0)
+        try:
+            # The next step's request waits behind this one, on the same thread.
+            self.store.snapshot(
+                area, timeout=LOCK_TIMEOUT, abandoned=lambda: control.done() or self._is_ending
+            )
+        except DeadlineExceeded as e:
+            logger.warning("withdrawing from a round, whose other members wait: %s", e)
+            raise AllreduceException(f"withdrawn from the round: {e}") from e
+        if weight > 0:  # else nothing is sent: a peer whose training has diverged may ask for the average
+            self._check_finite(area)
+        return weight
+
+    def write_average(self) -> None:
+        """Write the average that is in the arena to the tensors.
+
+        :raises UsageError: they are not what they were
+        """
+        self.store.apply(self._area(0), self._area(1), self._alpha, abandoned=lambda: self._is_ending)
+
+    def _area(self, number: int) -> memoryview:
+        if self._memory is None:
+            raise InvalidStateError("the averager was shut down")
+        size = self.store.layout.nbytes
+        return self._memory.buffer[number * size : (number + 1) * size]
+
+    def _check_finite(self, area: memoryview) -> None:
+        index = first_non_finite(self.store.layout, area)
+        if index is not None:
+            raise InvalidValueError(
+                f"{self.store.labels[index]} has NaN or infinite elements; nothing was sent"
+            )

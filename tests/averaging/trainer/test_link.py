@@ -1,0 +1,218 @@
+"""How an averager comes to its service and parts from it: every call of the start is answered by the test."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from user_side import UserSide
+
+import shoal
+from shoal.averaging.commands import AttachArena
+from shoal.averaging.trainer.life import State
+from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidValueError, PeerProcessUnresponsive
+from shoal.runtime.futures import MPFuture
+
+LIMIT = 20  # seconds, against hanging only
+
+
+class Handle:
+    """A service; it ends at once when it is told to."""
+
+    def __init__(self) -> None:
+        self.attaching: MPFuture[Any] = MPFuture()
+        self.was_called = threading.Event()
+        self.closed = 0
+
+    def call(self, command: object, *, descriptors: Any = ()) -> MPFuture[Any]:
+        assert isinstance(command, AttachArena)
+        assert len(descriptors) == 1
+        self.was_called.set()
+        return self.attaching
+
+    def close(self) -> MPFuture[None]:
+        self.closed += 1
+        done: MPFuture[None] = MPFuture()
+        done.set_result(None)
+        return done
+
+
+class Start:
+    """An averager's start: its calls, each of which the test ends."""
+
+    def __init__(self, explain: Callable[[], Exception | None] | None = None) -> None:
+        config: Any = SimpleNamespace(prefix="run", client_mode=None, auxiliary=False, mode=None)
+        self.tensor = torch.zeros(3)
+        self.link = UserSide(self.tensor, config=config).link
+        self.describing: MPFuture[Any] = MPFuture(explain=explain)
+        self.creating: MPFuture[Any] = MPFuture(explain=explain)
+        self.handle = Handle()
+        self.dht: Any = SimpleNamespace(background=self, _describe_later=lambda: self.describing)
+
+    def create_service(self, factory: Any, *, name: str, handler: Any) -> MPFuture[Any]:
+        assert name == "averager run"
+        return self.creating
+
+    def begin(self) -> None:
+        factory: Any = None
+        self.link.start(self.dht, factory)
+
+    def come_to(self, state: State) -> None:
+        self.begin()
+        if state is State.WAITING_FOR_DHT:
+            return
+        self.describing.set_result(SimpleNamespace(client_mode=False))
+        if state is State.CREATING:
+            return
+        self.creating.set_result(self.handle)
+        assert self.handle.was_called.wait(LIMIT)
+        if state is State.ATTACHING:
+            return
+        self.handle.attaching.set_result(None)
+        self.link.wait(LIMIT)
+
+
+@pytest.fixture(autouse=True)
+def _no_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.averaging.trainer.link.settle_modes", lambda config, dht_is_client: None)
+
+
+ON_THE_WAY = (State.WAITING_FOR_DHT, State.CREATING, State.ATTACHING)
+
+
+@pytest.mark.parametrize("state", [*ON_THE_WAY, State.RUNNING])
+def test_the_start_goes_from_call_to_call(state: State):
+    start = Start()
+    assert not start.link.is_alive
+    start.come_to(state)
+    assert start.link.life.state is state
+    assert start.link.is_alive
+    if state is State.RUNNING:
+        assert start.link.ready() is start.handle
+    else:
+        with pytest.raises(DeadlineExceeded, match="not ready after 0 s"):
+            start.link.wait(0)
+    start.link.end(LIMIT)
+
+
+@pytest.mark.parametrize("state", ON_THE_WAY)
+def test_an_end_during_the_start_is_told_to_those_who_wait_for_it(state: State):
+    start = Start()
+    start.come_to(state)
+    start.link.end(LIMIT)
+    with pytest.raises(InvalidStateError, match="shut down before it had started"):
+        start.link.wait(LIMIT)
+    with pytest.raises(InvalidStateError, match="was shut down"):
+        start.link.ready()
+    assert start.describing.cancelled() == (state is State.WAITING_FOR_DHT)
+    assert start.creating.cancelled() == (state is State.CREATING)
+    assert start.handle.attaching.cancelled() == (state is State.ATTACHING)
+    assert start.handle.closed == (state is State.ATTACHING)
+
+
+def test_a_service_that_came_to_be_as_its_start_was_given_up_is_closed():
+    """Its answer is there, and nobody has been told yet."""
+    start = Start()
+    start.come_to(State.CREATING)
+    start.creating.set_running_or_notify_cancel()
+    ending = threading.Thread(target=start.link.end, args=(LIMIT,))
+    ending.start()
+    while start.link.is_alive:
+        pass
+    start.creating.set_result(start.handle)
+    ending.join(LIMIT)
+    assert start.handle.closed == 1
+
+
+def test_an_end_as_the_dht_gets_ready_leaves_no_service():
+    start = Start()
+    start.begin()
+
+    def create_service(*_: Any, **__: Any) -> MPFuture[Any]:
+        start.link.end(LIMIT)
+        return start.creating
+
+    start.create_service = create_service  # type: ignore[method-assign]
+    start.describing.set_result(SimpleNamespace(client_mode=False))
+    assert start.creating.cancelled()
+    assert start.link.life.state is State.ENDED
+
+
+@pytest.mark.parametrize("state", ON_THE_WAY)
+def test_whatever_fails_in_the_start_is_raised_by_all_who_wait(state: State):
+    start = Start()
+    start.come_to(state)
+    calls = dict(zip(ON_THE_WAY, (start.describing, start.creating, start.handle.attaching), strict=True))
+    calls[state].set_exception(InvalidValueError("of the start"))
+    for wait in (start.link.wait, start.link.ready):
+        with pytest.raises(InvalidValueError, match="of the start"):
+            wait(LIMIT)
+    assert not start.link.is_alive
+    assert start.link.life.was_started
+    start.link.end(LIMIT)
+    assert start.handle.closed == (state is State.ATTACHING)
+    with pytest.raises(InvalidStateError, match="was shut down"):
+        start.link.ready()
+
+
+@pytest.mark.parametrize("state", [State.WAITING_FOR_DHT, State.CREATING])
+def test_a_wait_that_is_too_short_says_why_nothing_comes(state: State):
+    start = Start(explain=lambda: PeerProcessUnresponsive("it is stopped"))
+    start.come_to(state)
+    for wait in (start.link.wait, start.link.ready):
+        with pytest.raises(PeerProcessUnresponsive, match="it is stopped"):
+            wait(0.01)
+    start.link.end(LIMIT)
+
+
+def test_a_start_that_cannot_begin_may_be_tried_again():
+    start = Start()
+
+    def not_running() -> MPFuture[Any]:
+        raise InvalidStateError("this DHT was not started")
+
+    describe, start.dht._describe_later = start.dht._describe_later, not_running
+    with pytest.raises(InvalidStateError, match="DHT was not started"):
+        start.begin()
+    with pytest.raises(InvalidStateError, match="not started; call run_in_background"):
+        start.link.wait()
+    start.dht._describe_later = describe
+    start.begin()
+    with pytest.raises(InvalidStateError, match="started already"):
+        start.begin()
+    start.link.end(LIMIT)
+
+
+def test_nothing_of_a_start_keeps_the_tensors_alive_after_the_end():
+    start = Start()
+    start.come_to(State.RUNNING)
+    link, gone = start.link, weakref.ref(start.link._arena.store)
+    link.end(LIMIT)
+    vars(start.handle).clear()  # no handle keeps its calls
+    vars(start).clear()
+    gc.collect()
+    gc.disable()  # no cycle is in the way
+    try:
+        del link
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_an_averager_that_nobody_refers_to_is_gone_at_once():
+    averager = shoal.DecentralizedAverager(
+        [torch.zeros(3)], shoal.DHT(start=False), prefix="run", start=False
+    )
+    gone = weakref.ref(averager)
+    gc.disable()
+    try:
+        del averager
+        assert gone() is None
+    finally:
+        gc.enable()
