@@ -211,9 +211,7 @@ class Supervisor:
         self.history.add_event(f"{member.name} killed")
         replacement, self._spare, self._victim = self._spare, None, None
         self._members.append(replacement)
-        self._tell(
-            f"{replacement.name} (process {_pid(replacement)}) takes its place and downloads a state"
-        )
+        self._tell(f"{replacement.name} (process {_pid(replacement)}) takes its place and downloads a state")
         _send(replacement, protocol.Begin())
 
     def _dismiss_spare(self) -> None:
