@@ -11,7 +11,7 @@
     ├── ProtocolViolation               a remote peer broke the protocol: it is disconnected with this reason
     ├── DeadlineExceeded                (also TimeoutError)
     │   └── PeerProcessUnresponsive     the background process is stopped, or does not answer; names it
-    ├── PeerUnreachable                 (also ConnectionError)  no address of a peer could be dialed; lists each
+    ├── PeerUnreachable                 (also ConnectionError)  no address of a peer could be dialed; with each dial
     ├── ConnectionLost                  (also ConnectionError)  an established connection ended; says why
     ├── RemoteError                     the other side's handler failed; carries its code and message
     ├── BootstrapError                  no initial peer of a DHT answered; lists each address and why
@@ -21,6 +21,10 @@
 """
 
 from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 
 class ShoalError(Exception):
@@ -72,12 +76,69 @@ class PeerProcessUnresponsive(DeadlineExceeded):
     """
 
 
-class PeerUnreachable(ShoalError, ConnectionError):
-    """No address of a peer could be dialed; ``failures`` maps each address that was tried to the reason."""
+class DialOutcome(enum.Enum):
+    """How the dial of one address ended, where it led to no connection."""
 
-    def __init__(self, message: str, failures: dict[str, str] | None = None) -> None:
+    REFUSED = "refused"
+    """The machine answers that nobody listens there."""
+    UNREACHABLE = "unreachable"
+    """No route leads to the machine."""
+    TIMED_OUT = "timed out"
+    """Nothing answered in time, or not to the end of the handshake."""
+    UNRESOLVED = "unresolved"
+    """The address has a name that cannot be resolved."""
+    UNSUPPORTED = "unsupported"
+    """Nobody can dial such an address, or Shoal does not speak its protocols."""
+    NOT_SHOAL = "not shoal"
+    """Something answers that does not speak Shoal's protocol."""
+    OTHER_VERSION = "other version"
+    """A Shoal peer answers that has no version of the protocol in common with this one."""
+    WRONG_PEER = "wrong peer"
+    """Another peer answers than the one that was expected."""
+    ITSELF = "itself"
+    """The address leads back to the host that dials."""
+    SAME_IDENTITY = "same identity"
+    """Another peer answers that holds the identity of the host that dials."""
+    NO_ROOM = "no room"
+    """One side has too many connections."""
+    TURNED_AWAY = "turned away"
+    """The peer ended the connection before it was open, for another reason."""
+    FAILED = "failed"
+    """Anything else, e.g. that this machine has no more sockets."""
+
+
+@dataclass(frozen=True)
+class DialFailure:
+    """The end of one dial: of which address, in which way, and what was said for people."""
+
+    address: str
+    outcome: DialOutcome
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.address}: {self.reason}"
+
+
+class PeerUnreachable(ShoalError, ConnectionError):
+    """No address of a peer could be dialed; ``dials`` says how each dial ended. No dials: no address is known."""
+
+    def __init__(self, message: str, dials: Iterable[DialFailure] = ()) -> None:
         super().__init__(message)
-        self.failures = dict(failures or {})
+        self.dials = tuple(dials)
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Each address that was tried, with the reason in words."""
+        return {dial.address: dial.reason for dial in self.dials}
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether nobody listens at any address that is known of the peer, as after the end of its process."""
+        tried = [dial.outcome for dial in self.dials if dial.outcome is not DialOutcome.UNSUPPORTED]
+        return all(outcome is DialOutcome.REFUSED for outcome in tried)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (str(self), self.dials))
 
 
 class ConnectionLost(ShoalError, ConnectionError):

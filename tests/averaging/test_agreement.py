@@ -17,7 +17,7 @@ from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.schema import TensorSchema
 from shoal.compression import CompressionBase
 from shoal.errors import MatchmakingException, ProtocolViolation, RemoteError
-from shoal.p2p import wire
+from shoal.p2p.protocol import wire
 from shoal.p2p.rpc import Stream
 from shoal.testing.clock import run
 from shoal.testing.matchmaking import SimulatedMatchmaking

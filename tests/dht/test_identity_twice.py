@@ -11,11 +11,11 @@ import pytest
 from shoal.dht.config import DHTConfig
 from shoal.dht.node import DHTNode
 from shoal.errors import IdentityInUse
-from shoal.p2p import wire
-from shoal.p2p.claims import RECOVERING, SILENCE, Claim, sign_claim
 from shoal.p2p.config import HostConfig
 from shoal.p2p.host import Host
 from shoal.p2p.lease import make_sure
+from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.claims import RECOVERING, SILENCE, Claim, sign_claim
 from shoal.testing.clock import run
 from shoal.testing.dht import SimulatedDHT
 

@@ -16,10 +16,10 @@ from shoal.dht.config import DHTConfig
 from shoal.dht.node import DHTNode
 from shoal.errors import BootstrapError
 from shoal.p2p.config import HostConfig
-from shoal.p2p.dialback import Reachability
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.reach.reachability import Findings
 from shoal.testing.clock import run
 from shoal.testing.dht import PORT, SimulatedDHT
 
@@ -231,7 +231,7 @@ def watch_checks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
     checks: list[tuple[str, float]] = []
     original = Host.check_reachability
 
-    async def check(self: Host, helpers: list[PeerID], **options: Any) -> Reachability:
+    async def check(self: Host, helpers: list[PeerID], **options: Any) -> Findings:
         checks.append((str(self.peer_id), now()))
         return await original(self, helpers, **options)
 

@@ -10,8 +10,8 @@ import pytest
 
 from shoal.dht.config import DHTConfig
 from shoal.dht.node import DHTNode
-from shoal.p2p.dialback import DIAL_BACK
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.reach.dialback import DIAL_BACK
 from shoal.testing.clock import run
 from shoal.testing.dht import PORT, SimulatedDHT
 
@@ -131,7 +131,7 @@ def test_lan_mates_are_full_among_themselves_and_clients_beside_a_public_peer() 
         began = now()
         await sim.nodes[1].host.connect(sim.address(0), timeout=5)
         assert sim.nodes[1].client_mode, "in doubt at once"
-        await until(lambda: "behind a NAT" in sim.nodes[1].host.reach.explain(), 4)
+        await until(lambda: "behind a NAT" in sim.nodes[1].host.reachability.reason, 4)
         assert now() - began < 4
         assert not sim.nodes[2].client_mode, "it has not met the public peer"
 
@@ -156,8 +156,8 @@ def test_who_gets_no_answer_relies_on_nothing_and_asks_again() -> None:
         handler = first.host._served.pop(DIAL_BACK.name)
         node = await sim.start(1, [sim.address(0)])
         assert node.client_mode
-        assert node.host.reach.is_in_doubt
-        assert "no peer has told yet" in node.host.reach.explain()
+        assert node.host.reachability.is_in_doubt
+        assert "no peer has told yet" in node.host.reachability.reason
         await asyncio.sleep(10)
         assert node.client_mode
         first.host._served[DIAL_BACK.name] = handler
@@ -176,7 +176,7 @@ def test_a_node_that_could_not_be_dialed_in_a_round_asks_again_at_once() -> None
         listeners.clear()  # a firewall has been switched on
         node.look_again(in_doubt=True)
         assert node.client_mode
-        await until(lambda: "firewall" in node.host.reach.explain(), 2)
+        await until(lambda: "firewall" in node.host.reachability.reason, 2)
         await until(lambda: everybody_knows(sim, [0, 1]), 5)
 
     simulate(story)

@@ -22,6 +22,7 @@ from shoal.averaging.commands import AveragingStage
 from shoal.averaging.group import PeerMode
 from shoal.averaging.trainer.control import StepControl
 from shoal.errors import AllreduceException, InvalidStateError, MatchmakingException, PeerProcessDied
+from shoal.p2p.reach.reachability import Standing
 from shoal.utils.serializer import MSGPackSerializer
 from shoal.utils.timed import get_dht_time
 
@@ -474,7 +475,7 @@ def test_a_start_does_not_wait_for_a_dht_that_is_not_ready_unless_it_is_told_to(
 
 def test_an_averager_goes_on_as_a_client_when_nobody_can_dial_its_dht(swarm: Swarm):
     async def become_unreachable(dht: Any, node: Any) -> None:
-        node.host.reach._is_reachable = False  # what the reachability check finds out
+        node.host.reach._standing = Standing.CLIENT  # what the reachability check finds out
 
     averager = swarm.peer([torch.zeros(3)], size=2, dht=swarm.own_dht())
     second, refused = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 
 import msgspec
 import pytest
@@ -11,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import ProtocolViolation
-from shoal.p2p import wire
 from shoal.p2p.calls import Served
 from shoal.p2p.config import HostConfig
 from shoal.p2p.connection import Connection
-from shoal.p2p.frames import FrameKind
+from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.frames import FrameKind
+from shoal.p2p.protocol.session import FrameReceived, Role, Session
 from shoal.p2p.rpc import Lane, Method
-from shoal.p2p.session import FrameReceived, Role, Session
 from shoal.testing import clock
 from shoal.testing.peers import make_identity
 
-HELLO = wire.encode(wire.Hello(lane=0, agent="x", client_mode=True, addresses=[], clock=0.0))
+HELLO = wire.encode(wire.Hello(lane=0, agent="x", is_client=True, addresses=[], clock=0.0))
 
 
 class Owner:
@@ -33,7 +34,7 @@ class Owner:
         self.closed = []
 
     def make_hello(self, connection):
-        return wire.Hello(lane=int(connection.lane), agent="o", client_mode=False, addresses=[], clock=0.0)
+        return wire.Hello(lane=int(connection.lane), agent="o", is_client=False, addresses=[], clock=0.0)
 
     def find_served(self, name):
         return None
@@ -94,7 +95,7 @@ class Stranger:
         self.connection = Connection(owner, Role.RESPONDER)
         self.transport = Wire()
         self.transport.protocol = self.connection
-        self.session = Session(Role.INITIATOR, make_identity("stranger"))
+        self.session = Session(Role.INITIATOR, make_identity("stranger"), os.urandom(32))
         self.received = []
         self.session.start()
         self.connection.connection_made(self.transport)
@@ -286,7 +287,7 @@ BODIES = st.one_of(
     ),
     st.builds(wire.encode_reset, st.text(max_size=5), st.text(max_size=5)),
     st.builds(wire.encode_credit, st.integers(0, 2**64 - 1)),
-    st.builds(wire.encode_goodbye, st.text(max_size=5)),
+    st.builds(wire.encode_goodbye, st.builds(wire.Refusal, st.text(max_size=5))),
 )
 CONNECTION_FRAMES = st.sampled_from([FrameKind.HELLO, FrameKind.PING, FrameKind.PONG, FrameKind.GOODBYE])
 STREAM_FRAMES = st.sampled_from(
@@ -330,7 +331,7 @@ def test_no_text_of_a_peer_forges_lines_of_a_log():
         method = Method("m", msgspec.Struct, msgspec.Struct)
         _, state = stranger.connection.calls.open_stream(method, None)
         stranger.send(FrameKind.RESET, state.id, wire.encode_reset("x\ny", FORGED))
-        stranger.send(FrameKind.GOODBYE, 0, wire.encode_goodbye(FORGED))
+        stranger.send(FrameKind.GOODBYE, 0, wire.encode_goodbye(wire.Refusal(FORGED)))
         for text in (str(state.failure), stranger.connection.close_reason):
             assert "all keys are lost" in text
             assert text.isprintable()

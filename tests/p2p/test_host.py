@@ -13,18 +13,19 @@ import pytest
 from shoal.errors import (
     ConnectionLost,
     DeadlineExceeded,
+    DialOutcome,
     InvalidStateError,
     InvalidValueError,
     PeerUnreachable,
     RemoteError,
 )
 from shoal.p2p.config import HostConfig
-from shoal.p2p.dialback import ANNOUNCE, DIAL_BACK, Announcement, DialBackRequest
 from shoal.p2p.host import Host
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.reach.dialback import ANNOUNCE, DIAL_BACK, Announcement, DialBackRequest
+from shoal.p2p.reach.vantage import Interface, likely_first
 from shoal.p2p.rpc import Lane, Method
 from shoal.p2p.sockets import origin_of
-from shoal.p2p.vantage import Interface, likely_first
 from shoal.testing import clock
 from shoal.testing.network import SimulatedNetwork
 from shoal.testing.peers import make_host, make_identity
@@ -108,6 +109,26 @@ async def test_a_silent_address_holds_up_the_next_one_only_shortly(swarm, caplog
 
 
 @simulated()
+async def test_an_address_that_is_not_spoken_is_passed_over_and_told(swarm, caplog):
+    a, b = await swarm.host("a"), await swarm.host("b")
+    relayed = Multiaddr(f"/ip4/10.9.9.9/tcp/1/p2p/{make_identity('relay').peer_id}/p2p-circuit")
+    b.add_addresses(a.peer_id, [relayed])
+    with pytest.raises(PeerUnreachable, match="Shoal has no relays") as caught:
+        await b.connect(a.peer_id, timeout=5)
+    assert [dial.outcome for dial in caught.value.dials] == [DialOutcome.UNSUPPORTED]
+    b.add_addresses(a.peer_id, [relayed, *a.listen_addresses])
+    assert b.addresses_of(a.peer_id)[0] == relayed
+    assert await b.connect(a.peer_id, timeout=5) == a.peer_id
+
+
+@simulated()
+async def test_a_host_listens_at_addresses_that_it_speaks_only(swarm, caplog):
+    host = Host(make_identity("quic"), swarm.network.host("quic"))
+    with pytest.raises(InvalidValueError, match="'quic' cannot be used"):
+        await host.start([Multiaddr("/ip4/0.0.0.0/udp/1/quic")])
+
+
+@simulated()
 async def test_every_address_is_listed_with_its_reason(swarm, caplog):
     a, b, other = await swarm.host("a"), await swarm.host("b"), await swarm.host("other")
     addresses = [
@@ -124,6 +145,12 @@ async def test_every_address_is_listed_with_its_reason(swarm, caplog):
     assert failures[str(addresses[1])] == "refused"
     assert str(other.peer_id) in failures[str(addresses[2])]
     assert all(reason in str(caught.value) for reason in failures.values())
+    assert [dial.outcome for dial in sorted(caught.value.dials, key=lambda dial: dial.outcome.value)] == [
+        DialOutcome.REFUSED,
+        DialOutcome.TIMED_OUT,
+        DialOutcome.WRONG_PEER,
+    ]
+    assert not caught.value.is_refused
 
 
 @simulated()
@@ -166,8 +193,9 @@ async def test_whoever_does_not_speak_the_protocol_is_named_so(swarm, caplog):
 
     b = await swarm.host("b")
     listener = await swarm.network.host("web").listen(Web, swarm.network.host("web").address(80))
-    with pytest.raises(PeerUnreachable, match="HTTP"):
+    with pytest.raises(PeerUnreachable, match="HTTP") as caught:
         await b.connect(listener.address, timeout=5)
+    assert [dial.outcome for dial in caught.value.dials] == [DialOutcome.NOT_SHOAL]
 
 
 @simulated()
@@ -273,7 +301,7 @@ async def test_a_machine_that_moves_announces_where_it_is_now(swarm, caplog):
 async def test_a_lost_connection_is_dialed_again(swarm, caplog):
     a, b = await swarm.pair()
     lost = []
-    unsubscribe = b.on_disconnect(lambda peer, reason: lost.append((peer, reason)))
+    unsubscribe = b.on_disconnect(lambda peer, ending: lost.append((peer, ending)))
     assert swarm.network.drop_connections("a", "b") == 1
     await asyncio.sleep(0.1)
     assert [peer for peer, _ in lost] == [a.peer_id]
@@ -496,8 +524,9 @@ async def test_connections_over_the_limit_are_refused_while_all_are_in_use(swarm
         await other.connect(a.listen_addresses[0], timeout=5)
         calls.append(asyncio.ensure_future(other.call(a.peer_id, ECHO, Number(1), timeout=50)))
     await asyncio.sleep(1)
-    with pytest.raises(PeerUnreachable, match="too many connections"):
+    with pytest.raises(PeerUnreachable, match="too many connections") as caught:
         await others[2].connect(a.listen_addresses[0], timeout=5)
+    assert [dial.outcome for dial in caught.value.dials] == [DialOutcome.NO_ROOM]
     for call in calls:
         call.cancel()
     await asyncio.gather(*calls, return_exceptions=True)
@@ -749,7 +778,7 @@ async def test_a_host_that_nobody_can_dial_becomes_a_client(swarm, caplog):
     result = await b.check_reachability([a.peer_id])
     assert result.reachable is False
     assert list(result.failures.values()) == ["refused"]
-    assert not b.can_be_dialed
+    assert not b.reachability.is_full
     assert b.announced_addresses == []
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
@@ -770,19 +799,19 @@ async def test_a_host_that_can_be_dialed_after_all_is_announced_again(swarm, cap
     await b.connect(a.listen_addresses[0], timeout=5)
     await b.check_reachability([a.peer_id])
     await b.announce()
-    assert not a._connections.is_dialable(b.peer_id)
+    assert not a._connections.routes_to(b.peer_id)
     (outer,) = b.config.announce
     await swarm.network.host("b").listen(b._connections.accept, outer)  # the port is forwarded now
     await asyncio.sleep(6)
     result = await b.check_reachability([a.peer_id])
     assert (result.reachable, result.confirmed) == (True, (outer,))
-    assert b.can_be_dialed
+    assert b.reachability.is_full
     assert b.announced_addresses == [outer]
     told = [record for record in caplog.records if "client no longer" in record.getMessage()]
     assert [(record.levelno, str(outer) in record.getMessage()) for record in told] == [(logging.INFO, True)]
     await b.announce()
     assert a.addresses_of(b.peer_id)[0] == outer
-    assert a._connections.is_dialable(b.peer_id)
+    assert a._connections.routes_to(b.peer_id)
     with pytest.raises(RemoteError, match="bad_address"):
         await b.call(a.peer_id, ANNOUNCE, Announcement(False, ["/ip4/1.2.3/tcp/1"]), timeout=20)
 
@@ -800,7 +829,7 @@ async def test_loopback_is_of_no_use_to_other_machines(swarm, caplog):
     result = await b.check_reachability([a.peer_id])
     assert result.reachable is False
     assert "another machine" in result.failures["/ip4/127.0.0.1/tcp/4001"]
-    assert not b.can_be_dialed
+    assert not b.reachability.is_full
     assert "host_maddrs" in caplog.text
     assert len(swarm.network._connections) == seen, "nothing was dialed"
 
@@ -833,12 +862,12 @@ async def test_helpers_are_not_asked_too_often(swarm, caplog):
     a, b = await swarm.pair()
     request = DialBackRequest([str(address) for address in b.listen_addresses])
     for _ in range(3):
-        assert list((await b.call(a.peer_id, DIAL_BACK, request, timeout=20)).outcomes.values()) == [""]
+        assert list((await b.call(a.peer_id, DIAL_BACK, request, timeout=20)).outcomes.values()) == [None]
         with pytest.raises(RemoteError, match="rate_limited"):
             await b.call(a.peer_id, DIAL_BACK, request, timeout=20)
         assert (await b.check_reachability([a.peer_id])).reachable is None
         await asyncio.sleep(6)
-    assert b.can_be_dialed
+    assert b.reachability.is_full
 
 
 @simulated()
@@ -847,7 +876,7 @@ async def test_helpers_that_do_not_answer_change_nothing(swarm, caplog):
     swarm.network.silence("a", "b")
     result = await b.check_reachability([a.peer_id], timeout=3)
     assert result.reachable is None
-    assert b.can_be_dialed
+    assert b.reachability.is_full
 
 
 def test_everything_is_the_same_in_every_run():
@@ -858,7 +887,7 @@ def test_everything_is_the_same_in_every_run():
             for host in hosts:
                 for other in hosts:
                     host.add_addresses(other.peer_id, other.listen_addresses)
-                host.on_disconnect(lambda peer, reason: trace.append((now(), str(peer), reason)))
+                host.on_disconnect(lambda peer, ending: trace.append((now(), str(peer), ending)))
 
             async def talk(host, other):
                 await host.call(other.peer_id, ECHO, Number(1), timeout=5)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shoal.errors import InvalidTypeError, InvalidValueError
 from shoal.p2p.identity import Identity
-from shoal.p2p.multiaddr import Multiaddr, UnsupportedAddress
+from shoal.p2p.multiaddr import Multiaddr
 
 PEER = Identity.generate(bytes(32)).peer_id
 
@@ -79,7 +79,11 @@ def test_addresses_are_ordered() -> None:
         (f"/ip4/1.2.3.4/tcp/5/ipfs/{PEER}", "'ipfs'"),
         ("/ip5/1.2.3.4/tcp/5", "'ip5'"),
         ("/dnsx/example.org/tcp/5", "'dnsx'"),
-        ("/ip4/1.2.3.4/udp/5", "'udp'"),
+        ("/ip4/1.2.3.4/udp/x/quic", "'udp'"),
+        ("/ip4/1.2.3/udp/5/quic", "'udp'"),
+        ("/ip4/1.2.3.4/udp", "only 'tcp'"),
+        ("/ip4/1.2.3.4/tcp/5/ws/new", "'ws'"),
+        ("/ip4/1.2.3.4/tcp/5/p2p/%/p2p-circuit", "pieces"),
         ("/ip4/1.2.3/tcp/5", "'1.2.3'"),
         ("/ip4/1.2.3.256/tcp/5", "'1.2.3.256'"),
         ("/ip4/01.2.3.4/tcp/5", "'01.2.3.4'"),
@@ -114,6 +118,7 @@ def test_a_bad_address_shows_its_bad_piece(text: str, piece: str) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
+        ("/ip4/1.2.3.4/udp/5", "TCP alone"),
         ("/ip4/1.2.3.4/udp/5/quic", "TCP alone"),
         ("/ip4/1.2.3.4/udp/5/quic-v1", "TCP alone"),
         ("/ip4/1.2.3.4/tcp/5/ws", "TCP alone"),
@@ -124,9 +129,30 @@ def test_a_bad_address_shows_its_bad_piece(text: str, piece: str) -> None:
         ("/unix/run/peer", "files"),
     ],
 )
-def test_addresses_of_other_transports_are_told_apart(text: str, reason: str) -> None:
-    with pytest.raises(UnsupportedAddress, match=reason):
-        Multiaddr.parse(text)
+def test_addresses_of_other_transports_are_kept_as_they_are(text: str, reason: str) -> None:
+    address = Multiaddr.parse(text)
+    assert reason in address.unspoken
+    assert str(address) == text
+    assert Multiaddr.parse(str(address)) == address
+    assert pickle.loads(pickle.dumps(address)) == address
+
+
+def test_the_components_of_an_address() -> None:
+    address = Multiaddr.parse(f"/ip4/1.2.3.4/udp/5/quic-v1/p2p/QmRelay/p2p-circuit/p2p/{PEER}")
+    assert address.components == (
+        ("ip4", "1.2.3.4"),
+        ("udp", "5"),
+        ("quic-v1", None),
+        ("p2p", "QmRelay"),
+        ("p2p-circuit", None),
+        ("p2p", str(PEER)),
+    )
+    assert (address.host, address.port, address.peer_id) == ("1.2.3.4", 5, str(PEER))
+    assert address.without_peer_id().with_peer_id(PEER) == address
+    assert Multiaddr.parse("/ip4/1.2.3.4/tcp/5").unspoken == ""
+
+
+def test_a_name_may_be_that_of_a_protocol() -> None:
     assert Multiaddr.parse("/dns/quic/tcp/5").host == "quic"
 
 
@@ -168,9 +194,9 @@ def test_kinds_of_hosts(text: str, loopback: bool, unspecified: bool) -> None:
     assert (address.is_loopback, address.is_unspecified) == (loopback, unspecified)
 
 
-_PIECES = st.sampled_from(
-    ["ip4", "ip6", "dns4", "tcp", "p2p", "1.2.3.4", "::1", "5", "a.b", str(PEER), "", "%", "0x1", "\uff11"]
-)
+_NAMES = ["ip4", "ip6", "dns4", "tcp", "udp", "quic", "p2p-circuit", "unix", "p2p"]
+_VALUES = ["1.2.3.4", "::1", "5", "a.b", str(PEER), "", "%", "0x1", "\uff11"]
+_PIECES = st.sampled_from(_NAMES + _VALUES)
 
 
 @given(st.one_of(st.text(), st.lists(_PIECES, max_size=8).map(lambda pieces: "/" + "/".join(pieces))))

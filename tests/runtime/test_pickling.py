@@ -13,7 +13,7 @@ import threading
 
 import pytest
 
-from shoal.errors import InvalidTypeError, PeerUnreachable, RemoteError, ShoalError
+from shoal.errors import DialFailure, DialOutcome, InvalidTypeError, PeerUnreachable, RemoteError, ShoalError
 from shoal.runtime import pickling
 
 
@@ -126,8 +126,10 @@ def test_errors_keep_type_text_and_attributes():
     assert isinstance(error, RemoteError)
     assert (error.code, str(error)) == ("busy", "try later [busy]")
     assert error.__cause__ is None  # Shoal's own errors say what happened by themselves
-    unreachable = crossed(PeerUnreachable("no way", {"/ip4/10.0.0.1/tcp/1": "refused"}))
-    assert unreachable.failures == {"/ip4/10.0.0.1/tcp/1": "refused"}
+    address = "/ip4/10.0.0.1/tcp/1"
+    unreachable = crossed(PeerUnreachable("no way", [DialFailure(address, DialOutcome.REFUSED, "refused")]))
+    assert unreachable.failures == {address: "refused"}
+    assert unreachable.is_refused
 
 
 def test_foreign_errors_come_with_the_traceback():

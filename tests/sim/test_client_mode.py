@@ -12,6 +12,7 @@ from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.errors import MatchmakingException
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
+from shoal.p2p.reach.reachability import Evidence, Reachability, Standing
 from shoal.testing.clock import run
 from shoal.testing.matchmaking import SimulatedMatchmaking
 from shoal.testing.network import HostNetwork
@@ -106,7 +107,10 @@ def test_a_peer_that_can_be_dialed_no_longer_goes_on_as_a_client(
     """Its search begins anew, whether it has followers or a leader by then."""
     sim = SimulatedMatchmaking(seed, MatchmakingConfig(3, min_matchmaking_time=3.0))
     hidden: set[PeerID] = set()
-    monkeypatch.setattr(Host, "can_be_dialed", property(lambda host: host.peer_id not in hidden))
+    full, client = Host.reachability.fget, Reachability(Standing.CLIENT, Evidence.HELPERS)
+    monkeypatch.setattr(
+        Host, "reachability", property(lambda host: client if host.peer_id in hidden else full(host))
+    )
 
     async def story() -> list[GroupInfo | MatchmakingException]:
         try:

@@ -70,7 +70,7 @@ def run_peer(
     if not interval > 0:
         raise InvalidValueError(f"--interval {interval:g}: more than 0 seconds are allowed")
     listen = listen_address(host, port)
-    with stop_on_signals() as stop, _said_by_this_command("shoal.p2p.reach"):
+    with stop_on_signals() as stop, _said_by_this_command("shoal.p2p.reach.inquiry"):
         dht = DHT(
             list(initial_peers),
             start=True,
@@ -168,14 +168,14 @@ def _wait_until_ready(dht: DHT, stop: StopRequest) -> bool:
 
 async def _describe(dht: Any, node: DHTNode) -> PeerState:
     """In the background process: what the node tells of itself."""
-    reach = node.host.reach
+    reachability = node.host.reachability
     return PeerState(
         len(node.neighbours),
         node.num_records,
         tuple(dht.get_visible_maddrs()),
-        reach.is_in_doubt,
-        reach.advice(),
-        tuple(reach.tried()),
+        reachability.is_in_doubt,
+        reachability.advice,
+        reachability.tried,
     )
 
 

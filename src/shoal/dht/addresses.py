@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from shoal.errors import InvalidTypeError, InvalidValueError
 from shoal.p2p.config import MAX_ANNOUNCED
-from shoal.p2p.multiaddr import FORM, Multiaddr, UnsupportedAddress
+from shoal.p2p.multiaddr import FORM, Multiaddr
 
 _BETWEEN = re.compile(r"[\s,;]+")
 
@@ -37,11 +37,13 @@ def parse_addresses(name: str, addresses: object, *, depth: int = 1) -> tuple[Mu
     for item in given:
         for address in _split(name, item):
             try:
-                parsed[Multiaddr.parse(address)] = None
-            except UnsupportedAddress as error:
-                unsupported[str(error)] = None
+                made = Multiaddr.parse(address)
             except InvalidValueError as error:
                 raise InvalidValueError(f"{name}: {error}") from None
+            if made.unspoken:
+                unsupported[f"address '{address}': {made.unspoken}"] = None
+            else:
+                parsed[made] = None
     if given and not parsed:
         useless = "".join(f"\n  {reason}" for reason in unsupported)
         raise InvalidValueError(

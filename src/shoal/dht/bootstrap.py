@@ -30,10 +30,9 @@ from shoal.dht.bootstrap_core import (
 )
 from shoal.dht.neighbours import Neighbours
 from shoal.dht.tasks import TaskSet
-from shoal.errors import DeadlineExceeded, IdentityInUse, InvalidValueError, PeerUnreachable
+from shoal.errors import DeadlineExceeded, DialOutcome, IdentityInUse, InvalidValueError, PeerUnreachable
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
-from shoal.p2p.tenancy import OWN
 from shoal.sansio.driver import Driver
 
 logger = logging.getLogger(__name__)
@@ -144,8 +143,8 @@ class Bootstrap:
         """See where an address with this node's own PeerID leads."""
         is_over = True
         try:
-            outcomes = await self._neighbours.host.ask_rivals([self._addresses[text]])
-            is_over = any(OWN in reason for reason in outcomes.values())
+            (dial,) = await self._neighbours.host.ask_rivals([self._addresses[text]])
+            is_over = dial.outcome is DialOutcome.ITSELF
         except IdentityInUse as error:  # the node's owner has been told
             logger.debug("%s", error)
         self._driver.tell(WatchEnded(text) if is_over else WatchedInVain(text))
@@ -159,4 +158,4 @@ class Bootstrap:
 
 def _led_here(error: PeerUnreachable) -> bool:
     """Whether a dial came back to this node."""
-    return any(OWN in reason for reason in error.failures.values())
+    return any(dial.outcome is DialOutcome.ITSELF for dial in error.dials)

@@ -389,7 +389,7 @@ class DHT(Startable):
 
         def register(service: ServiceHandle) -> MPFuture[None]:
             call: MPFuture[None] = service.call(command)
-            Future.add_done_callback(call, note)  # before the callback that sends what needs the classes
+            call.when_done(note)  # before the callback that sends what needs the classes
             return call
 
         return register
@@ -411,7 +411,7 @@ class DHT(Startable):
     def _describe_later(self) -> MPFuture[NodeDescription]:
         """As soon as the node is ready; returns at once."""
         call: MPFuture[NodeDescription] = self._call(DescribeNode())
-        Future.add_done_callback(call, partial(_note_description, weakref.ref(self)))
+        call.when_done(partial(_note_description, weakref.ref(self)))
         return call
 
 

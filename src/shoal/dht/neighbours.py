@@ -27,10 +27,10 @@ from shoal.errors import (
     ProtocolViolation,
     RemoteError,
 )
-from shoal.p2p.connections import NO_ROOM
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.protocol.violations import Ending, EndKind
 from shoal.p2p.rpc import Method
 
 logger = logging.getLogger(__name__)
@@ -62,14 +62,14 @@ class _Lost:
 
 
 class Neighbours:
-    """See the module. ``listening`` says to peers whether they may put this node into their tables."""
+    """See the module. ``is_presented``: this node has made sure who it is, and how it is reached."""
 
     def __init__(self, host: Host, config: DHTConfig, tasks: TaskSet, rng: random.Random) -> None:
         self.host = host
         self.config = config
         self.own_id = node_id(host.peer_id)
         self.table = RoutingTable(self.own_id, config.bucket_size, PROBE_AFTER)
-        self.listening = False
+        self.is_presented = False
         self.heard_of: dict[PeerID, None] | None = {}
         """While this node does not know yet whether it can be reached: peers that it will call when it knows."""
         self.has_made_sure = False
@@ -166,6 +166,11 @@ class Neighbours:
         return b"".join(prefixes)[:MAX_KNOWN_BYTES]
 
     # Greetings: a first call to a peer, which also asks whom it knows near us.
+
+    @property
+    def listening(self) -> bool:
+        """What this node says to peers: whether they may put it into their tables."""
+        return self.is_presented and self.host.reachability.is_full
 
     def heard_from(self, peer: PeerID, listening: bool) -> None:
         """A peer called us. If it is a node that we do not know, it is greeted, and enters the table if it answers."""
@@ -278,9 +283,9 @@ class Neighbours:
         for callback in self.on_left:
             callback(peer)
 
-    def _disconnected(self, peer: PeerID, reason: str) -> None:
+    def _disconnected(self, peer: PeerID, ending: Ending) -> None:
         if peer in self.table:
-            logger.debug("the connection to %s ended: %s", peer, reason)
-            if NO_ROOM in reason:
+            logger.debug("the connection to %s ended: %s", peer, ending)
+            if ending.kind is EndKind.NO_ROOM:
                 return  # it is not lost, and a new connection would only drive out another one
             self.greet_in_background(peer)  # it leaves the table unless it answers on a new connection

@@ -1,7 +1,7 @@
 """A node of the DHT: puts its parts together, and is what the rest of Shoal calls.
 
 The parts: :mod:`~shoal.dht.neighbours` knows and calls other nodes, :mod:`~shoal.dht.bootstrap` finds the first of
-them, :mod:`~shoal.dht.upkeep` keeps them, :mod:`~shoal.dht.reachability` asks whether
+them, :mod:`~shoal.dht.upkeep` keeps them, :mod:`~shoal.p2p.reach.watch` asks whether
 they can dial this node, :mod:`~shoal.dht.server` answers them, :mod:`~shoal.dht.records` stores and
 gets.
 """
@@ -20,7 +20,6 @@ from shoal.dht.config import DHTConfig
 from shoal.dht.ids import key_id
 from shoal.dht.messages import StoredEntry
 from shoal.dht.neighbours import Neighbours
-from shoal.dht.reachability import ReachabilityWatch
 from shoal.dht.records import Records
 from shoal.dht.replication import records_after_loss, records_for_newcomer
 from shoal.dht.server import Server
@@ -34,6 +33,7 @@ from shoal.errors import BootstrapError, IdentityInUse, InvalidStateError, Inval
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.reach.watch import ReachabilityWatch
 from shoal.utils import figures
 from shoal.utils.serializer import MSGPackSerializer
 from shoal.utils.timed import DHTClock, dht_clock
@@ -129,7 +129,7 @@ class DHTNode:
     @property
     def client_mode(self) -> bool:
         """Whether this node keeps no records and is in nobody's routing table."""
-        return self.config.client_mode or not self.host.can_be_dialed
+        return not self.host.reachability.is_full
 
     @property
     def neighbours(self) -> list[PeerID]:
@@ -263,7 +263,6 @@ class DHTNode:
         """
         if not self.client_mode:
             self._server.start(self.host)
-        self._neighbours.listening = not self.client_mode
         await self.host.announce()
         await self._neighbours.greet_all(list(self._neighbours.table)[:MAX_GREETED])
 
@@ -318,9 +317,9 @@ class DHTNode:
         if self._checks:
             asked.append(self._reachability.check(known))
         await asyncio.gather(*asked)
-        if self._checks and self.host.can_be_dialed:
+        if self._checks and self.host.reachability.is_full:
             await self._tell_neighbours()
-        if not self.host.can_be_dialed:
+        if not self.host.reachability.is_full:
             self._server.stop(self.host)
         self._present()
         await self._records.find_nodes(neighbours.own_id)
@@ -336,7 +335,7 @@ class DHTNode:
     def _present(self) -> None:
         """From now on others may know whether to put this node into their tables."""
         heard_of, self._neighbours.heard_of = self._neighbours.heard_of or {}, None
-        self._neighbours.listening = not self.client_mode
+        self._neighbours.is_presented = True
         for peer in heard_of:
             self._neighbours.greet_if_new(peer)
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from shoal.errors import DeadlineExceeded, InvalidStateError, ProtocolViolation, RemoteError, ShoalError
-from shoal.p2p import wire
 from shoal.p2p.identity import PeerID
+from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.streams import Multiplexer, StreamState
 from shoal.p2p.rpc import Method, Payload, Stream, StreamConnection
-from shoal.p2p.streams import Multiplexer, StreamState
 
 logger = logging.getLogger(__name__)
 

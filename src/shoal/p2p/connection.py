@@ -1,4 +1,4 @@
-"""One authenticated connection: the asyncio shell around :class:`~shoal.p2p.session.Session` and the streams.
+"""One authenticated connection: the asyncio shell around :class:`~shoal.p2p.protocol.session.Session` and the streams.
 
 It moves bytes between the transport and the session, hands frames to the multiplexer, runs the handlers of what the
 peer calls, and keeps the time: handshake, deadlines, keep-alive, the end. Which connections exist, and to whom, is
@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections import deque
+from functools import partial
 from typing import Protocol, cast
 
 from shoal.errors import ConnectionLost, DeadlineExceeded, ProtocolViolation, ShoalError
-from shoal.p2p import wire
 from shoal.p2p.calls import Calls, Served
 from shoal.p2p.config import KIB, MIB, HostConfig
-from shoal.p2p.frames import FrameKind
 from shoal.p2p.identity import Identity, PeerID
-from shoal.p2p.keepalive import KeepAlive, Verdict
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.frames import FrameKind
+from shoal.p2p.protocol.keepalive import KeepAlive, Verdict
+from shoal.p2p.protocol.session import FrameReceived, HandshakeCompleted, PayloadReceived, Role, Session
+from shoal.p2p.protocol.streams import Multiplexer, StreamState
+from shoal.p2p.protocol.violations import EndKind, TurnedAway
 from shoal.p2p.rpc import Lane
-from shoal.p2p.session import FrameReceived, HandshakeCompleted, PayloadReceived, Role, Session
 from shoal.p2p.sockets import ip_of, origin_of, unsent_bytes
-from shoal.p2p.streams import Multiplexer, StreamState
 from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
@@ -53,8 +56,8 @@ class ConnectionOwner(Protocol):
     def find_served(self, method: str) -> Served | None:
         """What answers calls of ``method``."""
 
-    def connection_made(self, connection: Connection) -> str | None:
-        """The transport is connected. A text refuses the connection, with that reason."""
+    def connection_made(self, connection: Connection) -> wire.Refusal | None:
+        """The transport is connected; what is returned refuses the connection."""
 
     def contest(self, connection: Connection) -> asyncio.Task[wire.Refusal | None] | None:
         """The verdict that a connection has to wait for before it is opened, if another one proves its identity."""
@@ -62,8 +65,8 @@ class ConnectionOwner(Protocol):
     def hear_refusal(self, reason: str, proof: bytes) -> None:
         """A peer has refused this host because another one holds its identity."""
 
-    def connection_opened(self, connection: Connection) -> str | None:
-        """A peer is known and has said HELLO. A text refuses the connection, with that reason."""
+    def connection_opened(self, connection: Connection) -> wire.Refusal | None:
+        """A peer is known and has said HELLO; what is returned refuses the connection."""
 
     def connection_closed(self, connection: Connection) -> None:
         """The transport is closed; called once for every connection that was made."""
@@ -100,6 +103,7 @@ class Connection(asyncio.BufferedProtocol):
         self.origin: str | None = None
         """Whom limits per address count this connection for; None for a process of this machine."""
         self.close_reason: str | None = None
+        self.end_kind = EndKind.OTHER
         self.last_used = 0.0
         self._loop = asyncio.get_running_loop()
         self.opened: asyncio.Future[None] = self._loop.create_future()
@@ -111,7 +115,7 @@ class Connection(asyncio.BufferedProtocol):
         """Whether the owner has let the peer in, which has said HELLO and proven its identity."""
         self._owner = owner
         self._config = owner.config
-        self._session = Session(role, owner.identity, expected_peer=expected_peer)
+        self._session = Session(role, owner.identity, secrets.token_bytes(32), expected_peer=expected_peer)
         self._session.payload_sink = self._place_payload
         self._streams = Multiplexer(
             is_initiator=role is Role.INITIATOR,
@@ -186,9 +190,11 @@ class Connection(asyncio.BufferedProtocol):
             self.remote_address = Multiaddr(protocol, self.remote_ip, int(peername[1]))
         self.local_ip = ip_of(transport.get_extra_info("sockname"))
         self.origin = origin_of(self.remote_ip, self.local_ip)
-        refusal = self._owner.connection_made(self) or self.close_reason
+        refusal = self._owner.connection_made(self)
         if refusal is not None:
-            self.abort(refusal)
+            self._end(refusal.reason, TurnedAway(refusal.reason, refusal.kind), refusal.kind)
+        if self.close_reason is not None:
+            self._transport.abort()
             return
         self._set_timer(self._loop.time() + self._config.handshake_timeout)
         if self.role is Role.INITIATOR:
@@ -262,8 +268,6 @@ class Connection(asyncio.BufferedProtocol):
 
     def _receive_frame(self, kind: FrameKind, stream_id: int, body: bytes) -> None:
         if kind in CONNECTION_FRAMES:
-            if stream_id != 0:
-                raise ProtocolViolation(f"{kind.name} on stream {stream_id}")
             self._receive_connection_frame(kind, body)
         elif not self.is_admitted:
             raise ProtocolViolation(f"{kind.name} before HELLO")
@@ -281,7 +285,8 @@ class Connection(asyncio.BufferedProtocol):
             if goodbye.proof:
                 self._owner.hear_refusal(goodbye.reason, goodbye.proof)
             reason = f"the peer said goodbye: {goodbye.reason}"
-            self._end(reason, ConnectionLost(self._where(reason)))
+            failure = ConnectionLost if self.opened.done() else partial(TurnedAway, kind=goodbye.kind)
+            self._end(reason, failure(self._where(reason)), goodbye.kind)
         elif kind is FrameKind.HELLO:
             self._receive_hello(wire.decode_hello(body))
         elif len(body) != wire.PING_BYTES:
@@ -320,8 +325,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _refuse(self, refusal: wire.Refusal) -> None:
         if not self.opened.done():
-            self.opened.set_exception(ConnectionLost(refusal.reason))
-        self.close(refusal.reason, refusal.proof)
+            self.opened.set_exception(TurnedAway(refusal.reason, refusal.kind))
+        self._close(refusal)
 
     def _admit(self) -> None:
         self.is_admitted = True
@@ -329,7 +334,7 @@ class Connection(asyncio.BufferedProtocol):
         if refusal is not None:
             if self.role is Role.RESPONDER and self.remote == self._owner.identity.peer_id:
                 self._send_hello()  # both ends need both claims
-            self._refuse(wire.Refusal(refusal))
+            self._refuse(refusal)
             return
         if self.role is Role.RESPONDER:
             # Only now, so that a dialer who gets HELLO knows that it was not refused.
@@ -503,17 +508,18 @@ class Connection(asyncio.BufferedProtocol):
         level = logging.INFO if self.role is Role.RESPONDER else logging.DEBUG
         level = logging.WARNING if self.hello is not None else level
         logger.log(level, "%s", self._where(f"broke the protocol: {error}"))
-        self._say_goodbye(f"protocol violation: {error}")
+        self._say_goodbye(wire.Refusal(f"protocol violation: {error}"))
         self._end(f"broke the protocol: {error}", error)
 
-    def close(self, reason: str, proof: bytes = b"") -> None:
-        """Say goodbye and close; what is queued is still sent, within ``close_timeout``. ``proof``: see GOODBYE."""
+    def close(self, reason: str, kind: EndKind = EndKind.OTHER) -> None:
+        """Say goodbye and close; what is queued is still sent, within ``close_timeout``."""
+        self._close(wire.Refusal(reason, kind=kind))
+
+    def _close(self, refusal: wire.Refusal) -> None:
         if self.close_reason is None:
-            self._say_goodbye(reason, proof)
-            self._end(
-                f"closed by this side: {reason}",
-                ConnectionLost(self._where(f"closed by this side: {reason}")),
-            )
+            self._say_goodbye(refusal)
+            reason = f"closed by this side: {refusal.reason}"
+            self._end(reason, ConnectionLost(self._where(reason)), refusal.kind)
 
     def abort(self, reason: str) -> None:
         """Close at once; what is queued is lost."""
@@ -521,16 +527,17 @@ class Connection(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.abort()
 
-    def _say_goodbye(self, reason: str, proof: bytes = b"") -> None:
+    def _say_goodbye(self, refusal: wire.Refusal) -> None:
         # In the middle of a payload there is no place for a frame, before the end of the handshake no key for it.
         if self.remote is not None and not self._payload_under_way:
-            self._send_frame(FrameKind.GOODBYE, 0, wire.encode_goodbye(reason, proof))
+            self._send_frame(FrameKind.GOODBYE, 0, wire.encode_goodbye(refusal))
             self._flush()
 
-    def _end(self, reason: str, failure: ShoalError) -> None:
+    def _end(self, reason: str, failure: ShoalError, kind: EndKind = EndKind.OTHER) -> None:
         if self.close_reason is not None:
             return
         self.close_reason = reason
+        self.end_kind = kind
         if not self.opened.done():
             self.opened.set_exception(failure)
         self._streams.fail_all(lambda: type(failure)(str(failure)))

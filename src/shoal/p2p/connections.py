@@ -23,8 +23,6 @@ from shoal.errors import (
     ProtocolViolation,
     ShoalError,
 )
-from shoal.p2p import wire
-from shoal.p2p.addresses import AddressBook
 from shoal.p2p.calls import Served
 from shoal.p2p.config import HostConfig
 from shoal.p2p.connection import Connection
@@ -33,15 +31,18 @@ from shoal.p2p.identity import Identity, PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Network
 from shoal.p2p.pool import PeerConnections
+from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.session import Role
+from shoal.p2p.protocol.violations import Ending, EndKind
+from shoal.p2p.reach.addresses import AddressBook
+from shoal.p2p.reach.routes import Route, routes
 from shoal.p2p.rpc import Lane
-from shoal.p2p.session import Role
 from shoal.p2p.tenancy import Tenancy
 
 logger = logging.getLogger(__name__)
 
 REDUNDANT_TIMEOUT = 10.0
 NO_ROOM = "too many connections"
-"""Why a connection is closed or refused that one side has no room for. To dial at once again would be in vain."""
 LANE_RETRY_PAUSE = 30.0
 
 
@@ -58,7 +59,7 @@ class Connections:
         make_hello: Callable[[Connection], wire.Hello],
         ask_for_lane: Callable[[PeerID, float], Awaitable[bool]],
         peer_met: Callable[[Connection], None],
-        peer_lost: Callable[[PeerID, str], None],
+        peer_lost: Callable[[PeerID, Ending], None],
         clock: Callable[[], float],
         clock_differs: Callable[[PeerID, float], None],
         incarnation: int | None = None,
@@ -76,7 +77,7 @@ class Connections:
         self._clock = clock
         self.tenancy = Tenancy(
             identity,
-            connections_to=self._open_to,
+            connections_to=lambda peer: [one for one in self._all_to(peer) if one.is_open],
             forget_addresses=self.addresses.forget,
             clock=clock,
             incarnation=incarnation,
@@ -101,12 +102,14 @@ class Connections:
         """Everybody to whom a connection stands."""
         return [peer for peer, connections in self._peers.items() if connections.is_connected]
 
-    def is_dialable(self, peer: PeerID) -> bool:
-        """Whether it makes sense to dial ``peer``."""
-        connections = self._peers.get(peer)
-        hellos = [] if connections is None else [connection.hello for connection in connections.all()]
-        in_client_mode = any(hello is not None and hello.client_mode for hello in hellos)
-        return not in_client_mode and bool(self.addresses.get(peer))
+    def is_client(self, peer: PeerID) -> bool:
+        """Whether ``peer`` is connected and says that it cannot be dialed."""
+        return any(one.hello is not None and one.hello.is_client for one in self._all_to(peer))
+
+    def routes_to(self, peer: PeerID) -> list[Route]:
+        """The routes that this host can take to ``peer``, as far as it knows; none to a client."""
+        known = [] if self.is_client(peer) else routes(self.addresses.get(peer))
+        return [route for route in known if not route.obstacle]
 
     # Getting one.
 
@@ -125,7 +128,7 @@ class Connections:
                 raise ConnectionLost(f"connection to {peer}: {outcome.close_reason}")
             connections = self._peers.get(peer)
             if isinstance(outcome, PeerUnreachable) and (connections is None or not connections.control()):
-                raise PeerUnreachable(str(outcome), outcome.failures)
+                raise PeerUnreachable(str(outcome), outcome.dials)
 
     async def lane(self, peer: PeerID, deadline: float) -> Connection:
         """The bulk lane to ``peer`` for the next stream; the control connection if none can be had."""
@@ -146,7 +149,7 @@ class Connections:
         """``peer`` asks for one more lane, because it cannot dial this host."""
         loop = asyncio.get_running_loop()
         before = len(self._bulk(peer))
-        if before >= self.config.bulk_lanes or not self.is_dialable(peer):
+        if before >= self.config.bulk_lanes or not self.routes_to(peer):
             return False
         deadline = loop.time() + self.config.dial_timeout
         # More than once, if the dial that was joined had just led to the lane before.
@@ -162,21 +165,21 @@ class Connections:
         self._check_not_closing()
         try:
             async with asyncio.timeout_at(deadline):
-                outcome = await self._dialer.dial([address.without_peer_id()], expected, lane)
+                outcome = await self._dialer.dial([Route.of(address.without_peer_id())], expected, lane)
         except TimeoutError:
             raise DeadlineExceeded(f"{address} could not be connected in time") from None
         return outcome if isinstance(outcome, PeerUnreachable) else outcome[0]
 
-    def _open_to(self, peer: PeerID) -> list[Connection]:
+    def _all_to(self, peer: PeerID) -> list[Connection]:
         connections = self._peers.get(peer)
-        return [] if connections is None else [one for one in connections.all() if one.is_open]
+        return [] if connections is None else connections.all()
 
     def _bulk(self, peer: PeerID) -> list[Connection]:
         connections = self._peers.get(peer)
         return [] if connections is None else connections.bulk()
 
     async def _open_lane(self, peer: PeerID, deadline: float) -> bool:
-        if self.is_dialable(peer) and not isinstance(
+        if self.routes_to(peer) and not isinstance(
             await self._dial(peer, Lane.BULK, deadline), PeerUnreachable
         ):
             return True
@@ -229,7 +232,7 @@ class Connections:
             logger.error("dialing %s failed unexpectedly", peer, exc_info=task.exception())
 
     async def _run_dial(self, peer: PeerID, lane: Lane) -> Connection | PeerUnreachable:
-        outcome = await self._dialer.dial(self.addresses.get(peer), peer, lane)
+        outcome = await self._dialer.dial(routes(self.addresses.get(peer)), peer, lane)
         if isinstance(outcome, PeerUnreachable):
             return outcome
         connection, address = outcome
@@ -245,22 +248,22 @@ class Connections:
     def _make(self, expected: PeerID | None, lane: Lane) -> Connection:
         return Connection(self, Role.INITIATOR, expected_peer=expected, lane=lane)
 
-    def connection_made(self, connection: Connection) -> str | None:
+    def connection_made(self, connection: Connection) -> wire.Refusal | None:
         """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
         self._connections[connection] = None
         if self._is_closing:
-            return "the host is closed"
+            return wire.Refusal("the host is closed")
         if connection.role is not Role.RESPONDER:
             return None
         config, origin = self.config, connection.origin
         if len(self._connections) > config.max_connections + config.max_handshakes:
-            return NO_ROOM
+            return _no_room(NO_ROOM)
         unproven = [one for one in self._from(origin) if not one.is_admitted]
         if len(unproven) > config.max_handshakes_per_ip:
-            return f"too many connections from {origin} at once"
+            return _no_room(f"{NO_ROOM} from {origin} at once")
         return None
 
-    def connection_opened(self, connection: Connection) -> str | None:
+    def connection_opened(self, connection: Connection) -> wire.Refusal | None:
         """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
         peer, hello = connection.peer, connection.hello
         assert hello is not None
@@ -268,11 +271,12 @@ class Connections:
             return self.tenancy.meet(connection)
         try:
             announced = [Multiaddr.parse(text) for text in hello.addresses]
-            connection.seen = Multiaddr.parse(hello.seen) if hello.seen else None
+            seen = Multiaddr.parse(hello.seen) if hello.seen else None
         except InvalidValueError as error:
             raise ProtocolViolation(f"HELLO with a bad address: {error}") from error
+        connection.seen = None if seen is None or seen.unspoken else seen
         if self._is_closing:
-            return "the host is closed"
+            return wire.Refusal("the host is closed")
         refusal = self._make_room(connection)
         if refusal is not None:
             return refusal
@@ -286,16 +290,15 @@ class Connections:
         logger.debug("connected to %s (%s, %s lane)", peer, hello.agent, connection.lane.name.lower())
         return None
 
-    def peer_announced(self, peer: PeerID, addresses: list[Multiaddr], client_mode: bool) -> None:
+    def peer_announced(self, peer: PeerID, addresses: list[Multiaddr], is_client: bool) -> None:
         """``peer`` says that what its HELLO said of it has changed."""
-        connections = self._peers.get(peer)
-        known = [] if connections is None else connections.all()
+        known = self._all_to(peer)
         self.addresses.add(peer, _meaningful(addresses, known[0]) if known else addresses)
         for connection in known:
             if connection.hello is not None:
                 texts = [str(address) for address in addresses]
                 connection.hello = msgspec.structs.replace(
-                    connection.hello, client_mode=client_mode, addresses=texts
+                    connection.hello, is_client=is_client, addresses=texts
                 )
 
     def connection_closed(self, connection: Connection) -> None:
@@ -310,7 +313,8 @@ class Connections:
         connections.remove(connection)
         if not connections.all():
             self._drop_if_empty(connection.remote)
-            self._peer_lost(connection.remote, connection.close_reason or "closed")
+            ending = Ending(connection.end_kind, connection.close_reason or "closed")
+            self._peer_lost(connection.remote, ending)
 
     def may_close_idle(self, connection: Connection) -> bool:
         """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
@@ -324,15 +328,14 @@ class Connections:
         return idle >= self.config.idle_timeout and self._can_be_had_again(connection)
 
     def seen_elsewhere(self, connection: Connection) -> float:
-        known = self.to(connection.peer)
-        others = [] if known is None else [other for other in known.all() if other is not connection]
+        others = (other for other in self._all_to(connection.peer) if other is not connection)
         return max((other.last_sign for other in others), default=-math.inf)
 
     def _can_be_had_again(self, connection: Connection) -> bool:
         # A peer that cannot be dialed could not be called any more, and neither could this host by that peer.
-        return self.is_dialable(connection.peer) and not self.config.client_mode
+        return bool(self.routes_to(connection.peer)) and not self.config.client_mode
 
-    def _make_room(self, new: Connection) -> str | None:
+    def _make_room(self, new: Connection) -> wire.Refusal | None:
         """Close a connection that can be spared if there are too many with ``new``; why it is refused if there is none.
 
         Limits of one peer and of one address are kept among its own connections, so that nobody drives out others.
@@ -340,18 +343,18 @@ class Connections:
         opened = [connection for connection in self._connections if connection.is_open]
         of_peer = [connection for connection in opened if connection.remote == new.remote]
         if len(of_peer) > self.config.max_connections_per_peer and not _close_oldest(of_peer, new):
-            return "too many connections to one peer"
+            return _no_room(f"{NO_ROOM} to one peer")
         if new.role is Role.RESPONDER:
             of_ip = [connection for connection in self._from(new.origin) if connection.is_open]
             if len(of_ip) > self.config.max_connections_per_ip and not self._close_spare(of_ip, new):
-                return f"too many connections from {new.origin}"
+                return _no_room(f"{NO_ROOM} from {new.origin}")
         opened = [connection for connection in opened if connection.is_open]
         if len(opened) <= self.config.max_connections or self._close_spare(opened, new):
             return None
         # What this side dials, it needs: else strangers that cannot be dialed could cut it off from everybody.
         if new.role is Role.INITIATOR and _close_oldest(opened, new):
             return None
-        return NO_ROOM
+        return _no_room(NO_ROOM)
 
     def _close_spare(self, connections: list[Connection], new: Connection) -> bool:
         return _close_oldest([one for one in connections if self._can_be_had_again(one)], new)
@@ -433,9 +436,13 @@ def _meaningful(addresses: list[Multiaddr], connection: Connection) -> list[Mult
     return [address for address in addresses if not address.is_loopback]
 
 
+def _no_room(reason: str) -> wire.Refusal:
+    return wire.Refusal(reason, kind=EndKind.NO_ROOM)
+
+
 def _close_oldest(connections: list[Connection], new: Connection) -> bool:
     """Close the one that was not used for longest; False if all are in use."""
     idle = [one for one in connections if one.is_idle and one is not new]
     if idle:
-        min(idle, key=lambda one: one.last_used).close(NO_ROOM)
+        min(idle, key=lambda one: one.last_used).close(NO_ROOM, EndKind.NO_ROOM)
     return bool(idle)

@@ -7,24 +7,40 @@ import errno
 import socket
 from collections.abc import Callable, Sequence
 
-from shoal.errors import DeadlineExceeded, PeerUnreachable, ShoalError
+from shoal.errors import (
+    DialFailure,
+    DialOutcome,
+    InvalidValueError,
+    PeerUnreachable,
+    ShoalError,
+)
 from shoal.p2p.connection import Connection
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Network
+from shoal.p2p.protocol.violations import EndKind, NotShoalPeer, OtherIdentity, OtherVersion, TurnedAway
+from shoal.p2p.reach.routes import Route
 from shoal.p2p.rpc import Lane
-
-REFUSED = "refused"
-"""The reason in :attr:`.PeerUnreachable.failures` where nobody listens at an address."""
-
-_UNDIALABLE = "cannot be dialed"
 
 MakeConnection = Callable[[PeerID | None, Lane], Connection]
 
 
-def is_refused(error: ShoalError) -> bool:
-    """Whether a peer cannot be reached because nobody listens at any address that is known of it."""
-    return isinstance(error, PeerUnreachable) and all(why == REFUSED for why in error.failures.values())
+_OUTCOMES: tuple[tuple[type[Exception], DialOutcome], ...] = (
+    (NotShoalPeer, DialOutcome.NOT_SHOAL),
+    (OtherVersion, DialOutcome.OTHER_VERSION),
+    (OtherIdentity, DialOutcome.WRONG_PEER),
+    (InvalidValueError, DialOutcome.UNSUPPORTED),
+    (TimeoutError, DialOutcome.TIMED_OUT),  # of the system, of asyncio, and DeadlineExceeded
+    (ConnectionRefusedError, DialOutcome.REFUSED),
+    (socket.gaierror, DialOutcome.UNRESOLVED),
+)
+_ENDINGS = {
+    EndKind.OTHER: DialOutcome.TURNED_AWAY,
+    EndKind.NO_ROOM: DialOutcome.NO_ROOM,
+    EndKind.ITSELF: DialOutcome.ITSELF,
+    EndKind.SAME_IDENTITY: DialOutcome.SAME_IDENTITY,
+}
+_NO_ROUTE = (errno.EHOSTUNREACH, errno.ENETUNREACH)
 
 
 class Dialer:
@@ -37,18 +53,22 @@ class Dialer:
         self._stagger = stagger
 
     async def dial(
-        self, addresses: Sequence[Multiaddr], expected: PeerID | None, lane: Lane
+        self, routes: Sequence[Route], expected: PeerID | None, lane: Lane
     ) -> tuple[Connection, Multiaddr] | PeerUnreachable:
         """An open connection and the address that led to it, or the error that lists why there is none.
 
         The error is returned, not raised: several callers may wait for one dial, or none any more.
         """
         who = "a peer" if expected is None else str(expected)
-        if not addresses:
-            return PeerUnreachable(f"{who} {_UNDIALABLE}: no address is known", {})
-        failures: dict[str, str] = {}
-        attempts: dict[asyncio.Task[Connection | str], Multiaddr] = {}
-        waiting = list(addresses)
+        if not routes:
+            return PeerUnreachable(f"{who} cannot be dialed: no address is known")
+        failures = [
+            DialFailure(str(route.address), DialOutcome.UNSUPPORTED, route.obstacle)
+            for route in routes
+            if route.obstacle
+        ]
+        attempts: dict[asyncio.Task[Connection | DialFailure], Multiaddr] = {}
+        waiting = [route.address for route in routes if not route.obstacle]
         try:
             while waiting or attempts:
                 if waiting:
@@ -62,14 +82,15 @@ class Dialer:
                     if isinstance(outcome, Connection):
                         return outcome, address
                     del attempts[task]
-                    failures[str(address)] = outcome
+                    failures.append(outcome)
         finally:
             await _abandon(attempts)
-        listed = "; ".join(f"{address}: {reason}" for address, reason in failures.items())
-        return PeerUnreachable(f"{who} {_UNDIALABLE}: {listed}", failures)
+        return PeerUnreachable(f"{who} cannot be dialed: {'; '.join(map(str, failures))}", failures)
 
-    async def dial_one(self, address: Multiaddr, expected: PeerID | None, lane: Lane) -> Connection | str:
-        """An open connection to ``address``, or the reason why there is none."""
+    async def dial_one(
+        self, address: Multiaddr, expected: PeerID | None, lane: Lane
+    ) -> Connection | DialFailure:
+        """An open connection to ``address``, or how the dial ended instead."""
         connection = self._make(expected, lane)
         try:
             async with asyncio.timeout(self._timeout):
@@ -79,13 +100,13 @@ class Dialer:
             connection.abort("not needed any more")
             raise
         except (OSError, ShoalError) as error:
-            reason = describe_failure(error)
+            reason = describe(error)
             connection.abort(reason)
-            return reason
+            return DialFailure(str(address), outcome_of(error), reason)
         return connection
 
 
-async def _abandon(attempts: dict[asyncio.Task[Connection | str], Multiaddr]) -> None:
+async def _abandon(attempts: dict[asyncio.Task[Connection | DialFailure], Multiaddr]) -> None:
     """Cancel what still dials, and close what came second; the winner's task stays as it is."""
     winner_seen = False
     for task in attempts:
@@ -97,23 +118,27 @@ async def _abandon(attempts: dict[asyncio.Task[Connection | str], Multiaddr]) ->
     await asyncio.gather(*attempts, return_exceptions=True)
 
 
-def describe_failure(error: OSError | ShoalError) -> str:
+def outcome_of(error: OSError | ShoalError) -> DialOutcome:
+    """The kind of end that this error is to a dial."""
+    if isinstance(error, TurnedAway):
+        return _ENDINGS[error.kind]
+    for kind, outcome in _OUTCOMES:
+        if isinstance(error, kind):
+            return outcome
+    is_no_route = isinstance(error, OSError) and error.errno in _NO_ROUTE
+    return DialOutcome.UNREACHABLE if is_no_route else DialOutcome.FAILED
+
+
+def describe(error: OSError | ShoalError) -> str:
     """One short reason, in the same words on every platform."""
-    if isinstance(error, DeadlineExceeded):
-        return str(error)
     if isinstance(error, ShoalError):
         return str(error)
-    if isinstance(error, TimeoutError):
-        return "timed out"
-    if isinstance(error, ConnectionRefusedError):
-        return REFUSED
-    if isinstance(error, socket.gaierror):
-        return f"the name cannot be resolved: {error.strerror}"
-    if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
-        return "no route to the host"
-    return error.strerror or str(error)
-
-
-def says_undialable(story: str, peer: PeerID) -> bool:
-    """Whether a story of a failure, in the words of :class:`PeerUnreachable`, is that ``peer`` could not be dialed."""
-    return f"{peer} {_UNDIALABLE}" in story
+    match outcome_of(error):
+        case DialOutcome.TIMED_OUT | DialOutcome.REFUSED as outcome:
+            return str(outcome.value)
+        case DialOutcome.UNRESOLVED:
+            return f"the name cannot be resolved: {error.strerror}"
+        case DialOutcome.UNREACHABLE:
+            return "no route to the host"
+    said: str | None = error.strerror
+    return said or str(error)

@@ -15,6 +15,8 @@ import msgspec
 from shoal.errors import (
     ConnectionLost,
     DeadlineExceeded,
+    DialFailure,
+    DialOutcome,
     IdentityInUse,
     InvalidStateError,
     InvalidValueError,
@@ -22,29 +24,30 @@ from shoal.errors import (
     RemoteError,
     ShoalError,
 )
-from shoal.p2p import wire
 from shoal.p2p.calls import Served
-from shoal.p2p.claims import SILENCE
 from shoal.p2p.config import HostConfig
 from shoal.p2p.connection import Connection
 from shoal.p2p.connections import Connections
-from shoal.p2p.dialback import (
+from shoal.p2p.identity import Identity, PeerID
+from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.network import Listener, Network
+from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.claims import SILENCE
+from shoal.p2p.protocol.streams import StreamState
+from shoal.p2p.protocol.violations import Ending
+from shoal.p2p.reach.dialback import (
     ANNOUNCE,
     DIAL_BACK,
     Announcement,
     AnnouncementHeard,
-    DialBackHelper,
     DialBackRequest,
     DialBackResponse,
-    Reachability,
     dial_back_time,
 )
-from shoal.p2p.identity import Identity, PeerID
-from shoal.p2p.multiaddr import Multiaddr
-from shoal.p2p.network import Listener, Network
-from shoal.p2p.reach import Reach
+from shoal.p2p.reach.helper import DialBackHelper
+from shoal.p2p.reach.inquiry import Reach
+from shoal.p2p.reach.reachability import Findings, Reachability
 from shoal.p2p.rpc import Lane, Method, RequestT, ResponseT, Stream
-from shoal.p2p.streams import StreamState
 from shoal.p2p.tenancy import CLAIM
 from shoal.utils.timed import get_dht_time
 
@@ -54,7 +57,6 @@ logger = logging.getLogger(__name__)
 
 CHECK_TIMEOUT = 7.0
 _ANNOUNCE_TIMEOUT = 10.0
-SILENT = "it does not answer"
 LOOPBACK_IPS = ("127.0.0.1", "::1")
 
 
@@ -96,7 +98,7 @@ class Host:
         self._clock = clock
         self._listeners: list[Listener] = []
         self._served: dict[str, Served] = {}
-        self._on_disconnect: dict[int, Callable[[PeerID, str], None]] = {}
+        self._on_disconnect: dict[int, Callable[[PeerID, Ending], None]] = {}
         self._on_clock_difference: dict[int, Callable[[PeerID, float], None]] = {}
         self._announcing: set[asyncio.Task[None]] = set()
         self._subscriptions = 0
@@ -144,6 +146,9 @@ class Host:
         self._state = "running"
         if self.config.client_mode and listen_on:
             raise InvalidValueError("listen_on: a host in client mode does not listen")
+        for address in listen_on:
+            if address.unspoken:
+                raise InvalidValueError(f"listen_on: {address}: {address.unspoken}")
         try:
             for address in listen_on:
                 self._listeners.append(await self._network.listen(self._connections.accept, address))
@@ -169,34 +174,36 @@ class Host:
             listener.close()
         self._connections.abort()
 
-    async def ask_rivals(self, addresses: Iterable[Multiaddr]) -> dict[Multiaddr, str]:
-        """Dial where another peer with this host's identity may be; why each address led to none, or is the host's own.
+    async def ask_rivals(self, addresses: Iterable[Multiaddr]) -> list[DialFailure]:
+        """Dial where another peer with this host's identity may be; how each dial ended instead.
 
-        An address that does not answer within 5 s counts as free.
+        An address that does not answer within 5 s counts as free: its dial ended as TIMED_OUT.
 
         :raises IdentityInUse: another peer answers, and keeps the identity
         """
         deadline = asyncio.get_running_loop().time() + SILENCE
         asked = list(dict.fromkeys(address.without_peer_id() for address in addresses))
 
-        async def ask(address: Multiaddr) -> str:
+        async def ask(address: Multiaddr) -> DialFailure:
+            silence = DialFailure(str(address), DialOutcome.TIMED_OUT, "it does not answer")
             if address in self._silent and not self.tenancy.claim().is_settled:
-                return SILENT  # the same start has waited there before
+                return silence  # the same start has waited there before
             self._silent.discard(address)
             try:
                 outcome = await self._connections.dial_address(address, self.peer_id, Lane.PROBE, deadline)
             except DeadlineExceeded:
                 self._silent.add(address)
-                return SILENT
-            except PeerUnreachable as error:
-                return str(error)
+                return silence
+            except PeerUnreachable as error:  # another peer holds the identity, and that is known
+                return DialFailure(str(address), DialOutcome.SAME_IDENTITY, str(error))
             if isinstance(outcome, PeerUnreachable):
-                return next(iter(outcome.failures.values()), str(outcome))
+                (failure,) = outcome.dials
+                return failure
             raise AssertionError("the own identity was let in")
 
-        reasons = await asyncio.gather(*(ask(address) for address in asked))
+        failures = await asyncio.gather(*(ask(address) for address in asked))
         self.check_identity()
-        return dict(zip(asked, reasons, strict=True))
+        return failures
 
     def check_identity(self) -> None:
         """:class:`IdentityInUse` if another peer holds this host's identity: the host is closed then."""
@@ -218,7 +225,7 @@ class Host:
     @property
     def announced_addresses(self) -> list[Multiaddr]:
         """What peers are told: first the addresses at which others got through; nothing if it cannot be dialed."""
-        return self.reach.announced()
+        return list(self.reachability.addresses)
 
     @property
     def visible_addresses(self) -> list[Multiaddr]:
@@ -236,11 +243,9 @@ class Host:
         return self.reach.candidates()
 
     @property
-    def can_be_dialed(self) -> bool:
-        """False in client mode, while that is in doubt, and while :meth:`check_reachability` has last found that nobody
-        gets through.
-        """
-        return self.reach.can_be_dialed
+    def reachability(self) -> Reachability:
+        """How others reach this host now: whether they can dial it, where, how that is known, and why not."""
+        return self.reach.reachability
 
     def is_elsewhere(self, peer: PeerID) -> bool:
         """Whether ``peer`` is connected from another machine, where loopback addresses of this one mean nothing."""
@@ -249,7 +254,7 @@ class Host:
 
     def is_client(self, peer: PeerID) -> bool:
         """Whether ``peer`` is connected and says that it cannot be dialed."""
-        return any(one.hello is not None and one.hello.client_mode for one in self._connections_to(peer))
+        return self._connections.is_client(peer)
 
     def add_addresses(self, peer: PeerID, addresses: Iterable[Multiaddr]) -> None:
         """Remember where ``peer`` may be dialed; the newest are kept and are tried first."""
@@ -338,7 +343,7 @@ class Host:
         """Call ``method`` at ``peer``, connecting if need be; ``timeout`` in seconds covers everything.
 
         Raises :class:`DeadlineExceeded`, :class:`PeerUnreachable`, :class:`ConnectionLost`, :class:`RemoteError`
-        (codes: see :mod:`shoal.p2p.wire`), :class:`ProtocolViolation`. Cancelling cancels the handler too.
+        (codes: see :mod:`shoal.p2p.protocol.wire`), :class:`ProtocolViolation`. Cancelling cancels the handler too.
         """
         deadline = asyncio.get_running_loop().time() + timeout
         body = wire.encode(request)
@@ -362,8 +367,8 @@ class Host:
         """
         return _StreamContext(self._connections, peer, method, timeout, lane)
 
-    def on_disconnect(self, callback: Callable[[PeerID, str], None]) -> Callable[[], None]:
-        """Call ``callback(peer, reason)`` when the last connection to a peer ends; returns an unsubscriber."""
+    def on_disconnect(self, callback: Callable[[PeerID, Ending], None]) -> Callable[[], None]:
+        """Call ``callback(peer, ending)`` when the last connection to a peer ends; returns an unsubscriber."""
         self._subscriptions += 1
         number = self._subscriptions
         self._on_disconnect[number] = callback
@@ -380,8 +385,8 @@ class Host:
 
     async def check_reachability(
         self, helpers: Sequence[PeerID], *, more: Sequence[PeerID] = (), timeout: float = CHECK_TIMEOUT
-    ) -> Reachability:
-        """Ask ``helpers`` to dial back the candidate addresses, and draw the conclusions: see :mod:`shoal.p2p.reach`.
+    ) -> Findings:
+        """Ask ``helpers`` to dial back the candidate addresses, and draw the conclusions; see :mod:`.inquiry`.
 
         ``more`` are asked too if the helpers disagree, or if they say that nobody gets through any more. If nobody
         gets through, one warning says what can be done, nothing is announced, and the host acts as a client; what it
@@ -400,8 +405,9 @@ class Host:
     # ---- inside ----
 
     async def _announce_to(self, peer: PeerID) -> None:
-        addresses = self.reach.announced(beyond_machine=self.is_elsewhere(peer))
-        request = Announcement(not self.can_be_dialed, [str(address) for address in addresses])
+        now = self.reachability
+        addresses = now.told(beyond_machine=self.is_elsewhere(peer))
+        request = Announcement(not now.is_full, [str(address) for address in addresses])
         try:
             await self.call(peer, ANNOUNCE, request, timeout=_ANNOUNCE_TIMEOUT)
         except ShoalError as error:
@@ -411,7 +417,7 @@ class Host:
         """What this host's HELLO said may have changed before the connection stood: :meth:`announce` passed it by."""
         self.reach.note_connection(connection)
         said = connection.hello_sent
-        if said is not None and said.client_mode != (not self.can_be_dialed):
+        if said is not None and said.is_client is self.reachability.is_full:
             task = asyncio.get_running_loop().create_task(self._announce_to(connection.peer))
             self._announcing.add(task)
             task.add_done_callback(self._announcing.discard)
@@ -422,13 +428,13 @@ class Host:
         self._served[served.method.name] = served
 
     def _make_hello(self, connection: Connection) -> wire.Hello:
-        announced = self.reach.announced(beyond_machine=connection.origin is not None)
+        now = self.reachability
         claim = self.tenancy.claim()
         return wire.Hello(
             lane=int(connection.lane),
             agent=self.config.agent,
-            client_mode=not self.can_be_dialed,
-            addresses=[str(address) for address in announced],
+            is_client=not now.is_full,
+            addresses=[str(one) for one in now.told(beyond_machine=connection.origin is not None)],
             clock=self._clock(),
             seen="" if connection.remote_address is None else str(connection.remote_address),
             incarnation=claim.incarnation,
@@ -442,16 +448,16 @@ class Host:
             listener.close()
         self._connections.retire(f"another peer holds this identity, at {rival.address}")
 
-    def _peer_lost(self, peer: PeerID, reason: str) -> None:
+    def _peer_lost(self, peer: PeerID, ending: Ending) -> None:
         for callback in list(self._on_disconnect.values()):
-            callback(peer, reason)
+            callback(peer, ending)
 
     def _clock_differs(self, peer: PeerID, ahead: float) -> None:
         for callback in list(self._on_clock_difference.values()):
             callback(peer, ahead)
 
     async def _ask_for_lane(self, peer: PeerID, deadline: float) -> bool:
-        if not self.can_be_dialed:
+        if not self.reachability.is_full:
             return False
         remaining = deadline - asyncio.get_running_loop().time()
         return (await self.call(peer, _OPEN_LANE, _OpenLane(), timeout=remaining)).opened
@@ -464,7 +470,7 @@ class Host:
             addresses = [Multiaddr.parse(text) for text in request.addresses]
         except InvalidValueError as error:
             raise RemoteError("bad_address", str(error)) from error
-        self._connections.peer_announced(peer, addresses, request.client_mode)
+        self._connections.peer_announced(peer, addresses, request.is_client)
         return AnnouncementHeard()
 
     def _ips_of(self, peer: PeerID) -> list[str]:
@@ -481,8 +487,8 @@ class Host:
         connections = self._connections.to(peer)
         return [] if connections is None else connections.all()
 
-    async def _probe(self, peer: PeerID, address: Multiaddr) -> str:
-        """Whether ``peer`` answers at ``address``: the reason why not, or nothing."""
+    async def _probe(self, peer: PeerID, address: Multiaddr) -> str | None:
+        """None if ``peer`` answers at ``address``, or why it does not."""
         patience = dial_back_time(self.rtt(peer) or 0.0)
         deadline = asyncio.get_running_loop().time() + patience
         try:
@@ -490,9 +496,10 @@ class Host:
         except DeadlineExceeded:
             return f"no answer in {patience:.1f} s"
         if isinstance(outcome, PeerUnreachable):
-            return next(iter(outcome.failures.values()), str(outcome))
+            (failure,) = outcome.dials
+            return failure.reason
         outcome.close("the address can be dialed")
-        return ""
+        return None
 
     async def _ask_back(self, helper: PeerID, request: DialBackRequest, timeout: float) -> DialBackResponse:
         return await self.call(helper, DIAL_BACK, request, timeout=timeout)

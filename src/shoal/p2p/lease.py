@@ -22,10 +22,10 @@ import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from shoal.errors import IdentityInUse, InvalidValueError
-from shoal.p2p.claims import SILENCE
-from shoal.p2p.host import SILENT, Host
+from shoal.errors import DialOutcome, IdentityInUse, InvalidValueError
+from shoal.p2p.host import Host
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.protocol.claims import SILENCE
 
 logger = logging.getLogger(__name__)
 
@@ -123,10 +123,10 @@ async def make_sure(host: Host, lease: KeyLease | None, others: Sequence[Multiad
     while True:
         is_free = lease is None or lease.try_to_hold()
         holder = Holder() if lease is None else lease.read()
-        outcomes = await host.ask_rivals([*holder.addresses, *others])
+        failures = await host.ask_rivals([*holder.addresses, *others])
         if is_free:
             return
-        if SILENT in outcomes.values():
+        if any(failure.outcome is DialOutcome.TIMED_OUT for failure in failures):
             logger.warning(
                 "%s holds the lock on this key file, but does not answer: taking over", holder.process
             )

@@ -1,6 +1,7 @@
-"""Addresses of peers: ``/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT[/p2p/PEERID]``, parsed and printed.
+"""Addresses of peers: lists of components, parsed and printed. Pure: resolves no names and opens no sockets.
 
-Pure: resolves no names and opens no sockets.
+Shoal dials ``/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT[/p2p/PEERID]``. Other addresses of libp2p (relays, QUIC, WebSocket)
+are kept, printed and passed on as they are: whether one can be dialed is a question to it, :attr:`Multiaddr.unspoken`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import functools
 import ipaddress
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import overload
 
 from shoal.errors import InvalidTypeError, InvalidValueError
@@ -22,7 +23,8 @@ MAX_TEXT_CHARACTERS = 400
 _DNS_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 
 
-_OTHER_PROTOCOLS = {
+_TCP_ALONE = "Shoal speaks its own protocol over TCP alone"
+_UNSPOKEN = {
     "p2p-circuit": "Shoal has no relays",
     "dnsaddr": "Shoal reads no TXT records: give the addresses that they hold",
     "unix": "Shoal has no sockets of files",
@@ -32,13 +34,19 @@ _OTHER_PROTOCOLS = {
         "webrtc-direct", "p2p-webrtc-star", "p2p-webrtc-direct", "p2p-websocket-star", "p2p-stardust", "certhash",
         "sni", "utp", "udt", "sctp", "dccp", "onion", "onion3", "garlic32", "garlic64", "memory",
     ),
-    "Shoal speaks its own protocol over TCP alone",
+    _TCP_ALONE,
 )  # fmt: skip
-"""Pieces of multiaddrs of libp2p that Shoal cannot use, with the reason."""
+"""Components of libp2p's addresses that Shoal cannot use, with the reason."""
+_SPOKEN = (*PROTOCOLS, "tcp", "p2p")
+_WITH_VALUE = frozenset((
+    *_SPOKEN, "dnsaddr", "unix", "udp", "certhash", "sni", "sctp", "dccp", "onion", "onion3", "garlic32", "garlic64",
+    "memory",
+))  # fmt: skip
+_VALUE = re.compile(r"[!-.0-~]+")
+_FOREIGN_PEER = re.compile(r"[A-Za-z0-9]{1,128}")
 
-
-class UnsupportedAddress(InvalidValueError):
-    """A multiaddr that makes sense, but not to Shoal."""
+Component = tuple[str, str | None]
+"""A protocol with its value; None for a protocol that has none."""
 
 
 @functools.total_ordering
@@ -53,10 +61,7 @@ class Multiaddr:
     port and PeerID.
     """
 
-    protocol: str
-    host: str
-    port: int
-    peer_id: str | None = None
+    components: tuple[Component, ...]
 
     @overload
     def __init__(self, protocol: str | Multiaddr) -> None: ...
@@ -72,24 +77,16 @@ class Multiaddr:
     ) -> None:
         if host is None and port is None and peer_id is None:
             text = protocol.strip() if isinstance(protocol, str) else protocol
-            given = Multiaddr.parse(text)
-            protocol, host, port, peer_id = given.protocol, given.host, given.port, given.peer_id
-        if protocol not in PROTOCOLS:
-            raise InvalidValueError(f"protocol: {protocol!r} is not one of {', '.join(PROTOCOLS)}")
-        if type(port) is not int:  # a bool is none
-            raise InvalidTypeError(f"port: must be an int, not {type(port).__name__}")
-        if not 0 <= port <= 65535:
-            raise InvalidValueError(f"port: {port} is not between 0 and 65535")
-        if peer_id is not None:
-            PeerID.from_base58(peer_id)
-        values = {
-            "protocol": protocol,
-            "host": _canonical_host(protocol, host),
-            "port": port,
-            "peer_id": peer_id,
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+            components = Multiaddr.parse(text).components
+        else:
+            components = _direct(protocol, host, port, peer_id)
+        object.__setattr__(self, "components", components)
+
+    @classmethod
+    def _of(cls, components: tuple[Component, ...]) -> Multiaddr:
+        made = object.__new__(cls)
+        object.__setattr__(made, "components", components)
+        return made
 
     @classmethod
     def parse(cls, text: str | Multiaddr) -> Multiaddr:
@@ -103,40 +100,60 @@ class Multiaddr:
                 f"address: {text[:60]!r}... has {len(text)} characters; "
                 f"at most {MAX_TEXT_CHARACTERS} are allowed"
             )
+        pieces = text.split("/")
         try:
-            return cls._parse_pieces(text.split("/"))
+            return cls._of(_parse_direct(pieces))
         except InvalidValueError as error:
-            for piece in reversed(text.split("/")):
-                if piece in _OTHER_PROTOCOLS:
-                    reason = f"{piece!r} cannot be used, {_OTHER_PROTOCOLS[piece]}"
-                    raise UnsupportedAddress(f"address {text!r}: {reason}") from None
+            components = _parse_unspoken(pieces)
+            if components is not None:
+                return cls._of(components)
             raise InvalidValueError(f"address {text!r}: {error}; the form is {FORM}") from None
 
-    @classmethod
-    def _parse_pieces(cls, pieces: list[str]) -> Multiaddr:
-        if pieces[0]:
-            raise InvalidValueError(f"it begins with {pieces[0]!r}, not with '/'")
-        if len(pieces) > 3 and pieces[3] != "tcp":
-            raise InvalidValueError(f"the transport is {pieces[3]!r}, only 'tcp' is supported")
-        if len(pieces) > 5 and pieces[5] != "p2p":
-            raise InvalidValueError(f"{pieces[5]!r} follows the port, where only 'p2p' may")
-        if len(pieces) not in (5, 7):
-            raise InvalidValueError(f"it has {len(pieces) - 1} pieces, not 4 or 6")
-        if not (pieces[4].isascii() and pieces[4].isdigit() and len(pieces[4]) <= 5):
-            raise InvalidValueError(f"port: {pieces[4]!r} is not a number between 0 and 65535")
-        return cls(pieces[1], pieces[2], int(pieces[4]), pieces[6] if len(pieces) == 7 else None)
+    @property
+    def protocol(self) -> str:
+        """The first component's protocol, of an address that Shoal speaks one of :data:`PROTOCOLS`."""
+        return self.components[0][0]
+
+    @property
+    def host(self) -> str:
+        """The IP address or name; empty if the address does not begin with one."""
+        return self.components[0][1] or ""
+
+    @property
+    def port(self) -> int:
+        """The port of TCP or UDP; 0 also if there is none."""
+        protocol, value = self.components[1] if len(self.components) > 1 else ("", None)
+        return int(value) if protocol in ("tcp", "udp") and value is not None else 0
+
+    @property
+    def peer_id(self) -> str | None:
+        """The peer that is expected there, if the address names one at its end."""
+        protocol, value = self.components[-1]
+        return value if protocol == "p2p" else None
+
+    @property
+    def unspoken(self) -> str:
+        """Why Shoal cannot dial such an address; empty if it can."""
+        for protocol, _ in reversed(self.components):
+            if protocol in _UNSPOKEN:
+                return f"{protocol!r} cannot be used, {_UNSPOKEN[protocol]}"
+        return ""
+
+    def has(self, protocol: str) -> bool:
+        """Whether one of its components is of this protocol."""
+        return any(one == protocol for one, _ in self.components)
 
     def with_peer_id(self, peer_id: PeerID) -> Multiaddr:
         """This address with ``/p2p/PEERID``."""
-        return replace(self, peer_id=peer_id.to_base58())
+        return self._of((*self.without_peer_id().components, ("p2p", peer_id.to_base58())))
 
     def without_peer_id(self) -> Multiaddr:
         """This address without ``/p2p/PEERID``."""
-        return self if self.peer_id is None else replace(self, peer_id=None)
+        return self if self.peer_id is None else self._of(self.components[:-1])
 
     def with_port(self, port: int) -> Multiaddr:
         """This address with another port."""
-        return replace(self, port=port)
+        return Multiaddr(self.protocol, self.host, port, self.peer_id)
 
     @property
     def is_loopback(self) -> bool:
@@ -159,20 +176,96 @@ class Multiaddr:
         return None
 
     def _sort_key(self) -> tuple[str, str, int, str]:
-        return (self.protocol, self.host, self.port, self.peer_id or "")
+        return (self.protocol, self.host, self.port, "" if self.unspoken else self.peer_id or "")
 
     def __lt__(self, other: object) -> bool:
-        return self._sort_key() < other._sort_key() if isinstance(other, Multiaddr) else NotImplemented
+        if not isinstance(other, Multiaddr):
+            return NotImplemented
+        return (*self._sort_key(), str(self)) < (*other._sort_key(), str(other))
 
     def __repr__(self) -> str:
         return f"<Multiaddr {self}>"
 
     def __str__(self) -> str:
-        text = f"/{self.protocol}/{self.host}/tcp/{self.port}"
-        return text if self.peer_id is None else f"{text}/p2p/{self.peer_id}"
+        return "".join(
+            f"/{protocol}" if value is None else f"/{protocol}/{value}" for protocol, value in self.components
+        )
 
 
-def _canonical_host(protocol: str, host: str | None) -> str:
+def _direct(protocol: object, host: object, port: object, peer_id: str | None) -> tuple[Component, ...]:
+    """The components of an address that Shoal dials."""
+    if protocol not in PROTOCOLS:
+        raise InvalidValueError(f"protocol: {protocol!r} is not one of {', '.join(PROTOCOLS)}")
+    if type(port) is not int:  # a bool is none
+        raise InvalidTypeError(f"port: must be an int, not {type(port).__name__}")
+    if not 0 <= port <= 65535:
+        raise InvalidValueError(f"port: {port} is not between 0 and 65535")
+    place = ((str(protocol), _canonical_host(str(protocol), host)), ("tcp", str(port)))
+    if peer_id is None:
+        return place
+    PeerID.from_base58(peer_id)
+    return (*place, ("p2p", peer_id))
+
+
+def _parse_direct(pieces: list[str]) -> tuple[Component, ...]:
+    if pieces[0]:
+        raise InvalidValueError(f"it begins with {pieces[0]!r}, not with '/'")
+    if len(pieces) > 3 and pieces[3] != "tcp":
+        raise InvalidValueError(f"the transport is {pieces[3]!r}, only 'tcp' is supported")
+    if len(pieces) > 5 and pieces[5] != "p2p":
+        raise InvalidValueError(f"{pieces[5]!r} follows the port, where only 'p2p' may")
+    if len(pieces) not in (5, 7):
+        raise InvalidValueError(f"it has {len(pieces) - 1} pieces, not 4 or 6")
+    return _direct(pieces[1], pieces[2], _port(pieces[4]), pieces[6] if len(pieces) == 7 else None)
+
+
+def _parse_unspoken(pieces: list[str]) -> tuple[Component, ...] | None:
+    """The components of an address that Shoal does not speak; None if it is none at all."""
+    if pieces[0]:
+        return None
+    components: list[Component] = []
+    left = iter(pieces[1:])
+    for protocol in left:
+        if protocol == "unix":
+            components.append((protocol, "/".join(left)))
+        elif protocol in _WITH_VALUE:
+            components.append((protocol, next(left, "")))
+        elif protocol in _UNSPOKEN:
+            components.append((protocol, None))
+        else:
+            return None
+    if all(protocol in _SPOKEN for protocol, _ in components):
+        return None
+    try:
+        return tuple((protocol, _canonical_value(protocol, value)) for protocol, value in components)
+    except InvalidValueError:
+        return None
+
+
+def _canonical_value(protocol: str, value: str | None) -> str | None:
+    if value is None:
+        return None
+    if protocol in PROTOCOLS:
+        return _canonical_host(protocol, value)
+    if protocol in ("tcp", "udp"):
+        port = _port(value)
+        if port <= 65535:
+            return str(port)
+    elif protocol == "p2p":  # a relay's may be of a kind that Shoal does not have
+        if _FOREIGN_PEER.fullmatch(value):
+            return value
+    elif all(_VALUE.fullmatch(piece) for piece in (value.split("/") if protocol == "unix" else [value])):
+        return value
+    raise InvalidValueError(f"{protocol}: {value!r} is no value of it")
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 5):
+        raise InvalidValueError(f"port: {text!r} is not a number between 0 and 65535")
+    return int(text)
+
+
+def _canonical_host(protocol: str, host: object) -> str:
     """The one spelling of ``host`` that is kept; :class:`InvalidValueError` if ``protocol`` has no such."""
     if not isinstance(host, str):
         raise InvalidTypeError(f"host: must be a str, not {type(host).__name__}")

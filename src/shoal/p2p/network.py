@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from shoal.errors import InvalidValueError
-from shoal.p2p.interfaces import default_route_ips, list_interfaces
 from shoal.p2p.multiaddr import Multiaddr
-from shoal.p2p.vantage import Interface, likely_first
+from shoal.p2p.reach.interfaces import default_route_ips, list_interfaces
+from shoal.p2p.reach.vantage import Interface, likely_first
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import asyncio
 
 from shoal.p2p.connection import Connection
 from shoal.p2p.identity import PeerID
+from shoal.p2p.protocol.session import Role
 from shoal.p2p.rpc import Lane
-from shoal.p2p.session import Role
 
 
 class PeerConnections:

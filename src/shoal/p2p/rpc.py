@@ -1,6 +1,6 @@
 """What calls and streams look like to those who use them: methods, lanes, payloads and :class:`Stream`.
 
-A stream here is the asyncio side of one :class:`~shoal.p2p.streams.StreamState`, which holds all rules of the
+A stream here is the asyncio side of one :class:`~shoal.p2p.protocol.streams.StreamState`, which holds all rules of the
 protocol; this file only waits, encodes and decodes.
 """
 
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidValueError, ProtocolViolation, ShoalError
-from shoal.p2p import wire
 from shoal.p2p.identity import PeerID
-from shoal.p2p.streams import Payload, StreamState
+from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.frames import payload_memory
+from shoal.p2p.protocol.streams import Payload, StreamState
 
 __all__ = ["Buffer", "EndOfStream", "Lane", "Method", "Payload", "Stream"]
 
@@ -209,20 +210,20 @@ class Stream:
     def _guarded(self, sink: Callable[[int, int], memoryview]) -> Callable[[int, int], memoryview]:
         def place(tag: int, length: int) -> memoryview:
             try:
-                memory = memoryview(sink(tag, length)).cast("B")
-                if len(memory) == length and not memory.readonly:
-                    return memory
-                reason = (
-                    f"gave {len(memory)} bytes, readonly={memory.readonly}, for a payload of {length} bytes"
-                )
+                given = sink(tag, length)
             except ProtocolViolation:
                 raise
             except Exception:
                 # The application's code, called from the middle of the connection's: only its own stream may
                 # suffer from its mistakes.
                 logger.exception("the payload sink of %s failed", self.method.name)
-                reason = "failed"
-            self.reset("internal", f"the payload sink {reason}")
+                reason = "the payload sink failed"
+            else:
+                try:
+                    return payload_memory(given, length)
+                except InvalidValueError as error:
+                    reason = str(error)
+            self.reset("internal", reason)
             return memoryview(bytearray(length))
 
         return place

@@ -1,6 +1,6 @@
 """How a host holds its identity, and how it judges two peers that both prove one identity.
 
-The rule is in :mod:`shoal.p2p.claims`. There are three places where two such peers are noticed:
+The rule is in :mod:`shoal.p2p.protocol.claims`. There are three places where two such peers are noticed:
 
 * one dials the other: each reads the other's claim in HELLO, and the lesser one stops;
 * both are connected to a third peer, which asks the one that it knew first. If that one answers, with a claim that
@@ -20,8 +20,10 @@ import secrets
 from collections.abc import Awaitable, Callable
 
 from shoal.errors import IdentityInUse, ProtocolViolation, RemoteError, ShoalError
-from shoal.p2p import wire
-from shoal.p2p.claims import (
+from shoal.p2p.connection import Connection
+from shoal.p2p.identity import Identity, PeerID
+from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.claims import (
     RECOVERING,
     SILENCE,
     UNKNOWN,
@@ -32,15 +34,13 @@ from shoal.p2p.claims import (
     is_genuine,
     sign_claim,
 )
-from shoal.p2p.connection import Connection
-from shoal.p2p.identity import Identity, PeerID
+from shoal.p2p.protocol.session import Role
+from shoal.p2p.protocol.violations import EndKind
 from shoal.p2p.rpc import Method
-from shoal.p2p.session import Role
 
 logger = logging.getLogger(__name__)
 
 CLAIM = Method("shoal.host.claim", ClaimRequest, SignedClaim)
-OWN = "this host itself answers there"
 TICK = 1.0
 """How often a host notes that it lives. What is noted late, by SILENCE or more, was a time without an answer."""
 
@@ -91,20 +91,20 @@ class Tenancy:
         """Answers :data:`CLAIM`."""
         return sign_claim(self._identity, self.claim(), request.challenge)
 
-    def meet(self, connection: Connection) -> str:
-        """The other end of ``connection`` proves this host's own identity; the reason why the connection ends.
+    def meet(self, connection: Connection) -> wire.Refusal:
+        """The other end of ``connection`` proves this host's own identity: why the connection ends.
 
         Both ends read each other's claim, so that exactly one of them stops.
         """
         hello, sent = connection.hello, connection.hello_sent
         assert hello is not None
         if hello.incarnation in (UNKNOWN, self.incarnation):
-            return OWN
+            return wire.Refusal("this host itself answers there", kind=EndKind.ITSELF)
         mine = self.claim() if sent is None else Claim(sent.incarnation, sent.tenure)
         if Claim(hello.incarnation, hello.tenure).outranks(mine):
             self._lose(where(connection))
-            return "another peer holds this identity there"
-        return f"{self._identity.peer_id} is held by another peer, which answers: it stays"
+            return _same_identity("another peer holds this identity there")
+        return _same_identity(f"{self._identity.peer_id} is held by another peer, which answers: it stays")
 
     def hear_refusal(self, reason: str, proof: bytes) -> None:
         """A peer refuses this host because of another one with its identity; ``proof`` is what that one signed.
@@ -156,13 +156,13 @@ class Tenancy:
             answer = await self._ask(holder, newcomer.incarnation, deadline)
             if isinstance(answer, SignedClaim) and answer.claim.outranks(newcomer):
                 logger.debug("refused a second peer with the identity %s: %s holds it", peer, reason)
-                return wire.Refusal(reason, wire.encode(answer))
+                return _same_identity(reason, wire.encode(answer))
             if isinstance(answer, RemoteError):  # it answers, but cannot say more
-                return wire.Refusal(reason, b"")
+                return _same_identity(reason)
             if holder.is_open:  # else it was lost: its other connections may be, too
                 logger.info("%s is held by another peer now, at %s", peer, newcomer_where)
                 for connection in self._holders(peer, newcomer.incarnation):
-                    connection.close("another peer with this identity has taken over")
+                    connection.close("another peer with this identity has taken over", EndKind.SAME_IDENTITY)
         if self._now() > deadline - SILENCE / 2:  # it was silent: the newcomer need not wait for it once more
             self._forget_addresses(peer)
         return None
@@ -222,6 +222,10 @@ class Tenancy:
         for contest in contests:
             contest.cancel()
         return list(contests)
+
+
+def _same_identity(reason: str, proof: bytes = b"") -> wire.Refusal:
+    return wire.Refusal(reason, proof, EndKind.SAME_IDENTITY)
 
 
 def where(connection: Connection) -> str:

@@ -109,6 +109,13 @@ class MPFuture(concurrent.futures.Future[T]):
         else:
             super().add_done_callback(lambda future: dispatch(lambda: fn(future)))
 
+    def when_done(self, call: Callable[[concurrent.futures.Future[T]], Any]) -> None:
+        """Call on the thread that finishes the future, or now: for callbacks of Shoal, which do not block.
+
+        Those of users go by ``dispatch``, where others may be waiting for this very future.
+        """
+        super().add_done_callback(call)
+
     def __await__(self) -> Generator[Any, None, T]:
         return asyncio.wrap_future(self).__await__()
 
@@ -152,7 +159,7 @@ def chain(first: MPFuture[S], begin: Callable[[S], MPFuture[T]]) -> MPFuture[T]:
         calls.append(call)
         if outer.cancelled():  # whoever cancels looks into the list afterwards: one of the two sees the other
             call.cancel()
-        concurrent.futures.Future.add_done_callback(call, call_done)
+        call.when_done(call_done)
 
     def call_done(call: concurrent.futures.Future[T]) -> None:
         if call.cancelled():
@@ -163,8 +170,7 @@ def chain(first: MPFuture[S], begin: Callable[[S], MPFuture[T]]) -> MPFuture[T]:
             with contextlib.suppress(concurrent.futures.InvalidStateError):  # cancelled in the same moment
                 outer.set_result(call.result())
 
-    # Past the dispatch of MPFuture: callbacks of users may be waiting on that thread for this very future.
-    concurrent.futures.Future.add_done_callback(first, first_done)
+    first.when_done(first_done)
     return outer
 
 

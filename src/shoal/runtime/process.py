@@ -98,7 +98,7 @@ class BackgroundProcess:
                 connection.forget_service(service_id)
 
         # Past the dispatch of MPFuture: a callback of a user may be running there for long.
-        Future.add_done_callback(creation, clean_up)
+        creation.when_done(clean_up)
         return creation
 
     @property
@@ -188,7 +188,7 @@ class ServiceHandle:
         """Close the service alone: its commands are cancelled, then its ``close()`` runs. Idempotent."""
         connection = self.process._usable()
         future: MPFuture[None] = connection.call(Kind.CLOSE, self.service_id, b"")
-        Future.add_done_callback(future, lambda _: connection.forget_service(self.service_id))
+        future.when_done(lambda _: connection.forget_service(self.service_id))
         return future
 
     def __reduce__(self) -> NoReturn:

@@ -16,6 +16,7 @@ import msgspec
 from shoal.errors import (
     ConnectionLost,
     DeadlineExceeded,
+    DialOutcome,
     InvalidStateError,
     InvalidValueError,
     PeerUnreachable,
@@ -25,6 +26,7 @@ from shoal.errors import (
 from shoal.p2p.config import INITIAL_WINDOW, HostConfig
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
+from shoal.p2p.protocol.violations import Ending
 from shoal.p2p.rpc import EndOfStream, Lane, Method, Payload, Stream
 
 __all__ = ["HostConformance", "Number", "Text", "World"]
@@ -332,7 +334,7 @@ class HostConformance:
             await stream.send_payload(77, b"data")
             error = await failure_of(stream.receive(), ConnectionLost)
             assert "tag 77 is not expected" in str(error)
-        assert "tag 77" in (await lost)[1]
+        assert "tag 77" in (await lost)[1].reason
 
     @on_world
     async def test_a_body_that_does_not_decode_ends_the_connection(self, world: World) -> None:
@@ -379,9 +381,9 @@ class HostConformance:
         await server.close()
         assert "goodbye: the host is closing" in str(await failure_of(call, ConnectionLost))
         assert handler.cancelled.is_set()
-        peer, reason = await lost
+        peer, ending = await lost
         assert peer == server.peer_id
-        assert "the host is closing" in reason
+        assert "the host is closing" in ending.reason
         assert not client.is_connected(server.peer_id)
         refused = await failure_of(client.call(server.peer_id, ECHO, Number(1), timeout=30), PeerUnreachable)
         assert list(refused.failures.values()) == ["refused"]
@@ -402,7 +404,7 @@ class HostConformance:
         server = await world.host("server")
         client = await world.host("client", HostConfig(client_mode=True))
         assert client.listen_addresses == client.announced_addresses == []
-        assert not client.can_be_dialed
+        assert not client.reachability.is_full
         client.serve(ECHO, double)
         unknown = await failure_of(server.call(client.peer_id, ECHO, Number(1), timeout=10), PeerUnreachable)
         assert "no address" in str(unknown)
@@ -441,6 +443,7 @@ class HostConformance:
         assert str(server.peer_id) in error.failures[str(address)]
         itself = await failure_of(server.connect(address, timeout=10), PeerUnreachable)
         assert "this host itself" in itself.failures[str(address)]
+        assert [dial.outcome for dial in itself.dials] == [DialOutcome.ITSELF]
         await failure_of(server.connect(server.peer_id, timeout=10), InvalidValueError)
         await failure_of(server.connect(address.with_peer_id(server.peer_id), timeout=10), InvalidValueError)
         assert server.connected_peers() == client.connected_peers() == []
@@ -480,13 +483,13 @@ class HostConformance:
         assert list(found.confirmed) == client.listen_addresses == client.announced_addresses
 
 
-def _lost(host: Host) -> asyncio.Future[tuple[PeerID, str]]:
+def _lost(host: Host) -> asyncio.Future[tuple[PeerID, Ending]]:
     """Resolved when ``host`` has lost its last connection to some peer."""
-    future: asyncio.Future[tuple[PeerID, str]] = asyncio.get_running_loop().create_future()
+    future: asyncio.Future[tuple[PeerID, Ending]] = asyncio.get_running_loop().create_future()
 
-    def note(peer: PeerID, reason: str) -> None:
+    def note(peer: PeerID, ending: Ending) -> None:
         if not future.done():
-            future.set_result((peer, reason))
+            future.set_result((peer, ending))
 
     host.on_disconnect(note)
     return future

@@ -25,7 +25,7 @@ from typing import Any
 
 from shoal.errors import InvalidValueError
 from shoal.p2p.multiaddr import Multiaddr
-from shoal.p2p.vantage import Interface
+from shoal.p2p.reach.vantage import Interface
 
 ProtocolFactory = Callable[[], asyncio.BufferedProtocol]
 

@@ -6,10 +6,11 @@ or hold back any of them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 from shoal.p2p.identity import Identity
-from shoal.p2p.session import Event, HandshakeCompleted, Role, Session
+from shoal.p2p.protocol.session import Event, HandshakeCompleted, Role, Session
 
 
 def deliver(
@@ -60,7 +61,7 @@ def connect(initiator: Session, responder: Session) -> None:
 
 def connected_pair(first_seed: int = 1, second_seed: int = 2) -> tuple[Session, Session]:
     """An initiator and a responder after their handshake, of the identities that the seeds decide."""
-    initiator = Session(Role.INITIATOR, Identity.generate(first_seed.to_bytes(32, "big")))
-    responder = Session(Role.RESPONDER, Identity.generate(second_seed.to_bytes(32, "big")))
+    initiator = Session(Role.INITIATOR, Identity.generate(first_seed.to_bytes(32, "big")), os.urandom(32))
+    responder = Session(Role.RESPONDER, Identity.generate(second_seed.to_bytes(32, "big")), os.urandom(32))
     connect(initiator, responder)
     return initiator, responder

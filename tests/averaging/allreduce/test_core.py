@@ -44,6 +44,7 @@ from shoal.averaging.allreduce.messages import (
     AveragesReceived,
     Excluded,
     GaveUp,
+    Loss,
     Outcome,
     OwnerFailed,
     Ready,
@@ -244,7 +245,7 @@ def test_the_clock_of_an_owner_runs_while_it_has_all_that_it_needs_of_this_membe
     member.at(65.0).handle(AverageReceived(0, 0))
     assert member.core.deadline == 85.0
     assert member.at(85.0).handle(TimePassed()) == [
-        TellLeader(OwnerFailed(0, "it returned no average within reducer_timeout=20 s", True))
+        TellLeader(OwnerFailed(0, "it returned no average within reducer_timeout=20 s", Loss.TIMED_OUT))
     ]
     assert member.at(200.0).handle(TimePassed()) == []
 
@@ -267,24 +268,24 @@ def test_without_timeouts_there_is_no_deadline():
 def test_an_owner_that_times_out_fails_the_round_for_everybody(waiting: int):
     leader = Member(0, (0, 1, 1))
     leader.handle(SnapshotTaken(1.0))
-    report = MemberReported(2, OwnerFailed(1, "too slow", True))
+    report = MemberReported(2, OwnerFailed(1, "too slow", Loss.TIMED_OUT))
     effects = leader.handle(report) if waiting else leader.at(20.0).handle(TimePassed())
     assert f"member {waiting} got no averages from member 1: " in (failure(effects) or "")
 
 
 def test_a_member_that_owns_nothing_cannot_fail_the_round_by_calling_an_owner_slow():
     leader = Member(0, (1, 1, 0))
-    assert excluded(leader.handle(MemberReported(2, OwnerFailed(1, "too slow", True)))) == [2]
+    assert excluded(leader.handle(MemberReported(2, OwnerFailed(1, "too slow", Loss.TIMED_OUT)))) == [2]
     # the word of an owner is believed
-    effects = leader.handle(MemberReported(1, OwnerFailed(0, "too slow", True)))
+    effects = leader.handle(MemberReported(1, OwnerFailed(0, "too slow", Loss.TIMED_OUT)))
     assert failure(effects) == "member 1 got no averages from member 0: too slow"
 
 
 def test_members_that_own_nothing_are_believed_when_all_of_them_call_the_owner_slow():
     """Its user may never have given the trigger: it must not be left behind in a round of its own."""
     leader = Member(0, (1, 0, 0))
-    assert excluded(leader.handle(MemberReported(2, OwnerFailed(0, "too slow", True)))) == [2]
-    effects = leader.handle(MemberReported(1, OwnerFailed(0, "too slow", True)))
+    assert excluded(leader.handle(MemberReported(2, OwnerFailed(0, "too slow", Loss.TIMED_OUT)))) == [2]
+    effects = leader.handle(MemberReported(1, OwnerFailed(0, "too slow", Loss.TIMED_OUT)))
     assert failure(effects) == "member 1 got no averages from member 0: too slow"
 
 
@@ -430,7 +431,7 @@ def test_an_owner_that_everybody_is_ready_without_may_be_lost():
 
 def test_a_member_that_cannot_reach_an_owner_is_excluded_but_fails_the_round_if_the_owner_is_lost():
     leader = Member(0, (0, 1, 0))
-    assert excluded(leader.handle(MemberReported(2, OwnerFailed(1, "reset", False)))) == [2]
+    assert excluded(leader.handle(MemberReported(2, OwnerFailed(1, "reset", Loss.BROKEN)))) == [2]
     leader.handle(MemberReported(1, SpanAveraged((1.0,) * 3, None, None)), MemberReported(1, Ready(1.0)))
     assert failure(leader.handle(MemberLost(1, "killed"))) == "lost member 1: killed"
 
@@ -439,14 +440,32 @@ def test_a_member_that_cannot_reach_an_owner_that_is_lost_fails_the_round():
     leader = Member(0, (0, 1, 0))
     leader.handle(MemberReported(1, SpanAveraged((1.0,) * 3, None, None)), MemberReported(1, Ready(1.0)))
     assert leader.handle(MemberLost(1, "killed")) == []
-    effects = leader.handle(MemberReported(2, OwnerFailed(1, "reset", False)))
+    effects = leader.handle(MemberReported(2, OwnerFailed(1, "reset", Loss.BROKEN)))
     assert failure(effects) == "member 2 got no averages from member 1: reset"
 
 
 def test_an_owner_that_cannot_reach_another_one_fails_the_round():
     leader = Member(0, (1, 1, 1))
-    effects = leader.handle(MemberReported(1, OwnerFailed(2, "reset", False)))
+    effects = leader.handle(MemberReported(1, OwnerFailed(2, "reset", Loss.BROKEN)))
     assert failure(effects) == "member 1 got no averages from member 2: reset"
+
+
+def test_a_failed_round_names_the_owner_that_could_not_be_dialed():
+    leader = Member(0, (1, 1, 1))
+    effects = leader.handle(MemberReported(1, OwnerFailed(2, "no address", Loss.UNDIALABLE)))
+    assert [effect.outcome.undialable for effect in effects if isinstance(effect, AnnounceOutcome)] == [(2,)]
+
+
+def test_an_owner_whose_stream_broke_counts_as_dialed():
+    leader = Member(0, (1, 1, 1))
+    effects = leader.handle(MemberReported(1, OwnerFailed(2, "reset", Loss.BROKEN)))
+    assert [effect.outcome.undialable for effect in effects if isinstance(effect, AnnounceOutcome)] == [()]
+
+
+def test_a_member_tells_the_leader_how_it_lost_an_owner():
+    member = Member(1, (1, 1, 1))
+    effects = member.handle(OwnerLost(2, "no address", Loss.UNDIALABLE))
+    assert effects == [TellLeader(OwnerFailed(2, "no address", Loss.UNDIALABLE))]
 
 
 def test_a_member_that_told_different_weights_is_named():

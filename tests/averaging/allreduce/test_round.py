@@ -6,8 +6,10 @@ import asyncio
 import errno
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from shoal.averaging.allreduce import streams
@@ -18,7 +20,7 @@ from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
 from shoal.averaging.allreduce.rounds import MAX_WAITING_STREAMS_PER_PEER
 from shoal.averaging.group import GROUP_ID_BYTES
 from shoal.errors import AllreduceException, ProtocolViolation, RemoteError
-from shoal.p2p.wire import decode, encode
+from shoal.p2p.protocol.wire import decode, encode
 from shoal.testing.clock import run
 from shoal.testing.network import HostNetwork
 from shoal.testing.peers import make_host
@@ -303,6 +305,25 @@ def test_a_member_that_is_killed_in_the_exchange_fails_the_round_for_the_others(
             survivors = [tasks[member].result() for member in range(4) if member != victim]
             assert all(result.failure for result in survivors)
             assert all(str(group.hosts[victim].peer_id) in (result.failure or "") for result in survivors)
+
+    run(main)
+
+
+def test_a_round_that_fails_tells_the_owner_that_it_could_not_be_dialed():
+    """The two members know each other by an address at which nobody is; the leader reaches both."""
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=1, size=3, strangers=True) as group:
+            members = [
+                msgspec.structs.replace(member, addresses=("/ip4/10.9.9.9/tcp/1",))
+                for member in group.group.members
+            ]
+            group.group = replace(group.group, members=tuple(members))
+            results = await asyncio.gather(*(group.run(member) for member in range(3)))
+            assert all("cannot be dialed" in str(result.failure) for result in results)
+            (undialable,) = [member for member in range(3) if results[member].was_undialable]
+            assert undialable in (1, 2)
+            assert f"{group.peer(undialable)} cannot be dialed" in str(results[0].failure)
 
     run(main)
 

@@ -11,6 +11,7 @@ from shoal.averaging.allreduce.commit import read_answer
 from shoal.averaging.allreduce.messages import (
     Excluded,
     GaveUp,
+    Loss,
     Outcome,
     OutcomeAnswer,
     OwnerFailed,
@@ -42,7 +43,7 @@ MAX_MESSAGE = 1 << 20
         StandsAside("dancing", "why not"),
         SenderExcluded(3, "who?"),
         SenderExcluded(-1, "who?"),
-        OwnerFailed(7, "who?", True),
+        OwnerFailed(7, "who?", Loss.TIMED_OUT),
     ],
     ids=str,
 )
@@ -78,7 +79,7 @@ def test_an_outcome_that_is_not_well_formed_is_a_violation(outcome: Outcome):
         GaveUp("a\nb\x1b[2J"),
         StandsAside("exchange", "a\nb"),
         SenderExcluded(0, "\n"),
-        OwnerFailed(0, "\n", False),
+        OwnerFailed(0, "\n", Loss.BROKEN),
     ],
 )
 def test_texts_of_others_become_printable(report: GaveUp | StandsAside | SenderExcluded | OwnerFailed):

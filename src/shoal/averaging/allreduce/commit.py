@@ -42,7 +42,6 @@ from shoal.errors import (
     RemoteError,
     ShoalError,
 )
-from shoal.p2p.dialing import is_refused
 from shoal.p2p.rpc import EndOfStream, Stream
 
 logger = logging.getLogger(__name__)
@@ -205,7 +204,7 @@ class Commitment:
                 if isinstance(e, RemoteError) and e.code != "busy":
                     raise
                 now = loop.time()
-                if not is_refused(e):
+                if not (isinstance(e, PeerUnreachable) and e.is_refused):
                     refused_since = now
                 if now - began >= UNREACHABLE_FOR or now - refused_since >= REFUSED_FOR:
                     raise

@@ -31,6 +31,7 @@ from shoal.averaging.allreduce.messages import (
     AveragesReceived,
     Excluded,
     GaveUp,
+    Loss,
     Outcome,
     OwnerFailed,
     Ready,
@@ -75,6 +76,8 @@ class Coordinator:
     """Owners whose averages an excluded member, which owns nothing, could not get: if such an owner turns out to be
     lost, it was not that member's fault, and the round fails.
     """
+    _undialable: set[int] = field(default_factory=set)
+    """Owners that members could not dial."""
     _received: dict[int, int] = field(default_factory=dict)
     """Averages that members said they have taken."""
     _told: dict[int, tuple[int, float]] = field(default_factory=dict)
@@ -192,9 +195,10 @@ class Coordinator:
 
     def fail(self, reason: str) -> list[Effect]:
         """The leader fails the round for everybody."""
-        return (
-            [] if self.outcome is not None else self._decide(Outcome(reason_text(reason), self._exclusions()))
-        )
+        if self.outcome is not None:
+            return []
+        undialable = tuple(sorted(self._undialable))
+        return self._decide(Outcome(reason_text(reason), self._exclusions(), undialable=undialable))
 
     # reports
 
@@ -253,11 +257,13 @@ class Coordinator:
             )
         if member in self._excluded:
             return []
+        if report.loss is Loss.UNDIALABLE:
+            self._undialable.add(owner)
         story = f"{roles.name(member)} got no averages from {roles.name(owner)}: {report.reason}"
         if owner in self._gone or roles.parts_owned[member]:
             return self.fail(story)
         others = (one for one in self._committers() if one not in (member, owner))
-        if report.timed_out and (member == roles.leader or next(others, None) is None):
+        if report.loss is Loss.TIMED_OUT and (member == roles.leader or next(others, None) is None):
             return self.fail(story)  # who owns nothing is believed where nobody is left to know better
         self._stranded_by.add(owner)
         return self._exclude(

@@ -105,6 +105,7 @@ from shoal.averaging.allreduce.messages import (
     AveragesReceived,
     Excluded,
     GaveUp,
+    Loss,
     Outcome,
     OwnerFailed,
     Ready,
@@ -211,8 +212,8 @@ class AllReduce:
             case AverageReceived(owner, index):
                 self.returns.receive(owner, index, now)
                 return self._advance(now) or self._tell_progress(now)
-            case OwnerLost(owner, reason):
-                return self._on_owner_lost(owner, reason, False, now)
+            case OwnerLost(owner, reason, loss):
+                return self._on_owner_lost(owner, reason, loss, now)
             case ExcludedByOwner(owner, reason) if self.phase is Phase.EXCHANGING:
                 return self._stand_aside("exchange", f"excluded by {self.roles.name(owner)}: {reason}", now)
         return []
@@ -288,16 +289,16 @@ class AllReduce:
 
     # as a member
 
-    def _on_owner_lost(self, owner: int, reason: str, timed_out: bool, now: float) -> list[Effect]:
+    def _on_owner_lost(self, owner: int, reason: str, loss: Loss, now: float) -> list[Effect]:
         if self.phase is not Phase.EXCHANGING or not self.returns.missing_from(owner):
             return []
         if owner in self._failed_owners:
             return []
         self._failed_owners.add(owner)
         self.returns.clocks.stop(owner)
-        if owner == self.roles.leader and not timed_out:
+        if owner == self.roles.leader and loss is not Loss.TIMED_OUT:
             return self._give_up(f"lost {self.roles.name(owner)}: {reason}")
-        return self._tell(OwnerFailed(owner, reason_text(reason), timed_out), now)
+        return self._tell(OwnerFailed(owner, reason_text(reason), loss), now)
 
     def _advance(self, now: float) -> list[Effect]:
         """Become ready, if this member has contributed and holds every average."""
@@ -332,7 +333,7 @@ class AllReduce:
             effects += self._on_sender_lost(sender, reason, now, is_silent=not begun)
         for owner in self.returns.clocks.expired(now):
             reason = f"it returned no average within reducer_timeout={self.returns.clocks.timeout:g} s"
-            effects += self._on_owner_lost(owner, reason, True, now)
+            effects += self._on_owner_lost(owner, reason, Loss.TIMED_OUT, now)
         if self._coordinator is not None:
             effects += self._coordinate(TimePassed(uncounted), now)
         return effects

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from shoal.averaging.allreduce.messages import Excluded, Outcome, Report
+from shoal.averaging.allreduce.messages import Excluded, Loss, Outcome, Report
 from shoal.sansio.core import TimePassed
 
 
@@ -178,10 +178,11 @@ class AverageReceived:
 
 @dataclass(frozen=True)
 class OwnerLost:
-    """Nothing more can come from ``owner``: the stream to it ended, or what it sent was wrong."""
+    """Nothing more can come from ``owner``: it could not be dialed, its stream ended, or what it sent was wrong."""
 
     owner: int
     reason: str
+    loss: Loss = Loss.BROKEN
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ first. Texts of others become printable where they enter.
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Iterable
 from typing import Annotated, TypeAlias
@@ -101,12 +102,23 @@ class SenderExcluded(msgspec.Struct, frozen=True, tag=True, forbid_unknown_field
     reason: str
 
 
+class Loss(enum.Enum):
+    """How a member lost an owner."""
+
+    BROKEN = "broken"
+    """The stream to the owner ended, or what the owner sent was wrong."""
+    UNDIALABLE = "undialable"
+    """No address of the owner could be dialed."""
+    TIMED_OUT = "timed out"
+    """The owner is there, but took too long."""
+
+
 class OwnerFailed(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """A member cannot get an owner's averages; ``timed_out``: the owner is there, but took too long."""
+    """A member cannot get an owner's averages."""
 
     owner: int
     reason: str
-    timed_out: bool
+    loss: Loss
 
 
 Report: TypeAlias = (
@@ -130,7 +142,7 @@ class Outcome(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
     """The leader's decision: committed (``reason`` None) for all that are not excluded, or why the round failed.
 
     ``weights``: each member's in the average, 0 for those excluded. The sums are those of :class:`SpanAveraged` over
-    the whole vector.
+    the whole vector. ``undialable``: of a round that failed, the owners that members could not dial.
     """
 
     reason: str | None
@@ -138,6 +150,7 @@ class Outcome(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
     weights: tuple[float, ...] = ()
     square_distance: float | None = None
     square_average: float | None = None
+    undialable: tuple[int, ...] = ()
 
 
 class AskOutcome(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -202,9 +215,9 @@ def check_report(report: Report, size: int) -> Report:
         case SenderExcluded(sender, reason):
             _check(0 <= sender < size, f"member {sender} of {size}")
             return SenderExcluded(sender, reason_text(reason))
-        case OwnerFailed(owner, reason, timed_out):
+        case OwnerFailed(owner, reason, loss):
             _check(0 <= owner < size, f"member {owner} of {size}")
-            return OwnerFailed(owner, reason_text(reason), timed_out)
+            return OwnerFailed(owner, reason_text(reason), loss)
     return report
 
 
@@ -223,6 +236,8 @@ def check_outcome(outcome: Outcome, size: int) -> Outcome:
     _check(len(outcome.weights) in (0, size), f"{len(outcome.weights)} weights in a group of {size}")
     _check(all(map(is_weight, outcome.weights)), "a weight is negative or too large")
     _check_sums(outcome.square_distance, outcome.square_average)
+    _check(all(0 <= one < size for one in outcome.undialable), "an unknown member could not be dialed")
+    _check(len(outcome.undialable) <= size, "more members could not be dialed than there are")
     reason = None if outcome.reason is None else reason_text(outcome.reason)
     return msgspec.structs.replace(outcome, reason=reason, excluded=excluded)
 

@@ -46,6 +46,7 @@ from shoal.averaging.report import Exclusion, Spread
 from shoal.errors import AllreduceException, InvalidValueError, ShoalError
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
+from shoal.p2p.protocol.violations import Ending
 from shoal.p2p.rpc import Stream
 from shoal.sansio.driver import Driver
 
@@ -71,6 +72,7 @@ class RoundResult:
       its decision is known
     :param weights: of each member, as averaged; 0 for auxiliary and excluded ones (what these had delivered before is
       in the average all the same); empty if the round failed
+    :param was_undialable: the round failed, and a member could not dial this one
     :param spread: how far apart the members were before; None: unknown
     """
 
@@ -83,6 +85,7 @@ class RoundResult:
     exclusions: tuple[Exclusion, ...] = ()
     weights: tuple[float, ...] = ()
     spread: Spread | None = None
+    was_undialable: bool = False
 
 
 class Round:
@@ -263,6 +266,7 @@ class Round:
             ),
             weights=() if outcome is None else outcome.weights,
             spread=None if outcome is None else _spread(outcome, self._partition.layout.numel),
+            was_undialable=outcome is not None and roles.me in outcome.undialable,
         )
 
     # core
@@ -323,10 +327,10 @@ class Round:
             self._asking.add(task)
             task.add_done_callback(self._asking.discard)
 
-    def _on_disconnect(self, peer: PeerID, reason: str) -> None:
+    def _on_disconnect(self, peer: PeerID, ending: Ending) -> None:
         # Other connections than the leader's come and go as the DHT needs them; a stream that ends with one says so.
         if self._commitment.leads and peer in self._peers:
-            self._feed(MemberLost(self._peers.index(peer), reason))
+            self._feed(MemberLost(self._peers.index(peer), ending.reason))
 
 
 def _spread(outcome: Outcome, elements: int) -> Spread | None:

@@ -21,12 +21,12 @@ from shoal.averaging.allreduce.events import (
     Withdrawn,
 )
 from shoal.averaging.allreduce.exchange import HELD_BYTES, Arena, ForeignSpan, OwnSpan
-from shoal.averaging.allreduce.messages import EXCHANGE, Contribute, DeclareWeight, ReadyForParts
+from shoal.averaging.allreduce.messages import EXCHANGE, Contribute, DeclareWeight, Loss, ReadyForParts
 from shoal.averaging.allreduce.pace import Wait
 from shoal.averaging.allreduce.participants import RoundCore
 from shoal.averaging.partition import Partition
 from shoal.compression.base import Bytes
-from shoal.errors import AllreduceException, ProtocolViolation, RemoteError, ShoalError
+from shoal.errors import AllreduceException, PeerUnreachable, ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.rpc import Lane, Payload, Stream
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,8 @@ class Exchange:
             # else the leader's decision is on its way, with the reason
         except (ShoalError, EOFError) as e:
             self._shared.note_failure(owner, e)
-            feed(OwnerLost(owner, str(e)))
+            loss = Loss.UNDIALABLE if isinstance(e, PeerUnreachable) else Loss.BROKEN
+            feed(OwnerLost(owner, str(e), loss))
 
     async def _exchange_with(self, owner: int) -> None:
         shared, span = self._shared, ForeignSpan(self._partition, owner, self._arena)

@@ -134,11 +134,13 @@ class Attempt:
             self._step.spend(apply=loop.time() - began)
 
     def _learn(self, result: RoundResult) -> None:
-        """Remember which peers are slow, and which this one could not reach."""
+        """Remember which peers are slow, and which this one could not reach, or could not reach this one."""
         duration, now = result.allreduce_seconds, asyncio.get_running_loop().time()
         held_up = self._round.held_up(duration)
         self._resources.slow_peers.note(held_up, duration, now, self._group, self._partition)
         self._resources.matchmaker.keep_apart(self._round.unreached)
+        if result.was_undialable:
+            self._resources.node.look_again(in_doubt=True)
 
     def _note_group(self) -> None:
         group = self._group

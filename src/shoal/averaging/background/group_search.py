@@ -31,7 +31,7 @@ class GroupSearch:
 
         :raises MatchmakingException: none was found until the deadline, or none can be
         """
-        if self._resources.config.auxiliary and not self._resources.host.can_be_dialed:
+        if self._resources.config.auxiliary and not self._resources.host.reachability.is_full:
             raise MatchmakingException(
                 "found no group: auxiliary=True, but no other peer can dial this one, so that it can't assist them; "
                 "see the DHT's host_maddrs and announce_maddrs"

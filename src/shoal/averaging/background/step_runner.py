@@ -16,7 +16,6 @@ from shoal.averaging.commands import RunStep, StepOutcome
 from shoal.averaging.config import retry_pause
 from shoal.averaging.matchmaking.story import SearchStory
 from shoal.errors import AllreduceException, MatchmakingException
-from shoal.p2p.dialing import says_undialable
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +87,6 @@ class StepRunner:
                 return self._finish(step, found, reason)
             except AllreduceException as e:
                 step.note(failure=str(e))
-                if says_undialable(str(e), self._resources.host.peer_id):
-                    self._resources.node.look_again(in_doubt=True)
                 if not self._is_worth_another(step, e):
                     return self._finish(step, found, str(e))
                 await self._pause(step, e)

@@ -55,7 +55,7 @@ class LocalPeer:
         """What it does in groups now. A peer that others cannot dial is a client, which may show while it searches."""
         if self.wanted_mode is not PeerMode.FULL:
             return self.wanted_mode
-        is_full = self.node.host.can_be_dialed and self.stands_back is None
+        is_full = self.node.host.reachability.is_full and self.stands_back is None
         return PeerMode.FULL if is_full else PeerMode.CLIENT
 
     def look_at(self, declared: Sequence[tuple[PeerID, Declaration]]) -> None:

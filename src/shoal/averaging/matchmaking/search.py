@@ -85,7 +85,6 @@ from shoal.errors import (
     ProtocolViolation,
     ShoalError,
 )
-from shoal.p2p.dialing import is_refused
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.rpc import EndOfStream, Stream
@@ -395,7 +394,7 @@ class Search:
             self._note_lost(leader, e)
 
     def _note_lost(self, leader: PeerID, error: ShoalError) -> None:
-        if isinstance(error, PeerUnreachable) and not is_refused(error):
+        if isinstance(error, PeerUnreachable) and not error.is_refused:
             self._when_leader_lost(leader)
 
     # ---- this peer leads

@@ -98,7 +98,7 @@ class DonorDeclarations:
                     await self._changed.wait()
 
     def _is_donor(self) -> bool:
-        return self._wish.sharing and self._node.host.can_be_dialed
+        return self._wish.sharing and self._node.host.reachability.is_full
 
     async def _declare(self) -> bool:
         """Tell the DHT once; whether it was heard."""

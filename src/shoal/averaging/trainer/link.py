@@ -91,7 +91,7 @@ class Link:
             factory, name=f"averager {self._config.prefix}", handler=self.handle
         )
         if not self._proceed(State.CREATING, creating, self._attach_soon) and not creating.cancel():
-            Future.add_done_callback(creating, _close_unused)
+            creating.when_done(_close_unused)
 
     def _attach_soon(self, handle: ServiceHandle) -> None:
         """The service is made; its arena is made on the strand, since this thread receives what others wait for."""
@@ -131,7 +131,7 @@ class Link:
 
     def _follow(self, call: MPFuture[Any], then: Callable[[Any], None]) -> None:
         # Past the dispatch of MPFuture: callbacks of users may be waiting on that thread for this very averager.
-        Future.add_done_callback(call, lambda call: self._attempt(lambda: then(call.result())))
+        call.when_done(lambda call: self._attempt(lambda: then(call.result())))
 
     def _attempt(self, part: Callable[[], None]) -> None:
         """A part of the start: if it fails, that does."""

@@ -243,7 +243,7 @@ class StateSharing:
             raise
         outer: MPFuture[State | None] = MPFuture(lambda: call.cancel() or True)
         # Past the dispatch of MPFuture: callbacks of users may be waiting on that thread for this very state.
-        Future.add_done_callback(call, partial(_on_own_thread, partial(self._finish, number, outer)))
+        call.when_done(partial(_on_own_thread, partial(self._finish, number, outer)))
         return outer
 
     def _make_bar(self) -> ProgressBar:

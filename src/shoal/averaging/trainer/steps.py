@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -177,7 +176,7 @@ class Steps:
         self._warn_of_a_long_queue()
         conclude = partial(self._conclude, control, command.step, serializer)
         # Past the dispatch of MPFuture: callbacks of users may be waiting on that thread for this very step.
-        Future.add_done_callback(call, lambda call: self.strand.submit(partial(conclude, call)))
+        call.when_done(lambda call: self.strand.submit(partial(conclude, call)))
         return control
 
     def wait_for(self, control: StepControl, is_own: bool) -> dict[PeerID, Any] | None:

@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Iterator
 
-from shoal.p2p.vantage import Interface
+from shoal.p2p.reach.vantage import Interface
 
 _IFF_UP = 0x1
 _HAS_LENGTH_BYTE = sys.platform not in ("linux", "android")

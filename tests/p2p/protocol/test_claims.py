@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.p2p.claims import RECOVERING, SAME_TIME, UNSETTLED, Claim, is_genuine, sign_claim
+from shoal.p2p.protocol.claims import RECOVERING, SAME_TIME, UNSETTLED, Claim, is_genuine, sign_claim
 from shoal.testing.peers import make_identity
 
 claims = st.builds(

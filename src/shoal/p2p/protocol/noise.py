@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
 from shoal.errors import InvalidStateError, ProtocolViolation
-from shoal.p2p.violations import TamperedMessage
+from shoal.p2p.protocol.violations import TamperedMessage
 
 KEY_BYTES: Final = 32  # of X25519 and of both ciphers
 TAG_BYTES: Final = 16

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import struct
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import ProtocolViolation
-from shoal.p2p.frames import CHUNK_BYTES, FrameKind, Limits
 from shoal.p2p.identity import Identity
-from shoal.p2p.preamble import Versions
-from shoal.p2p.sealing import seal_message
-from shoal.p2p.session import Role, Session
+from shoal.p2p.protocol.frames import CHUNK_BYTES, FrameKind, Limits
+from shoal.p2p.protocol.preamble import Versions
+from shoal.p2p.protocol.sealing import seal_message
+from shoal.p2p.protocol.session import Role, Session
 from shoal.testing.sessions import connect, deliver, take
 
 ALICE = Identity.generate(b"a" * 32)
@@ -40,7 +41,7 @@ def assert_harmless(session: Session, data: bytes, pieces: list[int]) -> None:
 
 def deterministic(role: Role) -> Session:
     identity = ALICE if role is Role.INITIATOR else BOB
-    session = Session(role, identity, limits=LIMITS, ephemeral=role.value.encode().ljust(32))
+    session = Session(role, identity, limits=LIMITS, secret=role.value.encode().ljust(32))
     session.start()
     return session
 
@@ -97,8 +98,8 @@ def test_any_damage_to_the_handshake(role: Role, data: st.DataObject, pieces: li
 
 def connected(role: Role) -> tuple[Session, Session]:
     """A session to attack, and its peer, whose keys the attacker has."""
-    initiator = Session(Role.INITIATOR, ALICE, limits=LIMITS)
-    responder = Session(Role.RESPONDER, BOB, limits=LIMITS)
+    initiator = Session(Role.INITIATOR, ALICE, os.urandom(32), limits=LIMITS)
+    responder = Session(Role.RESPONDER, BOB, os.urandom(32), limits=LIMITS)
     connect(initiator, responder)
     return (initiator, responder) if role is Role.INITIATOR else (responder, initiator)
 

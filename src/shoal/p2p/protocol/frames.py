@@ -23,13 +23,15 @@ from typing import Final, NamedTuple
 
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
 from shoal.p2p.config import MAX_MESSAGE
-from shoal.p2p.noise import MAX_MESSAGE_BYTES, TAG_BYTES
+from shoal.p2p.protocol.noise import MAX_MESSAGE_BYTES, TAG_BYTES
 
 MAX_PLAINTEXT_BYTES: Final = MAX_MESSAGE_BYTES - TAG_BYTES
 # The most that is a multiple of a cache line, so that an aligned payload is decrypted in aligned pieces.
 CHUNK_BYTES: Final = MAX_PLAINTEXT_BYTES // 64 * 64
 MAX_STREAM_ID: Final = 2**31 - 1
 MAX_TAG: Final = 2**64 - 1
+
+Buffer = bytes | bytearray | memoryview
 
 _HEADER = struct.Struct(">BBII")
 _PAYLOAD_HEADER = struct.Struct(">BBIIQ")
@@ -137,11 +139,13 @@ class _Header(NamedTuple):
     begin: int  # of the body, in the header's message
 
 
-def encode_header(kind: FrameKind, stream_id: int, length: int, limits: Limits, tag: int = 0) -> bytes:
+def encode_header(
+    kind: FrameKind, stream_id: int, length: int, limits: Limits, tag: int = 0, *, by_initiator: bool
+) -> bytes:
     """The header of a frame to send; :class:`InvalidValueError` for one that no receiver would take."""
     rule = limits.rules[kind]
     assert rule is not None
-    problem = _find_problem(rule, stream_id, length)
+    problem = _find_problem(rule, stream_id, length, by_initiator)
     if problem is not None:
         raise InvalidValueError(problem)
     if kind is not FrameKind.PAYLOAD:
@@ -156,20 +160,27 @@ def fits_beside(header: bytes, length: int) -> bool:
     return len(header) + length <= MAX_PLAINTEXT_BYTES
 
 
-def _find_problem(rule: FrameRule, stream_id: int, length: int) -> str | None:
-    """What is wrong with a header, if anything."""
+def is_opened_by(initiator: bool, stream_id: int) -> bool:
+    """Whether a stream is one that the initiator opens, or the responder: it has the parity of its opener."""
+    return stream_id % 2 == int(initiator)
+
+
+def _find_problem(rule: FrameRule, stream_id: int, length: int, by_initiator: bool) -> str | None:
+    """What is wrong with a header from this side, if anything: the one home of what a header may say."""
     kind, of_connection, longest_body = rule
     if of_connection:
         if stream_id != 0:
             return f"a {kind.name} frame belongs to the connection, not to stream {stream_id}"
     elif not 1 <= stream_id <= MAX_STREAM_ID:
         return f"a {kind.name} frame cannot belong to stream {stream_id}"
+    elif kind is FrameKind.OPEN and not is_opened_by(by_initiator, stream_id):
+        return f"stream {stream_id} is not the {'initiator' if by_initiator else 'responder'}'s to open"
     if length > longest_body:
         return f"a {kind.name} frame of {length} bytes is longer than the limit of {longest_body} bytes"
     return None
 
 
-def _decode_header(message: bytes, rules: tuple[FrameRule | None, ...]) -> _Header:
+def _decode_header(message: bytes, rules: tuple[FrameRule | None, ...], by_initiator: bool) -> _Header:
     """The header at the start of ``message``, checked."""
     if len(message) < _HEADER.size:
         raise ProtocolViolation(f"a message of {len(message)} bytes is too short for a frame")
@@ -180,7 +191,7 @@ def _decode_header(message: bytes, rules: tuple[FrameRule | None, ...]) -> _Head
     kind = rule.kind
     if flags != 0:
         raise ProtocolViolation(f"a {kind.name} frame has unknown flags {flags:#04x}")
-    problem = _find_problem(rule, stream_id, length)
+    problem = _find_problem(rule, stream_id, length, by_initiator)
     if problem is not None:
         raise ProtocolViolation(problem)
     if kind is not FrameKind.PAYLOAD:
@@ -201,7 +212,7 @@ class FrameDecoder:
 
     def __init__(self, limits: Limits, payload_sink: PayloadSink, *, remote_is_initiator: bool) -> None:
         self._rules = limits.rules
-        self._remote_parity = int(remote_is_initiator)
+        self._remote_is_initiator = remote_is_initiator
         self.payload_sink = payload_sink
         self.payload: memoryview | None = None
         self._header = _Header(FrameKind.PING, 0, 0, 0, 0)
@@ -224,10 +235,8 @@ class FrameDecoder:
         """Take a message that is no part of a payload; return the frame that it completes."""
         if self._received < self._header.length:
             return self._receive_piece(message)
-        header = _decode_header(message, self._rules)
+        header = _decode_header(message, self._rules, self._remote_is_initiator)
         kind, stream_id, length, tag, begin = header
-        if kind is FrameKind.OPEN and stream_id % 2 != self._remote_parity:
-            raise ProtocolViolation(f"stream {stream_id} was opened by the wrong side")
         if length == len(message) - begin:
             if kind is not FrameKind.PAYLOAD:
                 return FrameReceived(kind, stream_id, message[begin:])
@@ -278,13 +287,24 @@ class FrameDecoder:
             )
 
     def _take_memory(self, header: _Header) -> memoryview:
-        memory = self.payload_sink(header.stream_id, header.tag, header.length)
-        if memory.nbytes != header.length or memory.readonly or not memory.c_contiguous:
-            raise InvalidValueError(
-                f"payload_sink: gave {memory.nbytes} bytes (read-only: {memory.readonly}) for a payload of "
-                f"{header.length} bytes; it must be writable, contiguous memory of exactly that size"
-            )
-        return memory if memory.format == "B" and memory.ndim == 1 else memory.cast("B")
+        return payload_memory(self.payload_sink(header.stream_id, header.tag, header.length), header.length)
+
+
+def payload_memory(given: Buffer, length: int) -> memoryview:
+    """The memory that a sink gave for a payload of ``length`` bytes.
+
+    :raises InvalidValueError: it is not writable, contiguous memory of exactly that size
+    """
+    try:
+        memory = memoryview(given)
+    except TypeError:
+        raise InvalidValueError(f"the payload sink gave a {type(given).__name__}, not memory") from None
+    if memory.nbytes != length or memory.readonly or not memory.c_contiguous:
+        raise InvalidValueError(
+            f"the payload sink gave {memory.nbytes} bytes (read-only: {memory.readonly}) for a payload of {length} "
+            "bytes; it must be writable, contiguous memory of exactly that size"
+        )
+    return memory if memory.format == "B" and memory.ndim == 1 else memory.cast("B")
 
 
 def allocate_payload(stream_id: int, tag: int, length: int) -> memoryview:

@@ -20,16 +20,15 @@ Sans I/O.
 from __future__ import annotations
 
 import hashlib
-import os
 from enum import Enum
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from shoal.errors import ProtocolViolation
 from shoal.p2p.identity import SIGNATURE_BYTES, Identity, PeerID, verify
-from shoal.p2p.noise import KEY_BYTES, REKEY_BYTES, TAG_BYTES, CipherState, HandshakeState
-from shoal.p2p.preamble import MAX_PREAMBLE_BYTES, SUPPORTED_VERSIONS, Versions, parse_preamble
-from shoal.p2p.violations import OtherIdentity, TamperedMessage
+from shoal.p2p.protocol.noise import KEY_BYTES, REKEY_BYTES, TAG_BYTES, CipherState, HandshakeState
+from shoal.p2p.protocol.preamble import MAX_PREAMBLE_BYTES, SUPPORTED_VERSIONS, Versions, parse_preamble
+from shoal.p2p.protocol.violations import OtherIdentity, TamperedMessage
 
 _PROOF_BYTES = KEY_BYTES + SIGNATURE_BYTES
 _PREFIX_BYTES = 2
@@ -56,25 +55,24 @@ class Role(Enum):
 class Handshake:
     """One side of a handshake. Send what :meth:`start` and :meth:`receive` return.
 
-    ``expected_peer``: who must answer; None takes anybody. ``seed``: 32 bytes that decide the X25519 keys,
-    never to be used for two handshakes, for tests alone.
+    ``secret``: 32 random bytes that decide the X25519 keys, never to be used for two handshakes. ``expected_peer``: the
+    one that must answer; None takes anybody.
     """
 
     def __init__(
         self,
         role: Role,
         identity: Identity,
+        secret: bytes,
         *,
         expected_peer: PeerID | None = None,
         versions: Versions = SUPPORTED_VERSIONS,
-        seed: bytes | None = None,
     ) -> None:
         self._role = role
         self._identity = identity
         self._expected_peer = expected_peer
         self._versions = versions
         self._preamble = versions.to_preamble()
-        secret = os.urandom(32) if seed is None else seed
         self._static = X25519PrivateKey.from_private_bytes(hashlib.sha256(b"static" + secret).digest())
         self._ephemeral = X25519PrivateKey.from_private_bytes(hashlib.sha256(b"ephemeral" + secret).digest())
         self._noise: HandshakeState | None = None

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from shoal.p2p.frames import CHUNK_BYTES
-from shoal.p2p.noise import TAG_BYTES, CipherState
+from shoal.p2p.protocol.frames import CHUNK_BYTES
+from shoal.p2p.protocol.noise import TAG_BYTES, CipherState
 
 PREFIX_BYTES: Final = 2
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from shoal.p2p.addresses import AddressBook
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.reach.addresses import AddressBook
 
 
 def peer(number: int) -> PeerID:
@@ -28,6 +28,13 @@ def test_what_cannot_be_dialed_is_left_out() -> None:
     book = AddressBook(max_peers=10, max_addresses=3)
     book.add(peer(0), [at(0), Multiaddr("ip6", "::", 1), at(7).with_peer_id(peer(0))])
     assert book.get(peer(0)) == [at(7)]
+
+
+def test_addresses_that_others_can_use_are_kept() -> None:
+    book = AddressBook(max_peers=10, max_addresses=3)
+    quic = Multiaddr("/ip4/10.0.0.1/udp/4001/quic-v1")
+    book.add(peer(0), [quic, at(7)])
+    assert book.get(peer(0)) == [quic, at(7)]
 
 
 def test_hearsay_comes_after_what_is_known_and_displaces_none_of_it() -> None:

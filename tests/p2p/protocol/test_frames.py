@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
-from shoal.p2p.frames import (
+from shoal.p2p.protocol.frames import (
     CHUNK_BYTES,
     DEFAULT_LIMITS,
     MAX_PLAINTEXT_BYTES,
@@ -43,7 +43,7 @@ def valid_stream(kind: FrameKind) -> int:
 @pytest.mark.parametrize("kind", [kind for kind in FrameKind if kind is not FrameKind.PAYLOAD])
 @pytest.mark.parametrize("body", [b"", b"body"])
 def test_short_frames(kind: FrameKind, body: bytes) -> None:
-    encoded = encode_header(kind, valid_stream(kind), len(body), DEFAULT_LIMITS)
+    encoded = encode_header(kind, valid_stream(kind), len(body), DEFAULT_LIMITS, by_initiator=True)
     assert encoded == header(kind, valid_stream(kind), len(body))
     frames = decoder()
     assert frames.receive_message(encoded + body) == FrameReceived(kind, valid_stream(kind), body)
@@ -61,7 +61,7 @@ def test_a_short_payload_is_put_where_the_sink_says(data: bytes) -> None:
         return memoryview(memory)
 
     frames = decoder(sink)
-    encoded = encode_header(FrameKind.PAYLOAD, 9, len(data), DEFAULT_LIMITS, 2**64 - 1)
+    encoded = encode_header(FrameKind.PAYLOAD, 9, len(data), DEFAULT_LIMITS, 2**64 - 1, by_initiator=True)
     assert encoded == header(FrameKind.PAYLOAD, 9, len(data), tag=2**64 - 1)
     event = frames.receive_message(encoded + data)
     assert isinstance(event, PayloadReceived)
@@ -72,7 +72,7 @@ def test_a_short_payload_is_put_where_the_sink_says(data: bytes) -> None:
 
 
 def test_the_longest_frame_that_fits_into_one_message() -> None:
-    short = encode_header(FrameKind.MESSAGE, 1, MAX_PLAINTEXT_BYTES - 10, DEFAULT_LIMITS)
+    short = encode_header(FrameKind.MESSAGE, 1, MAX_PLAINTEXT_BYTES - 10, DEFAULT_LIMITS, by_initiator=True)
     assert fits_beside(short, MAX_PLAINTEXT_BYTES - 10)
     assert not fits_beside(short, MAX_PLAINTEXT_BYTES - 9)
     body = bytes(MAX_PLAINTEXT_BYTES - 10)
@@ -133,7 +133,7 @@ def test_a_long_payload_is_asked_for_chunk_by_chunk() -> None:
         (header(FrameKind.CREDIT, 0, 0), "cannot belong"),
         (header(FrameKind.PING, 1, 0), "belongs to the connection"),
         (header(FrameKind.GOODBYE, 1, 0), "belongs to the connection"),
-        (header(FrameKind.OPEN, 2, 0), "opened by the wrong side"),
+        (header(FrameKind.OPEN, 2, 0), "not the initiator's to open"),
         (header(FrameKind.MESSAGE, 1, 2**20 + 1), "longer than the limit of 1048576"),
         (header(FrameKind.PAYLOAD, 1, 2**26 + 1, tag=1), "longer than the limit of 67108864"),
         (header(FrameKind.HELLO, 0, 2**14 + 1), "longer than the limit of 16384"),
@@ -167,14 +167,14 @@ def test_streams_are_opened_by_their_own_side() -> None:
     from_responder = FrameDecoder(DEFAULT_LIMITS, allocate_payload, remote_is_initiator=False)
     assert from_initiator.receive_message(header(FrameKind.OPEN, 1, 0)) is not None
     assert from_responder.receive_message(header(FrameKind.OPEN, 2, 0)) is not None
-    with pytest.raises(ProtocolViolation, match="wrong side"):
+    with pytest.raises(ProtocolViolation, match="'s to open"):
         from_responder.receive_message(header(FrameKind.OPEN, 1, 0))
     # The other kinds answer on the stream that either side opened.
     assert from_initiator.receive_message(header(FrameKind.END, 2, 0)) is not None
 
 
 def test_a_long_open_is_opened_by_its_own_side_too() -> None:
-    with pytest.raises(ProtocolViolation, match="wrong side"):
+    with pytest.raises(ProtocolViolation, match="'s to open"):
         decoder().receive_message(header(FrameKind.OPEN, 2, 2**20))
 
 
@@ -192,7 +192,7 @@ def test_a_long_open_is_opened_by_its_own_side_too() -> None:
 def test_a_sink_must_give_what_was_asked_for(memory: object, length: int) -> None:
     frames = decoder(lambda _stream, _tag, length: memory(length))  # type: ignore[operator]
     body = b"" if length > MAX_PLAINTEXT_BYTES else bytes(length)
-    with pytest.raises(InvalidValueError, match="payload_sink"):
+    with pytest.raises(InvalidValueError, match="the payload sink gave"):
         frames.receive_message(header(FrameKind.PAYLOAD, 1, length, tag=0) + body)
 
 
@@ -221,7 +221,7 @@ def test_frames_that_no_peer_would_take_are_not_sent(
     kind: FrameKind, stream_id: int, length: int, tag: int
 ) -> None:
     with pytest.raises(InvalidValueError):
-        encode_header(kind, stream_id, length, DEFAULT_LIMITS, tag)
+        encode_header(kind, stream_id, length, DEFAULT_LIMITS, tag, by_initiator=True)
 
 
 def test_limits_are_checked_where_they_are_made() -> None:
@@ -241,6 +241,6 @@ def test_limits_are_those_of_the_kind() -> None:
     for kind in FrameKind:
         carries_message = kind in (FrameKind.OPEN, FrameKind.MESSAGE, FrameKind.END)
         longest = 10 if carries_message else 30 if kind is FrameKind.PAYLOAD else 20
-        encode_header(kind, valid_stream(kind), longest, limits)
+        encode_header(kind, valid_stream(kind), longest, limits, by_initiator=True)
         with pytest.raises(InvalidValueError, match=f"limit of {longest} bytes"):
-            encode_header(kind, valid_stream(kind), longest + 1, limits)
+            encode_header(kind, valid_stream(kind), longest + 1, limits, by_initiator=True)

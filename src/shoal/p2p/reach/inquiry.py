@@ -1,9 +1,7 @@
-"""Where a host can be dialed: what it listens on, what helpers found out about it, and so what others are told.
+"""Where a host can be dialed: the shell that asks helpers and keeps what they found (:mod:`.reachability`).
 
-Three states. *Presumed*: nobody was asked yet; a host is dialed by its first peers, so there it is right. *In doubt*:
-somebody has to be asked; until then the host counts as one that cannot be dialed, so that nobody relies on it. *Known*:
-helpers have answered, and how far away the farthest of them stood is remembered, since a peer in the same network can
-dial what others cannot. A peer from farther away brings the host into doubt again, unless it has dialed the host.
+How far away the farthest helper stood is remembered, since a peer in the same network can dial what others cannot. A
+peer from farther away brings the host into doubt again, unless it has dialed the host.
 """
 
 from __future__ import annotations
@@ -11,34 +9,70 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Protocol
 
 from shoal.errors import ShoalError
-from shoal.p2p import wire
 from shoal.p2p.config import HostConfig
-from shoal.p2p.connection import Connection
-from shoal.p2p.dialback import (
+from shoal.p2p.identity import PeerID
+from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.session import Role
+from shoal.p2p.reach.dialback import (
     Answer,
     DialBackRequest,
     DialBackResponse,
-    Reachability,
     check_outcomes,
     dial_back_time,
     judge,
 )
-from shoal.p2p.identity import PeerID
-from shoal.p2p.multiaddr import Multiaddr
-from shoal.p2p.session import Role
-from shoal.p2p.vantage import Interface, Vantage, is_global, vantage_of
+from shoal.p2p.reach.reachability import (
+    Evidence,
+    Findings,
+    Means,
+    Reachability,
+    Standing,
+    assess,
+    listened_on,
+)
+from shoal.p2p.reach.vantage import Interface, Vantage, is_global, vantage_of
 
 logger = logging.getLogger(__name__)
 
 GRACE = 0.5
 """Seconds that helpers still have when one with as wide a view has answered."""
-MAX_TOLD = 4
-"""Addresses that one line for people lists."""
-LOOPBACK = {"ip4": "127.0.0.1", "ip6": "::1"}
 INTERFACES_AGE = 2.0
 """Seconds after which the system is asked again for its interfaces."""
+
+
+_NOTHING = Means()
+
+
+class Link(Protocol):
+    """What a connection shows of how its two ends see each other."""
+
+    @property
+    def role(self) -> Role:
+        """Which side has dialed."""
+
+    @property
+    def origin(self) -> str | None:
+        """See :attr:`shoal.p2p.connection.Connection.origin`."""
+
+    @property
+    def local_ip(self) -> str | None:
+        """This end, as this machine sees it."""
+
+    @property
+    def remote_ip(self) -> str | None:
+        """The other end, as this machine sees it."""
+
+    @property
+    def seen(self) -> Multiaddr | None:
+        """This end, as the peer sees it."""
+
+    @property
+    def rtt(self) -> float | None:
+        """The round-trip time in seconds, once measured."""
 
 
 class Reach:
@@ -50,7 +84,7 @@ class Reach:
         config: Callable[[], HostConfig],
         listening: Callable[[], list[Multiaddr]],
         list_interfaces: Callable[[], list[Interface]],
-        connections_to: Callable[[PeerID], Sequence[Connection]],
+        connections_to: Callable[[PeerID], Sequence[Link]],
         connect: Callable[[PeerID, float], Awaitable[object]],
         ask: Callable[[PeerID, DialBackRequest, float], Awaitable[DialBackResponse]],
     ) -> None:
@@ -62,8 +96,13 @@ class Reach:
         self._connections_to = connections_to
         self._connect = connect
         self._ask = ask
-        self._is_reachable: bool | None = True
-        self._found = Reachability(None)
+        self._standing = Standing.FULL
+        self._evidence = Evidence.PRESUMED
+        self._found = Findings(None)
+        self._assessed: tuple[tuple[Means, Standing, Evidence, Findings], Reachability] | None = None
+        self._means_basis: tuple[list[Multiaddr], Sequence[Multiaddr], list[Interface]] | None = None
+        self._known_means = _NOTHING
+        self._is_wide = False
         self._doubts = 0
         self._told: tuple[bool, tuple[Multiaddr, ...]] | None = None
         self._interfaces: list[Interface] = []
@@ -72,14 +111,15 @@ class Reach:
     # What is known.
 
     @property
-    def can_be_dialed(self) -> bool:
-        """Whether others can rely on dialing this host: not in client mode, not in doubt, not found unreachable."""
-        return bool(self._listening()) and not self._config().client_mode and self._is_reachable is True
-
-    @property
-    def is_in_doubt(self) -> bool:
-        """Whether helpers have to be asked before anybody can rely on dialing this host."""
-        return self._is_reachable is None
+    def reachability(self) -> Reachability:
+        """How others reach this host now, as far as it knows."""
+        # Each request in the DHT asks for it, and it seldom changes: it is made anew only then.
+        basis = (self._means(), self._standing, self._evidence, self._found)
+        if self._assessed is None or any(
+            one is not before for one, before in zip(basis, self._assessed[0], strict=True)
+        ):
+            self._assessed = basis, assess(*basis, wire.MAX_ADDRESSES)
+        return self._assessed[1]
 
     def candidates(self) -> list[Multiaddr]:
         """Where others may be able to dial the host: ``config.announce``, or else where it listens.
@@ -87,35 +127,15 @@ class Reach:
         For a listener on all interfaces these are the interfaces' addresses, the likeliest first. Loopback is among
         them only if there is nothing else.
         """
-        config = self._config()
-        if config.client_mode or not self._listening():
-            return []
-        if config.announce:
-            return list(config.announce)
-        return _without_loopback(self._all_listening())[: wire.MAX_ADDRESSES]
-
-    def announced(self, *, beyond_machine: bool = False) -> list[Multiaddr]:
-        """What peers are told: confirmed addresses, then the candidates that were not refuted; nothing if in doubt.
-
-        ``beyond_machine``: those that may mean something to another machine.
-        """
-        if not self.can_be_dialed:
-            return []
-        candidates = self.candidates()
-        is_given = bool(self._config().announce)
-        confirmed = [one for one in self._found.confirmed if one in candidates or not is_given]
-        others = [one for one in candidates if one not in self._found.refuted]
-        addresses = _without_loopback(list(dict.fromkeys(confirmed + others)))
-        if beyond_machine:
-            addresses = [address for address in addresses if not address.is_loopback]
-        return addresses[: wire.MAX_ADDRESSES]
+        return list(self._means().candidates[: wire.MAX_ADDRESSES])
 
     def visible(self) -> list[Multiaddr]:
-        """What a person may give to others: as :meth:`announced`, and loopback at the end if the host listens there."""
-        announced = self.announced()
-        if not announced or self._config().announce:
-            return announced
-        return list(dict.fromkeys([*announced, *(one for one in self._all_listening() if one.is_loopback)]))
+        """What a person may give to others: what others are told, and loopback at the end if the host listens there."""
+        told = list(self.reachability.addresses)
+        if not told or self._config().announce:
+            return told
+        everywhere = listened_on(self._listening(), self.interfaces())
+        return list(dict.fromkeys([*told, *(one for one in everywhere if one.is_loopback)]))
 
     def interfaces(self) -> list[Interface]:
         """The interfaces of this machine, the likeliest first; a moment old."""
@@ -140,39 +160,39 @@ class Reach:
         if self.on_news is None:
             return
         self._doubts += 1
-        if self._is_reachable:
-            self._is_reachable = None
+        if self._standing is Standing.FULL:
+            self._standing = Standing.IN_DOUBT
         self.on_news()
 
     def presume(self) -> None:
         """There is nobody to ask, so nobody whom a mistake could hurt: whoever comes has dialed this host."""
-        self._is_reachable = True
+        self._standing, self._evidence = Standing.FULL, Evidence.PRESUMED
 
-    def note_connection(self, connection: Connection) -> None:
+    def note_connection(self, connection: Link) -> None:
         """A connection has opened: what it shows of where others see this host."""
-        if self.on_news is None or self._config().client_mode or not self._listening():
+        if self.on_news is None or not self._means().listening:
             return
         vantage, known = self._vantage_of(connection), self._found.vantage
         was_dialed = connection.role is Role.RESPONDER
-        if self._is_reachable and (known is None or vantage > known):
+        is_full, is_in_doubt = self._standing is Standing.FULL, self._standing is Standing.IN_DOUBT
+        if is_full and (known is None or vantage > known):
             # A peer that has dialed this host shows that it can be; of one that it has dialed, nobody knows yet.
             (self.on_news if was_dialed else self.doubt)()
-        elif self.is_in_doubt or (was_dialed and not self._is_reachable and vantage >= (known or vantage)):
+        elif is_in_doubt or (was_dialed and not is_full and vantage >= (known or vantage)):
             self.on_news()
 
-    async def check(self, helpers: Sequence[PeerID], more: Sequence[PeerID], timeout: float) -> Reachability:
+    async def check(self, helpers: Sequence[PeerID], more: Sequence[PeerID], timeout: float) -> Findings:
         """Ask ``helpers``, and ``more`` if they do not agree, and draw the conclusions.
 
         If nobody could tell, nothing changes, but that addresses which a person gave are believed.
         """
-        if not self._listening() or self._config().client_mode:
-            return Reachability(False)
+        if not self._means().listening:
+            return Findings(False)
         doubts = self._doubts
         answers = await self._ask_all(helpers, timeout)
         result = judge(answers, self._trusted())
-        has_turned = (
-            bool(self._is_reachable) and result.reachable is False and self._found.vantage is not None
-        )
+        was_known = self._found.vantage is not None
+        has_turned = self._standing is Standing.FULL and result.reachable is False and was_known
         if more and (result.is_contested or has_turned):
             answers += await self._ask_all(more, timeout)
             result = judge(answers, self._trusted())
@@ -180,88 +200,39 @@ class Reach:
         self._conclude(result, was_answered, is_stale=doubts != self._doubts)
         return result
 
-    def _conclude(self, result: Reachability, was_answered: bool, *, is_stale: bool) -> None:
+    def _conclude(self, result: Findings, was_answered: bool, *, is_stale: bool) -> None:
         if result.reachable is None:
             if was_answered and self._config().announce:
-                self._is_reachable = True
+                self._standing, self._evidence = Standing.FULL, Evidence.GIVEN
             return
-        self._found = result
+        self._found, self._evidence = result, Evidence.HELPERS
         # A doubt that came up meanwhile is about a peer that was not asked.
-        self._is_reachable = None if is_stale and result.reachable else result.reachable
+        full = Standing.IN_DOUBT if is_stale else Standing.FULL
+        self._standing = full if result.reachable else Standing.CLIENT
         before, self._told = self._told, (result.reachable, result.confirmed)
         if not result.reachable:
             if before is None or before[0]:
-                logger.warning("%s", self.explain())
+                logger.warning("%s", self.reachability.reason)
         elif before is not None and not before[0]:
             through = ", ".join(map(str, result.confirmed))
             logger.info("peers can connect to this one now, at %s: it is a client no longer", through)
         elif self._told != before and result.vantage is not Vantage.MACHINE:
             logger.info("other peers can connect to this one at %s", ", ".join(map(str, result.confirmed)))
 
-    def explain(self) -> str:
-        """For people: why this host cannot be dialed, and what can be done; empty if it can be."""
-        if self.can_be_dialed or self._config().client_mode or not self._listening():
-            return ""
-        if self.is_in_doubt:
-            return "no peer has told yet whether it can connect to this one: until then it takes part as a client"
-        return (
-            "other peers cannot connect back to this one, so it takes part as a client: it averages over connections "
-            f"that it opens itself, and serves nobody. {self.advice()}. client_mode=True says that this is "
-            f"intended. Tried: {'; '.join(self.tried())}"
-        )
-
-    def tried(self) -> list[str]:
-        """For people: where helpers could not dial this host, and why; the first few."""
-        failures = list(self._found.failures.items())[:MAX_TOLD]
-        return [f"{address}: {reason}" for address, reason in failures]
-
-    def advice(self) -> str:
-        """For people: what would make this host one that others can dial."""
-        listening = self._listening()
-        ports = " and ".join(dict.fromkeys(str(address.port) for address in listening))
-        if self._config().announce:
-            return (
-                f"To be a full peer it must be reached at what announce_maddrs says: see that TCP port {ports} of "
-                "this machine (host_maddrs) is open there"
-            )
-        if all(address.is_loopback for address in listening):
-            return (
-                "To be a full peer, let it listen where other machines can reach it: "
-                "host_maddrs=['/ip4/0.0.0.0/tcp/0'], or announce_maddrs behind a port forwarding"
-            )
-        if self._found.vantage is Vantage.TRANSLATED:
-            return (
-                f"It is behind a NAT. To be a full peer, forward TCP port {ports} of the router to this machine, and "
-                "if the outer port is another one, name it in announce_maddrs; a fixed port is set in host_maddrs"
-            )
-        return (
-            f"To be a full peer, open TCP port {ports} in the firewall (host_maddrs sets the port), or give the "
-            "address at which others reach it in announce_maddrs"
-        )
-
     # ---- inside ----
 
-    def _all_listening(self) -> list[Multiaddr]:
-        """Every address at which the host listens: those of its listeners, then those of the interfaces, as they are
-        likely, for listeners on all of them.
-        """
-        listening = self._listening()
-        everywhere = [address for address in listening if address.is_unspecified]
-        addresses = [address for address in listening if not address.is_unspecified]
-        for one in self.interfaces() if everywhere else ():
-            protocol = f"ip{one.network.version}"
-            addresses += [
-                Multiaddr(protocol, one.ip, at.port) for at in everywhere if at.protocol == protocol
-            ]
-        known = {address.protocol for address in addresses}
-        addresses += [
-            Multiaddr(at.protocol, LOOPBACK[at.protocol], at.port)
-            for at in everywhere
-            if at.protocol not in known
-        ]
-        return list(dict.fromkeys(addresses))
+    def _means(self) -> Means:
+        config, listening = self._config(), self._listening()
+        if config.client_mode or not listening:
+            return _NOTHING
+        if self._known_means.listening != tuple(listening):
+            self._is_wide = any(address.is_unspecified for address in listening)
+        basis = (listening, config.announce, self.interfaces() if self._is_wide else [])
+        if basis != self._means_basis:
+            self._means_basis, self._known_means = basis, Means.of(*basis)
+        return self._known_means
 
-    def _vantage_of(self, connection: Connection) -> Vantage:
+    def _vantage_of(self, connection: Link) -> Vantage:
         if connection.origin is None:
             return Vantage.MACHINE
         seen = connection.seen
@@ -325,8 +296,3 @@ class Reach:
             ports = [one.port for one in self._listening() if one.protocol[-1] == at.protocol[-1]]
             seen += [at.with_port(port) for port in ports]
         return list(dict.fromkeys([*seen, *candidates]))[: wire.MAX_ADDRESSES]
-
-
-def _without_loopback(addresses: list[Multiaddr]) -> list[Multiaddr]:
-    """Loopback is for lack of anything else: it means nothing to other machines."""
-    return [address for address in addresses if not address.is_loopback] or addresses

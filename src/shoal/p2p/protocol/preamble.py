@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 
 from shoal.errors import InvalidValueError, ProtocolViolation
-from shoal.p2p.violations import NotShoalPeer, OtherVersion
+from shoal.p2p.protocol.violations import NotShoalPeer, OtherVersion
 
 MAX_PREAMBLE_BYTES = 32
 _MAGIC = b"shoal/"

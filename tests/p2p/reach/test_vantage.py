@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from shoal.p2p.interfaces import default_route_ips, list_interfaces
-from shoal.p2p.vantage import Interface, Vantage, likely_first, vantage_of
+from shoal.p2p.reach.interfaces import default_route_ips, list_interfaces
+from shoal.p2p.reach.vantage import Interface, Vantage, likely_first, vantage_of
 
 HERE = [
     Interface("lo", "127.0.0.1", 8),

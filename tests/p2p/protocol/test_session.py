@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import array
+import os
 import re
 from collections.abc import Callable
 
 import pytest
 
 from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError, ProtocolViolation
-from shoal.p2p.frames import CHUNK_BYTES, MAX_PLAINTEXT_BYTES
-from shoal.p2p.handshake import Handshake
 from shoal.p2p.identity import Identity
-from shoal.p2p.preamble import Versions
-from shoal.p2p.session import (
+from shoal.p2p.protocol.frames import CHUNK_BYTES, MAX_PLAINTEXT_BYTES
+from shoal.p2p.protocol.handshake import Handshake
+from shoal.p2p.protocol.preamble import Versions
+from shoal.p2p.protocol.session import (
     FrameKind,
     FrameReceived,
     HandshakeCompleted,
@@ -22,7 +23,7 @@ from shoal.p2p.session import (
     Role,
     Session,
 )
-from shoal.p2p.violations import (
+from shoal.p2p.protocol.violations import (
     NotShoalPeer,
     OtherIdentity,
     OtherVersion,
@@ -39,7 +40,7 @@ PREAMBLE = Versions(1, 0, 0).to_preamble()
 
 
 def new_pair() -> tuple[Session, Session]:
-    return Session(Role.INITIATOR, ALICE), Session(Role.RESPONDER, BOB)
+    return Session(Role.INITIATOR, ALICE, os.urandom(32)), Session(Role.RESPONDER, BOB, os.urandom(32))
 
 
 def started_pair() -> tuple[Session, Session]:
@@ -82,8 +83,8 @@ def test_a_handshake_proves_both_peers_and_takes_one_and_a_half_round_trips() ->
 
 def test_a_handshake_with_the_expected_peers() -> None:
     connect(
-        Session(Role.INITIATOR, ALICE, expected_peer=BOB.peer_id),
-        Session(Role.RESPONDER, BOB, expected_peer=ALICE.peer_id),
+        Session(Role.INITIATOR, ALICE, os.urandom(32), expected_peer=BOB.peer_id),
+        Session(Role.RESPONDER, BOB, os.urandom(32), expected_peer=ALICE.peer_id),
     )
 
 
@@ -93,8 +94,8 @@ def test_a_handshake_with_the_expected_peers() -> None:
 def test_adjacent_minor_versions_agree_on_the_highest_common_one(
     initiator: tuple[int, int], responder: tuple[int, int], agreed: int
 ) -> None:
-    first = Session(Role.INITIATOR, ALICE, versions=Versions(1, *initiator))
-    second = Session(Role.RESPONDER, BOB, versions=Versions(1, *responder))
+    first = Session(Role.INITIATOR, ALICE, os.urandom(32), versions=Versions(1, *initiator))
+    second = Session(Role.RESPONDER, BOB, os.urandom(32), versions=Versions(1, *responder))
     connect(first, second)
     assert first.version == second.version == (1, agreed)
 
@@ -238,8 +239,8 @@ def test_one_event_is_dealt_with_before_the_next_message_is_read() -> None:
 
 
 def test_both_directions_rekey_while_frames_pass() -> None:
-    initiator = Session(Role.INITIATOR, ALICE, rekey_bytes=100_000)
-    responder = Session(Role.RESPONDER, BOB, rekey_bytes=100_000)
+    initiator = Session(Role.INITIATOR, ALICE, os.urandom(32), rekey_bytes=100_000)
+    responder = Session(Role.RESPONDER, BOB, os.urandom(32), rekey_bytes=100_000)
     connect(initiator, responder)
     for sender, receiver in ((initiator, responder), (responder, initiator)):
         for number in range(20):
@@ -254,8 +255,8 @@ def test_both_directions_rekey_while_frames_pass() -> None:
 
 
 def test_a_peer_that_rekeys_at_another_time_is_not_understood() -> None:
-    initiator = Session(Role.INITIATOR, ALICE, rekey_bytes=1000)
-    responder = Session(Role.RESPONDER, BOB, rekey_bytes=2000)
+    initiator = Session(Role.INITIATOR, ALICE, os.urandom(32), rekey_bytes=1000)
+    responder = Session(Role.RESPONDER, BOB, os.urandom(32), rekey_bytes=2000)
     connect(initiator, responder)
     initiator.send_frame(FrameKind.MESSAGE, 1, bytes(1200))
     initiator.send_frame(FrameKind.MESSAGE, 1)
@@ -263,15 +264,14 @@ def test_a_peer_that_rekeys_at_another_time_is_not_understood() -> None:
         exchange(initiator, responder)
 
 
-def test_seeded_sessions_say_the_same_bytes_and_others_do_not() -> None:
-    def first_flight(seed: bytes | None) -> bytes:
-        session = Session(Role.INITIATOR, ALICE, ephemeral=seed)
+def test_one_secret_makes_the_same_bytes_and_another_one_others() -> None:
+    def first_flight(secret: bytes) -> bytes:
+        session = Session(Role.INITIATOR, ALICE, secret)
         session.start()
         return take(session)
 
     assert first_flight(b"s" * 32) == first_flight(b"s" * 32)
     assert first_flight(b"s" * 32) != first_flight(b"t" * 32)
-    assert first_flight(None) != first_flight(None)
 
 
 def test_nothing_recognisable_is_on_the_wire() -> None:
@@ -304,8 +304,8 @@ def test_a_quiet_session_holds_little_and_a_busy_one_what_its_limits_say() -> No
 
 def test_the_receive_buffer_keeps_its_limit() -> None:
     limits = Limits(max_receive_buffer=66_000, max_payload=2**20)
-    initiator = Session(Role.INITIATOR, ALICE)
-    responder = Session(Role.RESPONDER, BOB, limits=limits)
+    initiator = Session(Role.INITIATOR, ALICE, os.urandom(32))
+    responder = Session(Role.RESPONDER, BOB, os.urandom(32), limits=limits)
     connect(initiator, responder)
     for _ in range(3):
         initiator.send_payload(1, 0, bytes(2**20))
@@ -328,9 +328,12 @@ def test_the_receive_buffer_keeps_its_limit() -> None:
 )
 def test_a_frame_over_the_limit_is_refused_before_memory_is_taken(kind: FrameKind, size: int) -> None:
     limit = 2**17
-    initiator = Session(Role.INITIATOR, ALICE, limits=Limits(max_control_body=2**20))
+    initiator = Session(Role.INITIATOR, ALICE, os.urandom(32), limits=Limits(max_control_body=2**20))
     responder = Session(
-        Role.RESPONDER, BOB, limits=Limits(max_message_body=limit, max_control_body=limit, max_payload=limit)
+        Role.RESPONDER,
+        BOB,
+        os.urandom(32),
+        limits=Limits(max_message_body=limit, max_control_body=limit, max_payload=limit),
     )
     connect(initiator, responder)
 
@@ -381,7 +384,7 @@ def test_a_frame_over_the_limit_is_refused_before_memory_is_taken(kind: FrameKin
     ],
 )
 def test_other_programs_and_versions_are_told_apart(role: Role, sent: bytes, reason: str | None) -> None:
-    session = Session(role, ALICE)
+    session = Session(role, ALICE, os.urandom(32))
     session.start()
     if reason is None:
         assert deliver(session, sent) == []
@@ -403,17 +406,17 @@ def test_other_programs_and_versions_are_told_apart(role: Role, sent: bytes, rea
 
 
 def test_the_first_wrong_byte_is_enough() -> None:
-    session = Session(Role.RESPONDER, ALICE)
+    session = Session(Role.RESPONDER, ALICE, os.urandom(32))
     with pytest.raises(NotShoalPeer):
         deliver(session, b"G")
-    session = Session(Role.RESPONDER, ALICE)
+    session = Session(Role.RESPONDER, ALICE, os.urandom(32))
     with pytest.raises(NotShoalPeer):
         deliver(session, b"shoaL")
 
 
 def test_versions_without_a_common_one_fail_on_both_sides() -> None:
-    old = Session(Role.INITIATOR, ALICE, versions=Versions(1, 0, 1))
-    new = Session(Role.RESPONDER, BOB, versions=Versions(1, 2, 3))
+    old = Session(Role.INITIATOR, ALICE, os.urandom(32), versions=Versions(1, 0, 1))
+    new = Session(Role.RESPONDER, BOB, os.urandom(32), versions=Versions(1, 2, 3))
     old.start()
     new.start()
     from_old, from_new = take(old), take(new)
@@ -426,8 +429,8 @@ def test_versions_without_a_common_one_fail_on_both_sides() -> None:
 @pytest.mark.parametrize("victim", list(Role))
 def test_a_downgrade_fails(victim: Role) -> None:
     """Somebody between the two changes a preamble, so that they agree on a version that neither would choose."""
-    initiator = Session(Role.INITIATOR, ALICE, versions=Versions(1, 0, 1))
-    responder = Session(Role.RESPONDER, BOB, versions=Versions(1, 0, 1))
+    initiator = Session(Role.INITIATOR, ALICE, os.urandom(32), versions=Versions(1, 0, 1))
+    responder = Session(Role.RESPONDER, BOB, os.urandom(32), versions=Versions(1, 0, 1))
     initiator.start()
     responder.start()
     forth, back = take(initiator), take(responder)
@@ -547,8 +550,8 @@ def test_a_key_of_low_order_is_refused() -> None:
 
 
 def test_another_peer_answers_than_the_one_that_was_dialed() -> None:
-    initiator = Session(Role.INITIATOR, ALICE, expected_peer=CAROL.peer_id)
-    responder = Session(Role.RESPONDER, BOB)
+    initiator = Session(Role.INITIATOR, ALICE, os.urandom(32), expected_peer=CAROL.peer_id)
+    responder = Session(Role.RESPONDER, BOB, os.urandom(32))
     initiator.start()
     responder.start()
     with pytest.raises(OtherIdentity, match=f"{BOB.peer_id} answers where {CAROL.peer_id} was expected"):
@@ -559,8 +562,8 @@ def test_another_peer_answers_than_the_one_that_was_dialed() -> None:
 
 
 def test_another_peer_dials_than_the_one_that_was_expected() -> None:
-    initiator = Session(Role.INITIATOR, ALICE)
-    responder = Session(Role.RESPONDER, BOB, expected_peer=CAROL.peer_id)
+    initiator = Session(Role.INITIATOR, ALICE, os.urandom(32))
+    responder = Session(Role.RESPONDER, BOB, os.urandom(32), expected_peer=CAROL.peer_id)
     initiator.start()
     responder.start()
     with pytest.raises(OtherIdentity):
@@ -584,8 +587,8 @@ class Impostor(Identity):
 
 @pytest.mark.parametrize("role", list(Role))
 def test_who_cannot_sign_is_not_believed(role: Role) -> None:
-    liar = Session(role, Impostor.of(CAROL))
-    victim = Session(role.other, ALICE, expected_peer=CAROL.peer_id)
+    liar = Session(role, Impostor.of(CAROL), os.urandom(32))
+    victim = Session(role.other, ALICE, os.urandom(32), expected_peer=CAROL.peer_id)
     liar.start()
     victim.start()
     with pytest.raises(OtherIdentity, match="cannot prove"):
@@ -608,8 +611,8 @@ class Parrot(Identity):
 
 @pytest.mark.parametrize("role", list(Role))
 def test_a_proof_holds_for_one_role_only(role: Role) -> None:
-    liar = Session(role, Parrot.generate(b"p" * 32))
-    victim = Session(role.other, ALICE)
+    liar = Session(role, Parrot.generate(b"p" * 32), os.urandom(32))
+    victim = Session(role.other, ALICE, os.urandom(32))
     liar.start()
     victim.start()
     with pytest.raises(OtherIdentity, match="cannot prove"):
@@ -630,7 +633,10 @@ class Repeater(Identity):
 @pytest.mark.parametrize("role", list(Role))
 def test_a_proof_holds_for_one_handshake_only(role: Role) -> None:
     repeater = Repeater.generate(b"r" * 32)
-    pairs = [(Session(role, repeater, ephemeral=b"s" * 32), Session(role.other, ALICE)) for _ in range(2)]
+    pairs = [
+        (Session(role, repeater, secret=b"s" * 32), Session(role.other, ALICE, os.urandom(32)))
+        for _ in range(2)
+    ]
     for session in (*pairs[0], *pairs[1]):
         session.start()
     exchange(*pairs[0])
@@ -640,7 +646,7 @@ def test_a_proof_holds_for_one_handshake_only(role: Role) -> None:
 
 
 def test_a_handshake_alone_reports_what_it_took() -> None:
-    handshake = Handshake(Role.RESPONDER, BOB)
+    handshake = Handshake(Role.RESPONDER, BOB, os.urandom(32))
     assert handshake.start() == PREAMBLE
     assert handshake.receive(memoryview(PREAMBLE[:5])) == (0, b"")
     assert handshake.receive(memoryview(PREAMBLE + b"more")) == (len(PREAMBLE), b"")
@@ -775,11 +781,11 @@ def test_a_sink_that_raises_ends_the_session(error: Exception, size: int) -> Non
 def test_a_connection_that_ends_during_the_handshake_is_truncated() -> None:
     _, _, old = flights()
     for session, data in (
-        (Session(Role.RESPONDER, BOB), b""),
-        (Session(Role.RESPONDER, BOB), b"sho"),
-        (Session(Role.RESPONDER, BOB), old[0]),
-        (Session(Role.INITIATOR, ALICE), PREAMBLE),
-        (Session(Role.INITIATOR, ALICE), PREAMBLE + b"\0\xc0" + bytes(100)),
+        (Session(Role.RESPONDER, BOB, os.urandom(32)), b""),
+        (Session(Role.RESPONDER, BOB, os.urandom(32)), b"sho"),
+        (Session(Role.RESPONDER, BOB, os.urandom(32)), old[0]),
+        (Session(Role.INITIATOR, ALICE, os.urandom(32)), PREAMBLE),
+        (Session(Role.INITIATOR, ALICE, os.urandom(32)), PREAMBLE + b"\0\xc0" + bytes(100)),
     ):
         session.start()
         deliver(session, data)
@@ -833,7 +839,7 @@ def test_frames_that_no_peer_would_take_are_not_sent() -> None:
     ):
         with pytest.raises(InvalidValueError):
             initiator.send_frame(kind, stream_id, body)
-    with pytest.raises(InvalidValueError, match="not one that the responder opens"):
+    with pytest.raises(InvalidValueError, match="not the responder's to open"):
         responder.send_frame(FrameKind.OPEN, 1)
     with pytest.raises(InvalidValueError):
         initiator.send_payload(1, 2**64, b"")

@@ -10,7 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from shoal.errors import InvalidStateError, ProtocolViolation
-from shoal.p2p.noise import (
+from shoal.p2p.protocol.noise import (
     AESGCM_SUITE,
     CHACHAPOLY_SUITE,
     MAX_NONCE,
@@ -18,7 +18,7 @@ from shoal.p2p.noise import (
     CipherSuite,
     HandshakeState,
 )
-from shoal.p2p.violations import TamperedMessage
+from shoal.p2p.protocol.violations import TamperedMessage
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "xx_vectors.json").read_text())["vectors"]
 SUITES = {f"Noise_XX_25519_{suite.name}_SHA256": suite for suite in (AESGCM_SUITE, CHACHAPOLY_SUITE)}

@@ -33,8 +33,9 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
-from shoal.p2p.claims import UNKNOWN, UNSETTLED, Incarnation
 from shoal.p2p.config import MAX_ANNOUNCED
+from shoal.p2p.protocol.claims import UNKNOWN, UNSETTLED, Incarnation
+from shoal.p2p.protocol.violations import EndKind
 from shoal.utils.text import printable
 
 T = TypeVar("T")
@@ -82,14 +83,15 @@ class Hello(msgspec.Struct, array_like=True, frozen=True):
 
     lane: Annotated[int, msgspec.Meta(ge=0, le=255)]
     agent: Annotated[str, msgspec.Meta(max_length=MAX_AGENT)]
-    client_mode: bool
+    is_client: bool
+    """Whether the sender cannot be dialed now, or does not know yet."""
     addresses: Annotated[
         list[Annotated[str, msgspec.Meta(max_length=MAX_ADDRESS)]], msgspec.Meta(max_length=MAX_ADDRESSES)
     ]
     clock: float
     """The sender's DHT time."""
     incarnation: Incarnation = UNKNOWN
-    """The number that this run of the sender has drawn; with ``tenure``, see :mod:`shoal.p2p.claims`."""
+    """The number that this run of the sender has drawn; with ``tenure``, see :mod:`shoal.p2p.protocol.claims`."""
     tenure: float = UNSETTLED
     seen: Annotated[str, msgspec.Meta(max_length=MAX_ADDRESS)] = ""
     """The address that the receiver has for the sender: what it dialed, or from where it was dialed."""
@@ -101,6 +103,8 @@ class Goodbye(msgspec.Struct, array_like=True, frozen=True):
     reason: Annotated[str, msgspec.Meta(max_length=MAX_REASON)]
     rival: Annotated[bytes, msgspec.Meta(max_length=MAX_PROOF)] = b""
     """If the reason is that another peer holds the same identity: what that one signed; ``reason`` is its address."""
+    kind: Annotated[int, msgspec.Meta(ge=0, le=255)] = EndKind.OTHER
+    """The :class:`~shoal.p2p.protocol.violations.EndKind`; one that is not known counts as OTHER."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ class Refusal:
 
     reason: str
     proof: bytes = b""
+    kind: EndKind = EndKind.OTHER
 
 
 @lru_cache(maxsize=1024)
@@ -162,9 +167,9 @@ def decode_reset(body: Body) -> Reset:
     return Reset(printable(reset.code, MAX_CODE), printable(reset.message, MAX_REASON))
 
 
-def encode_goodbye(reason: str, rival: bytes = b"") -> bytes:
+def encode_goodbye(refusal: Refusal) -> bytes:
     """Body of GOODBYE; the reason is cut to its limit."""
-    return _encoder.encode(Goodbye(_sendable(reason, MAX_REASON), rival))
+    return _encoder.encode(Goodbye(_sendable(refusal.reason, MAX_REASON), refusal.proof, int(refusal.kind)))
 
 
 def _sendable(text: str, limit: int) -> str:
@@ -175,7 +180,9 @@ def _sendable(text: str, limit: int) -> str:
 def decode_goodbye(body: Body) -> Refusal:
     """The reason in the body of GOODBYE, with the proof."""
     goodbye = decode(body, Goodbye, "GOODBYE")
-    return Refusal(printable(goodbye.reason, MAX_REASON), goodbye.rival)
+    is_known = goodbye.kind in EndKind.__members__.values()
+    kind = EndKind(goodbye.kind) if is_known else EndKind.OTHER
+    return Refusal(printable(goodbye.reason, MAX_REASON), goodbye.rival, kind)
 
 
 def decode_hello(body: Body) -> Hello:

@@ -25,15 +25,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shoal.errors import ProtocolViolation, RemoteError, ShoalError
-from shoal.p2p import wire
 from shoal.p2p.config import INITIAL_WINDOW
-from shoal.p2p.frames import FrameKind
+from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.frames import MAX_STREAM_ID, FrameKind, is_opened_by
 
 ITEM_COST = 64
 MAX_CREDIT = 1 << 40
-MAX_STREAM_ID = (1 << 31) - 1
 
 Sink = Callable[[int, int], memoryview]
+"""Given (tag, length) of a payload, returns memory that :func:`.frames.payload_memory` has checked."""
 SendFrame = Callable[[FrameKind, int, bytes], None]
 
 
@@ -253,7 +253,7 @@ class StreamState:
         self._receive_credit -= cost
         if self._sink is None:
             return memoryview(bytearray(length))
-        return _memory_of(self._sink, tag, length)
+        return self._sink(tag, length)
 
     def receive_payload(self, tag: int, data: memoryview, placed: bool) -> None:
         """A payload has arrived whole; ``placed`` if in memory that a sink gave."""
@@ -327,19 +327,10 @@ def _held_for(item: Item) -> int:
     return len(item) + ITEM_COST
 
 
-def _memory_of(sink: Sink, tag: int, length: int) -> memoryview:
-    memory = memoryview(sink(tag, length)).cast("B")
-    if len(memory) != length or memory.readonly:
-        raise ValueError(
-            f"the sink gave {len(memory)} bytes of memory for a payload of {length}, or read-only ones"
-        )
-    return memory
-
-
 def _placed(item: Item, sink: Sink) -> Item:
     if not isinstance(item, _Unsunk):
         return item
-    memory = _memory_of(sink, item.tag, len(item.data))
+    memory = sink(item.tag, len(item.data))
     memory[:] = item.data
     return Payload(item.tag, memory)
 
@@ -362,6 +353,7 @@ class Multiplexer:
     ) -> None:
         self._send_frame = send_frame
         self._discard_payload = discard_payload
+        self._is_initiator = is_initiator
         self._next_id = 1 if is_initiator else 2
         self._last_peer_id = 0 if is_initiator else -1
         self._max_inbound = max_inbound
@@ -394,8 +386,6 @@ class Multiplexer:
 
         Whoever serves it calls :meth:`release` when done with it.
         """
-        if stream_id == 0 or stream_id % 2 == self._next_id % 2:
-            raise ProtocolViolation(f"OPEN with stream id {stream_id}, which is not the peer's to give")
         if stream_id <= self._last_peer_id:
             raise ProtocolViolation(f"OPEN with stream id {stream_id} after {self._last_peer_id}")
         self._last_peer_id = stream_id
@@ -463,9 +453,9 @@ class Multiplexer:
     def _find(self, what: str, stream_id: int) -> StreamState | None:
         state = self._streams.get(stream_id)
         if state is None:
-            is_own = stream_id % 2 == self._next_id % 2
+            is_own = is_opened_by(self._is_initiator, stream_id)
             known = stream_id < self._next_id if is_own else stream_id <= self._last_peer_id
-            if stream_id == 0 or not known:
+            if not known:
                 raise ProtocolViolation(f"{what} for stream {stream_id}, which was never opened")
         return state
 

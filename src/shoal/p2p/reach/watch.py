@@ -1,8 +1,8 @@
-"""Whether others can dial this node: who is asked, and when again.
+"""When to find out anew whether others can dial this host, and which peers are asked.
 
-* A node that joins asks before others may rely on it, and again soon while nobody could tell.
-* The first node of a DHT, which had nobody to ask, asks the first peer that comes.
-* A node asks again when a peer comes that may see it from farther away than those that it has asked, when its own
+* A host that joins asks before others may rely on it, and again soon while nobody could tell.
+* The first host of a DHT, which had nobody to ask, asks the first peer that comes.
+* A host asks again when a peer comes that may see it from farther away than those that it has asked, when its own
   addresses have changed, when a round failed because it could not be dialed, and every :data:`RECHECK`.
 """
 
@@ -12,12 +12,14 @@ import asyncio
 import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
 
-from shoal.p2p.dialback import PER_PEER_PAUSE
-from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
-from shoal.p2p.vantage import Vantage
+from shoal.p2p.reach.helper import PER_PEER_PAUSE
+from shoal.p2p.reach.inquiry import Reach
+from shoal.p2p.reach.reachability import Findings, Reachability
+from shoal.p2p.reach.vantage import Vantage
 
 HELPERS = 2
 """How many peers are asked to dial back; as many more if they do not agree."""
@@ -29,12 +31,32 @@ FIRST_RETRY, LAST_RETRY = PAUSE, 30.0
 """Between two checks while nobody could tell."""
 
 
+class WatchedHost(Protocol):
+    """What the watch needs of its host."""
+
+    reach: Reach
+
+    @property
+    def reachability(self) -> Reachability:
+        """How others reach the host now."""
+
+    @property
+    def candidate_addresses(self) -> list[Multiaddr]:
+        """Where it may be that others can dial the host."""
+
+    def connected_peers(self) -> list[PeerID]:
+        """Everybody to whom a connection stands."""
+
+    async def check_reachability(self, helpers: Sequence[PeerID], *, more: Sequence[PeerID] = ()) -> Findings:
+        """Ask these peers, and draw the conclusions."""
+
+
 class ReachabilityWatch:
     """See the module. ``on_change`` is awaited when the answer has changed, or what is announced."""
 
     def __init__(
         self,
-        host: Host,
+        host: WatchedHost,
         others: Callable[[], Sequence[PeerID]],
         on_change: Callable[[], Awaitable[None]],
         rng: random.Random,
@@ -59,7 +81,7 @@ class ReachabilityWatch:
             self._host.reach.doubt()
 
     def look_again(self, *, in_doubt: bool) -> None:
-        """Ask soon; ``in_doubt``: nobody may rely on dialing this node until then."""
+        """Ask soon; ``in_doubt``: nobody may rely on dialing this host until then."""
         if in_doubt:
             self._host.reach.doubt()
         self._news.set()
@@ -77,7 +99,7 @@ class ReachabilityWatch:
             )
             self._last = self._loop.time()
         reach = self._host.reach
-        if not reach.is_in_doubt and reach.has_heard_of_widest(self._host.connected_peers()):
+        if not reach.reachability.is_in_doubt and reach.has_heard_of_widest(self._host.connected_peers()):
             self._news.clear()
         if result.reachable is None:
             self._next = self._last + self._retry
@@ -89,13 +111,14 @@ class ReachabilityWatch:
     async def run(self) -> None:
         """For ever."""
         reach = self._host.reach
-        before = reach.can_be_dialed, reach.announced()
+        before = reach.reachability
         while True:
             await self._wait()
             if self._is_due():
                 await self.check()
-            if (reach.can_be_dialed, reach.announced()) != before:
-                before = reach.can_be_dialed, reach.announced()
+            now = reach.reachability
+            if (now.is_full, now.addresses) != (before.is_full, before.addresses):
+                before = now
                 await self._on_change()
 
     async def _wait(self) -> None:
@@ -112,17 +135,17 @@ class ReachabilityWatch:
             await asyncio.sleep(max(self._last + PAUSE - self._loop.time(), 0.0))
 
     def _pause(self) -> float:
-        is_waiting = self._host.reach.is_in_doubt and self._by_vantage()
+        is_waiting = self._host.reachability.is_in_doubt and self._by_vantage()
         return max(min(self._next - self._loop.time(), LOOK_EVERY), 0.0) if is_waiting else LOOK_EVERY
 
     def _is_due(self) -> bool:
         host, now = self._host, self._loop.time()
-        if host.config.client_mode or not host.listen_addresses or not self._by_vantage():
+        if host.reachability.is_intended or not self._by_vantage():
             return False
         if self._news.is_set():
             return True
         if self._checked is None:
-            return host.reach.is_in_doubt
+            return host.reachability.is_in_doubt
         has_moved = self._checked != frozenset(host.candidate_addresses)
         return now >= self._next or (has_moved and now >= self._last + PAUSE)
 

@@ -25,7 +25,8 @@ class AddressBook:
     def add(self, peer: PeerID, addresses: Iterable[Multiaddr]) -> None:
         """Remember what the peer itself, or the user, has said.
 
-        Addresses that cannot be dialed by anybody (port 0, all interfaces) are left out.
+        Addresses that cannot be dialed by anybody (port 0, all interfaces) are left out. Those of transports that
+        Shoal does not have are kept: others may be told them.
         """
         self._known.add(peer, addresses)
 
@@ -64,7 +65,9 @@ class _Shelf:
 
     def add(self, peer: PeerID, addresses: Iterable[Multiaddr]) -> None:
         fresh = [
-            address.without_peer_id() for address in addresses if address.port and not address.is_unspecified
+            address.without_peer_id()
+            for address in addresses
+            if (address.port or address.unspoken) and not address.is_unspecified
         ]
         if not fresh:
             return

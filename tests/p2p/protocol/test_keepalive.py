@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shoal.p2p.config import HostConfig
-from shoal.p2p.keepalive import KeepAlive, Verdict
+from shoal.p2p.protocol.keepalive import KeepAlive, Verdict
 
 
 def find_death(

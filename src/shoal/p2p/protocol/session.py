@@ -2,10 +2,10 @@
 
 Theory of operation. The shell (an asyncio ``BufferedProtocol``) asks :meth:`Session.get_buffer` where to put
 the next bytes, reports them with :meth:`Session.buffer_updated`, which returns what they mean, and writes to
-its transport what :meth:`Session.data_to_send` returns. First :class:`~shoal.p2p.handshake.Handshake` takes
+its transport what :meth:`Session.data_to_send` returns. First :class:`~shoal.p2p.protocol.handshake.Handshake` takes
 the bytes; once both PeerIDs are proven, each Noise message is opened in place: ciphertext lies in the receive
 buffer, plaintext goes to a new ``bytes`` or, in a payload, to the memory that its receiver gave, and nowhere
-between. Outgoing payloads are sealed straight into large batches of wire bytes (:mod:`shoal.p2p.sealing`).
+between. Outgoing payloads are sealed straight into large batches of wire bytes (:mod:`shoal.p2p.protocol.sealing`).
 
 The first error ends a session: every later call raises it again, but for sending GOODBYE, which tells the
 peer. Time limits are the shell's business.
@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError, ProtocolViolation
-from shoal.p2p.frames import (
+from shoal.p2p.identity import Identity, PeerID
+from shoal.p2p.protocol.frames import (
     CHUNK_BYTES,
     DEFAULT_LIMITS,
     FrameDecoder,
@@ -31,13 +32,12 @@ from shoal.p2p.frames import (
     encode_header,
     fits_beside,
 )
-from shoal.p2p.handshake import Handshake, Role
-from shoal.p2p.identity import Identity, PeerID
-from shoal.p2p.noise import REKEY_BYTES, TAG_BYTES, CipherState
-from shoal.p2p.preamble import SUPPORTED_VERSIONS, Versions
-from shoal.p2p.receive_buffer import ReceiveBuffer
-from shoal.p2p.sealing import PREFIX_BYTES, seal_chunks, seal_message
-from shoal.p2p.violations import TruncatedStream
+from shoal.p2p.protocol.handshake import Handshake, Role
+from shoal.p2p.protocol.noise import REKEY_BYTES, TAG_BYTES, CipherState
+from shoal.p2p.protocol.preamble import SUPPORTED_VERSIONS, Versions
+from shoal.p2p.protocol.receive_buffer import ReceiveBuffer
+from shoal.p2p.protocol.sealing import PREFIX_BYTES, seal_chunks, seal_message
+from shoal.p2p.protocol.violations import TruncatedStream
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -70,19 +70,20 @@ __all__ = [
 class Session:
     """One side of a connection.
 
-    ``expected_peer``: who must be at the other side, else :class:`~shoal.p2p.violations.OtherIdentity`.
-    ``ephemeral``: 32 bytes that decide this session's X25519 keys, for tests alone; never the same for two
-    sessions. ``rekey_bytes`` and ``versions`` are part of the protocol and differ in tests alone.
+    ``secret``: 32 random bytes that decide this session's X25519 keys, never the same for two sessions.
+    ``expected_peer``: the one that must be at the other side, else
+    :class:`~shoal.p2p.protocol.violations.OtherIdentity`. ``rekey_bytes`` and ``versions`` are part of the protocol
+    and differ in tests alone.
     """
 
     def __init__(
         self,
         role: Role,
         identity: Identity,
+        secret: bytes,
         *,
         expected_peer: PeerID | None = None,
         limits: Limits = DEFAULT_LIMITS,
-        ephemeral: bytes | None = None,
         versions: Versions = SUPPORTED_VERSIONS,
         rekey_bytes: int = REKEY_BYTES,
     ) -> None:
@@ -90,7 +91,7 @@ class Session:
         self.limits = limits
         self._rekey_bytes = rekey_bytes
         self._handshake: Handshake | None = Handshake(
-            role, identity, expected_peer=expected_peer, versions=versions, seed=ephemeral
+            role, identity, secret, expected_peer=expected_peer, versions=versions
         )
         self._remote: PeerID | None = None
         self._version: tuple[int, int] | None = None
@@ -181,7 +182,7 @@ class Session:
             self._decoder.payload = memoryview(bytearray(self._decoder.payload.nbytes))
 
     def receive_eof(self) -> None:
-        """The other side sends no more: :class:`~shoal.p2p.violations.TruncatedStream` unless it was done.
+        """The other side sends no more: :class:`~shoal.p2p.protocol.violations.TruncatedStream` unless it was done.
 
         An attacker can still cut a connection between two frames: that the other side was done is said by
         GOODBYE.
@@ -247,10 +248,8 @@ class Session:
         sender = self._check_open(even_failed=kind is FrameKind.GOODBYE)
         if kind is FrameKind.PAYLOAD:
             raise InvalidValueError("kind: payloads are sent with send_payload")
-        if kind is FrameKind.OPEN and stream_id % 2 != (self.role is Role.INITIATOR):
-            raise InvalidValueError(f"stream_id: {stream_id} is not one that the {self.role.value} opens")
         data = _as_bytes("body", body)
-        header = encode_header(kind, stream_id, data.nbytes, self.limits)
+        header = self._header(kind, stream_id, data.nbytes)
         if fits_beside(header, data.nbytes):
             self._to_send.append(seal_message(sender, b"".join((header, data))))
             return
@@ -270,7 +269,7 @@ class Session:
         """
         self._check_open()
         body = _as_bytes("data", data)
-        header = encode_header(FrameKind.PAYLOAD, stream_id, body.nbytes, self.limits, tag)
+        header = self._header(FrameKind.PAYLOAD, stream_id, body.nbytes, tag)
         return self._seal(header, body, piece_bytes)
 
     def data_to_send(self) -> list[bytes | bytearray | memoryview]:
@@ -281,6 +280,10 @@ class Session:
         """
         queued, self._to_send = self._to_send, []
         return queued
+
+    def _header(self, kind: FrameKind, stream_id: int, length: int, tag: int = 0) -> bytes:
+        by_initiator = self.role is Role.INITIATOR
+        return encode_header(kind, stream_id, length, self.limits, tag, by_initiator=by_initiator)
 
     def _seal(self, header: bytes, body: memoryview, piece_bytes: int) -> Iterator[None]:
         """Encrypt a frame and queue it, a piece at each step."""
