@@ -29,11 +29,11 @@ from shoal.dht.bootstrap_core import (
     WatchEnded,
 )
 from shoal.dht.neighbours import Neighbours
-from shoal.dht.tasks import TaskSet
 from shoal.errors import DeadlineExceeded, DialOutcome, IdentityInUse, InvalidValueError, PeerUnreachable
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.sansio.driver import Driver
+from shoal.utils.tasks import TaskSet
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 
 from shoal.dht.lookup_core import Answered, AskNode, Began, Event, Failed, LookupCore, Stopped
-from shoal.dht.tasks import TaskSet
 from shoal.p2p.identity import PeerID
 from shoal.sansio.driver import Driver
+from shoal.utils.tasks import TaskSet
 
 Answer = Sequence[PeerID] | None
 Ask = Callable[[PeerID], Coroutine[None, None, Answer]]

@@ -18,7 +18,6 @@ from shoal.dht.config import DHTConfig
 from shoal.dht.ids import id_to_bytes, node_id
 from shoal.dht.messages import FIND, MAX_KNOWN_BYTES, Contact, FindRequest
 from shoal.dht.routing import RoutingTable, id_prefix
-from shoal.dht.tasks import TaskSet
 from shoal.errors import (
     ConnectionLost,
     DeadlineExceeded,
@@ -32,6 +31,7 @@ from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.protocol.violations import Ending, EndKind
 from shoal.p2p.rpc import Method
+from shoal.utils.tasks import TaskSet
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,6 @@ from shoal.dht.records import Records
 from shoal.dht.replication import records_after_loss, records_for_newcomer
 from shoal.dht.server import Server
 from shoal.dht.storage import NO_TIME_AT_ALL, PLAIN, Entry, Record, Storage
-from shoal.dht.tasks import TaskSet
 from shoal.dht.timekeeping import ASKED, TimeKeeper
 from shoal.dht.types import ValueWithExpiration
 from shoal.dht.upkeep import Upkeep
@@ -36,6 +35,7 @@ from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.reach.watch import ReachabilityWatch
 from shoal.utils import figures
 from shoal.utils.serializer import MSGPackSerializer
+from shoal.utils.tasks import TaskSet
 from shoal.utils.timed import DHTClock, dht_clock
 
 logger = logging.getLogger(__name__)

@@ -21,9 +21,9 @@ from shoal.dht.lookup_core import LookupCore
 from shoal.dht.messages import FIND, STORE, FindRequest, StoredEntry, StoreRequest
 from shoal.dht.neighbours import Neighbours
 from shoal.dht.storage import Entry, Storage
-from shoal.dht.tasks import TaskSet
 from shoal.dht.types import ValueWithExpiration
 from shoal.p2p.identity import PeerID
+from shoal.utils.tasks import TaskSet
 from shoal.utils.text import printable
 
 logger = logging.getLogger(__name__)

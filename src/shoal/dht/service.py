@@ -23,7 +23,6 @@ from shoal.dht.commands import (
     StoreRecord,
 )
 from shoal.dht.node import DHTNode
-from shoal.dht.tasks import TaskSet
 from shoal.dht.types import ValueWithExpiration
 from shoal.dht.validation import RecordValidatorBase
 from shoal.errors import InvalidTypeError, InvalidValueError
@@ -37,6 +36,7 @@ from shoal.runtime import pickling
 from shoal.runtime.descriptors import close_descriptors
 from shoal.runtime.service import ServiceContext
 from shoal.utils.serializer import MSGPackSerializer
+from shoal.utils.tasks import TaskSet
 from shoal.utils.timed import dht_clock
 
 

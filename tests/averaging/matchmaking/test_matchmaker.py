@@ -38,11 +38,11 @@ from shoal.averaging.matchmaking.search import Search
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.router import Router
 from shoal.dht.node import DHTNode
-from shoal.dht.tasks import TaskSet
 from shoal.errors import InvalidStateError, InvalidValueError, MatchmakingException, RemoteError
 from shoal.p2p.rpc import Stream
 from shoal.testing.clock import run
 from shoal.testing.matchmaking import SCHEMA, SimulatedMatchmaking
+from shoal.utils.tasks import TaskSet
 
 Story = Callable[[SimulatedMatchmaking], Awaitable[None]]
 KEY = group_key("swarm")

@@ -29,13 +29,13 @@ from shoal.averaging.state_commands import (
     StateCommand,
 )
 from shoal.dht.node import DHTNode
-from shoal.dht.tasks import TaskSet
 from shoal.errors import InvalidStateError, InvalidValueError
 from shoal.runtime import pickling
 from shoal.runtime.descriptors import WithDescriptors
 from shoal.runtime.memory import SharedMemory
 from shoal.runtime.presence import UserProcessAbsent
 from shoal.runtime.service import ServiceContext
+from shoal.utils.tasks import TaskSet
 from shoal.utils.timed import get_dht_time
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from shoal.averaging.matchmaking.messages import Declaration, decode_declaration, encode_declaration
 from shoal.averaging.matchmaking.states import DECLARATION_PERIOD
 from shoal.dht.node import DHTNode
-from shoal.dht.tasks import TaskSet
 from shoal.dht.validation import protected_key
 from shoal.errors import InvalidValueError, ShoalError
 from shoal.p2p.identity import PeerID
+from shoal.utils.tasks import TaskSet
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from shoal.averaging.matchmaking.messages import Declaration, DeclaredState, Sea
 from shoal.averaging.matchmaking.schemas import OtherSchemas
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.dht.node import DHTNode
-from shoal.dht.tasks import TaskSet
 from shoal.p2p.identity import PeerID
+from shoal.utils.tasks import TaskSet
 from shoal.utils.timed import DHTClock
 
 MAX_SHOWN = 3

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from shoal.averaging.state.messages import DonorDeclaration, decode_donor, donors_key, encode_donor
 from shoal.dht.node import DHTNode
-from shoal.dht.tasks import TaskSet
 from shoal.dht.validation import protected_key
 from shoal.errors import InvalidValueError, ShoalError
 from shoal.p2p.identity import PeerID
+from shoal.utils.tasks import TaskSet
 
 logger = logging.getLogger(__name__)
 

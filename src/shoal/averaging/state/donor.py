@@ -45,11 +45,11 @@ from shoal.averaging.state.queue import (
     TellPosition,
     UploadQueue,
 )
-from shoal.dht.tasks import TaskSet
 from shoal.errors import InvalidStateError, ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.rpc import EndOfStream, Stream
 from shoal.sansio.driver import Driver
 from shoal.utils import figures
+from shoal.utils.tasks import TaskSet
 
 logger = logging.getLogger(__name__)
 
