@@ -50,7 +50,7 @@ def test_a_kernel_without_ipywidgets_shows_the_bar_and_a_table(tmp_path: Path):
     cells = [
         "import sys; sys.modules['ipywidgets'] = None",
         f"{bar}; bar.update('abcdefgh', 5, 10); bar.complete('abcdefgh', 10)",
-        "from shoal.averaging.report import Phases, StepReport\nRoundReport(0, phases=Phases(search=1 / 3))",
+        "from shoal.averaging.report import Phases, StepReport\nStepReport(0, phases=Phases(search=1 / 3))",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     nbclient.NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(tmp_path)}}).execute()
