@@ -35,7 +35,14 @@ def is_gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("phase", "after"), [("grouped", False), ("scatter", False), ("ready", True), ("finished", False)]
+    ("phase", "after"),
+    [
+        ("ready", True),
+        *(
+            pytest.param(phase, False, marks=pytest.mark.sweep)
+            for phase in ("grouped", "scatter", "finished")
+        ),
+    ],
 )
 def test_a_peer_that_is_killed_at_a_phase_is_left_behind(swarm: Swarm, phase: str, after: bool):
     """The others average without it: in the same round, if it was ready, and in the next one otherwise."""

@@ -92,6 +92,7 @@ def test_the_first_program_prints_what_the_front_page_shows(terminals: ExitStack
     assert ADDRESS.sub("ADDRESS", other.finish()) == ADDRESS.sub("ADDRESS", second[1])
 
 
+@pytest.mark.sweep
 def test_the_programs_for_two_machines_average(terminals: ExitStack, tmp_path: Path):
     """On loopback, with a free port in place of the one that the page chose."""
     first, second = (
