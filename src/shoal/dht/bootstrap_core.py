@@ -87,7 +87,7 @@ Event: TypeAlias = (
 
 @dataclass(frozen=True)
 class CallAddress:
-    """Call whoever is there; answered by Answered, Failed or LedHere."""
+    """Call the peer at this address; answered by Answered, Failed or LedHere."""
 
     address: str
 

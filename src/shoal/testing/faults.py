@@ -6,7 +6,7 @@ A fault is planted in the background process of a peer, and happens when a core 
 
 Phases are turns of cores (:mod:`shoal.sansio.trace`), and so need no hook in the code. Each happens before or after the
 effects of its turn are carried out: a leader that is killed *before* the effects of "decided" has told nobody of its
-decision, and one that is killed after them has told everybody to whom a stream was open.
+decision, and one that is killed after them has told every member with an open stream.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ async def plant(
     """Have ``action`` happen to this process when a core comes to ``phase``; for ``dht.run_coroutine``.
 
     :param phase: one of :data:`PHASES`
-    :param count: at its so manieth time
+    :param count: how many times the core comes to it before the action
     :param after: once the effects of that turn are carried out, instead of before
     :raises InvalidValueError: there is no such phase or action
     """
