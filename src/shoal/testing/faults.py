@@ -16,7 +16,7 @@ import signal
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from shoal.averaging.allreduce import events as allreduce
+from shoal.averaging.allreduce import effects, events
 from shoal.averaging.allreduce.messages import Ready
 from shoal.averaging.matchmaking import events as matchmaking
 from shoal.errors import InvalidValueError
@@ -40,7 +40,7 @@ def _asked(core: str, *kinds: type) -> Callable[[Turn], bool]:
 
 
 def _reports_ready(turn: Turn) -> bool:
-    tells = (effect for effect in turn.effects if isinstance(effect, allreduce.TellLeader))
+    tells = (effect for effect in turn.effects if isinstance(effect, effects.TellLeader))
     return turn.core == "allreduce" and any(isinstance(tell.report, Ready) for tell in tells)
 
 
@@ -49,13 +49,13 @@ PHASES: Mapping[str, Callable[[Turn], bool]] = {
     "asking": _asked("matchmaking", matchmaking.AskToJoin),
     "leading": _asked("matchmaking", matchmaking.BeginGroup),
     "grouped": _asked("matchmaking", matchmaking.BeginGroup, matchmaking.FinishWithGroup),
-    "snapshot": _heard("allreduce", allreduce.SnapshotTaken),
-    "scatter": _heard("allreduce", allreduce.PartSent),
-    "gather": _heard("allreduce", allreduce.AverageReceived),
-    "averaged": _heard("allreduce", allreduce.PartAveraged),
+    "snapshot": _heard("allreduce", events.SnapshotTaken),
+    "scatter": _heard("allreduce", events.PartSent),
+    "gather": _heard("allreduce", events.AverageReceived),
+    "averaged": _heard("allreduce", events.PartAveraged),
     "ready": _reports_ready,
-    "decided": _asked("allreduce", allreduce.AnnounceOutcome),
-    "finished": _asked("allreduce", allreduce.Finish),
+    "decided": _asked("allreduce", effects.AnnounceOutcome),
+    "finished": _asked("allreduce", effects.Finish),
 }
 """Name -> the turns that are this phase. A follower *reports ready*; the leader *decides*, and is ready before that
 without a report."""

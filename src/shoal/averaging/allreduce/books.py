@@ -5,27 +5,34 @@ Each book has clocks: for whom something is awaited, since when; see :mod:`.part
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from shoal.averaging.allreduce.assignment import Span, SpanId
 from shoal.averaging.allreduce.events import Roles
-from shoal.averaging.allreduce.messages import is_weight
+from shoal.averaging.allreduce.messages import SpanAveraged, is_weight
 from shoal.averaging.allreduce.part_clocks import PartClocks
 from shoal.errors import ProtocolViolation
 
 
 class Collection:
-    """Which parts of its span an owner has from whom; ``count`` is their number.
+    """Which parts of one span an owner has from whom; ``count`` is their number.
 
     A part is complete when everybody who is waited for has delivered it: members that contribute with a weight above 0
     and were not dropped. Nothing is complete before the owner's own contribution is settled. A sender's clock runs
     while the owner waits for its next part: not before that, and not while the sender is held.
+
+    :param dropped: members from which nothing is taken, and why
     """
 
-    def __init__(self, roles: Roles, timeout: float | None) -> None:
-        self.count = roles.parts_owned[roles.me]
-        self.clocks = PartClocks(timeout)
+    def __init__(
+        self, roles: Roles, count: int, timeout: float | None, dropped: Mapping[int, str] | None = None
+    ) -> None:
+        self.count = count
+        self.clocks: PartClocks[int] = PartClocks(timeout)
         self.weights: list[float | None] = [None if does else 0.0 for does in roles.contributes]
         """As each member declared its own; None: not yet."""
-        self.dropped: dict[int, str] = {}
-        """Members from which nothing is taken any more, and why."""
+        self.dropped: dict[int, str] = dict(dropped or {})
         self._roles = roles
         self._settled = False
         self._delivered = [0] * roles.size
@@ -38,13 +45,18 @@ class Collection:
         """Whether the whole span has been averaged."""
         return self._averaged == self.count
 
-    @property
-    def averaged(self) -> int:
-        return self._averaged
-
     def delivered_by(self, sender: int) -> int:
         """Parts that a member has delivered."""
         return self._delivered[sender]
+
+    @property
+    def partial(self) -> tuple[tuple[int, int], ...]:
+        """Once the span is averaged: the members of which only the first so many parts are in the average."""
+        return tuple(
+            (sender, parts)
+            for sender, parts in enumerate(self._delivered)
+            if parts < self.count and self._roles.contributes[sender] and self.weights[sender] != 0
+        )
 
     def settle(self, weight: float | None, now: float) -> None:
         """The own contribution lies in the arena (``weight`` None: there will be none): the others are awaited."""
@@ -96,6 +108,10 @@ class Collection:
         self.dropped[sender] = reason
         self.clocks.stop(sender)
 
+    def keep(self, sender: int, parts: int) -> None:
+        """Of what a sender delivered, no more than its first parts are in the average."""
+        self._delivered[sender] = min(self._delivered[sender], parts)
+
     def release(self) -> range:
         """The parts that became complete since the last call."""
         complete = 0
@@ -125,64 +141,108 @@ class Collection:
             self.clocks.stop(sender)
 
 
-class Returns:
-    """Which averages a member has of which owner.
+@dataclass
+class _Owed:
+    """The averages of one span, on their way to this member."""
 
-    An owner's clock runs from the member's snapshot on, and later while the owner has all that its next average needs
-    of this member, since the average before.
+    span: Span
+    sent: int = 0
+    received: int = 0
+    report: SpanAveraged | None = None
+
+
+class Returns:
+    """Which averages a member has of which span of others.
+
+    A span's clock runs from the member's snapshot on, and later while its owner has all that its next average needs of
+    this member, since the average before.
     """
 
     def __init__(self, roles: Roles, timeout: float | None) -> None:
-        self.clocks = PartClocks(timeout)
-        self._roles = roles
-        self._owed = [
-            parts if roles.contributes[roles.me] and owner != roles.me else 0
-            for owner, parts in enumerate(roles.parts_owned)
-        ]
-        self._missing = sum(self._owed)
+        self.clocks: PartClocks[SpanId] = PartClocks(timeout)
         self.received = 0
         """Averages of all owners that have come."""
+        self._roles = roles
+        self._owed: dict[SpanId, _Owed] = {}
+        self._missing = 0
+        """Spans whose owners have not said their last word."""
+        self._begun = False
         self._sends = True
-        self._sent, self._received = [0] * roles.size, [0] * roles.size
 
     @property
     def is_complete(self) -> bool:
-        return self._missing == 0
+        return not self._missing
 
-    def missing_from(self, owner: int) -> int:
-        return self._owed[owner] - self._received[owner]
+    @property
+    def reports(self) -> list[SpanAveraged]:
+        """What the owners said of spans whose averages have all come."""
+        return [owed.report for owed in self._owed.values() if owed.report is not None]
+
+    def misses(self, span: SpanId) -> bool:
+        """Whether averages of this span, or its owner's last word on it, are still to come."""
+        owed = self._owed.get(span)
+        return owed is not None and owed.report is None
+
+    def expect(self, spans: Iterable[Span], now: float) -> None:
+        """Averages of these spans are owed to this member."""
+        for span in spans:
+            self._owed[span.id] = _Owed(span)
+            self._missing += 1
+            if self._begun:
+                self.clocks.start(span.id, now)
+
+    def forget(self, spans: Iterable[SpanId]) -> None:
+        """These spans are void."""
+        for span in spans:
+            if self.misses(span):
+                self._missing -= 1
+            self._owed.pop(span, None)
+            self.clocks.stop(span)
 
     def begin(self, weight: float, now: float) -> None:
         """The own snapshot was taken; with weight 0 nothing is sent."""
-        self._sends = weight != 0
-        for owner in self._roles.others:
-            if self.missing_from(owner):
-                self.clocks.start(owner, now)
+        self._sends, self._begun = weight != 0, True
+        for span in self._owed:
+            if self.misses(span):
+                self.clocks.start(span, now)
 
-    def open(self, owner: int, now: float) -> None:
-        """The owner takes parts from now on."""
-        self._watch(owner, now)
+    def open(self, span: SpanId, now: float) -> None:
+        """The owner takes parts of the span from now on."""
+        self._watch(span, now)
 
-    def send(self, owner: int, index: int, now: float) -> None:
-        self._sent[owner] = index + 1
-        if not self.clocks.runs(owner):
-            self._watch(owner, now)
+    def send(self, span: SpanId, index: int, now: float) -> None:
+        owed = self._owed.get(span)
+        if owed is not None:
+            owed.sent = index + 1
+            if not self.clocks.runs(span):
+                self._watch(span, now)
 
-    def receive(self, owner: int, index: int, now: float) -> None:
-        """:raises ProtocolViolation: not the owner's next average"""
-        if index != self._received[owner] or not self.missing_from(owner):
+    def receive(self, span: SpanId, index: int, now: float) -> None:
+        """:raises ProtocolViolation: not the span's next average"""
+        owed = self._owed.get(span)
+        if owed is None or index != owed.received or index >= owed.span.count:
             raise ProtocolViolation(
-                f"{self._roles.name(owner)} returned part {index} of {self._owed[owner]}, expected "
-                f"{self._received[owner]}"
+                f"the owner of {span} returned part {index}, expected {owed.received if owed else 'none'}"
             )
-        self._received[owner] += 1
+        owed.received += 1
         self.received += 1
-        self._missing -= 1
-        self._watch(owner, now)
+        self._watch(span, now)
 
-    def _watch(self, owner: int, now: float) -> None:
-        is_due = not self._sends or self._sent[owner] > self._received[owner]
-        if is_due and self.missing_from(owner):
-            self.clocks.start(owner, now)
+    def complete(self, report: SpanAveraged, now: float) -> None:
+        """:raises ProtocolViolation: averages of the span are still to come, or it was completed before"""
+        owed = self._owed.get(report.span)
+        if owed is None or owed.report is not None or owed.received != owed.span.count:
+            raise ProtocolViolation(f"the owner of {report.span} closed it out of turn")
+        owed.report = report
+        self._missing -= 1
+        self._watch(report.span, now)
+
+    def _watch(self, span: SpanId, now: float) -> None:
+        owed = self._owed.get(span)
+        if owed is None:
+            return
+        is_due = not self._sends or owed.sent > owed.received or owed.received == owed.span.count
+        if is_due and owed.report is None:
+            self.clocks.start(span, now)
         else:
-            self.clocks.stop(owner)
+            self.clocks.stop(span)

@@ -1,78 +1,76 @@
-"""The streams of one round that carry reports and decisions: between each member and the leader, and from orphans to
-everybody.
-"""
+"""The streams of one round that carry reports, the leader's word and votes."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import defaultdict
 
+from shoal.averaging.allreduce.assignment import Repair
 from shoal.averaging.allreduce.core import AllReduce
+from shoal.averaging.allreduce.effects import Reply
 from shoal.averaging.allreduce.events import (
-    DECIDED,
+    AcceptanceAsked,
     Event,
     ExclusionReceived,
     JoinTimedOut,
+    Lead,
+    MemberAnswered,
     MemberLost,
     MemberReported,
-    OutcomeAnswered,
     OutcomeReceived,
-    Phase,
+    PromiseAsked,
+    RepairReceived,
+)
+from shoal.averaging.allreduce.message_checks import (
+    MAX_NUMBER,
+    check_answer,
+    check_excluded,
+    check_outcome,
+    check_repair,
+    check_report,
 )
 from shoal.averaging.allreduce.messages import (
     COMMIT,
-    OUTCOME,
+    VOTE,
+    Answer,
     AskOutcome,
     Excluded,
     FromLeader,
     JoinRound,
     Outcome,
-    OutcomeAnswer,
+    Prepare,
+    Propose,
+    Question,
     Report,
-    check_excluded,
-    check_outcome,
-    check_report,
 )
 from shoal.averaging.allreduce.participants import RoundCore
-from shoal.errors import (
-    ConnectionLost,
-    DeadlineExceeded,
-    PeerUnreachable,
-    ProtocolViolation,
-    RemoteError,
-    ShoalError,
-)
+from shoal.errors import PeerUnreachable, ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.rpc import EndOfStream, Stream
 
 logger = logging.getLogger(__name__)
 
 ASK_TIMEOUT = 5.0
-ASK_AGAIN_AFTER = 0.25
-UNREACHABLE_FOR = 20.0
-"""Seconds for which an orphan cannot reach a member before it takes that member for dead: a network may be away for a
-moment, and take every connection with it.
-"""
 REFUSED_FOR = 2.5
-"""Likewise while the member's machine answers that nobody listens, or no address to dial is known."""
-
-Answer = tuple[Phase | None, Outcome | None]
+"""Seconds for which a member's machine answers that nobody listens, before its process counts as dead."""
+NOT_LEADING = "not_leading"
 
 
 class Commitment:
-    """Reports and decisions of one member, on their way."""
+    """Reports, words and votes of one member, on their way."""
 
     def __init__(self, shared: RoundCore) -> None:
         self._shared = shared
         self._roles = shared.core.roles
         self._reports: asyncio.Queue[Report | None] = asyncio.Queue()
-        self._word: dict[int, asyncio.Queue[FromLeader]] = {
-            member: asyncio.Queue() for member in self._roles.others if self.leads
-        }
-        self._joined: set[int] = {self._roles.leader}
+        self._word: dict[int, asyncio.Queue[FromLeader]] = defaultdict(asyncio.Queue)
+        """For each member, what the leader of this term has to say to it, from the beginning."""
+        self._joined: dict[int, Stream] = {}
+        self._refused_since: dict[int, float] = {}
 
     @property
     def leads(self) -> bool:
-        return self._roles.me == self._roles.leader
+        return self._shared.core.election.lead is Lead.LEADING
 
     def report(self, report: Report) -> None:
         """Send the leader a report."""
@@ -84,44 +82,59 @@ class Commitment:
 
     def announce(self, message: FromLeader) -> None:
         """As the leader: tell every other member, also those that join later."""
-        for queue in self._word.values():
-            queue.put_nowait(message)
+        for member in self._roles.others:
+            self._word[member].put_nowait(message)
+
+    def stop_leading(self) -> None:
+        """Have the members that follow this one look for another leader."""
+        for stream in self._joined.values():
+            stream.reset(NOT_LEADING, "it does not lead any more")
+        self._joined.clear()
+        self._word.clear()
 
     # as a member
 
-    async def follow_leader(self) -> None:
-        """Report to the leader, and learn its word."""
-        shared, leader = self._shared, self._roles.leader
+    def follow_anew(self) -> None:
+        """Reports from now on are for another leader."""
+        self._reports = asyncio.Queue()
+
+    async def follow_leader(self, leader: int, term: int) -> None:
+        """Report to the leader of ``term``, and learn its word."""
+        shared, reports = self._shared, self._reports
         try:
             async with shared.host.open_stream(shared.peers[leader], COMMIT) as stream:
-                await stream.send(JoinRound(shared.prefix, shared.group_id))
-                reporting = asyncio.ensure_future(self._send_reports(stream))
+                await stream.send(JoinRound(shared.prefix, shared.group_id, term))
+                reporting = asyncio.ensure_future(self._send_reports(stream, reports))
                 try:
-                    await self._hear_leader(stream)
+                    await self._hear_leader(stream, leader, term)
                 finally:
                     reporting.cancel()
                     await asyncio.wait({reporting})
         except (ShoalError, EOFError) as e:
             shared.note_failure(leader, e)
-            shared.feed(MemberLost(leader, str(e)))
+            if term == shared.core.election.term:
+                shared.feed(MemberLost(leader, str(e)))
 
-    async def _send_reports(self, stream: Stream) -> None:
+    async def _send_reports(self, stream: Stream, reports: asyncio.Queue[Report | None]) -> None:
         try:
-            while (report := await self._reports.get()) is not None:
+            while (report := await reports.get()) is not None:
                 await stream.send(report)
             await stream.finish()
         except ShoalError as e:
             logger.debug("a report did not reach the leader, whose stream says why: %s", e)
 
-    async def _hear_leader(self, stream: Stream) -> None:
-        leader = self._roles.leader
+    async def _hear_leader(self, stream: Stream, leader: int, term: int) -> None:
+        size = self._roles.size
         while True:
             message = await stream.receive()
             event: Event
             if isinstance(message, Outcome):
-                event = OutcomeReceived(check_outcome(message, self._roles.size))
+                event = OutcomeReceived(check_outcome(message, size))
             elif isinstance(message, Excluded):
-                event = ExclusionReceived(check_excluded(message, self._roles.size))
+                event = ExclusionReceived(check_excluded(message, size), term)
+            elif isinstance(message, Repair):
+                check_repair(message, size)
+                event = RepairReceived(message, term)
             else:
                 raise ProtocolViolation(f"{stream.remote} sent a payload instead of its word")
             self._shared.feed_from(event, lambda reason: MemberLost(leader, reason))
@@ -131,22 +144,26 @@ class Commitment:
     # as the leader
 
     async def expect_members(self, timeout: float) -> None:
-        """Who does not join has left before it learned of the group, and nobody else may notice: members that own
-        nothing are not dialed.
+        """A member that does not join has left before it learned of the group, and nobody else may notice: members
+        that own nothing are not dialed.
         """
         await asyncio.sleep(timeout)
         for member in self._roles.others:
-            if member not in self._joined:
+            if member not in self._joined and self.leads:
                 self._shared.feed(JoinTimedOut(member, f"it did not join the round within {timeout:g} s"))
 
     async def serve(self, stream: Stream, first: object) -> None:
         """Take a member's reports, and give it the leader's word."""
         shared, member = self._shared, self._shared.member(stream)
-        if not self.leads or not isinstance(first, JoinRound):
-            raise ProtocolViolation(f"{stream.remote} reports to a member that does not lead")
+        election = shared.core.election
+        if not isinstance(first, JoinRound):
+            raise ProtocolViolation(f"{stream.remote} reports before it has joined the round")
+        leads = election.lead in (Lead.LEADING, Lead.CANDIDATE) and first.term == election.term
+        if not leads or (shared.is_over and shared.core.outcome is None):
+            raise RemoteError(NOT_LEADING, "it does not lead in this term")
         if member in self._joined:
             raise ProtocolViolation(f"{stream.remote} joined the round twice")
-        self._joined.add(member)
+        self._joined[member] = stream
         reading = asyncio.ensure_future(self._take_reports(stream, member))
         telling = asyncio.ensure_future(self._give_word(stream, self._word[member]))
         reason = "it ended the round"
@@ -164,7 +181,8 @@ class Commitment:
             reading.cancel()
             telling.cancel()
             await asyncio.wait({reading, telling})
-            shared.feed(MemberLost(member, reason))
+            if first.term == election.term:
+                shared.feed(MemberLost(member, reason))
 
     async def _take_reports(self, stream: Stream, member: int) -> None:
         while True:
@@ -181,53 +199,84 @@ class Commitment:
             if isinstance(message, Outcome):
                 return
 
-    # as an orphan
+    # votes
 
-    async def ask_for_outcome(self, member: int) -> None:
-        """Ask one member what it knows of the leader's decision, until it answers or counts as dead."""
-        phase, outcome = None, None
-        try:
-            phase, outcome = await self._ask_until_dead(member)
-        except (ShoalError, EOFError) as e:
-            logger.debug("%s does not say how the round ended: %s", self._roles.name(member), e)
-        if outcome is None and phase is not None and phase not in DECIDED:
-            await asyncio.sleep(ASK_AGAIN_AFTER)
-        self._shared.feed(OutcomeAnswered(member, phase, outcome))
-
-    async def _ask_until_dead(self, member: int) -> Answer:
-        loop = asyncio.get_running_loop()
-        began = refused_since = loop.time()
-        while True:
-            try:
-                return await self._ask(member)
-            except (PeerUnreachable, ConnectionLost, DeadlineExceeded, RemoteError) as e:
-                if isinstance(e, RemoteError) and e.code != "busy":
-                    raise
-                now = loop.time()
-                if not (isinstance(e, PeerUnreachable) and e.is_refused):
-                    refused_since = now
-                if now - began >= UNREACHABLE_FOR or now - refused_since >= REFUSED_FOR:
-                    raise
-            await asyncio.sleep(ASK_AGAIN_AFTER)
-
-    async def _ask(self, member: int) -> Answer:
+    async def ask_for_outcome(self, member: int, delay: float) -> None:
+        """Ask a member what it knows of the decision."""
         shared = self._shared
-        async with shared.host.open_stream(shared.peers[member], OUTCOME, timeout=ASK_TIMEOUT) as stream:
-            await stream.send(AskOutcome(shared.prefix, shared.group_id))
-            return read_answer(await stream.receive(), self._roles.size)
+        await self._ask(member, AskOutcome(shared.prefix, shared.group_id), None, delay)
+
+    async def ask_for_promise(self, member: int, term: int, delay: float) -> None:
+        """Ask a member for its promise to follow this one."""
+        shared = self._shared
+        await self._ask(member, Prepare(shared.prefix, shared.group_id, term), term, delay)
+
+    async def ask_for_acceptance(self, member: int, term: int, outcome: Outcome, delay: float) -> None:
+        """Propose an outcome to a member."""
+        shared = self._shared
+        await self._ask(member, Propose(shared.prefix, shared.group_id, term, outcome), term, delay)
+
+    async def _ask(self, member: int, question: Question, term: int | None, delay: float) -> None:
+        await asyncio.sleep(delay)
+        shared, answer, is_dead = self._shared, None, False
+        try:
+            async with shared.host.open_stream(shared.peers[member], VOTE, timeout=ASK_TIMEOUT) as stream:
+                await stream.send(question)
+                answer = read_answer(await stream.receive(), self._roles.size)
+        except (ShoalError, EOFError) as e:
+            logger.debug("%s does not answer: %s", self._roles.name(member), e)
+            is_dead = self._is_dead(member, e)
+        else:
+            self._refused_since.pop(member, None)
+        shared.feed(MemberAnswered(member, term, answer, is_dead))
+
+    def _is_dead(self, member: int, error: Exception) -> bool:
+        """Whether nobody has listened at a member's address for so long that its process must have ended.
+
+        That an address is not known says nothing: a client cannot be dialed.
+        """
+        if not (isinstance(error, PeerUnreachable) and error.dials and error.is_refused):
+            self._refused_since.pop(member, None)
+            return False
+        now = asyncio.get_running_loop().time()
+        return now - self._refused_since.setdefault(member, now) >= REFUSED_FOR
 
 
-def answer_outcome(core: AllReduce) -> OutcomeAnswer:
-    """What a member answers to an orphan: only the leader's decision is one, not what became of the member itself."""
-    return OutcomeAnswer(core.phase.name, core.outcome)
+def answer_question(core: AllReduce, question: Question, member: int, now: float) -> Answer:
+    """What a member answers whose own round has ended: it votes on."""
+    event = to_event(question, member)
+    if event is None:
+        return core.answer()
+    (answer,) = (effect.answer for effect in core.handle(event, now) if isinstance(effect, Reply))
+    return answer
+
+
+def to_event(question: Question, member: int) -> PromiseAsked | AcceptanceAsked | None:
+    """What a question is to the core; None: it changes nothing there.
+
+    :raises ProtocolViolation: the question is not well-formed
+    """
+    match question:
+        case Prepare(_, _, term):
+            _check_term(term)
+            return PromiseAsked(member, term)
+        case Propose(_, _, term, outcome):
+            _check_term(term)
+            return AcceptanceAsked(member, term, outcome)
+        case AskOutcome():
+            return None
+
+
+def _check_term(term: int) -> None:
+    if not 0 <= term < MAX_NUMBER:
+        raise ProtocolViolation(f"the term {term}")
 
 
 def read_answer(answer: object, size: int) -> Answer:
-    """The answer of a member; a phase that this version does not know counts as no answer.
+    """The answer of a member.
 
     :raises ProtocolViolation: it is not well-formed
     """
-    if not isinstance(answer, OutcomeAnswer):
+    if not isinstance(answer, Answer.__args__):
         raise ProtocolViolation("a payload instead of an answer")
-    outcome = None if answer.outcome is None else check_outcome(answer.outcome, size)
-    return (None if answer.phase is None else Phase.__members__.get(answer.phase)), outcome
+    return check_answer(answer, size)

@@ -3,51 +3,39 @@ whether the round commits.
 
 Theory of operation
 -------------------
-The flat vector of a group is cut into spans, one an owner, and each span into parts (:mod:`shoal.averaging.partition`).
-Every contributor sends each owner its weight and its version of the owner's parts, in order; the owner averages a
-part once everybody it waits for has delivered it, and returns the average to every member (reduce-scatter and
-all-gather; Thakur et al. 2005, "Optimization of collective communication operations in MPICH", section 4.4, with
-unequal spans).
+The flat vector of a group is cut into spans, and each span into parts (:mod:`shoal.averaging.partition`). Every
+contributor sends each span's owner its weight and its version of the span's parts, in order. The owner averages a part
+once everybody it waits for has delivered it, and returns the average to every member (reduce-scatter and all-gather;
+Thakur et al. 2005, "Optimization of collective communication operations in MPICH", section 4.4, with unequal spans).
 
-A sender that stalls, is lost or breaks the protocol is excluded by the owner that notices: the parts that it has not
-delivered are averaged over the weights that did arrive. The owner tells the leader, and the leader everybody. A
-member that is excluded and lives stands aside: it will not commit, but serves the averages of its span until the
+A sender that stalls, is lost or breaks the protocol is excluded by the owner that notices. The parts that it has not
+delivered are averaged over the weights that did arrive. The owner tells the leader, and the leader everybody. A member
+that is excluded and lives stands aside: it will not commit, but serves the averages of its spans, and votes, until the
 group is decided. The clock of a sender runs while the owner waits for its next part: not before the owner's own
 snapshot, not while the owner holds it back because others are slower, and not while the owner itself is late. The
-clock of an owner runs while everything that its next average needs of this member was sent. An owner whose averages
-others still need cannot be excluded: the round fails. When everything has been averaged, the leader's clocks run for
-members that are not ready, since each last said that it has taken a further average.
+clock of an owner runs while everything that its next average needs of this member was sent. When everything has been
+averaged, the leader's clocks run for members that are not ready, since each last said that it took another average.
 
-A round commits everywhere or nowhere. The leader decides (:mod:`.coordination`), as in two-phase commit (Gray 1978,
-"Notes on data base operating systems", section 5.8.3.3): a member that holds every average *reports ready* and from
-then on may not give up by itself; the round commits when every member that is not excluded is ready. A member that
-loses the leader while it is ready is *orphaned*: it asks the others (the cooperative termination protocol of
-Bernstein, Hadzilacos and Goodman 1987, section 7.4). One that knows the leader's decision passes it on; if no member
-that can still be reached knows it, the round fails.
+An owner that is lost or too slow is *repaired*: the leader voids its spans, and cuts them among the members that are
+left (:mod:`.assignment`). Everybody drops what it holds of a void span, sends its parts to the new owners, from the
+snapshot, and is ready again when it has their averages. So all members that commit hold the same averages, of the same
+epoch.
 
-Why no two members end differently, excluded ones aside:
+A round commits everywhere or nowhere. A member that holds every average *reports ready*, and from then on may not give
+up by itself. When every member that is not excluded is ready, the leader proposes to commit. The round commits once a
+quorum of the group, as it was formed, has accepted that (:mod:`.voter`): exclusions never shrink it. A member that
+loses the leader looks for another one (:mod:`.election`), which asks a quorum where it stands and goes on from there.
 
-1. Nobody commits without the leader's decision, and there is one: the leader decides once.
-2. If it is to commit, every member that is not excluded was ready when it was made, and a ready member ends in three
-   ways only: by the decision, by the notice that it is excluded (which the leader gives to no member whose report of
-   readiness it has), or as an orphan.
-3. An orphan commits if anybody tells it of the decision. It fails when each other member is gone, or has said that it
-   is an orphan too, or that it ended without knowing the decision. Whoever has said one of these can learn the
-   decision later only from another member's answer: orphans do not listen to the leader any more, and members that
-   gave up do not listen at all. Whoever may still hear from the leader (exchanging, excluded or ready) is asked again.
-   One that is gone may have told an orphan, after that orphan's answer, and then died: so when somebody turned out to
-   be gone, all orphans are asked once more, until nobody is newly gone. Then none of them knew the decision when that
-   last inquiry began, nobody else does, and none will: all of them fail.
-   Two members that own nothing may not reach each other (both are clients), but every owner reaches everybody:
-   whoever owns nothing asks owners that are orphans until they are decided, and owners wait for nobody so. This takes
-   an owner that lives and is to commit, or an auxiliary one that has averaged its span, and becomes an orphan with the
-   others. An owner that is excluded gives up with the leader, and asks nobody.
-4. A member that fails by itself, because it was excluded, gave up or was never ready, has never given its word: the
-   leader cannot have counted it. That is its own failure and not the group's: to an orphan it answers that it knows
-   of no decision; an excluded leader, or member, that knows the decision passes that on.
+Why no two members end differently:
 
-A member that an orphan cannot reach counts as dead only after a while (see :mod:`.commit`): in a silent partition, that
-long after the transport's keep-alive has noticed.
+1. A member commits only by a decision that a quorum accepted, in some term. By the rules of the vote all such decisions
+   are the same. A ready member fails only by such a decision, by the notice that it is excluded, or when no living
+   member knows of a decision and too few live to take one.
+2. A decision to commit names its epoch, and the members that it excludes. It was proposed when all others had said that
+   they hold the averages of that epoch. One that has dropped them since, by the order of a later leader, fails: that
+   leader's quorum had accepted nothing, so that the decision can only be of a term that nobody in the quorum heard of.
+3. A member that is not ready may fail at any time: nobody counts it as one that will commit. It goes on to vote.
+4. A member that is ready and cannot learn the decision is *in doubt*. Others may have committed, and it says so.
 
 This module is pure: no I/O; the time is an argument. :meth:`AllReduce.handle` is its one mutating entry point; the
 shell is :mod:`.round`.
@@ -56,38 +44,50 @@ shell is :mod:`.round`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
-from shoal.averaging.allreduce.books import Collection, Returns
+from shoal.averaging.allreduce.assignment import Assignment, Repair
 from shoal.averaging.allreduce.coordination import PROGRESS_INTERVAL, Coordinator, CoordinatorEvent
-from shoal.averaging.allreduce.events import (
-    DECIDED,
-    TRANSITIONS,
+from shoal.averaging.allreduce.effects import (
     AnnounceExclusion,
     AnnounceOutcome,
-    AskForOutcome,
-    AveragePart,
-    AverageReceived,
-    DropSender,
+    AnnounceRepair,
+    AskForAcceptance,
     Effect,
+    Finish,
+    FollowLeader,
+    LeadMembers,
+    Reply,
+    StopContributing,
+    StopLeading,
+    TellLeader,
+)
+from shoal.averaging.allreduce.election import ASK_AGAIN, Election, Hope
+from shoal.averaging.allreduce.events import (
+    DECIDED,
+    OVER,
+    TRANSITIONS,
+    AcceptanceAsked,
+    AverageReceived,
     Event,
     ExchangeBegan,
     ExchangeOpened,
     ExcludedByOwner,
     ExclusionReceived,
-    Finish,
     JoinTimedOut,
+    Lead,
+    MemberAnswered,
     MemberEvent,
     MemberLost,
     MemberReported,
-    OutcomeAnswered,
     OutcomeReceived,
-    OwnerEvent,
     OwnerLost,
     PartAveraged,
     PartDelivered,
     PartSent,
     Phase,
-    ReturnAverage,
+    PromiseAsked,
+    RepairReceived,
     Roles,
     RoundTimeouts,
     SenderAwaited,
@@ -96,65 +96,80 @@ from shoal.averaging.allreduce.events import (
     SenderLost,
     SnapshotFailed,
     SnapshotTaken,
-    StopContributing,
-    TellLeader,
+    SpanReceived,
+    VoteEvent,
     WeightDeclared,
     Withdrawn,
 )
+from shoal.averaging.allreduce.ledger import CATCH_UP, Ledger
 from shoal.averaging.allreduce.messages import (
+    Accepted,
     AveragesReceived,
     Excluded,
     GaveUp,
-    Loss,
+    Knows,
+    NotKnown,
     Outcome,
-    OwnerFailed,
+    Promised,
     Ready,
-    Report,
-    SenderExcluded,
-    SpanAveraged,
+    Refused,
     StandsAside,
+    Undecided,
     reason_text,
 )
 from shoal.errors import AllreduceException, ProtocolViolation
 from shoal.sansio.core import NEVER, TimePassed
 from shoal.sansio.machine import Machine
 
-CATCH_UP = 1.0
-"""Seconds that a process which was stopped, or busy, takes to read what has arrived meanwhile."""
 NO_LIMITS = RoundTimeouts()
+GIVE_UP_AFTER = 15.0
+"""Seconds without a leader after which a member that is not ready gives up."""
 SERVING = (Phase.EXCHANGING, Phase.EXCLUDED)
-"""While the own span may still have to be averaged: a member that is ready has done that."""
+"""While the own spans may still have to be averaged: a member that is ready has done that."""
 
 
 class AllReduce:
     """The state of one member in one round.
 
-    ``failure`` is why this member failed, ``outcome`` the leader's decision as far as it is known here: an excluded
-    member fails in a round that commits for others.
+    ``failure`` is why this member failed, ``outcome`` the decision as far as it is known here: an excluded member fails
+    in a round that commits for others.
     """
 
     def __init__(self, roles: Roles, timeouts: RoundTimeouts = NO_LIMITS) -> None:
         if not any(roles.contributes):
             raise AllreduceException("no member of the group contributes tensors: all of them only help")
         self.roles = roles
-        self._machine = Machine(Phase.EXCHANGING, TRANSITIONS)
         self.failure: str | None = None
         self.outcome: Outcome | None = None
-        self.collection = Collection(roles, timeouts.sender)
+        self.ledger = Ledger(roles, timeouts)
+        self.election = Election(roles)
+        self._timeouts = timeouts
+        self._machine = Machine(Phase.EXCHANGING, TRANSITIONS)
         self._contributes = roles.contributes[roles.me]
-        self._coordinator = Coordinator(roles, timeouts.reducer) if roles.me == roles.leader else None
-        self._began: float | None = None
-        self.returns = Returns(roles, timeouts.reducer)
-        self._progress_told = -math.inf
-        self._failed_owners: set[int] = set()
-        self._answers: dict[int, Phase | None] = {}
-        self._lost_some = False
-        """Whether somebody did not answer, since the orphans that did were asked."""
+        self._coordinator = (
+            Coordinator(roles, self.ledger.assignment, timeouts.reducer) if roles.me == 0 else None
+        )
+        self._has_begun = False
+        self._told_progress = -math.inf
+        self._waits_since = NEVER
+        """When this member had nothing left to do but to wait for the decision."""
 
     @property
     def phase(self) -> Phase:
         """Where this member stands."""
         return self._machine.state
+
+    @property
+    def leader(self) -> int:
+        """The member that this one follows, or followed last."""
+        return self.election.leader
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the round may commit with this member, whatever it wishes."""
+        if self._coordinator is not None:
+            return self._coordinator.is_bound and self.phase is Phase.READY
+        return self.phase in (Phase.READY, Phase.COMMITTED, Phase.IN_DOUBT)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event; return what has to be done, in order.
@@ -164,7 +179,44 @@ class AllReduce:
           is unchanged
         """
         self._machine.note(event, now)
+        return self._route(self._take(event, now), now)
+
+    @property
+    def deadline(self) -> float:
+        """When :class:`TimePassed` is due, if nothing else happens before."""
+        if self.phase in OVER:
+            return NEVER
+        ends = [self.election.deadline, self._patience_ends]
+        if self.phase in SERVING:
+            ends.append(self.ledger.deadline)
+        if self._coordinator is not None:
+            ends.append(self._coordinator.deadline)
+        return min(ends)
+
+    def describe(self) -> Promised:
+        """Where this member stands, for a new leader."""
+        return Promised(
+            self.phase.name,
+            self.ledger.weight,
+            self.failure,
+            self.ledger.assignment.orders,
+            self.ledger.knows_of(),
+            self.election.voter.accepted,
+            self.election.voter.floor,
+        )
+
+    def answer(self) -> Knows | Undecided:
+        """What this member knows of the decision."""
+        if self.outcome is not None:
+            return Knows(self.outcome)
+        return Undecided(self.phase.name, self.election.has_leader and self.phase not in OVER)
+
+    def _take(self, event: Event, now: float) -> list[Effect]:
         match event:
+            case PromiseAsked() | AcceptanceAsked() | MemberAnswered():
+                return self._on_vote(event, now)
+            case _ if self.phase in OVER:
+                return self._learn(event)
             case SnapshotTaken(weight):
                 return self._on_snapshot(weight, now)
             case SnapshotFailed(reason):
@@ -181,177 +233,127 @@ class AllReduce:
                 | PartAveraged()
                 | SenderLost()
             ):
-                return self._as_owner(event, now)
-            case ExchangeOpened() | PartSent() | AverageReceived() | OwnerLost() | ExcludedByOwner():
-                return self._as_sender(event, now)
+                if self.phase not in SERVING:
+                    return []
+                effects = self.ledger.on_owner_event(event, now)
+                return [*effects, *self._advance(now)] if isinstance(event, PartAveraged) else effects
+            case (
+                ExchangeOpened()
+                | PartSent()
+                | AverageReceived()
+                | SpanReceived()
+                | OwnerLost()
+                | ExcludedByOwner()
+            ):
+                return self._as_sender(event, now) if self.phase is Phase.EXCHANGING else []
             case _:
                 return self._as_member(event, now)
 
-    def _as_owner(self, event: OwnerEvent, now: float) -> list[Effect]:
-        match event:
-            case WeightDeclared(sender, weight):
-                self.collection.declare(sender, weight)
-            case SenderHeld(sender):
-                self.collection.hold(sender)
-            case SenderAwaited(sender):
-                self.collection.resume(sender, now)
-            case PartDelivered(sender, index):
-                self.collection.deliver(sender, index, now)
-            case PartAveraged():
-                return self._on_averaged(event, now)
-            case SenderLost(sender, reason):
-                return self._on_sender_lost(sender, reason, now)
-        return self._release()
+    def _route(self, effects: Iterable[Effect], now: float) -> list[Effect]:
+        """What the leader would report, it tells its own coordinator; what it announces holds for itself, too."""
+        routed: list[Effect] = []
+        for effect in effects:
+            match effect:
+                case TellLeader(report) if self._coordinator is not None:
+                    routed += self._coordinate(MemberReported(self.roles.me, report), now)
+                case TellLeader() if not self.election.has_leader:
+                    pass  # a new leader asks
+                case _:
+                    routed.append(effect)
+        return routed
 
-    def _as_sender(self, event: SenderEvent, now: float) -> list[Effect]:
-        match event:
-            case ExchangeOpened(owner):
-                self.returns.open(owner, now)
-            case PartSent(owner, index):
-                self.returns.send(owner, index, now)
-            case AverageReceived(owner, index):
-                self.returns.receive(owner, index, now)
-                return self._advance(now) or self._tell_progress(now)
-            case OwnerLost(owner, reason, loss):
-                return self._on_owner_lost(owner, reason, loss, now)
-            case ExcludedByOwner(owner, reason) if self.phase is Phase.EXCHANGING:
-                return self._stand_aside("exchange", f"excluded by {self.roles.name(owner)}: {reason}", now)
-        return []
-
-    def _as_member(self, event: MemberEvent, now: float) -> list[Effect]:
-        match event:
-            case MemberLost(member, reason):
-                return self._on_lost(member, reason, now)
-            case JoinTimedOut() | MemberReported():
-                return self._coordinate(event, now)
-            case ExclusionReceived(excluded):
-                return self._on_exclusion(excluded, now)
-            case OutcomeReceived(outcome):
-                return self._on_outcome(outcome)
-            case OutcomeAnswered(member, phase, known):
-                return self._on_answer(member, phase, known)
-
-    @property
-    def deadline(self) -> float:
-        """When :class:`TimePassed` is due, if nothing else happens before."""
-        if self.phase not in SERVING:
-            return NEVER
-        awaited = NEVER if self._coordinator is None else self._coordinator.deadline
-        return min(self.collection.clocks.deadline, self.returns.clocks.deadline, awaited)
-
-    # as an owner
+    # the exchange
 
     def _on_snapshot(self, weight: float, now: float) -> list[Effect]:
         if self.phase is not Phase.EXCHANGING:
             return []
-        if self._contributes:
-            self.returns.begin(weight, now)
-        self._settle(weight if self._contributes else None, now)
-        return [*self._release(), *self._advance(now)]
+        return [*self._begin(weight if self._contributes else None, now), *self._advance(now)]
 
-    def _settle(self, weight: float | None, now: float) -> None:
-        self._began = now
-        if self._coordinator is not None:
-            self._coordinator.handle(ExchangeBegan(), now)
-        self.collection.settle(weight, now)
+    def _begin(self, weight: float | None, now: float) -> list[Effect]:
+        self._has_begun = True
+        began = [] if self._coordinator is None else self._coordinate(ExchangeBegan(), now)
+        return [*began, *self.ledger.settle(weight, now)]
 
-    def _release(self) -> list[Effect]:
-        return [AveragePart(part) for part in self.collection.release()] if self.phase in SERVING else []
-
-    def _on_averaged(self, event: PartAveraged, now: float) -> list[Effect]:
-        if self.phase not in SERVING:
-            return []
-        self.collection.average(event.index)
-        effects: list[Effect] = [ReturnAverage(event.index)]
-        if self.collection.is_averaged:
-            weights = tuple(self.collection.weights)
-            effects += self._tell(SpanAveraged(weights, event.square_distance, event.square_average), now)
-        return [*effects, *self._advance(now)]
-
-    def _on_sender_lost(
-        self, sender: int, reason: str, now: float, *, is_silent: bool = False
-    ) -> list[Effect]:
-        if not self._takes_from(sender) or sender == self.roles.me:
-            return []  # whoever still waits for averages notices by itself
-        dropped = self._drop(sender, reason, is_silent=is_silent)
-        return [*dropped, *self._tell(SenderExcluded(sender, reason_text(reason)), now)]
-
-    def _takes_from(self, sender: int) -> bool:
-        """Whether this owner still counts on a member's part in the exchange."""
-        book = self.collection
-        if self.phase not in SERVING or book.is_averaged:
-            return False
-        return self.roles.contributes[sender] and sender not in book.dropped
-
-    def _drop(self, sender: int, reason: str, *, is_silent: bool = False) -> list[Effect]:
-        self.collection.drop(sender, reason)
-        return [DropSender(sender, reason, is_silent), *self._release()]
-
-    # as a member
-
-    def _on_owner_lost(self, owner: int, reason: str, loss: Loss, now: float) -> list[Effect]:
-        if self.phase is not Phase.EXCHANGING or not self.returns.missing_from(owner):
-            return []
-        if owner in self._failed_owners:
-            return []
-        self._failed_owners.add(owner)
-        self.returns.clocks.stop(owner)
-        if owner == self.roles.leader and loss is not Loss.TIMED_OUT:
-            return self._give_up(f"lost {self.roles.name(owner)}: {reason}")
-        return self._tell(OwnerFailed(owner, reason_text(reason), loss), now)
+    def _as_sender(self, event: SenderEvent, now: float) -> list[Effect]:
+        ledger = self.ledger
+        match event:
+            case ExchangeOpened(span):
+                ledger.returns.open(span, now)
+            case PartSent(span, index):
+                ledger.returns.send(span, index, now)
+            case AverageReceived(span, index):
+                if span in ledger.assignment.by_id:
+                    ledger.returns.receive(span, index, now)
+                    return self._tell_progress(now)
+            case SpanReceived(report):
+                if report.span in ledger.assignment.by_id:
+                    ledger.returns.complete(report, now)
+                    learnt = [] if self._coordinator is None else self._coordinator.learn(report, now)
+                    return [*self._announce(learnt, now), *self._advance(now)]
+            case OwnerLost(span, reason, loss):
+                return ledger.lose_owner(span, reason, loss)
+            case ExcludedByOwner(span_id, reason):
+                span_ = ledger.assignment.by_id.get(span_id)
+                if span_ is not None:
+                    return self._stand_aside(
+                        "exchange", f"excluded by {self.roles.name(span_.owner)}: {reason}", now
+                    )
+        return []
 
     def _advance(self, now: float) -> list[Effect]:
         """Become ready, if this member has contributed and holds every average."""
-        weight = self.collection.weights[self.roles.me]
-        if self.phase is not Phase.EXCHANGING or not self._contributes or weight is None:
+        if self.phase is not Phase.EXCHANGING or not self._has_begun or not self.ledger.is_complete:
             return []
-        if not (self.collection.is_averaged and self.returns.is_complete):
+        self._waits_since = now
+        if not self._contributes or self.ledger.weight is None:
             return []
-        if self._coordinator is None:
-            self._move_to(Phase.READY)
-        return self._tell(Ready(weight), now)
+        self._machine.move(Phase.READY)
+        return [TellLeader(Ready(self.ledger.weight, self.ledger.assignment.epoch))]
 
     def _tell_progress(self, now: float) -> list[Effect]:
         """Let the leader know, now and then, that this member is not stuck."""
-        is_due = now - self._progress_told >= PROGRESS_INTERVAL
-        if self._coordinator is not None or self.phase is not Phase.EXCHANGING or not is_due:
+        if now - self._told_progress < PROGRESS_INTERVAL:
             return []
-        if self.returns.is_complete:
-            return []
-        self._progress_told = now
-        return [TellLeader(AveragesReceived(self.returns.received))]
+        self._told_progress = now
+        return [TellLeader(AveragesReceived(self.ledger.returns.received))]
 
     def _on_time(self, late: float, now: float) -> list[Effect]:
-        uncounted = late + CATCH_UP if late else 0.0
-        self.collection.clocks.shift(uncounted)
-        self.returns.clocks.shift(uncounted)
         effects: list[Effect] = []
-        for sender in self.collection.clocks.expired(now):
-            begun = self.collection.delivered_by(sender)
-            what = "no further part, or took no average," if begun else "no part"
-            reason = f"it sent {what} within sender_timeout={self.collection.clocks.timeout:g} s"
-            effects += self._on_sender_lost(sender, reason, now, is_silent=not begun)
-        for owner in self.returns.clocks.expired(now):
-            reason = f"it returned no average within reducer_timeout={self.returns.clocks.timeout:g} s"
-            effects += self._on_owner_lost(owner, reason, Loss.TIMED_OUT, now)
+        if self.phase in SERVING:
+            effects += self.ledger.on_time(late, now)
         if self._coordinator is not None:
+            uncounted = late + CATCH_UP if late else 0.0
             effects += self._coordinate(TimePassed(uncounted), now)
+        if self.phase not in OVER and now >= self._patience_ends:
+            return [*effects, *self._lose_patience(now)]
+        effects += self.election.consider(now)
+        return [*effects, *self._try_to_lead(now)]
+
+    def _on_repair(self, order: Repair, now: float) -> list[Effect]:
+        if order in self.ledger.assignment.orders:
+            return []
+        if self.phase is Phase.READY:
+            self._machine.move(Phase.EXCHANGING)
+        if self.phase is not Phase.EXCLUDED:
+            self._waits_since = NEVER
+        self.election.voter.raise_floor(order.epoch.term)
+        effects = self.ledger.repair(order, now)
+        if self.phase is Phase.EXCHANGING:
+            effects += self._advance(now)
         return effects
 
     # exclusion
 
     def _stand_aside(self, phase: str, reason: str, now: float, *, by_leader: bool = False) -> list[Effect]:
-        """This member will not commit. It goes on to serve its span; without one, it is done."""
-        if self._coordinator is None and not self.collection.count:
-            return [TellLeader(StandsAside(phase, reason_text(reason))), *self._finish(reason)]
-        self._move_to(Phase.EXCLUDED)
+        """This member will not commit. It goes on to serve its spans, and to vote."""
+        self._machine.move(Phase.EXCLUDED)
         self.failure = reason
+        self._waits_since = now
         effects: list[Effect] = [StopContributing()]
-        self.returns.clocks.clear()
-        if self._began is None:
-            self._settle(None, now)
-            effects += self._release()
-        return effects if by_leader else [*effects, *self._tell(StandsAside(phase, reason_text(reason)), now)]
+        self.ledger.stop_taking()
+        if not self._has_begun:
+            effects += self._begin(None, now)
+        return effects if by_leader else [*effects, TellLeader(StandsAside(phase, reason_text(reason)))]
 
     def _on_exclusion(self, excluded: Excluded, now: float) -> list[Effect]:
         """The leader's word: nobody waits any more for what this member has not delivered."""
@@ -359,119 +361,263 @@ class AllReduce:
         if member == self.roles.me:
             waiting = self.phase in (Phase.EXCHANGING, Phase.READY)
             return self._stand_aside(excluded.phase, reason, now, by_leader=True) if waiting else []
-        return self._drop(member, reason) if self._takes_from(member) else []
+        return [*self.ledger.exclude(member, reason), *self._advance(now)]
 
-    # commit
+    # the leader's word, and the own words of a leader
 
-    def _tell(self, report: Report, now: float) -> list[Effect]:
-        if self._coordinator is None:
-            return [TellLeader(report)]
-        return self._coordinate(MemberReported(self.roles.me, report), now)
+    def _as_member(self, event: MemberEvent, now: float) -> list[Effect]:
+        match event:
+            case MemberLost(member, reason):
+                return self._on_lost(member, reason, now)
+            case JoinTimedOut() | MemberReported():
+                return self._coordinate(event, now)
+            case ExclusionReceived(excluded, term):
+                if self._hears(term):
+                    return self._on_exclusion(excluded, now)
+            case RepairReceived(order, term):
+                if self._hears(term):
+                    return self._on_repair(order, now)
+            case OutcomeReceived(outcome):
+                return self._conclude(outcome)
+        return []
+
+    def _hears(self, term: int) -> bool:
+        if term != self.election.term or self.election.lead is not Lead.FOLLOWING:
+            return False
+        self.election.heard_leader()
+        return True
 
     def _coordinate(self, event: CoordinatorEvent, now: float) -> list[Effect]:
-        """What the leader announces holds for itself too."""
         if self._coordinator is None:
+            if self.election.lead is Lead.CANDIDATE or self.election.term:
+                return []  # a report to one that does not lead yet, or no more
             raise ProtocolViolation("a member reported to one that does not lead")
+        return self._announce(self._coordinator.handle(event, now), now)
+
+    def _announce(self, announcements: list[Effect], now: float) -> list[Effect]:
+        """What the leader announces holds for itself too."""
         effects: list[Effect] = []
-        for announcement in self._coordinator.handle(event, now):
-            effects.append(announcement)
+        for announcement in announcements:
+            if not isinstance(announcement, AskForAcceptance):
+                effects.append(announcement)
             match announcement:
                 case AnnounceExclusion(excluded):
-                    effects += self._on_exclusion(excluded, now)
+                    effects += self._route(self._on_exclusion(excluded, now), now)
+                case AnnounceRepair(order):
+                    effects += self._route(self._on_repair(order, now), now)
+                case AskForAcceptance(_, term, outcome):
+                    self._waits_since = now
+                    effects += self._vote_for_own(announcement, term, outcome, now)
                 case AnnounceOutcome(outcome):
                     effects += self._conclude(outcome)
         return effects
 
+    def _vote_for_own(self, ask: Effect, term: int, outcome: Outcome, now: float) -> list[Effect]:
+        """The leader accepts what it proposes. In a pair that decides: then nobody is asked."""
+        assert self._coordinator is not None
+        self.election.accept(self.roles.me, term, outcome)
+        decided = self._coordinator.accept(self.roles.me)
+        return self._announce(decided, now) or [ask]
+
     def _on_lost(self, member: int, reason: str, now: float) -> list[Effect]:
+        self.election.lose_member(member)
         if self._coordinator is not None:
             return self._coordinate(MemberLost(member, reason), now)
-        if member == self.roles.leader:
-            return self._on_leader_lost(f"lost {self.roles.name(member)}: {reason}")
+        if member == self.leader and self.election.lead is Lead.FOLLOWING:
+            return self._on_leader_lost(f"lost {self.roles.name(member)}: {reason}", now)
+        return [*self.election.consider(now), *self._try_to_lead(now)]
+
+    # without a leader
+
+    def _on_leader_lost(self, story: str, now: float) -> list[Effect]:
+        effects = self.election.lose_leader(story, now)
+        without = self.election.lost | self.election.dead
+        if self.phase is not Phase.READY and not self.election.may_be_quorum(without):
+            return self._finish(self.failure or story)
+        return [*effects, *self._try_to_lead(now)]
+
+    def _try_to_lead(self, now: float) -> list[Effect]:
+        election = self.election
+        if not election.is_elected(now):
+            return []
+        adopted = election.win(self.describe())
+        longest = max(election.promises.values(), key=lambda one: [order.epoch for order in one.orders][-1:])
+        assignment = Assignment.replay(self.roles.parts_owned, longest.orders)
+        self._coordinator = Coordinator(self.roles, assignment, self._timeouts.reducer, election.term)
+        effects: list[Effect] = [LeadMembers(election.term)]
+        for order in assignment.orders:
+            effects += [AnnounceRepair(order), *self._on_repair(order, now)]
+        self._waits_since = now
+        standings = dict(election.promises) | {self.roles.me: self.describe()}
+        effects += self._announce(self._coordinator.take_over(standings, adopted, now), now)
+        return [*effects, *self.ledger.complain_again()]
+
+    @property
+    def _patience_ends(self) -> float:
+        """Until when this member waits for a decision, or for a leader."""
+        if self._coordinator is not None:
+            if self._coordinator.proposed is None:
+                return NEVER
+            is_bound = self.is_bound
+            return self._waits_since + (self._timeouts.doubt if is_bound else GIVE_UP_AFTER)
+        if self.election.since != NEVER:
+            return self.election.since + (
+                self._timeouts.doubt if self.phase is Phase.READY else GIVE_UP_AFTER
+            )
+        return self._waits_since + self._timeouts.leader
+
+    def _lose_patience(self, now: float) -> list[Effect]:
+        election = self.election
+        if self._coordinator is not None:
+            proposed = self._coordinator.proposed
+            if self.is_bound:
+                return self._doubt(
+                    "too few members answered to decide; others may have decided without this one"
+                )
+            return self._finish((proposed and proposed.reason) or "too few members answered to decide")
+        if election.since == NEVER:
+            name, limit = self.roles.name(self.leader), self._timeouts.leader
+            return self._on_leader_lost(f"{name} has led without a decision for {limit:g} s", now)
+        if self.phase is Phase.READY:
+            return self._doubt(f"{election.story}; others may have decided")
+        return self._finish(self.failure or f"{election.story}; no other leader was found")
+
+    def _doubt(self, reason: str) -> list[Effect]:
+        self._machine.move(Phase.IN_DOUBT)
+        self.failure = reason
+        return [Finish(reason)]
+
+    # the vote
+
+    def _on_vote(self, event: VoteEvent, now: float) -> list[Effect]:
+        match event:
+            case PromiseAsked(member, term):
+                return self._on_promise_asked(member, term)
+            case AcceptanceAsked(member, term, outcome):
+                if self.outcome is not None:
+                    return [Reply(Knows(self.outcome))]
+                accepts = self.election.accept(member, term, outcome)
+                if accepts and member == self.leader and self.election.lead is Lead.FOLLOWING:
+                    self.election.heard_leader()
+                return [Reply(Accepted() if accepts else Refused(self.election.voter.promised))]
+            case MemberAnswered():
+                return self._on_answer(event, now)
+
+    def _on_promise_asked(self, member: int, term: int) -> list[Effect]:
+        election = self.election
+        if self.outcome is not None:
+            return [Reply(Knows(self.outcome))]
+        is_again = election.lead is Lead.FOLLOWING and election.term == term
+        if election.has_leader and self.phase not in OVER and not is_again:
+            return [Reply(self.answer())]
+        was_candidate = election.lead is Lead.CANDIDATE
+        if not election.promise(member, term):
+            return [Reply(Refused(election.voter.promised))]
+        reply = Reply(self.describe())
+        if self.phase in OVER or is_again:
+            return [reply]
+        left = [StopLeading()] if was_candidate else []
+        return [*left, reply, FollowLeader(member, term), *self.ledger.complain_again()]
+
+    def _on_answer(self, event: MemberAnswered, now: float) -> list[Effect]:
+        if self.phase in DECIDED:
+            return []
+        answer = event.answer
+        if isinstance(answer, Knows):
+            return self._conclude(answer.outcome)
+        if self.phase is Phase.IN_DOUBT:
+            return []
+        if self._coordinator is not None:
+            return self._on_vote_counted(event, now)
+        was_candidate = self.election.lead is Lead.CANDIDATE
+        effects = self.election.on_answer(event, now)
+        if was_candidate and self.election.lead is Lead.LEADERLESS:
+            effects.insert(0, StopLeading())
+        return [*effects, *self._try_to_lead(now), *self._despair(now)]
+
+    def _on_vote_counted(self, event: MemberAnswered, now: float) -> list[Effect]:
+        coordinator = self._coordinator
+        assert coordinator is not None
+        if event.term != self.election.term or coordinator.proposed is None:
+            return []
+        answer = event.answer
+        if isinstance(answer, Accepted):
+            return self._announce(coordinator.accept(event.member), now)
+        if isinstance(answer, Refused) and answer.promised > self.election.term:
+            self._coordinator = None
+            story = "another member leads"
+            return [StopLeading(), *self._on_leader_lost(story, now)]
+        if event.is_dead or isinstance(answer, NotKnown):
+            self.election.dead.add(event.member)
+        if event.member in self.election.dead:
+            return self._despair(now)
+        return [AskForAcceptance((event.member,), self.election.term, coordinator.proposed, ASK_AGAIN)]
+
+    def _despair(self, now: float) -> list[Effect]:
+        """End the round for this member, if nobody who lives knows more, or can decide."""
+        if self.phase in OVER:
+            return []
+        if self._coordinator is not None:
+            proposed = self._coordinator.proposed
+            if proposed is not None and not self.election.may_be_quorum(self.election.dead):
+                reason = proposed.reason or "too few members live to decide"
+                return self._finish(reason)
+            return []
+        hope = self.election.hope
+        if self.election.has_leader or hope is Hope.QUORUM:
+            return []
+        if self.phase is not Phase.READY or hope is Hope.NONE:
+            story = f"{self.election.story}; no member that can be reached knows of a decision"
+            return self._finish(self.failure or story)
         return []
 
-    def _on_leader_lost(self, story: str) -> list[Effect]:
-        if self.phase in SERVING and not self._can_witness():
-            return self._give_up(story)
-        if self.phase in (Phase.EXCHANGING, Phase.READY):
-            self._move_to(Phase.ORPHANED)
-            self.failure = story
-            return [AskForOutcome(self.roles.others)]
-        return []
-
-    def _can_witness(self) -> bool:
-        """Whether this member, which only helps, stays to pass the leader's decision on: it has served its span, so
-        that there may be one, and clients reach each other through owners alone.
-        """
-        only_helps = self.phase is Phase.EXCHANGING and not self._contributes
-        return only_helps and self.collection.count > 0 and self.collection.is_averaged
+    # the end
 
     def _on_withdrawn(self, reason: str, now: float) -> list[Effect]:
+        if self._coordinator is not None:
+            if self._coordinator.proposed is None and self.roles.size > 2:
+                return [StopLeading(), *self._finish(reason)]  # the others find another leader
+            effects = self._coordinate(Withdrawn(reason), now)
+            if self.phase not in OVER and not self._coordinator.is_bound and not self._others_live:
+                effects += self._finish(reason)
+            return effects
         if self.phase not in SERVING:
             return []  # a member that is ready has given its word: only the outcome can free it
-        if self._coordinator is not None:
-            return self._coordinate(Withdrawn(reason), now)
-        return self._give_up(reason)
-
-    def _give_up(self, reason: str) -> list[Effect]:
         report = TellLeader(GaveUp(reason_text(reason)))
         return [report, *self._finish(self.failure if self.phase is Phase.EXCLUDED else reason)]
 
-    def _on_outcome(self, outcome: Outcome) -> list[Effect]:
-        if self._coordinator is not None:
-            raise ProtocolViolation("the leader was sent an outcome")
-        # an orphan, and whoever ended by itself, may have answered others that it knows of no decision
-        return self._conclude(outcome) if self.phase not in (*DECIDED, Phase.ORPHANED) else []
+    @property
+    def _others_live(self) -> bool:
+        return any(one not in self.election.lost for one in self.election.others)
+
+    def _learn(self, event: Event) -> list[Effect]:
+        """After the end of this member's round: only the decision is news, to one that is in doubt, or is asked."""
+        if isinstance(event, OutcomeReceived) and self.outcome is None:
+            return self._conclude(event.outcome)
+        return []
 
     def _conclude(self, outcome: Outcome) -> list[Effect]:
+        self.outcome = outcome
+        if self.phase in DECIDED:
+            return []
         reason = outcome.reason
         mine = next((one for one in outcome.excluded if one.member == self.roles.me), None)
         if reason is None and mine is not None:
             reason = f"excluded from the round: {mine.reason}"
         elif reason is None and self.phase is Phase.EXCLUDED:
             reason = self.failure
-        elif reason is None and self._is_unready():
-            raise ProtocolViolation("the leader committed a round before this member was ready")
-        self.outcome = outcome
-        return self._finish(reason)
+        elif reason is None and self._contributes and not self._holds(outcome):
+            reason = "the others committed averages that this member does not hold"
+        is_news = self._coordinator is None or self._coordinator.outcome is None
+        has_followers = self.election.lead in (Lead.LEADING, Lead.CANDIDATE)
+        told = [AnnounceOutcome(outcome)] if is_news and has_followers else []
+        return [*told, *self._finish(reason)]
 
-    def _is_unready(self) -> bool:
-        return self.phase is Phase.EXCHANGING and self._contributes and self._coordinator is None
-
-    def _on_answer(self, member: int, phase: Phase | None, outcome: Outcome | None) -> list[Effect]:
-        if self.phase is not Phase.ORPHANED:
-            return []
-        if outcome is not None:
-            return self._conclude(outcome)
-        may_hear = phase in (Phase.EXCHANGING, Phase.READY, Phase.EXCLUDED)
-        if may_hear or (phase is Phase.ORPHANED and self._relies_on(member)):
-            return [AskForOutcome((member,))]
-        self._answers[member] = phase
-        self._lost_some |= phase is None
-        if len(self._answers) < len(self.roles.others):
-            return []
-        return self._conclude_answers()
-
-    def _relies_on(self, member: int) -> bool:
-        """Owners reach everybody, and can be reached; two members that own nothing may both be clients."""
-        owned = self.roles.parts_owned
-        return owned[member] > 0 and owned[self.roles.me] == 0
-
-    def _conclude_answers(self) -> list[Effect]:
-        """Everybody has answered, or counts as dead."""
-        answers = self._answers.items()
-        others = tuple(one for one, phase in answers if phase is Phase.ORPHANED)
-        if others and self._lost_some:
-            # Who died may have told one of the orphans before, after that one's answer.
-            self._lost_some = False
-            for one in others:
-                del self._answers[one]
-            return [AskForOutcome(others)]
-        return self._finish(f"{self.failure}; no member that can be reached knows of a decision")
+    def _holds(self, outcome: Outcome) -> bool:
+        is_ready = self.phase in (Phase.READY, Phase.IN_DOUBT)
+        return is_ready and self.ledger.assignment.epoch == outcome.epoch
 
     def _finish(self, reason: str | None) -> list[Effect]:
-        self._move_to(Phase.COMMITTED if reason is None else Phase.FAILED)
+        self._machine.move(Phase.COMMITTED if reason is None else Phase.FAILED)
         self.failure = reason
         return [Finish(reason)]
-
-    def _move_to(self, phase: Phase) -> None:
-        self._machine.move(phase)

@@ -1,15 +1,16 @@
-"""What can happen in a round of all-reduce, and what has to be done then: the words of :mod:`.core`. Pure.
+"""What can happen in a round of all-reduce: the words that :mod:`.core` hears. Pure.
 
-Events are in the past tense, effects in the imperative. Members are numbers: positions in the group's agreed order,
-the leader first.
+Events are in the past tense; what has to be done then is in :mod:`.effects`. Members are numbers: positions in the
+group's agreed order, the founding leader first.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
 
-from shoal.averaging.allreduce.messages import Excluded, Loss, Outcome, Report
+from shoal.averaging.allreduce.assignment import Repair, SpanId
+from shoal.averaging.allreduce.messages import Answer, Excluded, Loss, Outcome, Report, SpanAveraged
 from shoal.sansio.core import TimePassed
 
 
@@ -19,28 +20,51 @@ class Phase(Enum):
     EXCHANGING = auto()
     """Parts and averages are on their way; this member may still give up by itself."""
     EXCLUDED = auto()
-    """It knows that it will not commit, and serves the averages of its span until the group is decided."""
+    """It knows that it will not commit, serves the averages of its span, and votes, until the group is decided."""
     READY = auto()
     """It holds every average, has said so, and waits for the outcome."""
-    ORPHANED = auto()
-    """It was ready when it lost the leader, or only helps and had averaged its span: it asks for the outcome."""
     COMMITTED = auto()
     FAILED = auto()
+    IN_DOUBT = auto()
+    """It was ready, and cannot learn the outcome: others may have committed."""
 
 
 DECIDED = (Phase.COMMITTED, Phase.FAILED)
+OVER = (*DECIDED, Phase.IN_DOUBT)
+"""Phases in which this member waits for nothing."""
 
 TRANSITIONS: dict[Phase, tuple[Phase, ...]] = {
-    Phase.EXCHANGING: (Phase.READY, Phase.EXCLUDED, Phase.ORPHANED, Phase.COMMITTED, Phase.FAILED),
+    Phase.EXCHANGING: (Phase.READY, Phase.EXCLUDED, Phase.COMMITTED, Phase.FAILED),
     Phase.EXCLUDED: (Phase.FAILED,),
-    Phase.READY: (Phase.ORPHANED, Phase.EXCLUDED, Phase.COMMITTED, Phase.FAILED),
-    Phase.ORPHANED: (Phase.COMMITTED, Phase.FAILED),
+    Phase.READY: (Phase.EXCHANGING, Phase.EXCLUDED, Phase.COMMITTED, Phase.FAILED, Phase.IN_DOUBT),
     Phase.COMMITTED: (),
     Phase.FAILED: (),
+    Phase.IN_DOUBT: (Phase.COMMITTED, Phase.FAILED),
 }
-"""An exchanging leader commits without a step in between, since its own readiness may be the last; and so does an
-auxiliary member, which has nothing to be ready with. Such a one becomes an orphan without having been ready, too.
+"""A ready member exchanges again when a span was repaired. An auxiliary member commits without having been ready: it
+has nothing to be ready with. What a member in doubt learns later, from another one's answer, ends its doubt.
 """
+
+
+class Lead(Enum):
+    """How this member stands to the leader of its term."""
+
+    FOLLOWING = auto()
+    """It hears the leader, or has just promised to."""
+    LEADING = auto()
+    LEADERLESS = auto()
+    """It lost the leader: it asks the others what they know, and waits for its turn to lead."""
+    CANDIDATE = auto()
+    """It has asked the others for their promises."""
+
+
+LEAD_TRANSITIONS: dict[Lead, tuple[Lead, ...]] = {
+    Lead.FOLLOWING: (Lead.LEADERLESS, Lead.FOLLOWING),
+    Lead.LEADING: (Lead.LEADERLESS, Lead.FOLLOWING),
+    Lead.LEADERLESS: (Lead.CANDIDATE, Lead.FOLLOWING),
+    Lead.CANDIDATE: (Lead.LEADING, Lead.LEADERLESS, Lead.FOLLOWING),
+}
+"""A member that promises a higher term follows its leader, whatever it did before."""
 
 
 @dataclass(frozen=True)
@@ -49,27 +73,35 @@ class RoundTimeouts:
 
     :param allreduce: for the whole exchange, from a member's own snapshot on
     :param sender: for which an owner waits for a sender's next part, before it goes on without that sender
-    :param reducer: for which a member waits for an owner's next average, before the round fails
+    :param reducer: for which a member waits for an owner's next average, before the span is given to others
+    :param leader: for which a member that is ready waits for a leader that lives, before it looks for another one
+    :param doubt: for which a member that lost the leader when it was ready tries to learn the outcome
     """
 
     allreduce: float | None = None
     sender: float | None = None
     reducer: float | None = None
+    leader: float = 120.0
+    doubt: float = 60.0
 
 
 @dataclass(frozen=True)
 class Roles:
     """Who is who in a round.
 
-    :param parts_owned: number of parts of each member's span (0: owns nothing)
+    :param parts_owned: number of parts of each member's first span (0: owns nothing)
     :param contributes: whether each member takes part with its tensors; False for those that only help
+    :param can_serve: whether each member can be reached by all others, and so may own spans and lead; empty: all of
+      them
+    :param min_size: members that must be left for the round to commit
     """
 
     me: int
     parts_owned: tuple[int, ...]
     contributes: tuple[bool, ...]
     names: tuple[str, ...] = ()
-    leader: int = 0
+    can_serve: tuple[bool, ...] = ()
+    min_size: int = 1
 
     @property
     def size(self) -> int:
@@ -78,6 +110,10 @@ class Roles:
     @property
     def others(self) -> tuple[int, ...]:
         return tuple(member for member in range(self.size) if member != self.me)
+
+    def serves(self, member: int) -> bool:
+        """Whether a member may own spans and lead."""
+        return not self.can_serve or self.can_serve[member]
 
     def name(self, member: int) -> str:
         """How a member is called in reasons."""
@@ -105,8 +141,9 @@ class SnapshotFailed:
 
 @dataclass(frozen=True)
 class WeightDeclared:
-    """``sender`` said with which weight it contributes."""
+    """``sender`` said with which weight it contributes to a span of this owner."""
 
+    span: SpanId
     sender: int
     weight: float
 
@@ -115,6 +152,7 @@ class WeightDeclared:
 class SenderHeld:
     """The shell takes no more from ``sender`` for now, which is ahead: its clock stands still."""
 
+    span: SpanId
     sender: int
 
 
@@ -122,24 +160,27 @@ class SenderHeld:
 class SenderAwaited:
     """The shell takes from ``sender`` again."""
 
+    span: SpanId
     sender: int
 
 
 @dataclass(frozen=True)
 class PartDelivered:
-    """``sender`` delivered its version of the ``index``-th part of the own span."""
+    """``sender`` delivered its version of the ``index``-th part of an own span."""
 
+    span: SpanId
     sender: int
     index: int
 
 
 @dataclass(frozen=True)
 class PartAveraged:
-    """The average of the ``index``-th part of the own span lies in the arena.
+    """The average of the ``index``-th part of an own span lies in the arena.
 
     With the last one: how far apart the senders were; see :class:`~.messages.SpanAveraged`.
     """
 
+    span: SpanId
     index: int
     square_distance: float | None = None
     square_average: float | None = None
@@ -147,56 +188,69 @@ class PartAveraged:
 
 @dataclass(frozen=True)
 class SenderLost:
-    """Nothing more can come from ``sender``: its stream ended, it broke the protocol, it sent NaN."""
+    """Nothing more can come from ``sender`` for a span: its stream ended, it broke the protocol, it sent NaN.
 
+    Only its first ``kept`` parts are in the average; None: all that it delivered.
+    """
+
+    span: SpanId
     sender: int
     reason: str
+    loss: Loss = Loss.BROKEN
+    kept: int | None = None
 
 
 @dataclass(frozen=True)
 class ExchangeOpened:
-    """``owner`` takes this member's parts from now on."""
+    """The owner of a span takes this member's parts from now on."""
 
-    owner: int
+    span: SpanId
 
 
 @dataclass(frozen=True)
 class PartSent:
-    """This member's version of the ``index``-th part of ``owner``'s span was handed to the network."""
+    """This member's version of the ``index``-th part of a span was handed to the network."""
 
-    owner: int
+    span: SpanId
     index: int
 
 
 @dataclass(frozen=True)
 class AverageReceived:
-    """``owner`` returned the average of the ``index``-th part of its span, and it lies in the arena."""
+    """The owner returned the average of the ``index``-th part of a span, and it lies in the arena."""
 
-    owner: int
+    span: SpanId
     index: int
 
 
 @dataclass(frozen=True)
-class OwnerLost:
-    """Nothing more can come from ``owner``: it could not be dialed, its stream ended, or what it sent was wrong."""
+class SpanReceived:
+    """After the last average of a span: what its owner says of it."""
 
-    owner: int
+    report: SpanAveraged
+
+
+@dataclass(frozen=True)
+class OwnerLost:
+    """No more averages of a span can come: its owner could not be dialed, the stream ended, or what came was wrong."""
+
+    span: SpanId
     reason: str
     loss: Loss = Loss.BROKEN
 
 
 @dataclass(frozen=True)
 class ExcludedByOwner:
-    """``owner`` goes on without this member."""
+    """The owner of a span goes on without this member."""
 
-    owner: int
+    span: SpanId
     reason: str
 
 
 @dataclass(frozen=True)
 class MemberLost:
-    """To the leader: the connection to ``member`` ended, or its stream of reports. To the others: that to the leader
-    did. Streams of parts end for themselves.
+    """The connection to ``member`` ended, or the stream of reports and words with it. Streams of parts end for
+    themselves.
     """
 
     member: int
@@ -221,27 +275,56 @@ class MemberReported:
 
 @dataclass(frozen=True)
 class ExclusionReceived:
-    """The leader says that the round goes on without a member, possibly this one."""
+    """The leader of ``term`` says that the round goes on without a member, possibly this one."""
 
     excluded: Excluded
+    term: int = 0
+
+
+@dataclass(frozen=True)
+class RepairReceived:
+    """The leader of ``term`` assigned spans anew."""
+
+    order: Repair
+    term: int = 0
 
 
 @dataclass(frozen=True)
 class OutcomeReceived:
-    """The leader's decision arrived, from the leader itself."""
+    """The decision arrived, from a leader to which a quorum accepted it."""
 
     outcome: Outcome
 
 
 @dataclass(frozen=True)
-class OutcomeAnswered:
-    """``member`` answered the question of an orphan. ``outcome``: the leader's decision, if it knows that. Phase None:
-    it cannot be reached, or does not know the round.
+class PromiseAsked:
+    """``member`` lost the leader and wants to lead, in ``term``; a :class:`Reply` is due."""
+
+    member: int
+    term: int
+
+
+@dataclass(frozen=True)
+class AcceptanceAsked:
+    """``member`` leads in ``term`` and proposes how the round ends; a :class:`Reply` is due."""
+
+    member: int
+    term: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class MemberAnswered:
+    """``member`` answered a question; None: it could not be reached.
+
+    :param term: of the promise or acceptance that it was asked for; None: it was asked for the outcome alone
+    :param is_dead: nobody has listened at its address for a while: its process has ended
     """
 
     member: int
-    phase: Phase | None
-    outcome: Outcome | None = None
+    term: int | None
+    answer: Answer | None
+    is_dead: bool = False
 
 
 @dataclass(frozen=True)
@@ -257,88 +340,18 @@ class Withdrawn:
 
 
 OwnerEvent = WeightDeclared | SenderHeld | SenderAwaited | PartDelivered | PartAveraged | SenderLost
-SenderEvent = ExchangeOpened | PartSent | AverageReceived | OwnerLost | ExcludedByOwner
+SenderEvent = ExchangeOpened | PartSent | AverageReceived | SpanReceived | OwnerLost | ExcludedByOwner
 MemberEvent = (
-    MemberLost | JoinTimedOut | MemberReported | ExclusionReceived | OutcomeReceived | OutcomeAnswered
+    MemberLost | JoinTimedOut | MemberReported | ExclusionReceived | RepairReceived | OutcomeReceived
 )
-Event = OwnerEvent | SenderEvent | MemberEvent | SnapshotTaken | SnapshotFailed | TimePassed | Withdrawn
-
-
-# Effects: what the shell has to do.
-
-
-@dataclass(frozen=True)
-class AveragePart:
-    """Everybody who is waited for has delivered the ``index``-th part of the own span: average what there is."""
-
-    index: int
-
-
-@dataclass(frozen=True)
-class ReturnAverage:
-    """Send the average of the ``index``-th part of the own span to every other member."""
-
-    index: int
-
-
-@dataclass(frozen=True)
-class DropSender:
-    """Take nothing more from ``sender``, and tell it why."""
-
-    sender: int
-    reason: str
-    is_silent: bool = field(default=False, compare=False)
-    """This member has waited for its first part in vain."""
-
-
-@dataclass(frozen=True)
-class StopContributing:
-    """Send no more parts, and take no more averages: this member will not commit."""
-
-
-@dataclass(frozen=True)
-class TellLeader:
-    """Send the leader this report."""
-
-    report: Report
-
-
-@dataclass(frozen=True)
-class AnnounceExclusion:
-    """The leader's word, for every other member."""
-
-    excluded: Excluded
-
-
-@dataclass(frozen=True)
-class AnnounceOutcome:
-    """The leader's decision, for every other member."""
-
-    outcome: Outcome
-
-
-@dataclass(frozen=True)
-class AskForOutcome:
-    """Ask these members what they know of the decision; each is asked once for each time that it is named."""
-
-    members: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Finish:
-    """The round is over for this member; ``reason`` None: committed."""
-
-    reason: str | None = None
-
-
-Effect = (
-    AveragePart
-    | ReturnAverage
-    | DropSender
-    | StopContributing
-    | TellLeader
-    | AnnounceExclusion
-    | AnnounceOutcome
-    | AskForOutcome
-    | Finish
+VoteEvent = PromiseAsked | AcceptanceAsked | MemberAnswered
+Event = (
+    OwnerEvent
+    | SenderEvent
+    | MemberEvent
+    | VoteEvent
+    | SnapshotTaken
+    | SnapshotFailed
+    | TimePassed
+    | Withdrawn
 )

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from shoal.averaging.allreduce.assignment import Span
 from shoal.averaging.allreduce.reduction import (
     OutOfRangeError,
     apply_difference,
@@ -56,17 +58,25 @@ def _check_payload(part: Part, expected: int, tag: int, length: int) -> None:
         )
 
 
+class Offence(NamedTuple):
+    """Why no more is taken from a sender, and how many of its parts, the first ones, are in the average."""
+
+    reason: str
+    kept: int
+
+
 class OwnSpan:
-    """The span that this member averages: what has arrived from whom, the averages, and what goes back to
-    whom.
+    """A span that this member averages: what has arrived from which sender, the averages, and what goes back.
 
     A part is averaged in one go from what has arrived, in the members' order, so that its average does not depend on
     the order of arrival.
     """
 
-    def __init__(self, partition: Partition, me: int, arena: Arena, weights: Mapping[int, float]) -> None:
+    def __init__(
+        self, partition: Partition, span: Span, me: int, arena: Arena, weights: Mapping[int, float]
+    ) -> None:
         """``weights``: of the contributors, as far as they are known; see :meth:`set_weight`."""
-        self.parts = partition.parts_of(me)
+        self.parts = partition.parts[span.first : span.first + span.count]
         self._weights = dict(weights)
         self._partition = partition
         self._layout = partition.layout
@@ -97,16 +107,18 @@ class OwnSpan:
         """The part that was received is complete."""
         self._arrived.setdefault(index, {})[sender] = data
 
-    def average(self, index: int) -> dict[int, str]:
+    def average(self, index: int) -> dict[int, Offence]:
         """Average what has been delivered of a part; the average lies in the arena from then on.
 
-        :returns: members whose version was left out, or that cannot be told the average, and what is wrong
+        :returns: members whose version was left out, or that cannot be told the average. What has come of them beyond
+          that is forgotten, so that the first parts of each member are in the average, and no others
         :raises AllreduceException: no version with a weight above 0 is left, or this member's own is not finite
         """
         part = self.parts[index]
         codec, dtype = self._layout.codec_of(part), self._layout.dtype_of(part)
         arrived = self._arrived.pop(index, {})
-        received, offenders = self._decode(part, arrived)
+        received, left_out = self._decode(part, arrived)
+        offenders = {sender: Offence(reason, index) for sender, reason in left_out.items()}
         inputs = dict(received)
         if self._me in self._weights:
             inputs[self._me] = self._layout.part_view(self._arena.snapshot, part)
@@ -124,7 +136,11 @@ class OwnSpan:
         if self._sample.wants(index):
             self._sample.add(index, values, out)
         if not codec.lossless(dtype):
-            offenders |= self._encode_differences(index, codec, out, received)
+            untold = self._encode_differences(index, codec, out, received)
+            offenders |= {sender: Offence(reason, index + 1) for sender, reason in untold.items()}
+        for waiting in self._arrived.values():
+            for sender in offenders:
+                waiting.pop(sender, None)
         self._recycle(part, arrived.values())
         return offenders
 
@@ -184,11 +200,11 @@ class OwnSpan:
 
 
 class ForeignSpan:
-    """The span of another owner: what this member sends of it, and the averages that come back."""
+    """A span of another owner: what this member sends of it, and the averages that come back."""
 
-    def __init__(self, partition: Partition, owner: int, arena: Arena) -> None:
-        self.parts = partition.parts_of(owner)
-        self._owner = owner
+    def __init__(self, partition: Partition, span: Span, arena: Arena) -> None:
+        self.parts = partition.parts[span.first : span.first + span.count]
+        self._owner = span.owner
         self._layout = partition.layout
         self._arena = arena
         self._expected = 0

@@ -13,8 +13,8 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
+from shoal.averaging.allreduce.assignment import FIRST_EPOCH, Epoch, Repair, SpanId
 from shoal.averaging.group import GROUP_ID_BYTES, MAX_WEIGHT
-from shoal.errors import ProtocolViolation
 from shoal.p2p.rpc import Method
 from shoal.utils.text import printable
 
@@ -28,13 +28,14 @@ EXCLUSION_PHASES = ("join", "snapshot", "exchange")
 
 
 class Contribute(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """A member opens the exchange with an owner: its weight, and its parts of the owner's span, will follow.
+    """A member opens the exchange for one span with its owner: its weight, and its parts of the span, will follow.
 
-    A payload's tag is the number of its part in the owner's span, in both directions.
+    A payload's tag is the number of its part in the span, in both directions.
     """
 
     prefix: str
     group_id: GroupID
+    span: SpanId
 
 
 class ReadyForParts(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -48,19 +49,21 @@ class DeclareWeight(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields
 
 
 class JoinRound(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """A member tells the leader that it takes part; its reports will follow."""
+    """A member tells the leader of ``term`` that it takes part; its reports will follow."""
 
     prefix: str
     group_id: GroupID
+    term: int = 0
 
 
 # Reports of a member to the leader.
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """The member holds every average, and gives its word to wait for the outcome."""
+    """The member holds every average of the assignment of ``epoch``, and gives its word to wait for the outcome."""
 
     weight: float
+    epoch: Epoch = FIRST_EPOCH
 
 
 class AveragesReceived(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -70,16 +73,19 @@ class AveragesReceived(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fie
 
 
 class SpanAveraged(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """An owner has averaged its whole span.
+    """An owner has averaged its whole span: its report to the leader, and the end of its averages to each member.
 
-    ``weights``: what each member told it (None: nothing). ``square_distance``: over the span, the sum of the squared
-    distances of the members' values from the average, as the mean of the members; ``square_average``: the sum of the
-    average's squares. Both are estimates; None: unknown.
+    ``weights``: what each member told it (None: nothing). ``partial``: members of which not all parts of the span are
+    in the average, with the number of those that are, its first ones. ``square_distance``: over the span, the sum of
+    the squared distances of the members' values from the average, as the mean of the members; ``square_average``: the
+    sum of the average's squares. Both are estimates; None: unknown.
     """
 
+    span: SpanId
     weights: tuple[float | None, ...]
     square_distance: float | None
     square_average: float | None
+    partial: tuple[tuple[int, int], ...] = ()
 
 
 class GaveUp(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -95,28 +101,32 @@ class StandsAside(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=T
     reason: str
 
 
-class SenderExcluded(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """An owner goes on without a sender."""
-
-    sender: int
-    reason: str
-
-
 class Loss(enum.Enum):
-    """How a member lost an owner."""
+    """How one member lost another."""
 
     BROKEN = "broken"
-    """The stream to the owner ended, or what the owner sent was wrong."""
+    """The stream between them ended."""
     UNDIALABLE = "undialable"
-    """No address of the owner could be dialed."""
+    """No address of the other could be dialed."""
     TIMED_OUT = "timed out"
-    """The owner is there, but took too long."""
+    """The other is there, but took too long."""
+    INVALID = "invalid"
+    """What the other sent was wrong, such as NaN."""
+
+
+class SenderExcluded(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """An owner averages the rest of a span without a sender."""
+
+    span: SpanId
+    sender: int
+    reason: str
+    loss: Loss = Loss.BROKEN
 
 
 class OwnerFailed(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """A member cannot get an owner's averages."""
+    """A member cannot get the averages of a span."""
 
-    owner: int
+    span: SpanId
     reason: str
     loss: Loss
 
@@ -142,7 +152,9 @@ class Outcome(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
     """The leader's decision: committed (``reason`` None) for all that are not excluded, or why the round failed.
 
     ``weights``: each member's in the average, 0 for those excluded. The sums are those of :class:`SpanAveraged` over
-    the whole vector. ``undialable``: of a round that failed, the owners that members could not dial.
+    the whole vector. ``undialable``: of a round that failed, the owners that members could not dial. ``epoch``: of the
+    assignment that was averaged. ``partial``: what is in the average of excluded members, as runs of parts (member,
+    first part, the part after the last).
     """
 
     reason: str | None
@@ -151,31 +163,92 @@ class Outcome(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
     square_distance: float | None = None
     square_average: float | None = None
     undialable: tuple[int, ...] = ()
+    epoch: Epoch = FIRST_EPOCH
+    partial: tuple[tuple[int, int, int], ...] = ()
+
+
+# The vote: questions to any member, also to one that has left the round, and its answers.
 
 
 class AskOutcome(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """An orphan asks another member what it knows of the leader's decision."""
+    """A member that lost the leader asks what another knows of the decision."""
 
     prefix: str
     group_id: GroupID
 
 
-class OutcomeAnswer(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """The phase of the member that was asked, by name (None: it does not know the round), and the leader's decision
-    if it knows that.
+class Prepare(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """A member that lost the leader wants to lead, in this term."""
+
+    prefix: str
+    group_id: GroupID
+    term: int
+
+
+class Propose(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """The leader of this term proposes how the round ends."""
+
+    prefix: str
+    group_id: GroupID
+    term: int
+    outcome: Outcome
+
+
+class NotKnown(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """The member that was asked does not know the round: it never did, or is a process that was started later."""
+
+
+class Knows(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """The round is decided."""
+
+    outcome: Outcome
+
+
+class Undecided(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """The member knows of no decision. ``phase``: where it stands, by name. ``has_leader``: it hears a living one."""
+
+    phase: str
+    has_leader: bool
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """The member has promised not to hear terms below this one."""
+
+    promised: int
+
+
+class Promised(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """The member hears nothing below the term that it was asked for, and says where it stands.
+
+    ``failure``: why it will not commit; None: it may. ``weight``: its own; None: not known yet. ``orders``: the repairs
+    that it knows. ``spans``: what it knows of the spans that it holds. ``accepted``: the decision that it accepted, and
+    in which term. ``floor``: see :class:`~.voter.Voter`.
     """
 
-    phase: str | None
-    outcome: Outcome | None = None
+    phase: str
+    weight: float | None = None
+    failure: str | None = None
+    orders: tuple[Repair, ...] = ()
+    spans: tuple[SpanAveraged, ...] = ()
+    accepted: tuple[int, Outcome] | None = None
+    floor: int = 0
 
+
+class Accepted(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """The member accepts what was proposed."""
+
+
+Question: TypeAlias = AskOutcome | Prepare | Propose
+Answer: TypeAlias = NotKnown | Knows | Undecided | Refused | Promised | Accepted
 
 ToOwner: TypeAlias = Contribute | DeclareWeight
 ToLeader: TypeAlias = JoinRound | Report
-FromLeader: TypeAlias = Excluded | Outcome
+FromLeader: TypeAlias = Excluded | Repair | Outcome
+ToMember: TypeAlias = ReadyForParts | SpanAveraged
 
-EXCHANGE: Method[ToOwner, ReadyForParts] = Method("averaging.exchange", ToOwner, ReadyForParts)  # type: ignore[arg-type]  # a union is no type
+EXCHANGE: Method[ToOwner, ToMember] = Method("averaging.exchange", ToOwner, ToMember)  # type: ignore[arg-type]  # a union is no type
 COMMIT: Method[ToLeader, FromLeader] = Method("averaging.commit", ToLeader, FromLeader)  # type: ignore[arg-type]
-OUTCOME: Method[AskOutcome, OutcomeAnswer] = Method("averaging.outcome", AskOutcome, OutcomeAnswer)
+VOTE: Method[Question, Answer] = Method("averaging.vote", Question, Answer)  # type: ignore[arg-type]
 
 
 def reason_text(text: str) -> str:
@@ -193,55 +266,6 @@ def is_weight(value: float) -> bool:
     return 0 <= value <= MAX_WEIGHT
 
 
-def check_report(report: Report, size: int) -> Report:
-    """A member's report in a group of ``size``, with its text made printable.
-
-    :raises ProtocolViolation: it is not well-formed
-    """
-    match report:
-        case Ready(weight):
-            _check(is_weight(weight), f"weight {weight}")
-        case AveragesReceived(count):
-            _check(count > 0, f"{count} averages")
-        case SpanAveraged(weights, distance, average):
-            _check(len(weights) == size, f"{len(weights)} weights in a group of {size}")
-            _check(all(one is None or is_weight(one) for one in weights), "a weight is negative or too large")
-            _check_sums(distance, average)
-        case StandsAside(phase, reason):
-            _check(phase in EXCLUSION_PHASES, "an unknown phase")
-            return StandsAside(phase, reason_text(reason))
-        case GaveUp(reason):
-            return GaveUp(reason_text(reason))
-        case SenderExcluded(sender, reason):
-            _check(0 <= sender < size, f"member {sender} of {size}")
-            return SenderExcluded(sender, reason_text(reason))
-        case OwnerFailed(owner, reason, loss):
-            _check(0 <= owner < size, f"member {owner} of {size}")
-            return OwnerFailed(owner, reason_text(reason), loss)
-    return report
-
-
-def check_excluded(excluded: Excluded, size: int) -> Excluded:
-    """A notice of the leader; as :func:`check_report`."""
-    _check(0 <= excluded.member < size, f"member {excluded.member} of {size}")
-    _check(excluded.phase in EXCLUSION_PHASES, "an unknown phase")
-    _check(math.isfinite(excluded.seconds) and excluded.seconds >= 0, f"{excluded.seconds} seconds")
-    return msgspec.structs.replace(excluded, reason=reason_text(excluded.reason))
-
-
-def check_outcome(outcome: Outcome, size: int) -> Outcome:
-    """A decision of the leader; as :func:`check_report`."""
-    excluded = tuple(check_excluded(one, size) for one in outcome.excluded)
-    _check(len({one.member for one in excluded}) == len(excluded), "a member is excluded twice")
-    _check(len(outcome.weights) in (0, size), f"{len(outcome.weights)} weights in a group of {size}")
-    _check(all(map(is_weight, outcome.weights)), "a weight is negative or too large")
-    _check_sums(outcome.square_distance, outcome.square_average)
-    _check(all(0 <= one < size for one in outcome.undialable), "an unknown member could not be dialed")
-    _check(len(outcome.undialable) <= size, "more members could not be dialed than there are")
-    reason = None if outcome.reason is None else reason_text(outcome.reason)
-    return msgspec.structs.replace(outcome, reason=reason, excluded=excluded)
-
-
 def add_up(values: Iterable[float | None]) -> float | None:
     """The sum, if all are known and it is finite."""
     total = 0.0
@@ -250,13 +274,3 @@ def add_up(values: Iterable[float | None]) -> float | None:
             return None
         total += value  # math.fsum raises where this becomes infinite
     return total if math.isfinite(total) else None
-
-
-def _check_sums(*sums: float | None) -> None:
-    for value in sums:
-        _check(value is None or (math.isfinite(value) and value >= 0), f"a sum of squares is {value}")
-
-
-def _check(holds: bool, problem: str) -> None:
-    if not holds:
-        raise ProtocolViolation(f"a message of the round is wrong: {problem}")

@@ -1,44 +1,47 @@
-"""Since when something is awaited of each of several members, and who has taken too long. Pure."""
+"""Since when something is awaited of each of several, members or spans, and which have taken too long. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from shoal.sansio.core import NEVER
 
+K = TypeVar("K", bound=tuple[object, ...] | int)
+
 
 @dataclass
-class PartClocks:
-    """One clock for each member, running or not. ``timeout`` None: there is no limit, and nothing is kept."""
+class PartClocks(Generic[K]):
+    """One clock for each key, running or not. ``timeout`` None: there is no limit, and nothing is kept."""
 
     timeout: float | None
-    _since: dict[int, float] = field(default_factory=dict)
+    _since: dict[K, float] = field(default_factory=dict)
 
-    def start(self, member: int, now: float) -> None:
-        """Something is awaited of ``member`` from now on."""
+    def start(self, key: K, now: float) -> None:
+        """Something is awaited of ``key`` from now on."""
         if self.timeout is not None:
-            self._since[member] = now
+            self._since[key] = now
 
-    def stop(self, member: int) -> None:
-        """Nothing is awaited of ``member``."""
-        self._since.pop(member, None)
+    def stop(self, key: K) -> None:
+        """Nothing is awaited of ``key``."""
+        self._since.pop(key, None)
 
     def clear(self) -> None:
         self._since.clear()
 
-    def runs(self, member: int) -> bool:
-        return member in self._since
+    def runs(self, key: K) -> bool:
+        return key in self._since
 
     def shift(self, seconds: float) -> None:
         """Time that does not count."""
-        for member in self._since:
-            self._since[member] += seconds
+        for key in self._since:
+            self._since[key] += seconds
 
-    def expired(self, now: float) -> list[int]:
-        """Members whose time is up, in their order."""
+    def expired(self, now: float) -> list[K]:
+        """Those whose time is up, in their order."""
         if self.timeout is None:
             return []
-        return sorted(member for member, since in self._since.items() if since + self.timeout <= now)
+        return sorted(key for key, since in self._since.items() if since + self.timeout <= now)
 
     @property
     def deadline(self) -> float:

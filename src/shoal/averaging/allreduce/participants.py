@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shoal.averaging.allreduce.core import AllReduce
-from shoal.averaging.allreduce.events import DECIDED, Event
+from shoal.averaging.allreduce.events import OVER, Event
 from shoal.averaging.group import GroupInfo
 from shoal.errors import (
     ConnectionLost,
@@ -58,8 +58,9 @@ class RoundCore:
     """Members to which the connection was lost, or that never opened a stream to this one though they had to."""
 
     @property
-    def is_decided(self) -> bool:
-        return self.core.phase in DECIDED
+    def is_over(self) -> bool:
+        """Whether the round has ended for this member."""
+        return self.core.phase in OVER
 
     def member(self, stream: Stream) -> int:
         """The member at the other end of a stream.

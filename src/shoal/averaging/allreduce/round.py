@@ -7,36 +7,48 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
-from shoal.averaging.allreduce.commit import Commitment
+from shoal.averaging.allreduce.assignment import SpanId
+from shoal.averaging.allreduce.commit import Commitment, to_event
 from shoal.averaging.allreduce.core import AllReduce
-from shoal.averaging.allreduce.events import (
+from shoal.averaging.allreduce.effects import (
     AnnounceExclusion,
     AnnounceOutcome,
+    AnnounceRepair,
+    AskForAcceptance,
     AskForOutcome,
+    AskForPromise,
     AveragePart,
     DropSender,
     Effect,
-    Event,
     Finish,
+    FollowLeader,
+    LeadMembers,
+    OpenSpans,
+    Reply,
+    ReturnAverage,
+    ReturnReport,
+    StopContributing,
+    StopLeading,
+    TellLeader,
+    VoidSpans,
+)
+from shoal.averaging.allreduce.events import (
+    Event,
     JoinTimedOut,
     MemberLost,
-    PartAveraged,
     Phase,
-    ReturnAverage,
     Roles,
     RoundTimeouts,
-    SenderLost,
     SnapshotFailed,
     SnapshotTaken,
-    StopContributing,
-    TellLeader,
     Withdrawn,
 )
 from shoal.averaging.allreduce.exchange import Arena
-from shoal.averaging.allreduce.messages import Outcome, is_weight
+from shoal.averaging.allreduce.messages import Answer, Outcome, Question, is_weight
 from shoal.averaging.allreduce.pace import Wait, find_slowest
 from shoal.averaging.allreduce.participants import RoundCore, learn_addresses
 from shoal.averaging.allreduce.streams import Exchange, describe_failure
@@ -58,8 +70,6 @@ JOIN_TIMEOUT = 15.0
 """Seconds, from the beginning of the round, within which each member has joined it at the leader; ``sender_timeout``
 if that is shorter.
 """
-BOUND = (Phase.READY, Phase.ORPHANED, Phase.COMMITTED)
-"""Once a member has given its word, or the round is decided."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,10 @@ class RoundResult:
     :param weights: of each member, as averaged; 0 for auxiliary and excluded ones (what these had delivered before is
       in the average all the same); empty if the round failed
     :param was_undialable: the round failed, and a member could not dial this one
+    :param in_doubt: this member was ready, and cannot learn whether the others committed; ``failure`` says why
+    :param partial: what is in the average of excluded members: of each one runs of parts, as (member, first part, the
+      part after the last)
+    :param repairs: how many times spans of lost owners were assigned anew
     :param spread: how far apart the members were before; None: unknown
     """
 
@@ -86,6 +100,9 @@ class RoundResult:
     weights: tuple[float, ...] = ()
     spread: Spread | None = None
     was_undialable: bool = False
+    in_doubt: bool = False
+    partial: tuple[tuple[int, int, int], ...] = ()
+    repairs: int = 0
 
 
 class Round:
@@ -96,6 +113,7 @@ class Round:
       fails, but it serves its span
     :param weight: read once, right after ``take_snapshot`` has returned; ignored for an auxiliary member
     :param timeouts: in seconds; see :class:`RoundTimeouts`
+    :param min_size: members that must be left for the round to commit
     :param on_bound: called once, when :meth:`withdraw` has become of no effect in a round that may commit
     """
 
@@ -110,10 +128,11 @@ class Round:
         take_snapshot: Callable[[], Awaitable[None]],
         weight: Callable[[], float],
         timeouts: RoundTimeouts,
+        min_size: int = 1,
         on_bound: Callable[[], None] = lambda: None,
     ) -> None:
         self.group = group
-        self.core = AllReduce(_roles(group, partition, host.peer_id), timeouts)
+        self.core = AllReduce(_roles(group, partition, host.peer_id, min_size), timeouts)
         self._host = host
         self._peers = group.peer_ids
         self._partition = partition
@@ -129,8 +148,9 @@ class Round:
         self._on_bound = on_bound
         self._is_bound = False
         self._tasks: asyncio.TaskGroup | None = None
-        self._contributing: list[asyncio.Task[None]] = []
+        self._following: asyncio.Task[None] | None = None
         self._asking: set[asyncio.Task[None]] = set()
+        self._replies: list[Answer] = []
         self._driver: Driver[Event, Effect] = Driver(
             self.core,
             self._carry_out,
@@ -167,10 +187,8 @@ class Round:
         try:
             async with asyncio.TaskGroup() as group:
                 self._tasks = group
-                self._contributing = [
-                    group.create_task(self._exchange.run_with(owner)) for owner in self._exchange.owners()
-                ]
-                following = group.create_task(self._take_part_in_decision())
+                self._exchange.begin(group)
+                self._following = group.create_task(self._take_part_in_decision())
                 await self._snapshot()
                 snapshot_at = loop.time()
                 if self._timeouts.allreduce is not None:
@@ -178,11 +196,12 @@ class Round:
                     limit = loop.call_later(self._timeouts.allreduce, self.withdraw, reason)
                 await self._decided.wait()
                 decided_at = loop.time()
-                for task in (*self._contributing, *self._asking):
+                self._exchange.stop_contributing()
+                for task in self._asking:
                     task.cancel()
                 if not self._commitment.leads:
-                    await asyncio.wait([following], timeout=FAREWELL_TIMEOUT)
-                following.cancel()
+                    await asyncio.wait([self._following], timeout=FAREWELL_TIMEOUT)
+                self._following.cancel()
         except BaseException as e:
             # A bug. The others must not wait for a member that is no more in the round.
             first = e.exceptions[0] if isinstance(e, BaseExceptionGroup) else e
@@ -215,12 +234,35 @@ class Round:
         """A member opened a stream of :data:`.messages.COMMIT`."""
         await self._commitment.serve(stream, first)
 
+    def vote(self, question: Question, member: PeerID) -> Answer:
+        """What this member answers to another one's question.
+
+        :raises ProtocolViolation: the question is not well-formed, or not a member's
+        """
+        event = to_event(question, self._peers.index(member))
+        if event is None:
+            return self.core.answer()
+        self._feed(event)
+        return self._replies.pop()
+
     async def _take_part_in_decision(self) -> None:
         if self._commitment.leads:
-            limit = self._timeouts.sender
-            await self._commitment.expect_members(JOIN_TIMEOUT if limit is None else min(limit, JOIN_TIMEOUT))
+            await self._expect_members()
         else:
-            await self._commitment.follow_leader()
+            await self._commitment.follow_leader(0, 0)
+
+    async def _expect_members(self) -> None:
+        limit = self._timeouts.sender
+        await self._commitment.expect_members(JOIN_TIMEOUT if limit is None else min(limit, JOIN_TIMEOUT))
+
+    def _follow(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do this from now on, instead of following, or expecting members, as before."""
+        if self._following is not None:
+            self._following.cancel()
+        if self._tasks is None:
+            work.close()
+        else:
+            self._following = self._tasks.create_task(work)
 
     async def _snapshot(self) -> None:
         waiting = [
@@ -267,6 +309,9 @@ class Round:
             weights=() if outcome is None else outcome.weights,
             spread=None if outcome is None else _spread(outcome, self._partition.layout.numel),
             was_undialable=outcome is not None and roles.me in outcome.undialable,
+            in_doubt=self.core.phase is Phase.IN_DOUBT,
+            partial=() if outcome is None else outcome.partial,
+            repairs=len(self.core.ledger.assignment.orders),
         )
 
     # core
@@ -275,57 +320,99 @@ class Round:
         self._driver.tell(event)
 
     def _note_bound(self) -> None:
-        if self.core.phase in BOUND and not self._is_bound:
+        if self.core.is_bound and not self._is_bound:
             self._is_bound = True
             self._on_bound()
 
     def _carry_out(self, effect: Effect) -> None:
         match effect:
-            case AveragePart(index):
-                self._average(index)
-            case ReturnAverage(index):
-                self._exchange.release(index + 1)
-            case DropSender(sender, reason, is_silent):
-                self._exchange.drop(sender, reason, is_silent=is_silent)
-            case StopContributing():
-                self._stopped.set()
-                for task in self._contributing:
-                    task.cancel()
+            case (
+                AveragePart()
+                | ReturnAverage()
+                | ReturnReport()
+                | DropSender()
+                | StopContributing()
+                | VoidSpans()
+                | OpenSpans()
+            ):
+                self._carry_on_exchange(effect)
+            case AskForOutcome() | AskForPromise() | AskForAcceptance():
+                self._ask(effect)
             case TellLeader(report):
                 self._commitment.report(report)
-            case AnnounceExclusion(excluded):
-                self._commitment.announce(excluded)
-            case AnnounceOutcome(outcome):
-                self._commitment.announce(outcome)
-            case AskForOutcome(members):
-                self._ask(members)
+            case FollowLeader(leader, term):
+                self._commitment.follow_anew()
+                self._follow(self._commitment.follow_leader(leader, term))
+            case LeadMembers():
+                self._follow(self._expect_members())
+            case StopLeading():
+                self._commitment.stop_leading()
+            case AnnounceExclusion(word) | AnnounceRepair(word) | AnnounceOutcome(word):
+                self._commitment.announce(word)
+            case Reply(answer):
+                self._replies.append(answer)
             case Finish(reason):
                 self._decided.set()
                 self._commitment.close()
+                if self.core.outcome is None:
+                    self._commitment.stop_leading()
                 self._exchange.close(reason)
 
-    def _average(self, index: int) -> None:
+    def _carry_on_exchange(
+        self,
+        effect: AveragePart
+        | ReturnAverage
+        | ReturnReport
+        | DropSender
+        | StopContributing
+        | VoidSpans
+        | OpenSpans,
+    ) -> None:
+        match effect:
+            case AveragePart(span, index):
+                self._average(span, index)
+            case ReturnAverage(span, index):
+                self._exchange.release(span, index + 1)
+            case ReturnReport(report):
+                self._exchange.report(report)
+            case DropSender(span, sender, reason, is_silent):
+                self._exchange.drop(span, sender, reason, is_silent=is_silent)
+            case StopContributing():
+                self._stopped.set()
+                self._exchange.stop_contributing()
+            case VoidSpans(void):
+                self._exchange.void(void)
+            case OpenSpans(opened):
+                self._exchange.open(opened)
+
+    def _average(self, span: SpanId, index: int) -> None:
         if self._is_broken:
             return  # an earlier part of the same batch could not be averaged
-        own = self._exchange.own
         try:
-            offenders = own.average(index)
-            measured = own.spread() if index == len(own.parts) - 1 else (None, None)
+            self._exchange.average(span, index)
         except Exception as e:  # noqa: BLE001 - memory may be short, a codec is the user's: whose part came last is not to blame
             self._is_broken = True
             self._feed(Withdrawn(describe_failure(e)))
-            return
-        for member, reason in offenders.items():
-            self._feed(SenderLost(member, reason))
-        self._feed(PartAveraged(index, *measured))
 
-    def _ask(self, members: tuple[int, ...]) -> None:
+    def _ask(self, effect: AskForOutcome | AskForPromise | AskForAcceptance) -> None:
         if self._tasks is None:
             return
-        for member in members:
-            task = self._tasks.create_task(self._commitment.ask_for_outcome(member))
+        for member in effect.members:
+            task = self._tasks.create_task(self._question(effect, member))
             self._asking.add(task)
             task.add_done_callback(self._asking.discard)
+
+    def _question(
+        self, effect: AskForOutcome | AskForPromise | AskForAcceptance, member: int
+    ) -> Coroutine[Any, Any, None]:
+        ask = self._commitment
+        match effect:
+            case AskForOutcome(_, delay):
+                return ask.ask_for_outcome(member, delay)
+            case AskForPromise(_, term, delay):
+                return ask.ask_for_promise(member, term, delay)
+            case AskForAcceptance(_, term, outcome, delay):
+                return ask.ask_for_acceptance(member, term, outcome, delay)
 
     def _on_disconnect(self, peer: PeerID, ending: Ending) -> None:
         # Other connections than the leader's come and go as the DHT needs them; a stream that ends with one says so.
@@ -342,7 +429,7 @@ def _spread(outcome: Outcome, elements: int) -> Spread | None:
     return Spread(distance, relative if math.isfinite(relative) else None)
 
 
-def _roles(group: GroupInfo, partition: Partition, peer_id: PeerID) -> Roles:
+def _roles(group: GroupInfo, partition: Partition, peer_id: PeerID, min_size: int) -> Roles:
     peers = group.peer_ids
     if peer_id not in peers:
         raise AllreduceException(f"{peer_id} is no member of its own group")
@@ -351,4 +438,6 @@ def _roles(group: GroupInfo, partition: Partition, peer_id: PeerID) -> Roles:
         parts_owned=tuple(len(partition.parts_of(member)) for member in range(len(peers))),
         contributes=tuple(member.mode is not PeerMode.AUXILIARY for member in group.members),
         names=tuple(str(peer) for peer in peers),
+        can_serve=tuple(member.mode.can_lead for member in group.members),
+        min_size=min_size,
     )

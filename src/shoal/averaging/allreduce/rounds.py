@@ -6,18 +6,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
+from typing import NamedTuple
 
-from shoal.averaging.allreduce.commit import answer_outcome
+from shoal.averaging.allreduce.commit import answer_question
 from shoal.averaging.allreduce.core import AllReduce
-from shoal.averaging.allreduce.events import DECIDED
+from shoal.averaging.allreduce.events import OVER
 from shoal.averaging.allreduce.messages import (
     COMMIT,
     EXCHANGE,
-    OUTCOME,
-    AskOutcome,
+    VOTE,
     Contribute,
     JoinRound,
-    OutcomeAnswer,
+    NotKnown,
+    Question,
 )
 from shoal.averaging.allreduce.round import Round
 from shoal.averaging.router import Router
@@ -25,15 +26,24 @@ from shoal.errors import RemoteError
 from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Stream
 
-METHODS = (EXCHANGE, COMMIT, OUTCOME)
+METHODS = (EXCHANGE, COMMIT, VOTE)
 ARRIVAL_TIMEOUT = 10.0
 """Seconds for which a stream may be ahead of the message by which this member learns of the group; ``sender_timeout``
 if that is shorter.
 """
+QUESTION_TIMEOUT = 1.0
+"""Likewise for a question: a member that does not know the round has no vote in it."""
 MAX_WAITING_STREAMS = 1024
 MAX_WAITING_STREAMS_PER_PEER = 8
 """A member opens two in a round. Bytes of streams that wait are bounded by the connection, as of all streams."""
 REMEMBERED_ROUNDS = 64
+
+
+class Ended(NamedTuple):
+    """A round that is over for this member, which answers others' questions all the same."""
+
+    core: AllReduce
+    peers: tuple[PeerID, ...]
 
 
 class Rounds:
@@ -49,13 +59,13 @@ class Rounds:
         self._router = router
         self._prefix = prefix
         self._current: dict[bytes, Round] = {}
-        self._ended: OrderedDict[bytes, AllReduce] = OrderedDict()
+        self._ended: OrderedDict[bytes, Ended] = OrderedDict()
         self._began = asyncio.Event()
         self._waiting: Counter[PeerID] = Counter()
         router.register(EXCHANGE, prefix, self._serve_exchange)
         try:
             router.register(COMMIT, prefix, self._serve_commit)
-            router.register(OUTCOME, prefix, self._serve_outcome)
+            router.register(VOTE, prefix, self._serve_vote)
         except BaseException:
             self.close()
             raise
@@ -71,11 +81,11 @@ class Rounds:
         self._began = asyncio.Event()
 
     def end(self, ended: Round) -> None:
-        """The round is decided: its memory is let go, its outcome is kept for orphans."""
+        """The round is over here: its memory is let go, its vote is kept."""
         self._current.pop(ended.group.group_id, None)
-        if ended.core.phase not in DECIDED:
-            return  # it ended by a bug: orphans would ask for its outcome for ever
-        self._ended[ended.group.group_id] = ended.core
+        if ended.core.phase not in OVER:
+            return  # it ended by a bug
+        self._ended[ended.group.group_id] = Ended(ended.core, ended.group.peer_ids)
         if len(self._ended) > REMEMBERED_ROUNDS:
             self._ended.popitem(last=False)
 
@@ -87,23 +97,25 @@ class Rounds:
 
     async def _find(self, group_id: bytes, peer: PeerID) -> Round:
         if group_id not in self._current and group_id not in self._ended:
-            await self._wait_for(group_id, peer)
+            await self._wait_for(group_id, peer, self._arrival_timeout)
         found = self._current.get(group_id)
         if found is None:
             ended = self._ended.get(group_id)
             reason = (
-                f"it has ended: {ended.failure or 'committed'}" if ended else "its group is not known here"
+                f"it has ended: {ended.core.failure or 'committed'}"
+                if ended
+                else "its group is not known here"
             )
             raise RemoteError("no_such_round", f"no such round: {reason}")
         return found
 
-    async def _wait_for(self, group_id: bytes, peer: PeerID) -> None:
+    async def _wait_for(self, group_id: bytes, peer: PeerID, seconds: float) -> None:
         of_all, of_peer = self._waiting.total(), self._waiting[peer]
         if of_all >= MAX_WAITING_STREAMS or of_peer >= MAX_WAITING_STREAMS_PER_PEER:
             raise RemoteError("busy", f"{of_all} streams, {of_peer} of yours, wait for their rounds already")
         self._waiting[peer] += 1
         try:
-            async with asyncio.timeout(self._arrival_timeout):
+            async with asyncio.timeout(seconds):
                 while group_id not in self._current and group_id not in self._ended:
                     await self._began.wait()
         except TimeoutError:
@@ -119,7 +131,16 @@ class Rounds:
     async def _serve_commit(self, stream: Stream, first: JoinRound) -> None:
         await (await self._find(first.group_id, stream.remote)).serve_commit(stream, first)
 
-    async def _serve_outcome(self, stream: Stream, first: AskOutcome) -> None:
-        current = self._current.get(first.group_id)
-        core = current.core if current is not None else self._ended.get(first.group_id)
-        await stream.send(answer_outcome(core) if core is not None else OutcomeAnswer(None))
+    async def _serve_vote(self, stream: Stream, first: Question) -> None:
+        group_id, peer = first.group_id, stream.remote
+        if group_id not in self._current and group_id not in self._ended:
+            await self._wait_for(group_id, peer, min(QUESTION_TIMEOUT, self._arrival_timeout))
+        current, ended = self._current.get(group_id), self._ended.get(group_id)
+        peers = current.group.peer_ids if current else ended.peers if ended else ()
+        if peer not in peers:
+            await stream.send(NotKnown())
+        elif current is not None:
+            await stream.send(current.vote(first, peer))
+        elif ended is not None:
+            now = asyncio.get_running_loop().time()
+            await stream.send(answer_question(ended.core, first, peers.index(peer), now))

@@ -1,4 +1,6 @@
-"""The streams of one round that carry tensor bytes: to the owners of other spans, and from the senders of the own."""
+"""The streams of one round that carry tensor bytes: one for each span and member, between the member and the span's
+owner.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +9,38 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
+from shoal.averaging.allreduce.assignment import Span, SpanId
 from shoal.averaging.allreduce.events import (
     AverageReceived,
     ExchangeOpened,
     ExcludedByOwner,
     OwnerLost,
+    PartAveraged,
     PartDelivered,
     PartSent,
     SenderAwaited,
     SenderHeld,
     SenderLost,
+    SpanReceived,
     WeightDeclared,
     Withdrawn,
 )
-from shoal.averaging.allreduce.exchange import HELD_BYTES, Arena, ForeignSpan, OwnSpan
-from shoal.averaging.allreduce.messages import EXCHANGE, Contribute, DeclareWeight, Loss, ReadyForParts
+from shoal.averaging.allreduce.exchange import (
+    HELD_BYTES,
+    Arena,
+    ForeignSpan,
+    NotFiniteError,
+    OwnSpan,
+)
+from shoal.averaging.allreduce.message_checks import check_span_averaged, check_span_id
+from shoal.averaging.allreduce.messages import (
+    EXCHANGE,
+    Contribute,
+    DeclareWeight,
+    Loss,
+    ReadyForParts,
+    SpanAveraged,
+)
 from shoal.averaging.allreduce.pace import Wait
 from shoal.averaging.allreduce.participants import RoundCore
 from shoal.averaging.partition import Partition
@@ -33,66 +52,157 @@ logger = logging.getLogger(__name__)
 
 WINDOW_BYTES = 4 << 20
 """Credit of each stream of parts or averages; at least two parts, whatever their size."""
+ORDER_TIMEOUT = 10.0
+"""Seconds for which a stream of a repaired span may be ahead of the leader's order to repair it."""
 EXCLUDED = "excluded"
 ROUND_FAILED = "round_failed"
+VOID = "void"
+"""The span was assigned anew."""
+
+
+class Serving:
+    """An own span, and the streams of the members that contribute to it."""
+
+    def __init__(self, span: Span, own: OwnSpan) -> None:
+        self.span = span
+        self.own = own
+        self.averaged = 0
+        self.report: SpanAveraged | None = None
+        """What is said of the span after its last average."""
+        self.streams: dict[int, Stream] = {}
+        self.returned: dict[int, int] = {}
+        """Averages that each member has been sent; the report counts as one more."""
+        largest = max((part.nbytes for part in own.parts), default=1)
+        self.max_held = max(2, HELD_BYTES // largest)
+
+    def is_done(self, member: int) -> bool:
+        """Whether a member was sent everything."""
+        return self.returned.get(member, 0) > len(self.own.parts)
+
+    def is_ahead(self, member: int, index: int) -> bool:
+        """Whether a member's next part would take more memory than it may: for parts that wait for slower senders,
+        and, under a lossy codec, for answers that the member has not taken yet.
+        """
+        settled = min(self.averaged, self.returned.get(member, 0))
+        return index - settled > self.max_held
 
 
 class Exchange:
-    """Moves the parts and averages of one member: :meth:`run_with` an owner, :meth:`serve` a sender."""
+    """Moves the parts and averages of one member: :meth:`open` spans, :meth:`serve` a sender."""
 
     def __init__(self, shared: RoundCore, partition: Partition, arena: Arena) -> None:
         self._shared = shared
         self._core = shared.core
         self._partition = partition
         self._arena = arena
-        self.own = OwnSpan(partition, shared.core.roles.me, arena, {})
         self.bytes_sent = self.bytes_received = 0
         self.waits: dict[int, Wait] = {}
         """For each sender that has begun: what came of it, and how long this owner waited for it."""
         self._weight: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        self._streams: dict[int, Stream] = {}
-        self._averaged = 0
-        self._returned: dict[int, int] = {}
-        largest = max((part.nbytes for part in self.own.parts), default=1)
-        self._max_held = max(2, HELD_BYTES // largest)
+        self._own_weight: float | None = None
+        self._serving: dict[SpanId, Serving] = {}
+        self._taking: dict[SpanId, Stream] = {}
+        """Streams to the owners of other spans, whose payloads are written to the arena."""
+        self._contributing: dict[SpanId, asyncio.Task[None]] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        self._is_contributing = self._core.roles.contributes[self._core.roles.me]
         self._progress = asyncio.Event()
 
     # from the round
 
+    def begin(self, tasks: asyncio.TaskGroup) -> None:
+        """Open the spans of the first assignment; ``tasks`` owns the streams to owners."""
+        self._tasks = tasks
+        self.open(self._core.ledger.assignment.spans)
+
     def contribute(self, weight: float) -> None:
         """The snapshot is taken: parts may be sent, and averaged, from now on."""
         if self._core.roles.contributes[self._core.roles.me]:
-            self.own.set_weight(self._core.roles.me, weight)
+            self._own_weight = weight
+            for serving in self._serving.values():
+                serving.own.set_weight(self._core.roles.me, weight)
         self._weight.set_result(weight)
 
-    def owners(self) -> list[int]:
-        """The members that owe this one averages, and want its parts."""
-        roles = self._core.roles
-        return [owner for owner in roles.others if roles.parts_owned[owner] and roles.contributes[roles.me]]
-
-    def release(self, averaged: int) -> None:
-        """So many parts of the own span have been averaged: they may be returned."""
-        self._averaged = averaged
+    def open(self, spans: tuple[Span, ...]) -> None:
+        """Serve those of these spans that are the own ones, and contribute to the others."""
+        me = self._core.roles.me
+        for span in spans:
+            if span.owner == me:
+                known = {} if self._own_weight is None else {me: self._own_weight}
+                own = OwnSpan(self._partition, span, me, self._arena, known)
+                self._serving[span.id] = Serving(span, own)
+            elif self._is_contributing and self._tasks is not None:
+                self._contributing[span.id] = self._tasks.create_task(self._run_with_owner(span))
         self.wake()
+
+    def void(self, spans: tuple[SpanId, ...]) -> None:
+        """These spans count no more. Nothing of them is written to the arena from now on."""
+        for span in spans:
+            stream, task = self._taking.pop(span, None), self._contributing.pop(span, None)
+            if stream is not None:
+                stream.reset(VOID, "the span was assigned anew")
+            if task is not None:
+                task.cancel()
+            serving = self._serving.pop(span, None)
+            if serving is not None:
+                for sender in serving.streams.values():
+                    sender.reset(VOID, "the span was assigned anew")
+                serving.own.clear()
+        self.wake()
+
+    def average(self, span: SpanId, index: int) -> None:
+        """Average a part of an own span, and feed the core what came of it.
+
+        :raises Exception: it cannot be averaged
+        """
+        serving = self._serving.get(span)
+        if serving is None:
+            return
+        own = serving.own
+        offences = own.average(index)
+        measured = own.spread() if index == len(own.parts) - 1 else (None, None)
+        for member, (reason, kept) in offences.items():
+            self._shared.feed(SenderLost(span, member, reason, Loss.INVALID, kept))
+        self._shared.feed(PartAveraged(span, index, *measured))
+
+    def release(self, span: SpanId, averaged: int) -> None:
+        """So many parts of an own span have been averaged: they may be returned."""
+        if span in self._serving:
+            self._serving[span].averaged = averaged
+            self.wake()
+
+    def report(self, report: SpanAveraged) -> None:
+        """After the last average of an own span, tell every member what it is made of."""
+        if report.span in self._serving:
+            self._serving[report.span].report = report
+            self.wake()
 
     def wake(self) -> None:
         """Let everybody look again who waits for parts to be averaged."""
         self._progress.set()
         self._progress = asyncio.Event()
 
+    def stop_contributing(self) -> None:
+        """Send no more parts, and take no more averages."""
+        self._is_contributing = False
+        for task in self._contributing.values():
+            task.cancel()
+
     def close(self, failure: str | None) -> None:
-        """The round is decided: whoever has not got its averages gets none any more. A peer that neither takes them nor
-        leaves would keep the round in memory otherwise.
+        """The round is decided: a member that has not got its averages gets none any more. A peer that neither takes
+        them nor leaves would keep the round in memory otherwise.
         """
-        for member, stream in self._streams.items():
-            if self._returned.get(member, 0) < len(self.own.parts):
-                stream.reset(ROUND_FAILED, failure or "the round is over")
-        self.own.clear()
+        for serving in self._serving.values():
+            for member, stream in serving.streams.items():
+                if not serving.is_done(member):
+                    stream.reset(ROUND_FAILED, failure or "the round is over")
+            serving.own.clear()
         self.wake()
 
-    def drop(self, sender: int, reason: str, *, is_silent: bool = False) -> None:
+    def drop(self, span: SpanId, sender: int, reason: str, *, is_silent: bool = False) -> None:
         """Take nothing more from a sender, and tell it so."""
-        stream = self._streams.get(sender)
+        serving = self._serving.get(span)
+        stream = None if serving is None else serving.streams.get(sender)
         if stream is not None:
             stream.reset(EXCLUDED, reason)
         elif is_silent:
@@ -103,160 +213,191 @@ class Exchange:
 
     # to owners
 
-    async def run_with(self, owner: int) -> None:
-        """Send an owner this member's weight and parts of its span, and receive their averages."""
+    async def _run_with_owner(self, span: Span) -> None:
+        """Send the owner of a span this member's weight and parts, and receive their averages."""
         feed = self._shared.feed
         try:
-            await self._exchange_with(owner)
+            await self._exchange_with(span)
         except RemoteError as e:
             if e.code == EXCLUDED:
-                feed(ExcludedByOwner(owner, e.message))
-            elif e.code != ROUND_FAILED or owner != self._core.roles.leader:
-                feed(OwnerLost(owner, str(e)))
-            # else the leader's decision is on its way, with the reason
+                feed(ExcludedByOwner(span.id, e.message))
+            elif e.code not in (VOID, ROUND_FAILED) or (
+                e.code == ROUND_FAILED and span.owner != self._core.leader
+            ):
+                feed(OwnerLost(span.id, str(e)))
+            # else the leader's word is on its way, with the reason
+        except NotFiniteError as e:
+            feed(OwnerLost(span.id, str(e), Loss.INVALID))
         except (ShoalError, EOFError) as e:
-            self._shared.note_failure(owner, e)
+            self._shared.note_failure(span.owner, e)
             loss = Loss.UNDIALABLE if isinstance(e, PeerUnreachable) else Loss.BROKEN
-            feed(OwnerLost(owner, str(e), loss))
+            feed(OwnerLost(span.id, str(e), loss))
 
-    async def _exchange_with(self, owner: int) -> None:
-        shared, span = self._shared, ForeignSpan(self._partition, owner, self._arena)
-        async with shared.host.open_stream(shared.peers[owner], EXCHANGE, lane=Lane.BULK) as stream:
-            await stream.send(Contribute(shared.prefix, shared.group_id))
+    async def _exchange_with(self, span: Span) -> None:
+        shared, foreign = self._shared, ForeignSpan(self._partition, span, self._arena)
+        async with shared.host.open_stream(shared.peers[span.owner], EXCHANGE, lane=Lane.BULK) as stream:
+            await stream.send(Contribute(shared.prefix, shared.group_id, span.id))
             if not isinstance(await stream.receive(), ReadyForParts):
                 raise ProtocolViolation("sent a payload before it was ready for parts")
-            stream.accept_payloads(span.receive_into, self._window())
+            self._taking[span.id] = stream
+            stream.accept_payloads(foreign.receive_into, self._window())
             try:
-                await self._exchange_on(stream, span, owner)
+                await self._exchange_on(stream, foreign, span.id)
             except asyncio.CancelledError:
                 if self._core.failure is not None:  # the owner may hear of it here before the leader tells it
                     stream.reset("cancelled", self._core.failure)
                 raise
 
-    async def _exchange_on(self, stream: Stream, span: ForeignSpan, owner: int) -> None:
+    async def _exchange_on(self, stream: Stream, foreign: ForeignSpan, span: SpanId) -> None:
         weight = await asyncio.shield(self._weight)
-        span.sends = weight != 0
+        foreign.sends = weight != 0
         await stream.send(DeclareWeight(weight))
-        self._shared.feed(ExchangeOpened(owner))
+        self._shared.feed(ExchangeOpened(span))
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._send_parts(stream, span, owner))
-                group.create_task(self._receive_averages(stream, span, owner))
+                group.create_task(self._send_parts(stream, foreign, span))
+                group.create_task(self._receive_averages(stream, foreign, span))
         except* (ShoalError, EOFError) as errors:
             raise errors.exceptions[0] from None
 
-    async def _send_parts(self, stream: Stream, span: ForeignSpan, owner: int) -> None:
-        for index in range(len(span.parts) if span.sends else 0):
-            await stream.send_payload(index, self._encoded(span.to_send, index))
-            self.bytes_sent += span.parts[index].nbytes
-            self._shared.feed(PartSent(owner, index))
+    async def _send_parts(self, stream: Stream, foreign: ForeignSpan, span: SpanId) -> None:
+        for index in range(len(foreign.parts) if foreign.sends else 0):
+            await stream.send_payload(index, self._encoded(foreign.to_send, index))
+            self.bytes_sent += foreign.parts[index].nbytes
+            self._shared.feed(PartSent(span, index))
         await stream.finish()
 
     def _encoded(self, encode: Callable[[int], Bytes], index: int) -> Bytes:
-        """A part as it is sent. A codec of the user's own that fails, say, is no fault of whom it is sent to."""
+        """A part as it is sent. A codec of the user's own that fails, say, is no fault of its receiver."""
         try:
             return encode(index)
         except Exception as e:
             self._shared.feed(Withdrawn(describe_failure(e)))
             raise
 
-    async def _receive_averages(self, stream: Stream, span: ForeignSpan, owner: int) -> None:
-        for index in range(len(span.parts)):
+    async def _receive_averages(self, stream: Stream, foreign: ForeignSpan, span: SpanId) -> None:
+        for index in range(len(foreign.parts)):
             payload = await stream.receive()
             if not isinstance(payload, Payload):
                 raise ProtocolViolation("sent a message instead of an average")
-            span.deliver(index, payload.data)
+            foreign.deliver(index, payload.data)
             self.bytes_received += len(payload.data)
-            self._shared.feed(AverageReceived(owner, index))
+            self._shared.feed(AverageReceived(span, index))
+        report = await stream.receive()
+        if not isinstance(report, SpanAveraged) or report.span != span:
+            raise ProtocolViolation("did not say what its averages are made of")
+        check_span_averaged(report, self._core.roles.size)
+        self._shared.feed(SpanReceived(report))
 
     # from senders
 
     async def serve(self, stream: Stream, first: object) -> None:
-        """Receive a member's parts of this member's span and return the averages."""
+        """Receive a member's parts of an own span and return the averages."""
         member = self._shared.member(stream)
         if not isinstance(first, Contribute):
             raise ProtocolViolation(f"{stream.remote} opened an exchange with something else")
-        if not self._core.roles.contributes[member] or member in self._streams:
+        check_span_id(first.span)
+        serving = await self._find(first.span)
+        if not self._core.roles.contributes[member] or member in serving.streams:
             raise ProtocolViolation(f"{stream.remote} opened an exchange that it has no part in")
-        self._streams[member] = stream
+        serving.streams[member] = stream
         reason = ""
         try:
-            self._refuse_dropped(member)
+            self._refuse_dropped(serving, member)
             stream.accept_payloads(
-                lambda tag, length: self.own.receive_into(member, tag, length), self._window()
+                lambda tag, length: serving.own.receive_into(member, tag, length), self._window()
             )
             await stream.send(ReadyForParts())
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._receive_parts(stream, member))
-                group.create_task(self._return_averages(stream, member))
+                group.create_task(self._receive_parts(serving, stream, member))
+                group.create_task(self._return_averages(serving, stream, member))
         except* (ShoalError, EOFError) as errors:
             reason = str(errors.exceptions[0])
             raise errors.exceptions[0] from None
         finally:
-            if self._returned.get(member, 0) < len(self.own.parts):
+            if not serving.is_done(member):
                 # Where the member reset the stream, this handler is cancelled, and the stream says why.
-                self._shared.feed(
-                    SenderLost(member, reason or str(stream.failure or "it ended the exchange"))
-                )
+                story = reason or str(stream.failure or "it ended the exchange")
+                self._shared.feed(SenderLost(serving.span.id, member, story))
 
-    def _refuse_dropped(self, member: int) -> None:
-        reason = self._core.collection.dropped.get(member)
+    async def _find(self, span: SpanId) -> Serving:
+        """An own span. The leader's order to serve it may still be on its way."""
+        try:
+            async with asyncio.timeout(ORDER_TIMEOUT):
+                while span not in self._serving:
+                    if self._shared.is_over or span.epoch <= self._core.ledger.assignment.epoch:
+                        break
+                    await self._progress.wait()
+        except TimeoutError:
+            pass  # answered as any other span that is not served here
+        if span not in self._serving:
+            raise RemoteError(VOID, f"{span} is not served here")
+        return self._serving[span]
+
+    def _refuse_dropped(self, serving: Serving, member: int) -> None:
+        book = self._core.ledger.collections.get(serving.span.id)
+        reason = None if book is None else book.dropped.get(member)
         if reason is not None:
             raise RemoteError(EXCLUDED, reason)
 
-    async def _receive_parts(self, stream: Stream, member: int) -> None:
+    async def _receive_parts(self, serving: Serving, stream: Stream, member: int) -> None:
+        span, own = serving.span.id, serving.own
         declared = await stream.receive()
         if not isinstance(declared, DeclareWeight):
             raise ProtocolViolation(f"{stream.remote} declared no weight before its parts")
-        self._shared.feed(WeightDeclared(member, declared.weight))
-        self.own.set_weight(member, declared.weight)
+        self._shared.feed(WeightDeclared(span, member, declared.weight))
+        own.set_weight(member, declared.weight)
         if declared.weight:
-            self.waits[member] = Wait()
+            self.waits.setdefault(member, Wait())
         loop = asyncio.get_running_loop()
-        for index in range(len(self.own.parts) if declared.weight else 0):
-            if self._is_ahead(member, index):
-                await self._hold(member, index)
+        for index in range(len(own.parts) if declared.weight else 0):
+            if serving.is_ahead(member, index):
+                await self._hold(serving, member, index)
             began = loop.time()
             payload = await stream.receive()
             if not isinstance(payload, Payload):
                 raise ProtocolViolation(f"{stream.remote} sent a message instead of a part")
-            self._refuse_dropped(member)
+            self._refuse_dropped(serving, member)
             self.waits[member] = self.waits[member].plus(len(payload.data), loop.time() - began)
             self.bytes_received += len(payload.data)
-            self.own.deliver(member, index, payload.data)
-            self._shared.feed(PartDelivered(member, index))
+            own.deliver(member, index, payload.data)
+            self._shared.feed(PartDelivered(span, member, index))
 
-    async def _hold(self, member: int, index: int) -> None:
+    async def _hold(self, serving: Serving, member: int, index: int) -> None:
         """Read no further until the member is no longer ahead. While slower members are the cause, and not that it
         takes no averages, it is not to blame for that time.
         """
-        is_held = False
-        while self._is_ahead(member, index) and not self._shared.is_decided:
-            waits_for_others = index - self._averaged > self._max_held
+        span, is_held = serving.span.id, False
+        while serving.is_ahead(member, index) and not self._is_closed(serving):
+            waits_for_others = index - serving.averaged > serving.max_held
             if waits_for_others == is_held:
                 await self._progress.wait()
                 continue
             is_held = waits_for_others
-            self._shared.feed(SenderHeld(member) if is_held else SenderAwaited(member))
-        self._shared.feed(SenderAwaited(member))
+            self._shared.feed(SenderHeld(span, member) if is_held else SenderAwaited(span, member))
+        self._shared.feed(SenderAwaited(span, member))
 
-    async def _return_averages(self, stream: Stream, member: int) -> None:
-        for index in range(len(self.own.parts)):
-            while self._averaged <= index:
-                if self._shared.is_decided:
-                    raise RemoteError(ROUND_FAILED, self._core.failure or "the round is over")
-                await self._progress.wait()
-            await stream.send_payload(index, self._encoded(partial(self.own.to_return, member), index))
-            self.bytes_sent += self.own.parts[index].nbytes
-            self._returned[member] = index + 1
+    def _is_closed(self, serving: Serving) -> bool:
+        return self._shared.is_over or serving.span.id not in self._serving
+
+    async def _return_averages(self, serving: Serving, stream: Stream, member: int) -> None:
+        own = serving.own
+        for index in range(len(own.parts)):
+            await self._until(serving, lambda index=index: serving.averaged > index)  # type: ignore[misc]
+            await stream.send_payload(index, self._encoded(partial(own.to_return, member), index))
+            self.bytes_sent += own.parts[index].nbytes
+            serving.returned[member] = index + 1
             self.wake()
+        await self._until(serving, lambda: serving.report is not None)
+        assert serving.report is not None
+        await stream.send(serving.report)
+        serving.returned[member] = len(own.parts) + 1
 
-    def _is_ahead(self, member: int, index: int) -> bool:
-        """Whether a member's next part would take more memory than it may: for parts that wait for slower senders,
-        and, under a lossy codec, for answers that the member has not taken yet.
-        """
-        settled = min(self._averaged, self._returned.get(member, 0))
-        return index - settled > self._max_held
+    async def _until(self, serving: Serving, is_so: Callable[[], bool]) -> None:
+        while not is_so():
+            if self._is_closed(serving):
+                raise RemoteError(ROUND_FAILED, self._core.failure or "the round is over")
+            await self._progress.wait()
 
 
 def describe_failure(error: Exception) -> str:

@@ -1,0 +1,238 @@
+"""How a member stands to its leader: whom it follows, what it promised, and how it finds another leader. Pure.
+
+A member that lost the leader asks all others what they know of the decision, and looks for a new leader. The first
+member in the group's order that can be reached *stands*, in a term of its own (:mod:`.voter`). The others wait for
+their turn: :data:`TURN` seconds for each member before them that they could reach so far. The candidate leads when a
+quorum has promised to follow. It waits a moment longer for those that have not answered, since a member without a promise is
+left behind.
+
+A member that hears a living leader makes no promise to another one. So one broken connection deposes nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from enum import Enum, auto
+
+from shoal.averaging.allreduce.effects import AskForOutcome, AskForPromise, Effect
+from shoal.averaging.allreduce.events import LEAD_TRANSITIONS, Lead, MemberAnswered, Roles
+from shoal.averaging.allreduce.messages import Answer, NotKnown, Outcome, Promised, Refused, Undecided
+from shoal.averaging.allreduce.voter import Voter, is_quorum, leader_of, next_term, to_adopt
+from shoal.sansio.core import NEVER
+from shoal.sansio.machine import Machine
+
+TURN = 1.0
+"""Seconds that a member gives each one before it to stand."""
+GATHER = 1.0
+"""Seconds that a candidate with a quorum waits for the promises of members that do not answer."""
+LAG = 5.0
+"""Likewise of members that still hear the old leader: they notice the loss of a silent one a little later."""
+STAND = 10.0
+"""Seconds after which a candidate without a quorum lets others stand."""
+ASK_AGAIN = 0.25
+"""Seconds between two questions to one member."""
+
+
+class Hope(Enum):
+    """What a member that lost the leader can still expect."""
+
+    QUORUM = auto()
+    """The members that may live are a quorum."""
+    NEWS = auto()
+    """They are none, but one of them may know of a decision, or have to be asked yet."""
+    NONE = auto()
+    """No living member knows of a decision, and none will be taken."""
+
+
+class Election:
+    """``term``: the one that this member follows, leads or stands in. ``story``: how the last leader was lost."""
+
+    def __init__(self, roles: Roles) -> None:
+        self.roles = roles
+        self.voter = Voter()
+        self.term = 0
+        self.story = ""
+        self.since = NEVER
+        """When the leader was lost; NEVER while there is one that has shown that it leads."""
+        self.dead: set[int] = set()
+        """Members whose process has ended."""
+        self.lost: set[int] = set()
+        """Members that could not be reached last: a hint for the order of candidates, no more."""
+        self.promises: dict[int, Promised] = {}
+        """Of the members that follow this candidate."""
+        self._machine = Machine(Lead.LEADING if roles.me == 0 else Lead.FOLLOWING, LEAD_TRANSITIONS)
+        self._turn_from = NEVER
+        self._stood_at = NEVER
+        self._seen = 0
+        """The highest term that anybody spoke of."""
+        self._answers: dict[int, Answer] = {}
+        """The last answer of each member since one was last found dead."""
+
+    @property
+    def lead(self) -> Lead:
+        return self._machine.state
+
+    @property
+    def leader(self) -> int:
+        return leader_of(self.term, self.roles.size)
+
+    @property
+    def has_leader(self) -> bool:
+        return self.lead in (Lead.FOLLOWING, Lead.LEADING)
+
+    @property
+    def others(self) -> tuple[int, ...]:
+        """Members that may still answer."""
+        return tuple(one for one in self.roles.others if one not in self.dead)
+
+    @property
+    def deadline(self) -> float:
+        if self.lead is Lead.LEADERLESS:
+            return self._turn
+        if self.lead is Lead.CANDIDATE:
+            return self._stood_at + (self._patience if self._has_quorum else STAND)
+        return NEVER
+
+    @property
+    def _has_quorum(self) -> bool:
+        return is_quorum({self.roles.me, *self.promises}, self.roles.size)
+
+    @property
+    def _patience(self) -> float:
+        """Seconds for which a candidate with a quorum waits for the rest, since it stood."""
+        hearing = (
+            member not in self.promises and isinstance(answer, Undecided) and answer.has_leader
+            for member, answer in self._answers.items()
+        )
+        return LAG if any(hearing) else GATHER
+
+    def may_be_quorum(self, without: Collection[int]) -> bool:
+        """Whether all members but these could decide."""
+        left = [one for one in range(self.roles.size) if one not in without]
+        return is_quorum(left, self.roles.size)
+
+    @property
+    def hope(self) -> Hope:
+        if self.may_be_quorum(self.dead):
+            return Hope.QUORUM
+        answers = [self._answers.get(member) for member in self.others]
+        known = (isinstance(one, Undecided) and not one.has_leader for one in answers)
+        return Hope.NONE if all(known) else Hope.NEWS
+
+    # losing a leader, and standing
+
+    def lose_leader(self, reason: str, now: float) -> list[Effect]:
+        """There is no leader any more, for this member."""
+        self._machine.move(Lead.LEADERLESS)
+        self.story = reason
+        self.since = min(self.since, now)
+        self._turn_from = now
+        self._answers.clear()
+        return [AskForOutcome(self.others), *self.consider(now)]
+
+    def heard_leader(self) -> None:
+        """The leader of this term has shown that it leads."""
+        self.since = NEVER
+
+    def consider(self, now: float) -> list[Effect]:
+        """Stand, if it is this member's turn; let others, if nobody promises anything."""
+        if self.lead is Lead.CANDIDATE and now >= self._stood_at + STAND and not self.is_elected(now):
+            return self._step_down(now)
+        if self.lead is not Lead.LEADERLESS or now < self._turn:
+            return []
+        self._machine.move(Lead.CANDIDATE)
+        self.term = next_term(max(self.voter.promised, self._seen), self.roles.me, self.roles.size)
+        self._stood_at = now
+        self.promises = {}
+        self.voter.promise(self.term)
+        return [AskForPromise(self.others, self.term)]
+
+    @property
+    def _turn(self) -> float:
+        if not self.roles.serves(self.roles.me):
+            return NEVER
+        ahead = [one for one in range(self.roles.me) if self.roles.serves(one)]
+        count = sum(one not in self.lost and one not in self.dead for one in ahead)
+        return self._turn_from + TURN * count
+
+    def _step_down(self, now: float) -> list[Effect]:
+        self._machine.move(Lead.LEADERLESS)
+        self._turn_from = now + TURN  # others first
+        self.promises = {}
+        return [AskForOutcome(self.others)]
+
+    def is_elected(self, now: float) -> bool:
+        """Whether this candidate leads from now on."""
+        if self.lead is not Lead.CANDIDATE:
+            return False
+        if not self._has_quorum:
+            return False
+        silent = set(self.others) - self.promises.keys() - self.lost
+        return not silent or now >= self._stood_at + self._patience
+
+    def win(self, own: Promised) -> Outcome | None:
+        """Lead. What this member says of itself counts as a promise.
+
+        :returns: the decision that has to be proposed, if one may have been made
+        """
+        self._machine.move(Lead.LEADING)
+        self.since = NEVER
+        self.promises[self.roles.me] = own
+        return to_adopt([(one.floor, one.accepted) for one in self.promises.values()])
+
+    # the words of others
+
+    def lose_member(self, member: int) -> None:
+        """The connection to a member ended."""
+        self.lost.add(member)
+
+    def promise(self, member: int, term: int) -> bool:
+        """``member`` asks for this one's promise: whether it gets it, and is followed from now on."""
+        self._seen = max(self._seen, term)
+        if leader_of(term, self.roles.size) != member or not self.voter.promise(term):
+            return False
+        self.lost.discard(member)
+        self._machine.move(Lead.FOLLOWING)
+        self.term = term
+        return True
+
+    def accept(self, member: int, term: int, outcome: Outcome) -> bool:
+        """``member`` leads, and proposes an outcome: whether this one accepts it."""
+        self._seen = max(self._seen, term)
+        return leader_of(term, self.roles.size) == member and self.voter.accept(term, outcome)
+
+    def on_answer(self, event: MemberAnswered, now: float) -> list[Effect]:
+        """A member answered, or could not be asked. What it knows of the outcome is the caller's affair."""
+        member, answer = event.member, event.answer
+        if answer is None:
+            self.lost.add(member)
+            if event.is_dead:
+                self._bury(member)
+        else:
+            self.lost.discard(member)
+            self._answers[member] = answer
+        match answer:
+            case NotKnown():
+                self._bury(member)
+            case Refused(promised):
+                self._seen = max(self._seen, promised)
+                if event.term == self.term and promised > self.term and self.lead is Lead.CANDIDATE:
+                    return self._step_down(now)
+            case Promised() if event.term == self.term and self.lead is Lead.CANDIDATE:
+                self.promises[member] = answer
+                return []
+        return [*self._ask_again(event), *self.consider(now)]
+
+    def _bury(self, member: int) -> None:
+        if member not in self.dead:
+            self.dead.add(member)
+            self._answers.clear()  # it may have told another one of the decision, after that one's answer
+
+    def _ask_again(self, event: MemberAnswered) -> list[Effect]:
+        if event.member in self.dead:
+            return []
+        if event.term is None and self.lead is Lead.LEADERLESS:
+            return [AskForOutcome((event.member,), ASK_AGAIN)]
+        if event.term == self.term and self.lead is Lead.CANDIDATE:
+            return [AskForPromise((event.member,), self.term, ASK_AGAIN)]
+        return []
