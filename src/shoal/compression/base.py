@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +23,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shoal.compression.settings import Configured
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation, UsageError
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
@@ -108,13 +108,17 @@ class SerializedTensor(msgspec.Struct, frozen=True, array_like=True):
     """Whether the sender's tensor does; integers never do."""
 
 
-class CompressionBase(Configured, ABC):
+class CompressionBase(ABC):
     """A tensor codec. Subclasses define ``compression_type``, ``lossless``, ``encoded_nbytes``, ``encode``
     and ``_decode``; :func:`shoal.compression.register_codec` makes them known.
 
     The size of an encoded part follows from its dtype and count alone, so that a receiver knows it
-    beforehand. Codecs are equal if they are of one class and configured alike: in all attributes but those whose names
-    begin with an underscore, which are for caches and whatever else changes in use.
+    beforehand.
+
+    A codec defines what makes it equal to another one. The default: both are of one class and have equal *settings*,
+    the attributes whose names do not begin with an underscore. Tensors and arrays are compared by dtype and elements,
+    everything else by its own ``==``. Names with an underscore are for caches, and for what else changes in use. A
+    codec with other settings (lists of tensors, functions) defines ``__eq__`` and ``__hash__`` itself.
     """
 
     compression_type: ClassVar[int]
@@ -288,8 +292,36 @@ class CompressionBase(Configured, ABC):
         may_require_grad = dtype.is_floating_point or dtype.is_complex
         return whole.requires_grad_(serialized.requires_grad and may_require_grad)
 
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        ours, theirs = settings_of(self), settings_of(other)
+        return ours.keys() == theirs.keys() and all(_is_same(ours[name], theirs[name]) for name in ours)
+
+    def __hash__(self) -> int:
+        # Settings may be unhashable, and a class has hardly more than one set of them.
+        return hash(type(self))
+
     def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+        settings = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in settings_of(self).items())
+        return f"{type(self).__name__}({settings})"
+
+
+def settings_of(codec: CompressionBase) -> dict[str, Any]:
+    """By name, what a codec was made with: all of its attributes but those that begin with an underscore."""
+    return {name: value for name, value in vars(codec).items() if not name.startswith("_")}
+
+
+def _is_same(first: Any, second: Any) -> bool:
+    """The ``==`` of tensors and arrays has no truth value."""
+    if first is second:
+        return True
+    match first, second:
+        case torch.Tensor(), torch.Tensor():
+            return first.dtype == second.dtype and torch.equal(first.cpu(), second.cpu())
+        case np.ndarray(), np.ndarray():
+            return first.dtype == second.dtype and np.array_equal(first, second)
+    return bool(first == second)
 
 
 class NoCompression(CompressionBase):
