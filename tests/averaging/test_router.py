@@ -7,7 +7,8 @@ import random
 import msgspec
 import pytest
 
-from shoal.averaging.router import UNKNOWN_PREFIX, Router
+from shoal.averaging.codes import AveragingCode
+from shoal.averaging.router import Router
 from shoal.errors import InvalidValueError, ProtocolViolation, RemoteError
 from shoal.p2p.host import Host
 from shoal.p2p.rpc import Method, Stream
@@ -69,7 +70,7 @@ def test_each_prefix_has_its_handler():
         assert await greet(near, far, Hello("b")) == "goodbye to b"
         with pytest.raises(RemoteError, match="prefix 'c'") as caught:
             await greet(near, far, Hello("c"))
-        assert caught.value.code == UNKNOWN_PREFIX
+        assert caught.value.code == AveragingCode.UNKNOWN_PREFIX
 
     on_two_hosts(story)
 

@@ -29,6 +29,7 @@ from shoal.errors import (
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.protocol.violations import Ending, EndKind
 from shoal.p2p.rpc import Method
 from shoal.utils.tasks import TaskSet
@@ -258,7 +259,7 @@ class Neighbours:
                 callback(peer)
 
     def _failed(self, peer: PeerID, error: Exception) -> None:
-        if isinstance(error, RemoteError) and error.code == "busy":
+        if isinstance(error, RemoteError) and error.code == ResetCode.BUSY:
             return
         logger.debug("%s did not answer: %s", peer, error)
         now = self._loop.time()

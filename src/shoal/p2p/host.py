@@ -33,6 +33,7 @@ from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Listener, Network
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.claims import SILENCE
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.protocol.streams import StreamState
 from shoal.p2p.protocol.violations import Ending
 from shoal.p2p.reach.dialback import (
@@ -469,7 +470,7 @@ class Host:
         try:
             addresses = [Multiaddr.parse(text) for text in request.addresses]
         except InvalidValueError as error:
-            raise RemoteError("bad_address", str(error)) from error
+            raise RemoteError(ResetCode.BAD_ADDRESS, str(error)) from error
         self._connections.peer_announced(peer, addresses, request.is_client)
         return AnnouncementHeard()
 
@@ -548,4 +549,4 @@ class _StreamContext(AbstractAsyncContextManager[Stream]):
             self._timer.cancel()
         if kind is None:
             self._state.finish()
-        self._stream.reset("cancelled", "the opener has left the stream")
+        self._stream.reset(ResetCode.CANCELLED, "the opener has left the stream")

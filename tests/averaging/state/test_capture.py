@@ -260,7 +260,9 @@ class Unregistered(NoCompression):
 
 
 def test_a_codec_that_nobody_could_decode_is_refused():
-    with pytest.raises(InvalidValueError, match="state_compression: Unregistered is not registered"):
+    with pytest.raises(
+        InvalidValueError, match="state_compression must be a registered codec, got Unregistered"
+    ):
         capture((None, [torch.zeros(5)]), Unregistered())
 
 

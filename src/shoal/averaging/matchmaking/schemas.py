@@ -14,6 +14,7 @@ from shoal.dht.node import DHTNode
 from shoal.errors import InvalidValueError, RemoteError, ShoalError
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.rpc import Method, Stream
 
 logger = logging.getLogger(__name__)
@@ -95,5 +96,5 @@ class OtherSchemas:
     async def _describe(self, stream: Stream, request: AgreementRequest) -> None:
         own = self._own
         if own is None or len(own.tensors) > MAX_TENSORS_TEXT:
-            raise RemoteError("failed", "its tensors are too many to be described")
+            raise RemoteError(ResetCode.FAILED, "its tensors are too many to be described")
         await stream.send(own)

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from shoal.averaging.codes import AveragingCode
 from shoal.averaging.router import Router
 from shoal.averaging.state.capture import Capture, drop_tracebacks, encode_in_place
 from shoal.averaging.state.messages import (
@@ -46,6 +47,7 @@ from shoal.averaging.state.queue import (
     UploadQueue,
 )
 from shoal.errors import InvalidStateError, ProtocolViolation, RemoteError, ShoalError
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.rpc import EndOfStream, Stream
 from shoal.sansio.driver import Driver
 from shoal.utils import figures
@@ -177,7 +179,7 @@ class StateDonor:
         self._router.unregister(STATE, self._prefix)
         self._driver.tell(SharingSwitched(False))
         for stream in self._uploads.values():
-            stream.reset("cancelled", "the donor was shut down")
+            stream.reset(ResetCode.CANCELLED, "the donor was shut down")
         self._driver.close()
         await self._tasks.close()
         self._drop_copy()
@@ -336,4 +338,6 @@ async def _promptly(taking: Awaitable[T]) -> T:
         async with asyncio.timeout(STALL_TIMEOUT):
             return await taking
     except TimeoutError:
-        raise RemoteError("too_slow", f"took nothing of the state for {STALL_TIMEOUT:g} s") from None
+        raise RemoteError(
+            AveragingCode.TOO_SLOW, f"took nothing of the state for {STALL_TIMEOUT:g} s"
+        ) from None

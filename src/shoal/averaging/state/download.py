@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from shoal.averaging.codes import AveragingCode
 from shoal.averaging.state.capture import drop_tracebacks
 from shoal.averaging.state.choice import (
     MAX_RESUMPTIONS,
@@ -37,7 +38,6 @@ from shoal.averaging.state.choice import (
 from shoal.averaging.state.donor import YIELD_CHUNKS
 from shoal.averaging.state.manifest import Manifest, ManifestReader
 from shoal.averaging.state.messages import (
-    REPLACED,
     SHA256_BYTES,
     STATE,
     STATE_ID_BYTES,
@@ -64,6 +64,7 @@ from shoal.errors import (
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.rpc import EndOfStream, Lane, Payload, Stream
 from shoal.sansio.driver import Driver
 from shoal.utils import figures
@@ -256,7 +257,7 @@ class StateDownload:
         match error:
             case ConnectionLost() | DeadlineExceeded() | PeerUnreachable():
                 return ConnectionBroke(str(error))
-            case RemoteError() if error.code in ("cancelled", REPLACED):
+            case RemoteError() if error.code in (ResetCode.CANCELLED, AveragingCode.REPLACED):
                 # Its process is about to end, or has got a second request for what it still holds for the first one.
                 return ConnectionBroke(str(error))
             case _StalledError() | RemoteError() | ProtocolViolation() | InvalidValueError():

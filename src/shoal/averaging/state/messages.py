@@ -2,7 +2,8 @@
 
 One stream, opened by the joiner: it sends :class:`RequestState`; the donor sends any number of :class:`Waiting`, then
 either an :class:`Offer` with its :class:`ManifestPage` s, or :class:`Resumed`; then the chunks as payloads, whose tags
-are their numbers, and :class:`Digest` at the end. A donor that refuses ends the stream with one of the codes below.
+are their numbers, and :class:`Digest` at the end. A donor that refuses ends the stream with a code:
+:class:`~shoal.averaging.codes.AveragingCode`, or ``busy``.
 """
 
 from __future__ import annotations
@@ -25,12 +26,6 @@ MAX_AGE = 1e9
 """Seconds; no donor has run for longer."""
 PAGE_ENTRIES = 512
 """A page of entries with as many dimensions as torch allows still fits into a message."""
-
-NOT_SHARING = "not_sharing"
-STATE_FAILED = "state_failed"
-BUSY = "busy"
-REPLACED = "replaced"
-"""Codes with which a donor refuses."""
 
 
 class TensorEntry(msgspec.Struct, frozen=True, array_like=True):

@@ -25,8 +25,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from shoal.averaging.state.messages import BUSY, NOT_SHARING, REPLACED, STATE_FAILED
+from shoal.averaging.codes import AveragingCode
 from shoal.p2p.identity import PeerID
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.sansio.core import NEVER, TimePassed
 from shoal.sansio.machine import Machine
 
@@ -225,9 +226,9 @@ def decide_next(first: Request, at: Situation) -> Decision:
             return Decision(Turn.WAIT, "the copy is too old to be shared, and in use")
         age = at.now - at.asked_at
         reason = f"others still download a copy of {age:.0f} s ago; max_state_age={at.max_age:g} s"
-        return Decision(Turn.REFUSE, reason, BUSY)
+        return Decision(Turn.REFUSE, reason, ResetCode.BUSY)
     if at.now < at.hold_off_until:
-        return Decision(Turn.REFUSE, at.failure, STATE_FAILED)
+        return Decision(Turn.REFUSE, at.failure, AveragingCode.STATE_FAILED)
     if at.now < at.rests_until:
         return Decision(Turn.WAIT, "the donor rests after a copy")
     return Decision(Turn.COPY, "there is no copy that this request may get")
@@ -294,7 +295,9 @@ class UploadQueue:
             case SharingSwitched(allowed):
                 self._allowed = allowed
                 if not allowed:
-                    effects += self._refuse_waiting(NOT_SHARING, "this peer shares its state no longer")
+                    effects += self._refuse_waiting(
+                        AveragingCode.NOT_SHARING, "this peer shares its state no longer"
+                    )
             case TimePassed():
                 pass
         effects += self._admit(now)
@@ -312,7 +315,7 @@ class UploadQueue:
 
     def _arrive(self, new: Request) -> Iterator[Effect]:
         if not self._allowed:
-            yield Refuse(new.request, NOT_SHARING, "this peer does not share its state")
+            yield Refuse(new.request, AveragingCode.NOT_SHARING, "this peer does not share its state")
             return
         own = [one for one in (*self._admitted.values(), *self._waiting) if one.peer == new.peer]
         resumes = new.state_id is not None and new.state_id == self._state_id
@@ -321,12 +324,14 @@ class UploadQueue:
             self._missing.pop(new.peer, None)
             for old in own:
                 self._remove(old.request)
-                yield Refuse(old.request, REPLACED, "the same peer has asked again")
+                yield Refuse(old.request, AveragingCode.REPLACED, "the same peer has asked again")
         elif len(own) >= MAX_REQUESTS_PER_PEER:
-            yield Refuse(new.request, BUSY, f"{new.peer} has {len(own)} requests here already")
+            yield Refuse(new.request, ResetCode.BUSY, f"{new.peer} has {len(own)} requests here already")
             return
         if not resumes and len(self._waiting) >= MAX_WAITING:
-            yield Refuse(new.request, BUSY, f"{len(self._waiting)} others wait for this peer's state already")
+            yield Refuse(
+                new.request, ResetCode.BUSY, f"{len(self._waiting)} others wait for this peer's state already"
+            )
             return
         self._waiting.insert(0 if resumes else len(self._waiting), new)
 
@@ -358,7 +363,7 @@ class UploadQueue:
         self._hold_off_until, self._failure = now + HOLD_OFF_SECONDS, reason
         for request in list(self._admitted):
             del self._admitted[request]
-            yield Refuse(request, STATE_FAILED, reason)
+            yield Refuse(request, AveragingCode.STATE_FAILED, reason)
 
     def _refuse_waiting(self, code: str, reason: str) -> Iterator[Effect]:
         waiting, self._waiting = self._waiting, []

@@ -7,19 +7,8 @@ Bodies of OPEN, RESET, HELLO and GOODBYE are msgpack arrays (fields may be added
 Texts that are there for people (reasons, names of programs) are escaped and cut on decoding, see
 :func:`~shoal.utils.text.printable`.
 
-Codes of RESET, and so of :class:`~shoal.errors.RemoteError`, that the protocol itself uses:
-
-================== =============================================================================
-``cancelled``      the other side lost interest
-``deadline``       the deadline of the call has passed
-``busy``           too many streams at a time on this connection, or too many unread bytes
-``unknown_method`` the peer does not serve that method
-``failed``         the handler failed on purpose; the message says why
-``internal``       the handler failed by a mistake, which is logged at its side
-``finished``       the handler is done and reads no more
-================== =============================================================================
-
-Applications may use codes of their own.
+Codes of RESET are :class:`~shoal.p2p.protocol.codes.ResetCode`, and what applications add. One that is not known is
+kept as text.
 """
 
 from __future__ import annotations
