@@ -18,12 +18,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation, UsageError
+from shoal.utils.structs import CompactStruct
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
@@ -97,7 +97,7 @@ class CompressionInfo:
         return math.prod(self.shape) if self.part_size is None else self.part_size
 
 
-class SerializedTensor(msgspec.Struct, frozen=True, array_like=True):
+class SerializedTensor(CompactStruct, frozen=True):
     """A whole tensor as it travels; :func:`shoal.compression.deserialize_tensor` restores it."""
 
     compression_type: int

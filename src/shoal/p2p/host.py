@@ -10,8 +10,6 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any
 
-import msgspec
-
 from shoal.errors import (
     ConnectionLost,
     DeadlineExceeded,
@@ -50,6 +48,7 @@ from shoal.p2p.reach.inquiry import Reach
 from shoal.p2p.reach.reachability import Findings, Reachability
 from shoal.p2p.rpc import Lane, Method, RequestT, ResponseT, Stream
 from shoal.p2p.tenancy import CLAIM
+from shoal.utils.structs import CompactStruct
 from shoal.utils.timed import get_dht_time
 
 __all__ = ["Host"]
@@ -61,11 +60,11 @@ _ANNOUNCE_TIMEOUT = 10.0
 LOOPBACK_IPS = ("127.0.0.1", "::1")
 
 
-class _OpenLane(msgspec.Struct, array_like=True, frozen=True):
+class _OpenLane(CompactStruct, frozen=True):
     """Please dial me once more, for bulk data."""
 
 
-class _LaneOpened(msgspec.Struct, array_like=True, frozen=True):
+class _LaneOpened(CompactStruct, frozen=True):
     """Whether the lane was opened."""
 
     opened: bool

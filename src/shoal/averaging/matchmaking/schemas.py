@@ -6,8 +6,6 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-import msgspec
-
 from shoal.averaging.agreement import MAX_TENSORS_TEXT, Agreement, find_differences
 from shoal.averaging.router import Router
 from shoal.dht.node import DHTNode
@@ -16,6 +14,7 @@ from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.rpc import Method, Stream
+from shoal.utils.structs import Message
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +24,7 @@ MAX_KNOWN = 64
 UNKNOWN = "shapes, dtypes, compression, part_size_bytes, min_group_size or min_vector_size differ"
 
 
-class AgreementRequest(msgspec.Struct, frozen=True, tag=True):
+class AgreementRequest(Message, frozen=True):
     """What do you average under this prefix?"""
 
     prefix: str

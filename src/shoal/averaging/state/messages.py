@@ -17,6 +17,7 @@ from shoal.errors import InvalidValueError, ProtocolViolation
 from shoal.p2p.config import MAX_ANNOUNCED
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.rpc import Method
+from shoal.utils.structs import CompactStruct, Message, NamedStruct
 
 STATE_ID_BYTES = 16
 SHA256_BYTES = 32
@@ -28,7 +29,7 @@ PAGE_ENTRIES = 512
 """A page of entries with as many dimensions as torch allows still fits into a message."""
 
 
-class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
+class TensorEntry(CompactStruct, frozen=True):
     """One tensor of a state; ``codec`` is the wire id of the codec of its chunks."""
 
     dtype: Annotated[str, msgspec.Meta(max_length=MAX_DTYPE_LENGTH)]
@@ -46,27 +47,27 @@ def unpack_entries(packed: bytes) -> tuple[TensorEntry, ...]:
     return msgspec.msgpack.decode(packed, type=tuple[TensorEntry, ...])
 
 
-class Resume(msgspec.Struct, frozen=True):
+class Resume(NamedStruct, frozen=True):
     """What the joiner has of a state: all chunks before ``next_chunk``."""
 
     state_id: bytes
     next_chunk: Annotated[int, msgspec.Meta(ge=0)]
 
 
-class RequestState(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class RequestState(Message, frozen=True):
     """The first message of the stream; ``prefix`` finds the averager among those that share the connection."""
 
     prefix: str
     resume: Resume | None = None
 
 
-class Waiting(msgspec.Struct, frozen=True, tag=True):
+class Waiting(Message, frozen=True):
     """The donor lives, but has nothing to send yet: ``position`` others are served first; 0: its copy is made."""
 
     position: Annotated[int, msgspec.Meta(ge=0)]
 
 
-class Offer(msgspec.Struct, frozen=True, tag=True):
+class Offer(Message, frozen=True):
     """A state of ``tensors`` tensors, metadata included, and ``nbytes`` encoded bytes; its manifest follows. It was
     copied ``age`` seconds ago, or later.
     """
@@ -77,17 +78,17 @@ class Offer(msgspec.Struct, frozen=True, tag=True):
     age: Annotated[float, msgspec.Meta(ge=0, le=MAX_AGE)] = 0.0
 
 
-class ManifestPage(msgspec.Struct, frozen=True, tag=True):
+class ManifestPage(Message, frozen=True):
     """The next entries of the manifest."""
 
     entries: Annotated[tuple[TensorEntry, ...], msgspec.Meta(min_length=1, max_length=PAGE_ENTRIES)]
 
 
-class Resumed(msgspec.Struct, frozen=True, tag=True):
+class Resumed(Message, frozen=True):
     """The state is still here: the chunks follow from the one that was asked for."""
 
 
-class Digest(msgspec.Struct, frozen=True, tag=True):
+class Digest(Message, frozen=True):
     """The SHA-256 of manifest and chunks: all has been sent."""
 
     sha256: bytes
@@ -104,7 +105,7 @@ def check_request(request: RequestState) -> None:
         raise ProtocolViolation(f"a state id of {len(request.resume.state_id)} bytes")
 
 
-class DonorDeclaration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DonorDeclaration(NamedStruct, frozen=True):
     """A peer that shares its state; stored under its peer id as sub-key, so that the DHT checks its signature."""
 
     sharing: bool

@@ -25,6 +25,7 @@ from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
 from shoal.p2p.config import MAX_ANNOUNCED
 from shoal.p2p.protocol.claims import UNKNOWN, UNSETTLED, Incarnation
 from shoal.p2p.protocol.violations import EndKind
+from shoal.utils.structs import CompactStruct
 from shoal.utils.text import printable
 
 T = TypeVar("T")
@@ -45,7 +46,7 @@ _CREDIT = struct.Struct("!Q")
 _encoder = msgspec.msgpack.Encoder()
 
 
-class Open(msgspec.Struct, array_like=True, frozen=True):
+class Open(CompactStruct, frozen=True):
     """Body of OPEN: begins a stream."""
 
     method: Annotated[str, msgspec.Meta(max_length=MAX_METHOD_NAME)]
@@ -60,14 +61,14 @@ class Open(msgspec.Struct, array_like=True, frozen=True):
         return bytes(self.message) != b"\xc0"
 
 
-class Reset(msgspec.Struct, array_like=True, frozen=True):
+class Reset(CompactStruct, frozen=True):
     """Body of RESET: ends a stream in both directions."""
 
     code: Annotated[str, msgspec.Meta(max_length=MAX_CODE)]
     message: Annotated[str, msgspec.Meta(max_length=MAX_REASON)]
 
 
-class Hello(msgspec.Struct, array_like=True, frozen=True):
+class Hello(CompactStruct, frozen=True):
     """Body of HELLO: the first frame in each direction, says who speaks."""
 
     lane: Annotated[int, msgspec.Meta(ge=0, le=255)]
@@ -86,7 +87,7 @@ class Hello(msgspec.Struct, array_like=True, frozen=True):
     """The address that the receiver has for the sender: what it dialed, or from where it was dialed."""
 
 
-class Goodbye(msgspec.Struct, array_like=True, frozen=True):
+class Goodbye(CompactStruct, frozen=True):
     """Body of GOODBYE: the last frame of a connection that is closed in order."""
 
     reason: Annotated[str, msgspec.Meta(max_length=MAX_REASON)]
