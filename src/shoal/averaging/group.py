@@ -144,9 +144,9 @@ def group_key(prefix: str, bits: str = "") -> str:
     and bits have one key, nor one that :func:`automatic_key` makes.
     """
     if not prefix or len(prefix) > 256:
-        raise InvalidValueError(f"prefix={prefix!r}: 1 to 256 characters are allowed")
+        raise InvalidValueError(f"prefix must be 1 to 256 characters, got {prefix!r}")
     if any(bit not in "01" for bit in bits) or len(bits) > 64:
-        raise InvalidValueError(f"bits={bits!r}: a string of at most 64 characters 0 and 1 is allowed")
+        raise InvalidValueError(f"bits must be at most 64 characters '0' and '1', got {bits!r}")
     return f"{prefix}.0b{bits}"
 
 

@@ -56,7 +56,7 @@ class Router:
             handlers = self._handlers[method.name] = {}
         if prefix in handlers:
             raise InvalidValueError(
-                f"prefix={prefix!r} is in use: averagers that share a DHT need different prefixes"
+                f"prefix must be one that no averager on this DHT has, got {prefix!r}, which is in use"
             )
         handlers[prefix] = handler
 

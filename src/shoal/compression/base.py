@@ -182,7 +182,7 @@ class CompressionBase(ABC):
             raise ProtocolViolation(f"{self!r} could not decode it: {type(e).__name__}: {e}") from e
         if decoded.dtype != dtype or decoded.shape != (count,):
             raise InvalidValueError(
-                f"{self!r}._decode made {decoded.dtype} {list(decoded.shape)} where {dtype} [{count}] was due"
+                f"{self!r}._decode must make {dtype} [{count}], got {decoded.dtype} {list(decoded.shape)}"
             )
         return decoded
 
@@ -201,8 +201,8 @@ class CompressionBase(ABC):
         expected = self.encoded_nbytes(part.dtype, len(part))
         if len(view := memoryview(data).cast("B")) != expected:
             raise InvalidValueError(
-                f"{self!r}.encode made {len(view)} bytes of {len(part)} elements of {dtype_name(part.dtype)}, but its"
-                f" encoded_nbytes says {expected}"
+                f"{self!r}.encode must make {expected} bytes of {len(part)} elements of {dtype_name(part.dtype)}, as "
+                f"its encoded_nbytes says, got {len(view)}"
             )
         return view
 
@@ -218,6 +218,7 @@ class CompressionBase(ABC):
 
         :raises InvalidValueError: ``encoded_nbytes`` is not what it should be
         """
+        # Codecs have any law of sizes: double until it is too much, then halve the gap.
         low, high = 0, 1
         while self.encoded_nbytes(dtype, high) <= nbytes:
             low, high = high, high * 2
@@ -280,7 +281,7 @@ class CompressionBase(ABC):
         dtype = self.whole_dtypes.get(serialized.dtype)
         if dtype is None:
             raise ProtocolViolation(f"unknown dtype {serialized.dtype[:32]!r} of a tensor")
-        # Torch multiplies the sizes other than 0, for the strides, even of an empty tensor.
+        # Torch allows 64 dimensions, and multiplies the sizes other than 0, for the strides, even of an empty tensor.
         largest = math.prod(max(1, size) for size in serialized.shape[:64])
         if len(serialized.shape) > 64 or min(serialized.shape, default=0) < 0 or largest >= 1 << 63:
             raise ProtocolViolation("impossible shape of a tensor")
@@ -352,7 +353,9 @@ class NoCompression(CompressionBase):
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as writable bytes; it lives as long as the view does."""
     if not tensor.is_contiguous() or tensor.device.type != "cpu":
-        raise InvalidValueError("tensor must be contiguous and on the CPU")
+        raise InvalidValueError(
+            f"tensor must be contiguous and on the CPU, got one on {tensor.device} with strides {tensor.stride()}"
+        )
     return tensor_array(tensor.detach(), UINT8).data
 
 

@@ -348,9 +348,7 @@ class DHT(Startable):
         :raises InvalidTypeError: it cannot be sent; the message names what is to blame
         """
         if not callable(coro):
-            raise InvalidTypeError(
-                f"run_coroutine needs an `async def` function of (dht, node), not {coro!r}"
-            )
+            raise InvalidTypeError(f"coro must be an `async def` function of (dht, node), got {coro!r}")
         command = RunCoroutine(pickling.dumps(coro, f"the coroutine function {_name_of(coro)}"))
         future: MPFuture[T] = self._call(command)
         return future if return_future else future.result()

@@ -110,7 +110,7 @@ class DHTService:
         coroutine = function(self._view, self.node)
         if not inspect.isawaitable(coroutine):
             raise InvalidTypeError(
-                f"run_coroutine needs an `async def` function, but {function!r} returned {coroutine!r}"
+                f"coro must be an `async def` function, got {function!r}, which returned {coroutine!r}"
             )
         return await coroutine
 

@@ -86,7 +86,7 @@ class CompositeValidator(RecordValidatorBase):
         for validator in validators:
             if not isinstance(validator, RecordValidatorBase):
                 raise InvalidTypeError(
-                    f"record_validators: {validator!r} is not an instance of RecordValidatorBase"
+                    f"record_validators must hold instances of RecordValidatorBase, got {validator!r}"
                 )
             if not any(existing.merge_with(validator) for existing in self._validators):
                 self._validators.append(validator)

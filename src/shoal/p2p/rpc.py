@@ -186,7 +186,7 @@ class Stream:
         connection. Payloads that came before this call are copied. Without a sink, memory is allocated.
         """
         if window < 1:
-            raise InvalidValueError(f"window: {window} is not at least 1 byte")
+            raise InvalidValueError(f"window must be at least 1 byte, got {window}")
         try:
             self._state.accept_payloads(None if sink is None else self._guarded(sink), window)
         except ProtocolViolation as error:

@@ -197,7 +197,7 @@ def test_a_search_that_is_rescheduled_to_an_earlier_time_begins_then():
         assert groups[0] == groups[1]
         assert 3.0 <= sim.now() - began < 3.5
         sim.matchmakers[0].reschedule(began)  # nothing is to be rescheduled: harmless
-        with pytest.raises(InvalidValueError, match="start_time=inf"):
+        with pytest.raises(InvalidValueError, match="start_time must be a finite number, got inf"):
             sim.matchmakers[0].reschedule(float("inf"))
 
     tell(story, peers=2)
@@ -642,15 +642,15 @@ def test_closing_ends_a_search_with_an_error():
 def test_arguments_are_checked():
     async def story(sim: SimulatedMatchmaking) -> None:
         matchmaker = sim.matchmakers[0]
-        with pytest.raises(InvalidValueError, match="prefix='swarm' is in use"):
+        with pytest.raises(InvalidValueError, match=r"prefix must be .*, got 'swarm'"):
             await sim_again(sim)
         with pytest.raises(InvalidValueError, match="gather"):
             await matchmaker.find_group(
                 start_time=sim.now(), deadline=None, gather=bytes(MAX_GATHER_BYTES + 1)
             )
-        with pytest.raises(InvalidValueError, match="start_time=nan"):
+        with pytest.raises(InvalidValueError, match="start_time must be a finite number, got nan"):
             await matchmaker.find_group(start_time=float("nan"), deadline=None)
-        with pytest.raises(InvalidValueError, match="weight=-1"):
+        with pytest.raises(InvalidValueError, match="weight must be at least 0, got -1"):
             await matchmaker.find_group(start_time=sim.now(), deadline=None, weight=-1)
         with pytest.raises(InvalidValueError, match=r"bits must be at most 64 .*, got '2'"):
             matchmaker.set_bits("2")

@@ -83,10 +83,10 @@ class Limits:
         for field in fields(self):
             value = getattr(self, field.name)
             if type(value) is not int:
-                raise InvalidTypeError(f"{field.name}: must be an int, not {type(value).__name__}")
+                raise InvalidTypeError(f"{field.name} must be an int, got {value!r}")
             if not least.get(field.name, 0) <= value < 2**32:
                 raise InvalidValueError(
-                    f"{field.name}: {value} is not between {least.get(field.name, 0)} and {2**32 - 1}"
+                    f"{field.name} must be {least.get(field.name, 0)} to {2**32 - 1}, got {value}"
                 )
 
     @property
@@ -151,7 +151,7 @@ def encode_header(
     if kind is not FrameKind.PAYLOAD:
         return _HEADER.pack(kind, 0, stream_id, length)
     if not 0 <= tag <= MAX_TAG:
-        raise InvalidValueError(f"tag: {tag} is not between 0 and {MAX_TAG}")
+        raise InvalidValueError(f"tag must be 0 to {MAX_TAG}, got {tag}")
     return _PAYLOAD_HEADER.pack(kind, 0, stream_id, length, tag)
 
 
@@ -298,11 +298,11 @@ def payload_memory(given: Buffer, length: int) -> memoryview:
     try:
         memory = memoryview(given)
     except TypeError:
-        raise InvalidValueError(f"the payload sink gave a {type(given).__name__}, not memory") from None
+        raise InvalidValueError(f"the payload sink must give memory, got {type(given).__name__}") from None
     if memory.nbytes != length or memory.readonly or not memory.c_contiguous:
         raise InvalidValueError(
-            f"the payload sink gave {memory.nbytes} bytes (read-only: {memory.readonly}) for a payload of {length} "
-            "bytes; it must be writable, contiguous memory of exactly that size"
+            f"the payload sink must give writable, contiguous memory of {length} bytes, the size of the payload, got "
+            f"{memory.nbytes} bytes, writable: {not memory.readonly}, contiguous: {memory.c_contiguous}"
         )
     return memory if memory.format == "B" and memory.ndim == 1 else memory.cast("B")
 

@@ -45,9 +45,11 @@ class Versions:
         for name in ("major", "minimum", "maximum"):
             value: int = getattr(self, name)
             if not 0 <= value <= 9999:
-                raise InvalidValueError(f"{name}: {value} is not between 0 and 9999")
+                raise InvalidValueError(f"{name} must be 0 to 9999, got {value}")
         if self.minimum > self.maximum:
-            raise InvalidValueError(f"minimum: {self.minimum} is more than the maximum {self.maximum}")
+            raise InvalidValueError(
+                f"minimum must be at most the maximum, {self.maximum}, got {self.minimum}"
+            )
 
     def to_preamble(self) -> bytes:
         """The line that announces them."""

@@ -22,7 +22,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
-from shoal.p2p.config import MAX_ANNOUNCED
+from shoal.p2p.config import MAX_AGENT, MAX_ANNOUNCED
 from shoal.p2p.protocol.claims import UNKNOWN, UNSETTLED, Incarnation
 from shoal.p2p.protocol.violations import EndKind
 from shoal.utils.structs import CompactStruct
@@ -32,7 +32,6 @@ T = TypeVar("T")
 
 MAX_METHOD_NAME = 128
 MAX_CODE = 32
-MAX_AGENT = 64
 MAX_REASON = 512
 MAX_ADDRESSES = MAX_ANNOUNCED
 MAX_ADDRESS = 512
@@ -201,4 +200,4 @@ def decode_credit(body: Body) -> int:
 def check_message_size(body: bytes, limit: int) -> None:
     """:class:`InvalidValueError` if an own message is longer than what peers accept."""
     if len(body) > limit:
-        raise InvalidValueError(f"message: {len(body)} bytes when encoded, at most {limit} are allowed")
+        raise InvalidValueError(f"message must take at most {limit} bytes when encoded, got {len(body)}")
