@@ -225,7 +225,7 @@ def test_frames_that_no_peer_would_take_are_not_sent(
 
 
 def test_limits_are_checked_where_they_are_made() -> None:
-    with pytest.raises(InvalidValueError, match="max_payload must be 0 to 4294967295, got -1"):
+    with pytest.raises(InvalidValueError, match="max_payload must be 0 to 4294967295 bytes, got -1"):
         Limits(max_payload=-1)
     with pytest.raises(InvalidValueError, match="max_message_body"):
         Limits(max_message_body=2**32)

@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from typing import Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
-from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
+from shoal.errors import InvalidValueError, ProtocolViolation
 from shoal.p2p.config import MAX_MESSAGE
 from shoal.p2p.protocol.noise import MAX_MESSAGE_BYTES, TAG_BYTES
+from shoal.utils.checks import Count
+from shoal.utils.options import check_options
 
 MAX_PLAINTEXT_BYTES: Final = MAX_MESSAGE_BYTES - TAG_BYTES
 # The most that is a multiple of a cache line, so that an aligned payload is decrypted in aligned pieces.
@@ -64,6 +66,12 @@ class FrameRule(NamedTuple):
     longest_body: int
 
 
+_MAX_LENGTH = 2**32 - 1
+"""A header has four bytes for a length."""
+
+Size = Annotated[int, Count(0, _MAX_LENGTH, "bytes")]
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one session takes, all in bytes. Both sides must allow what either sends.
@@ -73,21 +81,13 @@ class Limits:
     ``max_receive_buffer``: ciphertext that waits to be decrypted; it begins small and grows with the traffic.
     """
 
-    max_message_body: int = MAX_MESSAGE
-    max_payload: int = 64 * 2**20
-    max_control_body: int = 16 * 2**10
-    max_receive_buffer: int = 512 * 2**10
+    max_message_body: Size = MAX_MESSAGE
+    max_payload: Size = 64 * 2**20
+    max_control_body: Size = 16 * 2**10
+    max_receive_buffer: Annotated[int, Count(MAX_MESSAGE_BYTES + 2, _MAX_LENGTH, "bytes")] = 512 * 2**10
 
     def __post_init__(self) -> None:
-        least = {"max_receive_buffer": MAX_MESSAGE_BYTES + 2}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not int:
-                raise InvalidTypeError(f"{field.name} must be an int, got {value!r}")
-            if not least.get(field.name, 0) <= value < 2**32:
-                raise InvalidValueError(
-                    f"{field.name} must be {least.get(field.name, 0)} to {2**32 - 1}, got {value}"
-                )
+        check_options(self)
 
     @property
     def max_bytes_held(self) -> int:

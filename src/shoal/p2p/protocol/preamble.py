@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Annotated
 
 from shoal.errors import InvalidValueError, ProtocolViolation
 from shoal.p2p.protocol.violations import NotShoalPeer, OtherVersion
+from shoal.utils.checks import Count
+from shoal.utils.options import check_options
 
 MAX_PREAMBLE_BYTES = 32
 _MAGIC = b"shoal/"
@@ -33,19 +36,20 @@ _OTHER_PROGRAMS = (
 )
 
 
+Version = Annotated[int, Count(0, 9999)]
+"""As many digits as fit into the line."""
+
+
 @dataclass(frozen=True)
 class Versions:
     """The minor versions ``minimum`` to ``maximum`` of the protocol's version ``major``."""
 
-    major: int
-    minimum: int
-    maximum: int
+    major: Version
+    minimum: Version
+    maximum: Version
 
     def __post_init__(self) -> None:
-        for name in ("major", "minimum", "maximum"):
-            value: int = getattr(self, name)
-            if not 0 <= value <= 9999:
-                raise InvalidValueError(f"{name} must be 0 to 9999, got {value}")
+        check_options(self)
         if self.minimum > self.maximum:
             raise InvalidValueError(
                 f"minimum must be at most the maximum, {self.maximum}, got {self.minimum}"
