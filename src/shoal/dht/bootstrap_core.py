@@ -203,7 +203,7 @@ class BootstrapCore:
         self._watched = list(watched)
         self._table = table
         self._jitter = jitter
-        self._machine = Machine(State.NEW, TRANSITIONS)
+        self._machine = Machine(State.NEW, TRANSITIONS, HEARD)
         self._calls: dict[str, _Call] = {}
         self._waits_until = NEVER
         self._has_rival = False
@@ -234,9 +234,7 @@ class BootstrapCore:
 
         :raises IllegalTransition: the event cannot come now
         """
-        self._machine.note(event, now)
-        if type(event) not in HEARD[self.state]:
-            self._machine.refuse(f"{type(event).__name__} cannot happen")
+        self._machine.hear(event, now)
         effects: list[Effect] = []
         match event:
             case Began(timeout):

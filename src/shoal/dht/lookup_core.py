@@ -125,7 +125,7 @@ class LookupCore:
         self._in_flight = 0
         self._asked = 0
         self._stall_timeout = stall_timeout
-        self._machine = Machine(State.NEW, TRANSITIONS)
+        self._machine = Machine(State.NEW, TRANSITIONS, HEARD)
         self._stalls_at: dict[PeerID, float] = {}
         """When each peer that was asked, and has not answered, stalls; in this order."""
         for peer in answered:
@@ -160,9 +160,7 @@ class LookupCore:
 
         :raises IllegalTransition: the search has not begun yet, or begins twice
         """
-        self._machine.note(event, now)
-        if type(event) not in HEARD[self._machine.state]:
-            self._machine.refuse(f"{type(event).__name__} cannot happen")
+        self._machine.hear(event, now)
         if self.is_over:
             return []
         match event:

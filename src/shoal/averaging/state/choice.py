@@ -176,7 +176,7 @@ class DonorChoice:
 
     def __init__(self, next_chunk_timeout: float | None = None) -> None:
         self._next_chunk_timeout = next_chunk_timeout
-        self._machine = Machine(State.NEW, TRANSITIONS)
+        self._machine = Machine(State.NEW, TRANSITIONS, HEARD)
         self._candidates: dict[PeerID, Candidate] = {}
         self._current: Candidate | None = None
         self._failed: set[PeerID] = set()
@@ -207,9 +207,7 @@ class DonorChoice:
 
         :raises IllegalTransition: the event cannot come now
         """
-        self._machine.note(event, now)
-        if type(event) not in HEARD[self.state]:
-            self._machine.refuse(f"{type(event).__name__} cannot happen")
+        self._machine.hear(event, now)
         match event:
             case Began():
                 return self._look()

@@ -245,7 +245,7 @@ class UploadQueue:
         self._admitted: dict[int, Request] = {}
         self._missing: dict[PeerID, float] = {}
         """Joiners that lost their connection, and until when the copy is kept in use for them."""
-        self._machine = Machine(Copy.ABSENT, TRANSITIONS)
+        self._machine = Machine(Copy.ABSENT, TRANSITIONS, HEARD)
         self._state_id: bytes | None = None
         self._asked_at = 0.0
         """When the copy was asked for: what is in it is not older."""
@@ -277,9 +277,7 @@ class UploadQueue:
 
         :raises IllegalTransition: a copy comes, or fails, that was not asked for
         """
-        self._machine.note(event, now)
-        if type(event) not in HEARD[self._machine.state]:
-            self._machine.refuse(f"{type(event).__name__} cannot happen")
+        self._machine.hear(event, now)
         effects: list[Effect] = []
         self._missing = {peer: until for peer, until in self._missing.items() if until > now}
         match event:
