@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
@@ -15,7 +14,6 @@ from typing import Any, Literal, TypeVar, overload
 from shoal.dht import addresses, options
 from shoal.dht.commands import (
     AddValidators,
-    ClockReading,
     DescribeNode,
     DHTSetup,
     GetRecord,
@@ -25,6 +23,7 @@ from shoal.dht.commands import (
     StoreRecord,
 )
 from shoal.dht.config import ProcessConfig
+from shoal.dht.description import LastDescription
 from shoal.dht.link import NodeLink
 from shoal.dht.types import ValueWithExpiration
 from shoal.dht.validation import RecordValidatorBase
@@ -134,8 +133,7 @@ class DHT(Startable):
             instead_of_a_copy="a DHT cannot be pickled or copied: it belongs to the process that made it. "
             "Make another one there, with initial_peers=[str(address) for address in dht.get_visible_maddrs()]",
         )
-        self._last_description: NodeDescription | None = None
-        self._time = _NodeTime()
+        self._last = LastDescription()
         self._shared_classes: dict[int, type[Any]] = {}
         own = gather(ProcessConfig, given)
         config = options.make_config(given, options_)
@@ -172,7 +170,7 @@ class DHT(Startable):
             self._link.create_node(
                 partial(make_service, replace(self._setup, clock_offset=dht_clock.offset)),
                 name=self.service_name,
-                handler=self._time.take_in,
+                handler=self._last.set_time,
             )
         except BaseException:
             self.shutdown()
@@ -395,9 +393,7 @@ class DHT(Startable):
         return register
 
     def _describe(self) -> NodeDescription:
-        description = self._last_description = self._describe_later().result()
-        self._time.take_in(description.clock)
-        return description
+        return self._last.hear(self._describe_later().result())
 
     def _describe_at_last(self) -> NodeDescription:
         """What the node is now, or was when it was last asked, if it has ended."""
@@ -408,26 +404,16 @@ class DHT(Startable):
                 raise
             return self._last_description
 
+    @property
+    def _last_description(self) -> NodeDescription | None:
+        """What was last heard of the node: for averagers, which ask nobody while they are made."""
+        return self._last.description
+
     def _describe_later(self) -> MPFuture[NodeDescription]:
         """As soon as the node is ready; returns at once."""
         call: MPFuture[NodeDescription] = self._call(DescribeNode())
-        call.when_done(partial(_note_description, weakref.ref(self)))
+        call.when_done(self._last.note_answer)
         return call
-
-
-class _NodeTime:
-    """Makes this process's DHT time follow that of a node. Refers to no DHT, whose last reference ends it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._moves = 0
-
-    def take_in(self, reading: ClockReading) -> None:
-        """On any thread, in any order."""
-        with self._lock:
-            if reading.moves > self._moves:
-                self._moves = reading.moves
-                dht_clock.set_offset(reading.offset)
 
 
 def _serialize(name: str, value: object) -> bytes:
@@ -437,13 +423,6 @@ def _serialize(name: str, value: object) -> bytes:
         raise InvalidTypeError(f"{name}: {error}") from None
     except InvalidValueError as error:
         raise InvalidValueError(f"{name}: {error}") from None
-
-
-def _note_description(owner: weakref.ref[DHT], call: Future[NodeDescription]) -> None:
-    dht = owner()
-    if dht is not None and not call.cancelled() and call.exception() is None:
-        description = dht._last_description = call.result()
-        dht._time.take_in(description.clock)
 
 
 def _likely_modules() -> tuple[str, ...]:
