@@ -85,7 +85,7 @@ class Neighbours:
         self._lost: dict[PeerID, _Lost] = {}
         self._unsubscribe = host.on_disconnect(self._disconnected)
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Stop listening for disconnections."""
         self._unsubscribe()
 

@@ -380,7 +380,7 @@ class UploadQueue:
                 case Turn.SERVE:
                     yield Serve(first.request)
                 case Turn.COPY:
-                    yield from self._begin_copy(now)
+                    yield from self._ask_for_copy(now)
                 case Turn.JOIN:
                     pass  # served with the others when the copy is there
             self._admitted[first.request] = self._waiting.pop(0)
@@ -398,7 +398,7 @@ class UploadQueue:
             failure=self._failure,
         )
 
-    def _begin_copy(self, now: float) -> Iterator[Effect]:
+    def _ask_for_copy(self, now: float) -> Iterator[Effect]:
         if self._is_held:
             yield self._drop()
         self._machine.move(Copy.MAKING)
