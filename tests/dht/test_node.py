@@ -176,7 +176,7 @@ def test_that_nobody_answers_is_said_once_until_somebody_does(caplog: pytest.Log
             await sim.stop(0)
             for _ in range(3):
                 assert not await client.store("key", said, sim.now() + 100)
-            assert warnings() == ["a record was stored nowhere: no node answered"] * said
+            assert warnings() == ["a value was stored nowhere: no node answered"] * said
             await sim.start(0)
             await asyncio.sleep(90.0)  # it joins again by itself
             assert await client.store("key", said, sim.now() + 100)

@@ -20,7 +20,7 @@ from shoal.dht.commands import (
     NodeDescription,
     RegisterClasses,
     RunCoroutine,
-    StoreRecord,
+    StoreEntry,
 )
 from shoal.dht.config import ProcessConfig
 from shoal.dht.description import LastDescription
@@ -245,7 +245,7 @@ class DHT(Startable):
         """
         return list(self._describe().visible_addresses)
 
-    # Records
+    # Values
 
     @overload
     def get(
@@ -267,7 +267,7 @@ class DHT(Startable):
 
         For a key with sub-keys the value is a dictionary of sub-keys to their own ValueWithExpiration.
 
-        :param latest: ask the whole DHT for the record that expires last, instead of taking the first good
+        :param latest: ask the whole DHT for the value that expires last, instead of taking the first good
             one
         :param return_future: return a future at once, also while the node is not ready yet; it can be waited
             for, awaited and cancelled
@@ -306,12 +306,12 @@ class DHT(Startable):
             of its own
         :param return_future: return a future at once, also while the node is not ready yet; it can be waited
             for, awaited and cancelled
-        :returns: whether it was stored; false if a later record is there, or the record was refused
+        :returns: whether it was stored; false if a value that expires later is there, or if it was refused
         :raises InvalidTypeError: key, sub-key or value cannot be serialized, see
             :class:`~shoal.utils.MSGPackSerializer`
         """
         expiration_time = check_number("expiration_time", expiration_time)
-        command = StoreRecord(
+        command = StoreEntry(
             key=_serialize("key", key),
             value=_serialize("value", value),
             expiration_time=float(expiration_time),

@@ -79,7 +79,7 @@ class NodeServer:
         refused = await self._keep(request.key, request.entries)
         for reason in dict.fromkeys(refused):
             if reason:
-                logger.info("refused a record from %s: %s", peer, reason)
+                logger.info("refused an entry from %s: %s", peer, reason)
         if not request.count:
             return StoreResponse(refused)
         target = key_id(request.key)

@@ -49,7 +49,7 @@ one that was killed; a peer writes every half a second."""
 
 
 class Board:
-    """One peer's view of the records of a demo."""
+    """What one peer of a demo declares, and what it reads of the others."""
 
     def __init__(self, dht: DHT) -> None:
         self._dht = dht
