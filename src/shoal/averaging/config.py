@@ -32,7 +32,7 @@ DEFAULT_DECLARE_STATE_PERIOD = DefaultSeconds(30.0)
 DEFAULT_MAX_STATE_AGE = 60.0
 MIN_DECLARE_STATE_PERIOD = 0.1
 MAX_DECLARE_STATE_PERIOD = 3000.0
-"""Seconds; with the time until it expires, a declaration stays below the hour that the DHT keeps records."""
+"""Seconds; with the time until it expires, a declaration stays below the hour that the DHT keeps it."""
 
 
 def _check_prefix(name: str, prefix: str) -> None:

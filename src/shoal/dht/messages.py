@@ -38,7 +38,7 @@ Contacts = Annotated[list[Contact], Meta(max_length=MAX_CONTACTS)]
 
 
 class StoredEntry(CompactStruct, frozen=True):
-    """One value of a record; an empty ``subkey`` for a record without sub-keys."""
+    """One entry of a record; an empty ``subkey`` for a plain one."""
 
     subkey: SubkeyBytes
     value: bytes

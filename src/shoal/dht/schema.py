@@ -1,4 +1,4 @@
-"""Records whose values must have stated types: :class:`SchemaValidator`."""
+"""Values that must have stated types: :class:`SchemaValidator`."""
 
 from __future__ import annotations
 

@@ -73,12 +73,12 @@ class TimeKeeper:
         host.serve(TIME, self._answer)
         self._unsubscribe = host.on_clock_difference(self._clock_differs)
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Answer nobody any more."""
         self._unsubscribe()
         self._host.stop_serving(TIME)
 
-    def begin(self) -> None:
+    def be_first(self) -> None:
         """This node is the first of a DHT: others go by its clock."""
         self.is_settled = True
 

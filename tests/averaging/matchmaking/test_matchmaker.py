@@ -17,7 +17,7 @@ from shoal.averaging.group import (
     sign_member,
 )
 from shoal.averaging.matchmaking.asking import AVOID_AFTER_LOSS
-from shoal.averaging.matchmaking.declarations import Declarations
+from shoal.averaging.matchmaking.declarations import DECLARATION_LIFETIME, SEARCHES
 from shoal.averaging.matchmaking.events import FinishWithGroup, FinishWithout
 from shoal.averaging.matchmaking.matchmaker import Matchmaker
 from shoal.averaging.matchmaking.messages import (
@@ -37,6 +37,7 @@ from shoal.averaging.matchmaking.messages import (
 from shoal.averaging.matchmaking.search import Search
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.router import Router
+from shoal.dht.declarations import Declarations
 from shoal.dht.node import DHTNode
 from shoal.errors import InvalidStateError, InvalidValueError, MatchmakingException, RemoteError
 from shoal.p2p.rpc import Stream
@@ -348,7 +349,7 @@ class FakeLeader:
         Router.of(node.host).register(JOIN, "swarm", self.serve)
         address = str(self.sim.dht.address(9, with_peer_id=False))
         declared: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
-        Declarations(node, self.tasks, self.sim.now).declare(
+        Declarations(node, SEARCHES, self.tasks, self.sim.now, lifetime=DECLARATION_LIFETIME).declare(
             KEY,
             Declaration(self.sim.now(), DeclaredState.LOOKING, SCHEMA, PeerMode.FULL, (address,)),
             lambda seconds, failure: declared.set_result(failure),

@@ -229,7 +229,7 @@ class Matchmaker:
         self._router.unregister(JOIN, self._peer.prefix)
         if self._search is not None:
             self._search.dispatch(Cancelled())
-        await self._peer.declarations.flush(WITHDRAWAL_TIMEOUT)
+        await self._peer.declarations.close(WITHDRAWAL_TIMEOUT)
         await self._peer.others.close()
         await self._peer.tasks.close()
 

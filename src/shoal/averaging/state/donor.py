@@ -101,7 +101,7 @@ class HeldState:
         os.ftruncate(self._memory.fd, self.layout.encoded_nbytes)
 
     def compute_digest(self) -> bytes:
-        """Goes through all of the state; for a thread. Ends early, with an error, when the state is closed."""
+        """Goes through all of the state; for a thread. Ends early, with an error, when the state is freed."""
         digest = self.manifest.new_digest()
         for index in range(self.manifest.chunk_count):
             digest.update(self.chunk(index))
@@ -112,7 +112,7 @@ class HeldState:
         begin, end = self.layout.chunk_offset(index)
         return self._view()[begin:end]
 
-    def close(self) -> None:
+    def free(self) -> None:
         """Nobody is served from it any more; the memory goes with the last chunk that is on its way, or hashed."""
         self._buffer = None
         if self.digest is not None:
@@ -162,7 +162,7 @@ class StateDonor:
         self._admissions: dict[int, _Admission] = {}
         self._uploads: dict[int, Stream] = {}
         self._held: HeldState | None = None
-        router.register(STATE, prefix, self._serve)
+        router.register(STATE, prefix, self._answer)
         self.switch(allowed)
 
     @property
@@ -256,12 +256,12 @@ class StateDonor:
 
     def _drop_copy(self) -> None:
         if self._held is not None:
-            self._held.close()
+            self._held.free()
             self._held = None
 
     # one joiner
 
-    async def _serve(self, stream: Stream, first: RequestState) -> None:
+    async def _answer(self, stream: Stream, first: RequestState) -> None:
         check_request(first)
         self._requests += 1
         request = self._requests

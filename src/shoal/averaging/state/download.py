@@ -19,7 +19,6 @@ from shoal.averaging.state.choice import (
     MAX_RESUMPTIONS,
     AllChunksReceived,
     AskDonor,
-    Began,
     ChunkReceived,
     ConnectionBroke,
     DonorBusy,
@@ -34,6 +33,7 @@ from shoal.averaging.state.choice import (
     LookForDonors,
     OfferReceived,
     StateReceived,
+    StateWanted,
 )
 from shoal.averaging.state.donor import YIELD_CHUNKS
 from shoal.averaging.state.manifest import Manifest, ManifestReader
@@ -164,7 +164,7 @@ class StateDownload:
             await self._drop()
 
     async def _run(self) -> Downloaded | str:
-        self._driver.tell(Began())
+        self._driver.tell(StateWanted())
         while True:
             match self._take_to_do():
                 case LookForDonors():
@@ -274,7 +274,7 @@ class StateDownload:
         resume = None if self._partial is None else Resume(self._partial.state_id, self._partial.next_chunk)
         async with self._host.open_stream(donor.peer, STATE, lane=Lane.BULK) as stream:
             await stream.send(RequestState(self._prefix, resume))
-            partial = await self._begin(stream, donor)
+            partial = await self._receive_offer(stream, donor)
             stream.accept_payloads(partial.place, WINDOW_BYTES)
             for _ in range(partial.next_chunk, partial.manifest.chunk_count):
                 payload = await self._receive(stream, self._next_chunk_timeout, "the next chunk")
@@ -305,7 +305,7 @@ class StateDownload:
         )
         return Downloaded(donor.peer, partial.manifest, age)
 
-    async def _begin(self, stream: Stream, donor: Donor) -> PartialState:
+    async def _receive_offer(self, stream: Stream, donor: Donor) -> PartialState:
         """Wait for the donor to begin; then it is known what will come."""
         limit = (
             None if self._next_chunk_timeout is None else max(self._next_chunk_timeout, LEAST_FIRST_TIMEOUT)
@@ -368,7 +368,7 @@ class StateDownload:
     async def _drop(self) -> None:
         partial, self._partial = self._partial, None
         if partial is not None:
-            await partial.close()
+            await partial.free()
 
     def _show(self, partial: PartialState) -> None:
         now = asyncio.get_running_loop().time()

@@ -114,6 +114,8 @@ class DonorDeclaration(NamedStruct, frozen=True):
     addresses: tuple[str, ...]
 
 
+WITHDRAWN = DonorDeclaration(sharing=False, priority=0.0, addresses=())
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(DonorDeclaration)
 
@@ -124,12 +126,15 @@ def donors_key(prefix: str) -> str:
 
 
 def encode_donor(declaration: DonorDeclaration) -> bytes:
-    """The value of a record."""
+    """The value that the DHT stores."""
     return _encoder.encode(declaration)
 
 
 def decode_donor(raw: object) -> DonorDeclaration:
-    """:raises InvalidValueError: ``raw`` is no declaration; records come from strangers"""
+    """What a donor declares, :data:`WITHDRAWN` if it shares nothing, whatever else it says then.
+
+    :raises InvalidValueError: ``raw`` is no declaration; it comes from a stranger
+    """
     if not isinstance(raw, bytes):
         raise InvalidValueError(f"a declaration is bytes, not {type(raw).__name__}")
     try:
@@ -140,4 +145,4 @@ def decode_donor(raw: object) -> DonorDeclaration:
         raise InvalidValueError("a declaration with a field out of bounds")
     for address in declaration.addresses:
         Multiaddr.parse(address)
-    return declaration
+    return declaration if declaration.sharing else WITHDRAWN

@@ -246,7 +246,7 @@ class UploadQueue:
         self._admitted: dict[int, Request] = {}
         self._missing: dict[PeerID, float] = {}
         """Joiners that lost their connection, and until when the copy is kept in use for them."""
-        self._machine = Machine(Copy.ABSENT, TRANSITIONS)
+        self._machine = Machine(Copy.ABSENT, TRANSITIONS, HEARD)
         self._state_id: bytes | None = None
         self._asked_at = 0.0
         """When the copy was asked for: what is in it is not older."""
@@ -278,9 +278,7 @@ class UploadQueue:
 
         :raises IllegalTransition: a copy comes, or fails, that was not asked for
         """
-        self._machine.note(event, now)
-        if type(event) not in HEARD[self._machine.state]:
-            self._machine.refuse(f"{type(event).__name__} cannot happen")
+        self._machine.hear(event, now)
         effects: list[Effect] = []
         self._missing = {peer: until for peer, until in self._missing.items() if until > now}
         match event:
@@ -387,7 +385,7 @@ class UploadQueue:
                 case Turn.SERVE:
                     yield Serve(first.request)
                 case Turn.COPY:
-                    yield from self._begin_copy(now)
+                    yield from self._ask_for_copy(now)
                 case Turn.JOIN:
                     pass  # served with the others when the copy is there
             self._admitted[first.request] = self._waiting.pop(0)
@@ -405,7 +403,7 @@ class UploadQueue:
             failure=self._failure,
         )
 
-    def _begin_copy(self, now: float) -> Iterator[Effect]:
+    def _ask_for_copy(self, now: float) -> Iterator[Effect]:
         if self._is_held:
             yield self._drop()
         self._machine.move(Copy.MAKING)
