@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from shoal.errors import ConnectionLost as ConnectionLost
     from shoal.errors import DeadlineExceeded as DeadlineExceeded
     from shoal.errors import IdentityInUse as IdentityInUse
+    from shoal.errors import InDoubt as InDoubt
     from shoal.errors import InvalidStateError as InvalidStateError
     from shoal.errors import InvalidTypeError as InvalidTypeError
     from shoal.errors import InvalidValueError as InvalidValueError
@@ -141,6 +142,7 @@ _MODULE_OF = {
     "RemoteError": "shoal.errors",
     "BootstrapError": "shoal.errors",
     "AllreduceException": "shoal.errors",
+    "InDoubt": "shoal.errors",
     "MatchmakingException": "shoal.errors",
     "PeerProcessDied": "shoal.errors",
     "PeerProcessUnresponsive": "shoal.errors",

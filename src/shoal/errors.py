@@ -16,6 +16,7 @@
     ├── RemoteError                     the other side's handler failed; carries its code and message
     ├── BootstrapError                  no initial peer of a DHT answered; lists each address and why
     ├── AllreduceException              a round of averaging failed; its tensors are as they were
+    │   ├── InDoubt                     this peer cannot know whether the others committed the round
     │   └── MatchmakingException        no group was found; says what the search saw
     └── PeerProcessDied                 the background process ended; carries exit status and the end of its log
 """
@@ -169,6 +170,13 @@ class BootstrapError(ShoalError):
 
 class AllreduceException(ShoalError):
     """A round of averaging failed; the averaged tensors are as they were before it."""
+
+
+class InDoubt(AllreduceException):
+    """This peer had voted on a round, and could not learn how it ended: others may have committed the average.
+
+    Its own tensors are as they were before the round. The step is not tried again.
+    """
 
 
 class MatchmakingException(AllreduceException):

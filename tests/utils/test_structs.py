@@ -14,6 +14,7 @@ from shoal.utils.structs import CompactStruct, Message, NamedStruct
 
 FORMS = (CompactStruct, NamedStruct)
 BETWEEN_PEERS = (
+    "shoal.averaging.allreduce",
     "shoal.averaging.matchmaking",
     "shoal.averaging.state",
     "shoal.compression",

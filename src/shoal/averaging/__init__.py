@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from shoal.averaging.report import Phases, RoundReport, StepReport
     from shoal.averaging.trainer.averager import DecentralizedAverager
     from shoal.averaging.trainer.control import StepControl
-    from shoal.errors import AllreduceException, MatchmakingException
+    from shoal.errors import AllreduceException, InDoubt, MatchmakingException
 
 __all__ = [
     "DecentralizedAverager",
@@ -26,6 +26,7 @@ __all__ = [
     "GroupInfo",
     "load_balance_peers",
     "AllreduceException",
+    "InDoubt",
     "MatchmakingException",
 ]
 
@@ -42,6 +43,7 @@ __getattr__, __dir__ = lazy_names(
         "GroupInfo": "shoal.averaging.group",
         "load_balance_peers": "shoal.averaging.load_balancing",
         "AllreduceException": "shoal.errors",
+        "InDoubt": "shoal.errors",
         "MatchmakingException": "shoal.errors",
     },
 )

@@ -23,6 +23,10 @@ class AveragingCode(enum.StrEnum):
     """All-reduce: the owner takes nothing more of this sender; the message says why. The round goes on without it."""
     ROUND_FAILED = "round_failed"
     """All-reduce: the round is decided, and the sender gets no averages any more."""
+    VOID = "void"
+    """All-reduce: the span is not served here: its parts were assigned to other owners."""
+    NOT_LEADING = "not_leading"
+    """All-reduce: this member does not lead in that term, or does not lead any more."""
 
     NOT_SHARING = "not_sharing"
     """State: the donor does not share its state, or no longer."""

@@ -57,6 +57,20 @@ class Exclusion:
 
 
 @dataclass(frozen=True)
+class PartialContribution:
+    """What is in the average of a member that the round went on without: parts that it had delivered before.
+
+    :param member: its PeerID (base58)
+    :param first_part: the first of a run of parts of the flat vector
+    :param end_part: the part after the last one of the run
+    """
+
+    member: str
+    first_part: int
+    end_part: int
+
+
+@dataclass(frozen=True)
 class Spread:
     """How far apart the members of a group were before its round; an estimate from a sample of elements, and the same
     at every member.
@@ -85,8 +99,11 @@ class StepReport:
     :param weight: sum of the weights of the members that were averaged
     :param excluded: members that the round went on without
     :param weights: the weight of each member in the average, in the order of ``members``; 0 for auxiliary and
-      excluded ones, though parts that an excluded member had delivered before are in the average, with the weight
-      that it declared: there is no one weight to report for it
+      excluded ones
+    :param partial: parts of excluded members that are in the average all the same, with the weight that each of
+      them declared
+    :param repairs: how many times the parts of lost owners were given to others in the last attempt
+    :param in_doubt: the step failed, and others may have committed its average
     :param spread_distance: how far apart the members were before; see :class:`Spread`. None: unknown
     :param spread_relative: likewise, relative to the average
     :param search: what the search for a group saw, in plain dictionaries, lists and strings; None: nothing to tell
@@ -104,6 +121,9 @@ class StepReport:
     weight: float = 0.0
     excluded: tuple[Exclusion, ...] = ()
     weights: tuple[float, ...] = ()
+    partial: tuple[PartialContribution, ...] = ()
+    repairs: int = 0
+    in_doubt: bool = False
     spread_distance: float | None = None
     spread_relative: float | None = None
     search: dict[str, Any] | None = None
@@ -122,7 +142,8 @@ class StepReport:
     def __str__(self) -> str:
         took = figures.duration(self.phases.total)
         if self.failure is not None:
-            return f"step {self.step}: failed after {took}: {self.failure}"
+            ended = "in doubt" if self.in_doubt else "failed"
+            return f"step {self.step}: {ended} after {took}: {self.failure}"
         text = (
             f"step {self.step}: {figures.count(len(self.members), 'peer')} in {took} (search "
             f"{figures.duration(self.phases.search)}, all-reduce {figures.duration(self._work)}), {self._moved}"
@@ -130,6 +151,8 @@ class StepReport:
         apart = self._apart
         if apart:
             text += f", peers differed by {apart}"
+        if self.repairs:
+            text += f", repaired {figures.count(self.repairs, 'time')}"
         if self.excluded:
             text += f", excluded: {', '.join(map(str, self.excluded))}"
         return text

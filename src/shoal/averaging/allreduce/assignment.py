@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-import msgspec
-
 from shoal.errors import ProtocolViolation
+from shoal.utils.structs import Message
 
 MAX_ORDERS = 4096
 """Repairs in one round that a member accepts: far more than a group has members to lose."""
@@ -62,7 +61,7 @@ class Span:
         return range(self.first, self.first + self.count)
 
 
-class Repair(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class Repair(Message, frozen=True):
     """The leader's order: these spans are void, and their parts go to these owners in a new epoch.
 
     ``after``: the epoch of the order before it, if there is one. A member that knows other orders after that one

@@ -45,6 +45,7 @@ from shoal.averaging.allreduce.messages import (
     Report,
 )
 from shoal.averaging.allreduce.participants import RoundCore
+from shoal.averaging.codes import AveragingCode
 from shoal.errors import PeerUnreachable, ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.rpc import EndOfStream, Stream
 
@@ -53,7 +54,6 @@ logger = logging.getLogger(__name__)
 ASK_TIMEOUT = 5.0
 REFUSED_FOR = 2.5
 """Seconds for which a member's machine answers that nobody listens, before its process counts as dead."""
-NOT_LEADING = "not_leading"
 
 
 class Commitment:
@@ -88,7 +88,7 @@ class Commitment:
     def stop_leading(self) -> None:
         """Have the members that follow this one look for another leader."""
         for stream in self._joined.values():
-            stream.reset(NOT_LEADING, "it does not lead any more")
+            stream.reset(AveragingCode.NOT_LEADING, "it does not lead any more")
         self._joined.clear()
         self._word.clear()
 
@@ -160,7 +160,7 @@ class Commitment:
             raise ProtocolViolation(f"{stream.remote} reports before it has joined the round")
         leads = election.lead in (Lead.LEADING, Lead.CANDIDATE) and first.term == election.term
         if not leads or (shared.is_over and shared.core.outcome is None):
-            raise RemoteError(NOT_LEADING, "it does not lead in this term")
+            raise RemoteError(AveragingCode.NOT_LEADING, "it does not lead in this term")
         if member in self._joined:
             raise ProtocolViolation(f"{stream.remote} joined the round twice")
         self._joined[member] = stream

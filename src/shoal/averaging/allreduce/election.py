@@ -3,8 +3,8 @@
 A member that lost the leader asks all others what they know of the decision, and looks for a new leader. The first
 member in the group's order that can be reached *stands*, in a term of its own (:mod:`.voter`). The others wait for
 their turn: :data:`TURN` seconds for each member before them that they could reach so far. The candidate leads when a
-quorum has promised to follow. It waits a moment longer for those that have not answered, since a member without a promise is
-left behind.
+quorum has promised to follow. It waits a moment longer for those that have not answered, since a member without a
+promise is left behind.
 
 A member that hears a living leader makes no promise to another one. So one broken connection deposes nobody.
 """

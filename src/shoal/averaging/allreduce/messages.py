@@ -16,6 +16,7 @@ import msgspec
 from shoal.averaging.allreduce.assignment import FIRST_EPOCH, Epoch, Repair, SpanId
 from shoal.averaging.group import GROUP_ID_BYTES, MAX_WEIGHT
 from shoal.p2p.rpc import Method
+from shoal.utils.structs import Message
 from shoal.utils.text import printable
 
 MAX_REASON_CHARS = 1000
@@ -27,7 +28,7 @@ GroupID: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=GROUP_ID_BYTES, ma
 EXCLUSION_PHASES = ("join", "snapshot", "exchange")
 
 
-class Contribute(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class Contribute(Message, frozen=True):
     """A member opens the exchange for one span with its owner: its weight, and its parts of the span, will follow.
 
     A payload's tag is the number of its part in the span, in both directions.
@@ -38,17 +39,17 @@ class Contribute(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=Tr
     span: SpanId
 
 
-class ReadyForParts(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class ReadyForParts(Message, frozen=True):
     """The owner has memory for the parts; averages will follow as payloads."""
 
 
-class DeclareWeight(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class DeclareWeight(Message, frozen=True):
     """The member's weight in the average; before its first part. With 0 no parts follow."""
 
     weight: float
 
 
-class JoinRound(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class JoinRound(Message, frozen=True):
     """A member tells the leader of ``term`` that it takes part; its reports will follow."""
 
     prefix: str
@@ -59,20 +60,20 @@ class JoinRound(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=Tru
 # Reports of a member to the leader.
 
 
-class Ready(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class Ready(Message, frozen=True):
     """The member holds every average of the assignment of ``epoch``, and gives its word to wait for the outcome."""
 
     weight: float
     epoch: Epoch = FIRST_EPOCH
 
 
-class AveragesReceived(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class AveragesReceived(Message, frozen=True):
     """The member has taken so many averages of other owners, and misses some: it is slow, but not stuck."""
 
     count: int
 
 
-class SpanAveraged(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class SpanAveraged(Message, frozen=True):
     """An owner has averaged its whole span: its report to the leader, and the end of its averages to each member.
 
     ``weights``: what each member told it (None: nothing). ``partial``: members of which not all parts of the span are
@@ -88,13 +89,13 @@ class SpanAveraged(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=
     partial: tuple[tuple[int, int], ...] = ()
 
 
-class GaveUp(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class GaveUp(Message, frozen=True):
     """The member leaves the round, and serves nobody any more."""
 
     reason: str
 
 
-class StandsAside(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class StandsAside(Message, frozen=True):
     """The member cannot commit, but goes on to serve the averages of its span."""
 
     phase: str
@@ -114,7 +115,7 @@ class Loss(enum.Enum):
     """What the other sent was wrong, such as NaN."""
 
 
-class SenderExcluded(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class SenderExcluded(Message, frozen=True):
     """An owner averages the rest of a span without a sender."""
 
     span: SpanId
@@ -123,7 +124,7 @@ class SenderExcluded(msgspec.Struct, frozen=True, tag=True, forbid_unknown_field
     loss: Loss = Loss.BROKEN
 
 
-class OwnerFailed(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class OwnerFailed(Message, frozen=True):
     """A member cannot get the averages of a span."""
 
     span: SpanId
@@ -139,7 +140,7 @@ Report: TypeAlias = (
 # The leader's word.
 
 
-class Excluded(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class Excluded(Message, frozen=True):
     """The round goes on without a member: ``seconds`` into the leader's all-reduce, in which phase, and why."""
 
     member: int
@@ -148,7 +149,7 @@ class Excluded(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True
     reason: str
 
 
-class Outcome(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class Outcome(Message, frozen=True):
     """The leader's decision: committed (``reason`` None) for all that are not excluded, or why the round failed.
 
     ``weights``: each member's in the average, 0 for those excluded. The sums are those of :class:`SpanAveraged` over
@@ -170,14 +171,14 @@ class Outcome(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
 # The vote: questions to any member, also to one that has left the round, and its answers.
 
 
-class AskOutcome(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class AskOutcome(Message, frozen=True):
     """A member that lost the leader asks what another knows of the decision."""
 
     prefix: str
     group_id: GroupID
 
 
-class Prepare(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class Prepare(Message, frozen=True):
     """A member that lost the leader wants to lead, in this term."""
 
     prefix: str
@@ -185,7 +186,7 @@ class Prepare(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
     term: int
 
 
-class Propose(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class Propose(Message, frozen=True):
     """The leader of this term proposes how the round ends."""
 
     prefix: str
@@ -194,30 +195,30 @@ class Propose(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
     outcome: Outcome
 
 
-class NotKnown(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class NotKnown(Message, frozen=True):
     """The member that was asked does not know the round: it never did, or is a process that was started later."""
 
 
-class Knows(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class Knows(Message, frozen=True):
     """The round is decided."""
 
     outcome: Outcome
 
 
-class Undecided(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class Undecided(Message, frozen=True):
     """The member knows of no decision. ``phase``: where it stands, by name. ``has_leader``: it hears a living one."""
 
     phase: str
     has_leader: bool
 
 
-class Refused(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class Refused(Message, frozen=True):
     """The member has promised not to hear terms below this one."""
 
     promised: int
 
 
-class Promised(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class Promised(Message, frozen=True):
     """The member hears nothing below the term that it was asked for, and says where it stands.
 
     ``failure``: why it will not commit; None: it may. ``weight``: its own; None: not known yet. ``orders``: the repairs
@@ -234,7 +235,7 @@ class Promised(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True
     floor: int = 0
 
 
-class Accepted(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class Accepted(Message, frozen=True):
     """The member accepts what was proposed."""
 
 

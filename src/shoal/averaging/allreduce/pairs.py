@@ -1,8 +1,8 @@
 """Pairs of members that cannot talk with each other, as the leader hears of them. Pure.
 
 A stream that ends, or carries nothing, has two ends, and either may be at fault: so a complaint names a pair. Once a
-pair has been known for :data:`GRACE` seconds and both of its members live, the leader keeps the two apart. A member that
-cannot talk with several others is at fault itself, and so is an owner that is too slow for several.
+pair has been known for :data:`GRACE` seconds and both of its members live, the leader keeps the two apart. A member
+that cannot talk with several others is at fault itself, and so is an owner that is too slow for several.
 """
 
 from __future__ import annotations

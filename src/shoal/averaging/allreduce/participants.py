@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from shoal.averaging.allreduce.core import AllReduce
 from shoal.averaging.allreduce.events import OVER, Event
+from shoal.averaging.codes import AveragingCode
 from shoal.averaging.group import GroupInfo
 from shoal.errors import (
     ConnectionLost,
@@ -68,7 +69,7 @@ class RoundCore:
         :raises RemoteError: it is none
         """
         if stream.remote not in self.peers:
-            raise RemoteError("not_a_member", f"{stream.remote} is no member of this group")
+            raise RemoteError(AveragingCode.NOT_A_MEMBER, f"{stream.remote} is no member of this group")
         return self.peers.index(stream.remote)
 
     def note_failure(self, member: int, error: Exception) -> None:

@@ -40,7 +40,7 @@ def reduce_part(parts: Sequence[torch.Tensor], weights: Sequence[float], out: to
     """
     _check_weights(weights)
     if len(parts) != len(weights):
-        raise InvalidValueError(f"{len(parts)} parts were given with {len(weights)} weights")
+        raise InvalidValueError(f"weights must be one for each of the {len(parts)} parts, got {len(weights)}")
     terms = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight > 0]
     largest = max(weight for _, weight in terms)
     scales = [weight / largest for _, weight in terms]
@@ -120,9 +120,9 @@ def _sum_dtype(dtype: torch.dtype, scales: Sequence[float]) -> torch.dtype:
 def _check_weights(weights: Sequence[float]) -> None:
     for index, weight in enumerate(weights):
         if not (math.isfinite(weight) and weight >= 0):
-            raise InvalidValueError(f"weights[{index}] is {weight}; it must be a finite number of at least 0")
+            raise InvalidValueError(f"weights[{index}] must be a finite number of at least 0, got {weight}")
     if not any(weight > 0 for weight in weights):
-        raise InvalidValueError("all weights are 0; at least one must be positive")
+        raise InvalidValueError("weights must hold one above 0, got only zeros")
 
 
 class OutOfRangeError(AllreduceException):

@@ -289,7 +289,7 @@ class Round:
             return
         weight = self._weight()
         if not is_weight(weight):
-            raise InvalidValueError(f"weight={weight}: 0 to {MAX_WEIGHT:g} is allowed")
+            raise InvalidValueError(f"weight must be 0 to {MAX_WEIGHT:g}, got {weight}")
         self._exchange.contribute(weight)
         self._feed(SnapshotTaken(weight))
 

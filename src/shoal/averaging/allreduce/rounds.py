@@ -21,9 +21,11 @@ from shoal.averaging.allreduce.messages import (
     Question,
 )
 from shoal.averaging.allreduce.round import Round
+from shoal.averaging.codes import AveragingCode
 from shoal.averaging.router import Router
 from shoal.errors import RemoteError
 from shoal.p2p.identity import PeerID
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.rpc import Stream
 
 METHODS = (EXCHANGE, COMMIT, VOTE)
@@ -106,13 +108,15 @@ class Rounds:
                 if ended
                 else "its group is not known here"
             )
-            raise RemoteError("no_such_round", f"no such round: {reason}")
+            raise RemoteError(AveragingCode.NO_SUCH_ROUND, f"no such round: {reason}")
         return found
 
     async def _wait_for(self, group_id: bytes, peer: PeerID, seconds: float) -> None:
         of_all, of_peer = self._waiting.total(), self._waiting[peer]
         if of_all >= MAX_WAITING_STREAMS or of_peer >= MAX_WAITING_STREAMS_PER_PEER:
-            raise RemoteError("busy", f"{of_all} streams, {of_peer} of yours, wait for their rounds already")
+            raise RemoteError(
+                ResetCode.BUSY, f"{of_all} streams, {of_peer} of yours, wait for their rounds already"
+            )
         self._waiting[peer] += 1
         try:
             async with asyncio.timeout(seconds):

@@ -43,9 +43,11 @@ from shoal.averaging.allreduce.messages import (
 )
 from shoal.averaging.allreduce.pace import Wait
 from shoal.averaging.allreduce.participants import RoundCore
+from shoal.averaging.codes import AveragingCode
 from shoal.averaging.partition import Partition
 from shoal.compression.base import Bytes
 from shoal.errors import AllreduceException, PeerUnreachable, ProtocolViolation, RemoteError, ShoalError
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.rpc import Lane, Payload, Stream
 
 logger = logging.getLogger(__name__)
@@ -54,10 +56,6 @@ WINDOW_BYTES = 4 << 20
 """Credit of each stream of parts or averages; at least two parts, whatever their size."""
 ORDER_TIMEOUT = 10.0
 """Seconds for which a stream of a repaired span may be ahead of the leader's order to repair it."""
-EXCLUDED = "excluded"
-ROUND_FAILED = "round_failed"
-VOID = "void"
-"""The span was assigned anew."""
 
 
 class Serving:
@@ -140,13 +138,13 @@ class Exchange:
         for span in spans:
             stream, task = self._taking.pop(span, None), self._contributing.pop(span, None)
             if stream is not None:
-                stream.reset(VOID, "the span was assigned anew")
+                stream.reset(AveragingCode.VOID, "the span was assigned anew")
             if task is not None:
                 task.cancel()
             serving = self._serving.pop(span, None)
             if serving is not None:
                 for sender in serving.streams.values():
-                    sender.reset(VOID, "the span was assigned anew")
+                    sender.reset(AveragingCode.VOID, "the span was assigned anew")
                 serving.own.clear()
         self.wake()
 
@@ -195,7 +193,7 @@ class Exchange:
         for serving in self._serving.values():
             for member, stream in serving.streams.items():
                 if not serving.is_done(member):
-                    stream.reset(ROUND_FAILED, failure or "the round is over")
+                    stream.reset(AveragingCode.ROUND_FAILED, failure or "the round is over")
             serving.own.clear()
         self.wake()
 
@@ -204,7 +202,7 @@ class Exchange:
         serving = self._serving.get(span)
         stream = None if serving is None else serving.streams.get(sender)
         if stream is not None:
-            stream.reset(EXCLUDED, reason)
+            stream.reset(AveragingCode.EXCLUDED, reason)
         elif is_silent:
             self._shared.unreached.add(sender)
 
@@ -219,10 +217,10 @@ class Exchange:
         try:
             await self._exchange_with(span)
         except RemoteError as e:
-            if e.code == EXCLUDED:
+            if e.code == AveragingCode.EXCLUDED:
                 feed(ExcludedByOwner(span.id, e.message))
-            elif e.code not in (VOID, ROUND_FAILED) or (
-                e.code == ROUND_FAILED and span.owner != self._core.leader
+            elif e.code not in (AveragingCode.VOID, AveragingCode.ROUND_FAILED) or (
+                e.code == AveragingCode.ROUND_FAILED and span.owner != self._core.leader
             ):
                 feed(OwnerLost(span.id, str(e)))
             # else the leader's word is on its way, with the reason
@@ -245,7 +243,7 @@ class Exchange:
                 await self._exchange_on(stream, foreign, span.id)
             except asyncio.CancelledError:
                 if self._core.failure is not None:  # the owner may hear of it here before the leader tells it
-                    stream.reset("cancelled", self._core.failure)
+                    stream.reset(ResetCode.CANCELLED, self._core.failure)
                 raise
 
     async def _exchange_on(self, stream: Stream, foreign: ForeignSpan, span: SpanId) -> None:
@@ -331,14 +329,14 @@ class Exchange:
         except TimeoutError:
             pass  # answered as any other span that is not served here
         if span not in self._serving:
-            raise RemoteError(VOID, f"{span} is not served here")
+            raise RemoteError(AveragingCode.VOID, f"{span} is not served here")
         return self._serving[span]
 
     def _refuse_dropped(self, serving: Serving, member: int) -> None:
         book = self._core.ledger.collections.get(serving.span.id)
         reason = None if book is None else book.dropped.get(member)
         if reason is not None:
-            raise RemoteError(EXCLUDED, reason)
+            raise RemoteError(AveragingCode.EXCLUDED, reason)
 
     async def _receive_parts(self, serving: Serving, stream: Stream, member: int) -> None:
         span, own = serving.span.id, serving.own
@@ -396,7 +394,7 @@ class Exchange:
     async def _until(self, serving: Serving, is_so: Callable[[], bool]) -> None:
         while not is_so():
             if self._is_closed(serving):
-                raise RemoteError(ROUND_FAILED, self._core.failure or "the round is over")
+                raise RemoteError(AveragingCode.ROUND_FAILED, self._core.failure or "the round is over")
             await self._progress.wait()
 
 

@@ -12,7 +12,8 @@ from shoal.averaging.background.resources import Resources
 from shoal.averaging.background.step import Step, StepFailed
 from shoal.averaging.commands import ApplyAverage, AveragingStage, BoundByWord, ReachStage, TakeSnapshot
 from shoal.averaging.group import GroupInfo
-from shoal.errors import AllreduceException
+from shoal.averaging.report import PartialContribution
+from shoal.errors import AllreduceException, InDoubt
 from shoal.runtime.presence import UserProcessAbsent
 
 T = TypeVar("T")
@@ -45,6 +46,7 @@ class Attempt:
             take_snapshot=self._snapshot_unless_absent,
             weight=lambda: self._weight,
             timeouts=resources.timeouts,
+            min_size=resources.config.matchmaking.min_group_size,
             on_bound=self._on_bound,
         )
 
@@ -56,6 +58,7 @@ class Attempt:
         the group stood.
 
         :raises AllreduceException: the round did not commit
+        :raises InDoubt: this peer cannot know whether it did
         :raises StepFailed: because of this peer's own tensors, or these could not be written
         """
         self._note_group()
@@ -70,6 +73,8 @@ class Attempt:
             rounds.end(self._round)
         self._note_result(result)
         self._learn(result)
+        if result.in_doubt:
+            raise InDoubt(result.failure)
         if result.failure is not None and cancelled is None:
             raise (StepFailed if self._is_own_fault else AllreduceException)(result.failure)
         if result.failure is None:
@@ -165,6 +170,12 @@ class Attempt:
             weights=result.weights,
             parts=self._round.part_count,
             excluded=result.exclusions,
+            partial=tuple(
+                PartialContribution(str(self._group.peer_ids[member]), first, end)
+                for member, first, end in result.partial
+            ),
+            repairs=result.repairs,
+            in_doubt=result.in_doubt,
             spread_distance=None if spread is None else spread.distance,
             spread_relative=None if spread is None else spread.relative,
         )

@@ -15,7 +15,7 @@ from shoal.averaging.background.step import Step, StepFailed
 from shoal.averaging.commands import RunStep, StepOutcome
 from shoal.averaging.config import retry_pause
 from shoal.averaging.matchmaking.story import SearchStory
-from shoal.errors import AllreduceException, MatchmakingException
+from shoal.errors import AllreduceException, InDoubt, MatchmakingException
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,9 @@ class StepRunner:
 
     def _is_worth_another(self, step: Step, failure: AllreduceException) -> bool:
         time_is_up = step.time_left is not None and step.time_left <= 0
-        return step.command.allow_retries and not time_is_up and not isinstance(failure, StepFailed)
+        # A step in doubt is not tried again: its average may have been counted elsewhere.
+        is_final = isinstance(failure, StepFailed | InDoubt)
+        return step.command.allow_retries and not time_is_up and not is_final
 
     async def _pause(self, step: Step, failure: AllreduceException) -> None:
         attempts = step.report.attempts

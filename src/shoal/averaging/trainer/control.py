@@ -201,6 +201,11 @@ class StepControl(MPFuture[Any]):
         with self._lock:
             self._is_bound = True
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether the round may commit with this peer, whatever it wishes."""
+        return self._is_bound
+
     def begin_allreduce(self) -> float:
         """From now on the weight is settled; returns it."""
         self.reach(AveragingStage.RUNNING_ALLREDUCE)

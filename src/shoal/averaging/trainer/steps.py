@@ -19,7 +19,14 @@ from shoal.averaging.group import MAX_GATHER_BYTES
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.timeouts import STEP_TIMEOUT
 from shoal.averaging.trainer.control import Steering, StepControl, check_weight
-from shoal.errors import AllreduceException, InvalidTypeError, InvalidValueError, MatchmakingException
+from shoal.errors import (
+    AllreduceException,
+    DeadlineExceeded,
+    InDoubt,
+    InvalidTypeError,
+    InvalidValueError,
+    MatchmakingException,
+)
 from shoal.p2p.identity import PeerID
 from shoal.runtime.workers import Strand
 from shoal.utils.checks import check_choice, check_flag, check_number
@@ -218,6 +225,10 @@ class Steps:
             return
         error = call.exception()
         if error is not None:
+            if isinstance(error, DeadlineExceeded) and control.is_bound:
+                doubt = InDoubt(f"this peer had voted on the round, and others may have committed: {error}")
+                doubt.__cause__ = error
+                error = doubt
             control.fail(error)
             return
         outcome: StepOutcome = call.result()
@@ -233,7 +244,7 @@ class Steps:
         self.failures_in_a_row += 1
         self._warn(failure, wait)
         kind = AllreduceException if outcome.found_group else MatchmakingException
-        control.fail(kind(failure), outcome.report)
+        control.fail((InDoubt if outcome.report.in_doubt else kind)(failure), outcome.report)
 
     def _warn_of_a_long_queue(self) -> None:
         if self._has_warned_of_queue or len(self._controls) <= MANY_WAITING:
