@@ -200,7 +200,8 @@ class Cores:
             for me in range(size)
         ]
         self.parts = sum(owned)
-        self.streams: set[_Stream] = set()
+        self.streams: list[_Stream] = []
+        """In the order in which they were opened, so that a seed replays exactly."""
         self.cuts: dict[tuple[int, int], int] = {}
         """Directions in which nothing arrives, and by how many cuts."""
         self._held: dict[tuple[int, int], list[tuple[_Stream, Any]]] = {}
@@ -547,7 +548,7 @@ class Cores:
         self, me: int, other: int, kind: str, *, span: SpanId | None = None, term: int = 0
     ) -> _Stream:
         stream = _Stream(me, other, kind, span, term)
-        self.streams.add(stream)
+        self.streams.append(stream)
         can_reach = self.serves[other] or (self.serves[me] and other != me)
         if not self.members[other].is_alive or not can_reach:
             self.later(self.delay(), lambda: self._end(stream, me, "refused"))

@@ -284,6 +284,8 @@ class Coordinator:
                 return self._on_owner_failed(member, report, seconds, now)
 
     def _on_ready(self, member: int, weight: float, epoch: Epoch, now: float) -> list[Effect]:
+        if self.term and member in self._ready:
+            return []  # it has said so with its promise
         if member in self._ready or not self.roles.contributes[member]:
             raise ProtocolViolation(f"{self.roles.name(member)} reported ready, twice or without tensors")
         if member in self._excluded or epoch != self.assignment.epoch:

@@ -149,6 +149,8 @@ class AllReduce:
         self._coordinator = (
             Coordinator(roles, self.ledger.assignment, timeouts.reducer) if roles.me == 0 else None
         )
+        self._early: list[tuple[int, CoordinatorEvent]] = []
+        """What a candidate heard of its followers, and in which term: it counts once the candidate leads."""
         self._has_begun = False
         self._told_progress = -math.inf
         self._waits_since = NEVER
@@ -389,8 +391,11 @@ class AllReduce:
 
     def _coordinate(self, event: CoordinatorEvent, now: float) -> list[Effect]:
         if self._coordinator is None:
-            if self.election.lead is Lead.CANDIDATE or self.election.term:
-                return []  # a report to one that does not lead yet, or no more
+            if self.election.lead is Lead.CANDIDATE:
+                self._early.append((self.election.term, event))
+                return []
+            if self.election.term:
+                return []  # a report to one that does not lead any more
             raise ProtocolViolation("a member reported to one that does not lead")
         return self._announce(self._coordinator.handle(event, now), now)
 
@@ -421,8 +426,9 @@ class AllReduce:
 
     def _on_lost(self, member: int, reason: str, now: float) -> list[Effect]:
         self.election.lose_member(member)
-        if self._coordinator is not None:
-            return self._coordinate(MemberLost(member, reason), now)
+        if self._coordinator is not None or self.election.lead is Lead.CANDIDATE:
+            heard = self._coordinate(MemberLost(member, reason), now)
+            return [*heard, *self._try_to_lead(now)]
         if member == self.leader and self.election.lead is Lead.FOLLOWING:
             return self._on_leader_lost(f"lost {self.roles.name(member)}: {reason}", now)
         return [*self.election.consider(now), *self._try_to_lead(now)]
@@ -450,7 +456,20 @@ class AllReduce:
         self._waits_since = now
         standings = dict(election.promises) | {self.roles.me: self.describe()}
         effects += self._announce(self._coordinator.take_over(standings, adopted, now), now)
-        return [*effects, *self.ledger.complain_again()]
+        return [*effects, *self._hear_early(now), *self.ledger.complain_again()]
+
+    def _hear_early(self, now: float) -> list[Effect]:
+        """What members have reported since they promised."""
+        early, self._early = self._early, []
+        effects: list[Effect] = []
+        for term, event in early:
+            if term == self.election.term:
+                try:
+                    effects += self._coordinate(event, now)
+                except ProtocolViolation as e:
+                    assert isinstance(event, MemberReported)
+                    effects += self._coordinate(MemberLost(event.member, str(e)), now)
+        return effects
 
     @property
     def _patience_ends(self) -> float:
@@ -529,10 +548,7 @@ class AllReduce:
             return []
         if self._coordinator is not None:
             return self._on_vote_counted(event, now)
-        was_candidate = self.election.lead is Lead.CANDIDATE
         effects = self.election.on_answer(event, now)
-        if was_candidate and self.election.lead is Lead.LEADERLESS:
-            effects.insert(0, StopLeading())
         return [*effects, *self._try_to_lead(now), *self._despair(now)]
 
     def _on_vote_counted(self, event: MemberAnswered, now: float) -> list[Effect]:

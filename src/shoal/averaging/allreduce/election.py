@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from enum import Enum, auto
 
-from shoal.averaging.allreduce.effects import AskForOutcome, AskForPromise, Effect
+from shoal.averaging.allreduce.effects import AskForOutcome, AskForPromise, Effect, StopLeading
 from shoal.averaging.allreduce.events import LEAD_TRANSITIONS, Lead, MemberAnswered, Roles
 from shoal.averaging.allreduce.messages import Answer, NotKnown, Outcome, Promised, Refused, Undecided
 from shoal.averaging.allreduce.voter import Voter, is_quorum, leader_of, next_term, to_adopt
@@ -159,7 +159,7 @@ class Election:
         self._machine.move(Lead.LEADERLESS)
         self._turn_from = now + TURN  # others first
         self.promises = {}
-        return [AskForOutcome(self.others)]
+        return [StopLeading(), AskForOutcome(self.others)]
 
     def is_elected(self, now: float) -> bool:
         """Whether this candidate leads from now on."""
