@@ -24,7 +24,12 @@ def exclusions(controls: list[Any]) -> list[Exclusion]:
 
 def test_a_sender_whose_trigger_never_comes_is_excluded_and_the_others_average(swarm: Swarm):
     tensors = [[torch.full((1000,), float(value))] for value in (1, 2, 60)]
-    options: dict[str, Any] = {"size": 3, "sender_timeout": 1.0}
+    options: dict[str, Any] = {
+        "size": 3,
+        "sender_timeout": 1.0,
+        "min_group_size": 2,
+        "min_matchmaking_time": 3.0,
+    }
     averagers = [swarm.peer(own, **options) for own in tensors[:2]]
     averagers.append(swarm.peer(tensors[2], client_mode=True, **options))
     controls = [
@@ -50,7 +55,12 @@ def test_a_sender_whose_trigger_never_comes_is_excluded_and_the_others_average(s
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_client_that_dies_or_hangs_does_not_fail_the_round(swarm: Swarm, blow: signal.Signals):
     tensors = [[torch.full((1000,), float(value))] for value in (1, 2, 60)]
-    options: dict[str, Any] = {"size": 3, "sender_timeout": 2.0}
+    options: dict[str, Any] = {
+        "size": 3,
+        "sender_timeout": 2.0,
+        "min_group_size": 2,
+        "min_matchmaking_time": 3.0,
+    }
     averagers = [swarm.peer(own, **options) for own in tensors[:2]]
     dht = swarm.own_dht()
     averagers.append(swarm.peer(tensors[2], dht=dht, client_mode=True, **options))

@@ -550,13 +550,15 @@ class Cores:
         stream = _Stream(me, other, kind, span, term)
         self.streams.append(stream)
         can_reach = self.serves[other] or (self.serves[me] and other != me)
-        if not self.members[other].is_alive or not can_reach:
-            self.later(self.delay(), lambda: self._end(stream, me, "refused"))
-        elif (me, other) in self.cuts or (other, me) in self.cuts:
+        if (me, other) in self.cuts or (other, me) in self.cuts:
             self.later(ASK_TIMEOUT, lambda: self._end(stream, me, "no answer"))
             stream.closed.add(other)
+        elif not self.members[other].is_alive or not can_reach:
+            self.later(self.delay(), lambda: self._end(stream, me, "refused"))
         else:
             self._send(stream, me, ("open",))
+            if self.members[other].frozen_until > self.now:
+                self.later(DETECTION, lambda: self._suspect(stream, me))
         return stream
 
     def _send(self, stream: _Stream, me: int, message: Any) -> None:

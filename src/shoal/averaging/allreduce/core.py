@@ -170,7 +170,7 @@ class AllReduce:
     def is_bound(self) -> bool:
         """Whether the round may commit with this member, whatever it wishes."""
         if self._coordinator is not None:
-            return self._coordinator.is_bound and self.phase is Phase.READY
+            return self._coordinator.is_bound and self.phase in (Phase.READY, Phase.COMMITTED, Phase.IN_DOUBT)
         return self.phase in (Phase.READY, Phase.COMMITTED, Phase.IN_DOUBT)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -436,9 +436,10 @@ class AllReduce:
     # without a leader
 
     def _on_leader_lost(self, story: str, now: float) -> list[Effect]:
+        is_first = self.election.since == NEVER  # else a candidate may just have stepped down
         effects = self.election.lose_leader(story, now)
         without = self.election.lost | self.election.dead
-        if self.phase is not Phase.READY and not self.election.may_be_quorum(without):
+        if is_first and self.phase is not Phase.READY and not self.election.may_be_quorum(without):
             return self._finish(self.failure or story)
         return [*effects, *self._try_to_lead(now)]
 
