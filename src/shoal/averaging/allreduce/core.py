@@ -122,6 +122,8 @@ from shoal.sansio.core import NEVER, TimePassed
 from shoal.sansio.machine import Machine
 
 NO_LIMITS = RoundTimeouts()
+SLOWER = 4
+"""The leader may wait for members whose links are so many times slower, before others look for another leader."""
 GIVE_UP_AFTER = 15.0
 """Seconds without a leader after which a member that is not ready gives up."""
 SERVING = (Phase.EXCHANGING, Phase.EXCLUDED)
@@ -151,7 +153,10 @@ class AllReduce:
         )
         self._early: list[tuple[int, CoordinatorEvent]] = []
         """What a candidate heard of its followers, and in which term: it counts once the candidate leads."""
-        self._has_begun = False
+        self._refused_by: set[int] = set()
+        """Members that do not accept what this leader proposes."""
+        self._began_at = math.inf
+        """When the exchange began here; infinity: it has not yet."""
         self._told_progress = -math.inf
         self._waits_since = NEVER
         """When this member had nothing left to do but to wait for the decision."""
@@ -272,7 +277,7 @@ class AllReduce:
         return [*self._begin(weight if self._contributes else None, now), *self._advance(now)]
 
     def _begin(self, weight: float | None, now: float) -> list[Effect]:
-        self._has_begun = True
+        self._began_at = now
         began = [] if self._coordinator is None else self._coordinate(ExchangeBegan(), now)
         return [*began, *self.ledger.settle(weight, now)]
 
@@ -304,7 +309,7 @@ class AllReduce:
 
     def _advance(self, now: float) -> list[Effect]:
         """Become ready, if this member has contributed and holds every average."""
-        if self.phase is not Phase.EXCHANGING or not self._has_begun or not self.ledger.is_complete:
+        if self.phase is not Phase.EXCHANGING or self._began_at == math.inf or not self.ledger.is_complete:
             return []
         self._waits_since = now
         if not self._contributes or self.ledger.weight is None:
@@ -353,7 +358,7 @@ class AllReduce:
         self._waits_since = now
         effects: list[Effect] = [StopContributing()]
         self.ledger.stop_taking()
-        if not self._has_begun:
+        if self._began_at == math.inf:
             effects += self._begin(None, now)
         return effects if by_leader else [*effects, TellLeader(StandsAside(phase, reason_text(reason)))]
 
@@ -484,7 +489,8 @@ class AllReduce:
             return self.election.since + (
                 self._timeouts.doubt if self.phase is Phase.READY else GIVE_UP_AFTER
             )
-        return self._waits_since + self._timeouts.leader
+        took = max(0.0, self._waits_since - self._began_at)
+        return self._waits_since + self._timeouts.leader + SLOWER * took
 
     def _lose_patience(self, now: float) -> list[Effect]:
         election = self.election
@@ -496,8 +502,8 @@ class AllReduce:
                 )
             return self._finish((proposed and proposed.reason) or "too few members answered to decide")
         if election.since == NEVER:
-            name, limit = self.roles.name(self.leader), self._timeouts.leader
-            return self._on_leader_lost(f"{name} has led without a decision for {limit:g} s", now)
+            name, waited = self.roles.name(self.leader), now - self._waits_since
+            return self._on_leader_lost(f"{name} has led without a decision for {waited:.0f} s", now)
         if self.phase is Phase.READY:
             return self._doubt(f"{election.story}; others may have decided")
         return self._finish(self.failure or f"{election.story}; no other leader was found")
@@ -561,14 +567,21 @@ class AllReduce:
         if isinstance(answer, Accepted):
             return self._announce(coordinator.accept(event.member), now)
         if isinstance(answer, Refused) and answer.promised > self.election.term:
-            self._coordinator = None
-            story = "another member leads"
-            return [StopLeading(), *self._on_leader_lost(story, now)]
+            return self._on_refused(event.member, now)
         if event.is_dead or isinstance(answer, NotKnown):
             self.election.dead.add(event.member)
         if event.member in self.election.dead:
             return self._despair(now)
         return [AskForAcceptance((event.member,), self.election.term, coordinator.proposed, ASK_AGAIN)]
+
+    def _on_refused(self, member: int, now: float) -> list[Effect]:
+        """A member has promised more to another one. That matters if too few are left without it."""
+        self._refused_by.add(member)
+        if self.election.may_be_quorum(self._refused_by | self.election.dead):
+            return []
+        self._coordinator = None
+        self._refused_by.clear()
+        return [StopLeading(), *self._on_leader_lost("most members follow another leader", now)]
 
     def _despair(self, now: float) -> list[Effect]:
         """End the round for this member, if nobody who lives knows more, or can decide."""
