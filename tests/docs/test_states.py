@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from shoal.averaging.allreduce.events import LEAD_TRANSITIONS as LEAD
 from shoal.averaging.allreduce.events import TRANSITIONS as ALLREDUCE
 from shoal.averaging.matchmaking.states import TRANSITIONS as MATCHMAKING
 from shoal.averaging.state.choice import TRANSITIONS as DOWNLOAD
@@ -17,6 +18,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "states.md"
 TABLES = {
     "A search for a group (`averaging/matchmaking/states.py`)": MATCHMAKING,
     "A member in a round (`averaging/allreduce/events.py`)": ALLREDUCE,
+    "A member and its leader (`averaging/allreduce/events.py`)": LEAD,
     "A donor's copy of its state (`averaging/state/queue.py`)": UPLOADS,
     "A joiner's download (`averaging/state/choice.py`)": DOWNLOAD,
     "A lookup in the DHT (`dht/lookup_core.py`)": LOOKUP,

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoal.averaging.allreduce.exchange import NOT_FINITE, Arena, ForeignSpan, NotFiniteError, OwnSpan
+from shoal.averaging.allreduce.assignment import Assignment, Span
+from shoal.averaging.allreduce.exchange import (
+    NOT_FINITE,
+    Arena,
+    ForeignSpan,
+    NotFiniteError,
+    Offence,
+    OwnSpan,
+)
 from shoal.averaging.load_balancing import load_balance_peers
 from shoal.averaging.partition import Layout, Partition
 from shoal.compression import BFloat16Compression, CompressionBase, Float16Compression, NoCompression
@@ -35,7 +43,11 @@ class Group:
         self.weights = weights or [1.0] * size
         self.arenas = [self._arena(tensors) for tensors in self.tensors]
         weights = dict(enumerate(self.weights))
-        self.own = [OwnSpan(self.partition, me, self.arenas[me], weights) for me in range(size)]
+        parts = [len(self.partition.parts_of(me)) for me in range(size)]
+        self.spans: list[Span] = list(Assignment.first(parts).spans)
+        self.own = [
+            OwnSpan(self.partition, span, span.owner, self.arenas[span.owner], weights) for span in self.spans
+        ]
 
     def _arena(self, tensors: list[torch.Tensor]) -> Arena:
         arena = Arena(*(torch.zeros(self.layout.nbytes, dtype=torch.uint8) for _ in range(2)))
@@ -46,7 +58,7 @@ class Group:
     def exchange(self) -> None:
         members = range(len(self.own))
         foreign = {
-            (me, owner): ForeignSpan(self.partition, owner, self.arenas[me])
+            (me, owner): ForeignSpan(self.partition, self.spans[owner], self.arenas[me])
             for me in members
             for owner in members
         }
@@ -119,7 +131,7 @@ def test_values_that_are_not_finite_are_left_out_and_name_their_sender():
     part = group.own[0].parts[0]
     bad = torch.full((part.count,), float("nan"))
     group.send(bad.numpy().tobytes(), owner=0, sender=1, index=0)
-    assert group.own[0].average(0) == {1: NOT_FINITE}
+    assert group.own[0].average(0) == {1: Offence(NOT_FINITE, 0)}
     own = group.layout.part_view(group.arenas[0].snapshot, part)
     assert torch.equal(group.layout.part_view(group.arenas[0].average, part), own)
 
@@ -145,16 +157,17 @@ def test_a_member_too_far_from_the_average_for_its_dtype_is_named():
     for arena, sign in zip(group.arenas, (1, 1, -1), strict=True):
         group.layout.tensor_view(arena.snapshot, 0).fill_(sign * 3e38)
     for sender in (1, 2):
-        span = ForeignSpan(group.partition, 0, group.arenas[sender])
+        span = ForeignSpan(group.partition, group.spans[0], group.arenas[sender])
         group.send(span.to_send(0), owner=0, sender=sender, index=0)
     offenders = group.own[0].average(0)
     assert list(offenders) == [2]
-    assert "further from the average" in offenders[2]
+    assert "further from the average" in offenders[2].reason
+    assert offenders[2].kept == 1  # this part is averaged with it all the same
 
 
 def test_a_part_is_averaged_over_the_weights_that_arrived():
     group = Group(3, NoCompression(), weights=[1.0, 2.0, 5.0])
-    span = ForeignSpan(group.partition, 0, group.arenas[1])
+    span = ForeignSpan(group.partition, group.spans[0], group.arenas[1])
     group.send(span.to_send(0), owner=0, sender=1, index=0)  # nothing comes from member 2
     assert group.own[0].average(0) == {}
     part = group.own[0].parts[0]
@@ -174,7 +187,7 @@ def test_who_sends_nothing_gets_the_average_itself(codec: CompressionBase):
     group = Group(2, codec, weights=[1.0, 0.0])
     part = group.own[0].parts[0]
     group.own[0].average(0)
-    span = ForeignSpan(group.partition, 0, group.arenas[1])
+    span = ForeignSpan(group.partition, group.spans[0], group.arenas[1])
     span.sends = False
     memory = span.receive_into(0, part.nbytes)
     memory[:] = bytes(group.own[0].to_return(1, 0))
@@ -202,7 +215,7 @@ def test_the_spread_of_a_small_span_is_exact_and_changes_nothing(dtype: torch.dt
 @pytest.mark.parametrize("codec", [NoCompression(), Float16Compression()])
 def test_averages_that_are_not_finite_are_refused(codec: CompressionBase):
     group = Group(2, codec)
-    span = ForeignSpan(group.partition, 0, group.arenas[1])
+    span = ForeignSpan(group.partition, group.spans[0], group.arenas[1])
     part = span.parts[0]
     bad = codec.encode(torch.full((part.count,), float("nan")))
     memory = span.receive_into(0, part.nbytes)
@@ -219,7 +232,7 @@ def test_a_payload_that_is_not_the_next_part_is_a_violation(tag: int, extra: int
     with pytest.raises(ProtocolViolation, match="expected 0 of"):
         group.own[0].receive_into(1, tag, nbytes + extra)
     with pytest.raises(ProtocolViolation, match="expected 0 of"):
-        ForeignSpan(group.partition, 0, group.arenas[1]).receive_into(tag, nbytes + extra)
+        ForeignSpan(group.partition, group.spans[0], group.arenas[1]).receive_into(tag, nbytes + extra)
 
 
 def test_payloads_after_the_last_part_are_a_violation():
@@ -228,3 +241,36 @@ def test_payloads_after_the_last_part_are_a_violation():
         group.own[0].receive_into(1, index, part.nbytes)
     with pytest.raises(ProtocolViolation, match="after the last part"):
         group.own[0].receive_into(1, len(group.own[0].parts), 8)
+
+
+def test_nothing_of_an_offender_is_averaged_after_its_offence():
+    """The first parts of each member are in the average and no others, so that a report can say which."""
+    group = Group(2, NoCompression())
+    span = ForeignSpan(group.partition, group.spans[0], group.arenas[1])
+    bad = torch.full((span.parts[0].count,), float("nan"))
+    group.send(bad.numpy().tobytes(), owner=0, sender=1, index=0)
+    group.send(span.to_send(1), owner=0, sender=1, index=1)  # came before the first one was looked at
+    assert group.own[0].average(0) == {1: Offence(NOT_FINITE, 0)}
+    assert group.own[0].average(1) == {}
+    part = group.own[0].parts[1]
+    average, own = (
+        group.layout.part_view(area, part) for area in (group.arenas[0].average, group.arenas[0].snapshot)
+    )
+    assert torch.equal(average, own)
+
+
+def test_a_span_of_a_repair_is_a_run_of_parts_of_another_owner():
+    group = Group(3, NoCompression())
+    first = group.spans[2]
+    taken = Span(first.id, 0, first.first + 1, 2)
+    own = OwnSpan(group.partition, taken, 0, group.arenas[0], {0: 1.0, 1: 1.0})
+    foreign = ForeignSpan(group.partition, taken, group.arenas[1])
+    assert own.parts == foreign.parts == group.partition.parts[first.first + 1 : first.first + 3]
+    for index, part in enumerate(own.parts):
+        data = bytes(foreign.to_send(index))
+        own.receive_into(1, index, len(data))[:] = data
+        own.deliver(1, index, memoryview(bytearray(data)))
+        assert own.average(index) == {}
+        mine, other = (group.layout.part_view(group.arenas[me].snapshot, part).double() for me in (0, 1))
+        average = group.layout.part_view(group.arenas[0].average, part)
+        assert torch.allclose(average.double(), (mine + other) / 2, atol=1e-6)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.averaging.allreduce.assignment import Assignment
 from shoal.averaging.allreduce.exchange import Arena, ForeignSpan, OwnSpan
 from shoal.averaging.allreduce.reduction import encode_difference, encode_part
 from shoal.averaging.load_balancing import load_balance_peers
@@ -64,6 +65,7 @@ class Group:
         self.layout = Layout.from_tensors(tensors[0].split(self.sizes), [codec] * len(self.sizes))
         owned = load_balance_peers(self.layout.data_nbytes, [None] * size)
         self.partition = Partition.create(self.layout, owned, part_size)
+        self.spans = Assignment.first([len(self.partition.parts_of(me)) for me in range(size)]).spans
         self.codec, self.weights = codec, weights
         self.arenas = [
             Arena(*(torch.zeros(self.layout.nbytes, dtype=torch.uint8) for _ in range(2))) for _ in tensors
@@ -88,11 +90,10 @@ class Group:
         """Everybody takes the result of a round."""
         members = range(len(self.arenas))
         weights = dict(enumerate(self.weights))
-        for owner in members:
-            span = OwnSpan(self.partition, owner, self.arenas[owner], weights)
-            foreign = {
-                me: ForeignSpan(self.partition, owner, self.arenas[me]) for me in members if me != owner
-            }
+        for one in self.spans:
+            owner = one.owner
+            span = OwnSpan(self.partition, one, owner, self.arenas[owner], weights)
+            foreign = {me: ForeignSpan(self.partition, one, self.arenas[me]) for me in members if me != owner}
             for index in range(len(span.parts)):
                 for me, mine in foreign.items():
                     data = bytes(mine.to_send(index))
@@ -253,8 +254,8 @@ def test_members_who_took_the_decoded_average_would_drift(codec):
 def test_who_did_not_send_gets_the_average_within_the_codecs_bound(codec):
     """An owner sends the encoded average itself to a member whose part it does not have."""
     group = Group([normal(4000, me) for me in range(3)], codec, [1.0] * 3)
-    span = OwnSpan(group.partition, 0, group.arenas[0], {0: 1.0, 1: 1.0})
-    foreign = ForeignSpan(group.partition, 0, group.arenas[1])
+    span = OwnSpan(group.partition, group.spans[0], 0, group.arenas[0], {0: 1.0, 1: 1.0})
+    foreign = ForeignSpan(group.partition, group.spans[0], group.arenas[1])
     for index, part in enumerate(span.parts):
         data = bytes(foreign.to_send(index))
         span.receive_into(1, index, len(data))[:] = data
@@ -275,7 +276,7 @@ class WrongSize(Float16Compression):
 
 
 def test_a_codec_that_makes_another_size_fails_at_its_own_member_and_is_named():
-    with pytest.raises(AllreduceException, match=r"WrongSize\(\).encode made 7 bytes of 3 elements"):
+    with pytest.raises(AllreduceException, match=r"WrongSize\(\).encode must make 6 bytes of 3 elements"):
         encode_part(WrongSize(), torch.ones(3))
     with pytest.raises(AllreduceException, match="WrongSize"):
         encode_difference(WrongSize(), torch.ones(3), torch.zeros(3))
