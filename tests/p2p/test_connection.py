@@ -228,10 +228,10 @@ def test_credit_without_reading_takes_no_memory():
                 stranger.session.send_frame(FrameKind.CREDIT, 2, wire.encode_credit(1))
                 stranger.give(b"".join(stranger.session.data_to_send()))
             assert not sending.done()
-            assert len(connection._write_waiters) <= 2
+            assert len(connection.outlet._write_waiters) <= 2
             sending.cancel()
             await asyncio.wait([sending])
-            assert not connection._write_waiters
+            assert not connection.outlet._write_waiters
 
         return flood()
 
