@@ -14,7 +14,8 @@ from typing import Any, Protocol
 from shoal.errors import DeadlineExceeded, InvalidStateError, ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.identity import PeerID
 from shoal.p2p.protocol import wire
-from shoal.p2p.protocol.streams import Multiplexer, StreamState
+from shoal.p2p.protocol.stream_state import StreamState
+from shoal.p2p.protocol.streams import Multiplexer
 from shoal.p2p.rpc import Method, Payload, Stream, StreamConnection
 
 logger = logging.getLogger(__name__)

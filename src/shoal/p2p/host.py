@@ -7,23 +7,17 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
-from types import TracebackType
-from typing import Any
 
 import msgspec
 
 from shoal.errors import (
-    ConnectionLost,
-    DeadlineExceeded,
     DialFailure,
-    DialOutcome,
     IdentityInUse,
     InvalidStateError,
     InvalidValueError,
     PeerUnreachable,
-    RemoteError,
-    ShoalError,
 )
+from shoal.p2p.announcing import Announcer
 from shoal.p2p.calls import Served
 from shoal.p2p.config import HostConfig
 from shoal.p2p.connection import Connection
@@ -31,22 +25,20 @@ from shoal.p2p.connections import Connections
 from shoal.p2p.identity import Identity, PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Listener, Network
+from shoal.p2p.opening import OpenedStream
+from shoal.p2p.probing import Prober
 from shoal.p2p.protocol import wire
-from shoal.p2p.protocol.claims import SILENCE
-from shoal.p2p.protocol.streams import StreamState
 from shoal.p2p.protocol.violations import Ending
 from shoal.p2p.reach.dialback import (
     ANNOUNCE,
     DIAL_BACK,
-    Announcement,
-    AnnouncementHeard,
     DialBackRequest,
     DialBackResponse,
-    dial_back_time,
 )
 from shoal.p2p.reach.helper import DialBackHelper
 from shoal.p2p.reach.inquiry import Reach
 from shoal.p2p.reach.reachability import Findings, Reachability
+from shoal.p2p.rivals import Rivals
 from shoal.p2p.rpc import Lane, Method, RequestT, ResponseT, Stream
 from shoal.p2p.tenancy import CLAIM
 from shoal.utils.timed import get_dht_time
@@ -56,8 +48,6 @@ __all__ = ["Host"]
 logger = logging.getLogger(__name__)
 
 CHECK_TIMEOUT = 7.0
-_ANNOUNCE_TIMEOUT = 10.0
-LOOPBACK_IPS = ("127.0.0.1", "::1")
 
 
 class _OpenLane(msgspec.Struct, array_like=True, frozen=True):
@@ -100,10 +90,8 @@ class Host:
         self._served: dict[str, Served] = {}
         self._on_disconnect: dict[int, Callable[[PeerID, Ending], None]] = {}
         self._on_clock_difference: dict[int, Callable[[PeerID, float], None]] = {}
-        self._announcing: set[asyncio.Task[None]] = set()
         self._subscriptions = 0
         self._state = "new"
-        self._silent: set[Multiaddr] = set()
         self._connections = Connections(
             identity,
             network,
@@ -126,14 +114,22 @@ class Host:
             ask=self._ask_back,
         )
         """Where this host can be dialed, as far as it knows."""
+        self._rivals = Rivals(self._connections)
+        self._announcer = Announcer(
+            reachability=lambda: self.reachability,
+            is_elsewhere=self.is_elsewhere,
+            ask=self.call,
+            peer_announced=self._connections.peer_announced,
+        )
         self.tenancy = self._connections.tenancy
         self.tenancy.on_lost.append(self._retire)
+        prober = Prober(self._connections, interfaces=self.reach.interfaces)
         helper = DialBackHelper(
-            ips_of=self._ips_of, probe=self._probe, now=lambda: asyncio.get_running_loop().time()
+            ips_of=prober.ips_of, probe=prober.probe, now=lambda: asyncio.get_running_loop().time()
         )
         self.serve(DIAL_BACK, helper.handle)
         self.serve(_OPEN_LANE, self._open_lane)
-        self.serve(ANNOUNCE, self._hear_announcement)
+        self.serve(ANNOUNCE, self._announcer.hear)
         self.serve(CLAIM, self.tenancy.handle_claim)
 
     async def start(self, listen_on: Sequence[Multiaddr] = ()) -> None:
@@ -161,8 +157,7 @@ class Host:
         self._state = "closed"
         for listener in self._listeners:
             listener.close()
-        for task in self._announcing:
-            task.cancel()
+        self._announcer.close()
         await self._connections.close()
         for listener in self._listeners:
             await listener.wait_closed()
@@ -181,27 +176,7 @@ class Host:
 
         :raises IdentityInUse: another peer answers, and keeps the identity
         """
-        deadline = asyncio.get_running_loop().time() + SILENCE
-        asked = list(dict.fromkeys(address.without_peer_id() for address in addresses))
-
-        async def ask(address: Multiaddr) -> DialFailure:
-            silence = DialFailure(str(address), DialOutcome.TIMED_OUT, "it does not answer")
-            if address in self._silent and not self.tenancy.claim().is_settled:
-                return silence  # the same start has waited there before
-            self._silent.discard(address)
-            try:
-                outcome = await self._connections.dial_address(address, self.peer_id, Lane.PROBE, deadline)
-            except DeadlineExceeded:
-                self._silent.add(address)
-                return silence
-            except PeerUnreachable as error:  # another peer holds the identity, and that is known
-                return DialFailure(str(address), DialOutcome.SAME_IDENTITY, str(error))
-            if isinstance(outcome, PeerUnreachable):
-                (failure,) = outcome.dials
-                return failure
-            raise AssertionError("the own identity was let in")
-
-        failures = await asyncio.gather(*(ask(address) for address in asked))
+        failures = await self._rivals.ask(addresses)
         self.check_identity()
         return failures
 
@@ -365,7 +340,7 @@ class Host:
         ``timeout`` covers the whole life of the stream. Leaving the block by an exception resets the stream; leaving
         it normally finishes it, and resets it if the other side has not finished.
         """
-        return _StreamContext(self._connections, peer, method, timeout, lane)
+        return OpenedStream(self._connections, peer, method, timeout, lane)
 
     def on_disconnect(self, callback: Callable[[PeerID, Ending], None]) -> Callable[[], None]:
         """Call ``callback(peer, ending)`` when the last connection to a peer ends; returns an unsubscriber."""
@@ -400,27 +375,13 @@ class Host:
 
         For a change: peers that connect learn it anyway.
         """
-        await asyncio.gather(*(self._announce_to(peer) for peer in self.connected_peers()))
+        await self._announcer.tell(self.connected_peers())
 
     # ---- inside ----
 
-    async def _announce_to(self, peer: PeerID) -> None:
-        now = self.reachability
-        addresses = now.told(beyond_machine=self.is_elsewhere(peer))
-        request = Announcement(not now.is_full, [str(address) for address in addresses])
-        try:
-            await self.call(peer, ANNOUNCE, request, timeout=_ANNOUNCE_TIMEOUT)
-        except ShoalError as error:
-            logger.debug("%s heard no announcement: %s", peer, error)
-
     def _peer_met(self, connection: Connection) -> None:
-        """What this host's HELLO said may have changed before the connection stood: :meth:`announce` passed it by."""
         self.reach.note_connection(connection)
-        said = connection.hello_sent
-        if said is not None and said.is_client is self.reachability.is_full:
-            task = asyncio.get_running_loop().create_task(self._announce_to(connection.peer))
-            self._announcing.add(task)
-            task.add_done_callback(self._announcing.discard)
+        self._announcer.peer_met(connection)
 
     def _register(self, served: Served) -> None:
         if served.method.name in self._served:
@@ -465,87 +426,9 @@ class Host:
     async def _open_lane(self, peer: PeerID, request: _OpenLane) -> _LaneOpened:
         return _LaneOpened(await self._connections.open_lane_to(peer))
 
-    async def _hear_announcement(self, peer: PeerID, request: Announcement) -> AnnouncementHeard:
-        try:
-            addresses = [Multiaddr.parse(text) for text in request.addresses]
-        except InvalidValueError as error:
-            raise RemoteError("bad_address", str(error)) from error
-        self._connections.peer_announced(peer, addresses, request.is_client)
-        return AnnouncementHeard()
-
-    def _ips_of(self, peer: PeerID) -> list[str]:
-        """The addresses that ``peer`` has, as far as this host sees."""
-        ips: dict[str, None] = {}
-        for connection in self._connections_to(peer):
-            if connection.remote_ip is not None:
-                ips[connection.remote_ip] = None
-                if connection.origin is None:  # it is on this machine
-                    ips |= dict.fromkeys([*LOOPBACK_IPS, *(one.ip for one in self.reach.interfaces())])
-        return list(ips)
-
     def _connections_to(self, peer: PeerID) -> list[Connection]:
         connections = self._connections.to(peer)
         return [] if connections is None else connections.all()
 
-    async def _probe(self, peer: PeerID, address: Multiaddr) -> str | None:
-        """None if ``peer`` answers at ``address``, or why it does not."""
-        patience = dial_back_time(self.rtt(peer) or 0.0)
-        deadline = asyncio.get_running_loop().time() + patience
-        try:
-            outcome = await self._connections.dial_address(address, peer, Lane.PROBE, deadline)
-        except DeadlineExceeded:
-            return f"no answer in {patience:.1f} s"
-        if isinstance(outcome, PeerUnreachable):
-            (failure,) = outcome.dials
-            return failure.reason
-        outcome.close("the address can be dialed")
-        return None
-
     async def _ask_back(self, helper: PeerID, request: DialBackRequest, timeout: float) -> DialBackResponse:
         return await self.call(helper, DIAL_BACK, request, timeout=timeout)
-
-
-class _StreamContext(AbstractAsyncContextManager[Stream]):
-    """The ``async with`` block of one stream."""
-
-    def __init__(
-        self,
-        connections: Connections,
-        peer: PeerID,
-        method: Method[Any, Any],
-        timeout: float | None,
-        lane: Lane,
-    ) -> None:
-        self._connections = connections
-        self._peer = peer
-        self._method = method
-        self._timeout = timeout
-        self._lane = lane
-        self._stream: Stream | None = None
-        self._state: StreamState | None = None
-        self._timer: asyncio.TimerHandle | None = None
-
-    async def __aenter__(self) -> Stream:
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        deadline = None if self._timeout is None else now + self._timeout
-        get = self._connections.lane if self._lane is Lane.BULK else self._connections.control
-        limit = now + 2 * self._connections.config.dial_timeout if deadline is None else deadline
-        connection = await get(self._peer, limit)
-        if not connection.is_open:
-            raise ConnectionLost(f"connection to {self._peer}: {connection.close_reason}")
-        self._stream, self._state = connection.calls.open_stream(self._method, deadline)
-        if deadline is not None and self._timeout is not None:
-            self._timer = loop.call_at(deadline, self._stream.expire, self._timeout)
-        return self._stream
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._stream is not None
-        assert self._state is not None
-        if self._timer is not None:
-            self._timer.cancel()
-        if kind is None:
-            self._state.finish()
-        self._stream.reset("cancelled", "the opener has left the stream")

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from shoal.p2p.config import KIB, MIB
 from shoal.p2p.protocol.frames import FrameKind
 from shoal.p2p.protocol.session import Session
-from shoal.p2p.protocol.streams import StreamState
+from shoal.p2p.protocol.stream_state import StreamState
 from shoal.p2p.sockets import unsent_bytes
 
 WRITE_HIGH = 1 * MIB

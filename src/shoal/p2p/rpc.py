@@ -1,7 +1,7 @@
 """What calls and streams look like to those who use them: methods, lanes, payloads and :class:`Stream`.
 
-A stream here is the asyncio side of one :class:`~shoal.p2p.protocol.streams.StreamState`, which holds all rules of the
-protocol; this file only waits, encodes and decodes.
+A stream here is the asyncio side of one :class:`~shoal.p2p.protocol.stream_state.StreamState`, which holds all rules
+of the protocol; this file only waits, encodes and decodes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidValueError,
 from shoal.p2p.identity import PeerID
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.frames import payload_memory
-from shoal.p2p.protocol.streams import Payload, StreamState
+from shoal.p2p.protocol.stream_state import Payload, StreamState
 
 __all__ = ["Buffer", "EndOfStream", "Lane", "Method", "Payload", "Stream"]
 
