@@ -176,7 +176,7 @@ def test_a_dialer_that_gives_up_leaves_nothing_behind():
             async with asyncio.timeout(0.7):
                 await network.host("a").connect(Recorder, listener.address)
         assert isinstance(await accepted[0].ended, ConnectionResetError)
-        assert not network._connections
+        assert not network.connections
 
     run(main)
 
