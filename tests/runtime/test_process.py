@@ -559,7 +559,7 @@ def test_a_forked_child_can_neither_use_nor_end_it(process, runner):
 def test_a_signal_handler_that_interrupts_its_thread_as_it_sends_may_shut_down():
     """That thread holds the channel's lock until the handler returns, which waits for the receiving thread."""
     process = BackgroundProcess.start("interrupted")
-    with process._connection._channel._lock:
+    with process._link._channel._lock:
         process.shutdown()
         assert not process.is_alive
     assert not is_running(process.pid)
