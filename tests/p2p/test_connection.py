@@ -48,6 +48,15 @@ class Owner:
     def connection_opened(self, connection):
         return None
 
+    def connection_ended(self, connection):
+        pass
+
+    def peer_left(self, connection):
+        pass
+
+    def ask_others(self, connection):
+        pass
+
     def connection_closed(self, connection):
         self.closed.append(connection)
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable
 
 from shoal.errors import InvalidValueError, RemoteError, ShoalError
 from shoal.p2p.connection import Connection
@@ -16,20 +15,11 @@ from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.reach.dialback import ANNOUNCE, Announcement, AnnouncementHeard
 from shoal.p2p.reach.reachability import Reachability
-from shoal.p2p.rpc import Method, RequestT, ResponseT
+from shoal.p2p.rpc import Ask
 
 logger = logging.getLogger(__name__)
 
 ANNOUNCE_TIMEOUT = 10.0
-
-
-class Ask(Protocol):
-    """Calls a method of a peer, as :meth:`shoal.p2p.host.Host.call`."""
-
-    def __call__(
-        self, peer: PeerID, method: Method[RequestT, ResponseT], request: RequestT, *, timeout: float
-    ) -> Awaitable[ResponseT]:
-        """See the class."""
 
 
 class Announcer:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from functools import partial
 from typing import Protocol, cast
 
 from shoal.errors import ConnectionLost, DeadlineExceeded, ProtocolViolation, ShoalError
@@ -21,10 +20,11 @@ from shoal.p2p.identity import Identity, PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.outlet import Outlet
 from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.claims import UNKNOWN
 from shoal.p2p.protocol.frames import FrameKind
 from shoal.p2p.protocol.session import FrameReceived, HandshakeCompleted, PayloadReceived, Role, Session
 from shoal.p2p.protocol.streams import Multiplexer
-from shoal.p2p.protocol.violations import EndKind, TurnedAway
+from shoal.p2p.protocol.violations import Ending, EndKind, TurnedAway
 from shoal.p2p.rpc import Lane
 from shoal.p2p.sockets import ip_of, origin_of
 from shoal.p2p.vigil import Vigil
@@ -59,11 +59,20 @@ class ConnectionOwner(Protocol):
     def connection_opened(self, connection: Connection) -> wire.Refusal | None:
         """A peer is known and has said HELLO; what is returned refuses the connection."""
 
+    def connection_ended(self, connection: Connection) -> None:
+        """It carries nothing more; called once for every connection."""
+
     def connection_closed(self, connection: Connection) -> None:
         """The transport is closed; called once for every connection that was made."""
 
     def may_close_idle(self, connection: Connection) -> bool:
         """Whether an unused connection can be spared."""
+
+    def peer_left(self, connection: Connection) -> None:
+        """The peer has said on it that its process ends."""
+
+    def ask_others(self, connection: Connection) -> None:
+        """Its peer is silent: ask it for a sign of life on its other connections too."""
 
     def seen_elsewhere(self, connection: Connection) -> float:
         """When its peer last showed life on another connection, in seconds of the loop; -inf: on none."""
@@ -93,8 +102,8 @@ class Connection(asyncio.BufferedProtocol):
         self.local_ip: str | None = None
         self.origin: str | None = None
         """Whom limits per address count this connection for; None for a process of this machine."""
-        self.close_reason: str | None = None
-        self.end_kind = EndKind.OTHER
+        self.ending: Ending | None = None
+        """How it ended; None while it stands."""
         self.last_used = 0.0
         self._loop = asyncio.get_running_loop()
         self.opened: asyncio.Future[None] = self._loop.create_future()
@@ -110,7 +119,8 @@ class Connection(asyncio.BufferedProtocol):
         self._session.payload_sink = self._place_payload
         self.outlet = Outlet(self._session, self._peer_does_not_read)
         """What goes out."""
-        self._vigil = Vigil(self, self.outlet, owner.config)
+        self.vigil = Vigil(self, self.outlet, owner.config)
+        """Its time, and the peer's signs of life."""
         self._streams = Multiplexer(
             is_initiator=role is Role.INITIATOR,
             send_frame=self.outlet.send_frame,
@@ -131,19 +141,24 @@ class Connection(asyncio.BufferedProtocol):
         return self.remote
 
     @property
-    def is_open(self) -> bool:
-        """Whether streams can be opened on it."""
-        return self.is_admitted and self.close_reason is None
+    def close_reason(self) -> str | None:
+        """Why it ended, in words; None while it stands."""
+        return None if self.ending is None else self.ending.reason
 
     @property
-    def last_sign(self) -> float:
-        """When the peer last showed life here, in seconds of the loop."""
-        return self._vigil.last_sign
+    def incarnation(self) -> int:
+        """The number that the peer's process has drawn; :data:`.claims.UNKNOWN` until it says it."""
+        return UNKNOWN if self.hello is None else self.hello.incarnation
+
+    @property
+    def is_open(self) -> bool:
+        """Whether streams can be opened on it."""
+        return self.is_admitted and self.ending is None
 
     @property
     def rtt(self) -> float | None:
         """Smoothed round-trip time in seconds, once measured."""
-        return self._vigil.rtt
+        return self.vigil.rtt
 
     @property
     def load(self) -> int:
@@ -174,11 +189,11 @@ class Connection(asyncio.BufferedProtocol):
         self.origin = origin_of(self.remote_ip, self.local_ip)
         refusal = self._owner.connection_made(self)
         if refusal is not None:
-            self._end(refusal.reason, TurnedAway(refusal.reason, refusal.kind), refusal.kind)
-        if self.close_reason is not None:
+            self._end(Ending(refusal.kind, refusal.reason), TurnedAway(refusal.reason, refusal.kind))
+        if self.ending is not None:
             self._transport.abort()
             return
-        self._vigil.begin_handshake(speaks_first=self.role is Role.INITIATOR, expire=self._expire_handshake)
+        self.vigil.begin_handshake(speaks_first=self.role is Role.INITIATOR, expire=self._expire_handshake)
         self._session.start()
         self.outlet.flush()
 
@@ -186,9 +201,9 @@ class Connection(asyncio.BufferedProtocol):
         return self._session.get_buffer(sizehint)
 
     def buffer_updated(self, nbytes: int) -> None:
-        if self.close_reason is not None:
+        if self.ending is not None:
             return
-        self._vigil.receive_bytes()
+        self.vigil.receive_bytes()
         with self.outlet.batch():
             try:
                 for event in self._session.buffer_updated(nbytes):
@@ -197,19 +212,19 @@ class Connection(asyncio.BufferedProtocol):
                 self.violate(error)
 
     def eof_received(self) -> bool:
-        if self.close_reason is None:
+        if self.ending is None:
+            reason = "closed by the peer"
             try:
                 self._session.receive_eof()
             except ProtocolViolation as error:
-                self._end(f"ended by the peer: {error}", ConnectionLost(str(error)))
-            else:
-                self._end("closed by the peer", ConnectionLost(self._where("closed by the peer")))
+                reason = f"ended by the peer: {error}"
+            self._break_off(Ending(EndKind.LOST, reason), ConnectionLost(self._where(reason)))
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         reason = f"lost: {exc}" if exc is not None else "closed by the peer"
-        self._end(reason, ConnectionLost(self._where(reason)))
-        self._vigil.stop()
+        self._end(Ending(EndKind.LOST, reason), ConnectionLost(self._where(reason)))
+        self.vigil.stop()
         if not self.closed.done():
             self.closed.set_result(None)
         self._owner.connection_closed(self)
@@ -223,7 +238,7 @@ class Connection(asyncio.BufferedProtocol):
     # Frames.
 
     def _receive_event(self, event: object) -> None:
-        if self.close_reason is not None:
+        if self.ending is not None:
             return
         if isinstance(event, FrameReceived):
             self._receive_frame(event.kind, event.stream_id, event.body)
@@ -231,7 +246,7 @@ class Connection(asyncio.BufferedProtocol):
             self._streams.receive_payload(event.stream_id, event.tag, event.data)
         elif isinstance(event, HandshakeCompleted):
             self.remote = event.remote
-            self._vigil.end_handshake()
+            self.vigil.end_handshake()
             if self.role is Role.INITIATOR:
                 self._send_hello()
 
@@ -253,9 +268,7 @@ class Connection(asyncio.BufferedProtocol):
             goodbye = wire.decode_goodbye(body)
             if goodbye.proof:
                 self._owner.hear_refusal(goodbye.reason, goodbye.proof)
-            reason = f"the peer said goodbye: {goodbye.reason}"
-            failure = ConnectionLost if self.opened.done() else partial(TurnedAway, kind=goodbye.kind)
-            self._end(reason, failure(self._where(reason)), goodbye.kind)
+            self._receive_goodbye(goodbye)
         elif kind is FrameKind.HELLO:
             self._receive_hello(wire.decode_hello(body))
         elif len(body) != wire.PING_BYTES:
@@ -263,7 +276,17 @@ class Connection(asyncio.BufferedProtocol):
         elif kind is FrameKind.PING:
             self.outlet.send_frame(FrameKind.PONG, 0, body)
         else:
-            self._vigil.receive_pong(body)
+            self.vigil.receive_pong(body)
+
+    def _receive_goodbye(self, goodbye: wire.Refusal) -> None:
+        ending = Ending(goodbye.kind, f"the peer said goodbye: {goodbye.reason}", by_peer=True)
+        words = self._where(ending.reason)
+        failure = ConnectionLost(words) if self.opened.done() else TurnedAway(words, goodbye.kind)
+        if not ending.peer_has_left:
+            self._end(ending, failure)
+            return
+        self._break_off(ending, failure)  # it takes nothing that we still have for it
+        self._owner.peer_left(self)
 
     def _receive_hello(self, hello: wire.Hello) -> None:
         if self.hello is not None:
@@ -284,7 +307,7 @@ class Connection(asyncio.BufferedProtocol):
             self._refuse(wire.Refusal("another peer with the same identity is connected; it is asked"))
 
     def _contest_decided(self, contest: asyncio.Task[wire.Refusal | None]) -> None:
-        if self.close_reason is not None or contest.cancelled():
+        if self.ending is not None or contest.cancelled():
             return
         refusal = contest.result()
         if refusal is None:
@@ -310,7 +333,7 @@ class Connection(asyncio.BufferedProtocol):
             self._send_hello()
         if not self.opened.done():
             self.opened.set_result(None)
-        self._vigil.begin_watch()
+        self.vigil.begin_watch()
 
     def _send_hello(self) -> None:
         self.hello_sent = self._owner.make_hello(self)
@@ -330,33 +353,38 @@ class Connection(asyncio.BufferedProtocol):
 
     def note_use(self) -> None:
         """A stream was opened, by either side: from now on somebody waits for this peer."""
-        self._vigil.note_use()
+        self.vigil.note_use()
 
     def close_if_spare(self) -> bool:
         """Close a connection that is not used and can be spared; False if it stays."""
         if self._owner.may_close_idle(self):
             self.close("not used")
-        return self.close_reason is not None
+        return self.ending is not None
 
     def fall_silent(self, silence: float) -> None:
-        """The peer shows no sign of life: end the connection at once."""
+        """The peer shows no sign of life: end the connection."""
         reason = f"no sign of life for {figures.duration(silence)}"
         logger.info("%s", self._where(reason))
-        self._break_off(reason, ConnectionLost(self._where(reason)))
+        self._say_goodbye(wire.Refusal(reason, kind=EndKind.SILENCE))  # it may hear, and not be heard
+        self._end(Ending(EndKind.SILENCE, reason), ConnectionLost(self._where(reason)))
+
+    def ask_elsewhere(self) -> None:
+        """The peer is asked for a sign of life here: ask it on its other silent connections too."""
+        self._owner.ask_others(self)
 
     def _expire_handshake(self) -> None:
         reason = f"no proof of identity within {self._config.handshake_timeout:g} s"
-        self._break_off(reason, DeadlineExceeded(self._where(reason)))
+        self._break_off(Ending(EndKind.OTHER, reason), DeadlineExceeded(self._where(reason)))
 
     def _peer_does_not_read(self) -> None:
         reason = "the peer does not read"
-        self._end(reason, ConnectionLost(self._where(reason)))
+        self._end(Ending(EndKind.OTHER, reason), ConnectionLost(self._where(reason)))
 
     # The end.
 
     def violate(self, error: ProtocolViolation) -> None:
         """End the connection: the peer broke the protocol."""
-        if self.close_reason is not None:
+        if self.ending is not None:
             return
         # Who dialed tells its caller why that failed, e.g. that another peer lives at an address now; and anybody may
         # knock at an open port. A known peer that breaks the protocol is another matter.
@@ -364,24 +392,28 @@ class Connection(asyncio.BufferedProtocol):
         level = logging.WARNING if self.hello is not None else level
         logger.log(level, "%s", self._where(f"broke the protocol: {error}"))
         self._say_goodbye(wire.Refusal(f"protocol violation: {error}"))
-        self._end(f"broke the protocol: {error}", error)
+        self._end(Ending(EndKind.OTHER, f"broke the protocol: {error}"), error)
 
     def close(self, reason: str, kind: EndKind = EndKind.OTHER) -> None:
         """Say goodbye and close; what is queued is still sent, within ``close_timeout``."""
         self._close(wire.Refusal(reason, kind=kind))
 
     def _close(self, refusal: wire.Refusal) -> None:
-        if self.close_reason is None:
+        if self.ending is None:
             self._say_goodbye(refusal)
             reason = f"closed by this side: {refusal.reason}"
-            self._end(reason, ConnectionLost(self._where(reason)), refusal.kind)
+            self._end(Ending(refusal.kind, reason), ConnectionLost(self._where(reason)))
 
     def abort(self, reason: str) -> None:
         """Close at once; what is queued is lost."""
-        self._break_off(reason, ConnectionLost(reason))
+        self._break_off(Ending(EndKind.OTHER, reason), ConnectionLost(reason))
 
-    def _break_off(self, reason: str, failure: ShoalError) -> None:
-        self._end(reason, failure)
+    def drop(self, ending: Ending) -> None:
+        """Close at once: the end of the peer was seen on another connection."""
+        self._break_off(ending, ConnectionLost(self._where(ending.reason)))
+
+    def _break_off(self, ending: Ending, failure: ShoalError) -> None:
+        self._end(ending, failure)
         if self._transport is not None:
             self._transport.abort()
 
@@ -391,11 +423,12 @@ class Connection(asyncio.BufferedProtocol):
             self.outlet.send_frame(FrameKind.GOODBYE, 0, wire.encode_goodbye(refusal))
             self.outlet.flush()
 
-    def _end(self, reason: str, failure: ShoalError, kind: EndKind = EndKind.OTHER) -> None:
-        if self.close_reason is not None:
+    def _end(self, ending: Ending, failure: ShoalError) -> None:
+        if self.ending is not None:
             return
-        self.close_reason = reason
-        self.end_kind = kind
+        self.ending = ending
+        # Now, and not when the transport is closed: that may still have to hand over what is queued.
+        self._loop.call_soon(self._owner.connection_ended, self)
         self.outlet.end()
         if not self.opened.done():
             self.opened.set_exception(failure)
@@ -403,7 +436,7 @@ class Connection(asyncio.BufferedProtocol):
         self.calls.cancel_handlers()
         if self._transport is not None:
             self._transport.close()
-            self._vigil.begin_end(self._transport.abort)
+            self.vigil.begin_end(self._transport.abort)
 
     def _where(self, what: str) -> str:
         who = str(self.remote) if self.remote is not None else f"unknown peer at {self.remote_ip}"

@@ -8,8 +8,6 @@ import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 
-import msgspec
-
 from shoal.errors import (
     DialFailure,
     IdentityInUse,
@@ -23,12 +21,13 @@ from shoal.p2p.config import HostConfig
 from shoal.p2p.connection import Connection
 from shoal.p2p.connections import Connections
 from shoal.p2p.identity import Identity, PeerID
+from shoal.p2p.lanes import OPEN_LANE, LaneRequests
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Listener, Network
 from shoal.p2p.opening import OpenedStream
 from shoal.p2p.probing import Prober
 from shoal.p2p.protocol import wire
-from shoal.p2p.protocol.violations import Ending
+from shoal.p2p.protocol.violations import Ending, EndKind
 from shoal.p2p.reach.dialback import (
     ANNOUNCE,
     DIAL_BACK,
@@ -48,19 +47,6 @@ __all__ = ["Host"]
 logger = logging.getLogger(__name__)
 
 CHECK_TIMEOUT = 7.0
-
-
-class _OpenLane(msgspec.Struct, array_like=True, frozen=True):
-    """Please dial me once more, for bulk data."""
-
-
-class _LaneOpened(msgspec.Struct, array_like=True, frozen=True):
-    """Whether the lane was opened."""
-
-    opened: bool
-
-
-_OPEN_LANE = Method("shoal.host.open_lane", _OpenLane, _LaneOpened)
 
 
 class Host:
@@ -98,7 +84,7 @@ class Host:
             config,
             find_served=lambda name: self._served.get(name),
             make_hello=self._make_hello,
-            ask_for_lane=self._ask_for_lane,
+            ask_for_lane=lambda peer, deadline: self._lanes.ask(peer, deadline),
             peer_met=self._peer_met,
             peer_lost=self._peer_lost,
             clock=clock,
@@ -114,6 +100,11 @@ class Host:
             ask=self._ask_back,
         )
         """Where this host can be dialed, as far as it knows."""
+        self._lanes = LaneRequests(
+            ask=self.call,
+            can_be_dialed=lambda: self.reachability.is_full,
+            open_lane_to=self._connections.open_lane_to,
+        )
         self._rivals = Rivals(self._connections)
         self._announcer = Announcer(
             reachability=lambda: self.reachability,
@@ -128,7 +119,7 @@ class Host:
             ips_of=prober.ips_of, probe=prober.probe, now=lambda: asyncio.get_running_loop().time()
         )
         self.serve(DIAL_BACK, helper.handle)
-        self.serve(_OPEN_LANE, self._open_lane)
+        self.serve(OPEN_LANE, self._lanes.answer)
         self.serve(ANNOUNCE, self._announcer.hear)
         self.serve(CLAIM, self.tenancy.handle_claim)
 
@@ -161,6 +152,10 @@ class Host:
         await self._connections.close()
         for listener in self._listeners:
             await listener.wait_closed()
+
+    def leave(self) -> None:
+        """Say goodbye to everybody now, and speak with nobody any more. :meth:`close` the host then."""
+        self._stop_speaking("the host is closing", EndKind.LEAVING)
 
     def abort(self) -> None:
         """Drop everything at once without a word, as the death of the process would; :meth:`close` it then."""
@@ -272,6 +267,14 @@ class Host:
         connections = self._connections.to(peer)
         return connections is not None and connections.is_connected
 
+    def incarnation(self, peer: PeerID) -> int | None:
+        """The number that the process of ``peer`` drew when it started, as last seen; None if it was not met.
+
+        A peer that comes back as another process has another number. What is remembered of a peer's failures is to be
+        remembered of that process: keep the number with it.
+        """
+        return self._connections.incarnations.of(peer)
+
     def connected_peers(self) -> list[PeerID]:
         """Everybody to whom a connection stands, in the order in which they came."""
         return self._connections.connected()
@@ -343,7 +346,11 @@ class Host:
         return OpenedStream(self._connections, peer, method, timeout, lane)
 
     def on_disconnect(self, callback: Callable[[PeerID, Ending], None]) -> Callable[[], None]:
-        """Call ``callback(peer, ending)`` when the last connection to a peer ends; returns an unsubscriber."""
+        """Call ``callback(peer, ending)`` when the last connection to a peer's process ends; returns an unsubscriber.
+
+        ``ending`` tells a goodbye (:attr:`~shoal.p2p.protocol.violations.Ending.peer_has_left`) from a connection that
+        was closed, lost or found dead by silence.
+        """
         self._subscriptions += 1
         number = self._subscriptions
         self._on_disconnect[number] = callback
@@ -403,11 +410,14 @@ class Host:
         )
 
     def _retire(self, rival: IdentityInUse) -> None:
-        """Another peer holds the identity: speak with nobody any more. :meth:`close` the host then."""
+        """Another peer holds the identity. :meth:`close` the host then."""
+        self._stop_speaking(f"another peer holds this identity, at {rival.address}", EndKind.OTHER)
+
+    def _stop_speaking(self, reason: str, kind: EndKind) -> None:
         self._state = "closed"
         for listener in self._listeners:
             listener.close()
-        self._connections.retire(f"another peer holds this identity, at {rival.address}")
+        self._connections.retire(reason, kind)
 
     def _peer_lost(self, peer: PeerID, ending: Ending) -> None:
         for callback in list(self._on_disconnect.values()):
@@ -416,15 +426,6 @@ class Host:
     def _clock_differs(self, peer: PeerID, ahead: float) -> None:
         for callback in list(self._on_clock_difference.values()):
             callback(peer, ahead)
-
-    async def _ask_for_lane(self, peer: PeerID, deadline: float) -> bool:
-        if not self.reachability.is_full:
-            return False
-        remaining = deadline - asyncio.get_running_loop().time()
-        return (await self.call(peer, _OPEN_LANE, _OpenLane(), timeout=remaining)).opened
-
-    async def _open_lane(self, peer: PeerID, request: _OpenLane) -> _LaneOpened:
-        return _LaneOpened(await self._connections.open_lane_to(peer))
 
     def _connections_to(self, peer: PeerID) -> list[Connection]:
         connections = self._connections.to(peer)

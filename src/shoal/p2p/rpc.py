@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -56,6 +56,15 @@ class Method(Generic[RequestT, ResponseT]):
     def __post_init__(self) -> None:
         if not 0 < len(self.name) <= wire.MAX_METHOD_NAME:
             raise InvalidValueError(f"name: {self.name!r} must have 1 to {wire.MAX_METHOD_NAME} characters")
+
+
+class Ask(Protocol):
+    """Calls a method of a peer, as :meth:`shoal.p2p.host.Host.call`."""
+
+    def __call__(
+        self, peer: PeerID, method: Method[RequestT, ResponseT], request: RequestT, *, timeout: float
+    ) -> Awaitable[ResponseT]:
+        """See the class."""
 
 
 class EndOfStream(ShoalError, EOFError):

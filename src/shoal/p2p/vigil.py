@@ -14,7 +14,7 @@ from shoal.p2p.config import HostConfig
 from shoal.p2p.outlet import Outlet
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.frames import FrameKind
-from shoal.p2p.protocol.keepalive import KeepAlive, Verdict
+from shoal.p2p.protocol.keepalive import LOOK_EVERY, KeepAlive, Verdict
 
 LEAST_PAUSE = 0.01
 """Between two looks at one connection."""
@@ -36,8 +36,11 @@ class Watched(Protocol):
     def close_if_spare(self) -> bool:
         """Close a connection that is not used and can be spared; False if it stays."""
 
+    def ask_elsewhere(self) -> None:
+        """The peer is asked for a sign of life here: ask it on its other silent connections too."""
+
     def fall_silent(self, silence: float) -> None:
-        """The peer shows no sign of life: end the connection at once."""
+        """The peer shows no sign of life: end the connection."""
 
 
 class Vigil:
@@ -114,6 +117,12 @@ class Vigil:
             if due < self._timer_at:
                 self._call_at(due, self._look)
 
+    def ask(self) -> None:
+        """Ask for a sign of life now, if the peer is silent here too: its connections are found dead together."""
+        if self._keepalive.ask(self._loop.time()):
+            self._send_ping()
+            self._call_at(self._loop.time() + LOOK_EVERY, self._look)
+
     # The timer.
 
     def _call_at(self, when: float, act: Callable[[], None]) -> None:
@@ -137,6 +146,10 @@ class Vigil:
             connection.fall_silent(now - self._keepalive.last_sign)
             return
         if verdict is Verdict.PROBE:
-            self._ping_count += 1
-            outlet.send_frame(FrameKind.PING, 0, self._ping_count.to_bytes(wire.PING_BYTES))
+            self._send_ping()
+            connection.ask_elsewhere()
         self._call_at(max(again, now + LEAST_PAUSE), self._look)
+
+    def _send_ping(self) -> None:
+        self._ping_count += 1
+        self._outlet.send_frame(FrameKind.PING, 0, self._ping_count.to_bytes(wire.PING_BYTES))

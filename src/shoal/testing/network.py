@@ -120,9 +120,14 @@ class SimulatedNetwork:
                 if transport.other is not None:
                     transport.other.lose(ConnectionResetError("retransmission came too late"))
 
-    def silence(self, a: str, b: str) -> None:
-        """What two hosts send each other vanishes, until :meth:`heal`; their connections stay."""
-        self.path(a, b).is_silent = self.path(b, a).is_silent = True
+    def silence(self, a: str, b: str, *, one_way: bool = False) -> None:
+        """What two hosts send each other vanishes, until :meth:`heal`; their connections stay.
+
+        ``one_way``: only what ``a`` sends vanishes.
+        """
+        self.path(a, b).is_silent = True
+        if not one_way:
+            self.path(b, a).is_silent = True
 
     def kill(self, name: str, *, silently: bool = False) -> None:
         """The host is gone: it hears and says nothing more, and its listeners are closed.

@@ -100,6 +100,7 @@ class SimulatedTransport(asyncio.Transport):
         self._is_paused = False
         self._is_closing = False
         self.is_lost = False
+        self.has_vanished = False
         self._reading = True
         self._unread: deque[bytes] = deque()
         self._eof_unread = False
@@ -199,6 +200,8 @@ class SimulatedTransport(asyncio.Transport):
     def _arrive(self, piece: bytes) -> None:
         other = self.other
         if other is None or other.is_lost:
+            if other is not None and other.has_vanished:
+                self.lose_later(ConnectionResetError("the other host knows nothing of this connection"))
             return
         if other.lost_bytes or not self._network.reaches(self.local, self.remote):
             other.lost_bytes = True
@@ -276,5 +279,9 @@ class SimulatedTransport(asyncio.Transport):
             self._loop.call_later(path.latency, self.lose, error)
 
     def vanish(self) -> None:
-        """This side's host is gone: it sends nothing more. Its protocol learns it, for the test's sake."""
+        """This side's host is gone: it sends nothing more. Its protocol learns it, for the test's sake.
+
+        If the host is revived, it resets what the other side still takes for a connection.
+        """
+        self.has_vanished = True
         self.lose(ConnectionAbortedError("this host was killed"))
