@@ -492,6 +492,14 @@ def test_sigterm_ends_it_in_order(own_process, tmp_path):
         handle.call((services.echo, 1)).result(LIMIT)
 
 
+def test_others_are_told_of_the_end_though_a_service_hangs(own_process, tmp_path):
+    path = tmp_path / "farewell"
+    factory = partial(services.make_stubborn_with_farewell, str(path))
+    own_process.create_service(factory).result(LIMIT)
+    os.kill(own_process.pid, signal.SIGTERM)
+    wait_until(lambda: path.exists() and path.read_text() == "goodbye\n")
+
+
 def test_collecting_the_last_reference_ends_it():
     process = BackgroundProcess.start("collected")
     runner = own_runner(process)
