@@ -13,6 +13,7 @@ from shoal.errors import InvalidValueError, RemoteError, ShoalError
 from shoal.p2p.connection import Connection
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.reach.dialback import ANNOUNCE, Announcement, AnnouncementHeard
 from shoal.p2p.reach.reachability import Reachability
 from shoal.p2p.rpc import Ask
@@ -61,7 +62,7 @@ class Announcer:
         try:
             addresses = [Multiaddr.parse(text) for text in request.addresses]
         except InvalidValueError as error:
-            raise RemoteError("bad_address", str(error)) from error
+            raise RemoteError(ResetCode.BAD_ADDRESS, str(error)) from error
         self._peer_announced(peer, addresses, request.is_client)
         return AnnouncementHeard()
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-import msgspec
-
 from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Ask, Method
+from shoal.utils.structs import CompactStruct
 
 
-class OpenLane(msgspec.Struct, array_like=True, frozen=True):
+class OpenLane(CompactStruct, frozen=True):
     """Please dial me once more, for bulk data."""
 
 
-class LaneOpened(msgspec.Struct, array_like=True, frozen=True):
+class LaneOpened(CompactStruct, frozen=True):
     """Whether the lane was opened."""
 
     opened: bool

@@ -10,6 +10,7 @@ from typing import Any
 from shoal.errors import ConnectionLost
 from shoal.p2p.connections import Connections
 from shoal.p2p.identity import PeerID
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.protocol.stream_state import StreamState
 from shoal.p2p.rpc import Lane, Method, Stream
 
@@ -57,4 +58,4 @@ class OpenedStream(AbstractAsyncContextManager[Stream]):
             self._timer.cancel()
         if kind is None:
             self._state.finish()
-        self._stream.reset("cancelled", "the opener has left the stream")
+        self._stream.reset(ResetCode.CANCELLED, "the opener has left the stream")

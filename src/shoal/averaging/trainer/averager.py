@@ -202,7 +202,7 @@ class DecentralizedAverager(Startable):
     ) -> None:
         given = locals().copy()  # each configuration takes what is its own
         if not isinstance(dht, DHT):
-            raise InvalidTypeError(f"dht={dht!r}: a shoal.DHT is allowed, not {type(dht).__name__}")
+            raise InvalidTypeError(f"dht must be a shoal.DHT, got {dht!r}")
         own = gather(TrainerConfig, given)
         self.__config = AveragerConfig.of_user(given)
         if (
@@ -392,7 +392,7 @@ class DecentralizedAverager(Startable):
         value = check_flag("allow_state_sharing", value)
         if value and self.client_mode:
             raise InvalidValueError(
-                "allow_state_sharing=True: this averager is in client mode, so others can't dial it; False is allowed"
+                "allow_state_sharing must be False in client mode, got True: others can't dial this averager"
             )
         self.__states.switch(allowed=value)
 
@@ -410,7 +410,7 @@ class DecentralizedAverager(Startable):
         value = check_number("state_sharing_priority", value)
         if value and self.client_mode:
             raise InvalidValueError(
-                f"state_sharing_priority={value}: this averager is in client mode, so it shares no state; 0 is allowed"
+                f"state_sharing_priority must be 0 in client mode, where no state is shared, got {value}"
             )
         self.__states.switch(priority=float(value))
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from shoal.errors import ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.config import INITIAL_WINDOW
 from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.protocol.frames import FrameKind
 
 ITEM_COST = 64
@@ -302,7 +303,7 @@ class StreamState:
         if self._unread is not None:
             if not self._unread.take(count):
                 refusal = self._unread.refusal
-                self.reset("busy", refusal, RemoteError("busy", refusal))
+                self.reset(ResetCode.BUSY, refusal, RemoteError(ResetCode.BUSY, refusal))
                 return False
             self._held += count
         self.received.append(item)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from shoal.errors import ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.protocol.frames import MAX_STREAM_ID, FrameKind, is_opened_by
 from shoal.p2p.protocol.stream_state import SendFrame, StreamState, UnreadBytes
 
@@ -77,7 +78,7 @@ class Multiplexer:
         opened = wire.decode_open(body)
         if self._inbound >= self._max_inbound:
             refusal = wire.encode_reset(
-                "busy", f"{self._max_inbound} streams are being served on this connection"
+                ResetCode.BUSY, f"{self._max_inbound} streams are being served on this connection"
             )
             self._send_frame(FrameKind.RESET, stream_id, refusal)
             return None

@@ -12,7 +12,7 @@ class EndKind(enum.IntEnum):
     """How a connection ended, where somebody acts on it; the number is sent in GOODBYE."""
 
     OTHER = 0
-    """Closed in order, for a reason on which nobody acts."""
+    """Closed in order, for a reason that only people read, or of a kind that this version does not know."""
     NO_ROOM = 1
     """One side has too many connections. To dial at once again would be in vain."""
     ITSELF = 2
