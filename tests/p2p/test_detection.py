@@ -59,7 +59,7 @@ class Pair:
             host.serve_stream(STREAM, wait_for_ever)
         pair.b.on_disconnect(pair.note)
         pair.b.add_addresses(pair.a.peer_id, pair.a.listen_addresses)
-        await pair.b.call(pair.a.peer_id, ECHO, Number(1), timeout=10)
+        await pair.b.connect(pair.a.peer_id, timeout=10)
         pair.lane = pair.b.open_stream(pair.a.peer_id, STREAM, lane=Lane.BULK)
         pair.stream = await pair.lane.__aenter__()
         assert pair.b.count_connections(pair.a.peer_id) == {Lane.CONTROL: 1, Lane.BULK: 1}
@@ -150,6 +150,20 @@ async def test_an_unused_connection_falls_with_the_one_in_use(pair):
     assert await pair.seconds_to_the_end() <= 5.0
     assert pair.endings[0][1].kind is EndKind.SILENCE
     assert not pair.b.is_connected(pair.a.peer_id)
+
+
+@pytest.mark.parametrize("pause", [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+def test_a_peer_behind_a_long_path_is_found_within_fifteen_seconds(pause):
+    """On each of its connections it was heard at another time, and one of them is not in use."""
+
+    @with_pair(latency=(0.3, 0.3))
+    async def check(pair):
+        await asyncio.sleep(pause)
+        pair.network.kill("a", silently=True)
+        assert await pair.seconds_to_the_end() <= 15.0
+        assert pair.endings[0][1].kind is EndKind.SILENCE
+
+    check()
 
 
 @with_pair(config_of_a=HostConfig(min_answer_time=13.0))

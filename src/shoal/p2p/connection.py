@@ -72,7 +72,7 @@ class ConnectionOwner(Protocol):
         """The peer has said on it that its process ends."""
 
     def ask_others(self, connection: Connection) -> None:
-        """Its peer is silent: ask it for a sign of life on its other connections too."""
+        """Its peer is silent: ask it for a sign of life on its unused connections too."""
 
     def seen_elsewhere(self, connection: Connection) -> float:
         """When its peer last showed life on another connection, in seconds of the loop; -inf: on none."""
@@ -369,7 +369,7 @@ class Connection(asyncio.BufferedProtocol):
         self._end(Ending(EndKind.SILENCE, reason), ConnectionLost(self._where(reason)))
 
     def ask_elsewhere(self) -> None:
-        """The peer is asked for a sign of life here: ask it on its other silent connections too."""
+        """The peer is asked for a sign of life here: ask it on its unused connections too."""
         self._owner.ask_others(self)
 
     def _expire_handshake(self) -> None:

@@ -37,7 +37,7 @@ class Watched(Protocol):
         """Close a connection that is not used and can be spared; False if it stays."""
 
     def ask_elsewhere(self) -> None:
-        """The peer is asked for a sign of life here: ask it on its other silent connections too."""
+        """The peer is asked for a sign of life here: ask it on its unused connections too."""
 
     def fall_silent(self, silence: float) -> None:
         """The peer shows no sign of life: end the connection."""
@@ -118,7 +118,7 @@ class Vigil:
                 self._call_at(due, self._look)
 
     def ask(self) -> None:
-        """Ask for a sign of life now, if the peer is silent here too: its connections are found dead together."""
+        """Ask for a sign of life now: an unused connection is found dead together with those in use."""
         if self._keepalive.ask(self._loop.time()):
             self._send_ping()
             self._call_at(self._loop.time() + LOOK_EVERY, self._look)

@@ -196,7 +196,9 @@ def test_the_excuse_ends_with_the_next_sign_of_life():
 
 def test_an_unused_connection_is_asked_with_another_one_of_its_peer():
     alive = KeepAlive(HostConfig(), 0.0)
-    assert not alive.ask(1.0), "it was heard a moment ago"
     assert alive.ask(10.0)
     assert not alive.ask(10.1), "it is asked already"
     assert find_death(alive, 10.0 + LOOK_EVERY) == pytest.approx(13.0)
+    alive = KeepAlive(HostConfig(), 0.0)
+    alive.set_in_use(True, 0.0)
+    assert not alive.ask(1.0), "it will be asked in its own time"

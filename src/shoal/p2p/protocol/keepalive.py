@@ -136,8 +136,11 @@ class KeepAlive:
         return verdict, self._look_due
 
     def ask(self, now: float) -> bool:
-        """Whether to send a PING now, though nothing waits for the peer here: it was silent on another connection."""
-        if self._probe_sent is not None or now < self.last_sign + self.patience.ask_after:
+        """Whether to send a PING now, though nothing waits for the peer here: it is silent on another connection.
+
+        A connection in use asks by itself, soon enough.
+        """
+        if self._probe_sent is not None or self._in_use_since is not None:
             return False
         self._begin_probe(now)
         self._look_due = now + LOOK_EVERY
