@@ -8,7 +8,8 @@ Hosts may live at a site behind a NAT (:meth:`~SimulatedNetwork.site`): others s
 forwarded ports only.
 
 Faults: :meth:`~SimulatedNetwork.drop_connections` (both sides see them end), :meth:`~SimulatedNetwork.partition` and
-:meth:`~SimulatedNetwork.silence` (bytes vanish, connections stay, dialing times out), and
+:meth:`~SimulatedNetwork.silence` (bytes vanish, connections stay, dialing times out),
+:meth:`~SimulatedNetwork.move` (a host has another address), and
 :meth:`~SimulatedNetwork.kill` (a host is gone: its connections end, as the operating system of a killed process
 ends them; with ``silently`` nobody is told, as when a machine loses power).
 """
@@ -149,6 +150,18 @@ class SimulatedNetwork:
         """A killed host can be used again."""
         host = self.host(name)
         host.is_up, host.is_silent = True, False
+
+    def move(self, name: str, ip: str) -> None:
+        """A host has another address from now on, as a laptop in another network. Its connections carry nothing more;
+        what it listens on, on all interfaces, answers at the new address.
+        """
+        host = self.host(name)
+        del self._by_ip[host.ip]
+        host.ip, host.interface_list = ip, [Interface("eth0", ip, 32)]
+        self._by_ip[ip] = host
+        for transport in self.connections:
+            if name in (transport.local.name, transport.remote.name):
+                transport.is_stranded = True
 
     # ---- what hosts and transports ask ----
 

@@ -101,6 +101,8 @@ class SimulatedTransport(asyncio.Transport):
         self._is_closing = False
         self.is_lost = False
         self.has_vanished = False
+        self.is_stranded = False
+        """Whether one end has moved to another address: what is sent vanishes."""
         self._reading = True
         self._unread: deque[bytes] = deque()
         self._eof_unread = False
@@ -188,7 +190,7 @@ class SimulatedTransport(asyncio.Transport):
 
     def _carry(self, size: int, arrive: Callable[[], None]) -> bool:
         """Let something arrive at the other side; False if it vanishes."""
-        if not self._network.reaches(self.local, self.remote):
+        if self.is_stranded or not self._network.reaches(self.local, self.remote):
             return False
         path = self._network.path(self.local.name, self.remote.name)
         arrival = path.schedule(self._loop.time(), size)
@@ -203,7 +205,7 @@ class SimulatedTransport(asyncio.Transport):
             if other is not None and other.has_vanished:
                 self.lose_later(ConnectionResetError("the other host knows nothing of this connection"))
             return
-        if other.lost_bytes or not self._network.reaches(self.local, self.remote):
+        if other.lost_bytes or self.is_stranded or not self._network.reaches(self.local, self.remote):
             other.lost_bytes = True
             return
         other._unread.append(piece)
@@ -274,7 +276,7 @@ class SimulatedTransport(asyncio.Transport):
 
     def lose_later(self, error: Exception) -> None:
         """The same, when the news has come over the network; never, if it vanishes."""
-        if self._network.reaches(self.remote, self.local):
+        if not self.is_stranded and self._network.reaches(self.remote, self.local):
             path = self._network.path(self.remote.name, self.local.name)
             self._loop.call_later(path.latency, self.lose, error)
 
