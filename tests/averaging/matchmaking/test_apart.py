@@ -124,7 +124,7 @@ class TestLostPeers:
     """What a peer says of those that it could not reach."""
 
     def test_it_forgets_them_after_a_while(self):
-        lost = LostPeers(lambda peer: False)
+        lost = LostPeers(lambda peer: False, lambda peer: 1)
         lost.add(PEERS[:1], 5.0)
         assert lost.ids(5.0 + APART_FOR - 0.1) == (PEERS[0].to_bytes(),)
         assert lost.ids(5.0 + APART_FOR) == ()
@@ -133,7 +133,7 @@ class TestLostPeers:
     def test_one_that_came_back_is_lost_no_more(self):
         """A process that was started again must not be kept apart from all who saw it die."""
         connected = set()
-        lost = LostPeers(connected.__contains__)
+        lost = LostPeers(connected.__contains__, lambda peer: 1)
         lost.add(PEERS[:2], 0.0)
         assert len(lost.ids(1.0)) == 2
         connected.add(PEERS[0])
@@ -141,14 +141,14 @@ class TestLostPeers:
 
     def test_one_that_is_back_before_the_next_search_is_lost_no_more(self):
         connected = set()
-        lost = LostPeers(connected.__contains__)
+        lost = LostPeers(connected.__contains__, lambda peer: 1)
         lost.add(PEERS[:1], 0.0)
         connected.add(PEERS[0])
         assert lost.ids(1.0) == ()
 
     def test_a_connection_that_was_never_closed_may_be_a_dead_one(self):
         connected = {PEERS[0]}
-        lost = LostPeers(connected.__contains__)
+        lost = LostPeers(connected.__contains__, lambda peer: 1)
         lost.add(PEERS[:1], 0.0)
         assert len(lost.ids(1.0)) == 1
         connected.clear()
@@ -156,7 +156,16 @@ class TestLostPeers:
         connected.add(PEERS[0])
         assert lost.ids(3.0) == ()
 
+    def test_a_new_process_of_a_lost_peer_is_not_lost(self):
+        """It may be connected before anybody has looked whether the old one was gone."""
+        incarnations = {PEERS[0]: 1, PEERS[1]: 1}
+        lost = LostPeers(lambda peer: True, incarnations.get)
+        lost.add(PEERS[:2], 0.0)
+        assert len(lost.ids(1.0)) == 2
+        incarnations[PEERS[0]] = 2
+        assert lost.ids(2.0) == (PEERS[1].to_bytes(),)
+
     def test_it_says_so_of_the_latest_ones_alone(self):
-        lost = LostPeers(lambda peer: False)
+        lost = LostPeers(lambda peer: False, lambda peer: 1)
         lost.add(PEERS, 0.0)
         assert lost.ids(0.0) == tuple(peer.to_bytes() for peer in PEERS[-MAX_LOST:])

@@ -22,10 +22,15 @@ class LostPeers:
     """Whom one peer could not reach lately. A peer that was gone and is connected again is lost no more.
 
     :param is_connected: whether a connection to a peer stands now
+    :param incarnation: the number of the process that was last seen as a peer
     """
 
-    def __init__(self, is_connected: Callable[[PeerID], bool]) -> None:
+    def __init__(
+        self, is_connected: Callable[[PeerID], bool], incarnation: Callable[[PeerID], int | None]
+    ) -> None:
         self._is_connected = is_connected
+        self._incarnation = incarnation
+        self._lost_as: dict[PeerID, int | None] = {}
         self._until: dict[PeerID, float] = {}
         """The latest last."""
         self._gone: set[PeerID] = set()
@@ -39,6 +44,7 @@ class LostPeers:
         for peer in peers:
             self._until.pop(peer, None)
             self._until[peer] = now + APART_FOR
+            self._lost_as[peer] = self._incarnation(peer)
             self._gone.discard(peer)
             if not self._is_connected(peer):
                 self._gone.add(peer)
@@ -49,12 +55,15 @@ class LostPeers:
         connected = {peer for peer in self._until if self._is_connected(peer)}
         self._forget(peer for peer, until in list(self._until.items()) if now >= until)
         self._forget(connected & self._gone)
+        # Another process than the one that was lost: the connection to that one may never have been seen to end.
+        self._forget([peer for peer in self._until if self._incarnation(peer) != self._lost_as[peer]])
         self._gone |= self._until.keys() - connected
         return tuple(peer.to_bytes() for peer in self._until)
 
     def _forget(self, peers: Iterable[PeerID]) -> None:
         for peer in peers:
             self._until.pop(peer, None)
+            self._lost_as.pop(peer, None)
             self._gone.discard(peer)
 
 
