@@ -73,9 +73,20 @@ class Swarm(Cores):
         self.run()
         ending = self.check()
         if self.committed:
+            self.check_counted()
             self.check_quorum()
             self.check_all_that_hear_each_other()
         return ending
+
+    def check_counted(self) -> None:
+        """No member fails in a round that others committed counting it in."""
+        outcome = self.members[self.committed[0]].core.outcome
+        assert outcome is not None
+        excluded = {one.member for one in outcome.excluded}
+        for me, one in enumerate(self.members):
+            counts = one.is_alive and one.core.roles.contributes[me] and me not in excluded
+            if counts and one.core.phase is Phase.FAILED:
+                raise Violation(f"{me} failed, though it counts: {self.describe()}")
 
     def check_quorum(self) -> None:
         """More than half of the group as it was formed has accepted the decision, or half with the founder."""

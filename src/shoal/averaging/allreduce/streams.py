@@ -105,13 +105,14 @@ class Exchange:
         self._tasks: asyncio.TaskGroup | None = None
         self._is_contributing = self._core.roles.contributes[self._core.roles.me]
         self._progress = asyncio.Event()
+        self._serve_own(self._core.ledger.assignment.spans)  # others' streams may come before this round runs
 
     # from the round
 
     def begin(self, tasks: asyncio.TaskGroup) -> None:
-        """Open the spans of the first assignment; ``tasks`` owns the streams to owners."""
+        """Contribute to the spans of the first assignment; ``tasks`` owns the streams to owners."""
         self._tasks = tasks
-        self.open(self._core.ledger.assignment.spans)
+        self._contribute_to(self._core.ledger.assignment.spans)
 
     def contribute(self, weight: float) -> None:
         """The snapshot is taken: parts may be sent, and averaged, from now on."""
@@ -123,15 +124,24 @@ class Exchange:
 
     def open(self, spans: tuple[Span, ...]) -> None:
         """Serve those of these spans that are the own ones, and contribute to the others."""
+        self._serve_own(spans)
+        self._contribute_to(spans)
+        self.wake()
+
+    def _serve_own(self, spans: tuple[Span, ...]) -> None:
         me = self._core.roles.me
+        known = {} if self._own_weight is None else {me: self._own_weight}
         for span in spans:
             if span.owner == me:
-                known = {} if self._own_weight is None else {me: self._own_weight}
                 own = OwnSpan(self._partition, span, me, self._arena, known)
                 self._serving[span.id] = Serving(span, own)
-            elif self._is_contributing and self._tasks is not None:
+
+    def _contribute_to(self, spans: tuple[Span, ...]) -> None:
+        if not self._is_contributing or self._tasks is None:
+            return
+        for span in spans:
+            if span.owner != self._core.roles.me:
                 self._contributing[span.id] = self._tasks.create_task(self._run_with_owner(span))
-        self.wake()
 
     def void(self, spans: tuple[SpanId, ...]) -> None:
         """These spans count no more. Nothing of them is written to the arena from now on."""
@@ -217,19 +227,25 @@ class Exchange:
         try:
             await self._exchange_with(span)
         except RemoteError as e:
-            if e.code == AveragingCode.EXCLUDED:
-                feed(ExcludedByOwner(span.id, e.message))
-            elif e.code not in (AveragingCode.VOID, AveragingCode.ROUND_FAILED) or (
-                e.code == AveragingCode.ROUND_FAILED and span.owner != self._core.leader
-            ):
-                feed(OwnerLost(span.id, str(e)))
-            # else the leader's word is on its way, with the reason
+            await self._hear_refusal(span, e)
         except NotFiniteError as e:
             feed(OwnerLost(span.id, str(e), Loss.INVALID))
         except (ShoalError, EOFError) as e:
             self._shared.note_failure(span.owner, e)
             loss = Loss.UNDIALABLE if isinstance(e, PeerUnreachable) else Loss.BROKEN
             feed(OwnerLost(span.id, str(e), loss))
+
+    async def _hear_refusal(self, span: Span, error: RemoteError) -> None:
+        feed = self._shared.feed
+        if error.code == AveragingCode.EXCLUDED:
+            feed(ExcludedByOwner(span.id, error.message))
+        elif error.code == AveragingCode.VOID:
+            # The leader's order, which ends this task, is on its way, unless something is wrong.
+            await asyncio.sleep(ORDER_TIMEOUT)
+            feed(OwnerLost(span.id, str(error)))
+        elif error.code != AveragingCode.ROUND_FAILED or span.owner != self._core.leader:
+            feed(OwnerLost(span.id, str(error)))
+        # else the leader's decision is on its way, with the reason
 
     async def _exchange_with(self, span: Span) -> None:
         shared, foreign = self._shared, ForeignSpan(self._partition, span, self._arena)
