@@ -67,6 +67,8 @@ class Commitment:
         """For each member, what the leader of this term has to say to it, from the beginning."""
         self._joined: dict[int, Stream] = {}
         self._refused_since: dict[int, float] = {}
+        self._left: set[int] = set()
+        """Members whose processes said goodbye: they end."""
 
     @property
     def leads(self) -> bool:
@@ -91,6 +93,10 @@ class Commitment:
             stream.reset(AveragingCode.NOT_LEADING, "it does not lead any more")
         self._joined.clear()
         self._word.clear()
+
+    def note_goodbye(self, member: int) -> None:
+        """The process of a member ends, as it said itself."""
+        self._left.add(member)
 
     # as a member
 
@@ -218,7 +224,10 @@ class Commitment:
 
     async def _ask(self, member: int, question: Question, term: int | None, delay: float) -> None:
         await asyncio.sleep(delay)
-        shared, answer, is_dead = self._shared, None, False
+        shared, answer, is_dead = self._shared, None, member in self._left
+        if is_dead:
+            shared.feed(MemberAnswered(member, term, None, is_dead=True))
+            return
         try:
             async with shared.host.open_stream(shared.peers[member], VOTE, timeout=ASK_TIMEOUT) as stream:
                 await stream.send(question)

@@ -416,6 +416,8 @@ class Round:
 
     def _on_disconnect(self, peer: PeerID, ending: Ending) -> None:
         # Other connections than the leader's come and go as the DHT needs them; a stream that ends with one says so.
+        if ending.peer_has_left and peer in self._peers:
+            self._commitment.note_goodbye(self._peers.index(peer))
         if self._commitment.leads and peer in self._peers:
             self._feed(MemberLost(self._peers.index(peer), ending.reason))
 
