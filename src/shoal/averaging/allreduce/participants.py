@@ -55,8 +55,9 @@ class RoundCore:
     core: AllReduce
     feed: Feed
     """Hands an event to the core and carries out what follows."""
-    unreached: set[int] = field(default_factory=set)
-    """Members to which the connection was lost, or that never opened a stream to this one though they had to."""
+    failures: dict[int, bool] = field(default_factory=dict)
+    """Members to which the connection was lost, or that never opened a stream to this one though they had to; and
+    whether a connection to each stood right after that."""
 
     @property
     def is_over(self) -> bool:
@@ -75,7 +76,21 @@ class RoundCore:
     def note_failure(self, member: int, error: Exception) -> None:
         """A stream to or from ``member`` has ended with this error."""
         if isinstance(error, (PeerUnreachable, ConnectionLost, DeadlineExceeded)):
-            self.unreached.add(member)
+            self.note_silence(member)
+
+    def note_silence(self, member: int) -> None:
+        """Nothing comes from ``member``, or reaches it."""
+        self.failures[member] = self.host.is_connected(self.peers[member])
+
+    def unreached(self) -> list[PeerID]:
+        """Members that failed in that way, and to which no connection was made since: a broken one may be an
+        accident, and a new one says that there is a route.
+        """
+        return [
+            self.peers[member]
+            for member, was_connected in sorted(self.failures.items())
+            if was_connected or not self.host.is_connected(self.peers[member])
+        ]
 
     def feed_from(self, event: Event, on_violation: Callable[[str], Event]) -> None:
         """As :attr:`feed`, for an event that another member caused: ``on_violation`` makes an event of the reason if

@@ -140,7 +140,7 @@ class Round:
         self._weight = weight
         self._timeouts = timeouts
         shared = RoundCore(host, prefix, group.group_id, self._peers, self.core, self._feed)
-        self._unreached = shared.unreached
+        self._shared = shared
         self._exchange = Exchange(shared, partition, arena)
         self._commitment = Commitment(shared)
         self._decided = asyncio.Event()
@@ -168,7 +168,7 @@ class Round:
     @property
     def unreached(self) -> list[PeerID]:
         """Members that this one could not reach, or that could not reach it."""
-        return [self._peers[member] for member in sorted(self._unreached)]
+        return self._shared.unreached()
 
     def held_up(self, duration: float) -> tuple[PeerID, Wait] | None:
         """The member that this one has waited for in most of a round of ``duration`` seconds, if there is one."""

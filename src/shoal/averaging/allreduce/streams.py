@@ -214,7 +214,7 @@ class Exchange:
         if stream is not None:
             stream.reset(AveragingCode.EXCLUDED, reason)
         elif is_silent:
-            self._shared.unreached.add(sender)
+            self._shared.note_silence(sender)
 
     def _window(self) -> int:
         return max(WINDOW_BYTES, 2 * max((part.nbytes for part in self._partition.parts), default=0))
