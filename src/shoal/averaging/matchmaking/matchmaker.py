@@ -21,11 +21,12 @@ from shoal.averaging.lineage import NO_LINEAGE, after_round
 from shoal.averaging.matchmaking.apart import LostPeers
 from shoal.averaging.matchmaking.census import Census
 from shoal.averaging.matchmaking.events import Cancelled, Place
+from shoal.averaging.matchmaking.followers import WhenMemberGone
 from shoal.averaging.matchmaking.group_bits import LONELY_BELOW, SPLIT_ABOVE, GroupBits
 from shoal.averaging.matchmaking.messages import JOIN, JoinRequest, Rejected, RejectReason
 from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.schemas import OtherSchemas
-from shoal.averaging.matchmaking.search import Search, WhenMemberGone
+from shoal.averaging.matchmaking.search import Search
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.router import Router
@@ -217,7 +218,7 @@ class Matchmaker:
     def leave_search(self) -> None:
         """End a search that goes on: it raises, and frees followers and leader. A group that stands already is kept."""
         if self._search is not None and not self._search.is_over:
-            self._search.dispatch(Cancelled())
+            self._search.tell(Cancelled())
 
     async def close(self) -> None:
         """End a search that goes on (it raises), and everything else. Idempotent."""
@@ -226,7 +227,7 @@ class Matchmaker:
         self._is_closed = True
         self._router.unregister(JOIN, self._peer.prefix)
         if self._search is not None:
-            self._search.dispatch(Cancelled())
+            self._search.tell(Cancelled())
         await self._peer.declarations.flush(WITHDRAWAL_TIMEOUT)
         await self._peer.others.close()
         await self._peer.tasks.close()
@@ -286,4 +287,4 @@ class Matchmaker:
         if self._search is None:
             await stream.send(Rejected(RejectReason.NOT_LOOKING))
         else:
-            await self._search.serve(stream, request.member, info)
+            await self._search.attend(stream, request.member, info)
