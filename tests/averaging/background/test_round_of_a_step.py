@@ -253,7 +253,7 @@ def test_the_user_process_says_that_the_arena_is_free():
         arena = SharedArena(Mock())
         arena.is_free.clear()
         vars(service).update(_arena=arena)
-        await service.handle(AverageWritten(), [])
+        await service.carry_out(AverageWritten(), [])
         assert arena.is_free.is_set()
 
     run(main)

@@ -28,8 +28,8 @@ from shoal.averaging.matchmaking.messages import (
     DeclaredState,
     Dismissed,
     DismissReason,
+    GroupMember,
     JoinRequest,
-    Member,
     Redirect,
     Rejected,
     RejectReason,
@@ -382,7 +382,7 @@ def test_a_leader_that_leaves_out_its_follower():
     async def answer(sim: SimulatedMatchmaking, stream: Stream, request: JoinRequest) -> None:
         await stream.send(Accepted(1.0))
         await stream.send(Begin(b"g" * 16, 1))
-        await stream.send(Member(signed_info(sim, 9, 9)))
+        await stream.send(GroupMember(signed_info(sim, 9, 9)))
 
     fails_with(answer, "does not include this member as it sent itself")
 
@@ -392,7 +392,7 @@ def test_a_leader_that_brings_a_member_who_has_not_asked_it():
         await stream.send(Accepted(1.0))
         await stream.send(Begin(b"g" * 16, 3))
         for member in (signed_info(sim, 9, 9), request.member, signed_info(sim, 5, 4)):
-            await stream.send(Member(member))
+            await stream.send(GroupMember(member))
 
     fails_with(answer, "has not asked")
 

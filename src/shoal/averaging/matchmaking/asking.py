@@ -71,7 +71,7 @@ class Asking:
         """When the leader begins, as it says."""
         self._unanswered: Counter[PeerID] = Counter()
 
-    def begin(self, leader: NextLeader, now: float) -> Ask:
+    def ask(self, leader: NextLeader, now: float) -> Ask:
         """Make a request."""
         self._count += 1
         self.current = Ask(self._count, leader.leader, leader.addresses, now, leader.redirects)

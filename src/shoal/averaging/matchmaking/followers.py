@@ -28,8 +28,8 @@ from shoal.averaging.matchmaking.join_stream import expect_end
 from shoal.averaging.matchmaking.messages import (
     Accepted,
     Begin,
+    GroupMember,
     LeaderMessage,
-    Member,
     Postponed,
     Rejected,
     RejectReason,
@@ -118,7 +118,10 @@ class Followers:
         signed = [own, *(follower.signed for follower in followers)]
         infos = [verify_member(own, now=self._peer.clock()), *(follower.info for follower in followers)]
         group_id = self._peer.rng.randbytes(GROUP_ID_BYTES)
-        messages: list[LeaderMessage] = [Begin(group_id, len(signed)), *(Member(member) for member in signed)]
+        messages: list[LeaderMessage] = [
+            Begin(group_id, len(signed)),
+            *(GroupMember(member) for member in signed),
+        ]
         for follower in followers:
             follower.has_begun = True
             follower.send(*messages, last=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 
 from shoal.averaging.group import MAX_GROUP_GATHER_BYTES, MAX_GROUP_SIZE, SignedMemberInfo
-from shoal.averaging.matchmaking.messages import Member
+from shoal.averaging.matchmaking.messages import GroupMember
 from shoal.errors import ProtocolViolation
 from shoal.p2p.rpc import EndOfStream, Stream
 
@@ -40,7 +40,7 @@ async def receive_members(stream: Stream, size: int) -> list[SignedMemberInfo]:
     total = 0
     for _ in range(size):
         message = await stream.receive()
-        if not isinstance(message, Member):
+        if not isinstance(message, GroupMember):
             raise ProtocolViolation(f"{stream.remote} sends {type(message).__name__} among the members")
         total += len(message.member.info)
         if total > MAX_GROUP_GATHER_BYTES:

@@ -252,7 +252,7 @@ class Matchmaker:
         if search is None or search.is_over or self._bits.are_given:
             return
         if self._bits.found_too_few(seen):
-            self._begin_anew(search)
+            self._restart(search)
         elif seen == 1:
             self._peer.tasks.start(self._explore(search, 0.0), "explore depths")
 
@@ -262,9 +262,9 @@ class Matchmaker:
         if search.is_over or self._bits.are_given:
             return
         if await self._census.explore() and not search.is_over:
-            self._begin_anew(search)
+            self._restart(search)
 
-    def _begin_anew(self, search: Search) -> None:
+    def _restart(self, search: Search) -> None:
         start_time = search.now() + self._peer.config.min_matchmaking_time
         search.move_to(self._place(max(start_time, search.place.start_time)))
 

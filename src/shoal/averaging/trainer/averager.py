@@ -24,7 +24,7 @@ from shoal.averaging.trainer.parts import make_parts
 from shoal.averaging.trainer.pending import ApplyWhen
 from shoal.averaging.trainer.sources import AveragedTensors, HeldTensors
 from shoal.averaging.trainer.state_pieces import DownloadData, state_pieces
-from shoal.averaging.trainer.state_sharing import State
+from shoal.averaging.trainer.state_sharing import DownloadedState
 from shoal.averaging.trainer.steps import WhenBusy
 from shoal.compat.overriding import check_overrides
 from shoal.compression import CompressionBase, CompressionInfo, NoCompression
@@ -241,16 +241,16 @@ class DecentralizedAverager(AveragerBase):
     @overload
     def load_state_from_peers(
         self, wait: Literal[True] = True, timeout: float | None = None, *, progress: bool = False
-    ) -> State | None: ...
+    ) -> DownloadedState | None: ...
 
     @overload
     def load_state_from_peers(
         self, wait: bool, timeout: float | None = None, *, progress: bool = False
-    ) -> State | MPFuture[State | None] | None: ...
+    ) -> DownloadedState | MPFuture[DownloadedState | None] | None: ...
 
     def load_state_from_peers(
         self, wait: bool = True, timeout: float | None = None, *, progress: bool = False
-    ) -> State | MPFuture[State | None] | None:
+    ) -> DownloadedState | MPFuture[DownloadedState | None] | None:
         """Download the state of another peer: that with the highest :attr:`state_sharing_priority` which can give it.
 
         Nothing is written into the averaged tensors: copy what is returned to where it belongs. All of the tensors lie
@@ -397,8 +397,8 @@ class DecentralizedAverager(AveragerBase):
             self.__parts.store.check_not_held("step(wait=True)")
         if self.__parts.usage is not None:
             self.__parts.usage.check()
-        begin = partial(
-            self.__parts.steps.begin,
+        submit = partial(
+            self.__parts.steps.submit,
             self.__parts.link.ready(timeout),
             self.serializer,
             gather=gather,
@@ -412,9 +412,9 @@ class DecentralizedAverager(AveragerBase):
         )
         if not wait:
             self.__parts.writer.apply()
-            return begin()[0]
+            return submit()[0]
         with self.__parts.writer.caller_in_step():
-            return self.__parts.steps.wait_for(*begin())
+            return self.__parts.steps.wait_for(*submit())
 
     def apply_average(self) -> bool:
         """Write the average of a round that has committed, if one is there; for ``apply_when="called"``.

@@ -73,7 +73,7 @@ class Steps:
         self._has_warned_of_queue = False
         self.failures_in_a_row = 0
 
-    def begin(
+    def submit(
         self,
         handle: ServiceHandle,
         serializer: Any,
