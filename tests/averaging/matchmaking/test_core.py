@@ -251,7 +251,7 @@ def test_no_answer_in_time_means_a_lost_leader():
     driver.at(102.9)
     assert driver.core.state is SearchState.ASKING
     driver.at(103.0)
-    assert driver.only(LeaveLeader) == LeaveLeader(1, overdue=IDS[0])
+    assert driver.only(LeaveLeader) == LeaveLeader(1)
     assert driver.core.state is SearchState.LOOKING
 
 

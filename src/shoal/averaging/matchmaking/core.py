@@ -177,10 +177,8 @@ class SearchCore:
             self._declare(now)
         if now >= self._view.next_poll:
             self._poll()
-        is_accepted = self.state is SearchState.FOLLOWING
-        if now >= self._asking.deadline(self._view, is_accepted=is_accepted):
-            ask = self._asking.lose_patience(self._view, now, is_accepted=is_accepted)
-            self._effects.append(ev.LeaveLeader(ask.number, overdue=None if is_accepted else ask.leader))
+        if now >= self._asking.deadline(self._view):
+            self._effects += self._asking.lose_patience(self._view, now)
             self._go_on_looking()
 
     def _on_restarted(self, event: ev.Restarted, now: float) -> None:
@@ -198,7 +196,7 @@ class SearchCore:
             lost=place.lost,
         )
         self._effects.append(ev.MoveTo(place))
-        self._view = View(self.me, self._schema_hash, opens_at=place.start_time, latency=self._view.latency)
+        self._view = View(self.me, self._schema_hash, opens_at=place.start_time, before=self._view)
         self._view.start(now)
         if now < self._times.expected_at:
             self._times.expected_at = place.start_time
@@ -300,6 +298,8 @@ class SearchCore:
             self._follow_plan(now)
         if self.state in (SearchState.LOOKING, SearchState.ASKING) and self.me.can_lead:
             self._consider_beginning(now)
+        if self.state is SearchState.FOLLOWING:
+            self._asking.watch(self._situation(now))
         self.deadline = NEVER if self._machine.is_final else self._next_deadline(now)
 
     def _situation(self, now: float) -> Situation:
@@ -415,10 +415,9 @@ class SearchCore:
             self._effects.append(ev.Poll())
 
     def _next_deadline(self, now: float) -> float:
-        is_accepted = self.state is SearchState.FOLLOWING
-        patience = self._asking.deadline(self._view, is_accepted=is_accepted)
-        due = (self.story.next_status, patience)
-        return policy.next_deadline(self._situation(now), due, follows=is_accepted)
+        due = (self.story.next_status, self._asking.deadline(self._view))
+        follows = self.state is SearchState.FOLLOWING
+        return policy.next_deadline(self._situation(now), due, follows=follows)
 
     # ---- states
 

@@ -76,8 +76,10 @@ class AskedLeaders:
         """End a request, whether it was answered or not: the leader's end of the stream is reset."""
         if request.ask in self._tasks:
             self._tasks[request.ask].cancel()
-        if request.overdue is not None:
-            self._peer.tasks.start(self._look_for_route(request.overdue), f"dial {request.overdue}")
+
+    def look_for_route(self, leader: PeerID) -> None:
+        """A leader gave no answer. Where packets vanish, a dial takes longer than this peer waits for one: find out."""
+        self._peer.tasks.start(self._dial(leader), f"dial {leader}")
 
     async def _ask(self, request: AskToJoin) -> None:
         host, leader = self._peer.node.host, request.leader
@@ -129,15 +131,14 @@ class AskedLeaders:
 
     async def _hear_beginning(self, ask: int, stream: Stream, begin: Begin, own: SignedMemberInfo) -> None:
         # What all gathered takes its time on a slow link.
-        self._search.tell(LeaderPostponed(ask, BEGIN_TIMEOUT))
+        self._search.tell(LeaderPostponed(ask, BEGIN_TIMEOUT, is_beginning=True))
         members = await receive_members(stream, begin.size)
         group = verify_group(begin.group_id, members, leader=stream.remote, own=own, now=self._peer.clock())
         self._search.tell(LeaderBegan(ask, group))
         # Before the leader has finished too, to leave would reset the stream: as if out of the group.
         await expect_end(stream)
 
-    async def _look_for_route(self, leader: PeerID) -> None:
-        """Where packets vanish, a dial takes longer than this peer waits for an answer: wait until it has failed."""
+    async def _dial(self, leader: PeerID) -> None:
         host = self._peer.node.host
         try:
             await host.connect(leader, timeout=2 * host.config.dial_timeout)

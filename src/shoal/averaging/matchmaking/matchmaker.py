@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from shoal.averaging.agreement import Agreement
@@ -18,11 +18,11 @@ from shoal.averaging.group import (
     verify_member,
 )
 from shoal.averaging.lineage import NO_LINEAGE, after_round
-from shoal.averaging.matchmaking.apart import LostPeers
 from shoal.averaging.matchmaking.census import Census
 from shoal.averaging.matchmaking.events import Cancelled, Place
 from shoal.averaging.matchmaking.followers import WhenMemberGone
 from shoal.averaging.matchmaking.group_bits import LONELY_BELOW, SPLIT_ABOVE, GroupBits
+from shoal.averaging.matchmaking.memory import FailureMemory, Fault, PeerKey
 from shoal.averaging.matchmaking.messages import JOIN, JoinRequest, Rejected, RejectReason
 from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.schemas import OtherSchemas
@@ -40,6 +40,9 @@ WITHDRAWAL_TIMEOUT = 1.0
 """Seconds that :meth:`Matchmaker.close` gives the DHT to learn that this peer looks for no group any more."""
 EXPLORE_AFTER = 1.0
 """Seconds after which a new peer that has no group yet looks whether the swarm is under other keys."""
+REGROUP = 2.0
+"""Seconds for which a search that has left a stalling leader waits for the others that it held, at most. They leave at
+about the same time, and each would begin at once with the first one that comes: the start time of all is over."""
 COUNT_EVERY = 10.0
 """Seconds between looks at the keys with a bit more and a bit less."""
 
@@ -87,7 +90,7 @@ class Matchmaker:
         """Who was declared at the end of the last search, with the start time of its own."""
         self._last_group: tuple[PeerID, ...] = ()
         """The other members of the group that was found last, if they are likely to look under the same key next."""
-        self._lost = LostPeers(node.host.is_connected)
+        self._memory = FailureMemory(node.host.is_connected)
         self._is_closed = False
 
     @property
@@ -123,13 +126,15 @@ class Matchmaker:
             # The search may have begun by another time than the clock shows now.
             search.move_to(self._place(start_time - self._peer.clock() + search.now()))
 
-    def round_committed(self, group: GroupInfo) -> None:
+    def round_committed(self, group: GroupInfo, excluded: Collection[PeerID] = ()) -> None:
         """A round of ``group``, which this peer found, has been committed: choose the bits of the next one.
 
+        :param excluded: members that it went on without
         :raises InvalidValueError: this peer is no member of it
         """
         if self._peer.peer_id not in group.peer_ids:
             raise InvalidValueError(f"group {group.group_id.hex()}: this peer is no member of it")
+        self._memory.forgive(set(group.peer_ids) - set(excluded), self._peer.clock())
         self._bits.round_committed(group, self._peer.config.target_group_size)
         if self._bits.are_given or self._bits.depth > 0:
             self._last_group = ()  # they look under different keys now
@@ -141,16 +146,40 @@ class Matchmaker:
         if averaged:
             self._lineage = after_round(group.group_id, averaged)
 
-    def keep_apart(self, lost: Iterable[PeerID]) -> None:
-        """This peer could not reach these in its last round: others than they are to be in its next groups."""
-        self._lost.add(lost, self._peer.clock())
+    def keep_apart(self, peers: Iterable[PeerID], fault: Fault = Fault.UNREACHED) -> None:
+        """This peer has seen these fail, in its last round for instance: others are to be in its next groups."""
+        now = self._peer.clock()
+        for peer in peers:
+            self._memory.note(self._key(peer), fault, now)
 
-    def _leader_lost(self, leader: PeerID) -> None:
-        """This peer cannot dial a leader that others follow: it says so at once, or they would send it back there."""
+    def hear_of_exclusions(self, leader: PeerID, excluded: Iterable[PeerID]) -> None:
+        """The ``leader`` of this peer's last round says that it went on without these."""
+        now = self._peer.clock()
+        for peer in excluded:
+            if leader == self._peer.peer_id:
+                self._memory.note(self._key(peer), Fault.EXCLUDED, now)
+            elif peer != self._peer.peer_id:
+                self._memory.hear(self._key(peer), Fault.EXCLUDED, now, told_by=leader)
+
+    def _key(self, peer: PeerID) -> PeerKey:
+        """The process that runs under this identity now. The host does not tell incarnations yet."""
+        return PeerKey(peer)
+
+    def _leader_failed(self, leader: PeerID, fault: Fault) -> None:
+        """A leader that others follow fails this peer: it says so at once, or they would send it back there. One that
+        gave no answer may only have been stopped for a moment: the search asks others, and it again.
+        """
         search = self._search
-        if search is not None and leader not in self._lost:
-            self.keep_apart([leader])
-            search.move_to(self._place(search.place.start_time))
+        is_known = self._memory.avoids(self._key(leader), fault, self._peer.clock())
+        if search is not None and not (fault is Fault.UNREACHED and is_known):
+            self.keep_apart([leader], fault)
+            start_time = search.place.start_time
+            if fault is Fault.STALLED:
+                start_time = max(
+                    start_time, search.soon(min(REGROUP, self._peer.config.min_matchmaking_time))
+                )
+            if fault is not Fault.UNANSWERED:
+                search.move_to(self._place(start_time))
 
     def watch_members(self, when_gone: WhenMemberGone) -> None:
         """If this peer leads the group that it found last, call ``when_gone`` for each member that leaves before it has
@@ -197,7 +226,7 @@ class Matchmaker:
                 when_too_few=self._found_too_few,
                 last_group=self._last_group,
                 when_mode_changed=self._mode_changed,
-                when_leader_lost=self._leader_lost,
+                when_leader_failed=self._leader_failed,
                 is_first=self._search is None,
             )
             self._last_group = ()
@@ -237,7 +266,7 @@ class Matchmaker:
         # left behind.
         self._last_order_time = max(start_time, self._last_order_time + 0.001)
         key = self._bits.key(self._peer.prefix)
-        lost = self._lost.ids(self._peer.clock())
+        lost = tuple(peer.to_bytes() for peer in self._memory.avoided(self._peer.clock()))
         return Place(key, start_time, self._last_order_time, self._bits.grid_round, self._lineage, lost)
 
     def _mode_changed(self) -> None:

@@ -21,6 +21,7 @@ from shoal.averaging.matchmaking.events import (
     Declared,
     DeclareFailed,
     DismissFollower,
+    DistrustLeader,
     Effect,
     Event,
     FinishWithGroup,
@@ -41,6 +42,7 @@ from shoal.averaging.matchmaking.events import (
 )
 from shoal.averaging.matchmaking.followers import Followers, WhenMemberGone
 from shoal.averaging.matchmaking.leaders import AskedLeaders
+from shoal.averaging.matchmaking.memory import Fault
 from shoal.averaging.matchmaking.messages import MAX_DECLARED_MEMBERS
 from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.story import SearchStory
@@ -67,20 +69,21 @@ class Search:
         *,
         when_too_few: Callable[[int], None],
         when_mode_changed: Callable[[], None],
-        when_leader_lost: Callable[[PeerID], None],
+        when_leader_failed: Callable[[PeerID, Fault], None],
         is_first: bool = False,
         last_group: Sequence[PeerID] = (),
     ) -> None:
         """
         :param when_too_few: called with the number of peers seen when the start time came without enough members
         :param when_mode_changed: called when this peer's mode is another one than it declared
-        :param when_leader_lost: called with a leader to which no route leads
+        :param when_leader_failed: called with a leader that this peer could not rely on, and why
         :param is_first: of its averager
         :param last_group: with whom this peer was before; those to whom a connection stands are likely to come back
         """
         self.place = place
         self.now = peer.clock.frozen()
         """DHT time as it was when the search began: if the peer's clock is moved meanwhile, no wait changes."""
+        self._deadline = deadline
         self._peer = peer
         self._gather = gather
         self._weight = weight
@@ -108,7 +111,8 @@ class Search:
         self._driver: Driver[Event, Effect] = Driver(
             self._core, self._carry_out, clock=self.now, name="matchmaking", subject=peer.prefix
         )
-        self._leaders = AskedLeaders(self, peer, when_leader_lost)
+        self._when_leader_failed = when_leader_failed
+        self._leaders = AskedLeaders(self, peer, self._leader_unreachable)
         self._followers = Followers(peer, self.tell)
 
     @property
@@ -136,6 +140,11 @@ class Search:
         """What the next search of this peer is to know."""
         return self._core.known
 
+    def soon(self, seconds: float) -> float:
+        """A start time in so many seconds, but well before the deadline."""
+        now = self.now()
+        return now + (seconds if self._deadline is None else min(seconds, max(0.0, self._deadline - now) / 2))
+
     def move_to(self, place: Place) -> None:
         """Begin anew at another place, in this peer's mode of now, unless the search is over."""
         if not self.is_over:
@@ -145,6 +154,9 @@ class Search:
     def watch_members(self, when_gone: WhenMemberGone) -> None:
         """Call ``when_gone`` for each member of the group that this peer leads that left before it heard of it."""
         self._followers.watch(when_gone)
+
+    def _leader_unreachable(self, leader: PeerID) -> None:
+        self._when_leader_failed(leader, Fault.UNREACHED)
 
     async def attend(self, stream: Stream, signed: SignedMemberInfo, info: MemberInfo) -> None:
         """Answer another peer's request to be led by this one, and hear it out to its end."""
@@ -193,6 +205,11 @@ class Search:
                 self._leaders.ask(effect)
             case LeaveLeader():
                 self._leaders.leave(effect)
+            case DistrustLeader(leader, fault):
+                if fault is Fault.UNANSWERED:
+                    self._leaders.look_for_route(leader)
+                # Not at once: its answer may be to move, which is another event.
+                self._loop.call_soon(self._when_leader_failed, leader, fault)
             case AnswerRequest() | PostponeFollower() | DismissFollower():
                 self._followers.send(effect)
             case BeginGroup(tokens):

@@ -91,6 +91,10 @@ class Times:
     mixes_until: float = -math.inf
     declare_again: float = math.inf
 
+    def own_turn(self, order_time: float) -> float:
+        """When a leader before this peer in the order should have begun: that one's start time is no later."""
+        return max(self.expected_at, order_time)
+
     def mix(self, now: float) -> None:
         """Mix peers for the first part of the time until the start."""
         self.mixes_until = now + MIX_FOR * (self.begins_at - now)

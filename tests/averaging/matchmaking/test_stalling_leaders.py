@@ -1,0 +1,224 @@
+"""Leaders that accept followers and never begin: they cost a search a bounded time, and the next one none."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+import pytest
+
+from shoal.averaging.group import GroupInfo, PeerMode, group_key
+from shoal.averaging.matchmaking.declarations import Declarations
+from shoal.averaging.matchmaking.matchmaker import REGROUP
+from shoal.averaging.matchmaking.memory import AVOIDED_FOR, Fault
+from shoal.averaging.matchmaking.messages import (
+    JOIN,
+    Accepted,
+    Declaration,
+    DeclaredState,
+    Dismissed,
+    DismissReason,
+    JoinRequest,
+    Postponed,
+)
+from shoal.averaging.matchmaking_config import MatchmakingConfig
+from shoal.averaging.router import Router
+from shoal.errors import MatchmakingException
+from shoal.p2p.identity import PeerID
+from shoal.p2p.rpc import Stream
+from shoal.testing.clock import run
+from shoal.testing.matchmaking import SCHEMA, SimulatedMatchmaking
+from shoal.utils.tasks import TaskSet
+
+KEY = group_key("swarm")
+WAIT, REQUEST_TIMEOUT = 5.0, 3.0
+HONEST = 4
+FIRST_EVIL = 20
+
+
+class StallingLeader:
+    """A stranger that comes first in the order and holds whoever asks it."""
+
+    def __init__(
+        self, sim: SimulatedMatchmaking, number: int, hold: Callable[[Stream], Awaitable[None]]
+    ) -> None:
+        self.sim = sim
+        self.number = number
+        self.hold = hold
+        self.requests = 0
+        self.tasks = TaskSet()
+
+    @property
+    def peer_id(self) -> PeerID:
+        return self.sim.dht.identity(self.number).peer_id
+
+    async def start(self) -> None:
+        node = await self.sim.dht.start(self.number, [self.sim.dht.address(0)])
+        Router.of(node.host).register(JOIN, "swarm", self.attend)
+        self.declarations = Declarations(node, self.tasks, self.sim.now)
+
+    async def declare(self, start_time: float) -> None:
+        declared: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        address = str(self.sim.dht.address(self.number, with_peer_id=False))
+        self.declarations.declare(
+            KEY,
+            Declaration(start_time, DeclaredState.LOOKING, SCHEMA, PeerMode.FULL, (address,)),
+            lambda seconds, failure: declared.set_result(failure),
+        )
+        assert await declared is None
+
+    async def attend(self, stream: Stream, request: JoinRequest) -> None:
+        self.requests += 1
+        await self.hold(stream)
+
+
+async def postpone_for_ever(stream: Stream) -> None:
+    await stream.send(Accepted(5.0))
+    while True:
+        await asyncio.sleep(2.0)
+        await stream.send(Postponed(5.0))
+
+
+async def say_nothing(stream: Stream) -> None:
+    await stream.send(Accepted(5.0))
+    await asyncio.sleep(3600.0)
+
+
+async def let_go_in_the_end(stream: Stream) -> None:
+    """Holds a follower for almost as long as one leader may, and leaves it to the next."""
+    await stream.send(Accepted(5.0))
+    for _ in range(3):
+        await asyncio.sleep(2.0)
+        await stream.send(Postponed(5.0))
+    await asyncio.sleep(1.0)
+    await stream.send(Dismissed(DismissReason.BETTER_CUT))
+
+
+async def honest_groups(
+    sim: SimulatedMatchmaking, *, timeout: float = 60.0
+) -> tuple[list[GroupInfo | MatchmakingException], float]:
+    """What the honest peers find in one search, and how long the last of them takes."""
+    began = sim.now()
+    searches = [sim.search(number, timeout=timeout) for number in range(HONEST)]
+    return [await search for search in searches], sim.now() - began
+
+
+def tell(
+    hold: Callable[[Stream], Awaitable[None]],
+    leaders: int,
+    story: Callable[[SimulatedMatchmaking, Sequence[StallingLeader]], Awaitable[None]],
+    *,
+    target: int | None = HONEST,
+    minimum: int = 2,
+) -> None:
+    async def main() -> None:
+        config = MatchmakingConfig(target, minimum, WAIT, REQUEST_TIMEOUT)
+        sim = SimulatedMatchmaking(0, config, latency=(0.005, 0.02))
+        evil = [StallingLeader(sim, FIRST_EVIL + number, hold) for number in range(leaders)]
+        try:
+            await sim.start([PeerMode.FULL] * HONEST)
+            for leader in evil:
+                await leader.start()
+                await leader.declare(sim.now() - 1000.0)
+            await story(sim, evil)
+        finally:
+            for leader in evil:
+                await leader.tasks.close()
+            await sim.close()
+
+    run(main)
+
+
+def assert_found(groups: Sequence[GroupInfo | MatchmakingException], evil: Sequence[StallingLeader]) -> None:
+    """Everybody has a group, of honest peers alone, of which all members know."""
+    assert all(isinstance(group, GroupInfo) for group in groups), groups
+    found = {group.group_id: group for group in groups if isinstance(group, GroupInfo)}
+    members = [peer for group in found.values() for peer in group.peer_ids]
+    assert len(members) == len(set(members)) == len(groups)
+    assert not set(members) & {leader.peer_id for leader in evil}
+
+
+@pytest.mark.parametrize("hold", [postpone_for_ever, say_nothing])
+@pytest.mark.parametrize(("target", "minimum"), [(HONEST, 2), (None, 2), (HONEST, HONEST), (HONEST + 1, 2)])
+def test_a_leader_that_never_begins_costs_one_wait(
+    hold: Callable[[Stream], Awaitable[None]], target: int | None, minimum: int
+):
+    async def story(sim: SimulatedMatchmaking, evil: Sequence[StallingLeader]) -> None:
+        groups, seconds = await honest_groups(sim)
+        assert_found(groups, evil)
+        assert evil[0].requests >= 1
+        # Its own wait, one more for the leader, and what it takes the others to leave it, too.
+        assert seconds < 2 * WAIT + REQUEST_TIMEOUT + REGROUP + 1.0
+
+    tell(hold, 1, story, target=target, minimum=minimum)
+
+
+def test_the_next_search_does_not_ask_it():
+    async def story(sim: SimulatedMatchmaking, evil: Sequence[StallingLeader]) -> None:
+        groups, _ = await honest_groups(sim)
+        assert_found(groups, evil)
+        asked = evil[0].requests
+        await evil[0].declare(sim.now() - 1000.0)
+        groups, seconds = await honest_groups(sim)
+        assert_found(groups, evil)
+        assert seconds < 2.0
+        assert evil[0].requests == asked
+
+    tell(postpone_for_ever, 1, story, minimum=HONEST)
+
+
+def test_a_newcomer_that_has_seen_nothing_is_not_sent_to_it():
+    """Most of the others name it, and so it is planned with nobody."""
+
+    async def story(sim: SimulatedMatchmaking, evil: Sequence[StallingLeader]) -> None:
+        groups, _ = await honest_groups(sim)
+        assert_found(groups, evil)
+        asked = evil[0].requests
+        await sim.start_one(HONEST)
+        await evil[0].declare(sim.now() - 1000.0)
+        searches = [sim.search(number) for number in range(1, HONEST)]
+        await asyncio.sleep(0.5)
+        searches.append(sim.search(HONEST))
+        groups = [await search for search in searches]
+        assert_found(groups, evil)
+        assert evil[0].requests == asked
+
+    tell(postpone_for_ever, 1, story, target=HONEST + 1)
+
+
+def test_it_is_asked_again_when_that_is_forgotten():
+    async def story(sim: SimulatedMatchmaking, evil: Sequence[StallingLeader]) -> None:
+        await honest_groups(sim)
+        asked = evil[0].requests
+        await asyncio.sleep(AVOIDED_FOR[Fault.STALLED])
+        await evil[0].declare(sim.now() - 1000.0)
+        groups, _ = await honest_groups(sim)
+        assert_found(groups, evil)
+        assert evil[0].requests > asked
+
+    tell(postpone_for_ever, 1, story, minimum=HONEST)
+
+
+@pytest.mark.parametrize("hold", [postpone_for_ever, let_go_in_the_end])
+def test_many_such_leaders_cost_one_wait_and_a_little_more_each(hold: Callable[[Stream], Awaitable[None]]):
+    async def story(sim: SimulatedMatchmaking, evil: Sequence[StallingLeader]) -> None:
+        groups, seconds = await honest_groups(sim)
+        assert_found(groups, evil)
+        assert seconds < 45.0
+
+    tell(hold, 6, story)
+
+
+def test_a_leader_that_is_short_of_members_is_followed_for_as_long_as_it_takes():
+    """It has good reason to put its group off: without it, its followers would be in no group either."""
+
+    async def story(sim: SimulatedMatchmaking, evil: Sequence[StallingLeader]) -> None:
+        began = sim.now()
+        searches = [sim.search(number, timeout=None) for number in range(2)]
+        await asyncio.sleep(10 * WAIT)
+        searches += [sim.search(number, timeout=None) for number in (2, 3)]
+        groups = [await search for search in searches]
+        assert_found(groups, evil)
+        assert sim.now() - began < 11 * WAIT
+
+    tell(postpone_for_ever, 0, story, minimum=3)
