@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
@@ -21,13 +22,17 @@ from shoal.averaging.matchmaking.messages import (
     JoinRequest,
     Postponed,
 )
+from shoal.averaging.matchmaking.patience import Patience
+from shoal.averaging.matchmaking.sizes import plan_groups
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.router import Router
 from shoal.errors import MatchmakingException
 from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Stream
+from shoal.sansio.core import NEVER
 from shoal.testing.clock import run
 from shoal.testing.matchmaking import SCHEMA, SimulatedMatchmaking
+from shoal.testing.matchmaking_cores import StallingCore, SwarmOfCores, core_peer_id
 from shoal.utils.tasks import TaskSet
 
 KEY = group_key("swarm")
@@ -222,3 +227,68 @@ def test_a_leader_that_is_short_of_members_is_followed_for_as_long_as_it_takes()
         assert sim.now() - began < 11 * WAIT
 
     tell(postpone_for_ever, 0, story, minimum=3)
+
+
+# ---- any number of peers, sizes and liars
+
+
+def make_swarm(seed: int) -> tuple[SwarmOfCores, list[StallingCore]]:
+    """Honest peers that start within some seconds, and one to three liars among them or before all of them."""
+    rng = random.Random(f"stalling {seed}")
+    target = rng.choice([None, 2, 3, 4, 6, 8])
+    config = MatchmakingConfig(
+        target_group_size=target,
+        min_group_size=rng.randint(2, min(target or 4, 4)),
+        min_matchmaking_time=rng.uniform(3.0, 6.0),
+        request_timeout=rng.uniform(1.0, 4.0),
+    )
+    swarm = SwarmOfCores(seed, config)
+    honest, window = rng.randint(2, 10), rng.choice([0.0, 2.0])
+    for number in range(honest):
+        mode = PeerMode.CLIENT if number and rng.random() < 0.1 else PeerMode.FULL
+        swarm.search(core_peer_id(number), rng.uniform(0.5, 0.5 + window), mode, waits=20)
+    before_all = rng.random() < 0.7
+    liars = [
+        swarm.stall(core_peer_id(100 + number), 0.0 if before_all else rng.uniform(0.5, 0.5 + window))
+        for number in range(rng.randint(1, 3))
+    ]
+    return swarm, liars
+
+
+def check_swarm(seed: int) -> bool:
+    """Nobody is left over that could be in a group; whether a liar held somebody."""
+    swarm, liars = make_swarm(seed)
+    swarm.run_until(3600.0)
+    left = swarm.left_over()
+    sizes = plan_groups(
+        len(left),
+        swarm.config.target_group_size,
+        swarm.config.min_group_size,
+        sum(peer.mode.can_lead for peer in left),
+    )
+    assert sizes == (), (
+        f"seed {seed}: {swarm.config}: {len(left)} left over could have made groups of {sizes}"
+    )
+    return any(liar.asked for liar in liars)
+
+
+def check_swarms(seeds: range) -> int:
+    """In how many of these swarms a liar held somebody."""
+    return sum(check_swarm(seed) for seed in seeds)
+
+
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.sweep) for n in (100, 200, 300))])
+def test_no_seed_strands_honest_peers_among_stalling_leaders(first: int):
+    assert check_swarms(range(first, first + 100)) > 50
+
+
+def test_without_patience_these_seeds_strand_somebody(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Patience, "ends_at", lambda self, latency: NEVER)
+    with pytest.raises(AssertionError, match="could have made groups"):
+        check_swarms(range(10))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("first", range(400, 5400, 500))
+def test_no_more_seeds_strand_honest_peers_among_stalling_leaders(first: int):
+    check_swarms(range(first, first + 500))

@@ -87,8 +87,12 @@ class Situation:
 
     @property
     def begins_at_latest(self) -> float:
-        """When this peer's group begins if somebody may still be on the way to it."""
-        return self.times.begins_at + BEGIN_GRACE * self.view.latency
+        """When this peer's group begins if somebody may still be on the way to it.
+
+        Followers wait for as long as their own DHT takes, and ``request_timeout``. Where that of the leader alone is
+        slow, to wait longer would be to lose them.
+        """
+        return self.times.begins_at + min(BEGIN_GRACE * self.view.latency, self.config.request_timeout)
 
     @property
     def is_final(self) -> bool:
