@@ -277,7 +277,7 @@ def main() -> None:
     options = parse_arguments()
     settings = Settings.from_options(options)
     if not 0 <= options.part < settings.peers:
-        raise SystemExit(f"--part {options.part}: 0 to {settings.peers - 1} is allowed")
+        raise SystemExit(f"--part must be 0 to {settings.peers - 1}, got {options.part}")
     torch.set_num_threads(1)  # a core for each peer
     text = load_corpus(settings.peers, Path(settings.text) if settings.text else None).parts[options.part]
     record = Record(options.folder or Path(f"runs/peer-{options.part}"), options.started)

@@ -43,7 +43,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("peers", "steps", "local_steps", "hidden", "table", "batch", "length", "windows"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: 1 or more is allowed")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:

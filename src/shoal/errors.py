@@ -146,7 +146,9 @@ class ConnectionLost(ShoalError, ConnectionError):
 
 
 class RemoteError(ShoalError):
-    """The handler at the other side failed; ``code`` is one of the closed set of the wire protocol."""
+    """The handler at the other side failed. ``code`` is a :class:`~shoal.p2p.protocol.codes.ResetCode`, one of the
+    application's (:class:`~shoal.averaging.codes.AveragingCode`), or a text that only newer peers know.
+    """
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{message} [{code}]")

@@ -56,9 +56,9 @@ def begin(*members: SignedMemberInfo, own: SignedMemberInfo | None = None, group
 def test_group_keys():
     assert group_key("swarm") == "swarm.0b"
     assert group_key("swarm", "0110") == "swarm.0b0110"
-    with pytest.raises(InvalidValueError, match="bits='012'"):
+    with pytest.raises(InvalidValueError, match=r"bits must be .*, got '012'"):
         group_key("swarm", "012")
-    with pytest.raises(InvalidValueError, match="prefix=''"):
+    with pytest.raises(InvalidValueError, match="prefix must be 1 to 256 characters, got ''"):
         group_key("")
 
 
@@ -82,7 +82,7 @@ def test_the_bits_of_a_key_come_back_whatever_the_prefix(prefix):
     assert bits_of_key(automatic_key(prefix, "01")) == ""
     assert bits_of_key(group_key("swarm", "0110")) == "0110"
     assert bits_of_key(automatic_key("swarm", "0110")) == bits_of_key(group_key("swarm")) == ""
-    with pytest.raises(InvalidValueError, match="prefix=''"):
+    with pytest.raises(InvalidValueError, match="prefix must be 1 to 256 characters, got ''"):
         automatic_key("", "0")
 
 

@@ -194,7 +194,7 @@ def test_a_model_of_4_gb():
 
 def test_too_many_parts_are_refused_before_they_are_made():
     layout = Layout.from_schema(TensorSchema((TensorSpec((1 << 40,), torch.float32),)))
-    with pytest.raises(InvalidValueError, match=f"at most {MAX_PARTS} parts"):
+    with pytest.raises(InvalidValueError, match=f"for {MAX_PARTS} parts"):
         Partition.create(layout, [layout.data_nbytes], 1024)
 
 

@@ -105,7 +105,8 @@ def test_a_choice_that_is_no_codec_is_named(choice):
         def choose_compression(self, info: CompressionInfo) -> CompressionBase:
             return choice
 
-    says = rf"Undecided\.choose_compression\(CompressionInfo\(key=7, .* returned {re.escape(repr(choice))};"
+    call = r"Undecided\.choose_compression\(CompressionInfo\(key=7, .*"
+    says = rf"{call} must return a codec, .*, got {re.escape(repr(choice))}"
     with pytest.raises(InvalidTypeError, match=says):
         Undecided().choose(info(5, key=7))
 
@@ -159,16 +160,22 @@ def test_equal_only_if_configured_alike():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: SizeAdaptiveCompression(2.5, NONE, HALF), "threshold is 2.5"),
-        (lambda: SizeAdaptiveCompression(True, NONE, HALF), "threshold is True"),
-        (lambda: SizeAdaptiveCompression(-1, NONE, HALF), "threshold is -1; it must be at least 0"),
-        (lambda: SizeAdaptiveCompression(1, NoCompression, HALF), "less is <class"),
-        (lambda: SizeAdaptiveCompression(1, NONE, None), "greater_equal is None"),
-        (lambda: RoleAdaptiveCompression(gradient="fp16"), "gradient is 'fp16'"),
-        (lambda: RoleAdaptiveCompression(default=None), "default is None"),
-        (lambda: PerTensorCompression([NONE, 8]), r"tensor_compressions\[1\] is 8"),
-        (lambda: PerTensorCompression({"w": None}), r"tensor_compressions\['w'\] is None"),
-        (lambda: PerTensorCompression(HALF), "tensor_compressions is Float16Compression"),
+        (lambda: SizeAdaptiveCompression(2.5, NONE, HALF), "threshold must be a whole number, got 2.5"),
+        (lambda: SizeAdaptiveCompression(True, NONE, HALF), "threshold must be a whole number, got True"),
+        (lambda: SizeAdaptiveCompression(-1, NONE, HALF), "threshold must be at least 0 elements, got -1"),
+        (lambda: SizeAdaptiveCompression(1, NoCompression, HALF), "less must be a codec, .*, got <class"),
+        (lambda: SizeAdaptiveCompression(1, NONE, None), "greater_equal must be a codec, .*, got None"),
+        (lambda: RoleAdaptiveCompression(gradient="fp16"), "gradient must be a codec, .*, got 'fp16'"),
+        (lambda: RoleAdaptiveCompression(default=None), "default must be a codec, .*, got None"),
+        (lambda: PerTensorCompression([NONE, 8]), r"tensor_compressions\[1\] must be a codec, .*, got 8"),
+        (
+            lambda: PerTensorCompression({"w": None}),
+            r"tensor_compressions\['w'\] must be a codec, .*, got None",
+        ),
+        (
+            lambda: PerTensorCompression(HALF),
+            "tensor_compressions must be a sequence .*, got Float16Compression",
+        ),
     ],
 )
 def test_bad_arguments_are_named(make, text):

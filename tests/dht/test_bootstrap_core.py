@@ -8,18 +8,18 @@ from shoal.dht.bootstrap_core import (
     FIRST_DELAY,
     MAX_DELAY,
     MAX_DELAY_BEFORE_FIRST,
-    Answered,
-    Began,
+    AddressAnswered,
+    AddressFailed,
+    AddressLedHere,
+    BootstrapBegan,
     BootstrapCore,
+    BootstrapState,
     CallAddress,
     Effect,
     EndWait,
     Event,
-    Failed,
-    LedHere,
     RetryWanted,
     RivalFound,
-    State,
     TellFound,
     WatchAddress,
     WatchedInVain,
@@ -52,7 +52,7 @@ class Node:
         return self.core.handle(event, self.now)
 
     def begin(self) -> list[Effect]:
-        return self.handle(Began(TIMEOUT))
+        return self.handle(BootstrapBegan(TIMEOUT))
 
     def wait(self) -> list[Effect]:
         """Until its deadline."""
@@ -66,9 +66,9 @@ class Node:
 def test_all_are_called_at_once_and_the_first_answer_ends_the_wait():
     node = Node(A, B)
     assert node.begin() == [CallAddress(A), CallAddress(B)]
-    assert node.handle(Failed(A, "refused")) == []
+    assert node.handle(AddressFailed(A, "refused")) == []
     assert node.core.failures == {A: "refused"}
-    assert node.handle(Answered(B, PEERS[1])) == [
+    assert node.handle(AddressAnswered(B, PEERS[1])) == [
         TellFound(PEERS[1]),
         EndWait(True, "an initial peer answered"),
     ]
@@ -80,7 +80,7 @@ def test_pauses_double_and_are_short_while_nobody_is_known():
     node.begin()
     pauses = []
     for _ in range(7):
-        node.handle(Failed(A, "refused"))
+        node.handle(AddressFailed(A, "refused"))
         before = node.now
         assert node.wait() == [CallAddress(A)]
         pauses.append(node.now - before)
@@ -88,7 +88,7 @@ def test_pauses_double_and_are_short_while_nobody_is_known():
     assert pauses == pytest.approx(expected)
     node.meet(1)
     for _ in range(10):
-        node.handle(Failed(A, "refused"))
+        node.handle(AddressFailed(A, "refused"))
         before, due = node.now, node.core._calls[A].due
         node.now = due
         node.handle(TimePassed())
@@ -98,20 +98,20 @@ def test_pauses_double_and_are_short_while_nobody_is_known():
 def test_a_peer_is_called_again_when_it_has_left_the_table():
     node = Node(A)
     node.begin()
-    node.handle(Answered(A, PEERS[1]))
+    node.handle(AddressAnswered(A, PEERS[1]))
     node.meet(1)
     assert node.core.deadline == node.now + MAX_DELAY
     assert node.wait() == []
     node.table.failed(PEERS[1])
     assert node.wait() == [CallAddress(A)]
     assert node.core.deadline == NEVER
-    assert node.handle(Answered(A, PEERS[1])) == [TellFound(PEERS[1])], "told again"
+    assert node.handle(AddressAnswered(A, PEERS[1])) == [TellFound(PEERS[1])], "told again"
 
 
 def test_what_is_wanted_soon_is_called_at_once_but_not_twice():
     node = Node(A, B)
     node.begin()
-    node.handle(Failed(A, "refused"))
+    node.handle(AddressFailed(A, "refused"))
     assert node.handle(RetryWanted()) == [CallAddress(A)]
     assert node.handle(RetryWanted()) == []
 
@@ -121,16 +121,16 @@ def test_a_node_is_alone_when_nobody_has_answered_in_time_and_goes_on():
     node.begin()
     assert node.core.deadline == node.now + TIMEOUT
     assert node.wait() == [EndWait(False, "no initial peer answered in time")]
-    assert node.core.state is State.ALONE
-    assert node.handle(Answered(A, PEERS[1])) == [TellFound(PEERS[1])]
-    assert node.core.state is State.FOUND
+    assert node.core.state is BootstrapState.ALONE
+    assert node.handle(AddressAnswered(A, PEERS[1])) == [TellFound(PEERS[1])]
+    assert node.core.state is BootstrapState.FOUND
 
 
 def test_an_initial_peer_waits_until_all_others_were_called_once():
     node = Node(A, B, own=[OWN])
     assert node.begin() == [CallAddress(A), CallAddress(B), WatchAddress(OWN)]
-    assert node.handle(Failed(A, "refused")) == []
-    (end,) = node.handle(Failed(B, "refused"))
+    assert node.handle(AddressFailed(A, "refused")) == []
+    (end,) = node.handle(AddressFailed(B, "refused"))
     assert isinstance(end, EndWait)
     assert not end.is_found
 
@@ -138,7 +138,7 @@ def test_an_initial_peer_waits_until_all_others_were_called_once():
 def test_an_address_that_leads_here_is_this_nodes_own_and_called_no_more():
     node = Node(A)
     node.begin()
-    assert node.handle(LedHere(A)) == [EndWait(False, "no other peer is an initial one")]
+    assert node.handle(AddressLedHere(A)) == [EndWait(False, "no other peer is an initial one")]
     assert node.core.includes_self
     assert node.core.others == []
     assert node.core.deadline == NEVER
@@ -178,13 +178,20 @@ def test_why_a_node_is_alone(others, failures, flags, reason):
 
 
 LATER: list[Event] = [
-    *(Answered(A, PEERS[1]), Failed(A, "no"), LedHere(A), RivalFound(), WatchedInVain(OWN), WatchEnded(OWN)),
+    *(
+        AddressAnswered(A, PEERS[1]),
+        AddressFailed(A, "no"),
+        AddressLedHere(A),
+        RivalFound(),
+        WatchedInVain(OWN),
+        WatchEnded(OWN),
+    ),
     *(RetryWanted(), TimePassed()),
 ]
-TO: dict[State, list[Event]] = {
-    State.WAITING: [],
-    State.ALONE: [RivalFound()],
-    State.FOUND: [Answered(B, PEERS[2])],
+TO: dict[BootstrapState, list[Event]] = {
+    BootstrapState.WAITING: [],
+    BootstrapState.ALONE: [RivalFound()],
+    BootstrapState.FOUND: [AddressAnswered(B, PEERS[2])],
 }
 
 
@@ -199,15 +206,15 @@ def test_nothing_happens_before_the_beginning(event: Event):
     assert [entry.event for entry in caught.value.history] == [event]
 
 
-@pytest.mark.parametrize("event", [*LATER, Began(1.0)], ids=lambda event: type(event).__name__)
+@pytest.mark.parametrize("event", [*LATER, BootstrapBegan(1.0)], ids=lambda event: type(event).__name__)
 @pytest.mark.parametrize("state", TO)
-def test_it_begins_once_and_hears_of_everything_else_ever_after(state: State, event: Event):
+def test_it_begins_once_and_hears_of_everything_else_ever_after(state: BootstrapState, event: Event):
     node = Node(A, B, own=[OWN])
-    for before in [Began(TIMEOUT), *TO[state]]:
+    for before in [BootstrapBegan(TIMEOUT), *TO[state]]:
         node.handle(before)
     assert node.core.state is state
-    if isinstance(event, Began):
-        with pytest.raises(IllegalTransition, match=f"{state.name}: Began"):
+    if isinstance(event, BootstrapBegan):
+        with pytest.raises(IllegalTransition, match=f"{state.name}: BootstrapBegan"):
             node.handle(event)
     else:
         node.handle(event)

@@ -103,7 +103,7 @@ def test_a_newcomer_hears_where_its_identity_has_been() -> None:
         first = await sim.start(FIRST)
         older = await sim.start(OLDER, [sim.address(FIRST)])
         for node in (first, older):
-            node._neighbours.close()  # so that they do not connect again at once
+            node._neighbours.stop()  # so that they do not connect again at once
         sim.network.drop_connections("node0", "node1")
         with pytest.raises(IdentityInUse):
             await sim.start(COPY, [sim.address(FIRST)])

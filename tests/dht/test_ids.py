@@ -26,7 +26,7 @@ def test_bytes_of_an_id(identifier: int) -> None:
 
 @pytest.mark.parametrize("length", [0, 19, 21])
 def test_an_id_has_20_bytes(length: int) -> None:
-    with pytest.raises(InvalidValueError, match=f"not {length}"):
+    with pytest.raises(InvalidValueError, match=f"an id must be 20 bytes, got {length}"):
         id_from_bytes(bytes(length))
 
 

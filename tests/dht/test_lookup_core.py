@@ -5,7 +5,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.dht.ids import node_id
-from shoal.dht.lookup_core import Answered, AskNode, Began, Event, Failed, LookupCore, State, Stopped
+from shoal.dht.lookup_core import (
+    AskNode,
+    Event,
+    LookupBegan,
+    LookupCore,
+    LookupState,
+    LookupStopped,
+    NodeAnswered,
+    NodeFailed,
+)
 from shoal.p2p.identity import PeerID
 from shoal.sansio.core import NEVER, TimePassed
 from shoal.sansio.machine import IllegalTransition
@@ -29,7 +38,7 @@ class Search:
         return [effect.peer for effect in self.core.handle(event, self.now)]
 
     def start(self) -> list[PeerID]:
-        return self.handle(Began())
+        return self.handle(LookupBegan())
 
     def wait(self) -> list[PeerID]:
         """Until those that were asked stall."""
@@ -45,16 +54,16 @@ def make(seeds: list[PeerID], width: int = 5, parallel: int = 3, **options: obje
 def test_asks_the_nearest_first_and_no_more_than_allowed() -> None:
     lookup = make(BY_DISTANCE[:10])
     assert lookup.start() == BY_DISTANCE[:3]
-    assert lookup.handle(Answered(BY_DISTANCE[1], [])) == [BY_DISTANCE[3]]
-    assert lookup.handle(Answered(BY_DISTANCE[1], [])) == []  # it was not asked twice
-    assert lookup.handle(Answered(BY_DISTANCE[9], BY_DISTANCE[20:])) == []  # it was not asked at all
+    assert lookup.handle(NodeAnswered(BY_DISTANCE[1], [])) == [BY_DISTANCE[3]]
+    assert lookup.handle(NodeAnswered(BY_DISTANCE[1], [])) == []  # it was not asked twice
+    assert lookup.handle(NodeAnswered(BY_DISTANCE[9], BY_DISTANCE[20:])) == []  # it was not asked at all
 
 
 def test_finishes_when_the_nearest_have_answered() -> None:
     lookup = make(BY_DISTANCE[:10])
     asked = lookup.start()
     while asked:
-        asked += lookup.handle(Answered(asked.pop(0), []))
+        asked += lookup.handle(NodeAnswered(asked.pop(0), []))
     assert lookup.core.finished
     assert lookup.core.nearest_answered() == BY_DISTANCE[:5]
 
@@ -62,8 +71,8 @@ def test_finishes_when_the_nearest_have_answered() -> None:
 def test_follows_nearer_nodes_that_answers_name() -> None:
     lookup = make([BY_DISTANCE[50]])
     assert lookup.start() == [BY_DISTANCE[50]]
-    assert lookup.handle(Answered(BY_DISTANCE[50], BY_DISTANCE[20:25])) == BY_DISTANCE[20:23]
-    assert lookup.handle(Answered(BY_DISTANCE[20], BY_DISTANCE[:2])) == [BY_DISTANCE[0]]
+    assert lookup.handle(NodeAnswered(BY_DISTANCE[50], BY_DISTANCE[20:25])) == BY_DISTANCE[20:23]
+    assert lookup.handle(NodeAnswered(BY_DISTANCE[20], BY_DISTANCE[:2])) == [BY_DISTANCE[0]]
     assert not lookup.core.finished
     assert lookup.core.known(3) == [BY_DISTANCE[0], BY_DISTANCE[1], BY_DISTANCE[20]]
 
@@ -71,9 +80,9 @@ def test_follows_nearer_nodes_that_answers_name() -> None:
 def test_a_node_that_failed_makes_room_for_the_next() -> None:
     lookup = make(BY_DISTANCE[:4], width=2, parallel=2)
     assert lookup.start() == BY_DISTANCE[:2]
-    assert lookup.handle(Failed(BY_DISTANCE[0])) == [BY_DISTANCE[2]]
-    lookup.handle(Answered(BY_DISTANCE[1], []))
-    lookup.handle(Answered(BY_DISTANCE[2], []))
+    assert lookup.handle(NodeFailed(BY_DISTANCE[0])) == [BY_DISTANCE[2]]
+    lookup.handle(NodeAnswered(BY_DISTANCE[1], []))
+    lookup.handle(NodeAnswered(BY_DISTANCE[2], []))
     assert lookup.core.finished
     assert lookup.core.nearest_answered() == BY_DISTANCE[1:3]
 
@@ -81,12 +90,12 @@ def test_a_node_that_failed_makes_room_for_the_next() -> None:
 def test_a_stalled_node_is_passed_over_but_may_still_answer() -> None:
     lookup = make(BY_DISTANCE[:3], width=2, parallel=2)
     lookup.start()
-    assert lookup.handle(Answered(BY_DISTANCE[1], [])) == []
+    assert lookup.handle(NodeAnswered(BY_DISTANCE[1], [])) == []
     assert lookup.core.deadline == STALL
     assert lookup.handle(TimePassed()) == []  # too early
     assert lookup.wait() == [BY_DISTANCE[2]]
     assert not lookup.core.finished
-    lookup.handle(Answered(BY_DISTANCE[0], []))
+    lookup.handle(NodeAnswered(BY_DISTANCE[0], []))
     assert lookup.core.nearest_answered() == BY_DISTANCE[:2]
     assert lookup.core.finished
 
@@ -97,7 +106,7 @@ def test_waits_for_a_stalled_node_if_there_is_nobody_else() -> None:
     assert lookup.wait() == []
     assert lookup.core.deadline == NEVER
     assert not lookup.core.finished
-    lookup.handle(Failed(BY_DISTANCE[0]))
+    lookup.handle(NodeFailed(BY_DISTANCE[0]))
     assert lookup.core.finished
     assert lookup.core.nearest_answered() == []
 
@@ -112,7 +121,7 @@ def test_nobody_to_ask_is_finished_at_once() -> None:
 def test_the_searching_node_counts_among_the_nearest() -> None:
     lookup = make(BY_DISTANCE[1:9], width=2, answered=BY_DISTANCE[:1])
     assert lookup.start() == [BY_DISTANCE[1]]
-    lookup.handle(Answered(BY_DISTANCE[1], []))
+    lookup.handle(NodeAnswered(BY_DISTANCE[1], []))
     assert lookup.core.finished
     assert lookup.core.nearest_answered() == BY_DISTANCE[:2]
 
@@ -120,7 +129,7 @@ def test_the_searching_node_counts_among_the_nearest() -> None:
 def test_only_so_many_nodes_of_one_answer_are_heard() -> None:
     lookup = make([BY_DISTANCE[100]], max_nodes_per_answer=4)
     lookup.start()
-    lookup.handle(Answered(BY_DISTANCE[100], BY_DISTANCE[:50]))
+    lookup.handle(NodeAnswered(BY_DISTANCE[100], BY_DISTANCE[:50]))
     assert lookup.core.known(100) == [*BY_DISTANCE[:4], BY_DISTANCE[100]]
 
 
@@ -142,7 +151,7 @@ def test_terminates_and_stays_bounded_on_any_answers(data: st.DataObject) -> Non
         lookup.now += data.draw(st.floats(0.0, 2 * STALL))
         if kind != "stalled":
             waiting.remove(peer)
-            event = Failed(peer) if kind == "failed" else Answered(peer, data.draw(peers))
+            event = NodeFailed(peer) if kind == "failed" else NodeAnswered(peer, data.draw(peers))
         elif steps > 300:
             continue
         more = lookup.handle(event)
@@ -154,7 +163,12 @@ def test_terminates_and_stays_bounded_on_any_answers(data: st.DataObject) -> Non
     assert len(lookup.core.known(1000)) <= max_asked + lookup.core.max_nodes_per_answer
 
 
-LATER: list[Event] = [Answered(BY_DISTANCE[0], []), Failed(BY_DISTANCE[0]), Stopped(), TimePassed()]
+LATER: list[Event] = [
+    NodeAnswered(BY_DISTANCE[0], []),
+    NodeFailed(BY_DISTANCE[0]),
+    LookupStopped(),
+    TimePassed(),
+]
 
 
 @pytest.mark.parametrize("event", LATER, ids=lambda event: type(event).__name__)
@@ -165,7 +179,7 @@ def test_nothing_happens_before_the_beginning(event: Event) -> None:
     assert [entry.event for entry in caught.value.history] == [event]
 
 
-@pytest.mark.parametrize("last", [None, Stopped(), Answered(BY_DISTANCE[0], [])])
+@pytest.mark.parametrize("last", [None, LookupStopped(), NodeAnswered(BY_DISTANCE[0], [])])
 def test_it_begins_once(last: Event | None) -> None:
     lookup = make(BY_DISTANCE[:1])
     lookup.start()
@@ -173,17 +187,17 @@ def test_it_begins_once(last: Event | None) -> None:
         lookup.handle(last)
     with pytest.raises(IllegalTransition) as caught:
         lookup.start()
-    assert caught.value.history[0].event == Began()
+    assert caught.value.history[0].event == LookupBegan()
 
 
 @pytest.mark.parametrize("event", LATER, ids=lambda event: type(event).__name__)
-@pytest.mark.parametrize("last", [Stopped(), Failed(BY_DISTANCE[0])])
+@pytest.mark.parametrize("last", [LookupStopped(), NodeFailed(BY_DISTANCE[0])])
 def test_what_comes_when_it_is_over_changes_nothing(last: Event, event: Event) -> None:
     lookup = make(BY_DISTANCE[:1])
     lookup.start()
     lookup.handle(last)
     state, found = lookup.core.state, lookup.core.nearest_answered()
-    assert state is (State.STOPPED if isinstance(last, Stopped) else State.FINISHED)
+    assert state is (LookupState.STOPPED if isinstance(last, LookupStopped) else LookupState.FINISHED)
     lookup.now = 10.0
     assert lookup.handle(event) == []
     assert (lookup.core.state, lookup.core.nearest_answered()) == (state, found)
@@ -193,7 +207,7 @@ def test_what_comes_when_it_is_over_changes_nothing(last: Event, event: Event) -
 def test_one_that_was_stopped_has_not_finished_and_asks_nobody_more() -> None:
     lookup = make(BY_DISTANCE[:9])
     lookup.start()
-    assert lookup.handle(Stopped()) == []
+    assert lookup.handle(LookupStopped()) == []
     assert lookup.core.is_over
     assert not lookup.core.finished
 
@@ -202,5 +216,5 @@ def test_each_node_that_was_asked_stalls_in_its_own_time() -> None:
     lookup = make(BY_DISTANCE[:9], parallel=1)
     lookup.start()
     lookup.now = 1.0
-    assert lookup.core.handle(Failed(BY_DISTANCE[0]), 1.0) == [AskNode(BY_DISTANCE[1])]
+    assert lookup.core.handle(NodeFailed(BY_DISTANCE[0]), 1.0) == [AskNode(BY_DISTANCE[1])]
     assert lookup.core.deadline == 1.0 + STALL

@@ -15,7 +15,7 @@ from shoal.dht.ids import key_id, node_id
 from shoal.dht.messages import FIND, STORE, FindRequest, FindResponse, StoredEntry, StoreRequest
 from shoal.dht.node import DHTNode
 from shoal.dht.schema import SchemaValidator
-from shoal.dht.server import Server
+from shoal.dht.server import NodeServer
 from shoal.dht.types import ValueWithExpiration
 from shoal.dht.validation import protected_key
 from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError
@@ -142,7 +142,7 @@ def test_refusals_and_dial_backs_forge_no_lines_of_a_log(
 ) -> None:
     forged = "no\n[ERROR] forged"
 
-    async def refuse(self: Server, key: bytes, entries: list[object]) -> list[str]:
+    async def refuse(self: NodeServer, key: bytes, entries: list[object]) -> list[str]:
         return [forged for _ in entries]
 
     async def cannot_dial(self: Host, peer: PeerID, address: Multiaddr) -> str:
@@ -159,7 +159,7 @@ def test_refusals_and_dial_backs_forge_no_lines_of_a_log(
         )  # one of each dial-back, one of the store
         assert all(text.isprintable() for text in warnings)
 
-    monkeypatch.setattr(Server, "_keep", refuse)
+    monkeypatch.setattr(NodeServer, "_keep", refuse)
     monkeypatch.setattr(Host, "_probe", cannot_dial)
     simulate(story)
 
@@ -176,7 +176,7 @@ def test_that_nobody_answers_is_said_once_until_somebody_does(caplog: pytest.Log
             await sim.stop(0)
             for _ in range(3):
                 assert not await client.store("key", said, sim.now() + 100)
-            assert warnings() == ["a record was stored nowhere: no node answered"] * said
+            assert warnings() == ["a value was stored nowhere: no node answered"] * said
             await sim.start(0)
             await asyncio.sleep(90.0)  # it joins again by itself
             assert await client.store("key", said, sim.now() + 100)

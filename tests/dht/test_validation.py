@@ -282,9 +282,9 @@ def test_schema_validators_travel() -> None:
 
 
 def test_schema_mistakes() -> None:
-    with pytest.raises(InvalidTypeError, match="neither a mapping"):
+    with pytest.raises(InvalidTypeError, match="schema must be a mapping"):
         SchemaValidator(5)  # type: ignore[arg-type]
-    with pytest.raises(InvalidValueError, match="no annotated fields"):
+    with pytest.raises(InvalidValueError, match="schema must have annotated fields"):
         SchemaValidator(type("Empty", (), {}))
     with pytest.raises(InvalidTypeError, match="no type that msgspec checks"):
         SchemaValidator({"a": 5})

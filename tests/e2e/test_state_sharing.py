@@ -410,11 +410,11 @@ def fail() -> Any:
     [
         (fail, "no optimizer yet"),
         (5, "must return (metadata, tensors)"),
-        ((None, [torch.zeros(3), 7]), "tensor 1 of get_current_state() is int"),
-        ((object(), []), "metadata that the serializer refuses"),
-        ((None, [torch.zeros(3)], []), "1 tensors, but 0 infos"),
+        ((None, [torch.zeros(3), 7]), "tensor 1 of get_current_state() must be a torch.Tensor, got int"),
+        ((object(), []), "metadata of get_current_state() must be what the serializer takes"),
+        ((None, [torch.zeros(3)], []), "for each of its 1 tensors, got 0"),
         (sys.exit, "get_current_state() failed: SystemExit"),
-        ((bytes((16 << 20) + 1), []), "metadata of 16,777"),
+        ((bytes((16 << 20) + 1), []), "when encoded, got 16,777"),
     ],
 )
 def test_rubbish_is_named_at_the_donor_and_the_joiner_goes_to_the_next(
@@ -593,8 +593,14 @@ def test_what_cannot_be_shared_is_an_error_that_names_it(swarm: Swarm):
     assert client.allow_state_sharing is False
     client.allow_state_sharing = False
     for assign, message in (
-        (lambda: setattr(client, "allow_state_sharing", True), "allow_state_sharing=True"),
-        (lambda: setattr(client, "state_sharing_priority", 1.0), r"state_sharing_priority=1\.0"),
+        (
+            lambda: setattr(client, "allow_state_sharing", True),
+            "allow_state_sharing must be False in client mode",
+        ),
+        (
+            lambda: setattr(client, "state_sharing_priority", 1.0),
+            r"state_sharing_priority must be 0 in client mode.* got 1\.0",
+        ),
         (
             lambda: setattr(client, "state_sharing_priority", float("nan")),
             "must be a finite number, got nan",

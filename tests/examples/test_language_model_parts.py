@@ -238,7 +238,7 @@ def test_settings_travel_on_the_command_line():
     Settings.add_options(parser)
     assert Settings.from_options(parser.parse_args(settings.to_arguments())) == settings
     assert Settings.from_options(parser.parse_args([])) == Settings()
-    with pytest.raises(ValueError, match="local_steps=0: 1 or more"):
+    with pytest.raises(ValueError, match="local_steps must be at least 1, got 0"):
         Settings(local_steps=0)
 
 

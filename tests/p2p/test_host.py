@@ -243,7 +243,7 @@ async def test_addresses_travel_with_hello(swarm, caplog):
 def test_no_more_addresses_are_announced_than_peers_accept():
     addresses = [Multiaddr("ip4", "10.0.0.1", port) for port in range(1, 18)]
     HostConfig(announce=addresses[:16])
-    with pytest.raises(InvalidValueError, match="17 addresses; at most 16"):
+    with pytest.raises(InvalidValueError, match="announce must be at most 16 addresses, got 17"):
         HostConfig(announce=addresses)
 
 
@@ -680,12 +680,14 @@ async def test_one_peer_has_a_few_connections_only(swarm, caplog):
 
 
 def test_limits_that_contradict_each_other_are_refused():
-    with pytest.raises(InvalidValueError, match="bulk_lanes: 8; max_connections_per_peer=9 allows 7 at most"):
+    with pytest.raises(
+        InvalidValueError, match="bulk_lanes must be at most 7, with max_connections_per_peer=9, got 8"
+    ):
         HostConfig(bulk_lanes=8, max_connections_per_peer=9)
-    with pytest.raises(InvalidValueError, match="max_unread: 1000 bytes"):
+    with pytest.raises(InvalidValueError, match="max_unread must be at least 1048576 bytes, got 1000"):
         HostConfig(max_unread=1000)
     for name in ("max_connections_per_ip", "max_handshakes", "max_handshakes_per_ip"):
-        with pytest.raises(InvalidValueError, match=f"{name}: 0 is not at least 1"):
+        with pytest.raises(InvalidValueError, match=f"{name} must be at least 1, got 0"):
             HostConfig(**{name: 0})
 
 

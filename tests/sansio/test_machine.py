@@ -46,6 +46,20 @@ def test_what_is_not_in_the_table_is_an_error_with_its_history(to):
     assert machine.state is Light.GREEN
 
 
+def test_an_event_is_heard_only_in_the_states_in_which_it_may_come():
+    """What may not come is an error, and the last line of that error's history."""
+    machine = Machine(Light.RED, TABLE, {Light.RED: {str}, Light.GREEN: {str, int}})
+    machine.hear("pressed", 1.5)
+    with pytest.raises(IllegalTransition, match=r"Light\.RED: int cannot happen") as caught:
+        machine.hear(5, 2.5)
+    assert [entry.event for entry in caught.value.history] == ["pressed", 5]
+    machine.move(Light.GREEN)
+    machine.hear(5, 3.5)
+    machine.state = Light.OFF
+    with pytest.raises(IllegalTransition, match=r"Light\.OFF: str cannot happen"):
+        machine.hear("pressed", 4.5)
+
+
 def test_only_the_latest_events_are_remembered():
     machine = Machine(Light.RED, TABLE, length=3)
     for number in range(10):

@@ -166,7 +166,7 @@ def test_registered_classes() -> None:
 
 
 def test_registration_mistakes() -> None:
-    with pytest.raises(InvalidValueError, match="already belongs"):
+    with pytest.raises(InvalidValueError, match="that no other class has"):
         MSGPackSerializer.ext_serializable(0x51)(type("Other", (Celsius,), {}))
     with pytest.raises(InvalidValueError, match="0 to 127"):
         MSGPackSerializer.ext_serializable(0x40)

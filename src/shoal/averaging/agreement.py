@@ -11,6 +11,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 
 from shoal.compression.registry import CODECS
+from shoal.utils.structs import CompactStruct
 from shoal.utils.text import printable
 
 MAX_TENSORS_TEXT = 900_000
@@ -19,7 +20,7 @@ MAX_VALUE = 64
 HEADER = "shoal tensors 1"
 
 
-class Agreement(msgspec.Struct, frozen=True, array_like=True):
+class Agreement(CompactStruct, frozen=True):
     """What the peers of a group have in common.
 
     :ivar tensors: the canonical form of the :class:`~shoal.averaging.schema.TensorSchema`: a line for each tensor

@@ -28,8 +28,8 @@ def check_scheduled_time(scheduled_time: Any, deadline: float | None) -> float:
     time = check_number("scheduled_time", scheduled_time, maximum=now + MAX_WAIT)
     if deadline is not None and time > deadline:
         raise InvalidValueError(
-            f"scheduled_time={time}: it is {figures.duration(time - now)} ahead, "
-            f"and the step's timeout ends the search in {figures.duration(deadline - now)}"
+            f"scheduled_time must be within the step's timeout, {figures.duration(deadline - now)} from now, got "
+            f"{time}, {figures.duration(time - now)} from now"
         )
     return time
 

@@ -32,7 +32,7 @@ DEFAULT_DECLARE_STATE_PERIOD = DefaultSeconds(30.0)
 DEFAULT_MAX_STATE_AGE = 60.0
 MIN_DECLARE_STATE_PERIOD = 0.1
 MAX_DECLARE_STATE_PERIOD = 3000.0
-"""Seconds; with the time until it expires, a declaration stays below the hour that the DHT keeps records."""
+"""Seconds; with the time until it expires, a declaration stays below the hour that the DHT keeps it."""
 
 
 def _check_prefix(name: str, prefix: str) -> None:
@@ -117,13 +117,13 @@ def _check_modes(config: AveragerConfig) -> None:
     """
     if config.client_mode and config.auxiliary:
         raise InvalidValueError(
-            "auxiliary=True with client_mode=True: a peer that can't be dialed has no way to assist others; "
-            "one of both is allowed"
+            "auxiliary must be False with client_mode=True, got True: a peer that can't be dialed has no way to assist "
+            "others"
         )
     if config.client_mode and config.allow_state_sharing:
         raise InvalidValueError(
-            "allow_state_sharing=True with client_mode=True: others can't dial this peer to download its "
-            "state; False or None is allowed"
+            "allow_state_sharing must be False or None with client_mode=True, got True: others can't dial this peer "
+            "to download its state"
         )
 
 
@@ -134,8 +134,8 @@ def settle_modes(config: AveragerConfig, dht_is_client: bool) -> PeerMode:
     """
     if dht_is_client and config.client_mode is False:
         raise InvalidValueError(
-            "client_mode=False: the averager's DHT is in client mode, so other peers can't dial it; "
-            "True or None is allowed"
+            "client_mode must be True or None, got False: the averager's DHT is in client mode, so other peers can't "
+            "dial it"
         )
     return replace(config, client_mode=bool(config.client_mode) or dht_is_client).mode
 
@@ -147,8 +147,8 @@ def check_codec(name: str, codec: Any) -> None:
     """
     if not isinstance(codec, CompressionBase):
         raise InvalidTypeError(
-            f"{name}={codec!r}: an object of a CompressionBase subclass is allowed, "
-            "e.g. shoal.Float16Compression()"
+            f"{name} must be an object of a CompressionBase subclass, got {codec!r}: pass shoal.Float16Compression(), "
+            "for example"
         )
     if codec.is_plain:
         CODECS.check(name, codec)
@@ -182,22 +182,22 @@ def check_infos(tensors: Sequence[torch.Tensor], tensor_infos: Any) -> tuple[Com
         infos = tuple(tensor_infos)
     except TypeError:
         raise InvalidTypeError(
-            f"tensor_infos={tensor_infos!r}: None or a CompressionInfo for each tensor is allowed"
+            f"tensor_infos must be None or a CompressionInfo for each tensor, got {tensor_infos!r}"
         ) from None
     if len(infos) != len(tensors):
         raise InvalidValueError(
-            f"tensor_infos has {len(infos)} items for {len(tensors)} averaged tensors; one for each is allowed"
+            f"tensor_infos must have {len(tensors)} items, one for each averaged tensor, got {len(infos)}"
         )
     for index, (info, tensor) in enumerate(zip(infos, tensors, strict=True)):
         if not isinstance(info, CompressionInfo):
             raise InvalidTypeError(
-                f"tensor_infos[{index}]={info!r}: a CompressionInfo is allowed, "
-                "e.g. CompressionInfo.from_tensor(tensor)"
+                f"tensor_infos[{index}] must be a CompressionInfo, got {info!r}: "
+                "pass CompressionInfo.from_tensor(tensor), for example"
             )
         if (tuple(info.shape), info.dtype) != (tuple(tensor.shape), tensor.dtype):
             raise InvalidValueError(
-                f"tensor_infos[{index}] describes {info.dtype} {list(info.shape)}, but averaged_tensors[{index}] is "
-                f"{tensor.dtype} {list(tensor.shape)}"
+                f"tensor_infos[{index}] must describe {tensor.dtype} {list(tensor.shape)}, which is what "
+                f"averaged_tensors[{index}] is, got {info.dtype} {list(info.shape)}"
             )
     return infos
 

@@ -20,6 +20,7 @@ from shoal.averaging.lineage import NO_LINEAGE, Lineage, lineage_problem
 from shoal.errors import InvalidValueError, ProtocolViolation
 from shoal.p2p.identity import Identity, PeerID, verify
 from shoal.utils import figures
+from shoal.utils.structs import NamedStruct
 
 MEMBER_DOMAIN = b"shoal.averaging.member.v1"
 SCHEMA_HASH_BYTES = 32
@@ -72,7 +73,7 @@ AveragingMode = PeerMode
 """The name that users of hivemind know."""
 
 
-class MemberInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class MemberInfo(NamedStruct, frozen=True):
     """What one member says of itself to one leader."""
 
     peer_id: bytes
@@ -100,7 +101,7 @@ class MemberInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Ids of peers that it could not reach lately; see :mod:`.matchmaking.apart`."""
 
 
-class SignedMemberInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class SignedMemberInfo(NamedStruct, frozen=True):
     """An encoded :class:`MemberInfo` and its member's signature over exactly these bytes."""
 
     info: bytes
@@ -143,9 +144,9 @@ def group_key(prefix: str, bits: str = "") -> str:
     and bits have one key, nor one that :func:`automatic_key` makes.
     """
     if not prefix or len(prefix) > 256:
-        raise InvalidValueError(f"prefix={prefix!r}: 1 to 256 characters are allowed")
+        raise InvalidValueError(f"prefix must be 1 to 256 characters, got {prefix!r}")
     if any(bit not in "01" for bit in bits) or len(bits) > 64:
-        raise InvalidValueError(f"bits={bits!r}: a string of at most 64 characters 0 and 1 is allowed")
+        raise InvalidValueError(f"bits must be at most 64 characters '0' and '1', got {bits!r}")
     return f"{prefix}.0b{bits}"
 
 

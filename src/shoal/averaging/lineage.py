@@ -17,9 +17,10 @@ import hashlib
 import math
 from collections.abc import Sequence
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
+
+from shoal.utils.structs import CompactStruct
 
 LEVELS = 4
 IDS_PER_LEVEL = 4
@@ -35,7 +36,7 @@ _SKETCH_TYPE = np.dtype("<i2")
 IntArray = npt.NDArray[np.int64]
 
 
-class Lineage(msgspec.Struct, frozen=True, array_like=True):
+class Lineage(CompactStruct, frozen=True):
     """``groups``: sorted ids of each level, the last group first; ``sketch``: little-endian 16-bit integers.
 
     Both are empty before a peer's first round.

@@ -76,14 +76,17 @@ def _check(
 ) -> None:
     if vector_size < 0 or min_size < 0:
         raise InvalidValueError(
-            f"vector_size is {vector_size} and min_size {min_size}; both must be at least 0"
+            f"vector_size and min_size must be at least 0, got {vector_size} and {min_size}"
         )
     if not len(bandwidths) == len(can_own) == len(contributes) > 0:
-        raise InvalidValueError("bandwidths, can_own and contributes must have one item for each member")
+        raise InvalidValueError(
+            "bandwidths, can_own and contributes must have one item for each member, got "
+            f"{len(bandwidths)}, {len(can_own)} and {len(contributes)}"
+        )
     for index, bandwidth in enumerate(bandwidths):
         if bandwidth is not None and not (math.isfinite(bandwidth) and bandwidth >= 0):
             raise InvalidValueError(
-                f"bandwidths[{index}] is {bandwidth}; it must be None or a finite number of at least 0"
+                f"bandwidths[{index}] must be None or a finite number of at least 0, got {bandwidth}"
             )
 
 

@@ -211,11 +211,10 @@ class Partition:
         """
         if sum(owned_nbytes) != layout.data_nbytes or any(size < 0 for size in owned_nbytes):
             raise InvalidValueError(
-                f"owned_nbytes sum to {sum(owned_nbytes)}; they must sum to {layout.data_nbytes}"
-                " and none may be negative"
+                f"owned_nbytes must be sizes of at least 0 whose sum is {layout.data_nbytes}, got {list(owned_nbytes)}"
             )
         if part_size_bytes < 1:
-            raise InvalidValueError(f"part_size_bytes is {part_size_bytes}; it must be at least 1")
+            raise InvalidValueError(f"part_size_bytes must be at least 1, got {part_size_bytes}")
         ends = [layout.element_at(end) for end in itertools.accumulate(owned_nbytes)] if layout.numel else []
         spans = tuple(
             Span(owner, start, stop) for owner, (start, stop) in enumerate(itertools.pairwise([0, *ends]))
@@ -255,8 +254,8 @@ def _cut(layout: Layout, spans: Sequence[Span], part_size_bytes: int) -> tuple[P
 
 def _too_many_parts(layout: Layout, part_size_bytes: int) -> InvalidValueError:
     return InvalidValueError(
-        f"part_size_bytes is {part_size_bytes}: too small for {layout.data_nbytes} bytes of"
-        f" tensors; there may be at most {MAX_PARTS} parts"
+        f"part_size_bytes must be large enough for {MAX_PARTS} parts to hold {layout.data_nbytes} bytes of tensors, "
+        f"got {part_size_bytes}"
     )
 
 

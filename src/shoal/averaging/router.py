@@ -10,11 +10,10 @@ import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, runtime_checkable
 
+from shoal.averaging.codes import AveragingCode
 from shoal.errors import InvalidValueError, ProtocolViolation, RemoteError
 from shoal.p2p.host import Host
 from shoal.p2p.rpc import Method, Stream
-
-UNKNOWN_PREFIX = "unknown_prefix"
 
 
 @runtime_checkable
@@ -57,7 +56,7 @@ class Router:
             handlers = self._handlers[method.name] = {}
         if prefix in handlers:
             raise InvalidValueError(
-                f"prefix={prefix!r} is in use: averagers that share a DHT need different prefixes"
+                f"prefix must be one that no averager on this DHT has, got {prefix!r}, which is in use"
             )
         handlers[prefix] = handler
 
@@ -77,7 +76,7 @@ class Router:
             raise ProtocolViolation(f"{stream.method.name}: the first message names no prefix")
         handler = self._handlers.get(stream.method.name, {}).get(first.prefix)
         if handler is None:
-            raise RemoteError(UNKNOWN_PREFIX, f"no averager with prefix {first.prefix!r} here")
+            raise RemoteError(AveragingCode.UNKNOWN_PREFIX, f"no averager with prefix {first.prefix!r} here")
         await handler(stream, first)
 
     def _get_host(self) -> Host:

@@ -133,7 +133,7 @@ def _check_kind(label: str, tensor: torch.Tensor) -> None:
             f"{label} {_ALLOWED}, got {str(tensor.dtype).removeprefix('torch.')}: {advice}"
         )
     if tensor.device.type == "meta":
-        raise InvalidTypeError(f"{label} is on the meta device and has no values; it {_ALLOWED}")
+        raise InvalidTypeError(f"{label} {_ALLOWED}, got one on the meta device, which has no values")
     if tensor.numel() and memory_of(tensor) is None:
         raise InvalidTypeError(
             f"{label} {_ALLOWED}, got {type(tensor).__name__}, which has no memory of its own: pass the tensors in it"

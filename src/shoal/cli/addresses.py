@@ -19,10 +19,10 @@ def listen_address(host: str, port: int) -> Multiaddr:
         version = ipaddress.ip_address(host).version
     except ValueError:
         raise InvalidValueError(
-            f"--host {host}: an IP address is allowed, e.g. 127.0.0.1, or 0.0.0.0 for every interface"
+            f"--host must be an IP address, got {host}: 127.0.0.1 for this machine, 0.0.0.0 for every interface"
         ) from None
     if not 0 <= port <= MAX_PORT:
-        raise InvalidValueError(f"--port {port}: 0 (any free port) to {MAX_PORT} is allowed")
+        raise InvalidValueError(f"--port must be 0 (any free port) to {MAX_PORT}, got {port}")
     return Multiaddr(f"ip{version}", host, port)
 
 
@@ -36,5 +36,5 @@ def complete_address(option: str, text: str) -> Multiaddr:
     except InvalidValueError as error:
         raise InvalidValueError(f"{option}: {error}") from None
     if address.peer_id is None:
-        raise InvalidValueError(f"{option} {text}: the address has to end in /p2p/PEERID")
+        raise InvalidValueError(f"{option} must end in /p2p/PEERID, got {text}")
     return address

@@ -68,7 +68,7 @@ def run_peer(
     :raises ShoalError: no initial peer can be reached, or the peer's process died
     """
     if not interval > 0:
-        raise InvalidValueError(f"--interval {interval:g}: more than 0 seconds are allowed")
+        raise InvalidValueError(f"--interval must be more than 0 s, got {interval:g}")
     listen = listen_address(host, port)
     with stop_on_signals() as stop, _said_by_this_command("shoal.p2p.reach.inquiry"):
         dht = DHT(

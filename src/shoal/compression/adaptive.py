@@ -20,7 +20,7 @@ from shoal.compression.base import (
 )
 from shoal.compression.registry import deserialize_tensor
 from shoal.errors import InvalidTypeError, InvalidValueError
-from shoal.utils.scalars import plain
+from shoal.utils.checks import Count
 
 
 class _NoWireId:
@@ -51,8 +51,8 @@ class AdaptiveCompressionBase(CompressionBase):
         codec: object = self.choose_compression(info)
         if not isinstance(codec, CompressionBase):
             raise InvalidTypeError(
-                f"{type(self).__name__}.choose_compression({info}) returned {codec!r}; it must return a codec, such as"
-                " Float16Compression()"
+                f"{type(self).__name__}.choose_compression({info}) must return a codec, such as Float16Compression(), "
+                f"got {codec!r}"
             )
         return codec.choose(info)
 
@@ -90,7 +90,7 @@ class SizeAdaptiveCompression(AdaptiveCompressionBase):
     """
 
     def __init__(self, threshold: int, less: CompressionBase, greater_equal: CompressionBase) -> None:
-        self.threshold = _count("threshold", threshold)
+        self.threshold: int = Count(0, unit="elements").check("threshold", threshold)
         self.less = _codec("less", less)
         self.greater_equal = _codec("greater_equal", greater_equal)
 
@@ -153,8 +153,7 @@ class PerTensorCompression(AdaptiveCompressionBase):
             items = dict(enumerate(tensor_compressions))
         else:
             raise InvalidTypeError(
-                f"tensor_compressions is {type(tensor_compressions).__name__}; it must be a sequence or a mapping"
-                " of codecs"
+                f"tensor_compressions must be a sequence or a mapping of codecs, got {tensor_compressions!r}"
             )
         self.tensor_compressions = {
             key: _codec(f"tensor_compressions[{key!r}]", codec) for key, codec in items.items()
@@ -176,14 +175,5 @@ class PerTensorCompression(AdaptiveCompressionBase):
 
 def _codec(name: str, codec: object) -> CompressionBase:
     if not isinstance(codec, CompressionBase):
-        raise InvalidTypeError(f"{name} is {codec!r}; it must be a codec, such as Float16Compression()")
+        raise InvalidTypeError(f"{name} must be a codec, such as Float16Compression(), got {codec!r}")
     return codec
-
-
-def _count(name: str, value: object) -> int:
-    value = plain(value)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise InvalidTypeError(f"{name} is {value!r}; it must be a number of elements")
-    if value < 0:
-        raise InvalidValueError(f"{name} is {value}; it must be at least 0")
-    return value

@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import enum
 import math
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from shoal.compression.settings import Configured
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation, UsageError
+from shoal.utils.structs import CompactStruct
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
@@ -97,7 +97,7 @@ class CompressionInfo:
         return math.prod(self.shape) if self.part_size is None else self.part_size
 
 
-class SerializedTensor(msgspec.Struct, frozen=True, array_like=True):
+class SerializedTensor(CompactStruct, frozen=True):
     """A whole tensor as it travels; :func:`shoal.compression.deserialize_tensor` restores it."""
 
     compression_type: int
@@ -108,13 +108,17 @@ class SerializedTensor(msgspec.Struct, frozen=True, array_like=True):
     """Whether the sender's tensor does; integers never do."""
 
 
-class CompressionBase(Configured, ABC):
+class CompressionBase(ABC):
     """A tensor codec. Subclasses define ``compression_type``, ``lossless``, ``encoded_nbytes``, ``encode``
     and ``_decode``; :func:`shoal.compression.register_codec` makes them known.
 
     The size of an encoded part follows from its dtype and count alone, so that a receiver knows it
-    beforehand. Codecs are equal if they are of one class and configured alike: in all attributes but those whose names
-    begin with an underscore, which are for caches and whatever else changes in use.
+    beforehand.
+
+    A codec defines what makes it equal to another one. The default: both are of one class and have equal *settings*,
+    the attributes whose names do not begin with an underscore. Tensors and arrays are compared by dtype and elements,
+    everything else by its own ``==``. Names with an underscore are for caches, and for what else changes in use. A
+    codec with other settings (lists of tensors, functions) defines ``__eq__`` and ``__hash__`` itself.
     """
 
     compression_type: ClassVar[int]
@@ -178,7 +182,7 @@ class CompressionBase(Configured, ABC):
             raise ProtocolViolation(f"{self!r} could not decode it: {type(e).__name__}: {e}") from e
         if decoded.dtype != dtype or decoded.shape != (count,):
             raise InvalidValueError(
-                f"{self!r}._decode made {decoded.dtype} {list(decoded.shape)} where {dtype} [{count}] was due"
+                f"{self!r}._decode must make {dtype} [{count}], got {decoded.dtype} {list(decoded.shape)}"
             )
         return decoded
 
@@ -197,8 +201,8 @@ class CompressionBase(Configured, ABC):
         expected = self.encoded_nbytes(part.dtype, len(part))
         if len(view := memoryview(data).cast("B")) != expected:
             raise InvalidValueError(
-                f"{self!r}.encode made {len(view)} bytes of {len(part)} elements of {dtype_name(part.dtype)}, but its"
-                f" encoded_nbytes says {expected}"
+                f"{self!r}.encode must make {expected} bytes of {len(part)} elements of {dtype_name(part.dtype)}, as "
+                f"its encoded_nbytes says, got {len(view)}"
             )
         return view
 
@@ -214,6 +218,7 @@ class CompressionBase(Configured, ABC):
 
         :raises InvalidValueError: ``encoded_nbytes`` is not what it should be
         """
+        # Codecs have any law of sizes: double until it is too much, then halve the gap.
         low, high = 0, 1
         while self.encoded_nbytes(dtype, high) <= nbytes:
             low, high = high, high * 2
@@ -276,7 +281,7 @@ class CompressionBase(Configured, ABC):
         dtype = self.whole_dtypes.get(serialized.dtype)
         if dtype is None:
             raise ProtocolViolation(f"unknown dtype {serialized.dtype[:32]!r} of a tensor")
-        # Torch multiplies the sizes other than 0, for the strides, even of an empty tensor.
+        # Torch allows 64 dimensions, and multiplies the sizes other than 0, for the strides, even of an empty tensor.
         largest = math.prod(max(1, size) for size in serialized.shape[:64])
         if len(serialized.shape) > 64 or min(serialized.shape, default=0) < 0 or largest >= 1 << 63:
             raise ProtocolViolation("impossible shape of a tensor")
@@ -288,8 +293,36 @@ class CompressionBase(Configured, ABC):
         may_require_grad = dtype.is_floating_point or dtype.is_complex
         return whole.requires_grad_(serialized.requires_grad and may_require_grad)
 
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        ours, theirs = settings_of(self), settings_of(other)
+        return ours.keys() == theirs.keys() and all(_is_same(ours[name], theirs[name]) for name in ours)
+
+    def __hash__(self) -> int:
+        # Settings may be unhashable, and a class has hardly more than one set of them.
+        return hash(type(self))
+
     def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+        settings = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in settings_of(self).items())
+        return f"{type(self).__name__}({settings})"
+
+
+def settings_of(codec: CompressionBase) -> dict[str, Any]:
+    """By name, what a codec was made with: all of its attributes but those that begin with an underscore."""
+    return {name: value for name, value in vars(codec).items() if not name.startswith("_")}
+
+
+def _is_same(first: Any, second: Any) -> bool:
+    """The ``==`` of tensors and arrays has no truth value."""
+    if first is second:
+        return True
+    match first, second:
+        case torch.Tensor(), torch.Tensor():
+            return first.dtype == second.dtype and torch.equal(first.cpu(), second.cpu())
+        case np.ndarray(), np.ndarray():
+            return first.dtype == second.dtype and np.array_equal(first, second)
+    return bool(first == second)
 
 
 class NoCompression(CompressionBase):
@@ -320,7 +353,9 @@ class NoCompression(CompressionBase):
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as writable bytes; it lives as long as the view does."""
     if not tensor.is_contiguous() or tensor.device.type != "cpu":
-        raise InvalidValueError("tensor must be contiguous and on the CPU")
+        raise InvalidValueError(
+            f"tensor must be contiguous and on the CPU, got one on {tensor.device} with strides {tensor.stride()}"
+        )
     return tensor_array(tensor.detach(), UINT8).data
 
 

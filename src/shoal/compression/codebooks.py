@@ -27,9 +27,13 @@ PIECE = 1 << 16
 _FLOAT32 = np.dtype(np.float32)
 _FINITE = 0x7C00  # half-precision numbers of one sign that are finite, zero included
 _SAMPLE = 1 << 15
+"""128 values for each level."""
 _CELLS = 1 << 10
+"""Where a fit begins: cells of equal mass, four for each level."""
 _UNIFORM_SHARE = 1 / 16
+"""Of the levels, those that are spread evenly: they bound the error of values that the sample may have missed."""
 _STEPS = 4
+"""Corrections of a fit, at most."""
 _NEGLIGIBLE = 0.01  # of the mean squared error
 
 
@@ -90,8 +94,9 @@ def fit_codebook(values: torch.Tensor) -> Codebook:
 
     Up to 256 values are their own levels. Else the range is cut into 256 buckets, each with the mean of its values as
     its level, so that the squared errors of all buckets are about the same, which makes their sum the least (Panter
-    and Dite 1951). A sixteenth of the buckets is spread evenly over the range all the same, so that none is wider than
-    a sixteenth of it. Large inputs are judged by 32,768 of their values and the two extremes.
+    and Dite 1951, "Quantization distortion in pulse-count modulation with nonuniform spacing of levels"). A sixteenth
+    of the buckets is spread evenly over the range all the same, so that none is wider than a sixteenth of it.
+    Large inputs are judged by 32,768 of their values and the two extremes.
     """
     if len(values) <= LEVELS:
         own = np.sort(tensor_array(values, _FLOAT32))
@@ -123,6 +128,7 @@ def _sample(values: torch.Tensor) -> npt.NDArray[np.float32]:
 @functools.lru_cache(maxsize=8)
 def _places(count: int) -> torch.Tensor:
     """Where to sample: multiples of the golden ratio, which fall in step with no row length of any matrix."""
+    # Odd, so that it has no factor in common with the sizes that are powers of two: no place is taken twice there.
     stride = int(count * 0.6180339887498949) | 1
     return torch.arange(_SAMPLE) * stride % count
 
@@ -138,7 +144,8 @@ def _fit_levels(sample: Floats) -> Floats:
     errors = _fill(sample, edges).errors
     best: _Fit | None = None
     for _ in range(_STEPS):
-        # A cell of error m w^2 / 12 (mass m, width w) is worth m^(1/3) w^(2/3) levels.
+        # A cell of error m w^2 / 12 (mass m, width w) is worth m^(1/3) w^(2/3) levels. That is
+        # Panter and Dite's rule: levels are as dense as the cube root of the values' density.
         worth = np.concatenate([[0.0], np.cumsum(np.cbrt(errors))])
         if worth[-1] == 0:
             if best is not None:
@@ -158,7 +165,10 @@ def _fit_levels(sample: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class _Fit:
-    """For each bucket: the mean of the sample in it (its middle, if it is empty), and its sum of squared errors."""
+    """For each bucket: the mean of the sample in it (its middle, if it is empty), and its sum of squared errors.
+
+    A level at the mean of its bucket has the least squared error there (Lloyd 1982, Max 1960).
+    """
 
     levels: Floats
     errors: Floats

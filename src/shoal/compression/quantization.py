@@ -91,7 +91,13 @@ class Quantization(CompressionBase):
 # Uniform
 
 _ROW = 128
+"""Elements of which only the extremes are looked at in the search for outliers."""
 _LARGEST_INDEX = 1 << 24
+"""Whole numbers up to here are exact in float32, in which level numbers are added."""
+_MOST_OUTLIERS = 63
+"""With the step and the first level, 512 bytes for a chunk."""
+_ELEMENTS_PER_OUTLIER = 4096
+"""An outlier takes 8 bytes, so that outliers add a 512th at most."""
 
 
 class Uniform8BitQuantization(Quantization):
@@ -99,7 +105,8 @@ class Uniform8BitQuantization(Quantization):
 
     The levels reach from the lowest to the highest value of the chunk, but for its *outliers*: the 63 values (one for
     4,096 elements of a smaller chunk, rounded down) that are furthest from the others are sent as float32, and do
-    not stretch the levels. So the error of a value x is at most range / 508 + 2^-16 range + 2^-22 |x|, where *range*
+    not stretch the levels; LLM.int8() sets outliers apart in a similar way (Dettmers et al. 2022, arXiv 2208.07339).
+    So the error of a value x is at most range / 508 + 2^-16 range + 2^-22 |x|, where *range*
     is that of the others, and 0 for outliers. 0 comes back as 0 if there are values on both sides of it or it is
     itself one; constant chunks come back exactly. A single huge value costs the others nothing; many do.
 
@@ -130,6 +137,7 @@ class Uniform8BitQuantization(Quantization):
         step, first = side[:8].view("<f4").tolist()
         indices, exact = np.split(side[8:].view("<u4"), 2)
         outliers = exact.view("<f4")
+        # NaN fails each of these comparisons, too.
         if not (0 < step < math.inf and abs(first) <= _LARGEST_INDEX):
             raise self._impossible("the levels of a chunk are impossible")
         if not ((indices < len(codes)).all() and np.isfinite(outliers).all()):
@@ -150,7 +158,7 @@ class Uniform8BitQuantization(Quantization):
 
 
 def _outlier_slots(count: int) -> int:
-    return min(63, count // 4096)
+    return min(_MOST_OUTLIERS, count // _ELEMENTS_PER_OUTLIER)
 
 
 def _split_outliers(values: torch.Tensor, slots: int) -> tuple[torch.Tensor, float, float]:
@@ -166,8 +174,9 @@ def _split_outliers(values: torch.Tensor, slots: int) -> tuple[torch.Tensor, flo
     if whole < len(values):
         tops = torch.cat([tops, values[whole:].amax().view(1)])
         bottoms = torch.cat([bottoms, values[whole:].amin().view(1)])
+    # A median, since a few rows with outliers do not move it. Halves, here and below: sums and differences of huge
+    # values would overflow.
     centre = (tops / 2 + bottoms / 2).median()
-    # Halves, here and below: differences of huge values would overflow.
     reach = torch.maximum(tops / 2 - centre / 2, centre / 2 - bottoms / 2)
     rows = reach.topk(slots).indices
     places = torch.add((rows * _ROW).unsqueeze(1), torch.arange(_ROW)).view(-1)
@@ -176,6 +185,7 @@ def _split_outliers(values: torch.Tensor, slots: int) -> tuple[torch.Tensor, flo
     candidates = values.index_select(0, places)
     picked = (candidates / 2).sub_(centre / 2).abs_().topk(slots).indices
     candidates.index_fill_(0, picked, centre)
+    # The centre stands in for what was picked, and for rows that have been searched: it is no extreme.
     low = min(bottoms.index_fill_(0, rows, centre).min().item(), candidates.min().item())
     high = max(tops.index_fill_(0, rows, centre).max().item(), candidates.max().item())
     return places[picked], low, high
@@ -189,6 +199,7 @@ def _grid(low: float, high: float) -> tuple[float, int]:
     """
     magnitude = max(abs(low), abs(high))
     finest = math.ldexp(1.0, max(math.frexp(magnitude)[1] - 24, -149))
+    # One gap fewer than 256 levels have: rounding ``first`` down may cost one.
     step = max((high - low) / (LEVELS - 2), finest)
     quantum = math.ldexp(1.0, max(math.frexp(step)[1] - 16, -149))
     step = math.ceil(step / quantum) * quantum
@@ -237,8 +248,11 @@ class Quantile8BitQuantization(Quantization):
 # Blocks
 
 _BLOCK = 4096
+"""As in bitsandbytes, the library of the paper below. A huge value costs its neighbours alone."""
 _PEAKED = 6.0
+"""Largest magnitude over root mean square. 4,096 normal values reach 3.7 on average, and hardly ever 6."""
 _STEPS = 127
+"""Levels of each sign."""
 _TINY = 2.0**-50
 """A norm below that has lost squares that matter."""
 _ROWS = PIECE // _BLOCK

@@ -8,9 +8,7 @@ in a process, with one set of settings.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
@@ -21,7 +19,6 @@ from shoal.compression.quantization import (
     Quantile8BitQuantization,
     Uniform8BitQuantization,
 )
-from shoal.compression.settings import alike, settings_of
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
 
 USER_IDS = range(64, 256)
@@ -37,32 +34,28 @@ class CodecRegistry:
         self._codecs: dict[int, CompressionBase] = {codec.compression_type: codec for codec in codecs}
 
     def register(self, codec: CompressionBase) -> None:
-        """Add a user's codec; registering an equal one again is harmless. Attributes whose names begin with an
-        underscore do not count.
+        """Add a user's codec; registering an equal one again is harmless.
 
         :raises InvalidTypeError: no codec object
         :raises InvalidValueError: a bad or taken id, or its class is registered with other settings
         """
         if not isinstance(codec, CompressionBase):
-            raise InvalidTypeError(f"codec must be a CompressionBase object, not {codec!r}")
+            raise InvalidTypeError(f"codec must be an object of a CompressionBase subclass, got {codec!r}")
         wire_id = getattr(codec, "compression_type", None)
         known = self._codecs.get(wire_id) if isinstance(wire_id, int) else None
         if known is not None and type(known) is type(codec):
-            if not alike(known, codec):
-                raise InvalidValueError(
-                    f"{_differs(codec, known)}; a class has one set of settings in a process"
-                )
+            _check_equal("codec", codec, known)
             return
         if known is not None and wire_id in USER_IDS and _name(known) == _name(codec):
             known = None
+        name = f"{type(codec).__name__}.compression_type"
         if not isinstance(wire_id, int) or isinstance(wire_id, bool) or wire_id not in USER_IDS:
             raise InvalidValueError(
-                f"{type(codec).__name__}.compression_type is {wire_id!r};"
-                f" codecs of users take {USER_IDS[0]} to {USER_IDS[-1]}"
+                f"{name} must be {USER_IDS[0]} to {USER_IDS[-1]}, the numbers for codecs of users, got {wire_id!r}"
             )
         if known is not None:
             raise InvalidValueError(
-                f"compression_type {wire_id} of {type(codec).__name__} is taken by {type(known).__name__}"
+                f"{name} must be a number that no other codec has, got {wire_id}, that of {type(known).__name__}"
             )
         self._codecs[wire_id] = codec
 
@@ -91,13 +84,10 @@ class CodecRegistry:
         kind = type(codec).__name__
         if known is None or type(known) is not type(codec):
             raise InvalidValueError(
-                f"{name}: {kind} is not registered; "
+                f"{name} must be a registered codec, got {codec!r}; "
                 f"call shoal.compression.register_codec({kind}()) first, in every peer"
             )
-        if not alike(known, codec):
-            raise InvalidValueError(
-                f"{name}: {_differs(codec, known)}; pass that one: shoal.get_codec({codec.compression_type})"
-            )
+        _check_equal(name, codec, known)
 
     def user_codecs(self) -> tuple[CompressionBase, ...]:
         """What users registered, in the order of the ids: what another process needs besides Shoal's own."""
@@ -107,20 +97,22 @@ class CodecRegistry:
         return wire_id in self._codecs
 
 
-def _differs(codec: CompressionBase, known: CompressionBase) -> str:
-    kind, ours, theirs = type(codec).__name__, settings_of(codec), settings_of(known)
-    names = [name for name in {**ours, **theirs} if not alike(ours.get(name), theirs.get(name))]
-    return (
-        f"{kind} with {_told(ours, names)}, but {kind} is registered with {_told(theirs, names)}"
-        if names
-        else f"{codec!r} does not equal the registered {known!r}"
-    )
-
-
-def _told(settings: dict[str, Any], names: list[str]) -> str:
-    return ", ".join(
-        f"{name}={reprlib.repr(settings[name])}" if name in settings else f"no {name}" for name in names
-    )
+def _check_equal(name: str, codec: CompressionBase, known: CompressionBase) -> None:
+    """:raises InvalidValueError: the codec and the one of its class that is registered are not equal, or do not say"""
+    kind = type(codec).__name__
+    try:
+        is_equal = bool(codec == known)
+    except Exception as e:  # codecs of users, with settings of any kind: their == may raise anything
+        raise InvalidValueError(
+            f"{name} must be a codec that can be compared, got {codec!r}, whose == raises {type(e).__name__}: {e}; "
+            f"define __eq__ and __hash__ in {kind}"
+        ) from e
+    if not is_equal:
+        raise InvalidValueError(
+            f"{name} must be equal to {known!r}, since a class has one set of settings in a process, got {codec!r}; "
+            f"pass shoal.get_codec({codec.compression_type}), the registered one. If both do the same, "
+            f"define __eq__ and __hash__ in {kind}"
+        )
 
 
 def _name(codec: CompressionBase) -> tuple[str, str]:

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
 from shoal.compression.base import CompressionBase
 
 
+@dataclass(frozen=True)
 class SegmentedCodec(CompressionBase):
     """``codec`` for a part that is cut into *segments*, whose encoded forms follow one another.
 
     It has no wire id of its own: peers agree on ``codec``, and the segments follow from the tensors' shapes.
-
-    :param segments: elements of each segment, at least one each
     """
 
-    def __init__(self, codec: CompressionBase, segments: tuple[int, ...]) -> None:
-        self.codec = codec
-        self.segments = segments
+    codec: CompressionBase
+    segments: tuple[int, ...]
+    """Elements of each segment, at least one each."""
 
     def lossless(self, dtype: torch.dtype) -> bool:
         return self.codec.lossless(dtype)

@@ -30,7 +30,7 @@ def parse_addresses(name: str, addresses: object, *, depth: int = 1) -> tuple[Mu
         return ()
     items = [addresses] if isinstance(addresses, str) or _is_multiaddr(addresses) else addresses
     if not isinstance(items, Iterable) or isinstance(items, bytes | bytearray | dict):
-        raise InvalidTypeError(f"{name} must be a list of addresses, not {addresses!r}")
+        raise InvalidTypeError(f"{name} must be a list of addresses, got {addresses!r}")
     given = list(items)
     parsed: dict[Multiaddr, None] = {}
     unsupported: dict[str, None] = {}
@@ -62,11 +62,11 @@ def parse_listen_addresses(addresses: object) -> tuple[Multiaddr, ...]:
     for address in parsed:
         if address.peer_id is not None:
             raise InvalidValueError(
-                f"host_maddrs: {address} names a peer; give the address alone, without /p2p"
+                f"host_maddrs must hold addresses alone, without /p2p, got {address}, which names a peer"
             )
     if not parsed:
         raise InvalidValueError(
-            "host_maddrs must hold an address; for a node that does not listen use client_mode=True"
+            "host_maddrs must hold an address, got none: for a node that does not listen use client_mode=True"
         )
     return parsed
 
@@ -76,12 +76,12 @@ def parse_announced_addresses(addresses: object) -> tuple[Multiaddr, ...]:
     parsed = parse_addresses("announce_maddrs", addresses, depth=2)
     if len(parsed) > MAX_ANNOUNCED:
         raise InvalidValueError(
-            f"announce_maddrs: {len(parsed)} addresses; at most {MAX_ANNOUNCED} are allowed"
+            f"announce_maddrs must be at most {MAX_ANNOUNCED} addresses, got {len(parsed)}"
         )
     for address in parsed:
         if address.port == 0 or address.is_unspecified:
             raise InvalidValueError(
-                f"announce_maddrs: nobody can dial {address}; give the real host and port"
+                f"announce_maddrs must hold real hosts and ports, got {address}, which nobody can dial"
             )
     return parsed
 
@@ -92,7 +92,7 @@ def _split(name: str, item: object) -> list[str | Multiaddr]:
     if _is_multiaddr(item):
         return [str(item)]
     if not isinstance(item, str):
-        raise InvalidTypeError(f"{name} must hold addresses as str or Multiaddr, not {item!r}")
+        raise InvalidTypeError(f"{name} must hold addresses as str or Multiaddr, got {item!r}")
     return [text for text in _BETWEEN.split(item) if text]
 
 

@@ -12,15 +12,15 @@ import random
 from collections.abc import Callable, Sequence
 
 from shoal.dht.bootstrap_core import (
-    Answered,
-    Began,
+    AddressAnswered,
+    AddressFailed,
+    AddressLedHere,
+    BootstrapBegan,
     BootstrapCore,
     CallAddress,
     Effect,
     EndWait,
     Event,
-    Failed,
-    LedHere,
     RetryWanted,
     RivalFound,
     TellFound,
@@ -90,14 +90,14 @@ class Bootstrap:
         False if nobody did: after ``timeout`` seconds; or, where this node is one of the initial peers itself, once
         all others were tried, because then it may have to be the first.
         """
-        self._driver.tell(Began(timeout))
+        self._driver.tell(BootstrapBegan(timeout))
         return await self._first
 
     def retry_soon(self) -> None:
         """The network may be back, or is needed badly: try the missing ones now."""
         self._driver.tell(RetryWanted())
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Call nobody again. Idempotent."""
         self._driver.close()
 
@@ -120,24 +120,24 @@ class Bootstrap:
             self._driver.tell(RivalFound())
         self._driver.tell(event)
 
-    async def _outcome(self, text: str) -> Answered | Failed | LedHere:
+    async def _outcome(self, text: str) -> AddressAnswered | AddressFailed | AddressLedHere:
         """Call one address; what became of that."""
         host, timeout = self._neighbours.host, self._neighbours.config.wait_timeout
         try:
             peer = await host.connect(self._addresses[text], timeout=timeout)
         except InvalidValueError:  # raised for the host's own PeerID only
-            return LedHere(text)
+            return AddressLedHere(text)
         except PeerUnreachable as error:
             reason = "; ".join(dict.fromkeys(error.failures.values())) or str(error)
-            return LedHere(text) if _led_here(error) else Failed(text, reason)
+            return AddressLedHere(text) if _led_here(error) else AddressFailed(text, reason)
         except DeadlineExceeded:
-            return Failed(text, f"timed out after {timeout:g} s")
+            return AddressFailed(text, f"timed out after {timeout:g} s")
         if peer == host.peer_id:
-            return LedHere(text)
+            return AddressLedHere(text)
         if not await self._neighbours.greet(peer):
-            return Failed(text, "it is a peer of Shoal, but does not answer as a node of a DHT")
+            return AddressFailed(text, "it is a peer of Shoal, but does not answer as a node of a DHT")
         logger.debug("initial peer %s answered", text)
-        return Answered(text, peer)
+        return AddressAnswered(text, peer)
 
     async def _watch(self, text: str) -> None:
         """See where an address with this node's own PeerID leads."""

@@ -27,14 +27,14 @@ MAX_DELAY = 30.0
 
 
 @dataclass(frozen=True)
-class Began:
+class BootstrapBegan:
     """The node joins, and waits so many seconds for the first initial peer."""
 
     timeout: float
 
 
 @dataclass(frozen=True)
-class Answered:
+class AddressAnswered:
     """A node of the DHT answered at this address."""
 
     address: str
@@ -42,7 +42,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Failed:
+class AddressFailed:
     """No node of the DHT answered at this address."""
 
     address: str
@@ -50,7 +50,7 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class LedHere:
+class AddressLedHere:
     """This node answered at this address itself."""
 
     address: str
@@ -81,13 +81,21 @@ class RetryWanted:
 
 
 Event: TypeAlias = (
-    Began | Answered | Failed | LedHere | RivalFound | WatchedInVain | WatchEnded | RetryWanted | TimePassed
+    BootstrapBegan
+    | AddressAnswered
+    | AddressFailed
+    | AddressLedHere
+    | RivalFound
+    | WatchedInVain
+    | WatchEnded
+    | RetryWanted
+    | TimePassed
 )
 
 
 @dataclass(frozen=True)
 class CallAddress:
-    """Call the peer at this address; answered by Answered, Failed or LedHere."""
+    """Call the peer at this address; answered by AddressAnswered, AddressFailed or AddressLedHere."""
 
     address: str
 
@@ -117,7 +125,7 @@ class EndWait:
 Effect: TypeAlias = CallAddress | WatchAddress | TellFound | EndWait
 
 
-class State(enum.Enum):
+class BootstrapState(enum.Enum):
     NEW = "new"
     WAITING = "waiting"
     """For the first initial peer."""
@@ -127,22 +135,31 @@ class State(enum.Enum):
     """An initial peer has answered, once."""
 
 
-TRANSITIONS: dict[State, set[State]] = {
-    State.NEW: {State.WAITING},
-    State.WAITING: {State.FOUND, State.ALONE},
-    State.ALONE: {State.FOUND},
-    State.FOUND: set(),
+TRANSITIONS: dict[BootstrapState, set[BootstrapState]] = {
+    BootstrapState.NEW: {BootstrapState.WAITING},
+    BootstrapState.WAITING: {BootstrapState.FOUND, BootstrapState.ALONE},
+    BootstrapState.ALONE: {BootstrapState.FOUND},
+    BootstrapState.FOUND: set(),
 }
 
 _LATER = frozenset(
-    {Answered, Failed, LedHere, RivalFound, WatchedInVain, WatchEnded, RetryWanted, TimePassed}
+    {
+        AddressAnswered,
+        AddressFailed,
+        AddressLedHere,
+        RivalFound,
+        WatchedInVain,
+        WatchEnded,
+        RetryWanted,
+        TimePassed,
+    }
 )
 
-HEARD: dict[State, frozenset[type]] = {
-    State.NEW: frozenset({Began, RetryWanted}),
-    State.WAITING: _LATER,
-    State.ALONE: _LATER,
-    State.FOUND: _LATER,
+HEARD: dict[BootstrapState, frozenset[type]] = {
+    BootstrapState.NEW: frozenset({BootstrapBegan, RetryWanted}),
+    BootstrapState.WAITING: _LATER,
+    BootstrapState.ALONE: _LATER,
+    BootstrapState.FOUND: _LATER,
 }
 """The events that may come in each state. Any other one is illegal."""
 
@@ -203,13 +220,13 @@ class BootstrapCore:
         self._watched = list(watched)
         self._table = table
         self._jitter = jitter
-        self._machine = Machine(State.NEW, TRANSITIONS)
+        self._machine = Machine(BootstrapState.NEW, TRANSITIONS, HEARD)
         self._calls: dict[str, _Call] = {}
         self._waits_until = NEVER
         self._has_rival = False
 
     @property
-    def state(self) -> State:
+    def state(self) -> BootstrapState:
         """What the node is doing."""
         return self._machine.state
 
@@ -226,7 +243,7 @@ class BootstrapCore:
     @property
     def deadline(self) -> float:
         """When an address is to be called again, or the first initial peer is waited for no longer."""
-        waits_until = self._waits_until if self.state is State.WAITING else NEVER
+        waits_until = self._waits_until if self.state is BootstrapState.WAITING else NEVER
         return min([waits_until, *(call.due for call in self._calls.values())])
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -234,19 +251,17 @@ class BootstrapCore:
 
         :raises IllegalTransition: the event cannot come now
         """
-        self._machine.note(event, now)
-        if type(event) not in HEARD[self.state]:
-            self._machine.refuse(f"{type(event).__name__} cannot happen")
+        self._machine.hear(event, now)
         effects: list[Effect] = []
         match event:
-            case Began(timeout):
-                effects += self._begin(timeout, now)
-            case Answered(address, peer):
+            case BootstrapBegan(timeout):
+                effects += self._call_all(timeout, now)
+            case AddressAnswered(address, peer):
                 effects += self._find(address, peer, now)
-            case Failed(address, reason):
+            case AddressFailed(address, reason):
                 self.failures[address] = reason
                 self._pause(address, now)
-            case LedHere(address):
+            case AddressLedHere(address):
                 self._own.add(address)
                 del self._calls[address]
             case RivalFound():
@@ -259,8 +274,8 @@ class BootstrapCore:
                 effects += self._call_due(now, now)
         return effects + self._end_wait(now)
 
-    def _begin(self, timeout: float, now: float) -> list[Effect]:
-        self._machine.move(State.WAITING)
+    def _call_all(self, timeout: float, now: float) -> list[Effect]:
+        self._machine.move(BootstrapState.WAITING)
         self._waits_until = now + timeout
         others = self.others
         self._calls = {address: _Call(False, FIRST_DELAY) for address in others}
@@ -305,11 +320,11 @@ class BootstrapCore:
         return effects
 
     def _end_wait(self, now: float) -> list[Effect]:
-        if self.found and self.state in (State.WAITING, State.ALONE):
-            was_waiting = self.state is State.WAITING
-            self._machine.move(State.FOUND)
+        if self.found and self.state in (BootstrapState.WAITING, BootstrapState.ALONE):
+            was_waiting = self.state is BootstrapState.WAITING
+            self._machine.move(BootstrapState.FOUND)
             return [EndWait(True, "an initial peer answered")] if was_waiting else []
-        if self.state is not State.WAITING:
+        if self.state is not BootstrapState.WAITING:
             return []
         reason = why_alone(
             self.others,
@@ -320,5 +335,5 @@ class BootstrapCore:
         )
         if reason is None:
             return []
-        self._machine.move(State.ALONE)
+        self._machine.move(BootstrapState.ALONE)
         return [EndWait(False, reason)]

@@ -170,5 +170,5 @@ class RecordCache:
                 reason = printable(str(error))
             else:
                 return subkey, ValueWithExpiration(value, record.expiration_time)
-        logger.warning("a record that was found is ignored: %s", reason)
+        logger.warning("an entry that was found is ignored: %s", reason)
         return None

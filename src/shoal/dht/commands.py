@@ -27,8 +27,8 @@ class DHTSetup:
 
 
 @dataclass(frozen=True)
-class StoreRecord:
-    """Answered by whether the record was stored."""
+class StoreEntry:
+    """Answered by whether it was stored."""
 
     key: bytes
     value: bytes

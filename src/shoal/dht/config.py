@@ -78,7 +78,7 @@ class DHTConfig:
     max_storage_size: Annotated[int, Count(0, unit="bytes")] = 64 * 1024 * 1024
     """Of all records that this node keeps."""
     max_expiration: Seconds = 3600.0
-    """How far ahead a record may expire."""
+    """How far ahead a value may expire."""
 
     def __post_init__(self) -> None:
         check_options(self)

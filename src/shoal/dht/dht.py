@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
@@ -15,16 +14,16 @@ from typing import Any, Literal, TypeVar, overload
 from shoal.dht import addresses, options
 from shoal.dht.commands import (
     AddValidators,
-    ClockReading,
     DescribeNode,
     DHTSetup,
     GetRecord,
     NodeDescription,
     RegisterClasses,
     RunCoroutine,
-    StoreRecord,
+    StoreEntry,
 )
 from shoal.dht.config import ProcessConfig
+from shoal.dht.description import LastDescription
 from shoal.dht.link import NodeLink
 from shoal.dht.types import ValueWithExpiration
 from shoal.dht.validation import RecordValidatorBase
@@ -134,8 +133,7 @@ class DHT(Startable):
             instead_of_a_copy="a DHT cannot be pickled or copied: it belongs to the process that made it. "
             "Make another one there, with initial_peers=[str(address) for address in dht.get_visible_maddrs()]",
         )
-        self._last_description: NodeDescription | None = None
-        self._time = _NodeTime()
+        self._last = LastDescription()
         self._shared_classes: dict[int, type[Any]] = {}
         own = gather(ProcessConfig, given)
         config = options.make_config(given, options_)
@@ -172,7 +170,7 @@ class DHT(Startable):
             self._link.create_node(
                 partial(make_service, replace(self._setup, clock_offset=dht_clock.offset)),
                 name=self.service_name,
-                handler=self._time.take_in,
+                handler=self._last.set_time,
             )
         except BaseException:
             self.shutdown()
@@ -247,7 +245,7 @@ class DHT(Startable):
         """
         return list(self._describe().visible_addresses)
 
-    # Records
+    # Values
 
     @overload
     def get(
@@ -269,7 +267,7 @@ class DHT(Startable):
 
         For a key with sub-keys the value is a dictionary of sub-keys to their own ValueWithExpiration.
 
-        :param latest: ask the whole DHT for the record that expires last, instead of taking the first good
+        :param latest: ask the whole DHT for the value that expires last, instead of taking the first good
             one
         :param return_future: return a future at once, also while the node is not ready yet; it can be waited
             for, awaited and cancelled
@@ -308,12 +306,12 @@ class DHT(Startable):
             of its own
         :param return_future: return a future at once, also while the node is not ready yet; it can be waited
             for, awaited and cancelled
-        :returns: whether it was stored; false if a later record is there, or the record was refused
+        :returns: whether it was stored; false if a value that expires later is there, or if it was refused
         :raises InvalidTypeError: key, sub-key or value cannot be serialized, see
             :class:`~shoal.utils.MSGPackSerializer`
         """
         expiration_time = check_number("expiration_time", expiration_time)
-        command = StoreRecord(
+        command = StoreEntry(
             key=_serialize("key", key),
             value=_serialize("value", value),
             expiration_time=float(expiration_time),
@@ -348,9 +346,7 @@ class DHT(Startable):
         :raises InvalidTypeError: it cannot be sent; the message names what is to blame
         """
         if not callable(coro):
-            raise InvalidTypeError(
-                f"run_coroutine needs an `async def` function of (dht, node), not {coro!r}"
-            )
+            raise InvalidTypeError(f"coro must be an `async def` function of (dht, node), got {coro!r}")
         command = RunCoroutine(pickling.dumps(coro, f"the coroutine function {_name_of(coro)}"))
         future: MPFuture[T] = self._call(command)
         return future if return_future else future.result()
@@ -395,9 +391,7 @@ class DHT(Startable):
         return register
 
     def _describe(self) -> NodeDescription:
-        description = self._last_description = self._describe_later().result()
-        self._time.take_in(description.clock)
-        return description
+        return self._last.hear(self._describe_later().result())
 
     def _describe_at_last(self) -> NodeDescription:
         """What the node is now, or was when it was last asked, if it has ended."""
@@ -408,26 +402,16 @@ class DHT(Startable):
                 raise
             return self._last_description
 
+    @property
+    def _last_description(self) -> NodeDescription | None:
+        """What was last heard of the node: for averagers, which ask nobody while they are made."""
+        return self._last.description
+
     def _describe_later(self) -> MPFuture[NodeDescription]:
         """As soon as the node is ready; returns at once."""
         call: MPFuture[NodeDescription] = self._call(DescribeNode())
-        call.when_done(partial(_note_description, weakref.ref(self)))
+        call.when_done(self._last.note_answer)
         return call
-
-
-class _NodeTime:
-    """Makes this process's DHT time follow that of a node. Refers to no DHT, whose last reference ends it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._moves = 0
-
-    def take_in(self, reading: ClockReading) -> None:
-        """On any thread, in any order."""
-        with self._lock:
-            if reading.moves > self._moves:
-                self._moves = reading.moves
-                dht_clock.set_offset(reading.offset)
 
 
 def _serialize(name: str, value: object) -> bytes:
@@ -437,13 +421,6 @@ def _serialize(name: str, value: object) -> bytes:
         raise InvalidTypeError(f"{name}: {error}") from None
     except InvalidValueError as error:
         raise InvalidValueError(f"{name}: {error}") from None
-
-
-def _note_description(owner: weakref.ref[DHT], call: Future[NodeDescription]) -> None:
-    dht = owner()
-    if dht is not None and not call.cancelled() and call.exception() is None:
-        description = dht._last_description = call.result()
-        dht._time.take_in(description.clock)
 
 
 def _likely_modules() -> tuple[str, ...]:

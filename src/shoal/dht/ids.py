@@ -36,7 +36,7 @@ def id_to_bytes(identifier: int) -> bytes:
 def id_from_bytes(raw: bytes) -> int:
     """The reverse of :func:`id_to_bytes`; InvalidValueError for any other length."""
     if len(raw) != ID_BYTES:
-        raise InvalidValueError(f"an id has {ID_BYTES} bytes, not {len(raw)}")
+        raise InvalidValueError(f"an id must be {ID_BYTES} bytes, got {len(raw)}")
     return int.from_bytes(raw, "big")
 
 

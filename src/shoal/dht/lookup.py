@@ -5,7 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 
-from shoal.dht.lookup_core import Answered, AskNode, Began, Event, Failed, LookupCore, Stopped
+from shoal.dht.lookup_core import (
+    AskNode,
+    Event,
+    LookupBegan,
+    LookupCore,
+    LookupStopped,
+    NodeAnswered,
+    NodeFailed,
+)
 from shoal.p2p.identity import PeerID
 from shoal.sansio.driver import Driver
 from shoal.utils.tasks import TaskSet
@@ -36,7 +44,7 @@ class Lookup:
 
     async def run(self) -> None:
         """Search. Raises what :data:`Ask` raises: that is a bug."""
-        self._driver.tell(Began())
+        self._driver.tell(LookupBegan())
         try:
             if not self._over.done():
                 await self._over
@@ -47,7 +55,7 @@ class Lookup:
 
     def stop(self) -> None:
         """Enough was found."""
-        self._driver.tell(Stopped())
+        self._driver.tell(LookupStopped())
 
     def _carry_out(self, effect: AskNode) -> None:
         task = self._loop.create_task(self._ask(effect.peer))
@@ -63,7 +71,7 @@ class Lookup:
             self._failure = task.exception()
             nodes = task.result() if self._failure is None else None
         if not self._over.done():
-            self._driver.tell(Failed(peer) if nodes is None else Answered(peer, nodes))
+            self._driver.tell(NodeFailed(peer) if nodes is None else NodeAnswered(peer, nodes))
 
     def _check_over(self) -> None:
         if not self._over.done() and (self._failure or self._core.is_over):

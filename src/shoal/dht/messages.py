@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import msgspec
-from msgspec import Meta
+from msgspec import Meta, field
 
 from shoal.dht.ids import ID_BYTES
 from shoal.p2p.rpc import Method
+from shoal.utils.structs import CompactStruct
 
 MAX_CONTACTS = 64
 MAX_ENTRIES = 8192
@@ -27,7 +27,7 @@ SubkeyBytes = Annotated[bytes, Meta(max_length=4096)]
 Reason = Annotated[str, Meta(max_length=500)]
 
 
-class Contact(msgspec.Struct, array_like=True, frozen=True):
+class Contact(CompactStruct, frozen=True):
     """A peer and where it can be dialed."""
 
     peer: PeerBytes
@@ -37,15 +37,15 @@ class Contact(msgspec.Struct, array_like=True, frozen=True):
 Contacts = Annotated[list[Contact], Meta(max_length=MAX_CONTACTS)]
 
 
-class StoredEntry(msgspec.Struct, array_like=True, frozen=True):
-    """One value of a record; an empty ``subkey`` for a record without sub-keys."""
+class StoredEntry(CompactStruct, frozen=True):
+    """One entry of a record; an empty ``subkey`` for a plain one."""
 
     subkey: SubkeyBytes
     value: bytes
     expiration: float
 
 
-class FindRequest(msgspec.Struct, array_like=True, frozen=True):
+class FindRequest(CompactStruct, frozen=True):
     """Which nodes are nearest to ``target``, and what is stored there?"""
 
     target: IdBytes
@@ -59,16 +59,16 @@ class FindRequest(msgspec.Struct, array_like=True, frozen=True):
     """Only entries that were put after this change (of an earlier answer of the same node)."""
 
 
-class FindResponse(msgspec.Struct, array_like=True, frozen=True):
+class FindResponse(CompactStruct, frozen=True):
     """The nearest nodes that are not ``known`` to the caller, and the record's new entries."""
 
-    nodes: Contacts = []
-    entries: Annotated[list[StoredEntry], Meta(max_length=MAX_ENTRIES)] = []
+    nodes: Contacts = field(default_factory=list)
+    entries: Annotated[list[StoredEntry], Meta(max_length=MAX_ENTRIES)] = field(default_factory=list)
     sequence: int = 0
     """The latest change of the record: the next request's ``after``. 0 where there is no record."""
 
 
-class StoreRequest(msgspec.Struct, array_like=True, frozen=True):
+class StoreRequest(CompactStruct, frozen=True):
     """Keep these entries of one key."""
 
     key: KeyBytes
@@ -78,13 +78,13 @@ class StoreRequest(msgspec.Struct, array_like=True, frozen=True):
     count: Annotated[int, Meta(ge=0, le=MAX_CONTACTS)] = 0
 
 
-class StoreResponse(msgspec.Struct, array_like=True, frozen=True):
+class StoreResponse(CompactStruct, frozen=True):
     """For each entry the reason why it was refused, or "" if it was accepted; nodes as in
     :class:`FindResponse`.
     """
 
     refused: Annotated[list[Reason], Meta(max_length=MAX_ENTRIES)]
-    nodes: Contacts = []
+    nodes: Contacts = field(default_factory=list)
 
 
 FIND = Method("dht.find", FindRequest, FindResponse)

@@ -29,6 +29,7 @@ from shoal.errors import (
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.protocol.violations import Ending, EndKind
 from shoal.p2p.rpc import Method
 from shoal.utils.tasks import TaskSet
@@ -85,7 +86,7 @@ class Neighbours:
         self._lost: dict[PeerID, _Lost] = {}
         self._unsubscribe = host.on_disconnect(self._disconnected)
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Stop listening for disconnections."""
         self._unsubscribe()
 
@@ -141,9 +142,9 @@ class Neighbours:
         known_prefixes = {known[at : at + 8] for at in range(0, len(known), 8)}
         is_elsewhere = self.host.is_elsewhere(asker)
         return [
-            Contact(entry.peer.to_bytes(), self._addresses_for(entry.peer, is_elsewhere))
-            for entry in self.table.nearest(target, min(count, self.config.bucket_size))
-            if entry.prefix not in known_prefixes and entry.peer != asker
+            Contact(node.peer.to_bytes(), self._addresses_for(node.peer, is_elsewhere))
+            for node in self.table.nearest(target, min(count, self.config.bucket_size))
+            if node.prefix not in known_prefixes and node.peer != asker
         ]
 
     def _addresses_for(self, peer: PeerID, is_elsewhere: bool) -> list[str]:
@@ -216,7 +217,7 @@ class Neighbours:
         request = FindRequest(
             target=id_to_bytes(self.own_id),
             listening=self.listening,
-            known=self.known_prefixes(entry.peer for entry in self.table.nearest(self.own_id, 48)),
+            known=self.known_prefixes(node.peer for node in self.table.nearest(self.own_id, 48)),
             count=self.config.bucket_size,
         )
         response = await self.call(peer, FIND, request)
@@ -258,7 +259,7 @@ class Neighbours:
                 callback(peer)
 
     def _failed(self, peer: PeerID, error: Exception) -> None:
-        if isinstance(error, RemoteError) and error.code == "busy":
+        if isinstance(error, RemoteError) and error.code == ResetCode.BUSY:
             return
         logger.debug("%s did not answer: %s", peer, error)
         now = self._loop.time()

@@ -22,7 +22,7 @@ from shoal.dht.messages import StoredEntry
 from shoal.dht.neighbours import Neighbours
 from shoal.dht.records import Records
 from shoal.dht.replication import records_after_loss, records_for_newcomer
-from shoal.dht.server import Server
+from shoal.dht.server import NodeServer
 from shoal.dht.storage import NO_TIME_AT_ALL, PLAIN, Entry, Record, Storage
 from shoal.dht.timekeeping import ASKED, TimeKeeper
 from shoal.dht.types import ValueWithExpiration
@@ -109,7 +109,7 @@ class DHTNode:
         self._validator = CompositeValidator([ProtectedKeyValidator(host.identity), *validators])
         self._storage = Storage(config.storage_limits(), first_sequence=1 + rng.getrandbits(60))
         self._neighbours = Neighbours(host, config, self._tasks, rng)
-        self._server = Server(self._neighbours, self._storage, self._validator, clock)
+        self._server = NodeServer(self._neighbours, self._storage, self._validator, clock)
         self._cache = RecordCache(config.cache_size, self._validator, config.storage_limits(), clock)
         self._records = Records(self._neighbours, self._storage, self._cache, config, clock, self._tasks)
         self._bootstrap = Bootstrap(
@@ -243,9 +243,9 @@ class DHTNode:
             return
         self._closed = True
         self._server.stop(self.host)
-        self._time.close()
-        self._bootstrap.close()
-        self._neighbours.close()
+        self._time.stop()
+        self._bootstrap.stop()
+        self._neighbours.stop()
         await self._tasks.close()
 
     # Whether others can dial it.
@@ -280,7 +280,7 @@ class DHTNode:
                 raise self._bootstrap_error()
             logger.warning("%s; going on in the background", self._bootstrap_error())
         elif not found:
-            self._time.begin()
+            self._time.be_first()
         if found:
             await self._enter()
         else:
@@ -394,8 +394,8 @@ class DHTNode:
     async def _records_in_batches(self) -> AsyncIterator[list[tuple[int, Record]]]:
         """All records as they are now; others get their turn on the event loop after each batch."""
         records = list(self._storage.records())
-        for begin in range(0, len(records), HAND_OVER_BATCH):
-            yield records[begin : begin + HAND_OVER_BATCH]
+        for start in range(0, len(records), HAND_OVER_BATCH):
+            yield records[start : start + HAND_OVER_BATCH]
             await asyncio.sleep(0)
 
     async def _give(self, peer: PeerID, record: Record) -> None:

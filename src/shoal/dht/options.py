@@ -65,7 +65,7 @@ def check_identity_path(path: object) -> str | None:
     if path is None:
         return None
     if not isinstance(path, str | os.PathLike):
-        raise InvalidTypeError(f"identity_path must be a path, not {path!r}")
+        raise InvalidTypeError(f"identity_path must be a path, got {path!r}")
     from shoal.p2p.identity import Identity
 
     # The process may have another folder as its current one.
@@ -77,12 +77,12 @@ def check_identity_path(path: object) -> str | None:
 def check_validators(validators: object) -> tuple[RecordValidatorBase, ...]:
     """``record_validators`` as a tuple."""
     if isinstance(validators, RecordValidatorBase) or not isinstance(validators, Iterable):
-        raise InvalidTypeError(f"record_validators must be a list of validators, not {validators!r}")
+        raise InvalidTypeError(f"record_validators must be a list of validators, got {validators!r}")
     checked = tuple(validators)
     for validator in checked:
         if not isinstance(validator, RecordValidatorBase):
             raise InvalidTypeError(
-                f"record_validators: {validator!r} is not an instance of RecordValidatorBase"
+                f"record_validators must hold instances of RecordValidatorBase, got {validator!r}"
             )
     return checked
 

@@ -58,7 +58,7 @@ class Records:
 
     async def find_nodes(self, target: int, width: int | None = None) -> list[PeerID]:
         """The nodes nearest to an id, by a search over the network."""
-        seeds = [entry.peer for entry in self._neighbours.table.nearest(target, self._config.bucket_size)]
+        seeds = [node.peer for node in self._neighbours.table.nearest(target, self._config.bucket_size)]
         core = self._make_core(target, seeds, width or self._config.bucket_size, self._config.parallel_rpc)
 
         async def ask(peer: PeerID) -> Answer:
@@ -70,7 +70,7 @@ class Records:
         return core.nearest_answered()
 
     async def store(self, identifier: int, key: bytes, subkey: bytes, entry: Entry) -> bool:
-        """Store at the nearest nodes that answer; whether one of them accepted."""
+        """Store an entry at the nearest nodes that answer; whether one of them accepted."""
         reasons: dict[str, str] = {}
         accepted = 0
         seeds = await self._nearest(identifier)
@@ -108,10 +108,10 @@ class Records:
             self._is_unheard = False
         if reasons and not is_stored:
             refusals = "; ".join(f"{peer}: {reason}" for peer, reason in reasons.items())
-            logger.warning("a record was stored nowhere: %s", refusals)
+            logger.warning("a value was stored nowhere: %s", refusals)
         elif not is_stored:
             level = logging.DEBUG if self._is_unheard else logging.WARNING
-            logger.log(level, "a record was stored nowhere: no node answered")
+            logger.log(level, "a value was stored nowhere: no node answered")
             self._is_unheard = True
 
     async def get(self, identifier: int, key: bytes, *, latest: bool) -> ValueWithExpiration | None:
@@ -170,7 +170,7 @@ class Records:
             self._cache.merge(identifier, known, self._own, [(subkey, entry)], known.known_of(self._own))
 
     async def hand_over(self, peer: PeerID, key: bytes, entries: list[StoredEntry]) -> None:
-        """Give one record to one node."""
+        """Give entries of one record to one node."""
         request = StoreRequest(key, self._neighbours.listening, entries)
         await self._neighbours.call(peer, STORE, request)
 
@@ -218,7 +218,7 @@ class Records:
     def _remembered(self, identifier: int) -> tuple[list[PeerID], bool]:
         """The nearest nodes that are known, and whether no search is needed to find nearer ones."""
         table = self._neighbours.table
-        peers = [entry.peer for entry in table.nearest(identifier, self._config.bucket_size)]
+        peers = [node.peer for node in table.nearest(identifier, self._config.bucket_size)]
         if len(table) < self._config.bucket_size:
             return peers, True
         route = self._routes.get(identifier)
@@ -245,7 +245,7 @@ class Records:
     def _note_outcome(self, reasons: dict[str, str], peer: PeerID, reason: str) -> bool:
         if reason:
             reasons[str(peer)] = reason
-            logger.debug("%s refused a record: %s", peer, reason)
+            logger.debug("%s refused an entry: %s", peer, reason)
         return not reason
 
     def _leave_copies(self, key: bytes, known: KnownRecord, lacking: list[PeerID]) -> None:

@@ -48,5 +48,5 @@ def records_after_loss(
 
 def _nearest(table: RoutingTable, own: PeerID, identifier: int, count: int) -> list[PeerID]:
     """The nodes nearest to a key, this one included."""
-    peers = [own, *(entry.peer for entry in table.nearest(identifier, count))]
+    peers = [own, *(node.peer for node in table.nearest(identifier, count))]
     return sorted(peers, key=lambda peer: node_id(peer) ^ identifier)[:count]

@@ -17,7 +17,7 @@ from shoal.p2p.identity import PeerID
 
 
 @dataclass(slots=True)
-class RoutingEntry:
+class TableNode:
     """One node of the table."""
 
     peer: PeerID
@@ -29,8 +29,8 @@ class RoutingEntry:
 
 @dataclass(slots=True)
 class _Bucket:
-    nodes: dict[PeerID, RoutingEntry] = field(default_factory=dict)  # least recently seen first
-    replacements: dict[PeerID, RoutingEntry] = field(default_factory=dict)  # most recently seen last
+    nodes: dict[PeerID, TableNode] = field(default_factory=dict)  # least recently seen first
+    replacements: dict[PeerID, TableNode] = field(default_factory=dict)  # most recently seen last
     refreshed_at: float = float("-inf")
 
 
@@ -66,8 +66,8 @@ class RoutingTable:
     def keeps_waiting(self, peer: PeerID, since: float) -> bool:
         """Whether the peer answered after ``since``, and waits for a place in its bucket, which was full."""
         bucket = self._bucket_of(node_id(peer))
-        entry = None if bucket is None else bucket.replacements.get(peer)
-        return entry is not None and entry.last_seen > since
+        node = None if bucket is None else bucket.replacements.get(peer)
+        return node is not None and node.last_seen > since
 
     def answered(self, peer: PeerID, now: float) -> PeerID | None:
         """The peer answered a call: remember it as the most recently seen of its bucket.
@@ -80,18 +80,18 @@ class RoutingTable:
         if identifier == self.own_id:
             return None
         bucket = self._buckets.setdefault(bucket_index(self.own_id, identifier), _Bucket())
-        entry = bucket.nodes.pop(peer, None)
-        if entry is not None:
-            entry.last_seen = now
-            bucket.nodes[peer] = entry
+        node = bucket.nodes.pop(peer, None)
+        if node is not None:
+            node.last_seen = now
+            bucket.nodes[peer] = node
             return None
-        entry = RoutingEntry(peer, identifier, now, id_prefix(identifier))
+        node = TableNode(peer, identifier, now, id_prefix(identifier))
         bucket.replacements.pop(peer, None)
         if len(bucket.nodes) < self.bucket_size:
-            bucket.nodes[peer] = entry
+            bucket.nodes[peer] = node
             self._size += 1
             return None
-        bucket.replacements[peer] = entry
+        bucket.replacements[peer] = node
         if len(bucket.replacements) > self.bucket_size:
             del bucket.replacements[next(iter(bucket.replacements))]
         oldest = next(iter(bucket.nodes.values()))
@@ -110,17 +110,17 @@ class RoutingTable:
         self._size -= 1
         if not bucket.replacements:
             return None
-        promoted, entry = bucket.replacements.popitem()
+        promoted, node = bucket.replacements.popitem()
         # It was seen less recently than those who answered since, but the exact order matters to nobody.
-        bucket.nodes[promoted] = entry
+        bucket.nodes[promoted] = node
         self._size += 1
         return promoted
 
-    def nearest(self, target: int, count: int) -> list[RoutingEntry]:
+    def nearest(self, target: int, count: int) -> list[TableNode]:
         """The nodes nearest to an id, nearest first, at most ``count``."""
-        found: list[RoutingEntry] = []
+        found: list[TableNode] = []
         for group in self._groups_by_distance(target):
-            found += sorted(group, key=lambda entry: entry.node_id ^ target)
+            found += sorted(group, key=lambda node: node.node_id ^ target)
             if len(found) >= count:
                 return found[:count]
         return found
@@ -148,10 +148,10 @@ class RoutingTable:
     def not_seen_since(self, moment: float) -> list[PeerID]:
         """The nodes that have not answered since then."""
         return [
-            entry.peer
+            node.peer
             for index in sorted(self._buckets)
-            for entry in self._buckets[index].nodes.values()
-            if entry.last_seen < moment
+            for node in self._buckets[index].nodes.values()
+            if node.last_seen < moment
         ]
 
     def _bucket_of(self, identifier: int) -> _Bucket | None:
@@ -159,7 +159,7 @@ class RoutingTable:
             return None
         return self._buckets.get(bucket_index(self.own_id, identifier))
 
-    def _groups_by_distance(self, target: int) -> Iterator[Iterable[RoutingEntry]]:
+    def _groups_by_distance(self, target: int) -> Iterator[Iterable[TableNode]]:
         """All nodes in groups, such that every node of a group is nearer to the target than all of the next
         group.
 
@@ -172,10 +172,10 @@ class RoutingTable:
         if middle in self._buckets:
             yield self._buckets[middle].nodes.values()
         yield [
-            entry
+            node
             for index, bucket in self._buckets.items()
             if index < middle
-            for entry in bucket.nodes.values()
+            for node in bucket.nodes.values()
         ]
         for index in sorted(index for index in self._buckets if index > middle):
             yield self._buckets[index].nodes.values()

@@ -1,4 +1,4 @@
-"""Records whose values must have stated types: :class:`SchemaValidator`."""
+"""Values that must have stated types: :class:`SchemaValidator`."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _fields_by_key(schema: Mapping[Any, Any] | type[Any], prefix: str | None) ->
     elif isinstance(schema, type):
         types = _types_of_class(schema)
     else:
-        raise InvalidTypeError(f"schema: {schema!r} is neither a mapping of keys to types nor a class")
+        raise InvalidTypeError(f"schema must be a mapping of keys to types or a class, got {schema!r}")
     return {
         MSGPackSerializer.dumps(key if prefix is None else f"{prefix}_{key}"): [_make_field(key, kind)]
         for key, kind in types.items()
@@ -115,7 +115,7 @@ def _types_of_class(schema: type[Any]) -> dict[Any, Any]:
         }
     types = typing.get_type_hints(schema, include_extras=True)
     if not types:
-        raise InvalidValueError(f"schema: {schema!r} has no annotated fields")
+        raise InvalidValueError(f"schema must have annotated fields, got {schema!r}, which has none")
     return types
 
 

@@ -29,7 +29,7 @@ PAUSE_AFTER = 16
 MAX_REASON = 500
 
 
-class Server:
+class NodeServer:
     """Answers :data:`FIND` and :data:`STORE` from the node's table and storage."""
 
     def __init__(
@@ -50,8 +50,8 @@ class Server:
         if self._is_serving:
             return
         self._is_serving = True
-        host.serve(FIND, self._handle_find)
-        host.serve(STORE, self._handle_store)
+        host.serve(FIND, self._answer_find)
+        host.serve(STORE, self._answer_store)
 
     def stop(self, host: Host) -> None:
         """Serve no more. Idempotent."""
@@ -59,7 +59,7 @@ class Server:
         host.stop_serving(FIND)
         host.stop_serving(STORE)
 
-    async def _handle_find(self, peer: PeerID, request: FindRequest) -> FindResponse:
+    async def _answer_find(self, peer: PeerID, request: FindRequest) -> FindResponse:
         self._neighbours.heard_from(peer, request.listening)
         target = id_from_bytes(request.target)
         nodes = self._neighbours.contacts_near(target, request.known, request.count, peer)
@@ -74,12 +74,12 @@ class Server:
         ]
         return FindResponse(nodes, entries, record.sequence)
 
-    async def _handle_store(self, peer: PeerID, request: StoreRequest) -> StoreResponse:
+    async def _answer_store(self, peer: PeerID, request: StoreRequest) -> StoreResponse:
         self._neighbours.heard_from(peer, request.listening)
         refused = await self._keep(request.key, request.entries)
         for reason in dict.fromkeys(refused):
             if reason:
-                logger.info("refused a record from %s: %s", peer, reason)
+                logger.info("refused an entry from %s: %s", peer, reason)
         if not request.count:
             return StoreResponse(refused)
         target = key_id(request.key)

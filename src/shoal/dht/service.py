@@ -20,7 +20,7 @@ from shoal.dht.commands import (
     NodeDescription,
     RegisterClasses,
     RunCoroutine,
-    StoreRecord,
+    StoreEntry,
 )
 from shoal.dht.node import DHTNode
 from shoal.dht.types import ValueWithExpiration
@@ -74,7 +74,7 @@ class DHTService:
         node.clock.on_move.append(self._clock_moved)
         self._view = DHTView(node)
         self._methods: dict[type[object], Callable[[Any], Awaitable[object]]] = {
-            StoreRecord: self._store,
+            StoreEntry: self._store,
             GetRecord: self._get,
             RunCoroutine: self._run_coroutine,
             AddValidators: self._add_validators,
@@ -96,7 +96,7 @@ class DHTService:
             if self._lease is not None:
                 self._lease.close()
 
-    async def _store(self, command: StoreRecord) -> bool:
+    async def _store(self, command: StoreEntry) -> bool:
         return await self.node.store_serialized(
             command.key, command.value, command.expiration_time, command.subkey
         )
@@ -110,7 +110,7 @@ class DHTService:
         coroutine = function(self._view, self.node)
         if not inspect.isawaitable(coroutine):
             raise InvalidTypeError(
-                f"run_coroutine needs an `async def` function, but {function!r} returned {coroutine!r}"
+                f"coro must be an `async def` function, got {function!r}, which returned {coroutine!r}"
             )
         return await coroutine
 

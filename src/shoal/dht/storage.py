@@ -1,10 +1,12 @@
-"""Records that a node keeps, with their expirations and sub-keys. Pure: ``now`` is an argument.
+"""Records that a node keeps. Pure: ``now`` is an argument.
 
-A record is either one value, or a dictionary of sub-keys with a value and an expiration each; the entry of a
-plain value has the sub-key ``b""`` (no serialized value is empty). Of two values for the same place the one
-that expires later wins; if they expire at the same moment, the one whose bytes are greater, so that all
-replicas agree. A plain value and a dictionary displace each other by the same rule, the dictionary counting
-as its latest entry.
+A *record* is all that lies under one key. It holds *entries*: a single plain one, or a dictionary of them by sub-key.
+An entry is a *value* and the time at which it expires. The plain entry has the sub-key ``b""`` (no serialized sub-key
+is empty).
+
+Of two entries for the same place the one that expires later wins; if they expire at the same moment, the one whose
+value is greater as bytes, so that all replicas agree. A plain entry and a dictionary displace each other by the same
+rule, the dictionary counting as its latest entry.
 
 Each change gets the next number of one sequence. Whoever polls a record says up to which number he knows it
 already, and is given only what changed since (:meth:`Record.changes_since`).
@@ -20,14 +22,14 @@ from shoal.dht.ids import key_id
 from shoal.utils import figures
 
 PLAIN = b""
-"""The sub-key of the entry that holds a plain value."""
+"""The sub-key of a plain entry."""
 NO_TIME_AT_ALL = 365 * 86400.0
 """Seconds: what expired so long ago was given as a duration, most likely."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One value with its expiration (seconds since the epoch)."""
+    """One value, and when it expires (seconds since the epoch): what is stored, signed, checked and replaced as one."""
 
     value: bytes
     expiration: float
@@ -38,7 +40,7 @@ class Entry:
 
 
 class Record:
-    """What is known of one key: the entries by serialized sub-key, or one entry at :data:`PLAIN`."""
+    """All that is known of one key: the entries by serialized sub-key, or one entry at :data:`PLAIN`."""
 
     __slots__ = ("_changed_at", "entries", "key", "sequence", "size")
 
@@ -53,7 +55,7 @@ class Record:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the record is one value without sub-keys."""
+        """Whether the record is one entry without a sub-key."""
         return PLAIN in self.entries
 
     @property

@@ -11,14 +11,13 @@ import math
 import random
 from collections.abc import Callable, Sequence
 
-import msgspec
-
 from shoal.dht.swarm_time import ClockChange, ClockSample, choose_change
 from shoal.errors import ConnectionLost, DeadlineExceeded, PeerUnreachable, ProtocolViolation, RemoteError
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Method
 from shoal.utils import figures
+from shoal.utils.structs import CompactStruct
 from shoal.utils.timed import DHTClock
 
 logger = logging.getLogger(__name__)
@@ -40,11 +39,11 @@ WARN_FROM = 3.0
 MAX_SUSPECTS = 256
 
 
-class TimeRequest(msgspec.Struct, array_like=True, frozen=True):
+class TimeRequest(CompactStruct, frozen=True):
     """What time is it?"""
 
 
-class TimeResponse(msgspec.Struct, array_like=True, frozen=True):
+class TimeResponse(CompactStruct, frozen=True):
     """The time of the peer that was asked, and whether it is that of a DHT."""
 
     now: float
@@ -74,12 +73,12 @@ class TimeKeeper:
         host.serve(TIME, self._answer)
         self._unsubscribe = host.on_clock_difference(self._clock_differs)
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Answer nobody any more."""
         self._unsubscribe()
         self._host.stop_serving(TIME)
 
-    def begin(self) -> None:
+    def be_first(self) -> None:
         """This node is the first of a DHT: others go by its clock."""
         self.is_settled = True
 

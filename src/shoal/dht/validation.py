@@ -1,7 +1,8 @@
-"""Checks on DHT records: who may write them, and what they may hold.
+"""Checks on entries of the DHT: which peer may write them, and what they may hold.
 
-Validators are asked by every node at which a record is to be stored, and again by whoever gets it. They see
-keys, sub-keys and values as serialized bytes, and run on bytes from strangers.
+Each node asks its validators before it stores an entry, and again when it gets one. Validators see keys, sub-keys and
+values as serialized bytes, and run on bytes from strangers. hivemind calls an entry with its key a *record*, and the
+names here do so too: ``DHTRecord``, ``RecordValidatorBase``.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class DHTRecord:
-    """One entry of the DHT as validators see it: serialized bytes."""
+    """One entry with its key, as validators see it: serialized bytes."""
 
     key: bytes
     subkey: bytes | None
-    """None for a record without sub-keys."""
+    """None for a plain entry."""
     value: bytes
     expiration_time: float
 
 
 class RecordValidatorBase(ABC):
-    """One check on records. Several are combined by :class:`CompositeValidator`.
+    """One check on entries. Several are combined by :class:`CompositeValidator`.
 
     A validator may wrap values: :meth:`sign_value` adds to a value that this node stores what
     :meth:`validate` will look for in it elsewhere, and :meth:`strip_value` takes it off again.
@@ -48,10 +49,10 @@ class RecordValidatorBase(ABC):
 
     @abstractmethod
     def validate(self, record: DHTRecord) -> bool:
-        """Whether the record may be stored, and believed."""
+        """Whether the entry may be stored, and believed."""
 
     def explain(self, record: DHTRecord) -> str | None:
-        """None if the record is valid, or the reason why not, for logs; tells more where a subclass defines
+        """None if the entry is valid, or the reason why not, for logs; tells more where a subclass defines
         it.
         """
         return None if self.validate(record) else f"{type(self).__name__} refused it"
@@ -61,7 +62,7 @@ class RecordValidatorBase(ABC):
         return record.value
 
     def strip_value(self, record: DHTRecord) -> bytes:
-        """The value of a valid record without what :meth:`sign_value` added."""
+        """The value of a valid entry without what :meth:`sign_value` added."""
         return record.value
 
     @property
@@ -86,7 +87,7 @@ class CompositeValidator(RecordValidatorBase):
         for validator in validators:
             if not isinstance(validator, RecordValidatorBase):
                 raise InvalidTypeError(
-                    f"record_validators: {validator!r} is not an instance of RecordValidatorBase"
+                    f"record_validators must hold instances of RecordValidatorBase, got {validator!r}"
                 )
             if not any(existing.merge_with(validator) for existing in self._validators):
                 self._validators.append(validator)
@@ -96,7 +97,7 @@ class CompositeValidator(RecordValidatorBase):
         return self.explain(record) is None
 
     def explain(self, record: DHTRecord) -> str | None:
-        """The first reason against the record; one line, whatever of the record a validator quotes in it."""
+        """The first reason against the entry; one line, whatever of the entry a validator quotes in it."""
         for validator in reversed(self._validators):
             try:
                 reason = validator.explain(record)
@@ -119,20 +120,20 @@ class CompositeValidator(RecordValidatorBase):
 
 
 def _message_to_sign(record: DHTRecord) -> bytes:
-    """All that a signature vouches for, framed so that no two records give the same bytes."""
+    """All that a signature vouches for, framed so that no two entries give the same bytes."""
     parts = (record.key, record.subkey or b"", record.value, struct.pack(">d", record.expiration_time))
     return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
 
 
-# ---- records that belong to the holder of a key
+# ---- entries that belong to the holder of a key
 # ----------------------------------------------------------------
 
 
 class SignatureValidator(RecordValidatorBase):
-    """Records that only the holder of an Ed25519 key can write.
+    """Entries that only the holder of an Ed25519 key can write.
 
-    A record is owned if its key or sub-key contains an owner's marker, such as :attr:`local_public_key`; it
-    is then valid only with that owner's signature over key, sub-key, value and expiration. Other records are
+    An entry is owned if its key or sub-key contains an owner's marker, such as :attr:`local_public_key`; it
+    is then valid only with that owner's signature over key, sub-key, value and expiration. Other entries are
     left alone.
 
     >>> validator = SignatureValidator()
@@ -177,7 +178,7 @@ class SignatureValidator(RecordValidatorBase):
         return None
 
     def sign_value(self, record: DHTRecord) -> bytes:
-        """Signs what this validator's key owns; a record of somebody else stays unsigned, and will be
+        """Signs what this validator's key owns; an entry of another owner stays unsigned, and will be
         refused.
         """
         if self._owners(record) != [self._identity.peer_id.public_key.hex().encode()]:
@@ -199,7 +200,7 @@ class SignatureValidator(RecordValidatorBase):
         return (type(self), (self._seed,))
 
 
-# ---- records that belong to the peer that stores them
+# ---- entries that belong to the peer that stores them
 # ----------------------------------------------------------
 
 _PROTECTED_PREFIX = b"\0shoal/protected/"
@@ -240,7 +241,7 @@ class ProtectedKeyValidator(RecordValidatorBase):
         if not is_protected(record.key):
             return None
         if record.subkey is None:
-            return "a record under a protected key needs a sub-key"
+            return "an entry under a protected key needs a sub-key"
         try:
             raw = MSGPackSerializer.loads(record.subkey)
             owner = PeerID.from_bytes(raw) if isinstance(raw, bytes) else None

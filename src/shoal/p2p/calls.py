@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from shoal.errors import DeadlineExceeded, InvalidStateError, ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.identity import PeerID
 from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.protocol.streams import Multiplexer, StreamState
 from shoal.p2p.rpc import Method, Payload, Stream, StreamConnection
 
@@ -73,7 +74,9 @@ class Calls:
         try:
             await answered
         except asyncio.CancelledError:
-            state.reset("cancelled", "the caller lost interest", InvalidStateError("the call was cancelled"))
+            state.reset(
+                ResetCode.CANCELLED, "the caller lost interest", InvalidStateError("the call was cancelled")
+            )
             raise
         finally:
             timer.cancel()
@@ -100,7 +103,7 @@ class Calls:
 
     def _expire(self, state: StreamState, method: Method[Any, Any], timeout: float) -> None:
         message = f"{method.name} at {self._connection.peer} took longer than {timeout:g} s"
-        state.reset("deadline", message, DeadlineExceeded(message))
+        state.reset(ResetCode.DEADLINE, message, DeadlineExceeded(message))
 
     # What the peer asks.
 
@@ -112,7 +115,7 @@ class Calls:
         state, opened = accepted
         served = self._find_served(opened.method)
         if served is None:
-            failure = RemoteError("unknown_method", f"{opened.method!r} is not served here")
+            failure = RemoteError(ResetCode.UNKNOWN_METHOD, f"{opened.method!r} is not served here")
             state.reset(failure.code, failure.message, failure)
             self._streams.release(state)
             return
@@ -174,19 +177,23 @@ class Calls:
         try:
             answer = await run()
             state.finish(b"" if served.unary is None else await self._encode(answer))
-            state.reset("finished", "the handler has returned", InvalidStateError("the handler has returned"))
+            state.reset(
+                ResetCode.FINISHED, "the handler has returned", InvalidStateError("the handler has returned")
+            )
         except asyncio.CancelledError:
-            self._reset(state, RemoteError("cancelled", f"the handler of {method.name} was cancelled"))
+            self._reset(
+                state, RemoteError(ResetCode.CANCELLED, f"the handler of {method.name} was cancelled")
+            )
             raise
         except RemoteError as error:
             self._reset(state, error)
         except ShoalError as error:
-            self._reset(state, RemoteError("failed", str(error)))
+            self._reset(state, RemoteError(ResetCode.FAILED, str(error)))
         except Exception:
             # The outer edge of the application's code: its mistake is logged here, and the peer is told that
             # it is one, not what it says.
             logger.exception("the handler of %s failed", method.name)
-            self._reset(state, RemoteError("internal", f"the handler of {method.name} failed"))
+            self._reset(state, RemoteError(ResetCode.INTERNAL, f"the handler of {method.name} failed"))
         finally:
             if timer is not None:
                 timer.cancel()

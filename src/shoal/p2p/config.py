@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Annotated
 
 from shoal.errors import InvalidValueError
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.utils.checks import Count, Number, Text
+from shoal.utils.options import check_options
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -21,15 +23,24 @@ INITIAL_WINDOW = 256 * KIB
 MAX_MESSAGE = 1 * MIB
 """The longest body of a message. Part of the wire protocol."""
 
-_AT_LEAST_ONE = (
-    "bulk_lanes",
-    "max_connections",
-    "max_connections_per_ip",
-    "max_handshakes",
-    "max_handshakes_per_ip",
-    "max_inbound_streams",
-    "max_addresses_per_peer",
-)
+_ONE_MESSAGE = "one message may have as many"
+
+MAX_AGENT = 64
+"""Characters of the program's name that peers accept. Part of the wire protocol."""
+
+LANES_BESIDE_BULK = 2
+"""Control connections to one peer: both sides may have dialed at once."""
+
+
+def _check_agent(name: str, text: str) -> None:
+    if len(text) > MAX_AGENT:
+        raise InvalidValueError(f"{name} must be {AGENT.allowed}, got {text!r}")
+
+
+AGENT = Text(f"at most {MAX_AGENT} characters", _check_agent)
+
+Seconds = Annotated[float, Number(minimum=0, unit="s")]
+Limit = Annotated[int, Count(1)]
 
 
 @dataclass(frozen=True)
@@ -40,81 +51,70 @@ class HostConfig:
     """Never listens and announces nothing; is called over the connections that it opens."""
     announce: Sequence[Multiaddr] = ()
     """What other peers are told instead of the addresses that the host listens on; at most 16."""
-    agent: str = "shoal"
+    agent: Annotated[str, AGENT] = "shoal"
     """Free text that names the program to other peers, at most 64 characters."""
 
-    dial_timeout: float = 10.0
+    dial_timeout: Seconds = 10.0
     """For one address: connecting, handshake and HELLO."""
-    dial_stagger: float = 0.25
+    dial_stagger: Seconds = 0.25
     """How long one address is tried before the next is tried beside it."""
-    handshake_timeout: float = 10.0
+    handshake_timeout: Seconds = 10.0
     """How long an incoming connection may take to prove who it is."""
-    close_timeout: float = 1.0
+    close_timeout: Seconds = 1.0
     """How long a closing connection may take to hand over what it still has to send."""
 
-    bulk_lanes: int = 1
+    bulk_lanes: Limit = 1
     """How many connections for bulk data are opened to one peer."""
-    max_connections: int = 512
+    max_connections: Limit = 512
     """Of both directions. Incoming ones over this are refused, unless one that is not used, and whose peer can be
     dialed again, can be closed in their favour. For what the host dials itself, any unused one is closed. Half of
     what operating systems let a process open by default."""
-    max_connections_per_ip: int = 384
+    max_connections_per_ip: Limit = 384
     """Of these, incoming ones from one IP address (IPv6: one /64): many peers may share that of a router, but the
     rest stays for others. This machine's own addresses have no such limit."""
-    max_connections_per_peer: int = 16
+    max_connections_per_peer: Annotated[int, Count(1 + LANES_BESIDE_BULK)] = 16
     """Of these, those to one peer, bulk lanes included; the one unused for longest makes room for a new one."""
-    max_handshakes: int = 256
+    max_handshakes: Limit = 256
     """Incoming connections, beyond ``max_connections``, that may be proving who they are."""
-    max_handshakes_per_ip: int = 64
+    max_handshakes_per_ip: Limit = 64
     """Of these, those from one IP address, as above: a swarm behind one router that starts at once is still let in."""
-    idle_timeout: float = 600.0
+    idle_timeout: Seconds = 600.0
     """An unused control connection is closed after this, if its peer can be dialed again."""
-    idle_lane_timeout: float = 60.0
+    idle_lane_timeout: Seconds = 60.0
     """An unused bulk lane is closed after this."""
-    max_inbound_streams: int = 256
+    max_inbound_streams: Limit = 256
     """Calls and streams that one connection serves at a time; more are refused as ``busy``."""
-    max_unread: int = 8 * MIB
+    max_unread: Annotated[int, Count(MAX_MESSAGE, unit="bytes", reason=_ONE_MESSAGE)] = 8 * MIB
     """Bytes that the streams opened by the peer of one connection may make this side hold: messages that no handler
     has taken, requests being answered, and payloads that no handler has asked for. More is refused as ``busy``."""
-    max_stream_timeout: float = 86400.0
+    max_stream_timeout: Seconds = 86400.0
     """A longer deadline than this is cut to it; a stream opened without one has none."""
 
-    max_known_peers: int = 4096
-    max_addresses_per_peer: int = 16
+    max_known_peers: Annotated[int, Count(0)] = 4096
+    max_addresses_per_peer: Limit = 16
 
-    probe_after: float = 1.5
+    probe_after: Seconds = 1.5
     """Silence on a connection in use after which its peer is asked for a sign of life."""
-    idle_probe_after: float = 30.0
+    idle_probe_after: Seconds = 30.0
     """The same on a connection that nothing waits for."""
-    min_answer_time: float = 3.0
+    min_answer_time: Seconds = 3.0
     """How long a peer may take for a sign of life at least, where the round-trip time is short."""
-    max_answer_time: float = 13.0
+    max_answer_time: Seconds = 13.0
     """How long a peer may take for a sign of life at most."""
 
-    clock_difference: float = 1.0
+    clock_difference: Seconds = 1.0
     """Seconds by which a peer's clock has to differ for ``Host.on_clock_difference`` to tell."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type in ("float", "int") and not (value >= 0 and math.isfinite(value)):
-                raise InvalidValueError(f"{field.name}: {value!r} is not a finite number >= 0")
-        for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise InvalidValueError(f"{name}: {getattr(self, name)!r} is not at least 1")
-        if self.bulk_lanes + 2 > self.max_connections_per_peer:  # two: both sides may have dialed at once
+        check_options(self)
+        most = self.max_connections_per_peer - LANES_BESIDE_BULK
+        if self.bulk_lanes > most:
             raise InvalidValueError(
-                f"bulk_lanes: {self.bulk_lanes!r}; max_connections_per_peer={self.max_connections_per_peer!r} allows "
-                f"{self.max_connections_per_peer - 2} at most"
+                f"bulk_lanes must be at most {most}, with max_connections_per_peer={self.max_connections_per_peer}, "
+                f"got {self.bulk_lanes}"
             )
-        if self.max_unread < MAX_MESSAGE:
-            raise InvalidValueError(
-                f"max_unread: {self.max_unread!r} bytes are less than one message may have ({MAX_MESSAGE})"
-            )
-        if len(self.agent) > 64:
-            raise InvalidValueError(f"agent: {self.agent!r} is longer than 64 characters")
         if len(self.announce) > MAX_ANNOUNCED:
             raise InvalidValueError(
-                f"announce: {len(self.announce)} addresses; at most {MAX_ANNOUNCED} are allowed"
+                f"announce must be at most {MAX_ANNOUNCED} addresses, got {len(self.announce)}"
             )
         object.__setattr__(self, "announce", tuple(address.without_peer_id() for address in self.announce))

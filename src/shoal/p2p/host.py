@@ -10,8 +10,6 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any
 
-import msgspec
-
 from shoal.errors import (
     ConnectionLost,
     DeadlineExceeded,
@@ -33,6 +31,7 @@ from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Listener, Network
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.claims import SILENCE
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.protocol.streams import StreamState
 from shoal.p2p.protocol.violations import Ending
 from shoal.p2p.reach.dialback import (
@@ -49,6 +48,7 @@ from shoal.p2p.reach.inquiry import Reach
 from shoal.p2p.reach.reachability import Findings, Reachability
 from shoal.p2p.rpc import Lane, Method, RequestT, ResponseT, Stream
 from shoal.p2p.tenancy import CLAIM
+from shoal.utils.structs import CompactStruct
 from shoal.utils.timed import get_dht_time
 
 __all__ = ["Host"]
@@ -60,11 +60,11 @@ _ANNOUNCE_TIMEOUT = 10.0
 LOOPBACK_IPS = ("127.0.0.1", "::1")
 
 
-class _OpenLane(msgspec.Struct, array_like=True, frozen=True):
+class _OpenLane(CompactStruct, frozen=True):
     """Please dial me once more, for bulk data."""
 
 
-class _LaneOpened(msgspec.Struct, array_like=True, frozen=True):
+class _LaneOpened(CompactStruct, frozen=True):
     """Whether the lane was opened."""
 
     opened: bool
@@ -469,7 +469,7 @@ class Host:
         try:
             addresses = [Multiaddr.parse(text) for text in request.addresses]
         except InvalidValueError as error:
-            raise RemoteError("bad_address", str(error)) from error
+            raise RemoteError(ResetCode.BAD_ADDRESS, str(error)) from error
         self._connections.peer_announced(peer, addresses, request.is_client)
         return AnnouncementHeard()
 
@@ -548,4 +548,4 @@ class _StreamContext(AbstractAsyncContextManager[Stream]):
             self._timer.cancel()
         if kind is None:
             self._state.finish()
-        self._stream.reset("cancelled", "the opener has left the stream")
+        self._stream.reset(ResetCode.CANCELLED, "the opener has left the stream")

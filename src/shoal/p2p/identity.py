@@ -73,11 +73,11 @@ class PeerID:
     def __init__(self, raw: bytes) -> None:
         """As :meth:`from_bytes`, which reads better."""
         if not isinstance(raw, bytes):
-            raise InvalidTypeError(f"raw: a PeerID is made of bytes, not {type(raw).__name__}")
+            raise InvalidTypeError(f"raw must be bytes, got {type(raw).__name__}")
         if len(raw) != PEER_ID_BYTES or not raw.startswith(_PEER_ID_PREFIX):
             shown = raw[:PEER_ID_BYTES].hex() + ("..." if len(raw) > PEER_ID_BYTES else "")
             raise InvalidValueError(
-                f"raw: {len(raw)} bytes {shown} are not the {PEER_ID_BYTES} bytes of an Ed25519 PeerID"
+                f"raw must be the {PEER_ID_BYTES} bytes of an Ed25519 PeerID, got {len(raw)} bytes {shown}"
             )
         object.__setattr__(self, "_raw", raw)
         object.__setattr__(self, "_hash", hash(raw))
@@ -87,23 +87,24 @@ class PeerID:
     def from_public_key(cls, raw: bytes) -> PeerID:
         """The PeerID of a raw 32-byte Ed25519 public key; :class:`InvalidValueError` at any other length."""
         if len(raw) != _KEY_BYTES:
-            raise InvalidValueError(f"raw: an Ed25519 public key has {_KEY_BYTES} bytes, not {len(raw)}")
+            raise InvalidValueError(
+                f"raw must be an Ed25519 public key of {_KEY_BYTES} bytes, got {len(raw)}"
+            )
         return cls(_PEER_ID_PREFIX + bytes(raw))
 
     @classmethod
     def from_base58(cls, text: str) -> PeerID:
         """The PeerID printed as ``text``; :class:`InvalidValueError` if it is not an Ed25519 PeerID."""
         if not isinstance(text, str):
-            raise InvalidTypeError(f"text: the text of a PeerID is a str, not {type(text).__name__}")
+            raise InvalidTypeError(f"text must be a str, got {type(text).__name__}")
         if len(text) != _PEER_ID_DIGITS:
             raise InvalidValueError(
-                f"text: {text[:80]!r} is not an Ed25519 PeerID: it has {len(text)} characters, "
-                f"not {_PEER_ID_DIGITS}"
+                f"text must be an Ed25519 PeerID of {_PEER_ID_DIGITS} characters, got {len(text)}: {text[:80]!r}"
             )
         try:
             return cls(_base58_decode(text))
         except InvalidValueError as error:
-            raise InvalidValueError(f"text: {text!r} is not an Ed25519 PeerID: {error}") from None
+            raise InvalidValueError(f"text must be an Ed25519 PeerID, got {text!r}: {error}") from None
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> PeerID:
@@ -184,7 +185,7 @@ class Identity:
         if seed is None:
             return cls(Ed25519PrivateKey.generate())
         if len(seed) != _KEY_BYTES:
-            raise InvalidValueError(f"seed: must have {_KEY_BYTES} bytes, not {len(seed)}")
+            raise InvalidValueError(f"seed must be {_KEY_BYTES} bytes, got {len(seed)}")
         return cls(Ed25519PrivateKey.from_private_bytes(seed))
 
     @classmethod

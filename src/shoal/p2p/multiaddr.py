@@ -94,11 +94,10 @@ class Multiaddr:
         if isinstance(text, Multiaddr):
             return text
         if not isinstance(text, str):
-            raise InvalidTypeError(f"address: must be a str or Multiaddr, not {type(text).__name__}")
+            raise InvalidTypeError(f"address must be a str or Multiaddr, got {text!r}")
         if len(text) > MAX_TEXT_CHARACTERS:
             raise InvalidValueError(
-                f"address: {text[:60]!r}... has {len(text)} characters; "
-                f"at most {MAX_TEXT_CHARACTERS} are allowed"
+                f"address must be at most {MAX_TEXT_CHARACTERS} characters, got {len(text)}: {text[:60]!r}..."
             )
         pieces = text.split("/")
         try:
@@ -107,7 +106,7 @@ class Multiaddr:
             components = _parse_unspoken(pieces)
             if components is not None:
                 return cls._of(components)
-            raise InvalidValueError(f"address {text!r}: {error}; the form is {FORM}") from None
+            raise InvalidValueError(f"address must be of the form {FORM}, got {text!r}: {error}") from None
 
     @property
     def protocol(self) -> str:
@@ -195,11 +194,11 @@ class Multiaddr:
 def _direct(protocol: object, host: object, port: object, peer_id: str | None) -> tuple[Component, ...]:
     """The components of an address that Shoal dials."""
     if protocol not in PROTOCOLS:
-        raise InvalidValueError(f"protocol: {protocol!r} is not one of {', '.join(PROTOCOLS)}")
+        raise InvalidValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
     if type(port) is not int:  # a bool is none
-        raise InvalidTypeError(f"port: must be an int, not {type(port).__name__}")
+        raise InvalidTypeError(f"port must be an int, got {port!r}")
     if not 0 <= port <= 65535:
-        raise InvalidValueError(f"port: {port} is not between 0 and 65535")
+        raise InvalidValueError(f"port must be 0 to 65535, got {port}")
     place = ((str(protocol), _canonical_host(str(protocol), host)), ("tcp", str(port)))
     if peer_id is None:
         return place
@@ -211,7 +210,7 @@ def _parse_direct(pieces: list[str]) -> tuple[Component, ...]:
     if pieces[0]:
         raise InvalidValueError(f"it begins with {pieces[0]!r}, not with '/'")
     if len(pieces) > 3 and pieces[3] != "tcp":
-        raise InvalidValueError(f"the transport is {pieces[3]!r}, only 'tcp' is supported")
+        raise InvalidValueError(f"the transport must be 'tcp', got {pieces[3]!r}")
     if len(pieces) > 5 and pieces[5] != "p2p":
         raise InvalidValueError(f"{pieces[5]!r} follows the port, where only 'p2p' may")
     if len(pieces) not in (5, 7):
@@ -261,22 +260,22 @@ def _canonical_value(protocol: str, value: str | None) -> str | None:
 
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 5):
-        raise InvalidValueError(f"port: {text!r} is not a number between 0 and 65535")
+        raise InvalidValueError(f"port must be a number from 0 to 65535, got {text!r}")
     return int(text)
 
 
 def _canonical_host(protocol: str, host: object) -> str:
     """The one spelling of ``host`` that is kept; :class:`InvalidValueError` if ``protocol`` has no such."""
     if not isinstance(host, str):
-        raise InvalidTypeError(f"host: must be a str, not {type(host).__name__}")
+        raise InvalidTypeError(f"host must be a str, got {host!r}")
     if protocol in ("ip4", "ip6"):
         return _canonical_ip(protocol, host)
     name = host.lower()
     labels = name.split(".")
     if len(name) > 253 or not all(_DNS_LABEL.fullmatch(label) for label in labels):
-        raise InvalidValueError(f"host: {host!r} is not a host name")
+        raise InvalidValueError(f"host must be a host name, got {host!r}")
     if labels[-1].isdigit():
-        raise InvalidValueError(f"host: {host!r} is not a host name; IP addresses go with /ip4 or /ip6")
+        raise InvalidValueError(f"host must be a host name, got {host!r}: IP addresses go with /ip4 or /ip6")
     return name
 
 
@@ -287,7 +286,9 @@ def _canonical_ip(protocol: str, host: str) -> str:
         address = ipaddress.IPv6Address(host)
     except ValueError:
         version = "IPv4" if protocol == "ip4" else "IPv6"
-        raise InvalidValueError(f"host: {host!r} is not an {version} address") from None
+        raise InvalidValueError(f"host must be an {version} address, got {host!r}") from None
     if address.scope_id is not None:
-        raise InvalidValueError(f"host: {host!r} has a zone, which means nothing to other machines")
+        raise InvalidValueError(
+            f"host must have no zone, which means nothing to other machines, got {host!r}"
+        )
     return str(address)

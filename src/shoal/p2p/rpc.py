@@ -16,6 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidValueError, ProtocolViolation, ShoalError
 from shoal.p2p.identity import PeerID
 from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.protocol.frames import payload_memory
 from shoal.p2p.protocol.streams import Payload, StreamState
 
@@ -149,7 +150,7 @@ class Stream:
             raise self._state.failure
         self._state.finish()
 
-    def reset(self, code: str = "cancelled", message: str = "") -> None:
+    def reset(self, code: str = ResetCode.CANCELLED, message: str = "") -> None:
         """End the stream in both directions at once; the other side gets ``RemoteError(code, message)``."""
         self._state.reset(code, message, InvalidStateError(f"the stream was reset from this side: {code}"))
 
@@ -185,7 +186,7 @@ class Stream:
         connection. Payloads that came before this call are copied. Without a sink, memory is allocated.
         """
         if window < 1:
-            raise InvalidValueError(f"window: {window} is not at least 1 byte")
+            raise InvalidValueError(f"window must be at least 1 byte, got {window}")
         try:
             self._state.accept_payloads(None if sink is None else self._guarded(sink), window)
         except ProtocolViolation as error:
@@ -205,7 +206,7 @@ class Stream:
     def expire(self, timeout: float) -> None:
         """The deadline has passed: the stream fails on both sides."""
         message = f"{self.method.name} with {self.remote} took longer than {timeout:g} s"
-        self._state.reset("deadline", message, DeadlineExceeded(message))
+        self._state.reset(ResetCode.DEADLINE, message, DeadlineExceeded(message))
 
     def _guarded(self, sink: Callable[[int, int], memoryview]) -> Callable[[int, int], memoryview]:
         def place(tag: int, length: int) -> memoryview:
@@ -223,7 +224,7 @@ class Stream:
                     return payload_memory(given, length)
                 except InvalidValueError as error:
                     reason = str(error)
-            self.reset("internal", reason)
+            self.reset(ResetCode.INTERNAL, reason)
             return memoryview(bytearray(length))
 
         return place

@@ -39,7 +39,7 @@ class SharedMemory:
         :raises OSError: the system has no room for it
         """
         if nbytes <= 0:
-            raise InvalidValueError(f"nbytes must be a positive number of bytes, not {nbytes!r}")
+            raise InvalidValueError(f"nbytes must be at least 1 byte, got {nbytes!r}")
         fd = _anonymous_file()
         try:
             os.ftruncate(fd, nbytes)
@@ -58,9 +58,7 @@ class SharedMemory:
             size = os.fstat(fd).st_size
             # Touching a page past the end would be a SIGBUS, not an exception.
             if not 0 < nbytes <= size:
-                raise InvalidValueError(
-                    f"nbytes must be between 1 and {size}, the size of the memory, not {nbytes!r}"
-                )
+                raise InvalidValueError(f"nbytes must be 1 to {size}, the size of the memory, got {nbytes!r}")
             return cls(fd, nbytes)
         except BaseException:
             os.close(fd)

@@ -38,12 +38,21 @@ class Machine(Generic[S]):
 
     :param start: the first state
     :param table: the states that each state may be followed by; one that is missing is final
+    :param heard: the types of events that may come in each state, for :meth:`hear`
     :param length: how many events are remembered
     """
 
-    def __init__(self, start: S, table: Mapping[S, Collection[S]], *, length: int = HISTORY_LENGTH) -> None:
+    def __init__(
+        self,
+        start: S,
+        table: Mapping[S, Collection[S]],
+        heard: Mapping[S, Collection[type]] | None = None,
+        *,
+        length: int = HISTORY_LENGTH,
+    ) -> None:
         self.state = start
         self._table = table
+        self._heard = heard or {}
         self._history: deque[Entry] = deque(maxlen=length)
 
     @property
@@ -59,6 +68,15 @@ class Machine(Generic[S]):
     def note(self, event: object, now: float) -> None:
         """Remember an event; called before the core takes it in."""
         self._history.append(Entry(now, self.state.name, event))
+
+    def hear(self, event: object, now: float) -> None:
+        """:meth:`note` an event, if its type may come in this state.
+
+        :raises IllegalTransition: it may not
+        """
+        self.note(event, now)
+        if type(event) not in self._heard.get(self.state, ()):
+            self.refuse(f"{type(event).__name__} cannot happen")
 
     def move(self, to: S) -> None:
         """Enter the state ``to``.

@@ -56,7 +56,7 @@ class SimulatedNetwork:
         bandwidth: float | None = None,
     ) -> None:
         if not 0 <= latency[0] <= latency[1]:
-            raise InvalidValueError(f"latency: {latency!r} is not a range of seconds >= 0")
+            raise InvalidValueError(f"latency must be a range of seconds of at least 0, got {latency!r}")
         self._rng = rng
         self._latency = latency
         self._bandwidth = bandwidth

@@ -82,7 +82,7 @@ class Count:
     maximum: int | None = None
     unit: str = ""
     reason: str = ""
-    """Why there cannot be more."""
+    """Why the range ends there."""
 
     @property
     def allowed(self) -> str:

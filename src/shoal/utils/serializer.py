@@ -82,7 +82,7 @@ class MSGPackSerializer(SerializerBase):
         """
         if type_code not in _EXTENSION_CODES or type_code == _TUPLE_CODE:
             raise InvalidValueError(
-                f"type_code must be 0 to 127 and not {_TUPLE_CODE} (tuples), not {type_code}"
+                f"type_code must be 0 to 127 and not {_TUPLE_CODE}, that of tuples, got {type_code}"
             )
 
         def register(target: ClassT) -> ClassT:
@@ -91,7 +91,9 @@ class MSGPackSerializer(SerializerBase):
                     raise InvalidTypeError(f"{target.__qualname__} must define {name}() to be serializable")
             known = cls._class_of.get(type_code)
             if known is not None and _full_name(known) != _full_name(target):
-                raise InvalidValueError(f"type_code {type_code} already belongs to {_full_name(known)}")
+                raise InvalidValueError(
+                    f"type_code must be one that no other class has, got {type_code}, that of {_full_name(known)}"
+                )
             # The same class may be defined again: a notebook cell that is run twice.
             cls._code_of[target] = type_code
             cls._class_of[type_code] = target

@@ -14,7 +14,7 @@ from typing import TypeAlias
 __all__ = ["DHTExpiration", "get_dht_time"]
 
 DHTExpiration: TypeAlias = float
-"""When a record expires: seconds as :func:`get_dht_time` counts them."""
+"""When a value expires: seconds as :func:`get_dht_time` counts them."""
 
 
 _STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)

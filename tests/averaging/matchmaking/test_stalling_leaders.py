@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import pytest
 
 from shoal.averaging.group import GroupInfo, PeerMode, group_key
-from shoal.averaging.matchmaking.declarations import Declarations
+from shoal.averaging.matchmaking.declarations import DECLARATION_LIFETIME, SEARCHES
 from shoal.averaging.matchmaking.matchmaker import REGROUP
 from shoal.averaging.matchmaking.memory import AVOIDED_FOR, Fault
 from shoal.averaging.matchmaking.messages import (
@@ -26,6 +26,7 @@ from shoal.averaging.matchmaking.patience import Patience
 from shoal.averaging.matchmaking.sizes import plan_groups
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.router import Router
+from shoal.dht.declarations import Declarations
 from shoal.errors import MatchmakingException
 from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Stream
@@ -60,7 +61,9 @@ class StallingLeader:
     async def start(self) -> None:
         node = await self.sim.dht.start(self.number, [self.sim.dht.address(0)])
         Router.of(node.host).register(JOIN, "swarm", self.attend)
-        self.declarations = Declarations(node, self.tasks, self.sim.now)
+        self.declarations = Declarations(
+            node, SEARCHES, self.tasks, self.sim.now, lifetime=DECLARATION_LIFETIME
+        )
 
     async def declare(self, start_time: float) -> None:
         declared: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()

@@ -127,23 +127,23 @@ def test_infos_decide_about_the_codec():
 
 
 BAD = [
-    (None, "not NoneType"),
-    ((1,), "not 1 items"),
-    ((1, [], None, 2), "not 4 items"),
+    (None, "got NoneType"),
+    ((1,), "got 1 items"),
+    ((1, [], None, 2), "got 4 items"),
     ((1, torch.zeros(3)), "single tensor"),
-    ((1, 5), "returned int as its tensors"),
-    ((1, [torch.zeros(1), "x"]), "tensor 1 of get_current_state() is str"),
-    ((1, [torch.zeros(3).to_sparse()]), "tensor 0 of get_current_state() is not a dense tensor"),
+    ((1, 5), "tensors of get_current_state() must be a sequence, got int"),
+    ((1, [torch.zeros(1), "x"]), "tensor 1 of get_current_state() must be a torch.Tensor, got str"),
+    ((1, [torch.zeros(3).to_sparse()]), "tensor 0 of get_current_state() must be dense"),
     ((1, [torch.zeros(3, device="meta")]), "meta device"),
-    ((1, [torch.zeros(3, dtype=torch.float8_e5m2)]), "dtype torch.float8_e5m2"),
-    ((object(), []), "metadata that the serializer refuses"),
-    ((bytes(1 << 24), []), "metadata of 16,777,221 bytes when encoded; at most 16,777,216 are allowed"),
-    ((1, [torch.zeros(1)], []), "1 tensors, but 0 infos"),
-    ((1, [torch.zeros(1)], ["x"]), "info 0 of get_current_state() is str"),
-    ((1, [torch.zeros(1)], iter([])), "1 tensors, but 0 infos"),
+    ((1, [torch.zeros(3, dtype=torch.float8_e5m2)]), "got torch.float8_e5m2"),
+    ((object(), []), "metadata of get_current_state() must be what the serializer takes"),
+    ((bytes(1 << 24), []), "must take at most 16,777,216 bytes when encoded, got 16,777,221"),
+    ((1, [torch.zeros(1)], []), "for each of its 1 tensors, got 0"),
+    ((1, [torch.zeros(1)], ["x"]), "info 0 of get_current_state() must be a CompressionInfo, got str"),
+    ((1, [torch.zeros(1)], iter([])), "for each of its 1 tensors, got 0"),
     (
         (1, [torch.zeros(1)], [CompressionInfo.from_tensor(torch.zeros(2))]),
-        "info 0 of get_current_state() describes",
+        "info 0 of get_current_state() must describe",
     ),
 ]
 
@@ -251,7 +251,9 @@ class Lying(NoCompression):
 
 def test_a_codec_that_breaks_its_word_is_named():
     captured = replace(capture((None, [torch.zeros(5)])), codecs=(NoCompression(), Lying()))
-    with pytest.raises(InvalidValueError, match=r"Lying\(\)\.encode made 19 bytes of 5 elements"):
+    with pytest.raises(
+        InvalidValueError, match=r"Lying\(\)\.encode must make 20 bytes of 5 elements .*, got 19"
+    ):
         decoded(captured)
 
 
@@ -260,7 +262,9 @@ class Unregistered(NoCompression):
 
 
 def test_a_codec_that_nobody_could_decode_is_refused():
-    with pytest.raises(InvalidValueError, match="state_compression: Unregistered is not registered"):
+    with pytest.raises(
+        InvalidValueError, match="state_compression must be a registered codec, got Unregistered"
+    ):
         capture((None, [torch.zeros(5)]), Unregistered())
 
 

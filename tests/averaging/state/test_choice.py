@@ -11,13 +11,13 @@ from shoal.averaging.state.choice import (
     MAX_RESUMPTIONS,
     AllChunksReceived,
     AskDonor,
-    Began,
     ChunkReceived,
     ConnectionBroke,
     DonorBusy,
     DonorChoice,
     DonorFailed,
     DonorsFound,
+    DownloadState,
     Effect,
     Event,
     GiveUp,
@@ -25,8 +25,8 @@ from shoal.averaging.state.choice import (
     LookFailed,
     LookForDonors,
     OfferReceived,
-    State,
     StateReceived,
+    StateWanted,
 )
 from shoal.averaging.state.policy import FRONT_PATIENCE, LAST_PATIENCE, SILENCE, WAIT_PATIENCE, Donor
 from shoal.sansio.core import NEVER, TimePassed
@@ -49,7 +49,7 @@ class Joiner:
     def __init__(self) -> None:
         self.core = DonorChoice()
         self.now = 0.0
-        assert self.core.handle(Began(), 0.0) == [LookForDonors()]
+        assert self.core.handle(StateWanted(), 0.0) == [LookForDonors()]
 
     def handle(self, event: Event, after: float = 0.0) -> list[Effect]:
         self.now += after
@@ -210,13 +210,13 @@ def test_a_donor_that_still_hashes_is_waited_for():
     choice.handle(AllChunksReceived())
     assert choice.core.deadline == NEVER
     assert choice.handle(StateReceived(), 100.0) == STAY
-    assert choice.core.state is State.DONE
+    assert choice.core.state is DownloadState.DONE
 
 
 def test_a_dht_that_cannot_be_asked_is_the_end():
     choice = Joiner()
     assert choice.handle(LookFailed("it is off")) == [GiveUp("it is off")]
-    assert choice.core.state is State.GIVEN_UP
+    assert choice.core.state is DownloadState.GIVEN_UP
 
 
 def test_who_waits_to_resume_stays():
@@ -262,32 +262,32 @@ def test_whatever_donors_answer_it_ends_and_everybody_was_asked(seed: int):
 
 
 ONES = (donor(0), donor(1))
-TO: dict[State, list[Event]] = {
-    State.NEW: [],
-    State.LOOKING: [Began()],
-    State.ASKING: [Began(), DonorsFound(ONES)],
-    State.DONE: [Began(), DonorsFound(ONES), StateReceived()],
-    State.GIVEN_UP: [Began(), DonorsFound(())],
+TO: dict[DownloadState, list[Event]] = {
+    DownloadState.NEW: [],
+    DownloadState.LOOKING: [StateWanted()],
+    DownloadState.ASKING: [StateWanted(), DonorsFound(ONES)],
+    DownloadState.DONE: [StateWanted(), DonorsFound(ONES), StateReceived()],
+    DownloadState.GIVEN_UP: [StateWanted(), DonorsFound(())],
 }
-LEGAL: dict[State, set[type]] = {
-    State.NEW: {Began},
-    State.LOOKING: {DonorsFound, LookFailed, TimePassed},
-    State.ASKING: {
+LEGAL: dict[DownloadState, set[type]] = {
+    DownloadState.NEW: {StateWanted},
+    DownloadState.LOOKING: {DonorsFound, LookFailed, TimePassed},
+    DownloadState.ASKING: {
         *(DonorBusy, OfferReceived, ChunkReceived, AllChunksReceived, StateReceived, ConnectionBroke),
         *(DonorFailed, TimePassed),
     },
-    State.DONE: {TimePassed},
-    State.GIVEN_UP: {TimePassed},
+    DownloadState.DONE: {TimePassed},
+    DownloadState.GIVEN_UP: {TimePassed},
 }
 EVENTS: list[Event] = [
-    *(Began(), DonorsFound(ONES), LookFailed("no"), DonorBusy(0), OfferReceived(), ChunkReceived()),
+    *(StateWanted(), DonorsFound(ONES), LookFailed("no"), DonorBusy(0), OfferReceived(), ChunkReceived()),
     *(AllChunksReceived(), StateReceived(), ConnectionBroke("lost"), DonorFailed("no"), TimePassed()),
 ]
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
-@pytest.mark.parametrize("state", State)
-def test_what_may_happen_in_each_state(state: State, event: Event):
+@pytest.mark.parametrize("state", DownloadState)
+def test_what_may_happen_in_each_state(state: DownloadState, event: Event):
     core = DonorChoice()
     for before in TO[state]:
         core.handle(before, 0.0)

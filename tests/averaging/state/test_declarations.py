@@ -7,7 +7,13 @@ import asyncio
 import pytest
 
 from shoal.averaging.state.declarations import DonorDeclarations, Wish
-from shoal.averaging.state.messages import DonorDeclaration, decode_donor, donors_key, encode_donor
+from shoal.averaging.state.messages import (
+    WITHDRAWN,
+    DonorDeclaration,
+    decode_donor,
+    donors_key,
+    encode_donor,
+)
 from shoal.dht.config import DHTConfig
 from shoal.dht.validation import protected_key
 from shoal.errors import InvalidValueError
@@ -119,6 +125,11 @@ def test_records_that_are_no_declarations_are_left_out():
 def test_a_declaration_from_a_stranger_is_checked(raw: object):
     with pytest.raises(InvalidValueError):
         decode_donor(raw)
+
+
+def test_a_donor_that_shares_nothing_has_withdrawn_whatever_else_it_says():
+    told = DonorDeclaration(False, 3.0, ("/ip4/1.2.3.4/tcp/1",))
+    assert decode_donor(encode_donor(told)) == WITHDRAWN
 
 
 def test_a_declaration_survives_the_wire():

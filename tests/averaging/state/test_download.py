@@ -37,7 +37,7 @@ from shoal.averaging.state.queue import KEEP_SECONDS, UploadQueue
 from shoal.averaging.trainer.state_sharing import tensors_in
 from shoal.compression import CompressionBase, Float16Compression, NoCompression
 from shoal.compression.registry import CODECS
-from shoal.errors import InvalidValueError
+from shoal.errors import InvalidValueError, RemoteError
 from shoal.p2p.host import Host
 from shoal.p2p.rpc import Stream
 from shoal.testing.clock import run
@@ -611,6 +611,11 @@ async def stops_in_the_manifest(stream: Stream) -> None:
     await asyncio.sleep(1000.0)
 
 
+async def refuses_in_a_new_way(stream: Stream) -> None:
+    """A code that only later versions know."""
+    raise RemoteError("moved_away", "to another town")
+
+
 async def raises(stream: Stream) -> None:
     raise KeyError("a bug of the donor")
 
@@ -637,6 +642,7 @@ REASONS = {
     too_much_metadata: "metadata of 16777217 bytes",
     resumes_nothing: "resumed what had not begun",
     short_id: "a state id of 1 bytes",
+    refuses_in_a_new_way: "to another town [moved_away]",
     message_instead_of_chunk: "sent Waiting instead of a chunk",
     stalls: "did not send the next chunk within 5 s",
     never_begins: "did not send its state within 5 s",

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from shoal.averaging.state.messages import BUSY, NOT_SHARING, REPLACED, STATE_FAILED
+from shoal.averaging.codes import AveragingCode
 from shoal.averaging.state.queue import (
     DEFAULT_MAX_AGE,
     HOLD_OFF_SECONDS,
@@ -36,6 +36,7 @@ from shoal.averaging.state.queue import (
     UploadQueue,
     decide_next,
 )
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.sansio.core import NEVER, TimePassed
 from shoal.sansio.machine import IllegalTransition
 from shoal.testing.peers import make_identity
@@ -114,7 +115,7 @@ def test_a_slow_joiner_does_not_keep_newcomers_for_ever():
     assert queue.handle(TimePassed(), late + MAX_PATIENCE - 0.1) == []
     refused, told = queue.handle(TimePassed(), late + MAX_PATIENCE)
     assert isinstance(refused, Refuse)
-    assert (refused.request, refused.code) == (5, BUSY)
+    assert (refused.request, refused.code) == (5, ResetCode.BUSY)
     assert "max_state_age=60 s" in refused.reason
     assert told == TellPosition(6, 1)
 
@@ -183,7 +184,7 @@ def test_a_joiner_whose_connection_broke_is_served_from_the_same_copy_before_tho
     queue.handle(arrive(10), 1.0)
     effects = queue.handle(arrive(20, b"first", peer=0), DEFAULT_MAX_AGE + 5)
     # The donor has not noticed yet that request 0 is gone: the new one takes its place.
-    assert Refuse(0, REPLACED, "the same peer has asked again") in effects
+    assert Refuse(0, AveragingCode.REPLACED, "the same peer has asked again") in effects
     assert Serve(20) in effects
     assert Serve(10) not in effects
 
@@ -200,10 +201,10 @@ def test_a_failed_copy_refuses_those_who_wait_and_is_not_tried_again_for_each_of
     queue.handle(arrive(0), 0.0)
     queue.handle(arrive(1), 0.0)
     assert queue.handle(CopyFailed("no"), 1.0) == [
-        Refuse(0, STATE_FAILED, "no"),
-        Refuse(1, STATE_FAILED, "no"),
+        Refuse(0, AveragingCode.STATE_FAILED, "no"),
+        Refuse(1, AveragingCode.STATE_FAILED, "no"),
     ]
-    assert queue.handle(arrive(2), 2.0) == [Refuse(2, STATE_FAILED, "no")]
+    assert queue.handle(arrive(2), 2.0) == [Refuse(2, AveragingCode.STATE_FAILED, "no")]
     assert kinds(queue.handle(arrive(3), 1.0 + HOLD_OFF_SECONDS)) == [TakeCopy, TellPosition]
 
 
@@ -215,7 +216,7 @@ def test_switching_off_refuses_new_and_waiting_ones_at_once_and_lets_running_one
     ] == [10]
     (refused,) = queue.handle(arrive(11), 2.0)
     assert isinstance(refused, Refuse)
-    assert refused.code == NOT_SHARING
+    assert refused.code == AveragingCode.NOT_SHARING
     for request in range(MAX_UPLOADS - 1):
         assert queue.handle(RequestEnded(request), 3.0) == []
     assert queue.handle(RequestEnded(MAX_UPLOADS - 1), 4.0) == [DropCopy()]
@@ -238,7 +239,7 @@ def test_queue_and_requests_of_one_peer_are_bounded():
         )
     (refused,) = queue.handle(arrive(200, peer=39), 1.0)
     assert isinstance(refused, Refuse)
-    assert refused.code == BUSY
+    assert refused.code == ResetCode.BUSY
     # Who has a part of the state is not refused by that.
     assert Serve(201) in queue.handle(arrive(201, b"first", peer=0), 1.0)
     queue = queue_with_copy(1)

@@ -139,7 +139,7 @@ def test_waiting_for_an_averager_that_was_not_started_says_so():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prefix": ""}, "prefix=''"),
+        ({"prefix": ""}, "prefix must be 1 to 256 characters, got ''"),
         ({"target_group_size": 0}, "target_group_size must be 1 to 4096 peers, got 0"),
         (
             {"target_group_size": 2, "min_group_size": 3},
@@ -200,20 +200,23 @@ def test_waiting_for_an_averager_that_was_not_started_says_so():
         ({"prefix": "a\ud800"}, "prefix must be a text that can be written in UTF-8, got 'a\\ud800'"),
         ({"declare_state_period": 0}, "declare_state_period must be 0.1 to 3000 s, got 0"),
         ({"declare_state_period": 4000}, "declare_state_period must be 0.1 to 3000 s, got 4000"),
-        ({"client_mode": True, "auxiliary": True}, "auxiliary=True with client_mode=True"),
+        ({"client_mode": True, "auxiliary": True}, "auxiliary must be False with client_mode=True, got True"),
         (
             {"client_mode": True, "allow_state_sharing": True},
-            "allow_state_sharing=True with client_mode=True",
+            "allow_state_sharing must be False or None with client_mode=True, got True",
         ),
-        ({"tensor_infos": []}, "tensor_infos has 0 items for 1 averaged tensors"),
+        ({"tensor_infos": []}, "tensor_infos must have 1 items, one for each averaged tensor, got 0"),
         (
             {"tensor_infos": [shoal.CompressionInfo.from_tensor(torch.zeros(4))]},
-            "tensor_infos[0] describes torch.float32 [4]",
+            "tensor_infos[0] must describe torch.float32 [3]",
         ),
-        ({"compression": Unregistered()}, "compression: Unregistered is not registered"),
-        ({"state_compression": Unregistered()}, "state_compression: Unregistered is not registered"),
+        ({"compression": Unregistered()}, "compression must be a registered codec, got Unregistered()"),
+        (
+            {"state_compression": Unregistered()},
+            "state_compression must be a registered codec, got Unregistered()",
+        ),
         ({"daemon": False}, "daemon=False"),
-        ({"averaged_tensors": []}, "averaged_tensors is empty"),
+        ({"averaged_tensors": []}, "averaged_tensors must hold at least one tensor, got none"),
     ],
 )
 def test_a_value_out_of_range_is_a_value_error_that_names_it(options: dict[str, Any], message: str):
@@ -231,18 +234,21 @@ def test_a_value_out_of_range_is_a_value_error_that_names_it(options: dict[str, 
         ({"min_matchmaking_time": "5"}, "min_matchmaking_time must be a number, got '5'"),
         ({"client_mode": 1}, "client_mode must be True or False, got 1"),
         ({"start": "yes"}, "start must be True or False, got 'yes'"),
-        ({"compression": "fp16"}, "compression='fp16'"),
-        ({"state_compression": "fp16"}, "state_compression='fp16'"),
+        ({"compression": "fp16"}, "compression must be an object of a CompressionBase subclass, got 'fp16'"),
+        (
+            {"state_compression": "fp16"},
+            "state_compression must be an object of a CompressionBase subclass, got 'fp16'",
+        ),
         ({"initial_group_bits": 1}, "initial_group_bits must be a text, got 1"),
         ({"auxiliary": "no"}, "auxiliary must be True or False, got 'no'"),
         ({"allow_state_sharing": 1}, "allow_state_sharing must be True or False, got 1"),
         ({"min_vector_size": 0.5}, "min_vector_size must be a whole number, got 0.5"),
         ({"sender_timeout": "5"}, "sender_timeout must be a number, got '5'"),
         ({"declare_state_period": None}, "declare_state_period must be a number, got None"),
-        ({"tensor_infos": 5}, "tensor_infos=5"),
-        ({"tensor_infos": [None]}, "tensor_infos[0]=None"),
-        ({"dht": "dht"}, "dht='dht'"),
-        ({"averaged_tensors": torch.zeros(3)}, "averaged_tensors is a single tensor"),
+        ({"tensor_infos": 5}, "tensor_infos must be None or a CompressionInfo for each tensor, got 5"),
+        ({"tensor_infos": [None]}, "tensor_infos[0] must be a CompressionInfo, got None"),
+        ({"dht": "dht"}, "dht must be a shoal.DHT, got 'dht'"),
+        ({"averaged_tensors": torch.zeros(3)}, "got a single tensor: pass [tensor]"),
         (
             {"averaged_tensors": [torch.zeros(3, dtype=torch.int64)]},
             "averaged_tensors[0] must be a dense torch.Tensor of float16, bfloat16, float32, float64, got int64",
@@ -369,7 +375,7 @@ def test_more_parts_than_there_may_be_are_found_out_when_the_averager_is_made():
     with pytest.raises(ValueError, match="memory"):
         make(averaged_tensors=[huge])
     layout = torch.empty(300 << 20, dtype=torch.float32)  # never touched: takes no memory
-    with pytest.raises(ValueError, match="part_size_bytes is 1024"):
+    with pytest.raises(ValueError, match=r"part_size_bytes must be .*, got 1024"):
         make(averaged_tensors=[layout], part_size_bytes=1024)
 
 

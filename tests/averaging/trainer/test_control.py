@@ -144,10 +144,13 @@ def outcome_of_a_round(gathered: tuple[tuple[bytes, bytes], ...]) -> StepOutcome
 @pytest.mark.parametrize(
     ("serializer", "says"),
     [
-        (json, r"json.* its dumps\(\) made str of gather; bytes are allowed"),
-        (own_serializer(dumps=lambda _: memoryview(b"")), "made memoryview of gather"),
-        (1, r"serializer=1: a class with dumps\(\) and loads\(\)"),
-        (own_serializer(loads=None), "serializer=.* a class with"),
+        (json, "serializer must make bytes of gather, got str from .*json"),
+        (
+            own_serializer(dumps=lambda _: memoryview(b"")),
+            "serializer must make bytes of gather, got memoryview",
+        ),
+        (1, r"serializer must be a class with dumps\(\) and loads\(\), got 1"),
+        (own_serializer(loads=None), "serializer must be a class with .*, got namespace"),
     ],
 )
 def test_a_serializer_that_makes_no_bytes_is_an_error_before_the_step_begins(serializer: Any, says: str):

@@ -49,10 +49,10 @@ def test_every_process_deals_the_same() -> None:
 def test_what_cannot_be_dealt() -> None:
     samples = load_samples()
     for peers in (0, CLASSES + 1):
-        with pytest.raises(InvalidValueError, match=f"peers={peers}"):
+        with pytest.raises(InvalidValueError, match=f"peers must be 1 to 10, .*, got {peers}"):
             deal(samples, peers)
     digits = deal(samples, 4)
-    with pytest.raises(InvalidValueError, match="part=4"):
+    with pytest.raises(InvalidValueError, match="part must be 0 to 3, got 4"):
         digits.part(4, reserve=False)
-    with pytest.raises(InvalidValueError, match=f"part={RESERVE_PARTS}"):
+    with pytest.raises(InvalidValueError, match=f"part must be .*, got {RESERVE_PARTS}"):
         digits.part(RESERVE_PARTS, reserve=True)

@@ -34,6 +34,7 @@ from shoal.dht.node import DHTNode
 from shoal.errors import InvalidStateError, InvalidValueError, ProtocolViolation
 from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Stream
+from shoal.utils.checks import check_number
 from shoal.utils.timed import DHTClock, dht_clock
 
 WITHDRAWAL_TIMEOUT = 1.0
@@ -71,9 +72,9 @@ class Matchmaker:
         """
         group_key(prefix)
         if len(schema_hash) != SCHEMA_HASH_BYTES:
-            raise InvalidValueError(f"schema_hash={schema_hash!r}: {SCHEMA_HASH_BYTES} bytes are allowed")
-        if bandwidth is not None and not (math.isfinite(bandwidth) and bandwidth >= 0):
-            raise InvalidValueError(f"bandwidth={bandwidth}: None or a finite number >= 0 is allowed")
+            raise InvalidValueError(f"schema_hash must be {SCHEMA_HASH_BYTES} bytes, got {schema_hash!r}")
+        if bandwidth is not None:
+            check_number("bandwidth", bandwidth, minimum=0)
         router.register(JOIN, prefix, self._serve_join)
         rng = random.SystemRandom() if rng is None else rng
         others = OtherSchemas(node, router, prefix, agreement)
@@ -119,8 +120,7 @@ class Matchmaker:
 
         :raises InvalidValueError: not finite
         """
-        if not math.isfinite(start_time):
-            raise InvalidValueError(f"start_time={start_time}: must be finite")
+        check_number("start_time", start_time)
         search = self._search
         if search is not None and not search.is_over:
             # The search may have begun by another time than the clock shows now.
@@ -207,11 +207,13 @@ class Matchmaker:
         :raises InvalidValueError: ``gather`` is too long, or a number is out of range
         """
         if len(gather) > MAX_GATHER_BYTES:
-            raise InvalidValueError(f"gather: {len(gather)} bytes; at most {MAX_GATHER_BYTES} are allowed")
-        if not math.isfinite(start_time) or (deadline is not None and not math.isfinite(deadline)):
-            raise InvalidValueError(f"start_time={start_time}, deadline={deadline}: must be finite")
-        if not (math.isfinite(weight) and weight >= 0):
-            raise InvalidValueError(f"weight={weight}: a finite number of at least 0 is allowed")
+            raise InvalidValueError(
+                f"gather must take at most {MAX_GATHER_BYTES:,} bytes, got {len(gather):,}"
+            )
+        check_number("start_time", start_time)
+        if deadline is not None:
+            check_number("deadline", deadline)
+        check_number("weight", weight, minimum=0)
         async with self._turn:
             if self._is_closed:
                 raise InvalidStateError("the matchmaker is closed")
@@ -257,7 +259,7 @@ class Matchmaker:
         self._router.unregister(JOIN, self._peer.prefix)
         if self._search is not None:
             self._search.tell(Cancelled())
-        await self._peer.declarations.flush(WITHDRAWAL_TIMEOUT)
+        await self._peer.declarations.close(WITHDRAWAL_TIMEOUT)
         await self._peer.others.close()
         await self._peer.tasks.close()
 

@@ -25,6 +25,7 @@ from shoal.averaging.lineage import NO_LINEAGE, Lineage, lineage_problem
 from shoal.errors import InvalidValueError, ProtocolViolation
 from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Method
+from shoal.utils.structs import CompactStruct, Message, NamedStruct
 
 
 class RejectReason(enum.StrEnum):
@@ -75,40 +76,40 @@ _WORDS: dict[RejectReason | DismissReason, str] = {
 }
 
 
-class SearchId(msgspec.Struct, frozen=True, array_like=True, order=True):
+class SearchId(CompactStruct, frozen=True, order=True):
     """One search of one peer: a later search of that peer starts later."""
 
     peer_id: bytes
     start_time: float
 
 
-class JoinRequest(msgspec.Struct, frozen=True, tag=True):
+class JoinRequest(Message, frozen=True):
     """The first message of the stream; ``prefix`` finds the averager among those that share the connection."""
 
     prefix: str
     member: SignedMemberInfo
 
 
-class Accepted(msgspec.Struct, frozen=True, tag=True):
+class Accepted(Message, frozen=True):
     """The asker is a follower now; the group begins when it is full or in ``begins_in`` seconds."""
 
     begins_in: float
 
 
-class Postponed(msgspec.Struct, frozen=True, tag=True):
+class Postponed(Message, frozen=True):
     """To followers: there are too few members, the group begins in ``begins_in`` seconds at the latest."""
 
     begins_in: float
 
 
-class Redirect(msgspec.Struct, frozen=True, tag=True):
+class Redirect(Message, frozen=True):
     """Ask ``leader`` instead: it leads the peer that was asked, or the asker's place is in its group."""
 
     leader: bytes
     addresses: tuple[str, ...]
 
 
-class Rejected(msgspec.Struct, frozen=True, tag=True):
+class Rejected(Message, frozen=True):
     """``members``: the group that is full or has begun, for the asker to leave all of it out of its plans."""
 
     reason: RejectReason
@@ -119,7 +120,7 @@ Answer = Accepted | Redirect | Rejected
 """The first word of a leader to a request."""
 
 
-class Dismissed(msgspec.Struct, frozen=True, tag=True):
+class Dismissed(Message, frozen=True):
     """No longer a follower. ``leader``: whom to ask next, if the sender knows; ``members``: as in :class:`Rejected`."""
 
     reason: DismissReason
@@ -128,14 +129,14 @@ class Dismissed(msgspec.Struct, frozen=True, tag=True):
     members: tuple[SearchId, ...] = ()
 
 
-class Begin(msgspec.Struct, frozen=True, tag=True):
+class Begin(Message, frozen=True):
     """The group begins; ``size`` messages :class:`GroupMember` follow, one for each member, the receiver included."""
 
     group_id: bytes
     size: int
 
 
-class GroupMember(msgspec.Struct, frozen=True, tag=True):
+class GroupMember(Message, frozen=True):
     """One member of a group that begins: a message of its own, so that a group's size is not bound by a message's."""
 
     member: SignedMemberInfo
@@ -161,7 +162,7 @@ class DeclaredState(enum.StrEnum):
     TAKEN = "taken"
 
 
-class Declaration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Declaration(NamedStruct, frozen=True):
     """A peer under its group key; stored with the peer's id as sub-key, so that the DHT checks its signature."""
 
     start_time: float

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shoal.averaging.group import NONCE_BYTES, MemberInfo, PeerMode, SignedMemberInfo, sign_member
-from shoal.averaging.matchmaking.declarations import Declarations
+from shoal.averaging.matchmaking.declarations import DECLARATION_LIFETIME, SEARCHES
 from shoal.averaging.matchmaking.events import Place
 from shoal.averaging.matchmaking.families import Station, why_stand_back
 from shoal.averaging.matchmaking.messages import Declaration, DeclaredState, SearchId
 from shoal.averaging.matchmaking.schemas import OtherSchemas
 from shoal.averaging.matchmaking_config import MatchmakingConfig
+from shoal.dht.declarations import Declarations
 from shoal.dht.node import DHTNode
 from shoal.p2p.identity import PeerID
 from shoal.utils.tasks import TaskSet
@@ -39,12 +40,14 @@ class LocalPeer:
     rng: random.Random
     others: OtherSchemas
     tasks: TaskSet = field(default_factory=TaskSet)
-    declarations: Declarations = field(init=False)
+    declarations: Declarations[Declaration] = field(init=False)
     stands_back: str | None = field(default=None, init=False)
     """Why it takes part as a client although it can be dialed; see :mod:`.families`."""
 
     def __post_init__(self) -> None:
-        self.declarations = Declarations(self.node, self.tasks, self.clock)
+        self.declarations = Declarations(
+            self.node, SEARCHES, self.tasks, self.clock, lifetime=DECLARATION_LIFETIME
+        )
 
     @property
     def peer_id(self) -> PeerID:

@@ -6,15 +6,15 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-import msgspec
-
 from shoal.averaging.agreement import MAX_TENSORS_TEXT, Agreement, find_differences
 from shoal.averaging.router import Router
 from shoal.dht.node import DHTNode
 from shoal.errors import InvalidValueError, RemoteError, ShoalError
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.rpc import Method, Stream
+from shoal.utils.structs import Message
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ MAX_KNOWN = 64
 UNKNOWN = "shapes, dtypes, compression, part_size_bytes, min_group_size or min_vector_size differ"
 
 
-class AgreementRequest(msgspec.Struct, frozen=True, tag=True):
+class AgreementRequest(Message, frozen=True):
     """What do you average under this prefix?"""
 
     prefix: str
@@ -95,5 +95,5 @@ class OtherSchemas:
     async def _describe(self, stream: Stream, request: AgreementRequest) -> None:
         own = self._own
         if own is None or len(own.tensors) > MAX_TENSORS_TEXT:
-            raise RemoteError("failed", "its tensors are too many to be described")
+            raise RemoteError(ResetCode.FAILED, "its tensors are too many to be described")
         await stream.send(own)

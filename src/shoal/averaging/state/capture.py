@@ -116,17 +116,19 @@ def _ready_memory(nbytes: int) -> SharedMemory:
 def check_state(state: Any, serializer: Any, compression: CompressionBase) -> CheckedState:
     """:raises UsageError: not what ``get_current_state()`` may return; names the index of a bad tensor"""
     if not isinstance(state, tuple | list):
-        raise InvalidTypeError(f"{_EXPECTED}, not {type(state).__name__}")
+        raise InvalidTypeError(f"{_EXPECTED}, got {type(state).__name__}")
     if len(state) not in (2, 3):
-        raise InvalidValueError(f"{_EXPECTED}, not {len(state)} items")
+        raise InvalidValueError(f"{_EXPECTED}, got {len(state)} items")
     metadata, given, infos = (*state, None)[:3]
     if isinstance(given, torch.Tensor):
-        raise InvalidTypeError("get_current_state() returned a single tensor where a sequence of them is due")
+        raise InvalidTypeError(
+            "the tensors of get_current_state() must be a sequence, got a single tensor: return [tensor]"
+        )
     try:
         tensors = tuple(given)
     except TypeError:
         raise InvalidTypeError(
-            f"get_current_state() returned {type(given).__name__} as its tensors; a sequence is due"
+            f"the tensors of get_current_state() must be a sequence, got {type(given).__name__}"
         ) from None
     for index, tensor in enumerate(tensors):
         _check_tensor(index, tensor)
@@ -134,14 +136,16 @@ def check_state(state: Any, serializer: Any, compression: CompressionBase) -> Ch
         encoded = serializer.dumps(metadata)
     except Exception as e:
         raise InvalidTypeError(
-            f"get_current_state() returned metadata that the serializer refuses: {e}"
+            f"the metadata of get_current_state() must be what the serializer takes, got an error: {e}"
         ) from e
     if not isinstance(encoded, bytes | bytearray):
-        raise InvalidTypeError(f"the serializer made {type(encoded).__name__} of the metadata, not bytes")
+        raise InvalidTypeError(
+            f"the serializer must make bytes of the metadata, got {type(encoded).__name__}"
+        )
     if len(encoded) > MAX_METADATA_NBYTES:
         raise InvalidValueError(
-            f"get_current_state() returned metadata of {len(encoded):,} bytes when encoded; at most "
-            f"{MAX_METADATA_NBYTES:,} are allowed: return what is large as tensors"
+            f"the metadata of get_current_state() must take at most {MAX_METADATA_NBYTES:,} bytes when encoded, got "
+            f"{len(encoded):,}: return what is large as tensors"
         )
     codecs = [_choose(compression, info) for info in _check_infos(tensors, infos)]
     for codec in {id(codec): codec for codec in codecs}.values():
@@ -172,13 +176,13 @@ def encode_in_place(buffer: memoryview, layout: CaptureLayout) -> None:
 def _check_tensor(index: int, tensor: object) -> None:
     name = f"tensor {index} of get_current_state()"
     if not isinstance(tensor, torch.Tensor):
-        raise InvalidTypeError(f"{name} is {type(tensor).__name__}, not a torch.Tensor")
+        raise InvalidTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
-        raise InvalidTypeError(f"{name} is not a dense tensor; pass tensor.to_dense()")
+        raise InvalidTypeError(f"{name} must be dense, got another layout: pass tensor.to_dense()")
     if tensor.dtype not in STATE_DTYPE_NAMES:
-        raise InvalidTypeError(f"{name} has dtype {tensor.dtype}; allowed are {', '.join(STATE_DTYPES)}")
+        raise InvalidTypeError(f"{name} must be of {', '.join(STATE_DTYPES)}, got {tensor.dtype}")
     if tensor.device.type == "meta":
-        raise InvalidTypeError(f"{name} is on the meta device and has no values")
+        raise InvalidTypeError(f"{name} must have values, got one on the meta device")
 
 
 def _check_infos(tensors: Sequence[torch.Tensor], infos: Any) -> Sequence[CompressionInfo]:
@@ -187,17 +191,17 @@ def _check_infos(tensors: Sequence[torch.Tensor], infos: Any) -> Sequence[Compre
     given: list[CompressionInfo] = list(infos)
     if len(given) != len(tensors):
         raise InvalidValueError(
-            f"get_current_state() returned {len(tensors)} tensors, but {len(given)} infos"
+            f"get_current_state() must return an info for each of its {len(tensors)} tensors, got {len(given)}"
         )
     for index, (info, tensor) in enumerate(zip(given, tensors, strict=True)):
         if not isinstance(info, CompressionInfo):
             raise InvalidTypeError(
-                f"info {index} of get_current_state() is {type(info).__name__}, not a CompressionInfo"
+                f"info {index} of get_current_state() must be a CompressionInfo, got {type(info).__name__}"
             )
         if tuple(info.shape) != tuple(tensor.shape) or info.dtype != tensor.dtype:
             raise InvalidValueError(
-                f"info {index} of get_current_state() describes {info.dtype} {list(info.shape)}, and the tensor is"
-                f" {tensor.dtype} {list(tensor.shape)}"
+                f"info {index} of get_current_state() must describe {tensor.dtype} {list(tensor.shape)}, as the tensor "
+                f"is, got {info.dtype} {list(info.shape)}"
             )
     return given
 

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from shoal.averaging.codes import AveragingCode
 from shoal.averaging.router import Router
 from shoal.averaging.state.capture import Capture, drop_tracebacks, encode_in_place
 from shoal.averaging.state.messages import (
@@ -46,6 +47,7 @@ from shoal.averaging.state.queue import (
     UploadQueue,
 )
 from shoal.errors import InvalidStateError, ProtocolViolation, RemoteError, ShoalError
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.rpc import EndOfStream, Stream
 from shoal.sansio.driver import Driver
 from shoal.utils import figures
@@ -99,7 +101,7 @@ class HeldState:
         os.ftruncate(self._memory.fd, self.layout.encoded_nbytes)
 
     def compute_digest(self) -> bytes:
-        """Goes through all of the state; for a thread. Ends early, with an error, when the state is closed."""
+        """Goes through all of the state; for a thread. Ends early, with an error, when the state is freed."""
         digest = self.manifest.new_digest()
         for index in range(self.manifest.chunk_count):
             digest.update(self.chunk(index))
@@ -110,7 +112,7 @@ class HeldState:
         begin, end = self.layout.chunk_offset(index)
         return self._view()[begin:end]
 
-    def close(self) -> None:
+    def free(self) -> None:
         """Nobody is served from it any more; the memory goes with the last chunk that is on its way, or hashed."""
         self._buffer = None
         if self.digest is not None:
@@ -160,7 +162,7 @@ class StateDonor:
         self._admissions: dict[int, _Admission] = {}
         self._uploads: dict[int, Stream] = {}
         self._held: HeldState | None = None
-        router.register(STATE, prefix, self._serve)
+        router.register(STATE, prefix, self._answer)
         self.switch(allowed)
 
     @property
@@ -177,7 +179,7 @@ class StateDonor:
         self._router.unregister(STATE, self._prefix)
         self._driver.tell(SharingSwitched(False))
         for stream in self._uploads.values():
-            stream.reset("cancelled", "the donor was shut down")
+            stream.reset(ResetCode.CANCELLED, "the donor was shut down")
         self._driver.close()
         await self._tasks.close()
         self._drop_copy()
@@ -254,12 +256,12 @@ class StateDonor:
 
     def _drop_copy(self) -> None:
         if self._held is not None:
-            self._held.close()
+            self._held.free()
             self._held = None
 
     # one joiner
 
-    async def _serve(self, stream: Stream, first: RequestState) -> None:
+    async def _answer(self, stream: Stream, first: RequestState) -> None:
         check_request(first)
         self._requests += 1
         request = self._requests
@@ -336,4 +338,6 @@ async def _promptly(taking: Awaitable[T]) -> T:
         async with asyncio.timeout(STALL_TIMEOUT):
             return await taking
     except TimeoutError:
-        raise RemoteError("too_slow", f"took nothing of the state for {STALL_TIMEOUT:g} s") from None
+        raise RemoteError(
+            AveragingCode.TOO_SLOW, f"took nothing of the state for {STALL_TIMEOUT:g} s"
+        ) from None

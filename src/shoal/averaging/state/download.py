@@ -13,12 +13,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from shoal.averaging.codes import AveragingCode
 from shoal.averaging.state.capture import drop_tracebacks
 from shoal.averaging.state.choice import (
     MAX_RESUMPTIONS,
     AllChunksReceived,
     AskDonor,
-    Began,
     ChunkReceived,
     ConnectionBroke,
     DonorBusy,
@@ -33,11 +33,11 @@ from shoal.averaging.state.choice import (
     LookForDonors,
     OfferReceived,
     StateReceived,
+    StateWanted,
 )
 from shoal.averaging.state.donor import YIELD_CHUNKS
 from shoal.averaging.state.manifest import Manifest, ManifestReader
 from shoal.averaging.state.messages import (
-    REPLACED,
     SHA256_BYTES,
     STATE,
     STATE_ID_BYTES,
@@ -64,6 +64,7 @@ from shoal.errors import (
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.rpc import EndOfStream, Lane, Payload, Stream
 from shoal.sansio.driver import Driver
 from shoal.utils import figures
@@ -163,7 +164,7 @@ class StateDownload:
             await self._drop()
 
     async def _run(self) -> Downloaded | str:
-        self._driver.tell(Began())
+        self._driver.tell(StateWanted())
         while True:
             match self._take_to_do():
                 case LookForDonors():
@@ -256,7 +257,7 @@ class StateDownload:
         match error:
             case ConnectionLost() | DeadlineExceeded() | PeerUnreachable():
                 return ConnectionBroke(str(error))
-            case RemoteError() if error.code in ("cancelled", REPLACED):
+            case RemoteError() if error.code in (ResetCode.CANCELLED, AveragingCode.REPLACED):
                 # Its process is about to end, or has got a second request for what it still holds for the first one.
                 return ConnectionBroke(str(error))
             case _StalledError() | RemoteError() | ProtocolViolation() | InvalidValueError():
@@ -273,7 +274,7 @@ class StateDownload:
         resume = None if self._partial is None else Resume(self._partial.state_id, self._partial.next_chunk)
         async with self._host.open_stream(donor.peer, STATE, lane=Lane.BULK) as stream:
             await stream.send(RequestState(self._prefix, resume))
-            partial = await self._begin(stream, donor)
+            partial = await self._receive_offer(stream, donor)
             stream.accept_payloads(partial.place, WINDOW_BYTES)
             for _ in range(partial.next_chunk, partial.manifest.chunk_count):
                 payload = await self._receive(stream, self._next_chunk_timeout, "the next chunk")
@@ -304,7 +305,7 @@ class StateDownload:
         )
         return Downloaded(donor.peer, partial.manifest, age)
 
-    async def _begin(self, stream: Stream, donor: Donor) -> PartialState:
+    async def _receive_offer(self, stream: Stream, donor: Donor) -> PartialState:
         """Wait for the donor to begin; then it is known what will come."""
         limit = (
             None if self._next_chunk_timeout is None else max(self._next_chunk_timeout, LEAST_FIRST_TIMEOUT)
@@ -367,7 +368,7 @@ class StateDownload:
     async def _drop(self) -> None:
         partial, self._partial = self._partial, None
         if partial is not None:
-            await partial.close()
+            await partial.free()
 
     def _show(self, partial: PartialState) -> None:
         now = asyncio.get_running_loop().time()

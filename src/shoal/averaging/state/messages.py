@@ -2,7 +2,8 @@
 
 One stream, opened by the joiner: it sends :class:`RequestState`; the donor sends any number of :class:`Waiting`, then
 either an :class:`Offer` with its :class:`ManifestPage` s, or :class:`Resumed`; then the chunks as payloads, whose tags
-are their numbers, and :class:`Digest` at the end. A donor that refuses ends the stream with one of the codes below.
+are their numbers, and :class:`Digest` at the end. A donor that refuses ends the stream with a code:
+:class:`~shoal.averaging.codes.AveragingCode`, or ``busy``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from shoal.errors import InvalidValueError, ProtocolViolation
 from shoal.p2p.config import MAX_ANNOUNCED
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.rpc import Method
+from shoal.utils.structs import CompactStruct, Message, NamedStruct
 
 STATE_ID_BYTES = 16
 SHA256_BYTES = 32
@@ -26,14 +28,8 @@ MAX_AGE = 1e9
 PAGE_ENTRIES = 512
 """A page of entries with as many dimensions as torch allows still fits into a message."""
 
-NOT_SHARING = "not_sharing"
-STATE_FAILED = "state_failed"
-BUSY = "busy"
-REPLACED = "replaced"
-"""Codes with which a donor refuses."""
 
-
-class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
+class TensorEntry(CompactStruct, frozen=True):
     """One tensor of a state; ``codec`` is the wire id of the codec of its chunks."""
 
     dtype: Annotated[str, msgspec.Meta(max_length=MAX_DTYPE_LENGTH)]
@@ -51,27 +47,27 @@ def unpack_entries(packed: bytes) -> tuple[TensorEntry, ...]:
     return msgspec.msgpack.decode(packed, type=tuple[TensorEntry, ...])
 
 
-class Resume(msgspec.Struct, frozen=True):
+class Resume(NamedStruct, frozen=True):
     """What the joiner has of a state: all chunks before ``next_chunk``."""
 
     state_id: bytes
     next_chunk: Annotated[int, msgspec.Meta(ge=0)]
 
 
-class RequestState(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class RequestState(Message, frozen=True):
     """The first message of the stream; ``prefix`` finds the averager among those that share the connection."""
 
     prefix: str
     resume: Resume | None = None
 
 
-class Waiting(msgspec.Struct, frozen=True, tag=True):
+class Waiting(Message, frozen=True):
     """The donor lives, but has nothing to send yet: ``position`` others are served first; 0: its copy is made."""
 
     position: Annotated[int, msgspec.Meta(ge=0)]
 
 
-class Offer(msgspec.Struct, frozen=True, tag=True):
+class Offer(Message, frozen=True):
     """A state of ``tensors`` tensors, metadata included, and ``nbytes`` encoded bytes; its manifest follows. It was
     copied ``age`` seconds ago, or later.
     """
@@ -82,17 +78,17 @@ class Offer(msgspec.Struct, frozen=True, tag=True):
     age: Annotated[float, msgspec.Meta(ge=0, le=MAX_AGE)] = 0.0
 
 
-class ManifestPage(msgspec.Struct, frozen=True, tag=True):
+class ManifestPage(Message, frozen=True):
     """The next entries of the manifest."""
 
     entries: Annotated[tuple[TensorEntry, ...], msgspec.Meta(min_length=1, max_length=PAGE_ENTRIES)]
 
 
-class Resumed(msgspec.Struct, frozen=True, tag=True):
+class Resumed(Message, frozen=True):
     """The state is still here: the chunks follow from the one that was asked for."""
 
 
-class Digest(msgspec.Struct, frozen=True, tag=True):
+class Digest(Message, frozen=True):
     """The SHA-256 of manifest and chunks: all has been sent."""
 
     sha256: bytes
@@ -109,7 +105,7 @@ def check_request(request: RequestState) -> None:
         raise ProtocolViolation(f"a state id of {len(request.resume.state_id)} bytes")
 
 
-class DonorDeclaration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DonorDeclaration(NamedStruct, frozen=True):
     """A peer that shares its state; stored under its peer id as sub-key, so that the DHT checks its signature."""
 
     sharing: bool
@@ -117,6 +113,8 @@ class DonorDeclaration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     priority: float
     addresses: tuple[str, ...]
 
+
+WITHDRAWN = DonorDeclaration(sharing=False, priority=0.0, addresses=())
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(DonorDeclaration)
@@ -128,12 +126,15 @@ def donors_key(prefix: str) -> str:
 
 
 def encode_donor(declaration: DonorDeclaration) -> bytes:
-    """The value of a record."""
+    """The value that the DHT stores."""
     return _encoder.encode(declaration)
 
 
 def decode_donor(raw: object) -> DonorDeclaration:
-    """:raises InvalidValueError: ``raw`` is no declaration; records come from strangers"""
+    """What a donor declares, :data:`WITHDRAWN` if it shares nothing, whatever else it says then.
+
+    :raises InvalidValueError: ``raw`` is no declaration; it comes from a stranger
+    """
     if not isinstance(raw, bytes):
         raise InvalidValueError(f"a declaration is bytes, not {type(raw).__name__}")
     try:
@@ -144,4 +145,4 @@ def decode_donor(raw: object) -> DonorDeclaration:
         raise InvalidValueError("a declaration with a field out of bounds")
     for address in declaration.addresses:
         Multiaddr.parse(address)
-    return declaration
+    return declaration if declaration.sharing else WITHDRAWN

@@ -75,7 +75,7 @@ class PartialState:
             await self._verified()
         return self._digest.digest()
 
-    async def close(self) -> None:
+    async def free(self) -> None:
         """Let go of the memory. Not by being forgotten alone: the stream still refers to :meth:`place`."""
         if self._verifying is not None:
             await asyncio.wait([self._verifying])

@@ -25,8 +25,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from shoal.averaging.state.messages import BUSY, NOT_SHARING, REPLACED, STATE_FAILED
+from shoal.averaging.codes import AveragingCode
 from shoal.p2p.identity import PeerID
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.sansio.core import NEVER, TimePassed
 from shoal.sansio.machine import Machine
 
@@ -225,9 +226,9 @@ def decide_next(first: Request, at: Situation) -> Decision:
             return Decision(Turn.WAIT, "the copy is too old to be shared, and in use")
         age = at.now - at.asked_at
         reason = f"others still download a copy of {age:.0f} s ago; max_state_age={at.max_age:g} s"
-        return Decision(Turn.REFUSE, reason, BUSY)
+        return Decision(Turn.REFUSE, reason, ResetCode.BUSY)
     if at.now < at.hold_off_until:
-        return Decision(Turn.REFUSE, at.failure, STATE_FAILED)
+        return Decision(Turn.REFUSE, at.failure, AveragingCode.STATE_FAILED)
     if at.now < at.rests_until:
         return Decision(Turn.WAIT, "the donor rests after a copy")
     return Decision(Turn.COPY, "there is no copy that this request may get")
@@ -245,7 +246,7 @@ class UploadQueue:
         self._admitted: dict[int, Request] = {}
         self._missing: dict[PeerID, float] = {}
         """Joiners that lost their connection, and until when the copy is kept in use for them."""
-        self._machine = Machine(Copy.ABSENT, TRANSITIONS)
+        self._machine = Machine(Copy.ABSENT, TRANSITIONS, HEARD)
         self._state_id: bytes | None = None
         self._asked_at = 0.0
         """When the copy was asked for: what is in it is not older."""
@@ -277,9 +278,7 @@ class UploadQueue:
 
         :raises IllegalTransition: a copy comes, or fails, that was not asked for
         """
-        self._machine.note(event, now)
-        if type(event) not in HEARD[self._machine.state]:
-            self._machine.refuse(f"{type(event).__name__} cannot happen")
+        self._machine.hear(event, now)
         effects: list[Effect] = []
         self._missing = {peer: until for peer, until in self._missing.items() if until > now}
         match event:
@@ -294,7 +293,9 @@ class UploadQueue:
             case SharingSwitched(allowed):
                 self._allowed = allowed
                 if not allowed:
-                    effects += self._refuse_waiting(NOT_SHARING, "this peer shares its state no longer")
+                    effects += self._refuse_waiting(
+                        AveragingCode.NOT_SHARING, "this peer shares its state no longer"
+                    )
             case TimePassed():
                 pass
         effects += self._admit(now)
@@ -312,7 +313,7 @@ class UploadQueue:
 
     def _arrive(self, new: Request) -> Iterator[Effect]:
         if not self._allowed:
-            yield Refuse(new.request, NOT_SHARING, "this peer does not share its state")
+            yield Refuse(new.request, AveragingCode.NOT_SHARING, "this peer does not share its state")
             return
         own = [one for one in (*self._admitted.values(), *self._waiting) if one.peer == new.peer]
         resumes = new.state_id is not None and new.state_id == self._state_id
@@ -321,12 +322,14 @@ class UploadQueue:
             self._missing.pop(new.peer, None)
             for old in own:
                 self._remove(old.request)
-                yield Refuse(old.request, REPLACED, "the same peer has asked again")
+                yield Refuse(old.request, AveragingCode.REPLACED, "the same peer has asked again")
         elif len(own) >= MAX_REQUESTS_PER_PEER:
-            yield Refuse(new.request, BUSY, f"{new.peer} has {len(own)} requests here already")
+            yield Refuse(new.request, ResetCode.BUSY, f"{new.peer} has {len(own)} requests here already")
             return
         if not resumes and len(self._waiting) >= MAX_WAITING:
-            yield Refuse(new.request, BUSY, f"{len(self._waiting)} others wait for this peer's state already")
+            yield Refuse(
+                new.request, ResetCode.BUSY, f"{len(self._waiting)} others wait for this peer's state already"
+            )
             return
         self._waiting.insert(0 if resumes else len(self._waiting), new)
 
@@ -358,7 +361,7 @@ class UploadQueue:
         self._hold_off_until, self._failure = now + HOLD_OFF_SECONDS, reason
         for request in list(self._admitted):
             del self._admitted[request]
-            yield Refuse(request, STATE_FAILED, reason)
+            yield Refuse(request, AveragingCode.STATE_FAILED, reason)
 
     def _refuse_waiting(self, code: str, reason: str) -> Iterator[Effect]:
         waiting, self._waiting = self._waiting, []
@@ -382,7 +385,7 @@ class UploadQueue:
                 case Turn.SERVE:
                     yield Serve(first.request)
                 case Turn.COPY:
-                    yield from self._begin_copy(now)
+                    yield from self._ask_for_copy(now)
                 case Turn.JOIN:
                     pass  # served with the others when the copy is there
             self._admitted[first.request] = self._waiting.pop(0)
@@ -400,7 +403,7 @@ class UploadQueue:
             failure=self._failure,
         )
 
-    def _begin_copy(self, now: float) -> Iterator[Effect]:
+    def _ask_for_copy(self, now: float) -> Iterator[Effect]:
         if self._is_held:
             yield self._drop()
         self._machine.move(Copy.MAKING)

@@ -196,7 +196,7 @@ class DecentralizedAverager(AveragerBase):
         value = check_flag("allow_state_sharing", value)
         if value and self.client_mode:
             raise InvalidValueError(
-                "allow_state_sharing=True: this averager is in client mode, so others can't dial it; False is allowed"
+                "allow_state_sharing must be False in client mode, got True: others can't dial this averager"
             )
         self.__parts.states.switch(allowed=value)
 
@@ -214,7 +214,7 @@ class DecentralizedAverager(AveragerBase):
         value = check_number("state_sharing_priority", value)
         if value and self.client_mode:
             raise InvalidValueError(
-                f"state_sharing_priority={value}: this averager is in client mode, so it shares no state; 0 is allowed"
+                f"state_sharing_priority must be 0 in client mode, where no state is shared, got {value}"
             )
         self.__parts.states.switch(priority=float(value))
 

@@ -87,7 +87,7 @@ def make_parts(averager: HasState, averaged_tensors: Any, dht: Any, given: Mappi
 
 def _configure(dht: Any, given: Mapping[str, Any]) -> tuple[TrainerConfig, AveragerConfig]:
     if not isinstance(dht, DHT):
-        raise InvalidTypeError(f"dht={dht!r}: a shoal.DHT is allowed, not {type(dht).__name__}")
+        raise InvalidTypeError(f"dht must be a shoal.DHT, got {dht!r}")
     own, config = gather(TrainerConfig, given), AveragerConfig.of_user(given)
     known = dht._last_description
     if known is not None:  # else, or if that has changed, the start finds it out

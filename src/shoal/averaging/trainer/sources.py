@@ -218,8 +218,8 @@ def _collect(given: Any) -> NamedTensors:
         return _named(list(given.items()))
     items = list(given)
     if not items:
-        hint = "" if isinstance(given, list | tuple) else ", or a generator that was used up before"
-        raise InvalidValueError(f"{_NAME} is empty{hint}; there must be at least one tensor")
+        hint = "" if isinstance(given, list | tuple) else ": a generator can be used once"
+        raise InvalidValueError(f"{_NAME} must hold at least one tensor, got none{hint}")
     if all(isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) for item in items):
         return _named(items)
     return NamedTensors(HeldTensors(map(_local_part, items)), tuple(map(_label, range(len(items)))))
@@ -228,36 +228,34 @@ def _collect(given: Any) -> NamedTensors:
 def _refuse_wrong_kinds(given: Any) -> None:
     """:raises InvalidTypeError: nothing that holds tensors; says what to pass"""
     if isinstance(given, torch.Tensor):
-        raise InvalidTypeError(
-            f"{_NAME} is a single tensor; it must be a list or other iterable of tensors: pass [tensor]"
-        )
+        raise InvalidTypeError(f"{_NAME} must be {_ALLOWED}, got a single tensor: pass [tensor]")
     if isinstance(given, torch.optim.Optimizer):
         raise InvalidTypeError(
-            f"{_NAME} must be {_ALLOWED}; got an optimizer ({type(given).__name__}): pass its parameters, "
+            f"{_NAME} must be {_ALLOWED}, got an optimizer ({type(given).__name__}): pass its parameters, "
             "[p for group in optimizer.param_groups for p in group['params']]"
         )
     if isinstance(given, type):
         raise InvalidTypeError(
-            f"{_NAME} must be {_ALLOWED}; got the class {given.__name__}: pass an object of it"
+            f"{_NAME} must be {_ALLOWED}, got the class {given.__name__}: pass an object of it"
         )
     if isinstance(given, AbstractSet) and not isinstance(given, KeysView | ItemsView):
         raise InvalidTypeError(
-            f"{_NAME} must be {_ALLOWED}; got a {type(given).__name__}, whose order differs from peer to peer, and "
+            f"{_NAME} must be {_ALLOWED}, got a {type(given).__name__}, whose order differs from peer to peer, and "
             "tensors are averaged by their order: pass a list"
         )
     if isinstance(given, str | bytes) or not isinstance(given, Iterable):
-        raise InvalidTypeError(f"{_NAME} must be {_ALLOWED}; got {type(given).__name__}")
+        raise InvalidTypeError(f"{_NAME} must be {_ALLOWED}, got {type(given).__name__}")
 
 
 def _named(items: list[tuple[Any, Any]]) -> NamedTensors:
     """Tensors by name; of names for the same elements, as a state_dict has them for tied weights, the first counts."""
     if not items:
-        raise InvalidValueError(f"{_NAME} is empty; there must be at least one tensor")
+        raise InvalidValueError(f"{_NAME} must hold at least one tensor, got none")
     kept: dict[Any, Any] = {}
     seen: set[object] = set()
     for name, tensor in items:
         if name in kept:
-            raise InvalidValueError(f"{_label(name)} is given twice; each name must be there once")
+            raise InvalidValueError(f"{_NAME} must have each name once, got {name!r} twice")
         elements = same_elements(tensor) if isinstance(tensor, torch.Tensor) else name
         if elements not in seen:
             seen.add(elements)

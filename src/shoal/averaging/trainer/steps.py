@@ -273,14 +273,14 @@ class Steps:
 
 def _encode(serializer: Any, gather: Any) -> bytes:
     if not all(callable(getattr(serializer, name, None)) for name in ("dumps", "loads")):
-        raise InvalidTypeError(f"serializer={serializer!r}: a class with dumps() and loads() is allowed")
+        raise InvalidTypeError(f"serializer must be a class with dumps() and loads(), got {serializer!r}")
     try:
         encoded = serializer.dumps(gather)
     except (InvalidTypeError, InvalidValueError) as e:
         raise type(e)(f"gather: {e}") from None
     if not isinstance(encoded, bytes | bytearray):
         raise InvalidTypeError(
-            f"serializer={serializer!r}: its dumps() made {type(encoded).__name__} of gather; bytes are allowed"
+            f"serializer must make bytes of gather, got {type(encoded).__name__} from {serializer!r}"
         )
     if len(encoded) > MAX_GATHER_BYTES:
         raise InvalidValueError(

@@ -234,8 +234,7 @@ class TensorStore:
         tensor = area if isinstance(area, torch.Tensor) else _as_tensor(area)
         if tensor.dtype != torch.uint8 or tensor.shape != (self.layout.nbytes,):
             raise InvalidValueError(
-                f"an arena must have {self.layout.nbytes} bytes; this one is"
-                f" {list(tensor.shape)} {tensor.dtype}"
+                f"an arena must have {self.layout.nbytes} bytes, got {list(tensor.shape)} {tensor.dtype}"
             )
         return tensor
 

@@ -153,4 +153,4 @@ def _conclude(supervisor: Supervisor, outcome: Outcome, output: Path, console: C
 
 def _check_range(option: str, value: int, minimum: int, maximum: int) -> None:
     if not minimum <= value <= maximum:
-        raise InvalidValueError(f"{option} {value}: {minimum} to {maximum} is allowed")
+        raise InvalidValueError(f"{option} must be {minimum} to {maximum}, got {value}")

@@ -61,7 +61,7 @@ class Digits:
         """:raises InvalidValueError: there is no such part"""
         parts = self.reserve if reserve else self.parts
         if not 0 <= index < len(parts):
-            raise InvalidValueError(f"part={index}: 0 to {len(parts) - 1} is allowed")
+            raise InvalidValueError(f"part must be 0 to {len(parts) - 1}, got {index}")
         return parts[index]
 
 
@@ -106,7 +106,9 @@ def deal(samples: Samples, peers: int) -> Digits:
     :raises InvalidValueError: there are more peers than classes
     """
     if not 1 <= peers <= CLASSES:
-        raise InvalidValueError(f"peers={peers}: 1 to {CLASSES} is allowed, as each needs a class of its own")
+        raise InvalidValueError(
+            f"peers must be 1 to {CLASSES}, since each needs a class of its own, got {peers}"
+        )
     order = np.random.default_rng(SPLIT_SEED).permutation(len(samples))
     held_out_count = int(len(samples) * HELD_OUT_FRACTION)
     held_out, training = samples.take(order[:held_out_count]), samples.take(order[held_out_count:])

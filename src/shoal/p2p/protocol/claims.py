@@ -18,6 +18,7 @@ from typing import Annotated
 import msgspec
 
 from shoal.p2p.identity import SIGNATURE_BYTES, Identity, PeerID, verify
+from shoal.utils.structs import CompactStruct
 
 SILENCE = 5.0
 """Seconds without an answer after which a holder loses its identity to a newcomer."""
@@ -57,13 +58,13 @@ class Claim:
         return self.incarnation > other.incarnation
 
 
-class ClaimRequest(msgspec.Struct, array_like=True, frozen=True):
+class ClaimRequest(CompactStruct, frozen=True):
     """Somebody else proves your identity: do you still hold it? ``challenge`` is the other one's incarnation."""
 
     challenge: Incarnation
 
 
-class SignedClaim(msgspec.Struct, array_like=True, frozen=True):
+class SignedClaim(CompactStruct, frozen=True):
     """A claim that its host has signed: the answer, and the proof for the one that has to stop."""
 
     incarnation: Incarnation

@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from typing import Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
-from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
+from shoal.errors import InvalidValueError, ProtocolViolation
 from shoal.p2p.config import MAX_MESSAGE
 from shoal.p2p.protocol.noise import MAX_MESSAGE_BYTES, TAG_BYTES
+from shoal.utils.checks import Count
+from shoal.utils.options import check_options
 
 MAX_PLAINTEXT_BYTES: Final = MAX_MESSAGE_BYTES - TAG_BYTES
 # The most that is a multiple of a cache line, so that an aligned payload is decrypted in aligned pieces.
@@ -64,6 +66,12 @@ class FrameRule(NamedTuple):
     longest_body: int
 
 
+_MAX_LENGTH = 2**32 - 1
+"""A header has four bytes for a length."""
+
+Size = Annotated[int, Count(0, _MAX_LENGTH, "bytes")]
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one session takes, all in bytes. Both sides must allow what either sends.
@@ -73,21 +81,13 @@ class Limits:
     ``max_receive_buffer``: ciphertext that waits to be decrypted; it begins small and grows with the traffic.
     """
 
-    max_message_body: int = MAX_MESSAGE
-    max_payload: int = 64 * 2**20
-    max_control_body: int = 16 * 2**10
-    max_receive_buffer: int = 512 * 2**10
+    max_message_body: Size = MAX_MESSAGE
+    max_payload: Size = 64 * 2**20
+    max_control_body: Size = 16 * 2**10
+    max_receive_buffer: Annotated[int, Count(MAX_MESSAGE_BYTES + 2, _MAX_LENGTH, "bytes")] = 512 * 2**10
 
     def __post_init__(self) -> None:
-        least = {"max_receive_buffer": MAX_MESSAGE_BYTES + 2}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not int:
-                raise InvalidTypeError(f"{field.name}: must be an int, not {type(value).__name__}")
-            if not least.get(field.name, 0) <= value < 2**32:
-                raise InvalidValueError(
-                    f"{field.name}: {value} is not between {least.get(field.name, 0)} and {2**32 - 1}"
-                )
+        check_options(self)
 
     @property
     def max_bytes_held(self) -> int:
@@ -151,7 +151,7 @@ def encode_header(
     if kind is not FrameKind.PAYLOAD:
         return _HEADER.pack(kind, 0, stream_id, length)
     if not 0 <= tag <= MAX_TAG:
-        raise InvalidValueError(f"tag: {tag} is not between 0 and {MAX_TAG}")
+        raise InvalidValueError(f"tag must be 0 to {MAX_TAG}, got {tag}")
     return _PAYLOAD_HEADER.pack(kind, 0, stream_id, length, tag)
 
 
@@ -298,11 +298,11 @@ def payload_memory(given: Buffer, length: int) -> memoryview:
     try:
         memory = memoryview(given)
     except TypeError:
-        raise InvalidValueError(f"the payload sink gave a {type(given).__name__}, not memory") from None
+        raise InvalidValueError(f"the payload sink must give memory, got {type(given).__name__}") from None
     if memory.nbytes != length or memory.readonly or not memory.c_contiguous:
         raise InvalidValueError(
-            f"the payload sink gave {memory.nbytes} bytes (read-only: {memory.readonly}) for a payload of {length} "
-            "bytes; it must be writable, contiguous memory of exactly that size"
+            f"the payload sink must give writable, contiguous memory of {length} bytes, the size of the payload, got "
+            f"{memory.nbytes} bytes, writable: {not memory.readonly}, contiguous: {memory.c_contiguous}"
         )
     return memory if memory.format == "B" and memory.ndim == 1 else memory.cast("B")
 

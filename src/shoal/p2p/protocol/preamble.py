@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Annotated
 
 from shoal.errors import InvalidValueError, ProtocolViolation
 from shoal.p2p.protocol.violations import NotShoalPeer, OtherVersion
+from shoal.utils.checks import Count
+from shoal.utils.options import check_options
 
 MAX_PREAMBLE_BYTES = 32
 _MAGIC = b"shoal/"
@@ -33,21 +36,24 @@ _OTHER_PROGRAMS = (
 )
 
 
+Version = Annotated[int, Count(0, 9999)]
+"""As many digits as fit into the line."""
+
+
 @dataclass(frozen=True)
 class Versions:
     """The minor versions ``minimum`` to ``maximum`` of the protocol's version ``major``."""
 
-    major: int
-    minimum: int
-    maximum: int
+    major: Version
+    minimum: Version
+    maximum: Version
 
     def __post_init__(self) -> None:
-        for name in ("major", "minimum", "maximum"):
-            value: int = getattr(self, name)
-            if not 0 <= value <= 9999:
-                raise InvalidValueError(f"{name}: {value} is not between 0 and 9999")
+        check_options(self)
         if self.minimum > self.maximum:
-            raise InvalidValueError(f"minimum: {self.minimum} is more than the maximum {self.maximum}")
+            raise InvalidValueError(
+                f"minimum must be at most the maximum, {self.maximum}, got {self.minimum}"
+            )
 
     def to_preamble(self) -> bytes:
         """The line that announces them."""

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from shoal.errors import ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.config import INITIAL_WINDOW
 from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.protocol.frames import MAX_STREAM_ID, FrameKind, is_opened_by
 
 ITEM_COST = 64
@@ -304,7 +305,7 @@ class StreamState:
         if self._unread is not None:
             if not self._unread.take(count):
                 refusal = self._unread.refusal
-                self.reset("busy", refusal, RemoteError("busy", refusal))
+                self.reset(ResetCode.BUSY, refusal, RemoteError(ResetCode.BUSY, refusal))
                 return False
             self._held += count
         self.received.append(item)
@@ -392,7 +393,7 @@ class Multiplexer:
         opened = wire.decode_open(body)
         if self._inbound >= self._max_inbound:
             refusal = wire.encode_reset(
-                "busy", f"{self._max_inbound} streams are being served on this connection"
+                ResetCode.BUSY, f"{self._max_inbound} streams are being served on this connection"
             )
             self._send_frame(FrameKind.RESET, stream_id, refusal)
             return None

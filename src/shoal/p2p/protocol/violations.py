@@ -12,6 +12,7 @@ class EndKind(enum.IntEnum):
     """Why a connection was closed in order, where the other side acts on it; the number is sent in GOODBYE."""
 
     OTHER = 0
+    """For a reason that only people read, or of a kind that this version does not know."""
     NO_ROOM = 1
     """One side has too many connections. To dial at once again would be in vain."""
     ITSELF = 2

@@ -7,19 +7,8 @@ Bodies of OPEN, RESET, HELLO and GOODBYE are msgpack arrays (fields may be added
 Texts that are there for people (reasons, names of programs) are escaped and cut on decoding, see
 :func:`~shoal.utils.text.printable`.
 
-Codes of RESET, and so of :class:`~shoal.errors.RemoteError`, that the protocol itself uses:
-
-================== =============================================================================
-``cancelled``      the other side lost interest
-``deadline``       the deadline of the call has passed
-``busy``           too many streams at a time on this connection, or too many unread bytes
-``unknown_method`` the peer does not serve that method
-``failed``         the handler failed on purpose; the message says why
-``internal``       the handler failed by a mistake, which is logged at its side
-``finished``       the handler is done and reads no more
-================== =============================================================================
-
-Applications may use codes of their own.
+Codes of RESET are :class:`~shoal.p2p.protocol.codes.ResetCode`, and what applications add. One that is not known is
+kept as text.
 """
 
 from __future__ import annotations
@@ -33,16 +22,16 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
-from shoal.p2p.config import MAX_ANNOUNCED
+from shoal.p2p.config import MAX_AGENT, MAX_ANNOUNCED
 from shoal.p2p.protocol.claims import UNKNOWN, UNSETTLED, Incarnation
 from shoal.p2p.protocol.violations import EndKind
+from shoal.utils.structs import CompactStruct
 from shoal.utils.text import printable
 
 T = TypeVar("T")
 
 MAX_METHOD_NAME = 128
 MAX_CODE = 32
-MAX_AGENT = 64
 MAX_REASON = 512
 MAX_ADDRESSES = MAX_ANNOUNCED
 MAX_ADDRESS = 512
@@ -56,7 +45,7 @@ _CREDIT = struct.Struct("!Q")
 _encoder = msgspec.msgpack.Encoder()
 
 
-class Open(msgspec.Struct, array_like=True, frozen=True):
+class Open(CompactStruct, frozen=True):
     """Body of OPEN: begins a stream."""
 
     method: Annotated[str, msgspec.Meta(max_length=MAX_METHOD_NAME)]
@@ -71,14 +60,14 @@ class Open(msgspec.Struct, array_like=True, frozen=True):
         return bytes(self.message) != b"\xc0"
 
 
-class Reset(msgspec.Struct, array_like=True, frozen=True):
+class Reset(CompactStruct, frozen=True):
     """Body of RESET: ends a stream in both directions."""
 
     code: Annotated[str, msgspec.Meta(max_length=MAX_CODE)]
     message: Annotated[str, msgspec.Meta(max_length=MAX_REASON)]
 
 
-class Hello(msgspec.Struct, array_like=True, frozen=True):
+class Hello(CompactStruct, frozen=True):
     """Body of HELLO: the first frame in each direction, says who speaks."""
 
     lane: Annotated[int, msgspec.Meta(ge=0, le=255)]
@@ -97,7 +86,7 @@ class Hello(msgspec.Struct, array_like=True, frozen=True):
     """The address that the receiver has for the sender: what it dialed, or from where it was dialed."""
 
 
-class Goodbye(msgspec.Struct, array_like=True, frozen=True):
+class Goodbye(CompactStruct, frozen=True):
     """Body of GOODBYE: the last frame of a connection that is closed in order."""
 
     reason: Annotated[str, msgspec.Meta(max_length=MAX_REASON)]
@@ -211,4 +200,4 @@ def decode_credit(body: Body) -> int:
 def check_message_size(body: bytes, limit: int) -> None:
     """:class:`InvalidValueError` if an own message is longer than what peers accept."""
     if len(body) > limit:
-        raise InvalidValueError(f"message: {len(body)} bytes when encoded, at most {limit} are allowed")
+        raise InvalidValueError(f"message must take at most {limit} bytes when encoded, got {len(body)}")

@@ -19,6 +19,7 @@ from shoal.p2p.protocol import wire
 from shoal.p2p.reach.reachability import Findings
 from shoal.p2p.reach.vantage import Vantage, is_global
 from shoal.p2p.rpc import Method
+from shoal.utils.structs import CompactStruct
 from shoal.utils.text import printable
 
 DIAL_BACK_TIME, MAX_DIAL_BACK_TIME = 1.5, 5.0
@@ -28,33 +29,33 @@ _Address = Annotated[str, msgspec.Meta(max_length=wire.MAX_ADDRESS)]
 _Reason = Annotated[str, msgspec.Meta(max_length=wire.MAX_REASON)]
 
 
-class DialBackRequest(msgspec.Struct, array_like=True, frozen=True):
+class DialBackRequest(CompactStruct, frozen=True):
     """Please dial these addresses of mine."""
 
     addresses: Annotated[list[_Address], msgspec.Meta(max_length=wire.MAX_ADDRESSES)]
 
 
-class DialBackResponse(msgspec.Struct, array_like=True, frozen=True):
+class DialBackResponse(CompactStruct, frozen=True):
     """What came of it, per address that was dialed: None, or why the helper did not get through.
 
     ``foreign``: addresses that were not dialed, since they are not the asker's as the helper sees it, with the reason.
     """
 
     outcomes: dict[_Address, _Reason | None]
-    foreign: dict[_Address, _Reason] = {}
+    foreign: dict[_Address, _Reason] = msgspec.field(default_factory=dict)
 
 
 DIAL_BACK = Method("shoal.host.dial_back", DialBackRequest, DialBackResponse)
 
 
-class Announcement(msgspec.Struct, array_like=True, frozen=True):
+class Announcement(CompactStruct, frozen=True):
     """What HELLO said of the sender has changed: this holds now."""
 
     is_client: bool
     addresses: Annotated[list[_Address], msgspec.Meta(max_length=wire.MAX_ADDRESSES)]
 
 
-class AnnouncementHeard(msgspec.Struct, array_like=True, frozen=True):
+class AnnouncementHeard(CompactStruct, frozen=True):
     """It was."""
 
 

@@ -16,6 +16,7 @@ from shoal.errors import InvalidValueError, RemoteError
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.reach.dialback import DialBackRequest, DialBackResponse
 
 MAX_DIALED = 4
@@ -43,11 +44,11 @@ class DialBackHelper:
         self._places = asyncio.Semaphore(MAX_AT_ONCE)
 
     async def handle(self, asker: PeerID, request: DialBackRequest) -> DialBackResponse:
-        """Dial the asker's own addresses; ``RemoteError("rate_limited")`` when asked too often."""
+        """Dial the asker's own addresses; a RemoteError (``RATE_LIMITED``) when asked too often."""
         try:
             addresses = [Multiaddr.parse(text) for text in request.addresses]
         except InvalidValueError as error:
-            raise RemoteError("bad_address", str(error)) from error
+            raise RemoteError(ResetCode.BAD_ADDRESS, str(error)) from error
         own = self._ips_of(asker)
         is_mine = {address: address.host in own and not address.unspoken for address in addresses}
         mine = [address.without_peer_id() for address in addresses if is_mine[address]][:MAX_DIALED]
@@ -72,9 +73,9 @@ class DialBackHelper:
         while self._recent and self._recent[0][0] <= now - 60.0:
             self._recent.popleft()
         if len(self._recent) >= PER_MINUTE:
-            raise RemoteError("rate_limited", f"more than {PER_MINUTE} dial-backs a minute")
+            raise RemoteError(ResetCode.RATE_LIMITED, f"more than {PER_MINUTE} dial-backs a minute")
         if any(peer == asker and when > now - PER_PEER_PAUSE for when, peer in self._recent):
-            raise RemoteError("rate_limited", f"asked twice within {PER_PEER_PAUSE:g} s")
+            raise RemoteError(ResetCode.RATE_LIMITED, f"asked twice within {PER_PEER_PAUSE:g} s")
         self._recent.append((now, asker))
 
 
