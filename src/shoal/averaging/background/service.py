@@ -102,6 +102,7 @@ class AveragerService:
         return None
 
     async def close(self) -> None:
+        # Peers that ask from now on are refused at once, and do not wait for what follows.
         self._rounds.close()
         await asyncio.gather(self._matchmaker.close(), self._states.close())
         await self._arena.close()

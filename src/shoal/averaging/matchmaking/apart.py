@@ -47,6 +47,7 @@ def separate(
     groups = [list(members) for members in slices]
     out: list[Candidate] = []
     for group in groups:
+        # The later one goes: the first one leads, and others are on their way to it.
         for peer in sorted(group, reverse=True):
             if is_apart(peer, group) and not _exchange(peer, group, groups):
                 group.remove(peer)

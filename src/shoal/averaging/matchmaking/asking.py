@@ -143,6 +143,7 @@ class Asking:
             self.lost("redirected to itself", view, now)
             return None
         self._story.answered(ask.leader, f"redirected to {leader}", now)
+        # Two followers with old views may send this peer to and fro.
         if ask.redirects < MAX_REDIRECTS and view.may_ask(leader, now):
             return NextLeader(leader, addresses, ask.redirects + 1, is_hearsay=True)
         view.leave_out(ask.leader, now + retry_time(view))
@@ -162,6 +163,7 @@ class Asking:
         view.leave_out_group(event.answer.members, until, now, is_looking=is_looking)
 
     def _dismissed(self, event: LeaderDismissed, view: View, now: float) -> NextLeader | None:
+        # Unlike one that is lost, it is there and honest: it may be asked again as soon as the views agree.
         leader, answer = self._leader.leader, event.answer
         self._story.answered(leader, f"dismissed: {answer.reason.words}", now)
         until = now + retry_time(view)

@@ -51,6 +51,7 @@ class _Follower:
     info: MemberInfo
     has_begun: bool = False
     """It is in the group that this peer leads, and is being told so."""
+    # Unbounded, since the core must not wait for a slow follower: it says little, and no more than a group's members.
     outbox: asyncio.Queue[LeaderMessage | None] = field(default_factory=asyncio.Queue)
 
     def send(self, *messages: LeaderMessage, last: bool) -> None:
@@ -76,6 +77,7 @@ class Followers:
 
     async def attend(self, stream: Stream, signed: SignedMemberInfo, info: MemberInfo) -> None:
         """Let the core answer a request, and send all that it has to say to the asker until the request is over."""
+        # Each member gets what all gathered. To refuse one now is better than a group that nobody can take in.
         held = sum(len(follower.signed.info) for follower in self._followers.values())
         if held + len(signed.info) > MAX_GROUP_GATHER_BYTES - MAX_GATHER_BYTES:
             await stream.send(Rejected(RejectReason.FULL))
@@ -89,6 +91,7 @@ class Followers:
             while (message := await follower.outbox.get()) is not None:
                 await stream.send(message)
             if follower.has_begun:
+                # The follower is in the group once it has finished its side, too: before, it may have heard nothing.
                 await stream.finish()
                 await expect_end(stream)
                 follower.has_begun = False

@@ -83,9 +83,11 @@ class AskedLeaders:
 
     async def _ask(self, request: AskToJoin) -> None:
         host, leader = self._peer.node.host, request.leader
+        # What others say of a leader must not displace what it said itself.
         add = host.add_hearsay if request.is_hearsay else host.add_addresses
         try:
             add(leader, [Multiaddr.parse(address) for address in request.addresses])
+            # For this leader alone: nobody else can begin a group with it.
             own = self._search.sign_info(leader)
             async with host.open_stream(leader, JOIN) as stream:
                 await stream.send(JoinRequest(self._peer.prefix, own))

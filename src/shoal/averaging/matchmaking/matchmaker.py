@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import random
 from collections.abc import Collection, Iterable
@@ -36,6 +37,8 @@ from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Stream
 from shoal.utils.checks import check_number
 from shoal.utils.timed import DHTClock, dht_clock
+
+logger = logging.getLogger(__name__)
 
 WITHDRAWAL_TIMEOUT = 1.0
 """Seconds that :meth:`Matchmaker.close` gives the DHT to learn that this peer looks for no group any more."""
@@ -173,6 +176,7 @@ class Matchmaker:
         is_known = self._memory.avoids(self._key(leader), fault, self._peer.clock())
         if search is not None and not (fault is Fault.UNREACHED and is_known):
             self.keep_apart([leader], fault)
+            logger.info("%s: leaves the leader %s, which %s", self._peer.prefix, leader, fault.words)
             start_time = search.place.start_time
             if fault is Fault.STALLED:
                 start_time = max(
@@ -231,7 +235,7 @@ class Matchmaker:
                 when_leader_failed=self._leader_failed,
                 is_first=self._search is None,
             )
-            self._last_group = ()
+            self._last_group = ()  # one search waits for them; if they do not come to it, they have gone elsewhere
             if not self._known.start_times:
                 self._peer.tasks.start(self._explore(search, EXPLORE_AFTER), "explore depths")
             try:

@@ -50,6 +50,19 @@ class Fault(enum.Enum):
     EXCLUDED = enum.auto()
     """A round went on without it: it gave up, was silent, or never joined."""
 
+    @property
+    def words(self) -> str:
+        """What the peer did, for people."""
+        return _WORDS[self]
+
+
+_WORDS = {
+    Fault.UNREACHED: "could not be reached",
+    Fault.STALLED: "kept this peer waiting and did not begin",
+    Fault.UNANSWERED: "gave no answer",
+    Fault.EXCLUDED: "was excluded from a round",
+}
+
 
 AVOIDED_FOR = {Fault.UNREACHED: 60.0, Fault.STALLED: 20.0, Fault.UNANSWERED: 5.0, Fault.EXCLUDED: 10.0}
 """Seconds for which a peer is avoided after it failed for the first time. A peer that was only stopped for a moment is

@@ -267,7 +267,9 @@ class Search:
             result = PollFailed(str(e))
         if self._mode is not self._peer.mode and not self.is_over:
             self._when_mode_changed()
-        if place is self.place:
+        if (
+            place is self.place
+        ):  # else it moved meanwhile: what is under the old key says nothing of the new one
             self.tell(result)
 
     async def _compare(self, peer: PeerID, addresses: tuple[str, ...], schema_hash: bytes) -> None:

@@ -128,6 +128,7 @@ class View:
         self.note_latency(now - began_at)
         self._last_poll_began = began_at
         self.schedule_poll(now)
+        # What is not declared any more has expired: its peer is gone.
         self._declared.clear()
         self._busy.clear()
         self.records.clear()
