@@ -23,7 +23,7 @@ from shoal.averaging.matchmaking.census import Census
 from shoal.averaging.matchmaking.events import Cancelled, Place
 from shoal.averaging.matchmaking.followers import WhenMemberGone
 from shoal.averaging.matchmaking.group_bits import LONELY_BELOW, SPLIT_ABOVE, GroupBits
-from shoal.averaging.matchmaking.memory import FailureMemory, Fault, PeerKey
+from shoal.averaging.matchmaking.memory import FailureMemory, Fault
 from shoal.averaging.matchmaking.messages import JOIN, JoinRequest, Rejected, RejectReason
 from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.schemas import OtherSchemas
@@ -153,27 +153,23 @@ class Matchmaker:
         """This peer has seen these fail, in its last round for instance: others are to be in its next groups."""
         now = self._peer.clock()
         for peer in peers:
-            self._memory.note(self._key(peer), fault, now)
+            self._memory.note(peer, fault, now)
 
     def hear_of_exclusions(self, leader: PeerID, excluded: Iterable[PeerID]) -> None:
         """The ``leader`` of this peer's last round says that it went on without these."""
         now = self._peer.clock()
         for peer in excluded:
             if leader == self._peer.peer_id:
-                self._memory.note(self._key(peer), Fault.EXCLUDED, now)
+                self._memory.note(peer, Fault.EXCLUDED, now)
             elif peer != self._peer.peer_id:
-                self._memory.hear(self._key(peer), Fault.EXCLUDED, now, told_by=leader)
-
-    def _key(self, peer: PeerID) -> PeerKey:
-        """The process that runs under this identity now. The host does not tell incarnations yet."""
-        return PeerKey(peer)
+                self._memory.hear(peer, Fault.EXCLUDED, now, told_by=leader)
 
     def _leader_failed(self, leader: PeerID, fault: Fault) -> None:
         """A leader that others follow fails this peer: it says so at once, or they would send it back there. One that
         gave no answer may only have been stopped for a moment: the search asks others, and it again.
         """
         search = self._search
-        is_known = self._memory.avoids(self._key(leader), fault, self._peer.clock())
+        is_known = self._memory.avoids(leader, fault, self._peer.clock())
         if search is not None and not (fault is Fault.UNREACHED and is_known):
             self.keep_apart([leader], fault)
             logger.info("%s: leaves the leader %s, which %s", self._peer.prefix, leader, fault.words)

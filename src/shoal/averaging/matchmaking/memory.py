@@ -105,22 +105,28 @@ class FailureMemory:
     """Failures of other peers, as one peer remembers them.
 
     :param is_connected: whether a connection to a peer stands now
+    :param incarnation: the number of the process that was last seen as a peer; None: not known
     """
 
-    def __init__(self, is_connected: Callable[[PeerID], bool]) -> None:
+    def __init__(
+        self,
+        is_connected: Callable[[PeerID], bool],
+        incarnation: Callable[[PeerID], int | None] = lambda peer: None,
+    ) -> None:
         self._is_connected = is_connected
+        self._incarnation = incarnation
         self._failures: dict[PeerKey, _Failures] = {}
         """The one that failed last is the last."""
 
-    def note(self, peer: PeerKey, fault: Fault, now: float) -> None:
+    def note(self, peer: PeerID, fault: Fault, now: float) -> None:
         """This peer has seen ``peer`` fail."""
         failures = self._latest(peer)
         failures.add(fault, now)
         if fault is Fault.UNREACHED:
             # A connection that still stands may be a dead one: only one that is made later is a good sign.
-            failures.is_gone = not self._is_connected(peer.peer_id)
+            failures.is_gone = not self._is_connected(peer)
 
-    def hear(self, peer: PeerKey, fault: Fault, now: float, *, told_by: PeerID) -> None:
+    def hear(self, peer: PeerID, fault: Fault, now: float, *, told_by: PeerID) -> None:
         """``told_by`` says that ``peer`` failed: it counts as seen as soon as several members say so."""
         failures = self._latest(peer)
         failures.forget_words(now)
@@ -138,17 +144,9 @@ class FailureMemory:
                 failures.until.clear()
                 failures.told_by.clear()
 
-    def meet(self, peer: PeerKey) -> None:
-        """``peer`` is what runs under this identity now: what its earlier processes did is not held against it."""
-        if peer.incarnation is not None:
-            self._forget(
-                one
-                for one in self._failures
-                if one.peer_id == peer.peer_id and one.incarnation not in (None, peer.incarnation)
-            )
-
     def avoided(self, now: float) -> tuple[PeerID, ...]:
         """Whom to keep apart from: as many as a declaration names, those that are avoided longest first."""
+        self._forget_former_processes()
         self._note_connections()
         self._fade(now)
         ends: dict[PeerID, float] = {}
@@ -158,18 +156,32 @@ class FailureMemory:
         peers.reverse()  # of equal ones the latest first
         return tuple(sorted(peers, key=lambda peer: -ends[peer])[:MAX_LOST])
 
-    def avoids(self, peer: PeerKey, fault: Fault, now: float) -> bool:
+    def avoids(self, peer: PeerID, fault: Fault, now: float) -> bool:
         """Whether this peer is kept apart from ``peer`` because of such a fault."""
-        failures = self._failures.get(peer)
+        failures = self._failures.get(self._key(peer))
         return failures is not None and now < failures.until.get(fault, -math.inf)
 
-    def _latest(self, peer: PeerKey) -> _Failures:
+    def _key(self, peer: PeerID) -> PeerKey:
+        """The process that is this peer now."""
+        return PeerKey(peer, self._incarnation(peer))
+
+    def _latest(self, peer: PeerID) -> _Failures:
         """What is held against ``peer``, which is now the last of all to be forgotten."""
-        failures = self._failures.pop(peer, None) or _Failures()
-        self._failures[peer] = failures
+        key = self._key(peer)
+        failures = self._failures.pop(key, None) or _Failures()
+        self._failures[key] = failures
         while len(self._failures) > MAX_REMEMBERED:
             del self._failures[next(iter(self._failures))]
         return failures
+
+    def _forget_former_processes(self) -> None:
+        """What an earlier process of a peer did is not held against the one that runs now."""
+        self._forget(
+            peer
+            for peer in self._failures
+            if peer.incarnation is not None
+            and self._incarnation(peer.peer_id) not in (None, peer.incarnation)
+        )
 
     def _note_connections(self) -> None:
         for peer, failures in self._failures.items():
