@@ -19,9 +19,9 @@ from shoal.dht.server import NodeServer
 from shoal.dht.types import ValueWithExpiration
 from shoal.dht.validation import protected_key
 from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError
-from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.probing import Prober
 from shoal.testing.clock import run
 from shoal.testing.dht import SimulatedDHT
 from shoal.utils.serializer import MSGPackSerializer
@@ -145,7 +145,7 @@ def test_refusals_and_dial_backs_forge_no_lines_of_a_log(
     async def refuse(self: NodeServer, key: bytes, entries: list[object]) -> list[str]:
         return [forged for _ in entries]
 
-    async def cannot_dial(self: Host, peer: PeerID, address: Multiaddr) -> str:
+    async def cannot_dial(self: Prober, peer: PeerID, address: Multiaddr) -> str:
         return forged
 
     async def story(sim: SimulatedDHT) -> None:
@@ -160,7 +160,7 @@ def test_refusals_and_dial_backs_forge_no_lines_of_a_log(
         assert all(text.isprintable() for text in warnings)
 
     monkeypatch.setattr(NodeServer, "_keep", refuse)
-    monkeypatch.setattr(Host, "_probe", cannot_dial)
+    monkeypatch.setattr(Prober, "probe", cannot_dial)
     simulate(story)
 
 

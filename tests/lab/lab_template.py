@@ -27,7 +27,7 @@ import lab_peer_program
 
 import shoal.averaging.background.service
 import shoal.dht.service
-import shoal.runtime.connection
+import shoal.runtime.process_link
 import shoal.runtime.server
 
 STANDARD = 3
@@ -35,7 +35,7 @@ STANDARD = 3
 
 
 class ForkedProcess:
-    """What :mod:`shoal.runtime.connection` needs of ``subprocess.Popen``, for its background process."""
+    """What :mod:`shoal.runtime.process_link` needs of ``subprocess.Popen``, for its background process."""
 
     def __init__(
         self, arguments: Sequence[str], *, stdout: int, pass_fds: Sequence[int], env: dict[str, str], **_: Any
@@ -135,6 +135,6 @@ def serve(requests: socket.socket) -> None:
 
 if __name__ == "__main__":
     PRELOADED = (shoal.DHT, shoal.DecentralizedAverager)  # named, and so imported
-    shoal.runtime.connection.subprocess.Popen = ForkedProcess
+    shoal.runtime.process_link.subprocess.Popen = ForkedProcess
     with socket.socket(fileno=int(sys.argv[1])) as requests:
         serve(requests)

@@ -48,6 +48,15 @@ class Owner:
     def connection_opened(self, connection):
         return None
 
+    def connection_ended(self, connection):
+        pass
+
+    def peer_left(self, connection):
+        pass
+
+    def ask_others(self, connection):
+        pass
+
     def connection_closed(self, connection):
         self.closed.append(connection)
 
@@ -228,10 +237,10 @@ def test_credit_without_reading_takes_no_memory():
                 stranger.session.send_frame(FrameKind.CREDIT, 2, wire.encode_credit(1))
                 stranger.give(b"".join(stranger.session.data_to_send()))
             assert not sending.done()
-            assert len(connection._write_waiters) <= 2
+            assert len(connection.outlet._write_waiters) <= 2
             sending.cancel()
             await asyncio.wait([sending])
-            assert not connection._write_waiters
+            assert not connection.outlet._write_waiters
 
         return flood()
 

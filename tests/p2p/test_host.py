@@ -827,13 +827,13 @@ async def test_loopback_is_of_no_use_to_other_machines(swarm, caplog):
     """The default of host_maddrs, in a swarm of several machines: the mistake that the warning is for."""
     a, b = await swarm.host("a"), await swarm.host("b", on_loopback())
     await b.connect(a.listen_addresses[0], timeout=5)
-    seen = len(swarm.network._connections)
+    seen = len(swarm.network.connections)
     result = await b.check_reachability([a.peer_id])
     assert result.reachable is False
     assert "another machine" in result.failures["/ip4/127.0.0.1/tcp/4001"]
     assert not b.reachability.is_full
     assert "host_maddrs" in caplog.text
-    assert len(swarm.network._connections) == seen, "nothing was dialed"
+    assert len(swarm.network.connections) == seen, "nothing was dialed"
 
 
 @simulated()
@@ -851,10 +851,10 @@ async def test_loopback_reaches_who_is_on_the_same_machine(swarm, caplog):
 async def test_helpers_dial_the_askers_own_address_only(swarm, caplog):
     a, b = await swarm.pair()
     victim = await swarm.host("victim")
-    seen = len(swarm.network._connections)
+    seen = len(swarm.network.connections)
     request = DialBackRequest([str(address) for address in victim.listen_addresses])
     assert (await b.call(a.peer_id, DIAL_BACK, request, timeout=20)).outcomes == {}
-    assert len(swarm.network._connections) == seen
+    assert len(swarm.network.connections) == seen
     with pytest.raises(RemoteError, match="bad_address"):
         await b.call(a.peer_id, DIAL_BACK, DialBackRequest(["/ip4/1.2.3/tcp/1"]), timeout=20)
 

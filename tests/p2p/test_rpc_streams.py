@@ -13,7 +13,8 @@ from shoal.errors import ConnectionLost, InvalidStateError, InvalidValueError, P
 from shoal.p2p.config import INITIAL_WINDOW
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.frames import FrameKind
-from shoal.p2p.protocol.streams import ITEM_COST, Multiplexer, Payload
+from shoal.p2p.protocol.stream_state import ITEM_COST, Payload
+from shoal.p2p.protocol.streams import Multiplexer
 
 MAX_INBOUND = 4
 MAX_UNREAD = 2 * INITIAL_WINDOW

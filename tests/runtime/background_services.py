@@ -57,6 +57,15 @@ async def make_failing(context: Any) -> Runner:
     raise ConnectionRefusedError("nobody there")
 
 
+async def make_stubborn_with_farewell(path: str, context: Any) -> Runner:
+    def say() -> None:
+        with open(path, "a") as file:
+            file.write("goodbye\n")
+
+    context.when_ending(say)
+    return await make_stubborn(context)
+
+
 async def make_stubborn(context: Any) -> Runner:
     class Stubborn(Runner):
         async def close(self) -> None:

@@ -492,6 +492,14 @@ def test_sigterm_ends_it_in_order(own_process, tmp_path):
         handle.call((services.echo, 1)).result(LIMIT)
 
 
+def test_others_are_told_of_the_end_though_a_service_hangs(own_process, tmp_path):
+    path = tmp_path / "farewell"
+    factory = partial(services.make_stubborn_with_farewell, str(path))
+    own_process.create_service(factory).result(LIMIT)
+    os.kill(own_process.pid, signal.SIGTERM)
+    wait_until(lambda: path.exists() and path.read_text() == "goodbye\n")
+
+
 def test_collecting_the_last_reference_ends_it():
     process = BackgroundProcess.start("collected")
     runner = own_runner(process)
@@ -559,7 +567,7 @@ def test_a_forked_child_can_neither_use_nor_end_it(process, runner):
 def test_a_signal_handler_that_interrupts_its_thread_as_it_sends_may_shut_down():
     """That thread holds the channel's lock until the handler returns, which waits for the receiving thread."""
     process = BackgroundProcess.start("interrupted")
-    with process._connection._channel._lock:
+    with process._link._channel._lock:
         process.shutdown()
         assert not process.is_alive
     assert not is_running(process.pid)

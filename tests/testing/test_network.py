@@ -176,7 +176,7 @@ def test_a_dialer_that_gives_up_leaves_nothing_behind():
             async with asyncio.timeout(0.7):
                 await network.host("a").connect(Recorder, listener.address)
         assert isinstance(await accepted[0].ended, ConnectionResetError)
-        assert not network._connections
+        assert not network.connections
 
     run(main)
 
@@ -298,5 +298,51 @@ def test_a_router_may_refuse_what_it_does_not_forward():
         network.site("inside", refuses=True)
         with pytest.raises(ConnectionRefusedError):
             await network.host("outside").connect(Recorder, Multiaddr("ip4", "203.0.113.1", 80))
+
+    run(main)
+
+
+def test_silence_may_hold_one_way_only():
+    async def main():
+        network = make_network()
+        near, far = await connect(network)
+        network.silence("a", "b", one_way=True)
+        near.transport.write(b"unheard")
+        far.transport.write(b"heard")
+        await asyncio.sleep(10)
+        assert (bytes(near.data), bytes(far.data)) == (b"heard", b"")
+
+    run(main)
+
+
+def test_a_host_that_moved_answers_at_its_new_address_alone():
+    async def main():
+        network = make_network()
+        host = network.host("b")
+        await host.listen(Recorder, Multiaddr("ip4", "0.0.0.0", 4000))
+        old = host.address(4000)
+        transport = await network.host("a").connect(Recorder, old)
+        network.move("b", "10.9.0.1")
+        transport.write(b"to where it was")
+        await asyncio.sleep(10)
+        assert not transport.other._protocol.data
+        assert not transport._protocol.ended.done(), "nobody tells the other end"
+        await network.host("a").connect(Recorder, Multiaddr("ip4", "10.9.0.1", 4000))
+        with pytest.raises(TimeoutError):
+            await network.host("a").connect(Recorder, old)
+
+    run(main)
+
+
+def test_a_revived_host_resets_what_it_knows_nothing_of():
+    async def main():
+        network = make_network()
+        near, _ = await connect(network)
+        network.kill("b", silently=True)
+        await asyncio.sleep(10)
+        assert not near.ended.done()
+        network.revive("b")
+        near.transport.write(b"are you there?")
+        assert isinstance(await near.ended, ConnectionResetError)
 
     run(main)

@@ -72,6 +72,7 @@ class DHTService:
         self._lease = lease
         self._tasks = TaskSet()
         node.clock.on_move.append(self._clock_moved)
+        context.when_ending(node.host.leave)
         self._view = DHTView(node)
         self._methods: dict[type[object], Callable[[Any], Awaitable[object]]] = {
             StoreEntry: self._store,

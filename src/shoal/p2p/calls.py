@@ -15,7 +15,8 @@ from shoal.errors import DeadlineExceeded, InvalidStateError, ProtocolViolation,
 from shoal.p2p.identity import PeerID
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.codes import ResetCode
-from shoal.p2p.protocol.streams import Multiplexer, StreamState
+from shoal.p2p.protocol.stream_state import StreamState
+from shoal.p2p.protocol.streams import Multiplexer
 from shoal.p2p.rpc import Method, Payload, Stream, StreamConnection
 
 logger = logging.getLogger(__name__)
@@ -32,9 +33,6 @@ class Served:
 
 class CallConnection(StreamConnection, Protocol):
     """What calls need of their connection."""
-
-    async def writable(self) -> None:
-        """Wait until the socket takes more."""
 
     def note_use(self) -> None:
         """A stream was opened: from now on somebody waits for this peer."""
@@ -202,8 +200,8 @@ class Calls:
         """The answer's bytes, made only when the socket takes them: a peer that asks often, but does not read, must
         not make us hold a long answer for each of its calls.
         """
-        if not self._connection.is_writable:
-            await self._connection.writable()
+        if not self._connection.outlet.is_writable:
+            await self._connection.outlet.writable()
         body = wire.encode(answer)
         wire.check_message_size(body, self._connection.max_message)
         return body

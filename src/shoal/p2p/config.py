@@ -94,7 +94,10 @@ class HostConfig:
     max_addresses_per_peer: Limit = 16
 
     probe_after: Seconds = 1.5
-    """Silence on a connection in use after which its peer is asked for a sign of life."""
+    """Silence on a connection in use after which its peer is asked for a sign of life, where the round-trip time is
+    short."""
+    max_probe_after: Seconds = 2.0
+    """The same at most: it follows the round-trip time."""
     idle_probe_after: Seconds = 30.0
     """The same on a connection that nothing waits for."""
     min_answer_time: Seconds = 3.0

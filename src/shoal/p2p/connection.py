@@ -1,8 +1,9 @@
 """One authenticated connection: the asyncio shell around :class:`~shoal.p2p.protocol.session.Session` and the streams.
 
-It moves bytes between the transport and the session, hands frames to the multiplexer, runs the handlers of what the
-peer calls, and keeps the time: handshake, deadlines, keep-alive, the end. Which connections exist, and to whom, is
-the business of :class:`~shoal.p2p.host.Host`, which is the ``owner`` here.
+It hands the transport's bytes to the session, and frames to the streams and to the handlers of what the peer calls. It
+knows how a connection is opened and how it ends. Its :class:`~.outlet.Outlet` sends, its :class:`~.vigil.Vigil` keeps
+the time. Which connections exist, and to whom, is decided by their ``owner``:
+:class:`~shoal.p2p.connections.Connections`.
 """
 
 from __future__ import annotations
@@ -10,38 +11,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections import deque
-from functools import partial
 from typing import Protocol, cast
 
 from shoal.errors import ConnectionLost, DeadlineExceeded, ProtocolViolation, ShoalError
 from shoal.p2p.calls import Calls, Served
-from shoal.p2p.config import KIB, MIB, HostConfig
+from shoal.p2p.config import KIB, HostConfig
 from shoal.p2p.identity import Identity, PeerID
 from shoal.p2p.multiaddr import Multiaddr
+from shoal.p2p.outlet import Outlet
 from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.claims import UNKNOWN
 from shoal.p2p.protocol.frames import FrameKind
-from shoal.p2p.protocol.keepalive import KeepAlive, Verdict
 from shoal.p2p.protocol.session import FrameReceived, HandshakeCompleted, PayloadReceived, Role, Session
-from shoal.p2p.protocol.streams import Multiplexer, StreamState
-from shoal.p2p.protocol.violations import EndKind, TurnedAway
+from shoal.p2p.protocol.streams import Multiplexer
+from shoal.p2p.protocol.violations import Ending, EndKind, TurnedAway
 from shoal.p2p.rpc import Lane
-from shoal.p2p.sockets import ip_of, origin_of, unsent_bytes
+from shoal.p2p.sockets import ip_of, origin_of
+from shoal.p2p.vigil import Vigil
 from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
 
-WRITE_HIGH = 1 * MIB
-WRITE_LOW = 256 * KIB
-PAYLOAD_CHUNK = 1 * MIB
-"""A longer payload is encrypted in pieces of this size, each when the transport has room."""
-MAX_UNREAD_ANSWERS = 4096
-"""Answers that may be queued for a peer that does not read; more is an attempt to make us hold memory."""
-
-
 CONNECTION_FRAMES = frozenset({FrameKind.HELLO, FrameKind.GOODBYE, FrameKind.PING, FrameKind.PONG})
-
-ANSWERS = frozenset({FrameKind.PONG, FrameKind.RESET})
 
 
 class ConnectionOwner(Protocol):
@@ -68,11 +59,20 @@ class ConnectionOwner(Protocol):
     def connection_opened(self, connection: Connection) -> wire.Refusal | None:
         """A peer is known and has said HELLO; what is returned refuses the connection."""
 
+    def connection_ended(self, connection: Connection) -> None:
+        """It carries nothing more; called once for every connection."""
+
     def connection_closed(self, connection: Connection) -> None:
         """The transport is closed; called once for every connection that was made."""
 
     def may_close_idle(self, connection: Connection) -> bool:
         """Whether an unused connection can be spared."""
+
+    def peer_left(self, connection: Connection) -> None:
+        """The peer has said on it that its process ends."""
+
+    def ask_others(self, connection: Connection) -> None:
+        """Its peer is silent: ask it for a sign of life on its unused connections too."""
 
     def seen_elsewhere(self, connection: Connection) -> float:
         """When its peer last showed life on another connection, in seconds of the loop; -inf: on none."""
@@ -102,8 +102,8 @@ class Connection(asyncio.BufferedProtocol):
         self.local_ip: str | None = None
         self.origin: str | None = None
         """Whom limits per address count this connection for; None for a process of this machine."""
-        self.close_reason: str | None = None
-        self.end_kind = EndKind.OTHER
+        self.ending: Ending | None = None
+        """How it ended; None while it stands."""
         self.last_used = 0.0
         self._loop = asyncio.get_running_loop()
         self.opened: asyncio.Future[None] = self._loop.create_future()
@@ -117,28 +117,20 @@ class Connection(asyncio.BufferedProtocol):
         self._config = owner.config
         self._session = Session(role, owner.identity, secrets.token_bytes(32), expected_peer=expected_peer)
         self._session.payload_sink = self._place_payload
+        self.outlet = Outlet(self._session, self._peer_does_not_read)
+        """What goes out."""
+        self.vigil = Vigil(self, self.outlet, owner.config)
+        """Its time, and the peer's signs of life."""
         self._streams = Multiplexer(
             is_initiator=role is Role.INITIATOR,
-            send_frame=self._send_frame,
+            send_frame=self.outlet.send_frame,
             max_inbound=owner.config.max_inbound_streams,
             max_unread=owner.config.max_unread,
             discard_payload=self._session.discard_payload,
         )
         self.calls = Calls(self, self._streams, owner.find_served, owner.config.max_stream_timeout)
         """Opens streams on this connection, and serves those of the peer."""
-        self._keepalive = KeepAlive(owner.config, self._loop.time())
         self._transport: asyncio.Transport | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = 0.0
-        self._paused = False
-        self._payload_under_way = False
-        self._held_frames: deque[tuple[FrameKind, int, bytes]] = deque()
-        self._unread_answers = 0
-        self._written = 0
-        self._batching = False
-        self._write_waiters: dict[asyncio.Future[None], None] = {}  # ordered, as a set is not
-        self._ping_count = 0
-        self._began: float | None = None
 
     # Who, and in which state.
 
@@ -149,19 +141,24 @@ class Connection(asyncio.BufferedProtocol):
         return self.remote
 
     @property
-    def is_open(self) -> bool:
-        """Whether streams can be opened on it."""
-        return self.is_admitted and self.close_reason is None
+    def close_reason(self) -> str | None:
+        """Why it ended, in words; None while it stands."""
+        return None if self.ending is None else self.ending.reason
 
     @property
-    def last_sign(self) -> float:
-        """When the peer last showed life here, in seconds of the loop."""
-        return self._keepalive.last_sign
+    def incarnation(self) -> int:
+        """The number that the peer's process has drawn; :data:`.claims.UNKNOWN` until it says it."""
+        return UNKNOWN if self.hello is None else self.hello.incarnation
+
+    @property
+    def is_open(self) -> bool:
+        """Whether streams can be opened on it."""
+        return self.is_admitted and self.ending is None
 
     @property
     def rtt(self) -> float | None:
         """Smoothed round-trip time in seconds, once measured."""
-        return self._keepalive.rtt
+        return self.vigil.rtt
 
     @property
     def load(self) -> int:
@@ -182,7 +179,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
-        self._transport.set_write_buffer_limits(high=WRITE_HIGH, low=WRITE_LOW)
+        self.outlet.connect(self._transport)
         peername = transport.get_extra_info("peername")
         self.remote_ip = ip_of(peername)
         if self.remote_ip is not None:
@@ -192,67 +189,56 @@ class Connection(asyncio.BufferedProtocol):
         self.origin = origin_of(self.remote_ip, self.local_ip)
         refusal = self._owner.connection_made(self)
         if refusal is not None:
-            self._end(refusal.reason, TurnedAway(refusal.reason, refusal.kind), refusal.kind)
-        if self.close_reason is not None:
+            self._end(Ending(refusal.kind, refusal.reason), TurnedAway(refusal.reason, refusal.kind))
+        if self.ending is not None:
             self._transport.abort()
             return
-        self._set_timer(self._loop.time() + self._config.handshake_timeout)
-        if self.role is Role.INITIATOR:
-            self._began = self._loop.time()
+        self.vigil.begin_handshake(speaks_first=self.role is Role.INITIATOR, expire=self._expire_handshake)
         self._session.start()
-        self._flush()
+        self.outlet.flush()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._session.get_buffer(sizehint)
 
     def buffer_updated(self, nbytes: int) -> None:
-        if self.close_reason is not None:
+        if self.ending is not None:
             return
-        now = self._loop.time()
-        self._keepalive.receive_bytes(now)
-        if self._began is None:
-            self._began = now
-        self._batching = True
-        try:
-            for event in self._session.buffer_updated(nbytes):
-                self._receive_event(event)
-        except ProtocolViolation as error:
-            self.violate(error)
-        finally:
-            self._batching = False
-        self._flush()
+        self.vigil.receive_bytes()
+        with self.outlet.batch():
+            try:
+                for event in self._session.buffer_updated(nbytes):
+                    self._receive_event(event)
+            except ProtocolViolation as error:
+                self.violate(error)
 
     def eof_received(self) -> bool:
-        if self.close_reason is None:
+        if self.ending is None:
+            reason = "closed by the peer"
             try:
                 self._session.receive_eof()
             except ProtocolViolation as error:
-                self._end(f"ended by the peer: {error}", ConnectionLost(str(error)))
-            else:
-                self._end("closed by the peer", ConnectionLost(self._where("closed by the peer")))
+                reason = f"ended by the peer: {error}"
+            self._break_off(Ending(EndKind.LOST, reason), ConnectionLost(self._where(reason)))
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         reason = f"lost: {exc}" if exc is not None else "closed by the peer"
-        self._end(reason, ConnectionLost(self._where(reason)))
-        if self._timer is not None:
-            self._timer.cancel()
+        self._end(Ending(EndKind.LOST, reason), ConnectionLost(self._where(reason)))
+        self.vigil.stop()
         if not self.closed.done():
             self.closed.set_result(None)
         self._owner.connection_closed(self)
 
     def pause_writing(self) -> None:
-        self._paused = True
+        self.outlet.pause()
 
     def resume_writing(self) -> None:
-        self._paused = False
-        self._unread_answers = 0
-        self._wake_writers()
+        self.outlet.resume()
 
     # Frames.
 
     def _receive_event(self, event: object) -> None:
-        if self.close_reason is not None:
+        if self.ending is not None:
             return
         if isinstance(event, FrameReceived):
             self._receive_frame(event.kind, event.stream_id, event.body)
@@ -260,9 +246,7 @@ class Connection(asyncio.BufferedProtocol):
             self._streams.receive_payload(event.stream_id, event.tag, event.data)
         elif isinstance(event, HandshakeCompleted):
             self.remote = event.remote
-            # Between our first handshake message and this one lies one round trip, at either side.
-            now = self._loop.time()
-            self._keepalive.measure(now - (now if self._began is None else self._began))
+            self.vigil.end_handshake()
             if self.role is Role.INITIATOR:
                 self._send_hello()
 
@@ -284,17 +268,25 @@ class Connection(asyncio.BufferedProtocol):
             goodbye = wire.decode_goodbye(body)
             if goodbye.proof:
                 self._owner.hear_refusal(goodbye.reason, goodbye.proof)
-            reason = f"the peer said goodbye: {goodbye.reason}"
-            failure = ConnectionLost if self.opened.done() else partial(TurnedAway, kind=goodbye.kind)
-            self._end(reason, failure(self._where(reason)), goodbye.kind)
+            self._receive_goodbye(goodbye)
         elif kind is FrameKind.HELLO:
             self._receive_hello(wire.decode_hello(body))
         elif len(body) != wire.PING_BYTES:
             raise ProtocolViolation(f"{kind.name} with a body of {len(body)} bytes")
         elif kind is FrameKind.PING:
-            self._send_frame(FrameKind.PONG, 0, body)
-        elif self._keepalive.awaits_pong and int.from_bytes(body) == self._ping_count:
-            self._keepalive.receive_pong(self._loop.time())
+            self.outlet.send_frame(FrameKind.PONG, 0, body)
+        else:
+            self.vigil.receive_pong(body)
+
+    def _receive_goodbye(self, goodbye: wire.Refusal) -> None:
+        ending = Ending(goodbye.kind, f"the peer said goodbye: {goodbye.reason}", by_peer=True)
+        words = self._where(ending.reason)
+        failure = ConnectionLost(words) if self.opened.done() else TurnedAway(words, goodbye.kind)
+        if not ending.peer_has_left:
+            self._end(ending, failure)
+            return
+        self._break_off(ending, failure)  # it takes nothing that we still have for it
+        self._owner.peer_left(self)
 
     def _receive_hello(self, hello: wire.Hello) -> None:
         if self.hello is not None:
@@ -315,7 +307,7 @@ class Connection(asyncio.BufferedProtocol):
             self._refuse(wire.Refusal("another peer with the same identity is connected; it is asked"))
 
     def _contest_decided(self, contest: asyncio.Task[wire.Refusal | None]) -> None:
-        if self.close_reason is not None or contest.cancelled():
+        if self.ending is not None or contest.cancelled():
             return
         refusal = contest.result()
         if refusal is None:
@@ -341,167 +333,58 @@ class Connection(asyncio.BufferedProtocol):
             self._send_hello()
         if not self.opened.done():
             self.opened.set_result(None)
-        self._set_timer(self._loop.time() + self._config.probe_after)
+        self.vigil.begin_watch()
 
     def _send_hello(self) -> None:
         self.hello_sent = self._owner.make_hello(self)
-        self._send_frame(FrameKind.HELLO, 0, wire.encode(self.hello_sent))
+        self.outlet.send_frame(FrameKind.HELLO, 0, wire.encode(self.hello_sent))
 
     def _place_payload(self, stream_id: int, tag: int, length: int) -> memoryview:
         if not self.is_admitted:
             raise ProtocolViolation("PAYLOAD before HELLO")
         return self._streams.payload_memory(stream_id, tag, length)
 
-    def _send_frame(self, kind: FrameKind, stream_id: int, body: bytes) -> None:
-        if self.close_reason is not None:
-            return
-        if self._payload_under_way:
-            self._held_frames.append((kind, stream_id, body))
-        else:
-            self._session.send_frame(kind, stream_id, body)
-            if not self._batching:
-                self._flush()
-        if kind in ANSWERS and (self._paused or self._payload_under_way):
-            self._unread_answers += 1
-            if self._unread_answers > MAX_UNREAD_ANSWERS:
-                self._end("the peer does not read", ConnectionLost(self._where("the peer does not read")))
-
-    def _flush(self) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            pieces = self._session.data_to_send()
-            if pieces:
-                self._written += sum(map(len, pieces))
-                self._transport.writelines(pieces)
-
-    # Writing, for streams.
+    # What the vigil sees.
 
     @property
-    def is_writable(self) -> bool:
-        """Whether the socket takes more now; true on a closed connection, where streams have failed."""
-        return not (self._paused or self._payload_under_way) or self.close_reason is not None
-
-    def add_write_waiter(self, waiter: asyncio.Future[None]) -> None:
-        """Resolve ``waiter`` when :attr:`is_writable` may have become true."""
-        self._write_waiters[waiter] = None
-
-    def remove_write_waiter(self, waiter: asyncio.Future[None]) -> None:
-        """Nobody waits for ``waiter`` any more."""
-        self._write_waiters.pop(waiter, None)
-
-    def _wake_writers(self) -> None:
-        waiters, self._write_waiters = self._write_waiters, {}
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    async def writable(self) -> None:
-        """Wait until the socket takes more."""
-        while not self.is_writable:
-            await self._wait_to_write()
-
-    async def _wait_to_write(self) -> None:
-        waiter: asyncio.Future[None] = self._loop.create_future()
-        self.add_write_waiter(waiter)
-        try:
-            await waiter
-        finally:
-            self.remove_write_waiter(waiter)
-
-    async def send_payload(self, state: StreamState, tag: int, data: memoryview) -> None:
-        """Send a payload whole; one of several MB in pieces, so that little ciphertext is queued at a time.
-
-        Once it has begun, its frame is completed whatever happens, or else the connection would be of no use: when
-        the stream fails or the caller is cancelled, the rest is queued at once.
-        """
-        pieces = self._session.send_payload_pieces(state.id, tag, data, PAYLOAD_CHUNK)
-        self._payload_under_way = True
-        try:
-            for _ in pieces:
-                self._flush()
-                if self._paused and state.failure is None:
-                    await self._drained(state)
-                if self.close_reason is not None:
-                    return
-        finally:
-            if self.close_reason is None:
-                for _ in pieces:
-                    pass
-            self._payload_under_way = False
-            self._send_held_frames()
-            self._wake_writers()
-
-    async def _drained(self, state: StreamState) -> None:
-        while self._paused and self.close_reason is None and state.failure is None:
-            await self._wait_to_write()
-
-    def _send_held_frames(self) -> None:
-        held, self._held_frames = self._held_frames, deque()
-        if self.close_reason is not None:
-            return
-        for kind, stream_id, body in held:
-            self._session.send_frame(kind, stream_id, body)
-        self._flush()
-        if not self._paused:
-            self._unread_answers = 0
-
-    # Time.
+    def seen_elsewhere(self) -> float:
+        """When the peer last showed life on another connection, in seconds of the loop; -inf: on none."""
+        return self._owner.seen_elsewhere(self)
 
     def note_use(self) -> None:
         """A stream was opened, by either side: from now on somebody waits for this peer."""
-        now = self._loop.time()
-        self.last_used = now
-        if self._keepalive.set_in_use(True, now):
-            due = now + self._config.probe_after
-            if due < self._timer_at:
-                self._set_timer(due)
+        self.vigil.note_use()
 
-    def _set_timer(self, when: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_at = when
-        self._timer = self._loop.call_at(when, self._on_timer)
+    def close_if_spare(self) -> bool:
+        """Close a connection that is not used and can be spared; False if it stays."""
+        if self._owner.may_close_idle(self):
+            self.close("not used")
+        return self.ending is not None
 
-    def _on_timer(self) -> None:
-        assert self._transport is not None
-        now = self._loop.time()
-        if self.close_reason is not None:
-            self._transport.abort()
-        elif not self.is_admitted:
-            reason = f"no proof of identity within {self._config.handshake_timeout:g} s"
-            self._end(reason, DeadlineExceeded(self._where(reason)))
-            self._transport.abort()
-        else:
-            self._check_life(now)
+    def fall_silent(self, silence: float) -> None:
+        """The peer shows no sign of life: end the connection."""
+        reason = f"no sign of life for {figures.duration(silence)}"
+        logger.info("%s", self._where(reason))
+        self._say_goodbye(wire.Refusal(reason, kind=EndKind.SILENCE))  # it may hear, and not be heard
+        self._end(Ending(EndKind.SILENCE, reason), ConnectionLost(self._where(reason)))
 
-    def _check_life(self, now: float) -> None:
-        if self.is_idle:
-            self._keepalive.set_in_use(False, now)
-            if self._owner.may_close_idle(self):
-                self.close("not used")
-                return
-        else:
-            self.last_used = now
-            self._keepalive.set_in_use(True, now)
-        unsent = unsent_bytes(cast("asyncio.Transport", self._transport))
-        elsewhere = self._owner.seen_elsewhere(self)
-        verdict, again = self._keepalive.check(now, unsent, self._written, elsewhere)
-        if verdict is Verdict.DEAD:
-            silence = now - self._keepalive.last_sign
-            reason = f"no sign of life for {figures.duration(silence)}"
-            logger.info("%s", self._where(reason))
-            self._end(reason, ConnectionLost(self._where(reason)))
-            cast("asyncio.Transport", self._transport).abort()
-            return
-        if verdict is Verdict.PROBE:
-            self._ping_count += 1
-            self._send_frame(FrameKind.PING, 0, self._ping_count.to_bytes(wire.PING_BYTES))
-        self._set_timer(max(again, now + 0.01))
+    def ask_elsewhere(self) -> None:
+        """The peer is asked for a sign of life here: ask it on its unused connections too."""
+        self._owner.ask_others(self)
+
+    def _expire_handshake(self) -> None:
+        reason = f"no proof of identity within {self._config.handshake_timeout:g} s"
+        self._break_off(Ending(EndKind.OTHER, reason), DeadlineExceeded(self._where(reason)))
+
+    def _peer_does_not_read(self) -> None:
+        reason = "the peer does not read"
+        self._end(Ending(EndKind.OTHER, reason), ConnectionLost(self._where(reason)))
 
     # The end.
 
     def violate(self, error: ProtocolViolation) -> None:
         """End the connection: the peer broke the protocol."""
-        if self.close_reason is not None:
+        if self.ending is not None:
             return
         # Who dialed tells its caller why that failed, e.g. that another peer lives at an address now; and anybody may
         # knock at an open port. A known peer that breaks the protocol is another matter.
@@ -509,43 +392,51 @@ class Connection(asyncio.BufferedProtocol):
         level = logging.WARNING if self.hello is not None else level
         logger.log(level, "%s", self._where(f"broke the protocol: {error}"))
         self._say_goodbye(wire.Refusal(f"protocol violation: {error}"))
-        self._end(f"broke the protocol: {error}", error)
+        self._end(Ending(EndKind.OTHER, f"broke the protocol: {error}"), error)
 
     def close(self, reason: str, kind: EndKind = EndKind.OTHER) -> None:
         """Say goodbye and close; what is queued is still sent, within ``close_timeout``."""
         self._close(wire.Refusal(reason, kind=kind))
 
     def _close(self, refusal: wire.Refusal) -> None:
-        if self.close_reason is None:
+        if self.ending is None:
             self._say_goodbye(refusal)
             reason = f"closed by this side: {refusal.reason}"
-            self._end(reason, ConnectionLost(self._where(reason)), refusal.kind)
+            self._end(Ending(refusal.kind, reason), ConnectionLost(self._where(reason)))
 
     def abort(self, reason: str) -> None:
         """Close at once; what is queued is lost."""
-        self._end(reason, ConnectionLost(reason))
+        self._break_off(Ending(EndKind.OTHER, reason), ConnectionLost(reason))
+
+    def drop(self, ending: Ending) -> None:
+        """Close at once: the end of the peer was seen on another connection."""
+        self._break_off(ending, ConnectionLost(self._where(ending.reason)))
+
+    def _break_off(self, ending: Ending, failure: ShoalError) -> None:
+        self._end(ending, failure)
         if self._transport is not None:
             self._transport.abort()
 
     def _say_goodbye(self, refusal: wire.Refusal) -> None:
         # In the middle of a payload there is no place for a frame, before the end of the handshake no key for it.
-        if self.remote is not None and not self._payload_under_way:
-            self._send_frame(FrameKind.GOODBYE, 0, wire.encode_goodbye(refusal))
-            self._flush()
+        if self.remote is not None and self.outlet.has_place_for_frame:
+            self.outlet.send_frame(FrameKind.GOODBYE, 0, wire.encode_goodbye(refusal))
+            self.outlet.flush()
 
-    def _end(self, reason: str, failure: ShoalError, kind: EndKind = EndKind.OTHER) -> None:
-        if self.close_reason is not None:
+    def _end(self, ending: Ending, failure: ShoalError) -> None:
+        if self.ending is not None:
             return
-        self.close_reason = reason
-        self.end_kind = kind
+        self.ending = ending
+        # Now, and not when the transport is closed: that may still have to hand over what is queued.
+        self._loop.call_soon(self._owner.connection_ended, self)
+        self.outlet.end()
         if not self.opened.done():
             self.opened.set_exception(failure)
         self._streams.fail_all(lambda: type(failure)(str(failure)))
         self.calls.cancel_handlers()
-        self._wake_writers()
         if self._transport is not None:
             self._transport.close()
-            self._set_timer(self._loop.time() + self._config.close_timeout)
+            self.vigil.begin_end(self._transport.abort)
 
     def _where(self, what: str) -> str:
         who = str(self.remote) if self.remote is not None else f"unknown peer at {self.remote_ip}"

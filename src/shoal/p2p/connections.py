@@ -35,14 +35,15 @@ from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.session import Role
 from shoal.p2p.protocol.violations import Ending, EndKind
 from shoal.p2p.reach.addresses import AddressBook
+from shoal.p2p.reach.incarnations import Incarnations
 from shoal.p2p.reach.routes import Route, routes
+from shoal.p2p.room import Room
 from shoal.p2p.rpc import Lane
 from shoal.p2p.tenancy import Tenancy
 
 logger = logging.getLogger(__name__)
 
 REDUNDANT_TIMEOUT = 10.0
-NO_ROOM = "too many connections"
 LANE_RETRY_PAUSE = 30.0
 
 
@@ -69,6 +70,7 @@ class Connections:
         self.addresses = AddressBook(
             max_peers=config.max_known_peers, max_addresses=config.max_addresses_per_peer
         )
+        self.incarnations = Incarnations(config.max_known_peers)
         self.find_served = find_served
         self.make_hello = make_hello
         self._ask_for_lane = ask_for_lane
@@ -90,6 +92,7 @@ class Connections:
         self._connections: dict[Connection, None] = {}
         self._dials: dict[tuple[PeerID, Lane], asyncio.Task[Connection | PeerUnreachable]] = {}
         self._lane_failures: dict[PeerID, float] = {}
+        self._room = Room(self._connections, config, self._can_be_had_again)
         self._is_closing = False
 
     # What is there.
@@ -253,15 +256,7 @@ class Connections:
         self._connections[connection] = None
         if self._is_closing:
             return wire.Refusal("the host is closed")
-        if connection.role is not Role.RESPONDER:
-            return None
-        config, origin = self.config, connection.origin
-        if len(self._connections) > config.max_connections + config.max_handshakes:
-            return _no_room(NO_ROOM)
-        unproven = [one for one in self._from(origin) if not one.is_admitted]
-        if len(unproven) > config.max_handshakes_per_ip:
-            return _no_room(f"{NO_ROOM} from {origin} at once")
-        return None
+        return self._room.refuse_dialer(connection)
 
     def connection_opened(self, connection: Connection) -> wire.Refusal | None:
         """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
@@ -276,8 +271,8 @@ class Connections:
             raise ProtocolViolation(f"HELLO with a bad address: {error}") from error
         connection.seen = None if seen is None or seen.unspoken else seen
         if self._is_closing:
-            return wire.Refusal("the host is closed")
-        refusal = self._make_room(connection)
+            return wire.Refusal("the host is closed", kind=EndKind.LEAVING)
+        refusal = self._room.make(connection)
         if refusal is not None:
             return refusal
         self._note_clock(connection, hello)
@@ -285,6 +280,7 @@ class Connections:
             return None
         self.addresses.add(peer, _meaningful(announced, connection))
         self._lane_failures.pop(peer, None)
+        self.incarnations.note(peer, connection.incarnation)
         self._entry(peer).add(connection)
         self._peer_met(connection)
         logger.debug("connected to %s (%s, %s lane)", peer, hello.agent, connection.lane.name.lower())
@@ -301,20 +297,23 @@ class Connections:
                     connection.hello, is_client=is_client, addresses=texts
                 )
 
+    def connection_ended(self, connection: Connection) -> None:
+        """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
+        assert connection.ending is not None
+        peer = connection.remote
+        connections = None if peer is None else self._peers.get(peer)
+        if peer is None or connections is None or connection not in connections.all():
+            logger.debug("%s connection: %s", connection.role.value, connection.ending)
+            return
+        connections.remove(connection)
+        self._drop_if_empty(peer)
+        # A new process of the peer may be connected already: that the old one is gone is told all the same.
+        if all(other.incarnation != connection.incarnation for other in connections.all()):
+            self._peer_lost(peer, connection.ending)
+
     def connection_closed(self, connection: Connection) -> None:
         """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
         self._connections.pop(connection, None)
-        if connection.remote is None or connection.hello is None:
-            logger.debug("%s connection: %s", connection.role.value, connection.close_reason)
-            return
-        connections = self._peers.get(connection.remote)
-        if connections is None or connection not in connections.all():
-            return
-        connections.remove(connection)
-        if not connections.all():
-            self._drop_if_empty(connection.remote)
-            ending = Ending(connection.end_kind, connection.close_reason or "closed")
-            self._peer_lost(connection.remote, ending)
 
     def may_close_idle(self, connection: Connection) -> bool:
         """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
@@ -327,45 +326,26 @@ class Connections:
             return idle >= REDUNDANT_TIMEOUT
         return idle >= self.config.idle_timeout and self._can_be_had_again(connection)
 
+    def peer_left(self, connection: Connection) -> None:
+        """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
+        assert connection.ending is not None
+        for other in self._all_to(connection.peer):
+            if other.incarnation == connection.incarnation:
+                other.drop(connection.ending)
+
+    def ask_others(self, connection: Connection) -> None:
+        """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
+        for other in self._all_to(connection.peer):
+            if other is not connection and other.is_open:
+                other.vigil.ask()
+
     def seen_elsewhere(self, connection: Connection) -> float:
         others = (other for other in self._all_to(connection.peer) if other is not connection)
-        return max((other.last_sign for other in others), default=-math.inf)
+        return max((other.vigil.last_sign for other in others), default=-math.inf)
 
     def _can_be_had_again(self, connection: Connection) -> bool:
         # A peer that cannot be dialed could not be called any more, and neither could this host by that peer.
         return bool(self.routes_to(connection.peer)) and not self.config.client_mode
-
-    def _make_room(self, new: Connection) -> wire.Refusal | None:
-        """Close a connection that can be spared if there are too many with ``new``; why it is refused if there is none.
-
-        Limits of one peer and of one address are kept among its own connections, so that nobody drives out others.
-        """
-        opened = [connection for connection in self._connections if connection.is_open]
-        of_peer = [connection for connection in opened if connection.remote == new.remote]
-        if len(of_peer) > self.config.max_connections_per_peer and not _close_oldest(of_peer, new):
-            return _no_room(f"{NO_ROOM} to one peer")
-        if new.role is Role.RESPONDER:
-            of_ip = [connection for connection in self._from(new.origin) if connection.is_open]
-            if len(of_ip) > self.config.max_connections_per_ip and not self._close_spare(of_ip, new):
-                return _no_room(f"{NO_ROOM} from {new.origin}")
-        opened = [connection for connection in opened if connection.is_open]
-        if len(opened) <= self.config.max_connections or self._close_spare(opened, new):
-            return None
-        # What this side dials, it needs: else strangers that cannot be dialed could cut it off from everybody.
-        if new.role is Role.INITIATOR and _close_oldest(opened, new):
-            return None
-        return _no_room(NO_ROOM)
-
-    def _close_spare(self, connections: list[Connection], new: Connection) -> bool:
-        return _close_oldest([one for one in connections if self._can_be_had_again(one)], new)
-
-    def _from(self, origin: str | None) -> list[Connection]:
-        """The incoming connections from elsewhere that limits per address count together."""
-        return [
-            one
-            for one in self._connections
-            if origin is not None and one.origin == origin and one.role is Role.RESPONDER
-        ]
 
     def _note_clock(self, connection: Connection, hello: wire.Hello) -> None:
         ahead = hello.clock - self._clock()
@@ -391,11 +371,11 @@ class Connections:
 
     # The end.
 
-    def retire(self, reason: str) -> None:
+    def retire(self, reason: str, kind: EndKind) -> None:
         """Close all connections and open no more."""
         self._is_closing = True
         for connection in list(self._connections):
-            connection.close(reason)
+            connection.close(reason, kind)
 
     def _check_not_closing(self) -> None:
         if self.tenancy.rival is not None:
@@ -423,7 +403,7 @@ class Connections:
             task for connection in connections for task in connection.calls.handlers if task is not here
         ]
         for connection in connections:
-            connection.close("the host is closing")
+            connection.close("the host is closing", EndKind.LEAVING)
         await asyncio.gather(*dials, *contests, *handlers, return_exceptions=True)
         # Each is aborted by its own timer when the peer does not take what is queued.
         await asyncio.gather(*(connection.closed for connection in connections))
@@ -434,15 +414,3 @@ def _meaningful(addresses: list[Multiaddr], connection: Connection) -> list[Mult
     if connection.origin is None:
         return addresses
     return [address for address in addresses if not address.is_loopback]
-
-
-def _no_room(reason: str) -> wire.Refusal:
-    return wire.Refusal(reason, kind=EndKind.NO_ROOM)
-
-
-def _close_oldest(connections: list[Connection], new: Connection) -> bool:
-    """Close the one that was not used for longest; False if all are in use."""
-    idle = [one for one in connections if one.is_idle and one is not new]
-    if idle:
-        min(idle, key=lambda one: one.last_used).close(NO_ROOM, EndKind.NO_ROOM)
-    return bool(idle)

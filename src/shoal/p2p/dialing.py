@@ -35,7 +35,6 @@ _OUTCOMES: tuple[tuple[type[Exception], DialOutcome], ...] = (
     (socket.gaierror, DialOutcome.UNRESOLVED),
 )
 _ENDINGS = {
-    EndKind.OTHER: DialOutcome.TURNED_AWAY,
     EndKind.NO_ROOM: DialOutcome.NO_ROOM,
     EndKind.ITSELF: DialOutcome.ITSELF,
     EndKind.SAME_IDENTITY: DialOutcome.SAME_IDENTITY,
@@ -121,7 +120,7 @@ async def _abandon(attempts: dict[asyncio.Task[Connection | DialFailure], Multia
 def outcome_of(error: OSError | ShoalError) -> DialOutcome:
     """The kind of end that this error is to a dial."""
     if isinstance(error, TurnedAway):
-        return _ENDINGS[error.kind]
+        return _ENDINGS.get(error.kind, DialOutcome.TURNED_AWAY)
     for kind, outcome in _OUTCOMES:
         if isinstance(error, kind):
             return outcome

@@ -7,48 +7,39 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
-from types import TracebackType
-from typing import Any
 
 from shoal.errors import (
-    ConnectionLost,
-    DeadlineExceeded,
     DialFailure,
-    DialOutcome,
     IdentityInUse,
     InvalidStateError,
     InvalidValueError,
     PeerUnreachable,
-    RemoteError,
-    ShoalError,
 )
+from shoal.p2p.announcing import Announcer
 from shoal.p2p.calls import Served
 from shoal.p2p.config import HostConfig
 from shoal.p2p.connection import Connection
 from shoal.p2p.connections import Connections
 from shoal.p2p.identity import Identity, PeerID
+from shoal.p2p.lanes import OPEN_LANE, LaneRequests
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Listener, Network
+from shoal.p2p.opening import OpenedStream
+from shoal.p2p.probing import Prober
 from shoal.p2p.protocol import wire
-from shoal.p2p.protocol.claims import SILENCE
-from shoal.p2p.protocol.codes import ResetCode
-from shoal.p2p.protocol.streams import StreamState
-from shoal.p2p.protocol.violations import Ending
+from shoal.p2p.protocol.violations import Ending, EndKind
 from shoal.p2p.reach.dialback import (
     ANNOUNCE,
     DIAL_BACK,
-    Announcement,
-    AnnouncementHeard,
     DialBackRequest,
     DialBackResponse,
-    dial_back_time,
 )
 from shoal.p2p.reach.helper import DialBackHelper
 from shoal.p2p.reach.inquiry import Reach
 from shoal.p2p.reach.reachability import Findings, Reachability
+from shoal.p2p.rivals import Rivals
 from shoal.p2p.rpc import Lane, Method, RequestT, ResponseT, Stream
 from shoal.p2p.tenancy import CLAIM
-from shoal.utils.structs import CompactStruct
 from shoal.utils.timed import get_dht_time
 
 __all__ = ["Host"]
@@ -56,21 +47,6 @@ __all__ = ["Host"]
 logger = logging.getLogger(__name__)
 
 CHECK_TIMEOUT = 7.0
-_ANNOUNCE_TIMEOUT = 10.0
-LOOPBACK_IPS = ("127.0.0.1", "::1")
-
-
-class _OpenLane(CompactStruct, frozen=True):
-    """Please dial me once more, for bulk data."""
-
-
-class _LaneOpened(CompactStruct, frozen=True):
-    """Whether the lane was opened."""
-
-    opened: bool
-
-
-_OPEN_LANE = Method("shoal.host.open_lane", _OpenLane, _LaneOpened)
 
 
 class Host:
@@ -100,17 +76,15 @@ class Host:
         self._served: dict[str, Served] = {}
         self._on_disconnect: dict[int, Callable[[PeerID, Ending], None]] = {}
         self._on_clock_difference: dict[int, Callable[[PeerID, float], None]] = {}
-        self._announcing: set[asyncio.Task[None]] = set()
         self._subscriptions = 0
         self._state = "new"
-        self._silent: set[Multiaddr] = set()
         self._connections = Connections(
             identity,
             network,
             config,
             find_served=lambda name: self._served.get(name),
             make_hello=self._make_hello,
-            ask_for_lane=self._ask_for_lane,
+            ask_for_lane=lambda peer, deadline: self._lanes.ask(peer, deadline),
             peer_met=self._peer_met,
             peer_lost=self._peer_lost,
             clock=clock,
@@ -126,14 +100,27 @@ class Host:
             ask=self._ask_back,
         )
         """Where this host can be dialed, as far as it knows."""
+        self._lanes = LaneRequests(
+            ask=self.call,
+            can_be_dialed=lambda: self.reachability.is_full,
+            open_lane_to=self._connections.open_lane_to,
+        )
+        self._rivals = Rivals(self._connections)
+        self._announcer = Announcer(
+            reachability=lambda: self.reachability,
+            is_elsewhere=self.is_elsewhere,
+            ask=self.call,
+            peer_announced=self._connections.peer_announced,
+        )
         self.tenancy = self._connections.tenancy
         self.tenancy.on_lost.append(self._retire)
+        prober = Prober(self._connections, interfaces=self.reach.interfaces)
         helper = DialBackHelper(
-            ips_of=self._ips_of, probe=self._probe, now=lambda: asyncio.get_running_loop().time()
+            ips_of=prober.ips_of, probe=prober.probe, now=lambda: asyncio.get_running_loop().time()
         )
         self.serve(DIAL_BACK, helper.handle)
-        self.serve(_OPEN_LANE, self._open_lane)
-        self.serve(ANNOUNCE, self._hear_announcement)
+        self.serve(OPEN_LANE, self._lanes.answer)
+        self.serve(ANNOUNCE, self._announcer.hear)
         self.serve(CLAIM, self.tenancy.handle_claim)
 
     async def start(self, listen_on: Sequence[Multiaddr] = ()) -> None:
@@ -161,11 +148,14 @@ class Host:
         self._state = "closed"
         for listener in self._listeners:
             listener.close()
-        for task in self._announcing:
-            task.cancel()
+        self._announcer.close()
         await self._connections.close()
         for listener in self._listeners:
             await listener.wait_closed()
+
+    def leave(self) -> None:
+        """Say goodbye to everybody now, and speak with nobody any more. :meth:`close` the host then."""
+        self._stop_speaking("the host is closing", EndKind.LEAVING)
 
     def abort(self) -> None:
         """Drop everything at once without a word, as the death of the process would; :meth:`close` it then."""
@@ -181,27 +171,7 @@ class Host:
 
         :raises IdentityInUse: another peer answers, and keeps the identity
         """
-        deadline = asyncio.get_running_loop().time() + SILENCE
-        asked = list(dict.fromkeys(address.without_peer_id() for address in addresses))
-
-        async def ask(address: Multiaddr) -> DialFailure:
-            silence = DialFailure(str(address), DialOutcome.TIMED_OUT, "it does not answer")
-            if address in self._silent and not self.tenancy.claim().is_settled:
-                return silence  # the same start has waited there before
-            self._silent.discard(address)
-            try:
-                outcome = await self._connections.dial_address(address, self.peer_id, Lane.PROBE, deadline)
-            except DeadlineExceeded:
-                self._silent.add(address)
-                return silence
-            except PeerUnreachable as error:  # another peer holds the identity, and that is known
-                return DialFailure(str(address), DialOutcome.SAME_IDENTITY, str(error))
-            if isinstance(outcome, PeerUnreachable):
-                (failure,) = outcome.dials
-                return failure
-            raise AssertionError("the own identity was let in")
-
-        failures = await asyncio.gather(*(ask(address) for address in asked))
+        failures = await self._rivals.ask(addresses)
         self.check_identity()
         return failures
 
@@ -297,6 +267,14 @@ class Host:
         connections = self._connections.to(peer)
         return connections is not None and connections.is_connected
 
+    def incarnation(self, peer: PeerID) -> int | None:
+        """The number that the process of ``peer`` drew when it started, as last seen; None if it was not met.
+
+        A peer that comes back as another process has another number. What is remembered of a peer's failures is to be
+        remembered of that process: keep the number with it.
+        """
+        return self._connections.incarnations.of(peer)
+
     def connected_peers(self) -> list[PeerID]:
         """Everybody to whom a connection stands, in the order in which they came."""
         return self._connections.connected()
@@ -365,10 +343,14 @@ class Host:
         ``timeout`` covers the whole life of the stream. Leaving the block by an exception resets the stream; leaving
         it normally finishes it, and resets it if the other side has not finished.
         """
-        return _StreamContext(self._connections, peer, method, timeout, lane)
+        return OpenedStream(self._connections, peer, method, timeout, lane)
 
     def on_disconnect(self, callback: Callable[[PeerID, Ending], None]) -> Callable[[], None]:
-        """Call ``callback(peer, ending)`` when the last connection to a peer ends; returns an unsubscriber."""
+        """Call ``callback(peer, ending)`` when the last connection to a peer's process ends; returns an unsubscriber.
+
+        ``ending`` tells a goodbye (:attr:`~shoal.p2p.protocol.violations.Ending.peer_has_left`) from a connection that
+        was closed, lost or found dead by silence.
+        """
         self._subscriptions += 1
         number = self._subscriptions
         self._on_disconnect[number] = callback
@@ -400,27 +382,13 @@ class Host:
 
         For a change: peers that connect learn it anyway.
         """
-        await asyncio.gather(*(self._announce_to(peer) for peer in self.connected_peers()))
+        await self._announcer.tell(self.connected_peers())
 
     # ---- inside ----
 
-    async def _announce_to(self, peer: PeerID) -> None:
-        now = self.reachability
-        addresses = now.told(beyond_machine=self.is_elsewhere(peer))
-        request = Announcement(not now.is_full, [str(address) for address in addresses])
-        try:
-            await self.call(peer, ANNOUNCE, request, timeout=_ANNOUNCE_TIMEOUT)
-        except ShoalError as error:
-            logger.debug("%s heard no announcement: %s", peer, error)
-
     def _peer_met(self, connection: Connection) -> None:
-        """What this host's HELLO said may have changed before the connection stood: :meth:`announce` passed it by."""
         self.reach.note_connection(connection)
-        said = connection.hello_sent
-        if said is not None and said.is_client is self.reachability.is_full:
-            task = asyncio.get_running_loop().create_task(self._announce_to(connection.peer))
-            self._announcing.add(task)
-            task.add_done_callback(self._announcing.discard)
+        self._announcer.peer_met(connection)
 
     def _register(self, served: Served) -> None:
         if served.method.name in self._served:
@@ -442,11 +410,14 @@ class Host:
         )
 
     def _retire(self, rival: IdentityInUse) -> None:
-        """Another peer holds the identity: speak with nobody any more. :meth:`close` the host then."""
+        """Another peer holds the identity. :meth:`close` the host then."""
+        self._stop_speaking(f"another peer holds this identity, at {rival.address}", EndKind.OTHER)
+
+    def _stop_speaking(self, reason: str, kind: EndKind) -> None:
         self._state = "closed"
         for listener in self._listeners:
             listener.close()
-        self._connections.retire(f"another peer holds this identity, at {rival.address}")
+        self._connections.retire(reason, kind)
 
     def _peer_lost(self, peer: PeerID, ending: Ending) -> None:
         for callback in list(self._on_disconnect.values()):
@@ -456,96 +427,9 @@ class Host:
         for callback in list(self._on_clock_difference.values()):
             callback(peer, ahead)
 
-    async def _ask_for_lane(self, peer: PeerID, deadline: float) -> bool:
-        if not self.reachability.is_full:
-            return False
-        remaining = deadline - asyncio.get_running_loop().time()
-        return (await self.call(peer, _OPEN_LANE, _OpenLane(), timeout=remaining)).opened
-
-    async def _open_lane(self, peer: PeerID, request: _OpenLane) -> _LaneOpened:
-        return _LaneOpened(await self._connections.open_lane_to(peer))
-
-    async def _hear_announcement(self, peer: PeerID, request: Announcement) -> AnnouncementHeard:
-        try:
-            addresses = [Multiaddr.parse(text) for text in request.addresses]
-        except InvalidValueError as error:
-            raise RemoteError(ResetCode.BAD_ADDRESS, str(error)) from error
-        self._connections.peer_announced(peer, addresses, request.is_client)
-        return AnnouncementHeard()
-
-    def _ips_of(self, peer: PeerID) -> list[str]:
-        """The addresses that ``peer`` has, as far as this host sees."""
-        ips: dict[str, None] = {}
-        for connection in self._connections_to(peer):
-            if connection.remote_ip is not None:
-                ips[connection.remote_ip] = None
-                if connection.origin is None:  # it is on this machine
-                    ips |= dict.fromkeys([*LOOPBACK_IPS, *(one.ip for one in self.reach.interfaces())])
-        return list(ips)
-
     def _connections_to(self, peer: PeerID) -> list[Connection]:
         connections = self._connections.to(peer)
         return [] if connections is None else connections.all()
 
-    async def _probe(self, peer: PeerID, address: Multiaddr) -> str | None:
-        """None if ``peer`` answers at ``address``, or why it does not."""
-        patience = dial_back_time(self.rtt(peer) or 0.0)
-        deadline = asyncio.get_running_loop().time() + patience
-        try:
-            outcome = await self._connections.dial_address(address, peer, Lane.PROBE, deadline)
-        except DeadlineExceeded:
-            return f"no answer in {patience:.1f} s"
-        if isinstance(outcome, PeerUnreachable):
-            (failure,) = outcome.dials
-            return failure.reason
-        outcome.close("the address can be dialed")
-        return None
-
     async def _ask_back(self, helper: PeerID, request: DialBackRequest, timeout: float) -> DialBackResponse:
         return await self.call(helper, DIAL_BACK, request, timeout=timeout)
-
-
-class _StreamContext(AbstractAsyncContextManager[Stream]):
-    """The ``async with`` block of one stream."""
-
-    def __init__(
-        self,
-        connections: Connections,
-        peer: PeerID,
-        method: Method[Any, Any],
-        timeout: float | None,
-        lane: Lane,
-    ) -> None:
-        self._connections = connections
-        self._peer = peer
-        self._method = method
-        self._timeout = timeout
-        self._lane = lane
-        self._stream: Stream | None = None
-        self._state: StreamState | None = None
-        self._timer: asyncio.TimerHandle | None = None
-
-    async def __aenter__(self) -> Stream:
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        deadline = None if self._timeout is None else now + self._timeout
-        get = self._connections.lane if self._lane is Lane.BULK else self._connections.control
-        limit = now + 2 * self._connections.config.dial_timeout if deadline is None else deadline
-        connection = await get(self._peer, limit)
-        if not connection.is_open:
-            raise ConnectionLost(f"connection to {self._peer}: {connection.close_reason}")
-        self._stream, self._state = connection.calls.open_stream(self._method, deadline)
-        if deadline is not None and self._timeout is not None:
-            self._timer = loop.call_at(deadline, self._stream.expire, self._timeout)
-        return self._stream
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._stream is not None
-        assert self._state is not None
-        if self._timer is not None:
-            self._timer.cancel()
-        if kind is None:
-            self._state.finish()
-        self._stream.reset(ResetCode.CANCELLED, "the opener has left the stream")

@@ -1,7 +1,7 @@
 """What calls and streams look like to those who use them: methods, lanes, payloads and :class:`Stream`.
 
-A stream here is the asyncio side of one :class:`~shoal.p2p.protocol.streams.StreamState`, which holds all rules of the
-protocol; this file only waits, encodes and decodes.
+A stream here is the asyncio side of one :class:`~shoal.p2p.protocol.stream_state.StreamState`, which holds all rules
+of the protocol; this file only waits, encodes and decodes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -18,7 +18,7 @@ from shoal.p2p.identity import PeerID
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.protocol.frames import payload_memory
-from shoal.p2p.protocol.streams import Payload, StreamState
+from shoal.p2p.protocol.stream_state import Payload, StreamState
 
 __all__ = ["Buffer", "EndOfStream", "Lane", "Method", "Payload", "Stream"]
 
@@ -59,20 +59,21 @@ class Method(Generic[RequestT, ResponseT]):
             raise InvalidValueError(f"name: {self.name!r} must have 1 to {wire.MAX_METHOD_NAME} characters")
 
 
+class Ask(Protocol):
+    """Calls a method of a peer, as :meth:`shoal.p2p.host.Host.call`."""
+
+    def __call__(
+        self, peer: PeerID, method: Method[RequestT, ResponseT], request: RequestT, *, timeout: float
+    ) -> Awaitable[ResponseT]:
+        """See the class."""
+
+
 class EndOfStream(ShoalError, EOFError):
     """The other side has finished sending."""
 
 
-class StreamConnection(Protocol):
-    """What a stream needs of the connection that carries it."""
-
-    @property
-    def peer(self) -> PeerID:
-        """Who is at the other end."""
-
-    @property
-    def max_message(self) -> int:
-        """The longest message body that peers accept."""
+class StreamOutlet(Protocol):
+    """What a stream needs to send: room, and a way for payloads."""
 
     @property
     def is_writable(self) -> bool:
@@ -84,8 +85,27 @@ class StreamConnection(Protocol):
     def remove_write_waiter(self, waiter: asyncio.Future[None]) -> None:
         """Nobody waits for ``waiter`` any more."""
 
+    async def writable(self) -> None:
+        """Wait until the socket takes more."""
+
     async def send_payload(self, state: StreamState, tag: int, data: memoryview) -> None:
         """Send a payload whole; the credit for it has been taken."""
+
+
+class StreamConnection(Protocol):
+    """What a stream needs of the connection that carries it."""
+
+    @property
+    def outlet(self) -> StreamOutlet:
+        """Where what the stream sends goes out."""
+
+    @property
+    def peer(self) -> PeerID:
+        """Who is at the other end."""
+
+    @property
+    def max_message(self) -> int:
+        """The longest message body that peers accept."""
 
     def violate(self, error: ProtocolViolation) -> None:
         """End the connection: the peer broke the protocol."""
@@ -121,7 +141,7 @@ class Stream:
         """Send a message; waits for credit and for the socket. At most 1 MiB when encoded."""
         body = wire.encode(message)
         wire.check_message_size(body, self._connection.max_message)
-        while not (self._state.can_send_message() and self._connection.is_writable):
+        while not (self._state.can_send_message() and self._connection.outlet.is_writable):
             self._check_sendable()
             await self._wait(for_writing=True)
         self._check_sendable()
@@ -135,12 +155,12 @@ class Stream:
         same connection wait for a payload that is under way.
         """
         view = memoryview(data).cast("B")
-        while not (self._state.can_send_payload(len(view)) and self._connection.is_writable):
+        while not (self._state.can_send_payload(len(view)) and self._connection.outlet.is_writable):
             self._check_sendable()
             await self._wait(for_writing=True)
         self._check_sendable()
         self._state.charge(len(view))
-        await self._connection.send_payload(self._state, tag, view)
+        await self._connection.outlet.send_payload(self._state, tag, view)
         if self._state.failure is not None:
             raise self._state.failure
 
@@ -250,15 +270,15 @@ class Stream:
     async def _wait(self, *, for_writing: bool = False) -> None:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
-        if for_writing and not self._connection.is_writable:
-            self._connection.add_write_waiter(waiter)
+        if for_writing and not self._connection.outlet.is_writable:
+            self._connection.outlet.add_write_waiter(waiter)
         try:
             await waiter
         finally:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
             if for_writing:
-                self._connection.remove_write_waiter(waiter)
+                self._connection.outlet.remove_write_waiter(waiter)
 
     def _wake(self) -> None:
         waiters, self._waiters = self._waiters, []

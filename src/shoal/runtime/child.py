@@ -1,4 +1,4 @@
-"""The background process: what :mod:`shoal.runtime.connection` starts, and nobody else."""
+"""The background process: what :mod:`shoal.runtime.process_link` starts, and nobody else."""
 
 from __future__ import annotations
 

@@ -19,10 +19,10 @@ from typing import Any, NoReturn
 from shoal.errors import DeadlineExceeded, InvalidTypeError
 from shoal.runtime import lifetime, pickling
 from shoal.runtime.channel import Kind
-from shoal.runtime.connection import Connection
 from shoal.runtime.futures import MPFuture
 from shoal.runtime.handlers import Handler
 from shoal.runtime.messages import Setup, UserProcessState
+from shoal.runtime.process_link import ProcessLink
 from shoal.runtime.service import Service, ServiceContext
 
 ServiceFactory = Callable[[ServiceContext], Awaitable[Service]]
@@ -31,12 +31,12 @@ ServiceFactory = Callable[[ServiceContext], Awaitable[Service]]
 class BackgroundProcess:
     """A Python process beside the user process's, on whose event loop services live. Made by :meth:`start`."""
 
-    def __init__(self, connection: Connection, *, daemon: bool) -> None:
-        self._connection = connection
+    def __init__(self, link: ProcessLink, *, daemon: bool) -> None:
+        self._link = link
         self._daemon = daemon
         self._finalizer: Callable[[], object] = lambda: None
         if daemon:
-            finalizer = weakref.finalize(self, lifetime.end_in_background, connection)
+            finalizer = weakref.finalize(self, lifetime.end_in_background, link)
             finalizer.atexit = False  # lifetime.py ends all processes then, and waits for them together
 
     @classmethod
@@ -57,14 +57,14 @@ class BackgroundProcess:
         # Put back in the process: it is there to let its interpreter find this package, not for its own children.
         environment = (("PYTHONPATH", os.environ.get("PYTHONPATH")),)
         setup = Setup(state, preload, environment)
-        connection = Connection.spawn(name, _python_path(), pickling.dumps(setup))
-        connection.state = state
-        lifetime.add(connection, daemon=daemon)
-        if not connection.ready.wait(timeout):
-            connection.shutdown(0.0)
+        link = ProcessLink.spawn(name, _python_path(), pickling.dumps(setup))
+        link.state = state
+        lifetime.add(link, daemon=daemon)
+        if not link.ready.wait(timeout):
+            link.shutdown(0.0)
             raise DeadlineExceeded(f"the background process {name!r} did not start within {timeout:g} s")
-        connection.raise_if_dead()
-        return cls(connection, daemon=daemon)
+        link.raise_if_dead()
+        return cls(link, daemon=daemon)
 
     def create_service(
         self, factory: ServiceFactory, *, name: str = "", handler: Handler | None = None
@@ -79,23 +79,21 @@ class BackgroundProcess:
             this service; see :data:`~.handlers.Handler`
         :raises InvalidTypeError: the factory cannot be sent
         """
-        connection = self._usable()
+        link = self._usable()
         body = pickling.dumps((name, factory), "the service's factory")
-        service_id = connection.new_service(handler, name)
+        service_id = link.new_service(handler, name)
 
         def make_handle(_: object) -> ServiceHandle:
             return ServiceHandle(self, service_id)
 
-        creation: MPFuture[ServiceHandle] = connection.call(
-            Kind.CREATE, service_id, body, convert=make_handle
-        )
+        creation: MPFuture[ServiceHandle] = link.call(Kind.CREATE, service_id, body, convert=make_handle)
 
         def clean_up(creation: Future[ServiceHandle]) -> None:
             if creation.cancelled():
                 # It may have been made already, and nobody will ever have its handle.
-                connection.call(Kind.CLOSE, service_id, b"")
+                link.call(Kind.CLOSE, service_id, b"")
             if creation.cancelled() or creation.exception() is not None:
-                connection.forget_service(service_id)
+                link.forget_service(service_id)
 
         # Past the dispatch of MPFuture: a callback of a user may be running there for long.
         creation.when_done(clean_up)
@@ -103,7 +101,7 @@ class BackgroundProcess:
 
     @property
     def name(self) -> str:
-        return self._connection.name
+        return self._link.name
 
     @property
     def daemon(self) -> bool:
@@ -112,46 +110,46 @@ class BackgroundProcess:
     @property
     def is_alive(self) -> bool:
         """Whether the process runs; false in a forked child, which has no part in it."""
-        return self._connection.is_alive
+        return self._link.is_alive
 
     @property
     def pid(self) -> int:
-        return self._connection.pid
+        return self._link.pid
 
     @property
     def exit_status(self) -> int | None:
         """None while it runs; as in :mod:`subprocess`, negative for a signal."""
-        return self._connection.exit_status
+        return self._link.exit_status
 
     @property
     def log_tail(self) -> str:
         """The last lines that the process logged or printed."""
-        return self._connection.log_tail
+        return self._link.log_tail
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the process has ended; false if it still runs after ``timeout`` seconds.
 
         :raises InvalidStateError: in a forked child, which would not hear of the end
         """
-        self._connection.check_process()
-        return self._connection.ended.wait(timeout)
+        self._link.check_process()
+        return self._link.ended.wait(timeout)
 
     def shutdown(self, timeout: float = 3.0) -> None:
         """End the process: in order within ``timeout`` seconds, else by force. Idempotent, on any thread.
 
         In a forked child this does nothing: the process belongs to the parent.
         """
-        self._connection.shutdown(timeout)
+        self._link.shutdown(timeout)
 
-    def _usable(self) -> Connection:
-        connection = self._connection
-        connection.check_usable()
+    def _usable(self) -> ProcessLink:
+        link = self._link
+        link.check_usable()
         state = _user_process_state()
-        if state != connection.state:
-            connection.state = state
+        if state != link.state:
+            link.state = state
             with contextlib.suppress(BrokenPipeError):  # then the call that follows says what happened
-                connection.send(Kind.STATE, pickling.dumps(state))
-        return connection
+                link.send(Kind.STATE, pickling.dumps(state))
+        return link
 
     def __reduce__(self) -> NoReturn:
         raise InvalidTypeError(
@@ -179,16 +177,16 @@ class ServiceHandle:
         :raises InvalidTypeError: the command cannot be sent; the message says because of what
         :raises InvalidStateError: the process was shut down, or belongs to the parent of this one
         """
-        connection = self.process._usable()
-        return connection.call(
+        link = self.process._usable()
+        return link.call(
             Kind.CALL, self.service_id, pickling.dumps(command, "the command"), descriptors, timeout=timeout
         )
 
     def close(self) -> MPFuture[None]:
         """Close the service alone: its commands are cancelled, then its ``close()`` runs. Idempotent."""
-        connection = self.process._usable()
-        future: MPFuture[None] = connection.call(Kind.CLOSE, self.service_id, b"")
-        future.when_done(lambda _: connection.forget_service(self.service_id))
+        link = self.process._usable()
+        future: MPFuture[None] = link.call(Kind.CLOSE, self.service_id, b"")
+        future.when_done(lambda _: link.forget_service(self.service_id))
         return future
 
     def __reduce__(self) -> NoReturn:

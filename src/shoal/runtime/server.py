@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
-import importlib
 import itertools
 import logging
 import os
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
@@ -28,6 +26,7 @@ from shoal.runtime.descriptors import WithDescriptors, close_descriptors
 from shoal.runtime.liveness import BEAT, SUSPICIOUS_SECONDS, Liveness
 from shoal.runtime.logs import ForwardingHandler, OutputWriter
 from shoal.runtime.messages import Setup, UserProcessState
+from shoal.runtime.preload import Preload
 from shoal.runtime.presence import Presence
 from shoal.runtime.processes import is_stopped
 from shoal.runtime.service import Service
@@ -38,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 USER_GONE_SECONDS = 1.5
 """How long services may take to say goodbye when there is no user process any more."""
+
+GOODBYE_SECONDS = 0.1
+"""How long services of a process that ends at once may withdraw what they have told others, before all is cut off."""
 
 _HARD_LIMIT_SECONDS = 0.3  # after which the process ends even if its event loop is stuck
 _TERMINATED_SECONDS = 2.0
@@ -75,6 +77,9 @@ class Context:
     def fail(self, error: ShoalError) -> None:
         self._server.fail(error)
 
+    def when_ending(self, callback: Callable[[], None]) -> None:
+        self._server.when_ending.append(callback)
+
     def set_log_fields(self, **fields: str) -> None:
         self._server.log_handler.fields.update(fields)
 
@@ -90,6 +95,7 @@ class Server:
         self.services: dict[int, Service] = {}
         self.contexts: dict[int, Context] = {}
         self.failed = False
+        self.when_ending: list[Callable[[], None]] = []
         self._loop = loop
         self._channel = Channel(sock, self._watch_writable)
         self.log_handler = ForwardingHandler(self._send_log, lambda: self._channel.unsent_bytes)
@@ -100,8 +106,7 @@ class Server:
         ] = {}  # descriptors of calls whose service has not got them yet
         self._user_calls: dict[int, asyncio.Future[object]] = {}
         self._user_call_numbers = itertools.count(1)
-        self._preload: tuple[str, ...] = ()
-        self._preloading: asyncio.Future[None] | None = None
+        self._preload = Preload(loop)
         self._stop_within: asyncio.Future[float] = loop.create_future()
         self._all_sent = asyncio.Event()
         self._all_sent.set()
@@ -139,6 +144,15 @@ class Server:
         if not self._stop_within.done():
             self._stop_within.set_result(seconds)
 
+    def end(self, seconds: float) -> None:
+        """As :meth:`stop`, for a process that nobody waits for: others are told at once that it ends."""
+        self.stop(seconds)
+        self._loop.call_later(GOODBYE_SECONDS, self._say_goodbye)
+
+    def _say_goodbye(self) -> None:
+        for callback in self.when_ending:
+            callback()
+
     def fail(self, error: ShoalError) -> None:
         """Begin to end the process in order; its user process learns of ``error`` by the end of the log."""
         logger.error("%s", error)
@@ -147,7 +161,7 @@ class Server:
 
     def user_is_gone(self) -> None:
         """Runs on the watching thread: ends the process in order, or by force if its loop is stuck."""
-        self._loop.call_soon_threadsafe(self.stop, USER_GONE_SECONDS)
+        self._loop.call_soon_threadsafe(self.end, USER_GONE_SECONDS)
         time.sleep(USER_GONE_SECONDS + _HARD_LIMIT_SECONDS)
         os._exit(1)
 
@@ -167,8 +181,7 @@ class Server:
             del self._user_calls[number]
 
     async def modules_ready(self) -> None:
-        if (preloading := self._start_preload()) is not None:
-            await asyncio.shield(preloading)
+        await self._preload.finished()
 
     # What the user process sends
 
@@ -177,7 +190,7 @@ class Server:
             frames = self._channel.receive()
         except EOFError:
             self._loop.remove_reader(self._channel.fileno())
-            self.stop(USER_GONE_SECONDS)
+            self.end(USER_GONE_SECONDS)
             return
         for frame in frames:
             self._handlers[frame.kind](frame)
@@ -185,7 +198,7 @@ class Server:
     def _receive_state(self, frame: Frame) -> None:
         message = pickling.loads(frame.body)
         if isinstance(message, Setup):
-            self._preload = message.preload
+            self._preload.names = message.preload
             for name, value in message.environment:
                 if value is None:
                     os.environ.pop(name, None)
@@ -229,7 +242,7 @@ class Server:
                 try:
                     self._channel.send(Kind.PING)
                 except BrokenPipeError:
-                    self.stop(USER_GONE_SECONDS)
+                    self.end(USER_GONE_SECONDS)
                     return
             if self._liveness.look(self._loop.time()) < SUSPICIOUS_SECONDS:
                 continue
@@ -288,7 +301,7 @@ class Server:
         try:
             self._channel.send(kind, call=call, body=body)
         except BrokenPipeError:
-            self.stop(USER_GONE_SECONDS)
+            self.end(USER_GONE_SECONDS)
 
     async def _create(self, frame: Frame) -> None:
         # On a thread: the factory's module may import torch.
@@ -298,7 +311,7 @@ class Server:
             self.services[frame.service] = await factory(context)
             self.contexts[frame.service] = context
         finally:
-            self._start_preload()
+            self._preload.start()
 
     async def _call(self, frame: Frame) -> object:
         service = self.services.get(frame.service)
@@ -365,18 +378,7 @@ class Server:
             self._channel.flush()
         except BrokenPipeError:
             self._set_writer(False)
-            self.stop(USER_GONE_SECONDS)
-
-    def _start_preload(self) -> asyncio.Future[None] | None:
-        if self._preloading is None and self._preload:
-            self._preloading = self._loop.create_future()
-            threading.Thread(
-                target=_preload,
-                args=(self._preload, self._loop, self._preloading),
-                name="shoal-preload",
-                daemon=True,
-            ).start()
-        return self._preloading
+            self.end(USER_GONE_SECONDS)
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:
@@ -389,15 +391,6 @@ def _load(data: bytes, what: str) -> Any:
         return pickling.loads(data)
     except Exception as error:  # anything may be raised by a module that is imported here
         raise InvalidTypeError(f"{what} could not be loaded in the background process: {error!r}") from error
-
-
-def _preload(names: tuple[str, ...], loop: asyncio.AbstractEventLoop, done: asyncio.Future[None]) -> None:
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except Exception:  # whoever needs the module will raise it again
-            logger.exception("could not import %s ahead of need", name)
-    loop.call_soon_threadsafe(done.set_result, None)
 
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:
@@ -423,7 +416,7 @@ def main() -> NoReturn:
         nonlocal terminated
         terminated = True
         logger.warning("the background process received SIGTERM: it ends")
-        server.stop(_TERMINATED_SECONDS)
+        server.end(_TERMINATED_SECONDS)
 
     try:
         logging.getLogger().addHandler(server.log_handler)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from shoal.errors import ShoalError
@@ -66,6 +66,12 @@ class ServiceContext(Protocol):
     def fail(self, error: ShoalError) -> None:
         """End the process in order, because it can be of no more use: ``error`` is logged, and whoever waits for the
         process gets a PeerProcessDied that shows it.
+        """
+
+    def when_ending(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` if the process has to end at once: its user process is gone, or it received SIGTERM.
+
+        That is the moment to tell others, besides ``close()``, which may take its time.
         """
 
     def set_log_fields(self, **fields: str) -> None:

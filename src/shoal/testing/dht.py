@@ -17,6 +17,7 @@ from shoal.testing.network import SimulatedNetwork
 from shoal.utils.timed import DHTClock
 
 PORT = 4000
+EVERYWHERE = Multiaddr("ip4", "0.0.0.0", PORT)  # noqa: S104
 EPOCH = 1_700_000_000.0
 """What right wall clocks show when the simulation starts."""
 
@@ -33,6 +34,8 @@ class SimulatedDHT:
         self.clock_errors: dict[int, float] = {}
         """By how many seconds the wall clocks of nodes that are made later are ahead."""
         self.clocks: dict[int, DHTClock] = {}
+        self.listen_everywhere = False
+        """Whether nodes that are made later listen on all interfaces, as a machine does whose address may change."""
         self._identities: dict[int, Identity] = {}
         self._seed = seed
 
@@ -79,7 +82,8 @@ class SimulatedDHT:
     async def start_host(self, number: int, *, client_mode: bool = False) -> Host:
         """The host of a node, listening unless it is in client mode."""
         host = self.make_host(number, HostConfig(client_mode=client_mode))
-        await host.start([] if client_mode else [self.address(number, with_peer_id=False)])
+        address = EVERYWHERE if self.listen_everywhere else self.address(number, with_peer_id=False)
+        await host.start([] if client_mode else [address])
         return host
 
     async def start(

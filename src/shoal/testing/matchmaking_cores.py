@@ -135,7 +135,9 @@ class SwarmOfCores:
         self.records: dict[str, dict[PeerID, tuple[Declaration, float]]] = defaultdict(dict)
         """Under each key: what each peer stored last, and when it expires."""
         self.peers: dict[PeerID, Peer] = {}
-        self.memories: dict[PeerID, FailureMemory] = defaultdict(lambda: FailureMemory(lambda peer: True))
+        self.memories: dict[PeerID, FailureMemory] = defaultdict(
+            lambda: FailureMemory(lambda peer: True, lambda peer: 1)
+        )
 
     def search(
         self,

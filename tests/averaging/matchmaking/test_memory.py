@@ -23,7 +23,7 @@ A, B, C = PEERS[:3]
 
 
 def memory(*connected: PeerID) -> FailureMemory:
-    return FailureMemory(set(connected).__contains__)
+    return FailureMemory(set(connected).__contains__, lambda peer: 1)
 
 
 def avoided_for(known: FailureMemory, peer: PeerID, now: float) -> float:
@@ -114,7 +114,7 @@ class TestConnections:
 
     def test_one_that_came_back_can_be_reached_again(self):
         connected: set[PeerID] = set()
-        known = FailureMemory(connected.__contains__)
+        known = FailureMemory(connected.__contains__, lambda peer: 1)
         for peer in (A, B):
             known.note(peer, Fault.UNREACHED, 0.0)
         assert set(known.avoided(1.0)) == {A, B}
@@ -123,14 +123,14 @@ class TestConnections:
 
     def test_one_that_is_back_before_the_next_search_is_avoided_no_more(self):
         connected: set[PeerID] = set()
-        known = FailureMemory(connected.__contains__)
+        known = FailureMemory(connected.__contains__, lambda peer: 1)
         known.note(A, Fault.UNREACHED, 0.0)
         connected.add(A)
         assert known.avoided(1.0) == ()
 
     def test_a_connection_that_was_never_closed_may_be_a_dead_one(self):
         connected = {A}
-        known = FailureMemory(connected.__contains__)
+        known = FailureMemory(connected.__contains__, lambda peer: 1)
         known.note(A, Fault.UNREACHED, 0.0)
         assert known.avoided(1.0) == (A,)
         connected.clear()
@@ -138,9 +138,20 @@ class TestConnections:
         connected.add(A)
         assert known.avoided(3.0) == ()
 
+    def test_it_makes_up_for_answers_that_could_not_come(self):
+        """A peer that was cut off for long must not be avoided for long."""
+        connected: set[PeerID] = set()
+        known = FailureMemory(connected.__contains__, lambda peer: 1)
+        for now in range(0, 40, 4):
+            known.note(A, Fault.UNANSWERED, float(now))
+        known.note(A, Fault.UNREACHED, 40.0)
+        known.note(A, Fault.EXCLUDED, 40.0)
+        connected.add(A)
+        assert avoided_for(known, A, 40.0) == AVOIDED_FOR[Fault.EXCLUDED]
+
     def test_a_connection_makes_up_for_nothing_else(self):
         connected: set[PeerID] = set()
-        known = FailureMemory(connected.__contains__)
+        known = FailureMemory(connected.__contains__, lambda peer: 1)
         known.note(A, Fault.UNREACHED, 0.0)
         known.note(A, Fault.STALLED, 0.0)
         connected.add(A)

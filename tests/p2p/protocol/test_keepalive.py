@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shoal.p2p.config import HostConfig
-from shoal.p2p.protocol.keepalive import KeepAlive, Verdict
+from shoal.p2p.protocol.keepalive import LOOK_EVERY, KeepAlive, Patience, Verdict, patience
 
 
 def find_death(
@@ -117,3 +117,88 @@ def test_a_peer_that_lives_on_another_connection_gets_the_longest_time_for_its_a
     while (step := alive.check(now, 0, 0, seen_elsewhere=now))[0] is not Verdict.DEAD:
         now = step[1]
     assert now == pytest.approx(config.probe_after + config.max_answer_time)
+
+
+@pytest.mark.parametrize(
+    ("rtt", "deviation", "expected"),
+    [
+        pytest.param(None, 0.0, Patience(1.5, 3.0), id="not measured"),
+        pytest.param(0.0001, 0.00005, Patience(1.5, 3.0), id="loopback"),
+        pytest.param(0.05, 0.01, Patience(1.5, 3.0), id="a country"),
+        pytest.param(0.2, 0.05, Patience(1.5, 3.2), id="an ocean"),
+        pytest.param(0.6, 0.1, Patience(1.5, 8.0), id="a satellite"),
+        pytest.param(1.2, 0.1, Patience(1.6, 12.8), id="a full link"),
+        pytest.param(9.0, 4.5, Patience(2.0, 13.0), id="a link that is hardly one"),
+    ],
+)
+def test_patience_follows_the_round_trip_time(rtt, deviation, expected):
+    found = patience(rtt, deviation, HostConfig())
+    assert found == pytest.approx(expected)
+    assert sum(found) <= (5.0 if (rtt or 0.0) <= 0.2 else 15.0)
+
+
+def test_a_longer_floor_is_kept_at_every_round_trip_time():
+    config = HostConfig(probe_after=4.0)
+    assert patience(0.01, 0.0, config).ask_after == patience(9.0, 0.0, config).ask_after == 4.0
+
+
+def asked(config: HostConfig = HostConfig()) -> KeepAlive:
+    """Silent since 0.0 and in use; asked at 1.5."""
+    alive = KeepAlive(config, 0.0)
+    alive.set_in_use(True, 0.0)
+    assert alive.check(1.5, 0, 0) == (Verdict.PROBE, 1.5 + LOOK_EVERY)
+    return alive
+
+
+def test_who_was_suspended_reads_before_it_gives_anybody_up():
+    alive = asked()
+    assert alive.check(41.5, 0, 0) == (Verdict.WAIT, 41.5 + LOOK_EVERY)
+    alive.receive_bytes(41.6)
+    alive.receive_pong(41.6)
+    assert alive.check(41.75, 0, 0) == (Verdict.WAIT, pytest.approx(43.1))
+    assert alive.rtt is None, "the time of the suspension is no round trip"
+
+
+def test_a_peer_that_died_meanwhile_is_found_in_time_that_the_loop_ran():
+    alive = asked()
+    _, again = alive.check(41.5, 0, 0)
+    died = find_death(alive, again)
+    assert died - 41.5 == pytest.approx(3.0 - LOOK_EVERY)
+
+
+def test_suspended_at_the_last_moment_one_more_look_is_taken():
+    alive = asked()
+    now = 1.5
+    for _ in range(11):
+        now += LOOK_EVERY
+        assert alive.check(now, 0, 0)[0] is Verdict.WAIT
+    assert alive.check(now + 60.0, 0, 0)[0] is Verdict.WAIT
+    alive.receive_bytes(now + 60.1)
+    assert alive.check(now + 60.25, 0, 0)[0] is Verdict.WAIT
+
+
+def test_a_loop_that_is_always_late_gives_its_peers_more_time_and_finds_the_dead():
+    alive = asked()
+    now, verdict = 1.5, Verdict.WAIT
+    while verdict is not Verdict.DEAD:
+        now += 2 * LOOK_EVERY
+        verdict, _ = alive.check(now, 0, 0)
+    assert now - 1.5 == pytest.approx(6.0, abs=2 * LOOK_EVERY)
+
+
+def test_the_excuse_ends_with_the_next_sign_of_life():
+    alive = asked()
+    alive.check(41.5, 0, 0)
+    alive.receive_bytes(41.6)
+    alive.receive_pong(41.6)
+    assert find_death(alive, 43.1) - 41.6 <= 5.0
+
+
+def test_an_unused_connection_is_asked_with_another_one_of_its_peer():
+    alive = KeepAlive(HostConfig(), 0.0)
+    assert alive.ask(10.0)
+    assert not alive.ask(10.1), "it is asked already"
+    assert find_death(alive, 10.0 + LOOK_EVERY) == pytest.approx(13.0)
+    alive = KeepAlive(HostConfig(), 0.0)
+    alive.set_in_use(True, 0.0)
+    assert not alive.ask(1.0), "it will be asked in its own time"

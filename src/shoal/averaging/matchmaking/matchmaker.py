@@ -94,7 +94,7 @@ class Matchmaker:
         """Who was declared at the end of the last search, with the start time of its own."""
         self._last_group: tuple[PeerID, ...] = ()
         """The other members of the group that was found last, if they are likely to look under the same key next."""
-        self._memory = FailureMemory(node.host.is_connected)
+        self._memory = FailureMemory(node.host.is_connected, node.host.incarnation)
         self._is_closed = False
 
     @property

@@ -1,8 +1,8 @@
 """Whom one peer has seen fail, and for how long it avoids them. Pure: the time is an argument.
 
 What this peer saw itself counts for itself and that peer. What another member says counts once several members have
-said it, since one alone may lie, or may have been at fault itself. Each further failure doubles the time for which a
-peer is avoided. Failures fade, and a round that commits with a peer makes up for half of them.
+said it, since one alone may lie, or may have been at fault itself. Each further failure of a kind doubles the time
+for which a peer is avoided. Failures fade, and a round that commits with a peer makes up for half of them.
 
 What is remembered here is what the peer declares (:attr:`.Declaration.lost`): by :mod:`.apart` the plans of all peers
 keep the two apart. So it steers whom a peer asks, and whom it accepts. Where no group at all would be left,
@@ -24,6 +24,8 @@ HALF_LIFE = 600.0
 """Seconds in which a failure comes to count half as much."""
 AVOIDED_AT_MOST = 600.0
 """Seconds for which a peer is avoided at most, however often it failed."""
+FORGOTTEN_BELOW = 0.1
+"""What counts for less than this part of a failure is forgotten."""
 SEVERAL = 2
 """As many members have to say that a peer failed before a peer believes what it has not seen."""
 MAX_REMEMBERED = 1024
@@ -42,7 +44,7 @@ class Fault(enum.Enum):
     """What a peer did; :data:`AVOIDED_FOR` says how bad that is."""
 
     UNREACHED = enum.auto()
-    """There was no route to it, or the connection was lost. A new connection makes up for it."""
+    """There was no route to it, or the connection was lost."""
     STALLED = enum.auto()
     """It accepted this peer as a follower, and neither began nor let it go."""
     UNANSWERED = enum.auto()
@@ -64,23 +66,21 @@ _WORDS = {
 }
 
 
+OF_THE_ROUTE = frozenset({Fault.UNREACHED, Fault.UNANSWERED})
+"""Where there is no route there is no answer either: a connection that comes back makes up for both."""
 AVOIDED_FOR = {Fault.UNREACHED: 60.0, Fault.STALLED: 20.0, Fault.UNANSWERED: 5.0, Fault.EXCLUDED: 10.0}
 """Seconds for which a peer is avoided after it failed for the first time. A peer that was only stopped for a moment is
 soon back."""
 
 
 @dataclass
-class _Failures:
-    """What is held against one peer."""
+class _Seen:
+    """How often a peer failed in one way."""
 
     score: float = 0.0
     scored_at: float = -math.inf
-    until: dict[Fault, float] = field(default_factory=dict)
-    """When what was seen of each kind is over."""
-    told_by: dict[PeerID, float] = field(default_factory=dict)
-    """Members that said it failed, and until when that counts."""
-    is_gone: bool = False
-    """Whether it was not connected at some time since it was not reached."""
+    until: float = -math.inf
+    """When it is not avoided for that any more."""
 
     def faded(self, now: float) -> float:
         return self.score * math.pow(2.0, -max(0.0, now - self.scored_at) / HALF_LIFE)
@@ -88,9 +88,26 @@ class _Failures:
     def add(self, fault: Fault, now: float) -> None:
         before = self.faded(now)
         self.score, self.scored_at = before + 1.0, now
-        # The exponent is bounded by the score that fading allows, but not by how fast failures can come.
+        # Failures fade, but how fast they can come is not bounded, and so neither is the score.
         seconds = AVOIDED_FOR[fault] * math.pow(2.0, min(before, 16.0))
-        self.until[fault] = now + min(seconds, AVOIDED_AT_MOST)
+        self.until = now + min(seconds, AVOIDED_AT_MOST)
+
+    def forgive(self, now: float) -> None:
+        self.score, self.scored_at, self.until = self.faded(now) / 2, now, -math.inf
+
+
+@dataclass
+class _Failures:
+    """What is held against one peer."""
+
+    seen: dict[Fault, _Seen] = field(default_factory=dict)
+    told_by: dict[PeerID, float] = field(default_factory=dict)
+    """Members that said it failed, and until when that counts."""
+    is_gone: bool = False
+    """Whether it was not connected at some time since it was not reached."""
+
+    def add(self, fault: Fault, now: float) -> None:
+        self.seen.setdefault(fault, _Seen()).add(fault, now)
 
     def forget_words(self, now: float) -> None:
         """Forget what others said long ago."""
@@ -98,7 +115,7 @@ class _Failures:
 
     def ends_at(self, now: float) -> float:
         """When it is not avoided any more."""
-        return max(self.until.values(), default=now)
+        return max((seen.until for seen in self.seen.values()), default=now)
 
 
 class FailureMemory:
@@ -111,7 +128,7 @@ class FailureMemory:
     def __init__(
         self,
         is_connected: Callable[[PeerID], bool],
-        incarnation: Callable[[PeerID], int | None] = lambda peer: None,
+        incarnation: Callable[[PeerID], int | None],
     ) -> None:
         self._is_connected = is_connected
         self._incarnation = incarnation
@@ -122,7 +139,7 @@ class FailureMemory:
         """This peer has seen ``peer`` fail."""
         failures = self._latest(peer)
         failures.add(fault, now)
-        if fault is Fault.UNREACHED:
+        if fault in OF_THE_ROUTE:
             # A connection that still stands may be a dead one: only one that is made later is a good sign.
             failures.is_gone = not self._is_connected(peer)
 
@@ -140,9 +157,9 @@ class FailureMemory:
         wanted = set(peers)
         for peer, failures in self._failures.items():
             if peer.peer_id in wanted:
-                failures.score, failures.scored_at = failures.faded(now) / 2, now
-                failures.until.clear()
                 failures.told_by.clear()
+                for seen in failures.seen.values():
+                    seen.forgive(now)
 
     def avoided(self, now: float) -> tuple[PeerID, ...]:
         """Whom to keep apart from: as many as a declaration names, those that are avoided longest first."""
@@ -159,7 +176,7 @@ class FailureMemory:
     def avoids(self, peer: PeerID, fault: Fault, now: float) -> bool:
         """Whether this peer is kept apart from ``peer`` because of such a fault."""
         failures = self._failures.get(self._key(peer))
-        return failures is not None and now < failures.until.get(fault, -math.inf)
+        return failures is not None and fault in failures.seen and now < failures.seen[fault].until
 
     def _key(self, peer: PeerID) -> PeerKey:
         """The process that is this peer now."""
@@ -185,22 +202,25 @@ class FailureMemory:
 
     def _note_connections(self) -> None:
         for peer, failures in self._failures.items():
-            if Fault.UNREACHED not in failures.until:
+            if not OF_THE_ROUTE & failures.seen.keys():
                 continue
             is_connected = self._is_connected(peer.peer_id)
             if is_connected and failures.is_gone:
-                del failures.until[Fault.UNREACHED]
+                for fault in OF_THE_ROUTE:
+                    failures.seen.pop(fault, None)
             failures.is_gone |= not is_connected
 
     def _fade(self, now: float) -> None:
         """Forget what counts for nothing any more."""
         for failures in self._failures.values():
             failures.forget_words(now)
-            failures.until = {fault: until for fault, until in failures.until.items() if now < until}
+            failures.seen = {
+                fault: seen
+                for fault, seen in failures.seen.items()
+                if now < seen.until or seen.faded(now) >= FORGOTTEN_BELOW
+            }
         self._forget(
-            peer
-            for peer, failures in self._failures.items()
-            if not failures.until and not failures.told_by and failures.faded(now) < 0.1
+            peer for peer, failures in self._failures.items() if not failures.seen and not failures.told_by
         )
 
     def _forget(self, peers: Iterable[PeerKey]) -> None:

@@ -6,18 +6,50 @@ as fast. What counts as silence is the time since the last sign, or since the co
 later. While the same peer shows life on another connection, the answer on this one may be in a queue behind that:
 it has the longest time allowed.
 
-The round-trip time is smoothed as in RFC 6298 (Jacobson); a peer may take for its answer eight times the
-smoothed time plus four deviations, within the limits of :class:`HostConfig`.
+How long to wait follows the round-trip time, smoothed as in RFC 6298 (Jacobson): see :func:`patience`.
+
+Only time in which this side's own loop ran counts. While a peer is asked, it is looked at every :data:`LOOK_EVERY`
+seconds. A look that comes late shows that this process was suspended, or its loop busy: the peer gets that time too.
+A look that comes very late gives nobody up. What the peer sent meanwhile may lie in this machine's buffers, and is read
+before the next look.
 """
 
 from __future__ import annotations
 
 import enum
 import math
+from typing import NamedTuple
 
 from shoal.p2p.config import HostConfig
 
+LOOK_EVERY = 0.25
+"""Seconds between two looks at a peer that was asked for a sign of life."""
+VERY_LATE = 0.5
+"""A look that is late by this many seconds gives nobody up."""
+
 _ANSWER_ROUND_TRIPS = 8
+
+
+class Patience(NamedTuple):
+    """How long a silent peer is waited for, in seconds."""
+
+    ask_after: float
+    """Silence after which it is asked for a sign of life, on a connection in use."""
+    answer_within: float
+    """How long its answer may take."""
+
+
+def patience(rtt: float | None, deviation: float, config: HostConfig) -> Patience:
+    """How long to wait for a peer at this round-trip time (None: not measured), with this mean deviation.
+
+    A peer is asked after the time that an answer of its own would usually take, and has eight times as long for its
+    answer; both within the limits of ``config``.
+    """
+    usual = (rtt or 0.0) + 4 * deviation
+    return Patience(
+        max(min(usual, config.max_probe_after), config.probe_after),
+        min(max(_ANSWER_ROUND_TRIPS * usual, config.min_answer_time), config.max_answer_time),
+    )
 
 
 class Verdict(enum.Enum):
@@ -43,12 +75,14 @@ class KeepAlive:
         self._probe_sent: float | None = None
         self._unsent = 0
         self._taken = 0
+        self._look_due = math.inf
+        self._excused = 0.0
+        self._was_blind = False
 
     @property
-    def answer_time(self) -> float:
-        """How long the peer may take for a sign of life."""
-        estimate = _ANSWER_ROUND_TRIPS * ((self.rtt or 0.0) + 4 * self._deviation)
-        return min(max(estimate, self._config.min_answer_time), self._config.max_answer_time)
+    def patience(self) -> Patience:
+        """How long this peer is waited for now."""
+        return patience(self.rtt, self._deviation, self._config)
 
     def set_in_use(self, in_use: bool, now: float) -> bool:
         """Note whether somebody waits for something; True if :meth:`check` is due earlier than it said."""
@@ -63,6 +97,7 @@ class KeepAlive:
     def receive_bytes(self, now: float) -> None:
         """Something has arrived."""
         self.last_sign = now
+        self._excused = 0.0
 
     def receive_pong(self, now: float) -> None:
         """The answer to the last probe has arrived."""
@@ -70,7 +105,10 @@ class KeepAlive:
             return
         sample = now - self._probe_sent
         self._probe_sent = None
-        self.measure(sample)
+        if (
+            not self._was_blind and now - self._look_due < VERY_LATE
+        ):  # else it measures this side's own absence
+            self.measure(sample)
 
     def measure(self, sample: float) -> None:
         """Take one measured round-trip time into account."""
@@ -93,23 +131,49 @@ class KeepAlive:
         ``unsent``: bytes of ours that the peer has not taken yet, of the ``written`` ones in all so far.
         ``seen_elsewhere``: when the peer last showed life on another connection.
         """
+        late = max(now - self._look_due, 0.0)
+        verdict, self._look_due = self._judge(now, late, unsent, written, seen_elsewhere)
+        return verdict, self._look_due
+
+    def ask(self, now: float) -> bool:
+        """Whether to send a PING now, though nothing waits for the peer here: it is silent on another connection.
+
+        A connection in use asks by itself, soon enough.
+        """
+        if self._probe_sent is not None or self._in_use_since is not None:
+            return False
+        self._begin_probe(now)
+        self._look_due = now + LOOK_EVERY
+        return True
+
+    def _judge(
+        self, now: float, late: float, unsent: int, written: int, seen_elsewhere: float
+    ) -> tuple[Verdict, float]:
         taken = written - unsent
         # Only what is taken of a backlog while an answer is awaited: then the last look was a moment ago.
         if self._probe_sent is not None and self._unsent and taken > self._taken:
-            self.last_sign = now
+            self.receive_bytes(now)
         self._unsent, self._taken = unsent, taken
+        ask_after, answer_within = self.patience
         silent_since = max(self.last_sign, self._in_use_since or 0.0)
-        if self._probe_sent is not None:
-            lives = seen_elsewhere > self._probe_sent
-            allowed = self._config.max_answer_time if lives else self.answer_time
-            dead_at = max(silent_since, self._probe_sent) + allowed
-            # While something waits to be sent, look often enough to see whether it moves.
-            again = min(dead_at, now + self._config.probe_after) if unsent else dead_at
-            return (Verdict.DEAD, now) if now >= dead_at else (Verdict.WAIT, again)
-        pause = self._config.idle_probe_after if self._in_use_since is None else self._config.probe_after
-        probe_at = silent_since + pause
-        if now < probe_at:
-            return Verdict.WAIT, probe_at
+        if self._probe_sent is None:
+            probe_at = silent_since + (
+                self._config.idle_probe_after if self._in_use_since is None else ask_after
+            )
+            if now < probe_at:
+                return Verdict.WAIT, probe_at
+            self._begin_probe(now)
+            return Verdict.PROBE, now + LOOK_EVERY
+        self._excused += late
+        self._was_blind |= late >= VERY_LATE
+        lives = seen_elsewhere > self._probe_sent
+        allowed = self._config.max_answer_time if lives else answer_within
+        dead_at = max(silent_since, self._probe_sent) + allowed + self._excused
+        if now < dead_at:
+            return Verdict.WAIT, min(dead_at, now + LOOK_EVERY)
+        return (Verdict.WAIT, now + LOOK_EVERY) if late >= VERY_LATE else (Verdict.DEAD, now)
+
+    def _begin_probe(self, now: float) -> None:
         self._probe_sent = now
-        # Looking again soon gives the first value to compare the unsent bytes with.
-        return Verdict.PROBE, now + min(self._config.probe_after, self.answer_time)
+        self._excused = 0.0
+        self._was_blind = False

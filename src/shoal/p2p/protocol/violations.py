@@ -9,16 +9,22 @@ from shoal.errors import ConnectionLost, ProtocolViolation
 
 
 class EndKind(enum.IntEnum):
-    """Why a connection was closed in order, where the other side acts on it; the number is sent in GOODBYE."""
+    """How a connection ended, where somebody acts on it; the number is sent in GOODBYE."""
 
     OTHER = 0
-    """For a reason that only people read, or of a kind that this version does not know."""
+    """Closed in order, for a reason that only people read, or of a kind that this version does not know."""
     NO_ROOM = 1
     """One side has too many connections. To dial at once again would be in vain."""
     ITSELF = 2
     """Both ends are the same host."""
     SAME_IDENTITY = 3
     """Another peer holds the same identity."""
+    LEAVING = 4
+    """One side ends for good: its process stops. A process that starts there later is another one."""
+    SILENCE = 5
+    """One side saw no sign of life of the other."""
+    LOST = 6
+    """The transport ended without a word: the peer's process died, or the network cut the connection. Never sent."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,13 @@ class Ending:
 
     kind: EndKind
     reason: str
+    by_peer: bool = False
+    """Whether the peer has said so; false where this side closed, or found it out."""
+
+    @property
+    def peer_has_left(self) -> bool:
+        """Whether the peer has said that its process ends."""
+        return self.by_peer and self.kind is EndKind.LEAVING
 
     def __str__(self) -> str:
         return self.reason

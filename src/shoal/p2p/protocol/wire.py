@@ -169,7 +169,7 @@ def _sendable(text: str, limit: int) -> str:
 def decode_goodbye(body: Body) -> Refusal:
     """The reason in the body of GOODBYE, with the proof."""
     goodbye = decode(body, Goodbye, "GOODBYE")
-    is_known = goodbye.kind in EndKind.__members__.values()
+    is_known = goodbye.kind in EndKind.__members__.values() and goodbye.kind != EndKind.LOST
     kind = EndKind(goodbye.kind) if is_known else EndKind.OTHER
     return Refusal(printable(goodbye.reason, MAX_REASON), goodbye.rival, kind)
 

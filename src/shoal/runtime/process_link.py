@@ -49,7 +49,7 @@ class _Call(NamedTuple):
     deadline: float | None
 
 
-class Connection:
+class ProcessLink:
     """See the module. Every method may be called on any thread."""
 
     def __init__(self, name: str, process: subprocess.Popen[bytes], sock: socket.socket, output: int) -> None:
@@ -58,7 +58,7 @@ class Connection:
         self.ready = threading.Event()
         self.ended = threading.Event()
         self.state: UserProcessState | None = None
-        self.on_end: Callable[[Connection], None] = lambda _: None
+        self.on_end: Callable[[ProcessLink], None] = lambda _: None
         self.exit_status: int | None = None
         self._process = process
         self._output = output
@@ -88,7 +88,7 @@ class Connection:
         self._thread.start()
 
     @classmethod
-    def spawn(cls, name: str, python_path: str | None, setup: bytes) -> Connection:
+    def spawn(cls, name: str, python_path: str | None, setup: bytes) -> ProcessLink:
         """Start the process, and send it its first message.
 
         :raises InvalidStateError: this interpreter does not know its own executable
@@ -118,10 +118,10 @@ class Connection:
         finally:
             theirs.close()
             os.close(their_output)
-        connection = cls(name, process, ours, output)
+        link = cls(name, process, ours, output)
         with contextlib.suppress(BrokenPipeError):  # ended at once: the receiving thread tells
-            connection.send(Kind.STATE, setup)
-        return connection
+            link.send(Kind.STATE, setup)
+        return link
 
     @property
     def is_alive(self) -> bool:

@@ -1,0 +1,183 @@
+"""What goes out on one connection: frames in order, payloads in pieces, and the streams that wait for room.
+
+The session encrypts, the transport takes. Between them, this keeps little ciphertext queued at a time and holds frames
+back while a payload is under way. It bounds what a peer that does not read can make this side hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from shoal.p2p.config import KIB, MIB
+from shoal.p2p.protocol.frames import FrameKind
+from shoal.p2p.protocol.session import Session
+from shoal.p2p.protocol.stream_state import StreamState
+from shoal.p2p.sockets import unsent_bytes
+
+WRITE_HIGH = 1 * MIB
+WRITE_LOW = 256 * KIB
+PAYLOAD_CHUNK = 1 * MIB
+"""A longer payload is encrypted in pieces of this size, each when the transport has room."""
+MAX_UNREAD_ANSWERS = 4096
+"""Answers that may be queued for a peer that does not read; more is an attempt to make us hold memory."""
+
+ANSWERS = frozenset({FrameKind.PONG, FrameKind.RESET})
+
+
+class Outlet:
+    """See the module. ``peer_does_not_read`` is called when too many answers are queued; it ends the connection."""
+
+    def __init__(self, session: Session, peer_does_not_read: Callable[[], None]) -> None:
+        self.written = 0
+        """Bytes handed to the transport so far."""
+        self._session = session
+        self._peer_does_not_read = peer_does_not_read
+        self._transport: asyncio.Transport | None = None
+        self._is_ended = False
+        self._is_paused = False
+        self._is_batching = False
+        self._payload_under_way = False
+        self._held_frames: deque[tuple[FrameKind, int, bytes]] = deque()
+        self._unread_answers = 0
+        self._write_waiters: dict[asyncio.Future[None], None] = {}  # ordered, as a set is not
+
+    def connect(self, transport: asyncio.Transport) -> None:
+        """Write to ``transport`` from now on."""
+        transport.set_write_buffer_limits(high=WRITE_HIGH, low=WRITE_LOW)
+        self._transport = transport
+
+    def end(self) -> None:
+        """Take nothing more; what was written is still sent. Those that wait look again."""
+        self._is_ended = True
+        self._wake_writers()
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that the peer's machine has not taken yet."""
+        return 0 if self._transport is None else unsent_bytes(self._transport)
+
+    # Frames.
+
+    @property
+    def has_place_for_frame(self) -> bool:
+        """Whether a frame would be sent now; in the middle of a payload there is no place for one."""
+        return not self._payload_under_way
+
+    def send_frame(self, kind: FrameKind, stream_id: int, body: bytes) -> None:
+        """Send a frame, after the payload that is under way; nothing on a connection that has ended."""
+        if self._is_ended:
+            return
+        if self._payload_under_way:
+            self._held_frames.append((kind, stream_id, body))
+        else:
+            self._session.send_frame(kind, stream_id, body)
+            if not self._is_batching:
+                self.flush()
+        if kind in ANSWERS and (self._is_paused or self._payload_under_way):
+            self._unread_answers += 1
+            if self._unread_answers > MAX_UNREAD_ANSWERS:
+                self._peer_does_not_read()
+
+    def flush(self) -> None:
+        """Hand what is queued to the transport."""
+        if self._transport is not None and not self._transport.is_closing():
+            pieces = self._session.data_to_send()
+            if pieces:
+                self.written += sum(map(len, pieces))
+                self._transport.writelines(pieces)
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Frames that are sent inside the block leave in one write, when it ends."""
+        self._is_batching = True
+        try:
+            yield
+        finally:
+            self._is_batching = False
+        self.flush()
+
+    # Room.
+
+    def pause(self) -> None:
+        """The transport has enough for now."""
+        self._is_paused = True
+
+    def resume(self) -> None:
+        """The transport takes more."""
+        self._is_paused = False
+        self._unread_answers = 0
+        self._wake_writers()
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the socket takes more now; true on a connection that has ended, where streams have failed."""
+        return not (self._is_paused or self._payload_under_way) or self._is_ended
+
+    def add_write_waiter(self, waiter: asyncio.Future[None]) -> None:
+        """Resolve ``waiter`` when :attr:`is_writable` may have become true."""
+        self._write_waiters[waiter] = None
+
+    def remove_write_waiter(self, waiter: asyncio.Future[None]) -> None:
+        """Nobody waits for ``waiter`` any more."""
+        self._write_waiters.pop(waiter, None)
+
+    def _wake_writers(self) -> None:
+        waiters, self._write_waiters = self._write_waiters, {}
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def writable(self) -> None:
+        """Wait until the socket takes more."""
+        while not self.is_writable:
+            await self._wait_to_write()
+
+    async def _wait_to_write(self) -> None:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.add_write_waiter(waiter)
+        try:
+            await waiter
+        finally:
+            self.remove_write_waiter(waiter)
+
+    # Payloads.
+
+    async def send_payload(self, state: StreamState, tag: int, data: memoryview) -> None:
+        """Send a payload whole; one of several MB in pieces, so that little ciphertext is queued at a time.
+
+        Once it has begun, its frame is completed whatever happens, or else the connection would be of no use: when
+        the stream fails or the caller is cancelled, the rest is queued at once.
+        """
+        pieces = self._session.send_payload_pieces(state.id, tag, data, PAYLOAD_CHUNK)
+        self._payload_under_way = True
+        try:
+            for _ in pieces:
+                self.flush()
+                if self._is_paused and state.failure is None:
+                    await self._drained(state)
+                if self._is_ended:
+                    return
+        finally:
+            if not self._is_ended:
+                for _ in pieces:
+                    pass
+            self._payload_under_way = False
+            self._send_held_frames()
+            self._wake_writers()
+
+    async def _drained(self, state: StreamState) -> None:
+        while self._is_paused and not self._is_ended and state.failure is None:
+            await self._wait_to_write()
+
+    def _send_held_frames(self) -> None:
+        held, self._held_frames = self._held_frames, deque()
+        if self._is_ended:
+            return
+        for kind, stream_id, body in held:
+            self._session.send_frame(kind, stream_id, body)
+        self.flush()
+        if not self._is_paused:
+            self._unread_answers = 0
