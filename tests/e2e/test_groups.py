@@ -11,7 +11,7 @@ import torch
 from real_swarm import Swarm
 
 import shoal
-from shoal.averaging.matchmaking import search
+from shoal.averaging.matchmaking import leaders
 from shoal.averaging.matchmaking.search import Search
 from shoal.errors import AllreduceException, InvalidTypeError, InvalidValueError, MatchmakingException
 
@@ -106,7 +106,7 @@ async def cancel_the_next_search_when_the_group_stands(dht: Any, node: Any) -> N
 
 async def cancel_the_next_search_when_it_is_told_of_the_group(dht: Any, node: Any) -> None:
     """As a step that is cancelled while that is on its way does."""
-    run, receive = Search.run, search._receive_members
+    run, receive = Search.run, leaders.receive_members
     tasks = []
 
     async def run_and_remember(self: Search) -> Any:
@@ -114,12 +114,12 @@ async def cancel_the_next_search_when_it_is_told_of_the_group(dht: Any, node: An
         return await run(self)
 
     async def cancel(stream: Any, size: int) -> Any:
-        Search.run, search._receive_members = run, receive
+        Search.run, leaders.receive_members = run, receive
         tasks[-1].cancel()
         await asyncio.sleep(1.0)
         raise AssertionError("it still listens")
 
-    Search.run, search._receive_members = run_and_remember, cancel
+    Search.run, leaders.receive_members = run_and_remember, cancel
 
 
 @pytest.mark.parametrize(

@@ -380,7 +380,7 @@ def test_a_round_commits_while_a_state_is_being_captured(swarm: Swarm):
     class Slow(Donor):
         def get_current_state(self):
             asked.set()
-            lock = self._DecentralizedAverager__store._guard._own
+            lock = self._DecentralizedAverager__parts.store._guard._own
             lock.release()  # as a user can't: shows that nothing but the lock is in the way of rounds
             try:
                 assert go_on.wait(LIMIT)

@@ -310,7 +310,7 @@ def test_a_report_reads_well_and_is_made_of_plain_values(swarm: Swarm):
 
 def when_copied(averager: Any) -> threading.Event:
     """Set when a round has copied this averager's tensors."""
-    store, copied = averager._DecentralizedAverager__store, threading.Event()
+    store, copied = averager._DecentralizedAverager__parts.store, threading.Event()
     snapshot = store.snapshot
 
     def note(*arguments: Any, **options: Any) -> None:

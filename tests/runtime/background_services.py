@@ -27,7 +27,7 @@ class Runner:
     def event(self, name: str) -> asyncio.Event:
         return self.events.setdefault(name, asyncio.Event())
 
-    async def handle(self, command: Any, descriptors: Sequence[int]) -> object:
+    async def carry_out(self, command: Any, descriptors: Sequence[int]) -> object:
         function, *arguments = command
         self.descriptors = descriptors
         result = function(self, *arguments)

@@ -83,7 +83,7 @@ class DHTService:
             DescribeNode: self._describe,
         }
 
-    async def handle(self, command: object, descriptors: Sequence[int]) -> object:
+    async def carry_out(self, command: object, descriptors: Sequence[int]) -> object:
         close_descriptors(descriptors)  # no command of the DHT comes with any
         return await self._methods[type(command)](command)
 

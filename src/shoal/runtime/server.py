@@ -318,7 +318,7 @@ class Server:
         if service is None:
             raise InvalidStateError("the service in the background process is closed")
         command = _load(frame.body, "a command")
-        return await service.handle(command, self._untaken.pop(frame.call))
+        return await service.carry_out(command, self._untaken.pop(frame.call))
 
     async def _close(self, frame: Frame) -> None:
         service = self.services.pop(frame.service, None)

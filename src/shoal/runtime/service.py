@@ -15,7 +15,7 @@ class Service(Protocol):
     Both methods run on the process's only event loop.
     """
 
-    async def handle(self, command: object, descriptors: Sequence[int]) -> object:
+    async def carry_out(self, command: object, descriptors: Sequence[int]) -> object:
         """Carry out one command and return its result, which has to be picklable.
 
         Any number of commands run at the same time. The task is cancelled when the user process cancels the call, and

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode, order_members
 from shoal.averaging.lineage import NO_LINEAGE, Lineage
+from shoal.averaging.matchmaking.candidate import Candidate
 from shoal.averaging.matchmaking.core import SearchCore
 from shoal.averaging.matchmaking.declarations import DECLARATION_LIFETIME
 from shoal.averaging.matchmaking.events import (
@@ -21,6 +22,7 @@ from shoal.averaging.matchmaking.events import (
     Declare,
     Declared,
     DismissFollower,
+    DistrustLeader,
     Effect,
     Event,
     FinishWithGroup,
@@ -46,13 +48,15 @@ from shoal.averaging.matchmaking.events import (
     TooFew,
 )
 from shoal.averaging.matchmaking.group_bits import GroupBits
+from shoal.averaging.matchmaking.matchmaker import REGROUP
+from shoal.averaging.matchmaking.memory import FailureMemory, Fault
 from shoal.averaging.matchmaking.messages import Accepted, Declaration, DeclaredState, Redirect, Rejected
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN, Known
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.p2p.identity import Identity, PeerID
 from shoal.sansio.core import NEVER, TimePassed
 
-__all__ = ["SwarmOfCores", "core_peer_id"]
+__all__ = ["StallingCore", "SwarmOfCores", "core_peer_id"]
 
 SCHEMA = bytes(32)
 KEY = "swarm.0b"
@@ -63,13 +67,44 @@ def core_peer_id(number: int) -> PeerID:
     return Identity.generate(number.to_bytes(4, "big") * 8).peer_id
 
 
+class StallingCore:
+    """A liar: it declares itself like a search, accepts whoever asks it, and puts its group off for ever."""
+
+    EVERY = 2.0
+    """Seconds between two words to each follower."""
+
+    def __init__(self, peer_id: PeerID, key: str, start_time: float) -> None:
+        self.me = Candidate(start_time, peer_id, can_lead=True)
+        self.key = key
+        self.deadline = NEVER
+        self.held: set[int] = set()
+        """The followers that it has now, by token."""
+        self.asked = 0
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        match event:
+            case SearchStarted():
+                effects = [Declare(DeclaredState.LOOKING)]
+            case JoinRequested(token):
+                self.held.add(token)
+                self.asked += 1
+                effects = [AnswerRequest(token, Accepted(5.0))]
+            case FollowerLost(token):
+                self.held.discard(token)
+            case TimePassed():
+                effects = [PostponeFollower(token, 5.0) for token in self.held]
+        self.deadline = now + self.EVERY if self.held else NEVER
+        return effects
+
+
 @dataclass
 class Peer:
     """One core with the imagined I/O around it."""
 
     peer_id: PeerID
     mode: PeerMode
-    core: SearchCore
+    core: SearchCore | StallingCore
     one_way: float
     start_at: float
     store_time: float
@@ -100,6 +135,9 @@ class SwarmOfCores:
         self.records: dict[str, dict[PeerID, tuple[Declaration, float]]] = defaultdict(dict)
         """Under each key: what each peer stored last, and when it expires."""
         self.peers: dict[PeerID, Peer] = {}
+        self.memories: dict[PeerID, FailureMemory] = defaultdict(
+            lambda: FailureMemory(lambda peer: True, lambda peer: 1)
+        )
 
     def search(
         self,
@@ -110,10 +148,12 @@ class SwarmOfCores:
         lineage: Lineage = NO_LINEAGE,
         known: Known = NOTHING_KNOWN,
         bits: GroupBits | None = None,
+        waits: int = 6,
     ) -> Peer:
         """Let a peer begin a search in ``starts_in`` seconds; its searches before must be over.
 
-        ``bits``: what chooses its keys, and is told when it found too few.
+        ``bits``: what chooses its keys, and is told when it found too few. ``waits``: how often the search can wait
+        for ``min_matchmaking_time`` until its deadline.
         """
         start_at = self.now + starts_in
         key = KEY
@@ -126,10 +166,33 @@ class SwarmOfCores:
             schema_hash=SCHEMA,
             key=key,
             start_time=start_at + self.config.min_matchmaking_time,
-            deadline=start_at + 6 * self.config.min_matchmaking_time,
+            deadline=start_at + waits * self.config.min_matchmaking_time,
             lineage=lineage,
             known=known,
+            lost=self.lost_of(peer_id),
         )
+        return self._add(peer_id, mode, core, start_at, key, bits)
+
+    def stall(self, peer_id: PeerID, starts_in: float = 0.0) -> StallingCore:
+        """Let a peer hold whoever asks it, from its place in the order on."""
+        start_at = self.now + starts_in
+        core = StallingCore(peer_id, KEY, start_at + self.config.min_matchmaking_time)
+        self._add(peer_id, PeerMode.FULL, core, start_at, KEY, None)
+        return core
+
+    def lost_of(self, peer_id: PeerID) -> tuple[bytes, ...]:
+        """Whom a peer says that it saw fail."""
+        return tuple(peer.to_bytes() for peer in self.memories[peer_id].avoided(self.now))
+
+    def _add(
+        self,
+        peer_id: PeerID,
+        mode: PeerMode,
+        core: SearchCore | StallingCore,
+        start_at: float,
+        key: str,
+        bits: GroupBits | None,
+    ) -> Peer:
         one_way = self.rng.uniform(0.001, 0.1) / 2
         lookup = 2 * (one_way + 0.05) * self.rng.uniform(1.0, 2.0)
         peer = self.peers[peer_id] = Peer(
@@ -142,7 +205,12 @@ class SwarmOfCores:
         heapq.heappush(self.queue, (when, next(self.count), action))
 
     def run(self) -> None:
-        while self.queue:
+        """Until nothing is to come any more: all searches are over."""
+        self.run_until(math.inf)
+
+    def run_until(self, end: float) -> None:
+        """Until that time at the latest: liars never come to an end."""
+        while self.queue and self.queue[0][0] <= end:
             self.now, _, action = heapq.heappop(self.queue)
             action()
 
@@ -168,7 +236,9 @@ class SwarmOfCores:
         match effect:
             case Declare(state, group):
                 me, key = peer.core.me, peer.key
-                record = Declaration(me.start_time, state, SCHEMA, peer.mode, (), group, lineage=me.lineage)
+                record = Declaration(
+                    me.start_time, state, SCHEMA, peer.mode, (), group, lineage=me.lineage, lost=me.lost
+                )
                 seconds = peer.store_time
                 self.at(
                     self.now + seconds * self.rng.uniform(0.6, 1.0), lambda: self.store(peer, key, record)
@@ -179,6 +249,10 @@ class SwarmOfCores:
                 self.at(began + peer.poll_time * self.rng.uniform(0.4, 0.9), lambda: self.read(peer, began))
             case MoveTo(place):
                 peer.key = place.key
+            case DistrustLeader(leader, fault):
+                self.memories[peer.peer_id].note(leader, fault, self.now)
+                if fault is Fault.STALLED:
+                    self.at(self.now, lambda: self.regroup(peer))
             case TooFew(seen):
                 if peer.bits is not None and peer.bits.found_too_few(seen):
                     self.at(self.now, lambda: self.move(peer))
@@ -234,6 +308,14 @@ class SwarmOfCores:
             place = Place(KEY + peer.bits.bits, start_time, start_time, 0, peer.core.me.lineage)
             self.send(peer.peer_id, Restarted(place, peer.mode))
 
+    def regroup(self, peer: Peer) -> None:
+        """Begin the search anew, apart from a leader that stalled it; as the matchmaker does."""
+        if peer.finished_at == math.inf:
+            start_time = self.now + min(REGROUP, self.config.min_matchmaking_time)
+            me = peer.core.me
+            place = Place(peer.key, start_time, start_time, 0, me.lineage, self.lost_of(peer.peer_id))
+            self.send(peer.peer_id, Restarted(place, peer.mode))
+
     def population(self, bits: str, since: float, but: PeerID) -> int:
         """How many peers, ``but`` one, wanted to start a group under these bits after ``since``."""
         return sum(
@@ -278,6 +360,7 @@ class SwarmOfCores:
             signed_at=self.now,
             nonce=bytes(16),
             lineage=peer.core.me.lineage,
+            lost=peer.core.me.lost,
         )
 
     def begin(self, leader: Peer, tokens: tuple[int, ...]) -> None:
@@ -291,8 +374,12 @@ class SwarmOfCores:
         self.apply(leader, FinishWithGroup(group))
 
     def left_over(self) -> list[Peer]:
-        """Who lives and has found no group."""
-        return [peer for peer in self.peers.values() if peer.group is None and peer.alive]
+        """Who lives and has found no group, liars left out."""
+        return [
+            peer
+            for peer in self.peers.values()
+            if peer.group is None and peer.alive and isinstance(peer.core, SearchCore)
+        ]
 
 
 def _as_event(ask: int, answer: Accepted | Redirect | Rejected) -> Event:

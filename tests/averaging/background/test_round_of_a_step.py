@@ -17,6 +17,7 @@ from shoal.averaging.background.step_runner import StepRunner
 from shoal.averaging.commands import ApplyAverage, AverageWritten, BoundByWord, TakeSnapshot
 from shoal.averaging.group import GroupInfo
 from shoal.errors import AllreduceException, MatchmakingException
+from shoal.p2p.identity import PeerID
 from shoal.runtime.presence import Presence
 from shoal.testing.clock import run
 from shoal.testing.rounds import SimulatedGroup
@@ -42,7 +43,7 @@ class UserProcess:
     def watch_members(self, when_gone: object) -> None:
         """All of them stay."""
 
-    def hear_of(self, group: GroupInfo) -> None:
+    def hear_of(self, group: GroupInfo, excluded: list[PeerID]) -> None:
         self.story.append(f"a group of {len(group.members)}")
         raise IndexError("of matchmaking")
 
@@ -163,6 +164,22 @@ class PatientUser(UserProcess):
         return False if isinstance(command, ApplyAverage) else answer
 
 
+@pytest.mark.parametrize("member", [0, 1], ids=["leader", "follower"])
+def test_matchmaking_hears_whom_a_round_went_on_without(member: int):
+    async def main() -> None:
+        async with SimulatedGroup(seed=1, size=3, clients=1) as group:
+            resources = make_resources(UserProcess(fails=False), group=group, member=member)
+            others = [asyncio.ensure_future(group.run(1 - member))]  # the third one never comes
+            await run_attempt(resources, group, Step(make_step()))
+            await asyncio.gather(*others)
+            absent = [group.hosts[2].peer_id]
+            matchmaker = cast("Mock", resources.matchmaker)
+            matchmaker.hear_of_exclusions.assert_called_once_with(group.group.leader, absent)
+            matchmaker.round_committed.assert_called_once_with(group.group, absent)
+
+    run(main)
+
+
 class NothingFound:
     """A search that finds no group."""
 
@@ -253,7 +270,7 @@ def test_the_user_process_says_that_the_arena_is_free():
         arena = SharedArena(Mock())
         arena.is_free.clear()
         vars(service).update(_arena=arena)
-        await service.handle(AverageWritten(), [])
+        await service.carry_out(AverageWritten(), [])
         assert arena.is_free.is_set()
 
     run(main)

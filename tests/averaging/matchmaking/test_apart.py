@@ -6,10 +6,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shoal.averaging.group import MAX_LOST
-from shoal.averaging.matchmaking.apart import APART_FOR, LostPeers, is_apart
+from shoal.averaging.matchmaking.apart import is_apart, shunned
 from shoal.averaging.matchmaking.candidate import Candidate
-from shoal.averaging.matchmaking.grouping import cut_groups
+from shoal.averaging.matchmaking.grouping import EarlyBegin, cut_groups, may_begin_early
 from shoal.p2p.identity import Identity
 
 PEERS = sorted(Identity.generate(bytes([number]) * 32).peer_id for number in range(16))
@@ -120,52 +119,30 @@ def test_clients_need_no_route_to_each_other():
     assert is_apart(one, [other._replace(can_lead=True)])
 
 
-class TestLostPeers:
-    """What a peer says of those that it could not reach."""
+@pytest.mark.parametrize("gone", [None, ()], ids=["slices", "mixed"])
+def test_a_peer_that_most_name_is_planned_with_nobody(gone: tuple[()] | None):
+    """Newcomers, which name nobody, are not sent to it either."""
+    everybody = candidates(6, (1, 0), (2, 0), (3, 0))
+    cut = cut_groups(everybody, 5, 2, gone)
+    assert [len(group.members) for group in cut.groups] == [5]
+    assert [one.peer_id for one in cut.left_over] == [PEERS[0]]
+    assert cut.shunned == {PEERS[0]}
+    assert str(PEERS[0]) in cut.reason
 
-    def test_it_forgets_them_after_a_while(self):
-        lost = LostPeers(lambda peer: False, lambda peer: 1)
-        lost.add(PEERS[:1], 5.0)
-        assert lost.ids(5.0 + APART_FOR - 0.1) == (PEERS[0].to_bytes(),)
-        assert lost.ids(5.0 + APART_FOR) == ()
-        assert PEERS[0] not in lost
 
-    def test_one_that_came_back_is_lost_no_more(self):
-        """A process that was started again must not be kept apart from all who saw it die."""
-        connected = set()
-        lost = LostPeers(connected.__contains__, lambda peer: 1)
-        lost.add(PEERS[:2], 0.0)
-        assert len(lost.ids(1.0)) == 2
-        connected.add(PEERS[0])
-        assert lost.ids(2.0) == (PEERS[1].to_bytes(),)
+def test_a_full_group_does_not_wait_for_a_peer_that_most_name():
+    everybody = candidates(5, (1, 0), (2, 0), (3, 0))
+    members = [one.peer_id for one in everybody[1:]]
+    assert may_begin_early(everybody, members, PEERS[1], 4, 2).verdict is not EarlyBegin.NO
 
-    def test_one_that_is_back_before_the_next_search_is_lost_no_more(self):
-        connected = set()
-        lost = LostPeers(connected.__contains__, lambda peer: 1)
-        lost.add(PEERS[:1], 0.0)
-        connected.add(PEERS[0])
-        assert lost.ids(1.0) == ()
 
-    def test_a_connection_that_was_never_closed_may_be_a_dead_one(self):
-        connected = {PEERS[0]}
-        lost = LostPeers(connected.__contains__, lambda peer: 1)
-        lost.add(PEERS[:1], 0.0)
-        assert len(lost.ids(1.0)) == 1
-        connected.clear()
-        assert len(lost.ids(2.0)) == 1
-        connected.add(PEERS[0])
-        assert lost.ids(3.0) == ()
+def test_few_words_shun_nobody():
+    assert shunned(candidates(6, (1, 0), (2, 0))) == []
+    assert shunned(candidates(2, (1, 0))) == []
+    assert [one.peer_id for one in shunned(candidates(3, (1, 0), (2, 0)))] == [PEERS[0]]
 
-    def test_a_new_process_of_a_lost_peer_is_not_lost(self):
-        """It may be connected before anybody has looked whether the old one was gone."""
-        incarnations = {PEERS[0]: 1, PEERS[1]: 1}
-        lost = LostPeers(lambda peer: True, incarnations.get)
-        lost.add(PEERS[:2], 0.0)
-        assert len(lost.ids(1.0)) == 2
-        incarnations[PEERS[0]] = 2
-        assert lost.ids(2.0) == (PEERS[1].to_bytes(),)
 
-    def test_it_says_so_of_the_latest_ones_alone(self):
-        lost = LostPeers(lambda peer: False, lambda peer: 1)
-        lost.add(PEERS, 0.0)
-        assert lost.ids(0.0) == tuple(peer.to_bytes() for peer in PEERS[-MAX_LOST:])
+def test_where_no_group_would_be_left_nobody_is_shunned():
+    cut = cut_groups(candidates(3, (1, 0), (2, 0)), 3, 3)
+    assert [len(group.members) for group in cut.groups] == [3]
+    assert cut.shunned == frozenset()

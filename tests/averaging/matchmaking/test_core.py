@@ -47,7 +47,7 @@ from shoal.averaging.matchmaking.messages import (
     RejectReason,
     SearchId,
 )
-from shoal.averaging.matchmaking.states import State
+from shoal.averaging.matchmaking.states import SearchState
 from shoal.averaging.matchmaking.story import StoryTeller
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.p2p.identity import Identity, PeerID
@@ -156,14 +156,14 @@ def test_a_search_declares_itself_looks_around_and_sets_a_timer():
     kinds = [type(effect) for effect in fresh.handle(SearchStarted(), 100.0)]
     assert kinds == [Declare, Poll]
     assert 100.0 < fresh.deadline <= START
-    assert driver.core.state is State.LOOKING
+    assert driver.core.state is SearchState.LOOKING
 
 
 def test_it_asks_the_earliest_that_can_lead():
     driver = Driver(target=4)
     driver.see(declared(0, mode=PeerMode.CLIENT), declared(1), declared(2))
     assert driver.only(AskToJoin) == AskToJoin(1, IDS[1], ("address 1",))
-    assert driver.core.state is State.ASKING
+    assert driver.core.state is SearchState.ASKING
 
 
 def test_nobody_is_asked_twice_at_once():
@@ -190,7 +190,7 @@ def test_an_accepted_peer_sends_its_followers_to_its_leader():
     driver.send(LeaderAccepted(1, 5.0))
     expected = Dismissed(DismissReason.JOINED_ANOTHER, IDS[0].to_bytes(), ("address 0",))
     assert driver.only(DismissFollower) == DismissFollower(7, expected)
-    assert driver.core.state is State.FOLLOWING
+    assert driver.core.state is SearchState.FOLLOWING
     assert driver.join(5, token=8) == Redirect(IDS[0].to_bytes(), ("address 0",))
 
 
@@ -217,7 +217,7 @@ def test_a_lost_leader_is_avoided_for_a_while():
     driver = Driver()
     driver.see(declared(0))
     driver.send(LeaderLost(1, "refused"))
-    assert driver.core.state is State.LOOKING
+    assert driver.core.state is SearchState.LOOKING
     driver.see(declared(0))
     assert driver.only(AskToJoin) is None
     driver.now += AVOID_AFTER_LOSS
@@ -249,10 +249,10 @@ def test_no_answer_in_time_means_a_lost_leader():
     driver = Driver()
     driver.see(declared(0))
     driver.at(102.9)
-    assert driver.core.state is State.ASKING
+    assert driver.core.state is SearchState.ASKING
     driver.at(103.0)
-    assert driver.only(LeaveLeader) == LeaveLeader(1, overdue=IDS[0])
-    assert driver.core.state is State.LOOKING
+    assert driver.only(LeaveLeader) == LeaveLeader(1)
+    assert driver.core.state is SearchState.LOOKING
 
 
 def test_a_search_that_begins_anew_keeps_to_what_it_says_of_its_routes():
@@ -283,7 +283,7 @@ def test_a_leader_that_says_it_begins_in_31_years_is_left_soon_after_this_peers_
     config = driver.core.config
     patience_ends = START + config.min_matchmaking_time + config.request_timeout
     driver.at(patience_ends - 0.1)
-    assert driver.core.state is State.FOLLOWING
+    assert driver.core.state is SearchState.FOLLOWING
     driver.at(patience_ends)
     assert driver.only(LeaveLeader) == LeaveLeader(1)
 
@@ -294,7 +294,7 @@ def test_answers_of_a_leader_that_was_left_are_ignored():
     driver.at(103.0)
     for late in (LeaderAccepted(1, 1.0), LeaderRedirected(1, IDS[1], ()), LeaderLost(1, "gone")):
         driver.send(late)
-        assert driver.core.state is State.LOOKING
+        assert driver.core.state is SearchState.LOOKING
 
 
 def test_a_full_group_begins_once_its_leader_knows_that_there_is_nobody_else():
@@ -327,9 +327,9 @@ def test_with_too_few_the_start_is_postponed_until_the_deadline():
     driver.at(START)
     assert driver.only(PostponeFollower) == PostponeFollower(1, 5.0)
     driver.at(149.0)
-    assert driver.core.state is State.LOOKING
+    assert driver.core.state is SearchState.LOOKING
     driver.at(150.0)
-    assert driver.core.state is State.ENDED
+    assert driver.core.state is SearchState.ENDED
     assert driver.only(DismissFollower).message.reason is DismissReason.SEARCH_ENDED
     explanation = driver.only(FinishWithout).explanation
     assert "found no group of 3 to 4 peers with prefix 'swarm' in 50 s: " in explanation
@@ -383,7 +383,7 @@ def test_cancelling_lets_everybody_go():
     assert driver.only(LeaveLeader) == LeaveLeader(1)
     assert driver.only(DismissFollower).token == 1
     assert driver.core.deadline == NEVER
-    assert driver.core.state is State.ENDED
+    assert driver.core.state is SearchState.ENDED
     assert driver.join(5, token=2) == Rejected(RejectReason.NOT_LOOKING)
 
 
@@ -469,7 +469,7 @@ def test_a_group_is_announced_where_its_user_waits_for_it(is_first: bool):
     driver.now = 101.5
     driver.join(1, token=1)
     driver.see(declared(1))
-    assert driver.core.state is State.GROUPED
+    assert driver.core.state is SearchState.GROUPED
     expected = Log("swarm: found a group of 2 after 1.5 s") if is_first else None
     assert driver.only(Log) == expected
 
@@ -480,7 +480,7 @@ def test_a_group_is_announced_after_a_long_wait():
     driver.at(131.0)
     assert driver.only(Log) is not None
     driver.join(1, token=1)
-    assert driver.core.state is State.GROUPED
+    assert driver.core.state is SearchState.GROUPED
     assert driver.only(Log) == Log("swarm: found a group of 2 after 31 s")
 
 

@@ -28,8 +28,8 @@ from shoal.averaging.matchmaking.messages import (
     DeclaredState,
     Dismissed,
     DismissReason,
+    GroupMember,
     JoinRequest,
-    Member,
     Redirect,
     Rejected,
     RejectReason,
@@ -383,7 +383,7 @@ def test_a_leader_that_leaves_out_its_follower():
     async def answer(sim: SimulatedMatchmaking, stream: Stream, request: JoinRequest) -> None:
         await stream.send(Accepted(1.0))
         await stream.send(Begin(b"g" * 16, 1))
-        await stream.send(Member(signed_info(sim, 9, 9)))
+        await stream.send(GroupMember(signed_info(sim, 9, 9)))
 
     fails_with(answer, "does not include this member as it sent itself")
 
@@ -393,7 +393,7 @@ def test_a_leader_that_brings_a_member_who_has_not_asked_it():
         await stream.send(Accepted(1.0))
         await stream.send(Begin(b"g" * 16, 3))
         for member in (signed_info(sim, 9, 9), request.member, signed_info(sim, 5, 4)):
-            await stream.send(Member(member))
+            await stream.send(GroupMember(member))
 
     fails_with(answer, "has not asked")
 
@@ -440,6 +440,55 @@ def test_a_leader_that_never_answers():
         await stream.receive()
 
     fails_with(answer, "no answer in 3 s")
+
+
+# ---- members that give up in every round
+
+
+def test_a_member_that_gives_up_in_every_round_is_invited_less_and_less():
+    """Asked for 40 s, as a step does that tries again; each round would have cost the others an attempt."""
+
+    async def story(sim: SimulatedMatchmaking) -> None:
+        began, attempts = sim.now(), 0
+        while sim.now() - began < 40.0:
+            searches = [sim.search(number, starts_in=1.0) for number in range(4)]
+            groups = [await search for search in searches[:3]]
+            searches[3].cancel()
+            assert all(isinstance(group, GroupInfo) for group in groups)
+            for number, group in enumerate(groups):
+                if peer_id(sim, 3) in group.peer_ids:
+                    attempts += number == 0
+                    sim.matchmakers[number].hear_of_exclusions(group.leader, [peer_id(sim, 3)])
+                sim.matchmakers[number].round_committed(group, [peer_id(sim, 3)])
+            await settle(0.1)
+        assert 1 <= attempts <= 6
+
+    tell(story, peers=4, wait=3.0)
+
+
+def test_the_word_of_one_leader_keeps_nobody_apart():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        victim, liar = peer_id(sim, 3), peer_id(sim, 2)
+        for number in range(3):
+            for _ in range(5):
+                sim.matchmakers[number].hear_of_exclusions(liar, [victim])
+        groups = [await search for search in [sim.search(number) for number in (0, 1, 3)]]
+        assert groups == [groups[0]] * 3
+        assert victim in groups[0].peer_ids
+
+    tell(story, peers=4, target=3)
+
+
+def test_a_peer_that_leaders_exclude_does_not_avoid_itself():
+    async def story(sim: SimulatedMatchmaking) -> None:
+        for leader in (1, 2):
+            sim.matchmakers[0].hear_of_exclusions(peer_id(sim, leader), [peer_id(sim, 0), peer_id(sim, 3)])
+        sim.search(0)
+        await settle()
+        declared = await sim.matchmakers[0]._peer.declarations.read(KEY)
+        assert [declaration.lost for _, declaration in declared] == [(peer_id(sim, 3).to_bytes(),)]
+
+    tell(story, peers=1, target=2)
 
 
 # ---- faults

@@ -51,7 +51,8 @@ def test_a_member_that_never_heard_of_its_group_is_planned_with_again_though_the
     latency,
 ):
     lasts = min(HEARSAY_AT_LEAST + HEARSAY_LATENCIES * latency, HEARSAY_AT_MOST)
-    view = View(ME, HASH, latency=latency)
+    view = View(ME, HASH)
+    view.note_latency(latency)
     for now in (0.0, lasts / 2, lasts):
         view.take_in([LEADER_BEGAN, MEMBER_LOOKS], now, now)
         assert (view.candidates(now) == [ME]) == (now < lasts)

@@ -28,7 +28,7 @@ from shoal.averaging.state.choice import (
     StateReceived,
     StateWanted,
 )
-from shoal.averaging.state.policy import SILENCE, WAIT_PATIENCE, Donor
+from shoal.averaging.state.policy import FRONT_PATIENCE, LAST_PATIENCE, SILENCE, WAIT_PATIENCE, Donor
 from shoal.sansio.core import NEVER, TimePassed
 from shoal.sansio.machine import IllegalTransition
 from shoal.testing.peers import make_identity
@@ -139,25 +139,43 @@ def wait(choice: Joiner, position: int, seconds: float) -> list[Effect]:
 def test_a_donor_that_only_asks_to_wait_is_left_for_any_other_but_each_only_once():
     choice = Joiner()
     choice.handle(DonorsFound((donor(0, 9.0), donor(1, 1.0), donor(2, 1.0))))
-    assert wait(choice, 0, WAIT_PATIENCE - 1) == STAY
-    reason = "nothing but place 0 in its queue for 2 min"
-    effects = choice.handle(DonorBusy(0), 1.0)
+    assert wait(choice, 7, WAIT_PATIENCE - 1) == STAY
+    reason = "nothing but place 7 in its queue for 2 min"
+    effects = choice.handle(DonorBusy(7), 1.0)
     assert effects[0] == LeaveDonor(PEERS[0], reason)
     assert asked(effects) == 1
     assert asked(choice.handle(DonorBusy(3))) == 2
     assert asked(choice.handle(DonorBusy(5))) == 1
     assert asked(wait(choice, 3, WAIT_PATIENCE)) == 2
-    assert wait(choice, 5, 10 * WAIT_PATIENCE) == STAY  # all others were left so
+    assert wait(choice, 5, LAST_PATIENCE - 1) == STAY  # all others were left so
     assert asked(choice.handle(DonorFailed("gone"))) == 0
-    assert wait(choice, 0, WAIT_PATIENCE) == STAY
+    assert wait(choice, 9, WAIT_PATIENCE) == STAY
     assert reason in choice.core.story()
 
 
-def test_a_donor_alone_is_waited_for():
+def test_a_donor_that_is_about_to_begin_for_ever_is_left_soon():
+    choice = Joiner()
+    choice.handle(DonorsFound((donor(0, 9.0), donor(1))))
+    assert wait(choice, 3, 50) == STAY
+    assert wait(choice, 0, FRONT_PATIENCE) == STAY  # it begins to count with the first of these
+    assert wait(choice, 3, 5) == STAY  # another request was resumed meanwhile
+    assert wait(choice, 0, FRONT_PATIENCE) == STAY
+    effects = choice.handle(DonorBusy(0), 1.0)
+    assert isinstance(effects[0], LeaveDonor)
+    assert asked(effects) == 1
+
+
+@pytest.mark.parametrize("position", [0, 3])
+def test_a_donor_alone_is_waited_for_but_not_for_ever(position: int):
     choice = Joiner()
     choice.handle(DonorsFound((donor(0),)))
-    assert wait(choice, 0, 1000) == STAY
+    assert wait(choice, position, LAST_PATIENCE - 1) == STAY
     assert choice.core.deadline == NEVER
+    effects = choice.handle(DonorBusy(position), 1.0)
+    assert isinstance(effects[0], LeaveDonor)
+    assert effects[-1] == LookForDonors()
+    assert choice.handle(DonorsFound((donor(0),))) == [GiveUp()]
+    assert "in its queue for 3 min" in choice.core.story()
 
 
 def test_a_silent_donor_is_left_for_another_one_and_not_twice():

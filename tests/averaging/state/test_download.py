@@ -32,7 +32,7 @@ from shoal.averaging.state.messages import (
     Waiting,
 )
 from shoal.averaging.state.partial import PartialState
-from shoal.averaging.state.policy import SILENCE, WAIT_PATIENCE, Donor
+from shoal.averaging.state.policy import FRONT_PATIENCE, LAST_PATIENCE, SILENCE, Donor
 from shoal.averaging.state.queue import KEEP_SECONDS, UploadQueue
 from shoal.averaging.trainer.state_sharing import tensors_in
 from shoal.compression import CompressionBase, Float16Compression, NoCompression
@@ -686,7 +686,7 @@ async def begins_again_and_again(stream: Stream) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lie", "seconds"), [(always_asks_to_wait, WAIT_PATIENCE + 5.0), (begins_again_and_again, 10.0)]
+    ("lie", "seconds"), [(always_asks_to_wait, FRONT_PATIENCE + 5.0), (begins_again_and_again, 10.0)]
 )
 def test_a_donor_that_never_comes_to_the_point_holds_nobody_up(lie: Any, seconds: float):
     async def main() -> None:
@@ -699,6 +699,21 @@ def test_a_donor_that_never_comes_to_the_point_holds_nobody_up(lie: Any, seconds
             donors = [swarm.known("liar", 9.0), swarm.known("honest")]
             swarm.check(await swarm.load("j", donors, timeout=None), "honest")
             assert asyncio.get_running_loop().time() < seconds
+
+    run(main)
+
+
+def test_a_donor_alone_that_never_comes_to_the_point_is_given_up():
+    async def main() -> None:
+        async def handler(stream: Stream, first: RequestState) -> None:
+            await always_asks_to_wait(stream)
+
+        async with Swarm(23, bandwidth=None) as swarm:
+            await swarm.liar("liar", handler)
+            why = await swarm.load("j", [swarm.known("liar")], timeout=None)
+            assert isinstance(why, str)
+            assert "nothing but place 0 in its queue for 3 min" in why
+            assert asyncio.get_running_loop().time() < LAST_PATIENCE + 5.0
 
     run(main)
 

@@ -32,12 +32,12 @@ class Peer(UserSide):
 
     def begin_round(self, step: int = 0) -> StepControl:
         control = self.add_step(step)
-        self.link.handle(ReachStage(step, AveragingStage.LOOKING_FOR_GROUP))
-        self.link.handle(TakeSnapshot(step))
+        self.link.carry_out(ReachStage(step, AveragingStage.LOOKING_FOR_GROUP))
+        self.link.carry_out(TakeSnapshot(step))
         return control
 
     def commit(self, step: int = 0) -> Any:
-        return self.link.handle(ApplyAverage(step))
+        return self.link.carry_out(ApplyAverage(step))
 
 
 def test_an_average_is_written_when_it_is_ready():

@@ -296,7 +296,7 @@ NUMBERS = {
 
 def test_numbers_of_numpy_and_torch_are_taken_as_pythons_own():
     averager = make(**NUMBERS)
-    config = averager._DecentralizedAverager__config
+    config = averager._DecentralizedAverager__parts.config
     values = [getattr(config, field.name) for field in dataclasses.fields(config)]
     values += [getattr(config.matchmaking, field.name) for field in dataclasses.fields(config.matchmaking)]
     kinds = {type(value) for value in values} - {type(config.matchmaking)}

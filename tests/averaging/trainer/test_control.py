@@ -58,13 +58,13 @@ def test_a_step_that_is_bound_cannot_be_cancelled_until_another_group_is_looked_
     side = UserSide(tensor)
     side.make_average()
     control = side.add_step(0)
-    side.link.handle(TakeSnapshot(0))
-    side.link.handle(BoundByWord(0))
+    side.link.carry_out(TakeSnapshot(0))
+    side.link.carry_out(BoundByWord(0))
     assert not control.cancel()
     assert not control.cancelled()
-    side.link.handle(ApplyAverage(0))
+    side.link.carry_out(ApplyAverage(0))
     assert tensor.tolist() == [9.0] * 3
-    side.link.handle(ReachStage(0, AveragingStage.LOOKING_FOR_GROUP))
+    side.link.carry_out(ReachStage(0, AveragingStage.LOOKING_FOR_GROUP))
     assert control.cancel()
     side.close()
 
@@ -75,12 +75,12 @@ def test_a_step_that_was_cancelled_writes_nothing_even_if_its_group_has_averaged
     side = UserSide(tensor)
     side.make_average()
     control = side.add_step(0)
-    side.link.handle(TakeSnapshot(0))
+    side.link.carry_out(TakeSnapshot(0))
     assert control.cancel()
-    side.link.handle(BoundByWord(0))
+    side.link.carry_out(BoundByWord(0))
     assert control.cancel()
     with pytest.raises(AllreduceException):
-        side.link.handle(ApplyAverage(0))
+        side.link.carry_out(ApplyAverage(0))
     assert tensor.tolist() == [0.0] * 3
     side.close()
 
@@ -116,7 +116,7 @@ def begin_step(background: Background, serializer: Any, gather: Any = None) -> S
     steps = UserSide(torch.zeros(3)).steps
     wishes: dict[str, Any] = dict.fromkeys(("scheduled_time", "weight", "timeout"))
     handle: Any = background
-    control, _ = steps.begin(
+    control, _ = steps.submit(
         handle,
         serializer,
         gather=gather,

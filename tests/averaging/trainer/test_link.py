@@ -15,7 +15,7 @@ from user_side import UserSide
 
 import shoal
 from shoal.averaging.commands import AttachArena
-from shoal.averaging.trainer.life import State
+from shoal.averaging.trainer.life import LifeState
 from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidValueError, PeerProcessUnresponsive
 from shoal.runtime.futures import MPFuture
 
@@ -63,16 +63,16 @@ class Start:
         factory: Any = None
         self.link.start(self.dht, factory)
 
-    def come_to(self, state: State) -> None:
+    def come_to(self, state: LifeState) -> None:
         self.begin()
-        if state is State.WAITING_FOR_DHT:
+        if state is LifeState.WAITING_FOR_DHT:
             return
         self.describing.set_result(SimpleNamespace(client_mode=False))
-        if state is State.CREATING:
+        if state is LifeState.CREATING:
             return
         self.creating.set_result(self.handle)
         assert self.handle.was_called.wait(LIMIT)
-        if state is State.ATTACHING:
+        if state is LifeState.ATTACHING:
             return
         self.handle.attaching.set_result(None)
         self.link.wait(LIMIT)
@@ -83,17 +83,17 @@ def _no_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shoal.averaging.trainer.link.settle_modes", lambda config, dht_is_client: None)
 
 
-ON_THE_WAY = (State.WAITING_FOR_DHT, State.CREATING, State.ATTACHING)
+ON_THE_WAY = (LifeState.WAITING_FOR_DHT, LifeState.CREATING, LifeState.ATTACHING)
 
 
-@pytest.mark.parametrize("state", [*ON_THE_WAY, State.RUNNING])
-def test_the_start_goes_from_call_to_call(state: State):
+@pytest.mark.parametrize("state", [*ON_THE_WAY, LifeState.RUNNING])
+def test_the_start_goes_from_call_to_call(state: LifeState):
     start = Start()
     assert not start.link.is_alive
     start.come_to(state)
     assert start.link.life.state is state
     assert start.link.is_alive
-    if state is State.RUNNING:
+    if state is LifeState.RUNNING:
         assert start.link.ready() is start.handle
     else:
         with pytest.raises(DeadlineExceeded, match="not ready after 0 s"):
@@ -102,7 +102,7 @@ def test_the_start_goes_from_call_to_call(state: State):
 
 
 @pytest.mark.parametrize("state", ON_THE_WAY)
-def test_an_end_during_the_start_is_told_to_those_who_wait_for_it(state: State):
+def test_an_end_during_the_start_is_told_to_those_who_wait_for_it(state: LifeState):
     start = Start()
     start.come_to(state)
     start.link.end(LIMIT)
@@ -110,16 +110,16 @@ def test_an_end_during_the_start_is_told_to_those_who_wait_for_it(state: State):
         start.link.wait(LIMIT)
     with pytest.raises(InvalidStateError, match="was shut down"):
         start.link.ready()
-    assert start.describing.cancelled() == (state is State.WAITING_FOR_DHT)
-    assert start.creating.cancelled() == (state is State.CREATING)
-    assert start.handle.attaching.cancelled() == (state is State.ATTACHING)
-    assert start.handle.closed == (state is State.ATTACHING)
+    assert start.describing.cancelled() == (state is LifeState.WAITING_FOR_DHT)
+    assert start.creating.cancelled() == (state is LifeState.CREATING)
+    assert start.handle.attaching.cancelled() == (state is LifeState.ATTACHING)
+    assert start.handle.closed == (state is LifeState.ATTACHING)
 
 
 def test_a_service_that_came_to_be_as_its_start_was_given_up_is_closed():
     """Its answer is there, and nobody has been told yet."""
     start = Start()
-    start.come_to(State.CREATING)
+    start.come_to(LifeState.CREATING)
     start.creating.set_running_or_notify_cancel()
     ending = threading.Thread(target=start.link.end, args=(LIMIT,))
     ending.start()
@@ -141,11 +141,11 @@ def test_an_end_as_the_dht_gets_ready_leaves_no_service():
     start.create_service = create_service  # type: ignore[method-assign]
     start.describing.set_result(SimpleNamespace(client_mode=False))
     assert start.creating.cancelled()
-    assert start.link.life.state is State.ENDED
+    assert start.link.life.state is LifeState.ENDED
 
 
 @pytest.mark.parametrize("state", ON_THE_WAY)
-def test_whatever_fails_in_the_start_is_raised_by_all_who_wait(state: State):
+def test_whatever_fails_in_the_start_is_raised_by_all_who_wait(state: LifeState):
     start = Start()
     start.come_to(state)
     calls = dict(zip(ON_THE_WAY, (start.describing, start.creating, start.handle.attaching), strict=True))
@@ -156,13 +156,13 @@ def test_whatever_fails_in_the_start_is_raised_by_all_who_wait(state: State):
     assert not start.link.is_alive
     assert start.link.life.was_started
     start.link.end(LIMIT)
-    assert start.handle.closed == (state is State.ATTACHING)
+    assert start.handle.closed == (state is LifeState.ATTACHING)
     with pytest.raises(InvalidStateError, match="was shut down"):
         start.link.ready()
 
 
-@pytest.mark.parametrize("state", [State.WAITING_FOR_DHT, State.CREATING])
-def test_a_wait_that_is_too_short_says_why_nothing_comes(state: State):
+@pytest.mark.parametrize("state", [LifeState.WAITING_FOR_DHT, LifeState.CREATING])
+def test_a_wait_that_is_too_short_says_why_nothing_comes(state: LifeState):
     start = Start(explain=lambda: PeerProcessUnresponsive("it is stopped"))
     start.come_to(state)
     for wait in (start.link.wait, start.link.ready):
@@ -191,7 +191,7 @@ def test_a_start_that_cannot_begin_may_be_tried_again():
 
 def test_nothing_of_a_start_keeps_the_tensors_alive_after_the_end():
     start = Start()
-    start.come_to(State.RUNNING)
+    start.come_to(LifeState.RUNNING)
     link, gone = start.link, weakref.ref(start.link._arena.store)
     link.end(LIMIT)
     vars(start.handle).clear()  # no handle keeps its calls

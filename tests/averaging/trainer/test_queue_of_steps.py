@@ -46,7 +46,7 @@ class User:
     def begin(self, when_busy: Any = "queue", wait: bool = False, **options: Any) -> tuple[StepControl, bool]:
         handle: Any = self.background
         wishes = dict.fromkeys(("gather", "scheduled_time", "weight", "timeout")) | options
-        return self.steps.begin(
+        return self.steps.submit(
             handle,
             MSGPackSerializer,
             allow_retries=True,

@@ -14,6 +14,7 @@ from shoal.averaging.commands import ApplyAverage, AveragingStage, BoundByWord, 
 from shoal.averaging.group import GroupInfo
 from shoal.averaging.report import PartialContribution
 from shoal.errors import AllreduceException, InDoubt
+from shoal.p2p.identity import PeerID
 from shoal.runtime.presence import UserProcessAbsent
 
 T = TypeVar("T")
@@ -83,7 +84,7 @@ class Attempt:
                     # A cancellation from now on comes too late, and gets the outcome.
                     await run_to_the_end(self._apply(), lambda: None)
             finally:
-                matchmaker.round_committed(self._group)
+                matchmaker.round_committed(self._group, self._excluded(result))
         if cancelled is not None:
             raise cancelled
 
@@ -144,8 +145,13 @@ class Attempt:
         held_up = self._round.held_up(duration)
         self._resources.slow_peers.note(held_up, duration, now, self._group, self._partition)
         self._resources.matchmaker.keep_apart(self._round.unreached)
+        self._resources.matchmaker.hear_of_exclusions(self._group.leader, self._excluded(result))
         if result.was_undialable:
             self._resources.node.look_again(in_doubt=True)
+
+    def _excluded(self, result: RoundResult) -> list[PeerID]:
+        names = {exclusion.member for exclusion in result.exclusions}
+        return [peer for peer in self._group.peer_ids if str(peer) in names]
 
     def _note_group(self) -> None:
         group = self._group

@@ -61,6 +61,7 @@ class GroupSearch:
         user, deadline = self._context.user, step.command.deadline
         looking = ReachStage(step.number, AveragingStage.LOOKING_FOR_GROUP)
         await user.unless_absent(self._context.call_user(looking))
+        # From now on a new start time has to reach the search, which begins with the one that stands here.
         step.is_searching = True
         try:
             with user.when_absent(self._matchmaker.leave_search):

@@ -77,7 +77,7 @@ class AveragerService:
             )
         )
 
-    async def handle(self, command: object, descriptors: Sequence[int]) -> object:
+    async def carry_out(self, command: object, descriptors: Sequence[int]) -> object:
         match command:
             case RunStep():
                 return await self._steps.run(command)
@@ -92,7 +92,7 @@ class AveragerService:
             case SetGroupBits(bits):
                 self._matchmaker.set_bits(bits)
             case StateCommand():
-                return await self._states.handle(command)
+                return await self._states.carry_out(command)
             case AttachArena(nbytes):
                 (descriptor,) = descriptors
                 self._arena.attach(nbytes, descriptor)
@@ -102,6 +102,7 @@ class AveragerService:
         return None
 
     async def close(self) -> None:
+        # Peers that ask from now on are refused at once, and do not wait for what follows.
         self._rounds.close()
         await asyncio.gather(self._matchmaker.close(), self._states.close())
         await self._arena.close()

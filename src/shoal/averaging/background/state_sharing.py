@@ -80,7 +80,7 @@ class StateService:
         """The user process is ready to make copies: begin to declare this peer as a donor."""
         self._declarations.start()
 
-    async def handle(self, command: StateCommand) -> object:
+    async def carry_out(self, command: StateCommand) -> object:
         """Carry out a command of the user process."""
         match command:
             case SetStateSharing(allowed, priority):

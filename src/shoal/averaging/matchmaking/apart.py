@@ -1,70 +1,20 @@
-"""Pairs that could not reach each other are kept apart: a route may be bad for two peers alone. Pure.
+"""Pairs of which one saw the other fail are kept apart: a route may be bad for two peers alone. Pure.
 
-Each peer says whom it could not reach lately. Its word counts for groups with itself only, so that a liar can isolate
-nobody else. If no group at all were left, everybody stays together: such a failure is often over by the next attempt.
+Each peer says whom it saw fail lately (:mod:`.memory`). Its word counts for groups with itself only, so that a liar can
+isolate nobody else. Only a peer that most of the others name is shunned: kept apart from all, newcomers included, which
+have seen nothing yet. If no group at all were left, everybody stays together: such a failure is often over by the next
+attempt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
-from shoal.averaging.group import MAX_LOST
 from shoal.averaging.matchmaking.candidate import Candidate
-from shoal.p2p.identity import PeerID
+from shoal.averaging.matchmaking.memory import SEVERAL
 
 Group = list[Candidate]
-
-APART_FOR = 60.0
-"""Seconds for which peers are kept apart of which one could not reach the other."""
-
-
-class LostPeers:
-    """Whom one peer could not reach lately. A peer that was gone and is connected again is lost no more.
-
-    :param is_connected: whether a connection to a peer stands now
-    :param incarnation: the number of the process that was last seen as a peer
-    """
-
-    def __init__(
-        self, is_connected: Callable[[PeerID], bool], incarnation: Callable[[PeerID], int | None]
-    ) -> None:
-        self._is_connected = is_connected
-        self._incarnation = incarnation
-        self._lost_as: dict[PeerID, int | None] = {}
-        self._until: dict[PeerID, float] = {}
-        """The latest last."""
-        self._gone: set[PeerID] = set()
-        """Those that were not connected at some time since."""
-
-    def __contains__(self, peer: object) -> bool:
-        return peer in self._until
-
-    def add(self, peers: Iterable[PeerID], now: float) -> None:
-        """These could not be reached. A connection that still stands may be a dead one."""
-        for peer in peers:
-            self._until.pop(peer, None)
-            self._until[peer] = now + APART_FOR
-            self._lost_as[peer] = self._incarnation(peer)
-            self._gone.discard(peer)
-            if not self._is_connected(peer):
-                self._gone.add(peer)
-        self._forget(list(self._until)[:-MAX_LOST])
-
-    def ids(self, now: float) -> tuple[bytes, ...]:
-        """Those that this peer says it could not reach, as bytes."""
-        connected = {peer for peer in self._until if self._is_connected(peer)}
-        self._forget(peer for peer, until in list(self._until.items()) if now >= until)
-        self._forget(connected & self._gone)
-        # Another process than the one that was lost: the connection to that one may never have been seen to end.
-        self._forget([peer for peer in self._until if self._incarnation(peer) != self._lost_as[peer]])
-        self._gone |= self._until.keys() - connected
-        return tuple(peer.to_bytes() for peer in self._until)
-
-    def _forget(self, peers: Iterable[PeerID]) -> None:
-        for peer in peers:
-            self._until.pop(peer, None)
-            self._lost_as.pop(peer, None)
-            self._gone.discard(peer)
 
 
 def are_apart(one: Candidate, other: Candidate) -> bool:
@@ -79,6 +29,13 @@ def is_apart(peer: Candidate, members: Iterable[Candidate]) -> bool:
     return any(are_apart(peer, member) for member in members if member is not peer)
 
 
+def shunned(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Candidates that several of the others, and more than half of them, name."""
+    named = Counter(peer for candidate in candidates for peer in set(candidate.lost))
+    enough = max(SEVERAL, len(candidates) // 2 + len(candidates) % 2)
+    return [candidate for candidate in candidates if named[candidate.peer_id.to_bytes()] >= enough]
+
+
 def separate(
     slices: Sequence[tuple[Candidate, ...]], target: int | None, minimum: int
 ) -> list[tuple[Candidate, ...]]:
@@ -90,6 +47,7 @@ def separate(
     groups = [list(members) for members in slices]
     out: list[Candidate] = []
     for group in groups:
+        # The later one goes: the first one leads, and others are on their way to it.
         for peer in sorted(group, reverse=True):
             if is_apart(peer, group) and not _exchange(peer, group, groups):
                 group.remove(peer)

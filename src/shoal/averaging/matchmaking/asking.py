@@ -12,16 +12,20 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from shoal.averaging.matchmaking.events import (
+    DistrustLeader,
     LeaderAccepted,
     LeaderDismissed,
     LeaderLost,
     LeaderPostponed,
     LeaderRedirected,
     LeaderRejected,
+    LeaveLeader,
 )
 from shoal.averaging.matchmaking.latecomers import avoid_for
+from shoal.averaging.matchmaking.memory import AVOIDED_FOR, Fault
 from shoal.averaging.matchmaking.messages import DismissReason, Redirect, RejectReason
-from shoal.averaging.matchmaking.policy import BEGIN_GRACE
+from shoal.averaging.matchmaking.patience import Patience
+from shoal.averaging.matchmaking.policy import BEGIN_GRACE, Situation, could_do_without
 from shoal.averaging.matchmaking.story import StoryTeller
 from shoal.averaging.matchmaking.view import View
 from shoal.averaging.matchmaking_config import MatchmakingConfig
@@ -68,12 +72,19 @@ class Asking:
         self._story = story
         self._count = 0
         self._begins_at = math.inf
-        """When the leader begins, as it says."""
+        """When the leader begins, as it says; infinite: it has not accepted this peer."""
+        self._is_beginning = False
+        self._is_shunned = False
+        """Most others have seen the leader fail."""
         self._unanswered: Counter[PeerID] = Counter()
+        self._patience = Patience(config)
 
-    def begin(self, leader: NextLeader, now: float) -> Ask:
+    def ask(self, leader: NextLeader, now: float) -> Ask:
         """Make a request."""
         self._count += 1
+        self._begins_at = math.inf
+        self._is_beginning = self._is_shunned = False
+        self._patience.next_leader()
         self.current = Ask(self._count, leader.leader, leader.addresses, now, leader.redirects)
         self._story.asked(leader.leader)
         return self.current
@@ -82,6 +93,7 @@ class Asking:
         """Forget the request; it is returned, so that its leader can be left."""
         ask, self.current = self.current, None
         self._begins_at = math.inf
+        self._is_beginning = self._is_shunned = False
         return ask
 
     def expects(self, number: int) -> bool:
@@ -101,6 +113,7 @@ class Asking:
         """
         limit = max(now, own_start) + self._config.min_matchmaking_time
         self._begins_at = min(now + event.begins_in, limit)
+        self._is_beginning = isinstance(event, LeaderPostponed) and event.is_beginning
         if isinstance(event, LeaderAccepted):
             self._story.answered(self._leader.leader, "accepted", now)
 
@@ -130,6 +143,7 @@ class Asking:
             self.lost("redirected to itself", view, now)
             return None
         self._story.answered(ask.leader, f"redirected to {leader}", now)
+        # Two followers with old views may send this peer to and fro.
         if ask.redirects < MAX_REDIRECTS and view.may_ask(leader, now):
             return NextLeader(leader, addresses, ask.redirects + 1, is_hearsay=True)
         view.leave_out(ask.leader, now + retry_time(view))
@@ -149,6 +163,7 @@ class Asking:
         view.leave_out_group(event.answer.members, until, now, is_looking=is_looking)
 
     def _dismissed(self, event: LeaderDismissed, view: View, now: float) -> NextLeader | None:
+        # Unlike one that is lost, it is there and honest: it may be asked again as soon as the views agree.
         leader, answer = self._leader.leader, event.answer
         self._story.answered(leader, f"dismissed: {answer.reason.words}", now)
         until = now + retry_time(view)
@@ -161,25 +176,52 @@ class Asking:
 
     # ---- patience
 
-    def deadline(self, view: View, *, is_accepted: bool) -> float:
+    @property
+    def _is_accepted(self) -> bool:
+        return self._begins_at < math.inf
+
+    def deadline(self, view: View) -> float:
         """When this peer's patience with the leader ends."""
         if self.current is None:
             return math.inf
-        if is_accepted:
-            return self._begins_at + self._config.request_timeout + BEGIN_GRACE * view.latency
-        return self.current.asked_at + self._config.request_timeout
+        if not self._is_accepted:
+            return self.current.asked_at + self._config.request_timeout
+        silent = self._begins_at + self._config.request_timeout + BEGIN_GRACE * view.latency
+        if self._is_beginning:
+            return silent
+        return -math.inf if self._is_shunned else min(silent, self._patience.ends_at(view.latency))
 
-    def lose_patience(self, view: View, now: float, *, is_accepted: bool) -> Ask:
+    def watch(self, situation: Situation) -> None:
+        """Look whether the leader that this peer follows keeps it from another group, now that its own turn has come.
+        What it does not know does not count against the leader.
+        """
+        turn = situation.times.own_turn(situation.me.start_time)
+        if situation.now >= turn and not situation.view.is_stale(situation.now):
+            leader = self._leader.leader
+            self._is_shunned = leader in situation.cut.shunned
+            could = could_do_without(situation, leader)
+            self._patience.look(situation.now, could_be_elsewhere=could)
+
+    def lose_patience(self, view: View, now: float) -> list[LeaveLeader | DistrustLeader]:
         """That time has come: the leader counts as lost, and is to be left."""
         ask = self._leader
-        if is_accepted:
+        if not self._is_accepted:
+            timeout = self._config.request_timeout
+            self._unanswered[ask.leader] += 1
+            avoid = avoid_for(self._unanswered[ask.leader], timeout, AVOID_AFTER_LOSS)
+            self.lost(f"no answer in {timeout:g} s", view, now, avoid)
+            return [LeaveLeader(ask.number), DistrustLeader(ask.leader, Fault.UNANSWERED)]
+        if self._is_shunned:
+            # That is the others' word: this peer does not repeat it as its own.
+            self.lost("most others have seen it fail", view, now)
+            return [LeaveLeader(ask.number)]
+        if not self._is_beginning and now >= self._patience.ends_at(view.latency):
+            self._patience.spend()
+            self.lost("kept this peer waiting, which would be in a group without it", view, now)
+        else:
             self.lost("neither began nor postponed when its start time had come", view, now)
-            return ask
-        timeout = self._config.request_timeout
-        self._unanswered[ask.leader] += 1
-        avoid = avoid_for(self._unanswered[ask.leader], timeout, AVOID_AFTER_LOSS)
-        self.lost(f"no answer in {timeout:g} s", view, now, avoid)
-        return ask
+        view.leave_out_stalled(ask.leader, now + AVOIDED_FOR[Fault.STALLED])
+        return [LeaveLeader(ask.number), DistrustLeader(ask.leader, Fault.STALLED)]
 
     @property
     def _leader(self) -> Ask:

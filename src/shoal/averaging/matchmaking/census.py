@@ -52,6 +52,7 @@ class Census:
         try:
             peers = await self._peer.declarations.read(key)
         except ShoalError as e:
+            # It counts as empty. The next count puts that right.
             logger.debug("could not read who is under %r: %s", key, e)
             return 0
         return sum(

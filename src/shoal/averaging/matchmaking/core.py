@@ -39,7 +39,7 @@ from shoal.averaging.matchmaking.candidate import Candidate, candidate_of
 from shoal.averaging.matchmaking.events import Effect, Event, brief
 from shoal.averaging.matchmaking.helping import why_no_average
 from shoal.averaging.matchmaking.policy import Dismissal, Situation, Verdict
-from shoal.averaging.matchmaking.states import State, Times
+from shoal.averaging.matchmaking.states import SearchState, Times
 from shoal.averaging.matchmaking.story import StoryTeller
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN, Known, View
 from shoal.averaging.matchmaking_config import MatchmakingConfig
@@ -74,7 +74,7 @@ class SearchCore:
         ``known``: what the search before has left; ``is_first``: there was none before; ``expected``: who is
         likely to look for a group now, too; ``lost``: whom this peer could not reach lately.
         """
-        self._machine = Machine(State.NEW, states.TRANSITIONS)
+        self._machine = Machine(SearchState.NEW, states.TRANSITIONS)
         self.config = config
         self.key = key
         order_time = start_time if order_time is None else order_time
@@ -108,20 +108,20 @@ class SearchCore:
         return self._view.known
 
     @property
-    def state(self) -> State:
+    def state(self) -> SearchState:
         """What the search is doing."""
         return self._machine.state
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event at time ``now``; return what the shell has to do, in order."""
         self._machine.note(brief(event), now)
-        kind, was_over = type(event), self.state is State.GROUPED
+        kind, was_over = type(event), self.state is SearchState.GROUPED
         if kind in states.HEARD[self.state]:
             self._ON[kind](self, event, now)
         elif kind not in states.OVERHEARD[self.state]:
             self._machine.refuse(f"{kind.__name__} cannot happen now")
         self._act(now)
-        if self.state is State.GROUPED and not was_over:
+        if self.state is SearchState.GROUPED and not was_over:
             self._log(self.story.found(now, len(self._group)))
         effects, self._effects = self._effects, []
         return effects
@@ -129,8 +129,8 @@ class SearchCore:
     # ---- events of this peer's own search
 
     def _on_started(self, event: ev.SearchStarted, now: float) -> None:
-        self._move(State.LOOKING)
-        self.story.begin(now)
+        self._move(SearchState.LOOKING)
+        self.story.search_began(now)
         self._view.start(now)
         self._times.mix(now)
         self._declare(now)
@@ -177,10 +177,8 @@ class SearchCore:
             self._declare(now)
         if now >= self._view.next_poll:
             self._poll()
-        is_accepted = self.state is State.FOLLOWING
-        if now >= self._asking.deadline(self._view, is_accepted=is_accepted):
-            ask = self._asking.lose_patience(self._view, now, is_accepted=is_accepted)
-            self._effects.append(ev.LeaveLeader(ask.number, overdue=None if is_accepted else ask.leader))
+        if now >= self._asking.deadline(self._view):
+            self._effects += self._asking.lose_patience(self._view, now)
             self._go_on_looking()
 
     def _on_restarted(self, event: ev.Restarted, now: float) -> None:
@@ -198,7 +196,7 @@ class SearchCore:
             lost=place.lost,
         )
         self._effects.append(ev.MoveTo(place))
-        self._view = View(self.me, self._schema_hash, opens_at=place.start_time, latency=self._view.latency)
+        self._view = View(self.me, self._schema_hash, opens_at=place.start_time, before=self._view)
         self._view.start(now)
         if now < self._times.expected_at:
             self._times.expected_at = place.start_time
@@ -241,7 +239,7 @@ class SearchCore:
         refusal = policy.refuse(self._situation(now), asker, info, self.key, self._schema_hash)
         if refusal is not None:
             return refusal
-        if self.state is State.FOLLOWING:
+        if self.state is SearchState.FOLLOWING:
             return self._asking.redirect()
         self._view.take_back(asker)  # it lives
         self._view.note_seen(asker, now)
@@ -261,7 +259,7 @@ class SearchCore:
         ask = self._asking.current
         if ask is None or not self._asking.expects(event.ask):
             return
-        self._move(State.FOLLOWING)
+        self._move(SearchState.FOLLOWING)
         self._asking.accepted(event, now, self._times.begins_at)
         self._dismiss_all(
             msg.Dismissed(msg.DismissReason.JOINED_ANOTHER, ask.leader.to_bytes(), ask.addresses)
@@ -284,7 +282,7 @@ class SearchCore:
         if not self._asking.expects(event.ask):
             return
         self._group = tuple(msg.SearchId(member.peer_id, member.start_time) for member in event.group.members)
-        self._move(State.GROUPED)
+        self._move(SearchState.GROUPED)
         self._effects.append(ev.Declare(msg.DeclaredState.TAKEN, self._group))
         self._effects.append(ev.FinishWithGroup(event.group))
 
@@ -296,10 +294,12 @@ class SearchCore:
 
     def _act(self, now: float) -> None:
         """After every event: do what the view and the time now ask for, and say when to look at them again."""
-        if self.state in (State.LOOKING, State.ASKING):
+        if self.state in (SearchState.LOOKING, SearchState.ASKING):
             self._follow_plan(now)
-        if self.state in (State.LOOKING, State.ASKING) and self.me.can_lead:
+        if self.state in (SearchState.LOOKING, SearchState.ASKING) and self.me.can_lead:
             self._consider_beginning(now)
+        if self.state is SearchState.FOLLOWING:
+            self._asking.watch(self._situation(now))
         self.deadline = NEVER if self._machine.is_final else self._next_deadline(now)
 
     def _situation(self, now: float) -> Situation:
@@ -312,7 +312,7 @@ class SearchCore:
     def _follow_plan(self, now: float) -> None:
         decision = policy.follow_plan(self._situation(now))
         self.story.plan = decision.reason
-        if self.state is State.LOOKING:
+        if self.state is SearchState.LOOKING:
             self._view.look(decision.look, now)
             if decision.leader is not None:
                 addresses = self._view.addresses_of(decision.leader)
@@ -338,7 +338,7 @@ class SearchCore:
             decision = policy.begin_at_start_time(situation, self._expected, is_put_off=self._is_put_off)
             if decision.verdict in (Verdict.PUT_OFF, Verdict.POSTPONE):
                 self.story.note(now, decision.reason)
-        elif self.state is State.LOOKING:
+        elif self.state is SearchState.LOOKING:
             decision = policy.begin_early(situation)
             self.story.plan = decision.reason
         else:
@@ -346,7 +346,7 @@ class SearchCore:
         self._view.look(decision.look, now)
         match decision.verdict:
             case Verdict.BEGIN:
-                self._begin()
+                self._begin_group()
             case Verdict.PUT_OFF:
                 self._is_put_off = True
                 self._times.begins_at = now + decision.later
@@ -366,10 +366,10 @@ class SearchCore:
             else:
                 self._effects.append(ev.PostponeFollower(token, later))
 
-    def _begin(self) -> None:
+    def _begin_group(self) -> None:
         self._leave(self._asking.end())
         self._group = self._view.searches
-        self._move(State.GROUPED)
+        self._move(SearchState.GROUPED)
         self._effects.append(ev.BeginGroup(tuple(self._view.followers)))
         self._effects.append(ev.Declare(msg.DeclaredState.TAKEN, self._group))
 
@@ -377,15 +377,15 @@ class SearchCore:
         self._leave(self._asking.end())
         self._dismiss_all(msg.Dismissed(msg.DismissReason.SEARCH_ENDED))
         explanation = self.story.explain(now, self._view.candidates(now), self.me.peer_id)
-        self._move(State.ENDED)
+        self._move(SearchState.ENDED)
         self._effects.append(ev.Declare(msg.DeclaredState.TAKEN))
         self._effects.append(ev.FinishWithout(explanation))
 
     # ---- leaders and followers
 
     def _ask_to_join(self, leader: NextLeader, now: float) -> None:
-        ask = self._asking.begin(leader, now)
-        self._move(State.ASKING)
+        ask = self._asking.ask(leader, now)
+        self._move(SearchState.ASKING)
         self._effects.append(ev.AskToJoin(ask.number, ask.leader, ask.addresses, leader.is_hearsay))
 
     def _leave(self, ask: Ask | None) -> None:
@@ -394,7 +394,7 @@ class SearchCore:
 
     def _go_on_looking(self) -> None:
         self._asking.end()
-        self._move(State.LOOKING)
+        self._move(SearchState.LOOKING)
         self._poll()
 
     def _dismiss_all(self, message: msg.Dismissed) -> None:
@@ -415,14 +415,13 @@ class SearchCore:
             self._effects.append(ev.Poll())
 
     def _next_deadline(self, now: float) -> float:
-        is_accepted = self.state is State.FOLLOWING
-        patience = self._asking.deadline(self._view, is_accepted=is_accepted)
-        due = (self.story.next_status, patience)
-        return policy.next_deadline(self._situation(now), due, follows=is_accepted)
+        due = (self.story.next_status, self._asking.deadline(self._view))
+        follows = self.state is SearchState.FOLLOWING
+        return policy.next_deadline(self._situation(now), due, follows=follows)
 
     # ---- states
 
-    def _move(self, to: State) -> None:
+    def _move(self, to: SearchState) -> None:
         self._machine.move(to)
         if self._machine.is_final:
             self._asking.end()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode
 from shoal.averaging.lineage import NO_LINEAGE, Lineage
+from shoal.averaging.matchmaking.memory import Fault
 from shoal.averaging.matchmaking.messages import (
     Accepted,
     Declaration,
@@ -124,6 +125,8 @@ class LeaderRejected:
 class LeaderPostponed:
     ask: int
     begins_in: float
+    is_beginning: bool = False
+    """The leader has begun the group, and names its members."""
 
 
 @dataclass(frozen=True)
@@ -217,8 +220,14 @@ class LeaveLeader:
     """End the request ``ask``, whether it was answered or not."""
 
     ask: int
-    overdue: PeerID | None = None
-    """The leader, if it has given no answer in time."""
+
+
+@dataclass(frozen=True)
+class DistrustLeader:
+    """Remember that a leader failed this peer; one that has stalled it is planned apart from now on."""
+
+    leader: PeerID
+    fault: Fault
 
 
 @dataclass(frozen=True)
@@ -296,6 +305,7 @@ Effect = (
     | AskSchema
     | AskToJoin
     | LeaveLeader
+    | DistrustLeader
     | AnswerRequest
     | PostponeFollower
     | DismissFollower

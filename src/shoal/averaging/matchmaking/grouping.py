@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from shoal.averaging.matchmaking.apart import separate
+from shoal.averaging.matchmaking.apart import separate, shunned
 from shoal.averaging.matchmaking.candidate import Candidate
 from shoal.averaging.matchmaking.helping import count_contributors, lack_contributors, slice_with_helpers
 from shoal.averaging.matchmaking.mixing import mix
@@ -44,6 +44,8 @@ class Cut:
     groups: tuple[PlannedGroup, ...]
     left_over: tuple[Candidate, ...]
     reason: str
+    shunned: frozenset[PeerID] = frozenset()
+    """Those of the peers that are left over that most of the others have seen fail."""
 
     def group_of(self, peer_id: PeerID) -> PlannedGroup | None:
         """The group that ``peer_id`` is planned for; None if nobody can lead it."""
@@ -68,7 +70,19 @@ def cut_groups(
     ``gone``: who was there and has a group by now; the others' places are as if these were still there, as far as that
     leaves over nobody, so that the plan does not change while group after group begins.
     """
-    return _cut(tuple(candidates), target, minimum, None if gone is None else tuple(gone))
+    before = None if gone is None else tuple(gone)
+    out = shunned(candidates)
+    if out:
+        cut = _cut(tuple(one for one in candidates if one not in out), target, minimum, before)
+        if any(group.is_complete for group in cut.groups):
+            reason = f"{cut.reason}; most have seen {', '.join(str(one.peer_id) for one in out)} fail"
+            return replace(
+                cut,
+                left_over=(*cut.left_over, *out),
+                reason=reason,
+                shunned=frozenset(one.peer_id for one in out),
+            )
+    return _cut(tuple(candidates), target, minimum, before)
 
 
 @lru_cache(maxsize=64)
@@ -252,7 +266,8 @@ def may_begin_early(
         return EarlyBeginDecision(EarlyBegin.NO, f"a full group would strand others: {cut.reason}")
     if takes_too_many_leaders(candidates, members, group):
         return EarlyBeginDecision(EarlyBegin.NO, f"others need its members as leaders: {cut.reason}")
-    for peers in (candidates, everybody or candidates):
+    for visible in (candidates, everybody or candidates):
+        peers = [candidate for candidate in visible if candidate.peer_id not in cut.shunned]
         rest = [candidate for candidate in peers if candidate.peer_id not in members]
         stranded = count_left_over(rest, target, minimum)
         if stranded > count_left_over(peers, target, minimum):

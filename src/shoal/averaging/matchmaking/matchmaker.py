@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from shoal.averaging.agreement import Agreement
@@ -18,14 +19,15 @@ from shoal.averaging.group import (
     verify_member,
 )
 from shoal.averaging.lineage import NO_LINEAGE, after_round
-from shoal.averaging.matchmaking.apart import LostPeers
 from shoal.averaging.matchmaking.census import Census
 from shoal.averaging.matchmaking.events import Cancelled, Place
+from shoal.averaging.matchmaking.followers import WhenMemberGone
 from shoal.averaging.matchmaking.group_bits import LONELY_BELOW, SPLIT_ABOVE, GroupBits
+from shoal.averaging.matchmaking.memory import FailureMemory, Fault
 from shoal.averaging.matchmaking.messages import JOIN, JoinRequest, Rejected, RejectReason
 from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.schemas import OtherSchemas
-from shoal.averaging.matchmaking.search import Search, WhenMemberGone
+from shoal.averaging.matchmaking.search import Search
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.router import Router
@@ -36,10 +38,15 @@ from shoal.p2p.rpc import Stream
 from shoal.utils.checks import check_number
 from shoal.utils.timed import DHTClock, dht_clock
 
+logger = logging.getLogger(__name__)
+
 WITHDRAWAL_TIMEOUT = 1.0
 """Seconds that :meth:`Matchmaker.close` gives the DHT to learn that this peer looks for no group any more."""
 EXPLORE_AFTER = 1.0
 """Seconds after which a new peer that has no group yet looks whether the swarm is under other keys."""
+REGROUP = 2.0
+"""Seconds for which a search that has left a stalling leader waits for the others that it held, at most. They leave at
+about the same time, and each would begin at once with the first one that comes: the start time of all is over."""
 COUNT_EVERY = 10.0
 """Seconds between looks at the keys with a bit more and a bit less."""
 
@@ -87,7 +94,7 @@ class Matchmaker:
         """Who was declared at the end of the last search, with the start time of its own."""
         self._last_group: tuple[PeerID, ...] = ()
         """The other members of the group that was found last, if they are likely to look under the same key next."""
-        self._lost = LostPeers(node.host.is_connected, node.host.incarnation)
+        self._memory = FailureMemory(node.host.is_connected, node.host.incarnation)
         self._is_closed = False
 
     @property
@@ -122,13 +129,15 @@ class Matchmaker:
             # The search may have begun by another time than the clock shows now.
             search.move_to(self._place(start_time - self._peer.clock() + search.now()))
 
-    def round_committed(self, group: GroupInfo) -> None:
+    def round_committed(self, group: GroupInfo, excluded: Collection[PeerID] = ()) -> None:
         """A round of ``group``, which this peer found, has been committed: choose the bits of the next one.
 
+        :param excluded: members that it went on without
         :raises InvalidValueError: this peer is no member of it
         """
         if self._peer.peer_id not in group.peer_ids:
             raise InvalidValueError(f"group {group.group_id.hex()}: this peer is no member of it")
+        self._memory.forgive(set(group.peer_ids) - set(excluded), self._peer.clock())
         self._bits.round_committed(group, self._peer.config.target_group_size)
         if self._bits.are_given or self._bits.depth > 0:
             self._last_group = ()  # they look under different keys now
@@ -140,16 +149,37 @@ class Matchmaker:
         if averaged:
             self._lineage = after_round(group.group_id, averaged)
 
-    def keep_apart(self, lost: Iterable[PeerID]) -> None:
-        """This peer could not reach these in its last round: others than they are to be in its next groups."""
-        self._lost.add(lost, self._peer.clock())
+    def keep_apart(self, peers: Iterable[PeerID], fault: Fault = Fault.UNREACHED) -> None:
+        """This peer has seen these fail, in its last round for instance: others are to be in its next groups."""
+        now = self._peer.clock()
+        for peer in peers:
+            self._memory.note(peer, fault, now)
 
-    def _leader_lost(self, leader: PeerID) -> None:
-        """This peer cannot dial a leader that others follow: it says so at once, or they would send it back there."""
+    def hear_of_exclusions(self, leader: PeerID, excluded: Iterable[PeerID]) -> None:
+        """The ``leader`` of this peer's last round says that it went on without these."""
+        now = self._peer.clock()
+        for peer in excluded:
+            if leader == self._peer.peer_id:
+                self._memory.note(peer, Fault.EXCLUDED, now)
+            elif peer != self._peer.peer_id:
+                self._memory.hear(peer, Fault.EXCLUDED, now, told_by=leader)
+
+    def _leader_failed(self, leader: PeerID, fault: Fault) -> None:
+        """A leader that others follow fails this peer: it says so at once, or they would send it back there. One that
+        gave no answer may only have been stopped for a moment: the search asks others, and it again.
+        """
         search = self._search
-        if search is not None and leader not in self._lost:
-            self.keep_apart([leader])
-            search.move_to(self._place(search.place.start_time))
+        is_known = self._memory.avoids(leader, fault, self._peer.clock())
+        if search is not None and not (fault is Fault.UNREACHED and is_known):
+            self.keep_apart([leader], fault)
+            logger.info("%s: leaves the leader %s, which %s", self._peer.prefix, leader, fault.words)
+            start_time = search.place.start_time
+            if fault is Fault.STALLED:
+                start_time = max(
+                    start_time, search.soon(min(REGROUP, self._peer.config.min_matchmaking_time))
+                )
+            if fault is not Fault.UNANSWERED:
+                search.move_to(self._place(start_time))
 
     def watch_members(self, when_gone: WhenMemberGone) -> None:
         """If this peer leads the group that it found last, call ``when_gone`` for each member that leaves before it has
@@ -198,10 +228,10 @@ class Matchmaker:
                 when_too_few=self._found_too_few,
                 last_group=self._last_group,
                 when_mode_changed=self._mode_changed,
-                when_leader_lost=self._leader_lost,
+                when_leader_failed=self._leader_failed,
                 is_first=self._search is None,
             )
-            self._last_group = ()
+            self._last_group = ()  # one search waits for them; if they do not come to it, they have gone elsewhere
             if not self._known.start_times:
                 self._peer.tasks.start(self._explore(search, EXPLORE_AFTER), "explore depths")
             try:
@@ -219,7 +249,7 @@ class Matchmaker:
     def leave_search(self) -> None:
         """End a search that goes on: it raises, and frees followers and leader. A group that stands already is kept."""
         if self._search is not None and not self._search.is_over:
-            self._search.dispatch(Cancelled())
+            self._search.tell(Cancelled())
 
     async def close(self) -> None:
         """End a search that goes on (it raises), and everything else. Idempotent."""
@@ -228,7 +258,7 @@ class Matchmaker:
         self._is_closed = True
         self._router.unregister(JOIN, self._peer.prefix)
         if self._search is not None:
-            self._search.dispatch(Cancelled())
+            self._search.tell(Cancelled())
         await self._peer.declarations.close(WITHDRAWAL_TIMEOUT)
         await self._peer.others.close()
         await self._peer.tasks.close()
@@ -238,7 +268,7 @@ class Matchmaker:
         # left behind.
         self._last_order_time = max(start_time, self._last_order_time + 0.001)
         key = self._bits.key(self._peer.prefix)
-        lost = self._lost.ids(self._peer.clock())
+        lost = tuple(peer.to_bytes() for peer in self._memory.avoided(self._peer.clock()))
         return Place(key, start_time, self._last_order_time, self._bits.grid_round, self._lineage, lost)
 
     def _mode_changed(self) -> None:
@@ -253,7 +283,7 @@ class Matchmaker:
         if search is None or search.is_over or self._bits.are_given:
             return
         if self._bits.found_too_few(seen):
-            self._begin_anew(search)
+            self._restart(search)
         elif seen == 1:
             self._peer.tasks.start(self._explore(search, 0.0), "explore depths")
 
@@ -263,9 +293,9 @@ class Matchmaker:
         if search.is_over or self._bits.are_given:
             return
         if await self._census.explore() and not search.is_over:
-            self._begin_anew(search)
+            self._restart(search)
 
-    def _begin_anew(self, search: Search) -> None:
+    def _restart(self, search: Search) -> None:
         start_time = search.now() + self._peer.config.min_matchmaking_time
         search.move_to(self._place(max(start_time, search.place.start_time)))
 
@@ -288,4 +318,4 @@ class Matchmaker:
         if self._search is None:
             await stream.send(Rejected(RejectReason.NOT_LOOKING))
         else:
-            await self._search.serve(stream, request.member, info)
+            await self._search.attend(stream, request.member, info)

@@ -130,19 +130,19 @@ class Dismissed(Message, frozen=True):
 
 
 class Begin(Message, frozen=True):
-    """The group begins; ``size`` messages :class:`Member` follow, one for each member, the receiver included."""
+    """The group begins; ``size`` messages :class:`GroupMember` follow, one for each member, the receiver included."""
 
     group_id: bytes
     size: int
 
 
-class Member(Message, frozen=True):
+class GroupMember(Message, frozen=True):
     """One member of a group that begins: a message of its own, so that a group's size is not bound by a message's."""
 
     member: SignedMemberInfo
 
 
-LeaderMessage = Accepted | Postponed | Redirect | Rejected | Dismissed | Begin | Member
+LeaderMessage = Accepted | Postponed | Redirect | Rejected | Dismissed | Begin | GroupMember
 
 JOIN: Method[JoinRequest, LeaderMessage] = Method(
     name="averaging.join",

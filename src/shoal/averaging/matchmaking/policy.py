@@ -87,8 +87,12 @@ class Situation:
 
     @property
     def begins_at_latest(self) -> float:
-        """When this peer's group begins if somebody may still be on the way to it."""
-        return self.times.begins_at + BEGIN_GRACE * self.view.latency
+        """When this peer's group begins if somebody may still be on the way to it.
+
+        Followers wait for as long as their own DHT takes, and ``request_timeout``. Where that of the leader alone is
+        slow, to wait longer would be to lose them.
+        """
+        return self.times.begins_at + min(BEGIN_GRACE * self.view.latency, self.config.request_timeout)
 
     @property
     def is_final(self) -> bool:
@@ -183,6 +187,15 @@ def _dismissal(situation: Situation, token: int) -> Dismissal:
     group = situation.cut.group_of(follower)
     mine = situation.me.peer_id
     return Dismissal(token, group.leader if group and group.leader not in (follower, mine) else None)
+
+
+def could_do_without(situation: Situation, leader: PeerID) -> bool:
+    """Whether a follower would be in a complete group if its ``leader`` were not there."""
+    config = situation.config
+    others = [candidate for candidate in situation.candidates if candidate.peer_id != leader]
+    cut = cut_groups(others, config.target_group_size, config.min_group_size)
+    group = cut.group_of(situation.me.peer_id)
+    return group is not None and group.is_complete
 
 
 # ---- when to begin
@@ -341,13 +354,16 @@ def next_deadline(situation: Situation, due: Sequence[float], *, follows: bool) 
     """When time alone changes something next.
 
     :param due: other times that are due
-    :param follows: whether this peer has a leader, so that it neither polls nor begins
+    :param follows: whether this peer has a leader, so that it does not begin, and polls only to watch the leader
     """
     times, now = situation.times, situation.now
     later = [*due, times.deadline, times.declare_again]
     if times.mixes_until > now:
         later.append(times.mixes_until)
-    if not follows:
+    if follows:
+        # Up to then its leader has every right to keep it waiting, and need not be watched.
+        later.append(max(situation.view.next_poll, times.own_turn(situation.me.start_time)))
+    else:
         later.append(situation.view.next_poll)
         if situation.me.can_lead:
             later.append(_begins_next(situation))

@@ -65,6 +65,7 @@ class OtherSchemas:
             self._differences[schema_hash] = task
             while len(self._differences) > MAX_KNOWN:
                 self._differences.pop(next(iter(self._differences))).cancel()
+        # Not awaited itself: a search that is cancelled must not take the answer away from the others.
         await asyncio.wait([task])
         return UNKNOWN if task.cancelled() else task.result() or UNKNOWN
 

@@ -17,7 +17,7 @@ MIX_FOR = 0.6
 """The part of the time until the start in which peers are mixed; see ``policy.Situation.is_mixing``."""
 
 
-class State(enum.Enum):
+class SearchState(enum.Enum):
     NEW = "new"
     LOOKING = "looking"
     """Follows nobody; may have followers."""
@@ -30,13 +30,19 @@ class State(enum.Enum):
     """Over: without a group."""
 
 
-TRANSITIONS: dict[State, set[State]] = {
-    State.NEW: {State.LOOKING},
-    State.LOOKING: {State.LOOKING, State.ASKING, State.GROUPED, State.ENDED},
-    State.ASKING: {State.ASKING, State.LOOKING, State.FOLLOWING, State.GROUPED, State.ENDED},
-    State.FOLLOWING: {State.LOOKING, State.ASKING, State.GROUPED, State.ENDED},
-    State.GROUPED: set(),
-    State.ENDED: set(),
+TRANSITIONS: dict[SearchState, set[SearchState]] = {
+    SearchState.NEW: {SearchState.LOOKING},
+    SearchState.LOOKING: {SearchState.LOOKING, SearchState.ASKING, SearchState.GROUPED, SearchState.ENDED},
+    SearchState.ASKING: {
+        SearchState.ASKING,
+        SearchState.LOOKING,
+        SearchState.FOLLOWING,
+        SearchState.GROUPED,
+        SearchState.ENDED,
+    },
+    SearchState.FOLLOWING: {SearchState.LOOKING, SearchState.ASKING, SearchState.GROUPED, SearchState.ENDED},
+    SearchState.GROUPED: set(),
+    SearchState.ENDED: set(),
 }
 
 
@@ -49,23 +55,26 @@ _ANSWERS = (
     ev.LeaderLost,
 )  # fmt: skip
 
-HEARD: dict[State, frozenset[type]] = {
-    State.NEW: frozenset({ev.SearchStarted}),
-    State.LOOKING: frozenset(_ALWAYS),
-    State.ASKING: frozenset(
+HEARD: dict[SearchState, frozenset[type]] = {
+    SearchState.NEW: frozenset({ev.SearchStarted}),
+    SearchState.LOOKING: frozenset(_ALWAYS),
+    SearchState.ASKING: frozenset(
         {*_ALWAYS, ev.LeaderAccepted, ev.LeaderRedirected, ev.LeaderRejected, ev.LeaderLost}
     ),
-    State.FOLLOWING: frozenset(
+    SearchState.FOLLOWING: frozenset(
         {*_ALWAYS, ev.LeaderPostponed, ev.LeaderDismissed, ev.LeaderBegan, ev.LeaderLost}
     ),
-    State.GROUPED: frozenset({ev.JoinRequested}),
-    State.ENDED: frozenset({ev.JoinRequested}),
+    SearchState.GROUPED: frozenset({ev.JoinRequested}),
+    SearchState.ENDED: frozenset({ev.JoinRequested}),
 }
 """The events that change a search in each state."""
-OVERHEARD: dict[State, frozenset[type]] = {
-    State.NEW: frozenset(),
-    **{state: frozenset(_ANSWERS) for state in (State.LOOKING, State.ASKING, State.FOLLOWING)},
-    **{state: frozenset({*_ALWAYS, *_ANSWERS}) for state in (State.GROUPED, State.ENDED)},
+OVERHEARD: dict[SearchState, frozenset[type]] = {
+    SearchState.NEW: frozenset(),
+    **{
+        state: frozenset(_ANSWERS)
+        for state in (SearchState.LOOKING, SearchState.ASKING, SearchState.FOLLOWING)
+    },
+    **{state: frozenset({*_ALWAYS, *_ANSWERS}) for state in (SearchState.GROUPED, SearchState.ENDED)},
 }
 """Events of something that is over, such as the answer of a leader that this peer has left: they change nothing. Any
 other event is illegal."""
@@ -81,6 +90,10 @@ class Times:
     """When a group was expected at first: the start time before it was postponed."""
     mixes_until: float = -math.inf
     declare_again: float = math.inf
+
+    def own_turn(self, order_time: float) -> float:
+        """When a leader before this peer in the order should have begun: that one's start time is no later."""
+        return max(self.expected_at, order_time)
 
     def mix(self, now: float) -> None:
         """Mix peers for the first part of the time until the start."""

@@ -62,7 +62,7 @@ class StoryTeller:
         self._answers: dict[PeerID, str] = {}
         self._notes: deque[str] = deque(maxlen=MAX_NOTES)
 
-    def begin(self, now: float) -> None:
+    def search_began(self, now: float) -> None:
         self._began_at = now
         self.next_status = now + (FIRST_STATUS if self._has_greeted else GREET_AFTER)
 

@@ -79,15 +79,15 @@ class View:
         schema_hash: bytes,
         *,
         opens_at: float = -math.inf,
-        latency: float = 0.0,
+        before: View | None = None,
         known: Known = NOTHING_KNOWN,
     ) -> None:
-        """``opens_at``: before that time plan without peers in another round of the grid; ``known``: what the
-        search before has left.
+        """``opens_at``: before that time plan without peers in another round of the grid; ``before``: the view of the
+        same search at another place; ``known``: what the search before has left.
         """
         self.followers: dict[int, Candidate] = {}
         """By the token of their request, in the order in which they came."""
-        self.latency = latency
+        self.latency: float = 0.0 if before is None else before.latency
         """The longest time, lately, that the DHT took for a declaration or a poll, in seconds."""
         self.records: dict[PeerID, float] = {}
         """As :attr:`Known.start_times`."""
@@ -103,6 +103,8 @@ class View:
         self._left_out: dict[PeerID, _LeftOut] = {}
         self._hearsay: dict[tuple[PeerID, float], _LeftOut] = {}
         """Peers and the start times of their searches, of which others have said that they have a group."""
+        self._stalled: dict[PeerID, float] = {} if before is None else before._stalled
+        """Leaders that kept this search waiting, and until when they are left out: also at another place."""
         self._last_seen: dict[PeerID, float] = {}
         """The latest start time with which a peer was seen."""
         self._ever: dict[PeerID, Candidate] = {}
@@ -126,6 +128,7 @@ class View:
         self.note_latency(now - began_at)
         self._last_poll_began = began_at
         self.schedule_poll(now)
+        # What is not declared any more has expired: its peer is gone.
         self._declared.clear()
         self._busy.clear()
         self.records.clear()
@@ -273,6 +276,10 @@ class View:
         if before is None or (start_time, until) > (before.start_time, before.until):
             self._left_out[peer_id] = _LeftOut(start_time, until, is_looking)
 
+    def leave_out_stalled(self, leader: PeerID, until: float) -> None:
+        """Plan without a leader that has kept this search waiting, whatever it begins anew."""
+        self._stalled[leader] = until
+
     def leave_out_group(
         self, members: tuple[SearchId, ...], until: float, now: float, *, is_looking: bool = False
     ) -> None:
@@ -311,6 +318,8 @@ class View:
 
     def _is_left_out(self, peer_id: PeerID, start_time: float, now: float) -> _LeftOut | None:
         """Why; that it has a group which has begun counts more than that its group was full."""
+        if now < self._stalled.get(peer_id, -math.inf):
+            return _LeftOut(start_time, self._stalled[peer_id], is_looking=False)
         left_out, rumour = self._left_out.get(peer_id), self._hearsay.get((peer_id, start_time))
         reasons = (
             one for one in (left_out, rumour) if one and now < one.until and start_time <= one.start_time

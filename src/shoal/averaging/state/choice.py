@@ -3,8 +3,9 @@
 Theory of operation. Donors of the highest priority come first, in random order among equals (the caller shuffles by
 ``tiebreak``). A donor that puts the joiner into its queue is left at once for another one of the same priority that
 was not asked yet; when all of them have a queue, the joiner waits at the shortest. A donor that has asked it to wait
-for ``WAIT_PATIENCE`` is left for any other one, whatever its priority, that was not left so before; so is one that
-gives no sign for as long as :func:`~.policy.patience` says, also while its connection is made again. A connection to a
+for ``WAIT_PATIENCE``, or for ``FRONT_PATIENCE`` at the front of its queue, is left for any other one, whatever its
+priority, that was not left so before; so is one that gives no sign for as long as :func:`~.policy.patience` says, also
+while its connection is made again. After ``LAST_PATIENCE`` it has failed, though nobody else be left. A connection to a
 donor that has answered is made again when it breaks, ``MAX_RESUMPTIONS`` times in a row without progress; whatever else
 goes wrong, the next donor's turn comes. When nobody is left, the DHT is asked once more for donors that have come
 meanwhile.
@@ -285,10 +286,20 @@ class DonorChoice:
 
     def _hear_position(self, position: int, now: float) -> list[Effect]:
         current = self._asked()
-        current.position, current.has_answered = position, True
+        current.hear_position(position, now)
         self._hear(now)
-        waited = now - self._waits_since
-        decision = wait_or_go(current, self._left(), waited=waited, has_settled=self._has_settled)
+        decision = wait_or_go(
+            current,
+            self._left(),
+            waited=now - self._waits_since,
+            at_front=current.at_front(now),
+            has_settled=self._has_settled,
+        )
+        if decision.has_failed:
+            return [
+                LeaveDonor(current.donor.peer, decision.reason),
+                *self._next_after_failure(decision.reason, now),
+            ]
         if decision.leaves:
             return self._leave(decision.reason, now)
         self._has_settled = decision.has_settled
@@ -329,6 +340,7 @@ class DonorChoice:
         self._current = candidate
         candidate.was_asked = True
         candidate.has_answered = False
+        candidate.front_since = None
         self._waits_since, self._offered_at = now, None
         self._hear(now)
         return [AskDonor(candidate.donor, reason=reason)]

@@ -14,6 +14,10 @@ from shoal.utils import figures
 
 WAIT_PATIENCE = 120.0
 """Seconds without a chunk at a donor that says that it lives; what it says costs a liar nothing."""
+FRONT_PATIENCE = 20.0
+"""Seconds at the front of a queue, while there is another donor to ask: an honest one copies its state meanwhile."""
+LAST_PATIENCE = 180.0
+"""Seconds without a chunk after which a donor has failed, though nobody else is left: honest ones refuse earlier."""
 SILENCE = 6.0
 """Seconds without a chunk, or another sign, after which a donor is left while there is another one to ask. A link that
 takes longer for a chunk (1.4 Mbit/s) leaves each donor once, and then stays.
@@ -40,12 +44,26 @@ class Candidate:
     donor: Donor
     was_asked: bool = False
     position: int | None = None
-    """Its place in this donor's queue, as last heard."""
+    """The joiner's place in this donor's queue, as last heard."""
+    front_since: float | None = None
+    """Since when that is the first one."""
     has_answered: bool = False
     was_left: bool = False
     """It made the joiner wait too long; it is asked again only when nobody else is left."""
     resumptions: int = 0
     answers: list[str] = field(default_factory=list)
+
+    def hear_position(self, position: int, now: float) -> None:
+        """The donor says at which place of its queue the joiner is."""
+        self.position, self.has_answered = position, True
+        if position:
+            self.front_since = None
+        elif self.front_since is None:
+            self.front_since = now
+
+    def at_front(self, now: float) -> float:
+        """For how many seconds the joiner has been the first one in its queue."""
+        return 0.0 if self.front_since is None else now - self.front_since
 
 
 class Preference(NamedTuple):
@@ -65,6 +83,8 @@ class QueueDecision(NamedTuple):
     has_settled: bool
     """Whether queues are compared no more: leaving one costs the place in it."""
     reason: str
+    has_failed: bool = False
+    """Whether there is nothing to be had from the donor."""
 
 
 def patience(invested: float, next_chunk_timeout: float | None) -> float:
@@ -92,17 +112,20 @@ def has_alternative(current: Candidate | None, left: Sequence[Candidate]) -> boo
 
 
 def wait_or_go(
-    current: Candidate, left: Sequence[Candidate], *, waited: float, has_settled: bool
+    current: Candidate, left: Sequence[Candidate], *, waited: float, at_front: float, has_settled: bool
 ) -> QueueDecision:
     """Whether to keep the place in the queue of the donor that was asked.
 
     :param current: has the place that it gave
     :param left: all that have not failed, ``current`` included
     :param waited: seconds in which nothing of the state has come
+    :param at_front: seconds for which the place has been the first one
     """
     position = current.position
-    if waited >= WAIT_PATIENCE and has_alternative(current, left):
-        reason = f"nothing but place {position} in its queue for {figures.duration(waited)}"
+    reason = f"nothing but place {position} in its queue for {figures.duration(max(waited, at_front))}"
+    if waited >= LAST_PATIENCE:
+        return QueueDecision(None, False, False, reason, has_failed=True)
+    if (waited >= WAIT_PATIENCE or at_front >= FRONT_PATIENCE) and has_alternative(current, left):
         return QueueDecision(None, True, False, reason)
     if position == 0:
         return QueueDecision(None, False, has_settled, "it is about to begin")

@@ -36,7 +36,7 @@ class TensorArena:
         self._memory = SharedMemory.create(max(1, 2 * self.store.layout.nbytes))
         return self._memory
 
-    def begin_to_end(self) -> None:
+    def stop_waiting(self) -> None:
         """From now on nothing waits for the lock of the tensors: the thread that ends the averager may hold it."""
         self._is_ending = True
 

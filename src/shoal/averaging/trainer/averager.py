@@ -2,73 +2,41 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 
-from shoal.averaging.checks import OrderOfTimes, check_bits
+from shoal.averaging.checks import check_bits
 from shoal.averaging.commands import GetGroupBits, SetGroupBits
 from shoal.averaging.config import (
     DEFAULT_DECLARE_STATE_PERIOD,
     DEFAULT_MAX_STATE_AGE,
     DEFAULT_PART_SIZE_BYTES,
-    AveragerConfig,
-    check_codec,
-    check_infos,
-    choose_codecs,
-    settle_modes,
 )
-from shoal.averaging.factory import create_averager_service
 from shoal.averaging.group import PeerMode, group_key
-from shoal.averaging.partition import Layout, Partition
-from shoal.averaging.schema import TensorSchema, check_tensors
-from shoal.averaging.timeouts import (
-    LOAD_TIMEOUT,
-    MIN_MATCHMAKING_TIME,
-    RECORD_TIME,
-    REQUEST_TIMEOUT,
-    times_in_order,
-)
-from shoal.averaging.trainer.arena import TensorArena
+from shoal.averaging.timeouts import LOAD_TIMEOUT, MIN_MATCHMAKING_TIME, REQUEST_TIMEOUT
+from shoal.averaging.trainer.base import AveragerBase
 from shoal.averaging.trainer.block import TensorsBlock
-from shoal.averaging.trainer.config import TrainerConfig
 from shoal.averaging.trainer.control import StepControl
-from shoal.averaging.trainer.holders import UsageWatch
-from shoal.averaging.trainer.link import Link, check_timeout
-from shoal.averaging.trainer.lost_updates import UpdateWatch
-from shoal.averaging.trainer.pending import WATCH_ADVICE, ApplyWhen, AverageWriter
-from shoal.averaging.trainer.sources import (
-    AveragedTensors,
-    HeldTensors,
-    TensorSource,
-    take_tensors,
-    warn_of_frozen,
-)
+from shoal.averaging.trainer.parts import make_parts
+from shoal.averaging.trainer.pending import ApplyWhen
+from shoal.averaging.trainer.sources import AveragedTensors, HeldTensors
 from shoal.averaging.trainer.state_pieces import DownloadData, state_pieces
-from shoal.averaging.trainer.state_sharing import State, StateSharing
-from shoal.averaging.trainer.steps import Steps, WhenBusy
-from shoal.averaging.trainer.tensors import TensorStore
+from shoal.averaging.trainer.state_sharing import DownloadedState
+from shoal.averaging.trainer.steps import WhenBusy
 from shoal.compat.overriding import check_overrides
 from shoal.compression import CompressionBase, CompressionInfo, NoCompression
-from shoal.compression.registry import user_codecs
 from shoal.dht.dht import DHT
-from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError
+from shoal.errors import InvalidStateError, InvalidValueError
 from shoal.p2p.identity import PeerID
-from shoal.runtime import pickling
 from shoal.runtime.futures import MPFuture
-from shoal.runtime.startable import Startable, wait_or_end
 from shoal.utils.checks import check_flag, check_number
-from shoal.utils.options import gather
 from shoal.utils.serializer import MSGPackSerializer
 
-if TYPE_CHECKING:
-    from shoal.averaging.report import StateReport, StepReport
 
-
-class DecentralizedAverager(Startable):
+class DecentralizedAverager(AveragerBase):
     """Averages tensors with the other peers that run an averager under the same prefix, in groups, in place.
 
     A group that reaches ``target_group_size`` begins at once. With the default, None, a group is never full,
@@ -201,178 +169,14 @@ class DecentralizedAverager(Startable):
         detect_lost_updates: bool = False,
     ) -> None:
         given = locals().copy()  # each configuration takes what is its own
-        if not isinstance(dht, DHT):
-            raise InvalidTypeError(f"dht must be a shoal.DHT, got {dht!r}")
-        own = gather(TrainerConfig, given)
-        self.__config = AveragerConfig.of_user(given)
-        if (
-            known := dht._last_description
-        ) is not None:  # else, or if that has changed, the start finds it out
-            settle_modes(self.__config, known.client_mode)
-        if not own.daemon and dht.daemon:
-            raise InvalidValueError(
-                "daemon=False: the averager lives in the background process of its DHT, which was made with daemon=True"
-            )
-        check_codec("compression", compression)
-        check_codec("state_compression", state_compression)
-        named, source = take_tensors(averaged_tensors)
-        tensors, labels = named.tensors, named.labels
-        check_tensors(tensors, labels)
-        infos = check_infos(tensors, tensor_infos)
-        self.dht = dht
-        self.__schema = TensorSchema.from_tensors(tensors, choose_codecs(tensors, compression, infos))
-        layout = Layout.from_schema(self.__schema)
-        Partition.create(
-            layout, [layout.data_nbytes], part_size_bytes
-        )  # raises if there would be too many parts
-        self.__store = TensorStore(
-            tensors,
-            layout,
-            labels,
-            source,
-            name=prefix,
-            watch=UpdateWatch(
-                prefix,
-                WATCH_ADVICE[apply_when],
-                labels=labels,
-                compares=own.detect_lost_updates,
-                updates_while_copying=apply_when == "called",
-            ),
-        )
-        self.__source: TensorSource | None = (
-            source  # the store refers to it weakly: it may refer to the averager
-        )
-        self.__usage = (
-            UsageWatch(self.__store.tensors, labels, prefix) if source is None and not auxiliary else None
-        )
-        warn_of_frozen(named, prefix)
-        self.__infos = infos
-        self.__states = StateSharing(
-            self, self.__store, prefix=prefix, compression=state_compression, allowed=allow_state_sharing
-        )
-        self.__order = OrderOfTimes(prefix, times_in_order(given))
-        self.__order.check(RECORD_TIME, dht._setup.config.max_expiration / 2)
-        self.__steps = Steps(self.__store, self.__config.matchmaking, prefix, self.__order)
-        arena = TensorArena(self.__store, alpha=float(own.averaging_alpha), auxiliary=auxiliary)
-        self.__writer = AverageWriter(arena, on_call=apply_when == "called", name=prefix)
-        self.__link = Link(self.__config, self.__writer, self.__steps, self.__states)
-        Startable.__init__(  # super() would be one more local variable
-            self,
-            self.__link,
-            instead_of_a_copy="a DecentralizedAverager can't be pickled or copied: it belongs to this process; "
-            "make one in each process",
-        )
-        # The end of the interpreter ends the background process, and all in it.
-        weakref.finalize(self, self.__link.end_in_background).atexit = False
-        self.__shutdown_timeout = own.shutdown_timeout
-        if own.start:
+        self.__parts = parts = make_parts(self, averaged_tensors, dht, given)
+        super().__init__(dht, parts)
+        if parts.own.start:
             self.run_in_background()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         check_overrides(cls, DecentralizedAverager)
-
-    # life
-
-    def run_in_background(self, await_ready: bool = True, timeout: float | None = None) -> None:
-        """Start the averager in the background process of its DHT, as soon as that is ready.
-
-        :param await_ready: wait until it can take steps, for up to ``timeout`` seconds, the wait for the DHT included
-        :raises InvalidStateError: it was started before, or the DHT is not running
-        :raises TimeoutError: it was not ready in time; it is shut down
-        """
-        await_ready = check_flag("await_ready", await_ready)
-        timeout = check_timeout(timeout)
-        setup = pickling.dumps((user_codecs(), self.__config, self.__schema), "the averager's setup")
-        self.__link.start(self.dht, partial(create_averager_service, setup, self.dht.service_name))
-        if await_ready:
-            wait_or_end(self, timeout)
-
-    def wait_until_ready(self, timeout: float | None = None) -> None:
-        """Wait until steps can be taken, for up to ``timeout`` seconds.
-
-        :raises TimeoutError: not in time; the start goes on
-        :raises InvalidStateError: not started, or shut down
-        :raises InvalidValueError: client_mode=False, and the DHT turned out to be in client mode
-        """
-        super().wait_until_ready(timeout)
-
-    def shutdown(self) -> None:
-        """End the averager: steps that run are cancelled, groupmates learn it at once. Idempotent; the DHT runs on."""
-        self.__link.end(self.__shutdown_timeout)
-
-    def is_alive(self) -> bool:
-        """Whether steps can be taken, or will be when it is ready; False once the start has failed."""
-        return self.__link.is_alive and self.dht.is_alive()
-
-    # properties
-
-    @property
-    def peer_id(self) -> PeerID:
-        """The identity of the DHT's node, also after its end; waits until that is ready."""
-        return self.dht.peer_id
-
-    @property
-    def prefix(self) -> str:
-        """As given: averagers of one prefix, and with tensors of the same shapes, average with each other."""
-        return self.__config.prefix
-
-    @property
-    def client_mode(self) -> bool:
-        """Whether this averager only joins groups that others lead: it was told to, or nobody can dial its DHT. After
-        the DHT's end: as it was last known.
-        """
-        return bool(self.__config.client_mode) or self.dht.client_mode
-
-    @property
-    def mode(self) -> PeerMode:
-        """What this peer does in a group: ``AveragingMode.NODE``, ``CLIENT`` or ``AUX``."""
-        return PeerMode.CLIENT if self.client_mode else self.__config.mode
-
-    @property
-    def total_size(self) -> int:
-        """Number of elements that are averaged."""
-        return self.__store.layout.numel
-
-    @property
-    def bandwidth(self) -> float | None:
-        """As given, in Mbit/s; like all that was given to the constructor it cannot be set later."""
-        return self.__config.bandwidth
-
-    @property
-    def next_chunk_timeout(self) -> float | None:
-        """As given, in seconds."""
-        return self.__config.next_chunk_timeout
-
-    @property
-    def declare_state_period(self) -> float:
-        """As given, in seconds."""
-        return self.__config.declare_state_period
-
-    @property
-    def state_compression(self) -> CompressionBase:
-        """As given."""
-        return self.__states.compression
-
-    @property
-    def tensor_infos(self) -> Sequence[CompressionInfo] | None:
-        """As given, as a tuple; None: none were."""
-        return self.__infos
-
-    @property
-    def shutdown_timeout(self) -> float:
-        """As given, in seconds."""
-        return self.__shutdown_timeout
-
-    @property
-    def last_report(self) -> StepReport | None:
-        """What happened in the last step that has finished."""
-        return self.__steps.last_report
-
-    @property
-    def last_loaded_state(self) -> StateReport | None:
-        """Whose state :meth:`load_state_from_peers` has returned last, and how old it was; None: none yet."""
-        return self.__states.last_loaded
 
     # state
 
@@ -383,18 +187,18 @@ class DecentralizedAverager(Startable):
 
         :raises InvalidValueError: on setting True in client mode, where nobody can dial this peer
         """
-        allowed = self.__states.allowed
+        allowed = self.__parts.states.allowed
         return self.mode is PeerMode.FULL if allowed is None else allowed
 
     @allow_state_sharing.setter
     def allow_state_sharing(self, value: bool) -> None:
-        self.__link.check_process()
+        self.__parts.link.check_process()
         value = check_flag("allow_state_sharing", value)
         if value and self.client_mode:
             raise InvalidValueError(
                 "allow_state_sharing must be False in client mode, got True: others can't dial this averager"
             )
-        self.__states.switch(allowed=value)
+        self.__parts.states.switch(allowed=value)
 
     @property
     def state_sharing_priority(self) -> float:
@@ -402,17 +206,17 @@ class DecentralizedAverager(Startable):
 
         :raises InvalidValueError: on setting, not finite, or not 0 in client mode
         """
-        return self.__states.priority
+        return self.__parts.states.priority
 
     @state_sharing_priority.setter
     def state_sharing_priority(self, value: float) -> None:
-        self.__link.check_process()
+        self.__parts.link.check_process()
         value = check_number("state_sharing_priority", value)
         if value and self.client_mode:
             raise InvalidValueError(
                 f"state_sharing_priority must be 0 in client mode, where no state is shared, got {value}"
             )
-        self.__states.switch(priority=float(value))
+        self.__parts.states.switch(priority=float(value))
 
     def get_current_state(
         self,
@@ -430,23 +234,23 @@ class DecentralizedAverager(Startable):
           dense tensors of any usual dtype, shape and device, and optionally a CompressionInfo for each (or None).
           Floating tensors travel with ``state_compression``, others as they are.
         """
-        bits = self.get_group_bits() if self.is_alive() else self.__config.initial_group_bits
+        bits = self.get_group_bits() if self.is_alive() else self.__parts.config.initial_group_bits
         with self.get_tensors() as tensors:
-            return {"group_key": group_key(self.prefix, str(bits))}, tensors, self.__infos
+            return {"group_key": group_key(self.prefix, str(bits))}, tensors, self.__parts.infos
 
     @overload
     def load_state_from_peers(
         self, wait: Literal[True] = True, timeout: float | None = None, *, progress: bool = False
-    ) -> State | None: ...
+    ) -> DownloadedState | None: ...
 
     @overload
     def load_state_from_peers(
         self, wait: bool, timeout: float | None = None, *, progress: bool = False
-    ) -> State | MPFuture[State | None] | None: ...
+    ) -> DownloadedState | MPFuture[DownloadedState | None] | None: ...
 
     def load_state_from_peers(
         self, wait: bool = True, timeout: float | None = None, *, progress: bool = False
-    ) -> State | MPFuture[State | None] | None:
+    ) -> DownloadedState | MPFuture[DownloadedState | None] | None:
         """Download the state of another peer: that with the highest :attr:`state_sharing_priority` which can give it.
 
         Nothing is written into the averaged tensors: copy what is returned to where it belongs. All of the tensors lie
@@ -469,10 +273,10 @@ class DecentralizedAverager(Startable):
         wait, progress = check_flag("wait", wait), check_flag("progress", progress)
         if timeout is not None:
             timeout = check_number("timeout", timeout, above=0)
-            self.__order.check(LOAD_TIMEOUT, timeout)
+            self.__parts.order.check(LOAD_TIMEOUT, timeout)
         if wait:
-            self.__store.check_not_held("load_state_from_peers(wait=True)")
-        loading = self.__states.load(self.__link.ready(timeout), timeout, progress=progress)
+            self.__parts.store.check_not_held("load_state_from_peers(wait=True)")
+        loading = self.__parts.states.load(self.__parts.link.ready(timeout), timeout, progress=progress)
         if not wait:
             return loading
         try:
@@ -491,7 +295,7 @@ class DecentralizedAverager(Startable):
         Raises whatever :meth:`get_current_state` raises, and a UsageError if what it returns can't be sent.
         """
         if self.allow_state_sharing:
-            async for piece in state_pieces(self.__states.capture):
+            async for piece in state_pieces(self.__parts.states.capture):
                 yield piece
 
     # groups
@@ -503,7 +307,7 @@ class DecentralizedAverager(Startable):
         :raises InvalidStateError: not started or shut down
         """
         wait = check_flag("wait", wait)
-        bits: MPFuture[str] = self.__link.ready().call(GetGroupBits())
+        bits: MPFuture[str] = self.__parts.link.ready().call(GetGroupBits())
         return bits.result() if wait else bits
 
     def set_group_bits(self, group_bits: str, wait: bool = True) -> MPFuture[None] | None:
@@ -519,7 +323,7 @@ class DecentralizedAverager(Startable):
         :raises InvalidStateError: not started or shut down
         """
         group_bits, wait = check_bits("group_bits", group_bits), check_flag("wait", wait)
-        done: MPFuture[None] = self.__link.ready().call(SetGroupBits(group_bits))
+        done: MPFuture[None] = self.__parts.link.ready().call(SetGroupBits(group_bits))
         return done.result() if wait else done
 
     # averaging
@@ -537,8 +341,8 @@ class DecentralizedAverager(Startable):
         Waits for a copy that is under way at most, never for the network. While the lock is held no round
         takes or writes the tensors; hold it shortly. Do not call ``step(wait=True)`` inside.
         """
-        self.__link.check_process()
-        return TensorsBlock(self.__store.hold_for_trainer())
+        self.__parts.link.check_process()
+        return TensorsBlock(self.__parts.store.hold_for_trainer())
 
     def step(
         self,
@@ -590,12 +394,12 @@ class DecentralizedAverager(Startable):
                 "require_trigger=True needs wait=False: with wait=True nobody could trigger it"
             )
         if wait:
-            self.__store.check_not_held("step(wait=True)")
-        if self.__usage is not None:
-            self.__usage.check()
-        begin = partial(
-            self.__steps.begin,
-            self.__link.ready(timeout),
+            self.__parts.store.check_not_held("step(wait=True)")
+        if self.__parts.usage is not None:
+            self.__parts.usage.check()
+        submit = partial(
+            self.__parts.steps.submit,
+            self.__parts.link.ready(timeout),
             self.serializer,
             gather=gather,
             scheduled_time=scheduled_time,
@@ -607,10 +411,10 @@ class DecentralizedAverager(Startable):
             wait=wait,
         )
         if not wait:
-            self.__writer.apply()
-            return begin()[0]
-        with self.__writer.caller_in_step():
-            return self.__steps.wait_for(*begin())
+            self.__parts.writer.apply()
+            return submit()[0]
+        with self.__parts.writer.caller_in_step():
+            return self.__parts.steps.wait_for(*submit())
 
     def apply_average(self) -> bool:
         """Write the average of a round that has committed, if one is there; for ``apply_when="called"``.
@@ -624,10 +428,10 @@ class DecentralizedAverager(Startable):
         :raises InvalidStateError: made with ``apply_when="ready"``; not started, shut down; or the average can't be
           written, since a tensor has another shape now, for instance: it is dropped then
         """
-        if not self.__writer.on_call:
+        if not self.__parts.writer.on_call:
             raise InvalidStateError(
                 "apply_average() needs an averager that is made with apply_when='called'; this one writes each average "
                 "as soon as it is ready"
             )
-        self.__link.check_running()
-        return self.__writer.apply()
+        self.__parts.link.check_running()
+        return self.__parts.writer.apply()

@@ -11,7 +11,7 @@ from shoal.errors import InvalidStateError
 from shoal.sansio.machine import Machine
 
 
-class State(Enum):
+class LifeState(Enum):
     """Values are read as "the averager is ..."."""
 
     NEW = "not started"
@@ -23,13 +23,13 @@ class State(Enum):
     ENDED = "shut down"
 
 
-TRANSITIONS: Mapping[State, Collection[State]] = {
-    State.NEW: (State.WAITING_FOR_DHT,),
-    State.WAITING_FOR_DHT: (State.CREATING, State.FAILED, State.ENDED),
-    State.CREATING: (State.ATTACHING, State.FAILED, State.ENDED),
-    State.ATTACHING: (State.RUNNING, State.FAILED, State.ENDED),
-    State.RUNNING: (State.ENDED,),
-    State.FAILED: (State.ENDED,),
+TRANSITIONS: Mapping[LifeState, Collection[LifeState]] = {
+    LifeState.NEW: (LifeState.WAITING_FOR_DHT,),
+    LifeState.WAITING_FOR_DHT: (LifeState.CREATING, LifeState.FAILED, LifeState.ENDED),
+    LifeState.CREATING: (LifeState.ATTACHING, LifeState.FAILED, LifeState.ENDED),
+    LifeState.ATTACHING: (LifeState.RUNNING, LifeState.FAILED, LifeState.ENDED),
+    LifeState.RUNNING: (LifeState.ENDED,),
+    LifeState.FAILED: (LifeState.ENDED,),
 }
 
 
@@ -37,21 +37,21 @@ class Life:
     """Which state an averager is in. ``now`` is of one steady clock, for the history of an error."""
 
     def __init__(self) -> None:
-        self._machine = Machine(State.NEW, TRANSITIONS)
+        self._machine = Machine(LifeState.NEW, TRANSITIONS)
 
     @property
-    def state(self) -> State:
+    def state(self) -> LifeState:
         return self._machine.state
 
-    def enter(self, state: State, now: float) -> bool:
+    def enter(self, state: LifeState, now: float) -> bool:
         """Go on to ``state``; False: it has ended meanwhile, which is for good, and the start may still have news.
 
         :raises InvalidStateError: of a start: it was started before
         :raises IllegalTransition: a bug in Shoal
         """
-        if state is State.WAITING_FOR_DHT:
+        if state is LifeState.WAITING_FOR_DHT:
             self.check_new()
-        elif self.state is State.ENDED:
+        elif self.state is LifeState.ENDED:
             return False
         self._machine.note(state, now)
         self._machine.move(state)
@@ -59,7 +59,7 @@ class Life:
 
     def end(self, now: float) -> bool:
         """It is shut down; False: there is nothing to end, as before the start or after the end."""
-        return self.state is not State.NEW and self.enter(State.ENDED, now)
+        return self.state is not LifeState.NEW and self.enter(LifeState.ENDED, now)
 
     def check_new(self) -> None:
         """:raises InvalidStateError: it was started before"""
@@ -74,15 +74,15 @@ class Life:
     def check_running(self) -> None:
         """:raises InvalidStateError: it was never started, or is shut down"""
         self.check_started()
-        if self.state is State.ENDED:
+        if self.state is LifeState.ENDED:
             raise InvalidStateError("this averager was shut down")
 
     @property
     def was_started(self) -> bool:
         """Whether it was, whatever became of it since."""
-        return self.state is not State.NEW
+        return self.state is not LifeState.NEW
 
     @property
     def is_alive(self) -> bool:
         """Whether it runs, or may still come to that."""
-        return self.state not in (State.NEW, State.FAILED, State.ENDED)
+        return self.state not in (LifeState.NEW, LifeState.FAILED, LifeState.ENDED)

@@ -28,7 +28,7 @@ from shoal.averaging.commands import (
 from shoal.averaging.config import AveragerConfig, settle_modes
 from shoal.averaging.group import PeerMode
 from shoal.averaging.state_commands import StateCommand
-from shoal.averaging.trainer.life import Life, State
+from shoal.averaging.trainer.life import Life, LifeState
 from shoal.averaging.trainer.pending import AverageWriter
 from shoal.averaging.trainer.state_sharing import StateSharing
 from shoal.averaging.trainer.steps import Steps
@@ -81,22 +81,22 @@ class Link:
         """
         self.life.check_new()
         create = partial(self._create, dht.background, factory)
-        self._proceed(State.WAITING_FOR_DHT, dht._describe_later(), create)
+        self._proceed(LifeState.WAITING_FOR_DHT, dht._describe_later(), create)
 
     def _create(self, process: BackgroundProcess, factory: ServiceFactory, dht: NodeDescription) -> None:
         """The DHT is ready: what depends on it is settled, and the service can be made."""
         mode = settle_modes(self._config, dht.client_mode)
         self._states.settle(default=mode is PeerMode.FULL)
         creating = process.create_service(
-            factory, name=f"averager {self._config.prefix}", handler=self.handle
+            factory, name=f"averager {self._config.prefix}", handler=self.carry_out
         )
-        if not self._proceed(State.CREATING, creating, self._attach_soon) and not creating.cancel():
+        if not self._proceed(LifeState.CREATING, creating, self._attach_soon) and not creating.cancel():
             creating.when_done(_close_unused)
 
     def _attach_soon(self, handle: ServiceHandle) -> None:
         """The service is made; its arena is made on the strand, since this thread receives what others wait for."""
         with self._lock:
-            if not self._enter(State.ATTACHING):
+            if not self._enter(LifeState.ATTACHING):
                 return  # its end closes the service
             self._handle = handle
             self._call = None
@@ -108,19 +108,19 @@ class Link:
         self._writer.notify_written = partial(_notify_written, handle)
         attaching = handle.call(AttachArena(memory.nbytes), descriptors=[memory.fd])
         with self._lock:
-            self._call = attaching if self.life.state is State.ATTACHING else None
+            self._call = attaching if self.life.state is LifeState.ATTACHING else None
         self._follow(attaching, lambda _: self._run(handle))
 
     def _run(self, handle: ServiceHandle) -> None:
         with self._lock:
-            if self._enter(State.RUNNING):
+            if self._enter(LifeState.RUNNING):
                 self._call = None
                 self._started.set_result(handle)
 
-    def _enter(self, state: State) -> bool:
+    def _enter(self, state: LifeState) -> bool:
         return self.life.enter(state, time.monotonic())
 
-    def _proceed(self, state: State, call: MPFuture[Any], then: Callable[[Any], None]) -> bool:
+    def _proceed(self, state: LifeState, call: MPFuture[Any], then: Callable[[Any], None]) -> bool:
         """The start has come to ``state``, in which it waits for ``call``; False: the averager has ended."""
         with self._lock:
             if not self._enter(state):
@@ -144,7 +144,7 @@ class Link:
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
-            if self._enter(State.FAILED):
+            if self._enter(LifeState.FAILED):
                 self._call = None
                 self._started.set_exception(error)
 
@@ -211,7 +211,7 @@ class Link:
 
     # what the service asks for
 
-    def handle(self, command: object) -> object:
+    def carry_out(self, command: object) -> object:
         """Carry out a request of the service; runs on a thread of the averager, one request after the other."""
         match command:
             case ReachStage(step, stage):
@@ -225,7 +225,7 @@ class Link:
                 self._steps.under_way(step)
                 return self._writer.deliver(step)
             case StateCommand():
-                return self._states.handle(command)
+                return self._states.carry_out(command)
             case _:
                 raise InvalidStateError(f"the user process has no command {type(command).__name__}")
         return None
@@ -245,7 +245,7 @@ class Link:
             self._call = None
             if not self._started.done():
                 self._started.set_exception(InvalidStateError(_SHUT_DOWN_EARLY))
-        self._arena.begin_to_end()
+        self._arena.stop_waiting()
         try:
             self._end_service(before, call, handle, timeout)
         except TimeoutError:
@@ -261,21 +261,21 @@ class Link:
             self._arena.close()
 
     def _end_service(
-        self, before: State, call: MPFuture[Any] | None, handle: ServiceHandle | None, timeout: float
+        self, before: LifeState, call: MPFuture[Any] | None, handle: ServiceHandle | None, timeout: float
     ) -> None:
         """:param before: the state in which the averager was ended, when ``call`` was what its start waited for"""
         if call is not None:
             if call.why_late() is not None:
                 timeout = min(timeout, UNRESPONSIVE_TIMEOUT)
             # A service that was being made may be there in the moment when that is cancelled.
-            if not call.cancel() and before is State.CREATING and call.exception(timeout) is None:
+            if not call.cancel() and before is LifeState.CREATING and call.exception(timeout) is None:
                 handle = call.result()
         if handle is not None:
             handle.close().result(timeout)
 
     def end_in_background(self) -> None:
         """As :meth:`end`, for the garbage collector: it may run on the very thread that would receive the answer."""
-        if not self._is_own_process or self.life.state in (State.NEW, State.ENDED):
+        if not self._is_own_process or self.life.state in (LifeState.NEW, LifeState.ENDED):
             return
         with contextlib.suppress(
             RuntimeError

@@ -57,7 +57,7 @@ LOCK_TIMEOUT = 30.0
 """Seconds for which a copy waits for the averager's lock."""
 SWITCH_TIMEOUT = 10.0
 
-State = tuple[Any, list[torch.Tensor]]
+DownloadedState = tuple[Any, list[torch.Tensor]]
 
 
 class HasState(Protocol):
@@ -154,7 +154,7 @@ class StateSharing:
         with contextlib.suppress(CancelledError):  # shut down meanwhile
             done.result(SWITCH_TIMEOUT)
 
-    def handle(self, command: object) -> object:
+    def carry_out(self, command: object) -> object:
         """Carry out a request of the service; never blocks, since rounds use the same thread."""
         match command:
             case CaptureState():
@@ -229,7 +229,9 @@ class StateSharing:
 
     # as a joiner
 
-    def load(self, handle: ServiceHandle, timeout: float | None, *, progress: bool) -> MPFuture[State | None]:
+    def load(
+        self, handle: ServiceHandle, timeout: float | None, *, progress: bool
+    ) -> MPFuture[DownloadedState | None]:
         """Begin a download. The future's result is the state, or None after a warning that says why there is none."""
         bar = self._make_bar() if progress else None
         with self._lock:
@@ -241,7 +243,7 @@ class StateSharing:
         except BaseException:
             self._downloads.pop(number).close()
             raise
-        outer: MPFuture[State | None] = MPFuture(lambda: call.cancel() or True)
+        outer: MPFuture[DownloadedState | None] = MPFuture(lambda: call.cancel() or True)
         # Past the dispatch of MPFuture: callbacks of users may be waiting on that thread for this very state.
         call.when_done(partial(_on_own_thread, partial(self._finish, number, outer)))
         return outer
@@ -268,7 +270,9 @@ class StateSharing:
         except OSError as e:
             return MemoryRefused(f"there is no memory for its state of {figures.size(nbytes)}: {e}")
 
-    def _finish(self, number: int, outer: MPFuture[State | None], call: Future[LoadedState]) -> None:
+    def _finish(
+        self, number: int, outer: MPFuture[DownloadedState | None], call: Future[LoadedState]
+    ) -> None:
         """The download is done: hand its result on."""
         download = self._downloads.pop(number)
         try:
@@ -286,7 +290,7 @@ class StateSharing:
         finally:
             download.close()
 
-    def _state_of(self, loaded: LoadedState, download: _Download) -> State | None:
+    def _state_of(self, loaded: LoadedState, download: _Download) -> DownloadedState | None:
         if loaded.failure is not None:
             logger.warning("%s: no state was loaded: %s", self._prefix, loaded.failure)
             return None

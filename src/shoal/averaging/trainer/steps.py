@@ -80,7 +80,7 @@ class Steps:
         self._has_warned_of_queue = False
         self.failures_in_a_row = 0
 
-    def begin(
+    def submit(
         self,
         handle: ServiceHandle,
         serializer: Any,
@@ -117,6 +117,7 @@ class Steps:
             current = self._current() if when_busy == "current" else None
             number = next(self._numbers) if current is None else current
             if wait:
+                # Under the lock: else the step could end first, and not say that it failed, since nobody waits for it.
                 self._awaited.add(number)
             if current is not None:
                 return self._controls[current], False
@@ -124,6 +125,7 @@ class Steps:
                 number,
                 weight,
                 encoded,
+                # Steady time: the clock of the DHT may be set while the step waits.
                 dht_clock.to_steady(float(scheduled_time)),
                 None if deadline is None else dht_clock.to_steady(deadline),
                 allow_retries,
