@@ -31,6 +31,7 @@ from shoal.runtime.presence import Presence
 from shoal.runtime.processes import is_stopped
 from shoal.runtime.service import Service
 from shoal.runtime.userwatch import watch_user_process
+from shoal.sansio import trace
 from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
@@ -170,8 +171,13 @@ class Server:
         body = pickling.dumps(command, "the command", "the user process")
         future: asyncio.Future[object] = self._loop.create_future()
         self._user_calls[number] = future
+        after = []
+        if trace.is_watched():
+            after = trace.publish(trace.Turn("user", "", self._loop.time(), command, ()))
         try:
             self._channel.send(Kind.CALL, call=number, service=service_id, body=body)
+            for later in after:
+                later()
             return await future
         except asyncio.CancelledError:
             if not self._channel.closed:

@@ -1,8 +1,9 @@
 """The turns of all cores of this process, for reports, tests and monitors.
 
-A turn is one event that a core has taken in, with the effects that it asked for. Watchers see a turn before its effects
-are carried out, and, if they wish, after that. So a test can stop, kill or cut off a process at a named phase of its
-protocol, without a hook in the code. Nothing is made for a turn while nobody watches.
+A turn is one event that a core has taken in, with the effects that it asked for. A call to the user's process is shown
+as a turn, too: the command is its event. Watchers see a turn before its effects are carried out, and, if they wish,
+after that. So a test can stop, kill or cut off a process at a named phase of its protocol, without a hook in the code.
+Nothing is made for a turn while nobody watches.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class Turn:
     """One event and what came of it."""
 
     core: str
-    """The kind of core: "matchmaking", "allreduce", "uploads", ..."""
+    """The kind of core: "matchmaking", "allreduce", "uploads", ...; "user": a call to the user's process."""
     subject: str
     """Which one: a prefix, the id of a group."""
     now: float
