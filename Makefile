@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PIP_OPTIONS ?= --disable-pip-version-check --no-warn-script-location
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: demo test sweep soak check lint format clean
+.PHONY: demo test sweep soak chaos check lint format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing PyTorch and the other packages into $(VENV), once: some minutes, and with"
@@ -27,6 +27,9 @@ sweep: $(STAMP)
 
 soak: $(STAMP)
 	$(PYTEST) --timeout 3600 -m soak
+
+chaos: $(STAMP)
+	$(BIN)/python tests/lab/chaos.py
 
 check: lint test
 

@@ -60,6 +60,19 @@ class Machine:
         """Take the firewall down."""
         self.namespace.nft("delete table inet firewall")
 
+    def cut_link(self, *, incoming: bool = True, outgoing: bool = True) -> None:
+        """Drop all packets of the link, also those of connections that stand, in one direction or both."""
+        chains = [("input", "iifname")] * incoming + [("output", "oifname")] * outgoing
+        rules = "".join(
+            f'chain {hook} {{ type filter hook {hook} priority filter; {side} "net0" drop; }}\n'
+            for hook, side in chains
+        )
+        self.namespace.nft(f"table inet cut {{ {rules} }}")
+
+    def mend_link(self) -> None:
+        """Undo :meth:`cut_link`."""
+        self.namespace.nft("delete table inet cut")
+
     def add_container_bridge(self) -> None:
         """What Docker adds to a machine: a bridge whose address is the same everywhere, and reached by nobody."""
         self.namespace.ip(

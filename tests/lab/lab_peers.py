@@ -33,9 +33,14 @@ class Template:
                 [sys.executable, str(program), str(theirs.fileno())], pass_fds=[theirs.fileno()]
             )
 
-    def start(self, machine: Machine, program: dict[str, Any], stdin: int, stdout: int) -> int:
-        """Start a peer on a machine; returns its process id."""
-        return self._ask({"start": program}, [machine.namespace.descriptor, stdin, stdout])
+    def start(self, machine: Machine | None, program: dict[str, Any], stdin: int, stdout: int) -> int:
+        """Start a peer on a machine, None: on this one; returns its process id."""
+        place = [] if machine is None else [machine.namespace.descriptor]
+        return self._ask({"start": program}, [stdin, stdout, *place])
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def end(self, pid: int) -> int:
         """Kill a peer, if it has not ended by itself; returns its exit status."""

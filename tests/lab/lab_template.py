@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
+import lab_fault_program
 import lab_namespaces
 import lab_peer_program
 
@@ -97,11 +98,18 @@ def redirect(stdin: int, stdout: int, *, keep: Sequence[int] = ()) -> None:
     os.closerange(first, os.sysconf("SC_OPEN_MAX"))
 
 
-def start_peer(program: dict[str, Any], namespace: int, stdin: int, stdout: int) -> None:
-    """In a forked child: be a peer."""
-    lab_namespaces.enter(namespace)
+PROGRAMS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "peer": lab_peer_program.run,
+    "faults": lab_fault_program.run,
+}
+
+
+def start_peer(program: dict[str, Any], stdin: int, stdout: int, namespace: int | None = None) -> None:
+    """In a forked child: be a peer, in the namespace of the template by default."""
+    if namespace is not None:
+        lab_namespaces.enter(namespace)
     redirect(stdin, stdout)
-    lab_peer_program.run(program)
+    PROGRAMS[program.get("program", "peer")](program)
 
 
 def serve(requests: socket.socket) -> None:

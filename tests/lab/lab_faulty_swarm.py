@@ -1,0 +1,501 @@
+"""A swarm of real peers that faults happen to, one after the other: members that died are replaced.
+
+Each peer is a user's process with its background process, on loopback or each on a machine of its own. The members are
+full peers and one client.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from lab_fault_checks import Ending, find_late, find_splits, find_wrong_tensors
+from lab_fault_plan import Trial
+from lab_internet import Internet, Machine
+from lab_peers import Event, Talker, Template
+
+FULL_PEERS = 3
+STEP_TIMEOUT = 20.0
+FAREWELL = 0.2
+PROMPT = 0.3
+"""Seconds in which a step ends that has nothing left to do."""
+GRACE = 6.0
+"""Seconds after the timeout of a step within which a member that hears nothing at all ends it."""
+FIRE_LIMIT = 15.0
+ALONE_AFTER = 4.0
+"""Seconds after a fault from which on a member that still steps may be alone: the others step again."""
+AGAIN_TIMEOUT = 6.0
+BACK_LIMIT = 30.0
+"""Seconds within which a member that was stopped or cut off averages again."""
+START_LIMIT = 60.0
+END_LIMIT = 20.0
+"""Seconds in which the rest of a peer ends after one of its processes was killed."""
+AVERAGER: dict[str, Any] = {
+    "prefix": "faults",
+    "target_group_size": FULL_PEERS + 1,
+    "min_group_size": 2,
+    "min_matchmaking_time": 2.0,
+    "request_timeout": 1.0,
+    "part_size_bytes": 2048,
+}
+
+
+class NotFired(AssertionError):
+    """No member came to the phase in its role."""
+
+
+class FaultyPeer(Talker):
+    """A peer of this swarm, which runs ``lab_fault_program.py``."""
+
+    def __init__(
+        self, name: str, template: Template, program: dict[str, Any], machine: Machine | None
+    ) -> None:
+        self.is_client = bool(program["dht"].get("client_mode"))
+        self.machine = machine
+        self.value, self.weight = 0.0, 1.0
+        """What it averages: no two sets of members have the same average."""
+        self.digest = ""
+        self.joined: Event = {}
+        self.is_broken = False
+        """One of its processes was killed."""
+        self.is_estranged = False
+        """It is back, and not in one group with the others: their memory of its failure lasts."""
+        self._template = template
+        self._marked = 0
+        theirs, self._input = os.pipe()
+        output, their_output = os.pipe()
+        self.user = template.start(machine, program, theirs, their_output)
+        os.close(theirs)
+        os.close(their_output)
+        super().__init__(name, output)
+
+    @property
+    def title(self) -> str:
+        """How it is called in stories: by what it averages."""
+        return f"{'client' if self.is_client else 'member'} {self.value:g}"
+
+    @property
+    def peer_id(self) -> str:
+        return str(self.joined["peer_id"])
+
+    @property
+    def background(self) -> int:
+        return int(self.joined["background"])
+
+    def do(self, command: str, **options: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._input, (json.dumps({"do": command, **options}) + "\n").encode())
+
+    def wait_until_joined(self) -> None:
+        if not self.joined:
+            self.joined = self.expect("joined", time.monotonic() + START_LIMIT)
+
+    def enlist(self) -> None:
+        """It is a member from now on, and its state may be shared."""
+        self.wait_until_joined()
+        if not self.is_client:
+            self.do("share_state")
+
+    def mark(self) -> None:
+        """What it says from now on is new."""
+        self._marked = len(self.lines)
+
+    def expect(self, event: str, until: float, *, new: bool = False, **fields: Any) -> Event:
+        said = self.hear(event, until, after=self._marked if new else 0, **fields)
+        if said is None:
+            raise AssertionError(f"{self.name} did not say {event!r} in time; it said: {self.tail()}")
+        return said
+
+    def hear(self, event: str, until: float, *, after: int = 0, **fields: Any) -> Event | None:
+        """The first such event, old or to come; None: there is none, and the peer has ended, or time is up.
+
+        :param after: of those from this line on
+        """
+        number = after
+        with self._news:
+            while True:
+                for _, line in self.lines[number:]:
+                    number += 1
+                    said = json.loads(line) if line.startswith(f'{{"event": "{event}"') else {}
+                    if said and all(said.get(name) == value for name, value in fields.items()):
+                        return said
+                if self._ended or not self._news.wait(max(0.0, until - time.monotonic())):
+                    return None
+
+    def forget(self) -> None:
+        """Drop what it has said."""
+        with self._news:
+            self.lines.clear()
+
+    def tail(self) -> str:
+        return "\n".join(line for _, line in self.lines[-20:])
+
+    def signal(self, number: signal.Signals) -> None:
+        for pid in (self.user, self.background):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def alive(self) -> list[str]:
+        """Which of its processes run."""
+        return [name for name, pid in self._processes() if is_running(pid)]
+
+    def _processes(self) -> list[tuple[str, int]]:
+        return [("user", self.user), ("background", self.background)]
+
+    def end(self) -> None:
+        """Kill what is left of it."""
+        if self.joined:
+            self.signal(signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.background, signal.SIGKILL)
+        os.close(self._input)
+        self._template.end(self.user)
+
+
+def is_running(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+@dataclass
+class Verdict:
+    """What came of one fault. ``wrong`` is empty if all that must hold does."""
+
+    trial: Trial
+    survivors: int
+    averaged: int
+    """Survivors that committed."""
+    seconds: float
+    """From the fault until the last survivor ended."""
+    back: float | None = None
+    """Seconds until the victim averaged again, since it could; None: it was killed."""
+    splits: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def survived(self) -> bool:
+        """Everybody who was left has an average."""
+        return self.averaged == self.survivors
+
+
+class Laboratory:
+    """The swarm, its spares, and the line on which processes ask for what happens outside of them."""
+
+    def __init__(self, template: Template, internet: Internet | None = None) -> None:
+        self._template = template
+        self._internet = internet
+        self._folder = Path(tempfile.mkdtemp(prefix="shoal-faults-"))
+        self._line = Line(self._folder / "line", self._on_asked)
+        self._numbers = itertools.count(1)
+        self._asked: Callable[[FaultyPeer], None] = lambda peer: None
+        self._ended: list[FaultyPeer] = []
+        self._cast: list[FaultyPeer] = []
+        """The members of the latest fault, before any was replaced."""
+        self._timers: list[threading.Timer] = []
+        self._root = self._start("root", averager=None)
+        self._root.wait_until_joined()
+        self.members = [self._start(f"member{number}") for number in range(FULL_PEERS)]
+        self.members.append(self._start("client", client_mode=True))
+        for member in self.members:
+            member.enlist()
+        self._spare = self._start("spare")
+
+    def run(self, trial: Trial) -> Verdict:
+        """Have the fault happen, and judge what comes of it.
+
+        :raises NotFired: no member came to the phase in its role
+        """
+        self._asked = lambda peer: self._cut(peer, trial)
+        for number, member in enumerate(self.members):
+            member.value, member.weight = float(2**number), 1.0 + number
+            member.forget()
+        self._cast = list(self.members)
+        self._fill(self.members)
+        number = next(self._numbers)
+        record = self._folder / f"fired{number}"
+        try:
+            return self._run(trial, f"step{number}", record)
+        finally:
+            record.touch()  # what has not happened will not happen any more
+            self._wait_for_timers()
+            self._replace_the_dead()
+
+    def _run(self, trial: Trial, tag: str, record: Path) -> Verdict:
+        for member in self._candidates(trial):
+            self._plant(member, trial, record)
+        began = time.monotonic()
+        if trial.expects_state:
+            self.members[-1].do("load", tag=tag, timeout=STEP_TIMEOUT)
+        else:
+            self._step(self.members, tag, STEP_TIMEOUT, require_trigger=trial.phase == "waiting")
+        fired_at, victim = self._wait_until_fired(record)
+        victim.is_broken = trial.is_fatal
+        if trial.action == "stop":
+            self._later(trial.seconds, lambda: victim.signal(signal.SIGCONT))
+        if trial.phase == "waiting":
+            for member in self.members:
+                member.do("trigger", tag=tag)
+        if trial.expects_state:
+            return self._judge_loading(trial, victim, tag, began, fired_at)
+        return self._judge_step(trial, victim, tag, began, fired_at)
+
+    def story(self) -> str:
+        """All that the members said during the latest fault, in the order of time, with names in place of PeerIDs."""
+        said = sorted((when, one.title, line) for one in self._cast for when, line in list(one.lines))
+        text = "\n".join(f"{when:.3f} {title:8} {line}" for when, title, line in said)
+        for one in self._cast:
+            text = text.replace(one.peer_id, one.title)
+        return text
+
+    def _fill(self, members: Sequence[FaultyPeer]) -> None:
+        for member in members:
+            member.mark()
+            member.do("fill", value=member.value)
+        for member in members:
+            member.digest = member.expect("filled", time.monotonic() + END_LIMIT, new=True)["digest"]
+
+    def _step(self, members: Sequence[FaultyPeer], tag: str, timeout: float, **options: Any) -> None:
+        for member in members:
+            member.do("step", tag=tag, weight=member.weight, timeout=timeout, **options)
+
+    def _candidates(self, trial: Trial) -> list[FaultyPeer]:
+        """Those to which the fault may happen. Which full peer leads is not known before."""
+        return [member for member in self.members if member.is_client == (trial.role == "client")]
+
+    def _plant(self, member: FaultyPeer, trial: Trial, record: Path) -> None:
+        roles = {"leader": "leader", "owner": "follower"}
+        has_role = not trial.expects_state and trial.phase != "searching"
+        member.do(
+            "plant",
+            phase=trial.phase,
+            action="ask" if trial.is_cut else trial.action,
+            whom=trial.whom,
+            count=trial.count,
+            after=trial.phase == "announcing" and trial.role == "leader",
+            role=roles.get(trial.role) if has_role else None,
+            record=str(record),
+        )
+        member.expect("planted", time.monotonic() + END_LIMIT)
+
+    def _wait_until_fired(self, record: Path) -> tuple[float, FaultyPeer]:
+        deadline = time.monotonic() + FIRE_LIMIT
+        while not record.exists():
+            if time.monotonic() > deadline:
+                raise NotFired("no member came to this phase in this role")
+            threading.Event().wait(0.003)
+        told = json.loads(record.read_text())
+        victim = next(one for one in self.members if one.background == told["background"])
+        return told["time"], victim
+
+    # what was said, and what to make of it
+
+    def _judge_step(
+        self, trial: Trial, victim: FaultyPeer, tag: str, began: float, fired_at: float
+    ) -> Verdict:
+        deadline = began + STEP_TIMEOUT + GRACE
+        others = [member for member in self.members if member is not victim]
+        for member in others:
+            member.hear("done", fired_at + ALONE_AFTER, tag=tag)
+        later = self._keep_company(others, tag, deadline)
+        endings = [self._ending(member, tag, deadline) for member in others]
+        ends = [one.said["time"] for one in endings if one.said is not None]
+        averaged = sum(one.committed for one in endings)
+        verdict = Verdict(trial, len(others), averaged, max(ends, default=deadline) - fired_at)
+        verdict.wrong += find_late(endings, deadline)
+        if trial.is_fatal:
+            # A user's process that is gone, or about to go, says nothing.
+            until = deadline if trial.whom == "background" else time.monotonic() + FAREWELL
+            endings.append(self._ending(victim, tag, until))
+            verdict.wrong += self._find_left(victim, trial)
+        else:
+            self._wait_for_timers()
+            later += self._come_back(victim, tag, verdict)
+            endings.append(self._ending(victim, tag, deadline + trial.seconds))
+            verdict.wrong += find_late(endings[-1:], deadline + trial.seconds)
+        verdict.splits = find_splits([*endings, *later])
+        verdict.wrong += [*verdict.splits, *find_wrong_tensors([*endings, *later])]
+        verdict.errors = sorted(
+            {f"{one.said['kind']}: {one.said['error']}" for one in endings if one.said and one.said["error"]}
+        )
+        return verdict
+
+    def _keep_company(self, waited_for: Sequence[FaultyPeer], tag: str, until: float) -> list[Ending]:
+        """All others step again, so that none of these is alone, until each has ended its step."""
+        endings: list[Ending] = []
+        for number in itertools.count(1):
+            waiting = [one for one in waited_for if one.hear("done", 0.0, tag=tag) is None]
+            if not waiting or time.monotonic() > until:
+                break
+            free = [one for one in waited_for if one not in waiting]
+            endings += self._step_again(free, f"{tag}, company {number}")
+        return endings
+
+    def _come_back(self, victim: FaultyPeer, tag: str, verdict: Verdict) -> list[Ending]:
+        """All that have ended step again, until the victim has averaged. How these steps ended."""
+        began = time.monotonic()
+        victim.hear("done", began + PROMPT, tag=tag)
+        endings: list[Ending] = []
+        for number in itertools.count(1):
+            is_free = victim.hear("done", 0.0, tag=tag) is not None
+            stepping = [member for member in self.members if is_free or member is not victim]
+            later = self._step_again(stepping, f"{tag}, again {number}")
+            endings += later
+            own = (one for one in later if one.peer == victim.peer_id)
+            last = next(own, None) or self._ending(victim, tag, time.monotonic() + PROMPT)
+            if last.committed or time.monotonic() > began + BACK_LIMIT:
+                break
+        victim.is_estranged = len({one.group for one in [*later, last]}) > 1
+        if last.committed:
+            verdict.back = max(0.0, last.said["time"] - began)
+        else:
+            verdict.wrong.append(f"the victim was not back within {BACK_LIMIT:g} s")
+        return endings
+
+    def _step_again(self, members: Sequence[FaultyPeer], tag: str) -> list[Ending]:
+        self._fill(members)
+        self._step(members, tag, AGAIN_TIMEOUT)
+        until = time.monotonic() + AGAIN_TIMEOUT + GRACE
+        return [self._ending(member, tag, until) for member in members]
+
+    def _ending(self, member: FaultyPeer, tag: str, until: float) -> Ending:
+        said = member.hear("done", until, tag=tag)
+        return Ending(member.peer_id, member.value, member.weight, member.digest, said, member.is_broken)
+
+    def _judge_loading(
+        self, trial: Trial, victim: FaultyPeer, tag: str, began: float, fired_at: float
+    ) -> Verdict:
+        """A joiner that lives has the whole state of a donor, or an error, by its deadline."""
+        joiner = self.members[-1]
+        wrong: list[str] = []
+        ends = time.monotonic()
+        averaged, survivors, errors = 0, int(not joiner.is_broken), []
+        if not joiner.is_broken:
+            said = joiner.hear("loaded", began + STEP_TIMEOUT + GRACE + trial.seconds, tag=tag)
+            if said is None:
+                wrong.append("the joiner waits beyond its deadline")
+            else:
+                ends, averaged = said["time"], int(said["error"] is None)
+                errors = [] if said["error"] is None else [said["error"]]
+                donors = [[member.value] for member in self.members if not member.is_client]
+                if averaged and said["values"] not in donors:
+                    wrong.append(f"the joiner loaded {said['values']}, which no donor holds")
+        wrong += self._find_left(victim, trial)
+        return Verdict(trial, survivors, averaged, ends - fired_at, wrong=wrong, errors=errors)
+
+    def _find_left(self, victim: FaultyPeer, trial: Trial) -> list[str]:
+        """What a signal should have ended, and did not. A user's process outlives its background process."""
+        if not trial.is_fatal:
+            return []
+        gone = {"background"} if trial.whom == "background" else {"user", "background"}
+        deadline = time.monotonic() + END_LIMIT
+        while gone & set(victim.alive()):
+            if time.monotonic() > deadline:
+                left = ", ".join(sorted(gone & set(victim.alive())))
+                return [f"left of the victim after {END_LIMIT:g} s: the {left} process"]
+            threading.Event().wait(0.01)
+        return []
+
+    # what happens outside of the peers
+
+    def _on_asked(self, background: int) -> None:
+        self._asked(next(one for one in self.members if one.background == background))
+
+    def _cut(self, peer: FaultyPeer, trial: Trial) -> None:
+        assert peer.machine is not None
+        incoming, outgoing = trial.action != "cut outgoing", trial.action != "cut incoming"
+        peer.machine.cut_link(incoming=incoming, outgoing=outgoing)
+        self._later(trial.seconds, peer.machine.mend_link)
+
+    def _wait_for_timers(self) -> None:
+        """Until what was stopped goes on, and what was cut is mended."""
+        for timer in self._timers:
+            timer.join()
+        self._timers.clear()
+
+    def _later(self, seconds: float, do: Callable[[], None]) -> None:
+        timer = threading.Timer(seconds, do)
+        self._timers.append(timer)
+        timer.start()
+
+    # the peers
+
+    def _start(self, name: str, averager: dict[str, Any] | None = AVERAGER, **dht: Any) -> FaultyPeer:
+        machine = None if self._internet is None else self._internet.machine(name)
+        ip = "127.0.0.1" if machine is None else machine.ip
+        root = None if name == "root" else self._root.joined["addresses"]
+        program = {
+            "program": "faults",
+            "dht": {"host_maddrs": [f"/ip4/{ip}/tcp/0"], "initial_peers": root, **dht},
+            "averager": averager,
+            "laboratory": str(self._line.path),
+        }
+        return FaultyPeer(name, self._template, program, machine)
+
+    def _replace_the_dead(self) -> None:
+        for place, member in enumerate(self.members):
+            if len(member.alive()) == 2 and not (member.is_broken or member.is_estranged):
+                continue
+            member.end()
+            self._ended.append(member)
+            if member.is_client:
+                self.members[place] = self._start("client", client_mode=True)
+            else:
+                self.members[place], self._spare = self._spare, self._start("spare")
+            self.members[place].enlist()
+
+    def processes_left(self) -> list[int]:
+        """Processes of peers that have ended; there should be none."""
+        pids = [pid for peer in self._ended for pid in (peer.user, peer.background)]
+        return [pid for pid in pids if is_running(pid)]
+
+    def close(self) -> None:
+        peers = [*self.members, self._spare, self._root]
+        for peer in peers:
+            peer.wait_until_joined()
+            peer.end()
+            self._ended.append(peer)
+        self._line.close()
+        shutil.rmtree(self._folder)
+
+
+class Line:
+    """A Unix socket on which a process of a peer asks, and waits for the answer; works from any namespace."""
+
+    def __init__(self, path: Path, on_asked: Callable[[int], None]) -> None:
+        self.path = path
+        self._on_asked = on_asked
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.bind(str(path))
+        self._socket.listen()
+        self._thread = threading.Thread(target=self._serve, name="lab-line", daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                asking, _ = self._socket.accept()
+            except OSError:
+                return
+            with asking, contextlib.suppress(BrokenPipeError):
+                self._on_asked(int(asking.recv(64)))
+                asking.sendall(b"+")
+
+    def close(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._thread.join()
