@@ -34,14 +34,19 @@ Entry = Mapping[str, Any]
 
 
 class Journal:
-    """What came of each fault under this commit, a line of JSON each."""
+    """What came of each fault under one commit, a line of JSON each.
 
-    def __init__(self, path: Path, commit: str) -> None:
+    :param commit: None: the last one that was tried
+    """
+
+    def __init__(self, path: Path, commit: str | None) -> None:
         self._path = path
-        self._commit = commit
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines() if path.exists() else []
-        entries = (json.loads(line) for line in lines)
+        entries = [json.loads(line) for line in lines]
+        if commit is None:
+            commit = entries[-1]["commit"] if entries else ""
+        self._commit = commit
         self.entries: dict[str, Entry] = {
             entry["name"]: entry for entry in entries if entry["commit"] == commit
         }
@@ -135,6 +140,8 @@ def describe(entry: Entry) -> str:
         return f"{entry['name']}: DID NOT HAPPEN"
     back = "" if entry["back"] is None else f", victim back after {entry['back']:.1f} s"
     text = f"{entry['averaged']} of {entry['survivors']} averaged in {entry['seconds']:.1f} s{back}"
+    if not entry["survivors"]:
+        text = "the joiner itself died, and nothing of it is left"
     return f"{entry['name']}: {text}" + "".join(f"\n      WRONG: {wrong}" for wrong in entry["wrong"])
 
 
@@ -187,13 +194,13 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="only faults whose name has this in it")
     parser.add_argument("--count", type=int, help="only so many of them, evenly spread")
     parser.add_argument(
-        "--table", action="store_true", help="run nothing, and print the table of the journal"
+        "--table", action="store_true", help="run nothing, and print the table of the last run"
     )
     options = parser.parse_args()
     trials = [trial for trial in all_trials() if options.only in trial.name]
     if options.count is not None:
         trials = trials[:: max(1, len(trials) // options.count)][: options.count]
-    journal = Journal(options.journal, commit_of(ROOT))
+    journal = Journal(options.journal, None if options.table else commit_of(ROOT))
     interrupted, began = False, time.monotonic()
     try:
         if not options.table:
