@@ -762,7 +762,7 @@ def sweep(seeds: range) -> None:
     for seed in seeds:
         trouble = Trouble(random.Random(seed))
         endings[run(lambda trouble=trouble, seed=seed: trouble.run(seed))] += 1  # type: ignore[misc]
-    assert set(endings) == {"failed", "committed", "committed without some"}, endings
+    assert set(endings) >= {"committed", "committed without some"}, endings
 
 
 @pytest.mark.parametrize("block", range(4))
