@@ -521,7 +521,7 @@ def test_tensors_of_zeros_have_no_relative_spread():
 @pytest.mark.parametrize("victim", [0, 1, 2], ids=["leader", "owner", "client"])
 @pytest.mark.parametrize("before_trigger", [True, False], ids=["before the trigger", "during all-reduce"])
 def test_cancelling_frees_the_groupmates_at_once(victim: int, before_trigger: bool):
-    """If the leader is cancelled they fail, to try again in another group; else they go on without the member."""
+    """They go on without the member; if it is the leader, with another one."""
 
     async def main() -> None:
         async with SimulatedGroup(seed=16, size=4, clients=2) as group:
@@ -537,17 +537,118 @@ def test_cancelling_frees_the_groupmates_at_once(victim: int, before_trigger: bo
             await asyncio.sleep(3.0)
             assert not any(task.done() for task in tasks)
             rounds[victim].withdraw("its user cancelled the step")
-            others = [task for member, task in enumerate(tasks) if member != victim]
             await asyncio.wait([tasks[victim]], timeout=0.5)
             assert "cancelled the step" in (tasks[victim].result().failure or "")
-            if victim:
-                await asyncio.sleep(0.5)
-                assert all(victim in rounds[member].core.ledger.excluded for member in {0, 1, 2} - {victim})
-                rounds[0].withdraw("the end of the test")
-            else:
-                await asyncio.wait(others, timeout=0.5)
-                assert all("cancelled the step" in (task.result().failure or "") for task in others)
+            await asyncio.sleep(2.0)  # a new leader waits a second for the promise of the old one
+            others = [rounds[member] for member in range(4) if member != victim]
+            assert all(victim in other.core.ledger.excluded for other in others)
+            for other in others:
+                other.withdraw("the end of the test")
             await asyncio.gather(*tasks)
+
+    run(main)
+
+
+# repair
+
+
+async def strike(
+    group: SimulatedGroup, victims: list[int], *, after: float = 0.5, speed: float = 20_000.0
+) -> dict[int, RoundResult]:
+    """Kill members in the midst of the exchange; what became of all others."""
+    for victim in victims:
+        for member in range(group.size):
+            if member != victim:
+                group.network.set_bandwidth(group.name(victim), group.name(member), speed)
+    tasks = [asyncio.ensure_future(group.run(member)) for member in range(group.size)]
+    await asyncio.sleep(after)
+    for victim in victims:
+        group.network.kill(group.name(victim))
+    living = [member for member in range(group.size) if member not in victims]
+    async with asyncio.timeout(60):
+        results = await asyncio.gather(*(tasks[member] for member in living))
+    for victim in victims:
+        tasks[victim].cancel()
+    await asyncio.gather(*(tasks[victim] for victim in victims), return_exceptions=True)
+    return dict(zip(living, results, strict=True))
+
+
+def exact_average(group: SimulatedGroup, result: RoundResult) -> torch.Tensor:
+    """What a report says of who is in the average of which part, worked out in float64."""
+    layout, partition = group.layout, group.partition()
+    values = [
+        arena.snapshot[: layout.sections[0].nbytes].view(torch.float32).double() for arena in group.arenas
+    ]
+    total = sum(weight * value for weight, value in zip(result.weights, values, strict=True))
+    weights = torch.full_like(values[0], sum(result.weights))
+    for member, first, stop in result.partial:
+        for part in partition.parts[first:stop]:
+            where = slice(part.start, part.start + part.count)
+            total[where] += group.weights[member] * values[member][where]  # type: ignore[index]
+            weights[where] += group.weights[member]
+    return total / weights  # type: ignore[operator]
+
+
+def check_survivors(group: SimulatedGroup, results: dict[int, RoundResult], victims: list[int]) -> None:
+    """They hold the same bits, and those are the average that their reports tell."""
+    first = next(iter(results))
+    for member, result in results.items():
+        assert result.failure is None, (member, result)
+        assert {one.member for one in result.exclusions} == {group.peer(victim) for victim in victims}
+        assert result.partial == results[first].partial
+        assert all(map(torch.equal, group.results(member), group.results(first))), member
+    nbytes = group.layout.sections[0].nbytes
+    average = group.arenas[first].average[:nbytes].view(torch.float32).double()
+    assert torch.allclose(average, exact_average(group, results[first]), atol=1e-6)
+
+
+@pytest.mark.parametrize("victim", [0, 1, 3], ids=["leader", "successor", "owner"])
+def test_an_owner_that_is_killed_costs_the_others_a_repair(victim: int):
+    """What it had delivered stays in the average."""
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=20, size=4, shapes=[(40_000,)]) as group:
+            results = await strike(group, [victim], after=1.0)
+            check_survivors(group, results, [victim])
+            assert all(result.repairs >= 1 for result in results.values())
+            (partial,) = {result.partial for result in results.values()}
+            assert {member for member, _, _ in partial} == {victim}
+
+    run(main)
+
+
+def test_leader_and_successor_are_killed_in_a_group_of_eight():
+    async def main() -> None:
+        async with SimulatedGroup(seed=21, size=8, shapes=[(40_000,)]) as group:
+            results = await strike(group, [0, 1], after=1.0)
+            check_survivors(group, results, [0, 1])
+
+    run(main)
+
+
+def test_under_a_lossy_codec_all_survivors_of_an_owner_agree_within_its_error():
+    async def main() -> None:
+        async with SimulatedGroup(seed=22, size=4, shapes=[(40_000,)], codec=BFloat16Compression()) as group:
+            results = await strike(group, [2], after=1.0)
+            assert all(result.failure is None and result.repairs for result in results.values())
+            expected = exact_average(group, results[0])
+            nbytes = group.layout.sections[0].nbytes
+            for member in results:
+                average = group.arenas[member].average[:nbytes].view(torch.float32).double()
+                assert torch.allclose(average, expected, atol=0.05)
+
+    run(main)
+
+
+@pytest.mark.parametrize("one_way", [False, True], ids=["both ways", "one way"])
+def test_two_followers_that_are_cut_off_from_each_other_both_commit(one_way: bool):
+    async def main() -> None:
+        async with SimulatedGroup(seed=23, size=4, shapes=[(40_000,)]) as group:
+            group.network.silence(group.name(1), group.name(2), one_way=one_way)
+            results = await all_of(group)
+            assert [(result.failure, result.exclusions) for result in results] == [(None, ())] * 4
+            assert results[0].repairs >= 1
+            group.check_average(range(4))
 
     run(main)
 
@@ -661,7 +762,7 @@ def sweep(seeds: range) -> None:
     for seed in seeds:
         trouble = Trouble(random.Random(seed))
         endings[run(lambda trouble=trouble, seed=seed: trouble.run(seed))] += 1  # type: ignore[misc]
-    assert set(endings) == {"failed", "committed", "committed without some"}, endings
+    assert set(endings) >= {"committed", "committed without some"}, endings
 
 
 @pytest.mark.parametrize("block", range(4))

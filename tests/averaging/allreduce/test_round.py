@@ -144,7 +144,7 @@ def test_the_parts_of_a_member_that_never_joins_go_to_the_others():
     run(main)
 
 
-def test_allreduce_timeout_fails_the_round_for_all():
+def test_a_member_whose_allreduce_timeout_passes_leaves_the_round():
     async def main() -> None:
         async with SimulatedGroup(seed=3, size=2) as group:
             for member in (0, 1):

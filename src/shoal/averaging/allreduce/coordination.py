@@ -52,12 +52,12 @@ from shoal.averaging.allreduce.messages import (
     SenderExcluded,
     SpanAveraged,
     StandsAside,
-    add_up,
     exclusion_text,
     reason_text,
 )
 from shoal.averaging.allreduce.pairs import Pairs
 from shoal.averaging.allreduce.part_clocks import PartClocks
+from shoal.averaging.allreduce.summary import Weights, sum_up
 from shoal.averaging.allreduce.voter import is_quorum
 from shoal.errors import ProtocolViolation
 from shoal.sansio.core import NEVER, TimePassed
@@ -103,8 +103,7 @@ class Coordinator:
     """Owners that members could not dial."""
     _received: dict[int, int] = field(default_factory=dict)
     """Averages that members said they have taken."""
-    _told: dict[int, tuple[int, float]] = field(default_factory=dict)
-    """The weight that each member told, and to whom first."""
+    _weights: Weights = field(default_factory=Weights)
     _accepted_by: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -318,14 +317,8 @@ class Coordinator:
 
     def _hear_weight(self, witness: int, member: int, weight: float) -> list[Effect]:
         """All that heard a member's weight must have heard the same one."""
-        first, told = self._told.setdefault(member, (witness, weight))
-        if told == weight:
-            return []
-        name = self.roles.name
-        return self.fail(
-            f"{name(member)} contributed with different weights: {told:g} by the word of {name(first)}, "
-            f"{weight:g} by that of {name(witness)}"
-        )
+        problem = self._weights.hear(witness, member, weight, self.roles)
+        return [] if problem is None else self.fail(problem)
 
     def _on_sender_excluded(
         self, owner: int, report: SenderExcluded, seconds: float, now: float
@@ -410,7 +403,10 @@ class Coordinator:
             return self._repair(broken, now)
         if any(member not in self._ready for member in left) or self._unreported():
             return []
-        return self._propose(self._summary(left))
+        ready = {member: self._ready[member] for member in left}
+        return self._propose(
+            sum_up(self.assignment, self._reports, ready, self._exclusions(), self.roles.size)
+        )
 
     def _broken_spans(self) -> set[SpanId]:
         """Spans that somebody still needs, and that will not come as they are assigned."""
@@ -478,39 +474,9 @@ class Coordinator:
         members = range(self.roles.size)
         return [one for one in members if self.roles.contributes[one] and one not in self._excluded]
 
-    def _summary(self, committers: Iterable[int]) -> Outcome:
-        weights = [0.0] * self.roles.size
-        for member in committers:
-            weights[member] = self._ready[member]
-        reports = [(span, self._reports[span.id]) for span in self.assignment.spans]
-        partial = [
-            (member, span.first, span.first + parts)
-            for span, report in reports
-            for member, parts in _partial(report, span, self._excluded.keys())
-        ]
-        return Outcome(
-            None,
-            self._exclusions(),
-            tuple(weights),
-            add_up(report.square_distance for _, report in reports),
-            add_up(report.square_average for _, report in reports),
-            epoch=self.assignment.epoch,
-            partial=tuple(sorted(partial)),
-        )
-
     def _propose(self, outcome: Outcome) -> list[Effect]:
         self.proposed = outcome
         return [AskForAcceptance(self.roles.others, self.term, outcome)]
 
     def _exclusions(self) -> tuple[Excluded, ...]:
         return tuple(self._excluded.values())
-
-
-def _partial(report: SpanAveraged, span: Span, excluded: Iterable[int]) -> list[tuple[int, int]]:
-    """Of each excluded member: how many parts of a span are in the average all the same."""
-    parts = dict(report.partial)
-    return [
-        (member, parts.get(member, span.count))
-        for member in excluded
-        if report.weights[member] and parts.get(member, span.count)
-    ]

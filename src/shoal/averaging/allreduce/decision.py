@@ -1,0 +1,426 @@
+"""A member's part in the decision of a round: as a follower, without a leader, as a candidate, or as the leader. Pure.
+
+:mod:`.election` knows who leads and what was promised, :mod:`.coordination` what a leader knows of its group. Here both
+meet the patience of a member: for how long it waits for a decision, and what it makes of silence. What becomes of the
+member itself is a verdict, which its core carries out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from shoal.averaging.allreduce.assignment import Assignment
+from shoal.averaging.allreduce.coordination import Coordinator, CoordinatorEvent
+from shoal.averaging.allreduce.effects import (
+    AnnounceOutcome,
+    AnnounceRepair,
+    AskForAcceptance,
+    Effect,
+    FollowLeader,
+    LeadMembers,
+    Reply,
+    StopLeading,
+)
+from shoal.averaging.allreduce.election import ASK_AGAIN, Election, Hope
+from shoal.averaging.allreduce.events import (
+    DECIDED,
+    OVER,
+    AcceptanceAsked,
+    ExchangeBegan,
+    Lead,
+    MemberAnswered,
+    MemberLost,
+    MemberReported,
+    Phase,
+    PromiseAsked,
+    Roles,
+    RoundTimeouts,
+    VoteEvent,
+    Withdrawn,
+)
+from shoal.averaging.allreduce.ledger import CATCH_UP, Ledger
+from shoal.averaging.allreduce.messages import (
+    Accepted,
+    Knows,
+    NotKnown,
+    Outcome,
+    Promised,
+    Refused,
+    Report,
+    SpanAveraged,
+    Undecided,
+)
+from shoal.errors import ProtocolViolation
+from shoal.sansio.core import NEVER, TimePassed
+
+SLOWER = 4
+"""The leader may wait for members whose links are so many times slower, before others look for another leader."""
+GIVE_UP_AFTER = 15.0
+"""Seconds without a leader after which a member that is not ready gives up."""
+
+
+@dataclass(frozen=True)
+class Concluded:
+    """The decision is known."""
+
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class GivenUp:
+    """There will be no decision with this member."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Doubted:
+    """This member was ready, and cannot learn the decision."""
+
+    reason: str
+
+
+Verdict: TypeAlias = Concluded | GivenUp | Doubted
+Step: TypeAlias = Effect | Verdict
+
+
+class Member(Protocol):
+    """What is known of the member itself."""
+
+    @property
+    def phase(self) -> Phase: ...
+    @property
+    def outcome(self) -> Outcome | None: ...
+    @property
+    def failure(self) -> str | None: ...
+    @property
+    def ledger(self) -> Ledger: ...
+
+
+class Decision:
+    """Whom this member follows or leads, and until when it waits."""
+
+    def __init__(self, member: Member, roles: Roles, timeouts: RoundTimeouts) -> None:
+        self.roles = roles
+        self.election = Election(roles)
+        self.coordinator: Coordinator | None = None
+        """What this member knows as the leader; None: it does not lead."""
+        if roles.me == 0:
+            self.coordinator = Coordinator(roles, member.ledger.assignment, timeouts.reducer)
+        self._member = member
+        self._timeouts = timeouts
+        self._early: list[tuple[int, CoordinatorEvent]] = []
+        """What a candidate heard of its followers, and in which term: it counts once the candidate leads."""
+        self._refused_by: set[int] = set()
+        """Members that do not accept what this leader proposes."""
+        self._began_at = math.inf
+        """When the exchange began here; infinity: it has not yet."""
+        self._waits_since = NEVER
+        """When this member had nothing left to do but to wait for the decision."""
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the round may commit with this member, whatever it wishes."""
+        has_voted = self._member.phase in (Phase.READY, Phase.COMMITTED, Phase.IN_DOUBT)
+        return has_voted and (self.coordinator is None or self.coordinator.is_bound)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the exchange has begun here."""
+        return self._began_at != math.inf
+
+    @property
+    def deadline(self) -> float:
+        """When something is due though nothing happens."""
+        leads = NEVER if self.coordinator is None else self.coordinator.deadline
+        return min(leads, self.election.deadline, self._patience_ends)
+
+    def describe(self) -> Promised:
+        """Where this member stands, for a new leader."""
+        member, voter = self._member, self.election.voter
+        ledger = member.ledger
+        return Promised(
+            member.phase.name,
+            ledger.weight,
+            member.failure,
+            ledger.assignment.orders,
+            ledger.knows_of(),
+            voter.accepted,
+            voter.floor,
+        )
+
+    def answer(self) -> Knows | Undecided:
+        """What this member knows of the decision."""
+        if self._member.outcome is not None:
+            return Knows(self._member.outcome)
+        return Undecided(self._member.phase.name, self.election.has_leader and not self._is_over)
+
+    @property
+    def _is_over(self) -> bool:
+        return self._member.phase in OVER
+
+    # how far the member is
+
+    def begin(self, now: float) -> list[Step]:
+        """The exchange begins."""
+        self._began_at = now
+        return [] if self.coordinator is None else list(self.coordinator.handle(ExchangeBegan(), now))
+
+    def wait(self, now: float) -> None:
+        """From now on this member waits for the decision, and for nothing else."""
+        self._waits_since = now
+
+    def work(self) -> None:
+        """There is more to do than to wait."""
+        self._waits_since = NEVER
+
+    # what is told to the leader
+
+    @property
+    def reports_to_itself(self) -> bool:
+        """Whether what this member has to report stays here: it leads, or there is nobody to tell."""
+        return self.coordinator is not None or not self.election.has_leader
+
+    def report(self, report: Report, now: float) -> list[Step]:
+        """This leader's own report. Without a leader it is dropped: a new one asks."""
+        if self.coordinator is None:
+            return []
+        return self.coordinate(MemberReported(self.roles.me, report), now)
+
+    def learn(self, report: SpanAveraged, now: float) -> list[Step]:
+        """The averages of a span have come, and what they are made of."""
+        return [] if self.coordinator is None else list(self.coordinator.learn(report, now))
+
+    def coordinate(self, event: CoordinatorEvent, now: float) -> list[Step]:
+        """Something that concerns the leader.
+
+        :raises ProtocolViolation: this member does not lead, and never did
+        """
+        if self.coordinator is not None:
+            return list(self.coordinator.handle(event, now))
+        if self.election.lead is Lead.CANDIDATE:
+            self._early.append((self.election.term, event))
+        elif not self.election.term:
+            raise ProtocolViolation("a member reported to one that does not lead")
+        return []  # or it does not lead any more
+
+    def is_unvoted(self, ask: AskForAcceptance) -> bool:
+        """Whether this leader has not accepted its own proposal yet."""
+        accepted = self.election.voter.accepted
+        return accepted is None or accepted[0] < ask.term
+
+    def vote_for_own(self, ask: AskForAcceptance, now: float) -> list[Step]:
+        """The leader accepts what it proposes. In a pair that decides: then nobody is asked."""
+        assert self.coordinator is not None
+        self._waits_since = now
+        self.election.accept(self.roles.me, ask.term, ask.outcome)
+        return list(self.coordinator.accept(self.roles.me))
+
+    def tell_followers(self, outcome: Outcome) -> list[Effect]:
+        """What a leader, or a candidate, learned from another member is news to those that follow it."""
+        is_news = self.coordinator is None or self.coordinator.outcome is None
+        has_followers = self.election.lead in (Lead.LEADING, Lead.CANDIDATE)
+        return [AnnounceOutcome(outcome)] if is_news and has_followers else []
+
+    # the leader's word
+
+    def hears(self, term: int) -> bool:
+        """Whether the word of the leader of ``term`` counts."""
+        if term != self.election.term or self.election.lead is not Lead.FOLLOWING:
+            return False
+        self.election.heard_leader()
+        return True
+
+    def lose(self, member: int, reason: str, now: float) -> list[Step]:
+        """The connection to a member ended."""
+        self.election.lose_member(member)
+        if self.coordinator is not None or self.election.lead is Lead.CANDIDATE:
+            return [*self.coordinate(MemberLost(member, reason), now), *self._try_to_lead(now)]
+        if member == self.election.leader and self.election.lead is Lead.FOLLOWING:
+            return self._lose_leader(f"lost {self.roles.name(member)}: {reason}", now)
+        return [*self.election.consider(now), *self._try_to_lead(now)]
+
+    def withdraw(self, reason: str, now: float) -> list[Step]:
+        """This leader cannot or will not go on. In a group of three or more the others find another one."""
+        assert self.coordinator is not None
+        if self.coordinator.proposed is None and self.roles.size > 2:
+            return [StopLeading(), GivenUp(reason)]
+        steps = self.coordinate(Withdrawn(reason), now)
+        others_live = any(one not in self.election.lost for one in self.election.others)
+        if self.coordinator.outcome is None and not self.coordinator.is_bound and not others_live:
+            steps.append(GivenUp(reason))
+        return steps
+
+    # time, and the lack of a leader
+
+    def on_time(self, late: float, now: float) -> list[Step]:
+        """Time has passed; ``late`` seconds of it do not count."""
+        steps: list[Step] = []
+        if self.coordinator is not None:
+            steps += self.coordinate(TimePassed(late + CATCH_UP if late else 0.0), now)
+        if now >= self._patience_ends:
+            return [*steps, *self._lose_patience(now)]
+        return [*steps, *self.election.consider(now), *self._try_to_lead(now)]
+
+    @property
+    def _patience_ends(self) -> float:
+        """Until when this member waits for a decision, or for a leader."""
+        if self.coordinator is not None:
+            if self.coordinator.proposed is None:
+                return NEVER
+            return self._waits_since + (self._timeouts.doubt if self.is_bound else GIVE_UP_AFTER)
+        if self.election.since != NEVER:
+            is_ready = self._member.phase is Phase.READY
+            return self.election.since + (self._timeouts.doubt if is_ready else GIVE_UP_AFTER)
+        took = max(0.0, self._waits_since - self._began_at)
+        return self._waits_since + self._timeouts.leader + SLOWER * took
+
+    def _lose_patience(self, now: float) -> list[Step]:
+        story = self.election.story
+        if self.coordinator is not None:
+            proposed = self.coordinator.proposed
+            if self.is_bound:
+                return [
+                    Doubted("too few members answered to decide; others may have decided without this one")
+                ]
+            return [GivenUp((proposed and proposed.reason) or "too few members answered to decide")]
+        if self.election.since == NEVER:
+            name, waited = self.roles.name(self.election.leader), now - self._waits_since
+            return self._lose_leader(f"{name} has led without a decision for {waited:.0f} s", now)
+        if self._member.phase is Phase.READY:
+            return [Doubted(f"{story}; others may have decided")]
+        return [GivenUp(self._member.failure or f"{story}; no other leader was found")]
+
+    def _lose_leader(self, story: str, now: float) -> list[Step]:
+        is_first = self.election.since == NEVER  # else a candidate may just have stepped down
+        effects = self.election.lose_leader(story, now)
+        without = self.election.lost | self.election.dead
+        is_ready = self._member.phase is Phase.READY
+        if is_first and not is_ready and not self.election.may_be_quorum(without):
+            return [GivenUp(self._member.failure or story)]
+        return [*effects, *self._try_to_lead(now)]
+
+    def _try_to_lead(self, now: float) -> list[Step]:
+        """Lead from now on, if a quorum has promised to follow."""
+        election = self.election
+        if not election.is_elected(now):
+            return []
+        own = self.describe()
+        adopted = election.win(own)
+        longest = max(election.promises.values(), key=lambda one: [order.epoch for order in one.orders][-1:])
+        assignment = Assignment.replay(self.roles.parts_owned, longest.orders)
+        self.coordinator = Coordinator(self.roles, assignment, self._timeouts.reducer, election.term)
+        self._waits_since = now
+        orders = [AnnounceRepair(order) for order in assignment.orders]
+        announced = self.coordinator.take_over(election.promises, adopted, now)
+        early = self._hear_early(now)
+        return [
+            LeadMembers(election.term),
+            *orders,
+            *announced,
+            *early,
+            *self._member.ledger.complain_again(),
+        ]
+
+    def _hear_early(self, now: float) -> list[Step]:
+        """What members have reported since they promised."""
+        early, self._early = self._early, []
+        steps: list[Step] = []
+        for term, event in early:
+            if term == self.election.term:
+                try:
+                    steps += self.coordinate(event, now)
+                except ProtocolViolation as e:
+                    assert isinstance(event, MemberReported)
+                    steps += self.coordinate(MemberLost(event.member, str(e)), now)
+        return steps
+
+    # the vote
+
+    def on_vote(self, event: VoteEvent, now: float) -> list[Step]:
+        """A question of another member, or an answer to one of this member's."""
+        match event:
+            case PromiseAsked(member, term):
+                return self._on_promise_asked(member, term)
+            case AcceptanceAsked(member, term, outcome):
+                return self._on_acceptance_asked(member, term, outcome)
+            case MemberAnswered():
+                return self._on_answer(event, now)
+
+    def _on_acceptance_asked(self, member: int, term: int, outcome: Outcome) -> list[Step]:
+        if self._member.outcome is not None:
+            return [Reply(Knows(self._member.outcome))]
+        accepts = self.election.accept(member, term, outcome)
+        if accepts and member == self.election.leader and self.election.lead is Lead.FOLLOWING:
+            self.election.heard_leader()
+        return [Reply(Accepted() if accepts else Refused(self.election.voter.promised))]
+
+    def _on_promise_asked(self, member: int, term: int) -> list[Step]:
+        election = self.election
+        if self._member.outcome is not None:
+            return [Reply(Knows(self._member.outcome))]
+        is_again = election.lead is Lead.FOLLOWING and election.term == term
+        if election.has_leader and not self._is_over and not is_again:
+            return [Reply(self.answer())]
+        was_candidate = election.lead is Lead.CANDIDATE
+        if not election.promise(member, term):
+            return [Reply(Refused(election.voter.promised))]
+        reply = Reply(self.describe())
+        if self._is_over or is_again:
+            return [reply]
+        left = [StopLeading()] if was_candidate else []
+        return [*left, reply, FollowLeader(member, term), *self._member.ledger.complain_again()]
+
+    def _on_answer(self, event: MemberAnswered, now: float) -> list[Step]:
+        if self._member.phase in DECIDED:
+            return []
+        if isinstance(event.answer, Knows):
+            return [Concluded(event.answer.outcome)]
+        if self._is_over:
+            return []
+        if self.coordinator is not None:
+            return self._on_vote_counted(self.coordinator, event, now)
+        effects = self.election.on_answer(event, now)
+        return [*effects, *self._try_to_lead(now), *self._despair()]
+
+    def _on_vote_counted(self, coordinator: Coordinator, event: MemberAnswered, now: float) -> list[Step]:
+        member, answer = event.member, event.answer
+        if event.term != self.election.term or coordinator.proposed is None:
+            return []
+        if isinstance(answer, Accepted):
+            return list(coordinator.accept(member))
+        if isinstance(answer, Refused) and answer.promised > self.election.term:
+            return self._on_refused(member, now)
+        if event.is_dead or isinstance(answer, NotKnown):
+            self.election.dead.add(member)
+        if member in self.election.dead:
+            return self._despair()
+        return [AskForAcceptance((member,), self.election.term, coordinator.proposed, ASK_AGAIN)]
+
+    def _on_refused(self, member: int, now: float) -> list[Step]:
+        """A member has promised more to another one. That matters if too few are left without it."""
+        self._refused_by.add(member)
+        if self.election.may_be_quorum(self._refused_by | self.election.dead):
+            return []
+        self.coordinator = None
+        self._refused_by.clear()
+        return [StopLeading(), *self._lose_leader("most members follow another leader", now)]
+
+    def _despair(self) -> list[Step]:
+        """Give up, if nobody who lives knows more, or can decide."""
+        if self._is_over:
+            return []
+        if self.coordinator is not None:
+            proposed = self.coordinator.proposed
+            if proposed is None or self.election.may_be_quorum(self.election.dead):
+                return []
+            return [GivenUp(proposed.reason or "too few members live to decide")]
+        hope = self.election.hope
+        if self.election.has_leader or hope is Hope.QUORUM:
+            return []
+        if self._member.phase is not Phase.READY or hope is Hope.NONE:
+            story = f"{self.election.story}; no member that can be reached knows of a decision"
+            return [GivenUp(self._member.failure or story)]
+        return []
