@@ -26,8 +26,6 @@ from lab_peers import Template
 
 ROOT = Path(__file__).parents[2]
 JOURNAL = ROOT / "build" / "chaos.jsonl"
-TRIES = 3
-"""So often a fault is planted until a member comes to its phase in its role."""
 KINDS = ("kill", "term", "stop", "close", "cut")
 
 Entry = Mapping[str, Any]
@@ -83,20 +81,14 @@ class Runs:
 
 def run_one(runs: Runs, trial: Trial) -> tuple[Verdict | None, str]:
     """What came of a fault; None: it did not happen. And all that was said, if it is worth telling."""
-    for _ in range(TRIES):
-        lab = runs.laboratory(trial.is_cut)
-        try:
-            verdict = lab.run(trial)
-        except NotFired:
-            story = lab.story()
-            runs.close()
-            continue
-        if verdict.wrong:
-            story = lab.story()
-            runs.close()
-            return verdict, story
+    lab, verdict = runs.laboratory(trial.is_cut), None
+    with contextlib.suppress(NotFired):
+        verdict = lab.run(trial)
+    if verdict is not None and not verdict.wrong:
         return verdict, ""
-    return None, story
+    story = lab.story()
+    runs.close()
+    return verdict, story
 
 
 def run_all(trials: Sequence[Trial], journal: Journal, stories: Path) -> None:

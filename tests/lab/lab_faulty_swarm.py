@@ -100,8 +100,20 @@ class Laboratory:
     def run(self, trial: Trial) -> Verdict:
         """Have the fault happen, and judge what comes of it.
 
-        :raises NotFired: no member came to the phase in its role
+        Members that remember each other's failures may form two groups, in which nobody has the role. Fresh ones do
+        not: then the fault is planted anew in these.
+
+        :raises NotFired: no fresh member came to the phase in its role either
         """
+        try:
+            return self._try(trial)
+        except NotFired:
+            for member in self.members:
+                member.is_estranged = True
+            self._replace_the_lost()
+            return self._try(trial)
+
+    def _try(self, trial: Trial) -> Verdict:
         self._asked = lambda peer: self._cut(peer, trial)
         for number, member in enumerate(self.members):
             member.value, member.weight = float(2**number), 1.0 + number
@@ -115,7 +127,7 @@ class Laboratory:
         finally:
             record.touch()  # what has not happened will not happen any more
             self._wait_for_timers()
-            self._replace_the_dead()
+            self._replace_the_lost()
 
     def _run(self, trial: Trial, tag: str, record: Path) -> Verdict:
         for member in self._candidates(trial):
@@ -125,7 +137,7 @@ class Laboratory:
             self.members[-1].do("load", tag=tag, timeout=STEP_TIMEOUT)
         else:
             self._step(self.members, tag, STEP_TIMEOUT, require_trigger=trial.phase == "waiting")
-        fired_at, victim = self._wait_until_fired(record)
+        fired_at, victim = self._wait_until_fired(record, tag)
         victim.is_broken = trial.is_fatal
         if trial.action == "stop":
             self._later(trial.seconds, lambda: victim.signal(signal.SIGCONT))
@@ -174,10 +186,11 @@ class Laboratory:
         )
         member.expect("planted", time.monotonic() + END_LIMIT)
 
-    def _wait_until_fired(self, record: Path) -> tuple[float, FaultyPeer]:
+    def _wait_until_fired(self, record: Path, tag: str) -> tuple[float, FaultyPeer]:
         deadline = time.monotonic() + FIRE_LIMIT
         while not record.exists():
-            if time.monotonic() > deadline:
+            is_over = all(member.hear("done", 0.0, tag=tag) for member in self.members)
+            if (is_over and not record.exists()) or time.monotonic() > deadline:
                 raise NotFired("no member came to this phase in this role")
             threading.Event().wait(0.003)
         told = json.loads(record.read_text())
@@ -197,7 +210,7 @@ class Laboratory:
         endings = [self._ending(member, tag, deadline) for member in others]
         ends = [one.said["time"] for one in endings if one.said is not None]
         averaged = sum(one.committed for one in endings)
-        verdict = Verdict(trial, len(others), averaged, max(ends, default=deadline) - fired_at)
+        verdict = Verdict(trial, len(others), averaged, max([fired_at, *ends]) - fired_at)
         verdict.wrong += find_late(endings, deadline)
         if trial.is_fatal:
             # A user's process that is gone, or about to go, says nothing.
@@ -331,7 +344,8 @@ class Laboratory:
         }
         return FaultyPeer(name, self._template, program, machine)
 
-    def _replace_the_dead(self) -> None:
+    def _replace_the_lost(self) -> None:
+        """Members that are dead, or estranged from the others, make room for new ones."""
         for place, member in enumerate(self.members):
             if len(member.alive()) == 2 and not (member.is_broken or member.is_estranged):
                 continue
@@ -344,8 +358,11 @@ class Laboratory:
             self.members[place].enlist()
 
     def processes_left(self) -> list[int]:
-        """Processes of peers that have ended; there should be none."""
+        """Processes of peers that were ended, and that run on; there should be none."""
         pids = [pid for peer in self._ended for pid in (peer.user, peer.background)]
+        deadline = time.monotonic() + END_LIMIT
+        while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
+            threading.Event().wait(0.01)  # SIGKILL takes a moment
         return [pid for pid in pids if is_running(pid)]
 
     def close(self) -> None:
