@@ -150,7 +150,10 @@ def cell(entries: Sequence[Entry], phase: str, kind: str) -> str:
     own = [
         one
         for one in entries
-        if one["fired"] and one["trial"]["phase"] == phase and one["trial"]["action"].split()[0] == kind
+        if one["fired"]
+        and one["survivors"]
+        and one["trial"]["phase"] == phase
+        and one["trial"]["action"].split()[0] == kind
     ]
     if not own:
         return ""
