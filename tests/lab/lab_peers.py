@@ -30,7 +30,9 @@ class Template:
         program = Path(__file__).with_name("lab_template.py")
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, str(program), str(theirs.fileno())], pass_fds=[theirs.fileno()]
+                [sys.executable, str(program), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl+C is for the tests, which end it in order
             )
 
     def start(self, machine: Machine | None, program: dict[str, Any], stdin: int, stdout: int) -> int:
