@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -266,6 +267,11 @@ class Host:
         """Whether a connection to ``peer`` stands."""
         connections = self._connections.to(peer)
         return connections is not None and connections.is_connected
+
+    def last_sign(self, peer: PeerID) -> float:
+        """When ``peer`` last showed life on a connection that stands, in seconds of the loop; -inf: none stands."""
+        connections = self._connections.to(peer)
+        return -math.inf if connections is None else connections.last_sign
 
     def incarnation(self, peer: PeerID) -> int | None:
         """The number that the process of ``peer`` drew when it started, as last seen; None if it was not met.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 from shoal.p2p.connection import Connection
 from shoal.p2p.identity import PeerID
@@ -28,6 +29,13 @@ class PeerConnections:
     def is_connected(self) -> bool:
         """Whether a connection of any kind stands."""
         return any(connection.is_open for connection in self.all())
+
+    @property
+    def last_sign(self) -> float:
+        """When the peer last showed life on a connection that stands, in seconds of the loop; -inf: none stands."""
+        return max(
+            (connection.vigil.last_sign for connection in self.all() if connection.is_open), default=-math.inf
+        )
 
     def all(self) -> list[Connection]:
         """Every connection, the best one for control first."""

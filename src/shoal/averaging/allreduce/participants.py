@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -55,9 +56,9 @@ class RoundCore:
     core: AllReduce
     feed: Feed
     """Hands an event to the core and carries out what follows."""
-    failures: dict[int, bool] = field(default_factory=dict)
-    """Members to which the connection was lost, or that never opened a stream to this one though they had to; and
-    whether a connection to each stood right after that."""
+    failures: dict[int, float] = field(default_factory=dict)
+    """Members to which the connection was lost, or that never opened a stream to this one though they had to; and when
+    that was noticed, in seconds of the loop."""
 
     @property
     def is_over(self) -> bool:
@@ -80,16 +81,16 @@ class RoundCore:
 
     def note_silence(self, member: int) -> None:
         """Nothing comes from ``member``, or reaches it."""
-        self.failures[member] = self.host.is_connected(self.peers[member])
+        self.failures[member] = asyncio.get_running_loop().time()
 
     def unreached(self) -> list[PeerID]:
-        """Members that failed in that way, and to which no connection was made since: a broken one may be an
-        accident, and a new one says that there is a route.
+        """Members that failed in that way, and showed no life since: a connection may break by accident, and a sign of
+        life says that there is a route.
         """
         return [
             self.peers[member]
-            for member, was_connected in sorted(self.failures.items())
-            if was_connected or not self.host.is_connected(self.peers[member])
+            for member, noticed in sorted(self.failures.items())
+            if self.host.last_sign(self.peers[member]) <= noticed
         ]
 
     def feed_from(self, event: Event, on_violation: Callable[[str], Event]) -> None:
