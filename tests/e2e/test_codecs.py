@@ -178,7 +178,14 @@ def test_a_users_codec_that_fails_fails_its_own_member_by_name(swarm: Swarm, val
     register_codec(codec)
     tensors = [torch.full((10_000,), each) for each in (1.0, 1.0, value)]
     averagers = [
-        swarm.peer([tensor], size=3, compression=codec, bandwidth=0.0 if index == 2 else None)
+        swarm.peer(
+            [tensor],
+            size=3,
+            min_group_size=2,
+            min_matchmaking_time=3.0,
+            compression=codec,
+            bandwidth=0.0 if index == 2 else None,
+        )
         for index, tensor in enumerate(tensors)
     ]
     controls = [averager.step(wait=False, timeout=10.0, allow_retries=False) for averager in averagers]

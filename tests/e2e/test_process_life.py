@@ -54,8 +54,10 @@ class Script:
 
     def end(self) -> tuple[int, str, str]:
         """Exit status, what is left of the output, and errors; waits for the end."""
-        out, errors = self.process.communicate(timeout=LIMIT)
-        return self.process.returncode, out, errors
+        assert self.process.stdout is not None
+        rest = self.process.stdout.read()  # what readline() has read ahead is lost to communicate()
+        _, errors = self.process.communicate(timeout=LIMIT)
+        return self.process.returncode, rest, errors
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from shoal.averaging.group import MAX_LOST
 from shoal.averaging.matchmaking.memory import (
     AVOIDED_AT_MOST,
     AVOIDED_FOR,
+    FORGIVEN_ONCE,
     HALF_LIFE,
     MAX_REMEMBERED,
     SEVERAL,
@@ -31,7 +32,7 @@ def avoided_for(known: FailureMemory, peer: PeerID, now: float) -> float:
     return next(float(later) for later in range(10_000) if peer not in known.avoided(now + later))
 
 
-@pytest.mark.parametrize("fault", Fault)
+@pytest.mark.parametrize("fault", sorted(set(Fault) - FORGIVEN_ONCE, key=str))
 def test_one_failure_is_over_after_the_time_that_it_is_worth(fault: Fault):
     known = memory()
     known.note(A, fault, 5.0)
@@ -46,16 +47,24 @@ def test_each_further_failure_doubles_the_time():
     now, lengths = 0.0, []
     known = memory()
     for _ in range(4):
-        known.note(A, Fault.EXCLUDED, now)
+        known.note(A, Fault.STALLED, now)
         lengths.append(avoided_for(known, A, now))
-    assert lengths == [10.0, 20.0, 40.0, 80.0]
+    assert lengths == [20.0, 40.0, 80.0, 160.0]
+
+
+def test_a_first_exclusion_is_forgiven_and_a_second_is_not():
+    known = memory()
+    known.note(A, Fault.EXCLUDED, 0.0)
+    assert known.avoided(0.0) == ()
+    known.note(A, Fault.EXCLUDED, 1.0)
+    assert avoided_for(known, A, 1.0) == AVOIDED_FOR[Fault.EXCLUDED]
 
 
 def test_a_peer_that_fails_whenever_it_is_asked_costs_little_time_and_less():
     """Asked again as soon as it is avoided no more, it fails 15 times in half an hour, and not 180 times."""
     known, now, failures = memory(), 0.0, 0
     while now < 1800.0:
-        known.note(A, Fault.EXCLUDED, now)
+        known.note(A, Fault.STALLED, now)
         failures += 1
         now += avoided_for(known, A, now)
     assert failures <= 15
@@ -71,41 +80,41 @@ def test_nobody_is_avoided_for_ever():
 
 def test_failures_fade():
     known = memory()
-    known.note(A, Fault.EXCLUDED, 0.0)
+    known.note(A, Fault.STALLED, 0.0)
     late = 10 * HALF_LIFE
-    known.note(A, Fault.EXCLUDED, late)
-    assert avoided_for(known, A, late) == pytest.approx(AVOIDED_FOR[Fault.EXCLUDED], abs=1.0)
+    known.note(A, Fault.STALLED, late)
+    assert avoided_for(known, A, late) == pytest.approx(AVOIDED_FOR[Fault.STALLED], abs=1.0)
 
 
 def test_a_round_that_commits_ends_it_and_halves_what_is_remembered():
     known = memory()
     for _ in range(3):
-        known.note(A, Fault.EXCLUDED, 0.0)
-    known.note(B, Fault.EXCLUDED, 0.0)
+        known.note(A, Fault.STALLED, 0.0)
+    known.note(B, Fault.STALLED, 0.0)
     known.forgive([A], 1.0)
     assert known.avoided(1.0) == (B,)
-    known.note(A, Fault.EXCLUDED, 1.0)
-    assert avoided_for(known, A, 1.0) == pytest.approx(10.0 * 2**1.5, abs=1.0)
+    known.note(A, Fault.STALLED, 1.0)
+    assert avoided_for(known, A, 1.0) == pytest.approx(20.0 * 2**1.5, abs=1.0)
 
 
 class TestWordsOfOthers:
     def test_one_alone_is_not_believed_however_often_it_says_so(self):
         known = memory()
         for now in range(10):
-            known.hear(A, Fault.EXCLUDED, float(now), told_by=B)
+            known.hear(A, Fault.STALLED, float(now), told_by=B)
         assert known.avoided(10.0) == ()
 
     def test_several_are_believed(self):
         known = memory()
         for number in range(SEVERAL):
             assert known.avoided(0.0) == ()
-            known.hear(A, Fault.EXCLUDED, 0.0, told_by=PEERS[1 + number])
+            known.hear(A, Fault.STALLED, 0.0, told_by=PEERS[1 + number])
         assert known.avoided(0.0) == (A,)
 
     def test_what_was_said_long_ago_does_not_count(self):
         known = memory()
-        known.hear(A, Fault.EXCLUDED, 0.0, told_by=B)
-        known.hear(A, Fault.EXCLUDED, HALF_LIFE + 1.0, told_by=C)
+        known.hear(A, Fault.STALLED, 0.0, told_by=B)
+        known.hear(A, Fault.STALLED, HALF_LIFE + 1.0, told_by=C)
         assert known.avoided(HALF_LIFE + 1.0) == ()
 
 
@@ -145,9 +154,9 @@ class TestConnections:
         for now in range(0, 40, 4):
             known.note(A, Fault.UNANSWERED, float(now))
         known.note(A, Fault.UNREACHED, 40.0)
-        known.note(A, Fault.EXCLUDED, 40.0)
+        known.note(A, Fault.STALLED, 40.0)
         connected.add(A)
-        assert avoided_for(known, A, 40.0) == AVOIDED_FOR[Fault.EXCLUDED]
+        assert avoided_for(known, A, 40.0) == AVOIDED_FOR[Fault.STALLED]
 
     def test_a_connection_makes_up_for_nothing_else(self):
         connected: set[PeerID] = set()
@@ -194,7 +203,7 @@ def test_memory_is_bounded():
     ]
     for peer in peers:
         known.note(peer, Fault.UNREACHED, 0.0)
-        known.hear(peer, Fault.EXCLUDED, 0.0, told_by=A)
+        known.hear(peer, Fault.STALLED, 0.0, told_by=A)
     remembered = [peer for peer in peers if known.avoids(peer, Fault.UNREACHED, 1.0)]
     assert remembered == peers[-MAX_REMEMBERED:]
 
@@ -220,10 +229,10 @@ def test_whatever_happens_is_over_in_time_and_forgotten(
                 known.forgive([peer], now)
                 assert peer not in known.avoided(now)
             case "hear":
-                known.hear(peer, Fault.EXCLUDED, now, told_by=member)
+                known.hear(peer, Fault.STALLED, now, told_by=member)
             case Fault():
                 known.note(peer, what, now)
-                assert peer in known.avoided(now)
+                assert peer in known.avoided(now) or what in FORGIVEN_ONCE
     assert known.avoided(now + AVOIDED_AT_MOST) == ()
     known.avoided(now + 20 * HALF_LIFE)
     assert known._failures == {}

@@ -29,6 +29,8 @@ def test_codes_never_change():
         "not_a_member",
         "excluded",
         "round_failed",
+        "void",
+        "not_leading",
         "not_sharing",
         "state_failed",
         "replaced",

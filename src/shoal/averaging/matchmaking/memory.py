@@ -69,8 +69,10 @@ _WORDS = {
 OF_THE_ROUTE = frozenset({Fault.UNREACHED, Fault.UNANSWERED})
 """Where there is no route there is no answer either: a connection that comes back makes up for both."""
 AVOIDED_FOR = {Fault.UNREACHED: 60.0, Fault.STALLED: 20.0, Fault.UNANSWERED: 5.0, Fault.EXCLUDED: 10.0}
-"""Seconds for which a peer is avoided after it failed for the first time. A peer that was only stopped for a moment is
-soon back."""
+"""Seconds for which a peer is avoided after it failed for the first time that counts."""
+
+FORGIVEN_ONCE = frozenset({Fault.EXCLUDED})
+"""A peer that was stopped for a moment, or whose step was cancelled, is back at once. Only a second time counts."""
 
 
 @dataclass
@@ -88,8 +90,13 @@ class _Seen:
     def add(self, fault: Fault, now: float) -> None:
         before = self.faded(now)
         self.score, self.scored_at = before + 1.0, now
+        times = before
+        if fault in FORGIVEN_ONCE:
+            times = before - 1.0
+            if before < 0.5:
+                return
         # Failures fade, but how fast they can come is not bounded, and so neither is the score.
-        seconds = AVOIDED_FOR[fault] * math.pow(2.0, min(before, 16.0))
+        seconds = AVOIDED_FOR[fault] * math.pow(2.0, min(times, 16.0))
         self.until = now + min(seconds, AVOIDED_AT_MOST)
 
     def forgive(self, now: float) -> None:
