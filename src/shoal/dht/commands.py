@@ -1,4 +1,4 @@
-"""What the host process asks of the DHT in its background process: a closed set of commands."""
+"""What the user's process asks of the DHT in its background process: a closed set of commands."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DHTSetup:
     config: DHTConfig
     validators: bytes
     clock_offset: float = 0.0
-    """Of DHT time in the host process, so that both begin with the same."""
+    """Of DHT time in the user's process, so that both begin with the same."""
 
 
 @dataclass(frozen=True)

@@ -133,15 +133,15 @@ class DHTService:
         return ClockReading(self.node.clock.offset, self.node.clock.moves)
 
     def _clock_moved(self) -> None:
-        self._tasks.start(self._tell_time(self._read_clock()), "tell the host the time")
+        self._tasks.start(self._tell_time(self._read_clock()), "tell the user's process the time")
 
     async def _tell_time(self, reading: ClockReading) -> None:
-        with contextlib.suppress(BrokenPipeError):  # the host is gone
+        with contextlib.suppress(BrokenPipeError):  # the user's process is gone
             await self._context.call_user(reading)
 
 
 async def create_dht_service(setup: DHTSetup, context: ServiceContext) -> DHTService:
-    """The factory that the host sends by reference.
+    """The factory that the user's process sends by reference.
 
     :raises InvalidValueError: an address cannot be listened on (in use, not of this machine, not allowed)
     :raises BootstrapError: no initial peer answered

@@ -67,9 +67,9 @@ class Driver(Generic[E, F]):
         try:
             while self._queue:
                 self._take_turn(self._queue.popleft())
-        finally:
+        finally:  # an event that breaks the protocol takes no deadline of others along
             self._is_busy = False
-        self._set_timer()
+            self._set_timer()
 
     def close(self) -> None:
         """Drop the timer: from now on the core hears only what it is told. Idempotent."""

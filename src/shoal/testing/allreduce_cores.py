@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from shoal.averaging.allreduce.assignment import Assignment, Repair, Span, SpanId
+from shoal.averaging.allreduce.assignment import Repair, Span, SpanId
 from shoal.averaging.allreduce.commit import answer_question
 from shoal.averaging.allreduce.core import AllReduce
 from shoal.averaging.allreduce.effects import (
@@ -822,8 +822,3 @@ class Cores:
                         f"part {part} at {me} is {sorted(value)}, and should be {sorted(expected[part])}: "
                         f"{self.describe()}; {self.log}"
                     )
-
-
-def assignment_of(cores: Cores, member: int) -> Assignment:
-    """The assignment that a member knows, for tests."""
-    return cores.members[member].core.ledger.assignment

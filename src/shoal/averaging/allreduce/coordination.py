@@ -198,9 +198,10 @@ class Coordinator:
             return []
         match event:
             case MemberReported(member, report):
+                effects = self._on_report(member, report, seconds, now)
                 if isinstance(report, AveragesReceived):
-                    self._clocks.stop(member)
-                return self._on_report(member, report, seconds, now)
+                    self._clocks.stop(member)  # it starts again below
+                return effects
             case MemberLost(member, reason):
                 return self._on_gone(member, "exchange", seconds, reason, now)
             case JoinTimedOut(member, reason):

@@ -181,7 +181,7 @@ class AllReduce:
         match event:
             case PromiseAsked() | AcceptanceAsked() | MemberAnswered():
                 return self.decision.on_vote(event, now)
-            case OutcomeReceived(outcome):
+            case OutcomeReceived(outcome) if self.phase in OVER:
                 return [Concluded(outcome)] if self.outcome is None else []
             case _ if self.phase in OVER:
                 return []
@@ -335,11 +335,16 @@ class AllReduce:
             case JoinTimedOut() | MemberReported():
                 return self.decision.coordinate(event, now)
             case ExclusionReceived(excluded, term):
-                return self._on_exclusion(excluded, now) if self.decision.hears(term) else []
+                return self._hear(self._on_exclusion(excluded, now)) if self.decision.hears(term) else []
             case RepairReceived(order, term):
-                return self._on_repair(order, now) if self.decision.hears(term) else []
+                return self._hear(self._on_repair(order, now)) if self.decision.hears(term) else []
             case OutcomeReceived(outcome):
                 return [Concluded(outcome)]
+
+    def _hear(self, steps: list[Step]) -> list[Step]:
+        """A word of the leader was taken in: it leads."""
+        self.election.heard_leader()
+        return steps
 
     def _on_withdrawn(self, reason: str, now: float) -> list[Step]:
         if self.decision.coordinator is not None:

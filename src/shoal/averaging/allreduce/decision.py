@@ -228,10 +228,7 @@ class Decision:
 
     def hears(self, term: int) -> bool:
         """Whether the word of the leader of ``term`` counts."""
-        if term != self.election.term or self.election.lead is not Lead.FOLLOWING:
-            return False
-        self.election.heard_leader()
-        return True
+        return term == self.election.term and self.election.lead is Lead.FOLLOWING
 
     def lose(self, member: int, reason: str, now: float) -> list[Step]:
         """The connection to a member ended."""

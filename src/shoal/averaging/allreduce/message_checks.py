@@ -11,6 +11,7 @@ import math
 import msgspec
 
 from shoal.averaging.allreduce.assignment import Epoch, Repair, SpanId
+from shoal.averaging.allreduce.events import Phase
 from shoal.averaging.allreduce.messages import (
     EXCLUSION_PHASES,
     Answer,
@@ -27,6 +28,7 @@ from shoal.averaging.allreduce.messages import (
     SenderExcluded,
     SpanAveraged,
     StandsAside,
+    Undecided,
     is_weight,
     reason_text,
 )
@@ -99,7 +101,10 @@ def check_answer(answer: Answer, size: int) -> Answer:
             return Knows(check_outcome(outcome, size))
         case Refused(promised):
             _check(0 <= promised < MAX_NUMBER, f"the term {promised}")
-        case Promised(_, weight, failure, orders, spans, accepted, floor):
+        case Undecided(phase):
+            _check(phase in Phase.__members__, "an unknown phase")
+        case Promised(phase, weight, failure, orders, spans, accepted, floor):
+            _check(phase in Phase.__members__, "an unknown phase")
             _check(weight is None or is_weight(weight), f"weight {weight}")
             _check(0 <= floor < MAX_NUMBER, f"the term {floor}")
             for order in orders:

@@ -27,7 +27,7 @@ class _Pair:
 
 
 @dataclass(frozen=True)
-class Fault:
+class Culprit:
     """A member at fault, and why. ``is_slow``: it is there, and can contribute, but should own nothing."""
 
     member: int
@@ -60,7 +60,7 @@ class Pairs:
         for pair in self._waiting.values():
             pair.since += seconds
 
-    def judge(self, now: float, out: Collection[int], roles: Roles) -> list[Fault]:
+    def judge(self, now: float, out: Collection[int], roles: Roles) -> list[Culprit]:
         """Take the pairs of which it has been known for long enough as broken, unless one of them is lost.
 
         :param out: members that the round goes on without
@@ -70,7 +70,7 @@ class Pairs:
             return []
         self._broken |= self._waiting  # what is known of a later one belongs to the picture
         self._waiting.clear()
-        faults: list[Fault] = []
+        faults: list[Culprit] = []
         gone = set(out)
         while True:
             counts = Counter(member for pair in self._living(gone) for member in pair)
@@ -85,12 +85,12 @@ class Pairs:
             else:
                 gone.add(worst)
 
-    def _describe(self, member: int, gone: Collection[int], roles: Roles) -> Fault:
+    def _describe(self, member: int, gone: Collection[int], roles: Roles) -> Culprit:
         pairs = [self._broken[pair] for pair in self._living(gone) if member in pair]
         if all(pair.slow == member for pair in pairs):
-            return Fault(member, pairs[0].reason, is_slow=True)
+            return Culprit(member, pairs[0].reason, is_slow=True)
         others = ", ".join(roles.name(one) for one in sorted(self._partners(member, gone)))
-        return Fault(member, f"it cannot talk with several members: {others}", is_slow=False)
+        return Culprit(member, f"it cannot talk with several members: {others}", is_slow=False)
 
     def has(self, member: int, out: Collection[int]) -> bool:
         """Whether there is a living member that ``member`` cannot talk with."""

@@ -1,6 +1,6 @@
 """The joiner's side in the background process: gets one state from whichever donor can give it, whole and verified.
 
-The asyncio shell of :mod:`.choice`. Chunks that travel as they are arrive in the memory that the host will see;
+The asyncio shell of :mod:`.choice`. Chunks that travel as they are arrive in memory that the user's process sees;
 others are decoded there. Hashing and decoding follow on a thread. What has come of a donor's state is kept while its
 connection is made again, and dropped with the donor.
 """
