@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from shoal.averaging.allreduce.assignment import Repair, Span, SpanId
-from shoal.averaging.allreduce.commit import answer_question
+from shoal.averaging.allreduce.commit import answer_question, to_event
 from shoal.averaging.allreduce.core import AllReduce
 from shoal.averaging.allreduce.effects import (
     AnnounceExclusion,
@@ -121,6 +121,16 @@ class _Stream:
 
     def other(self, member: int) -> int:
         return self.server if member == self.opener else self.opener
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question of one member to others."""
+
+    by: int
+    question: Question
+    term: int | None
+    burials: int = 0
 
 
 @dataclass(eq=False)
@@ -461,12 +471,12 @@ class Cores:
                 self._announce(me, order)
             case AnnounceOutcome(outcome):
                 self._announce(me, outcome)
-            case AskForOutcome(members, delay):
-                self._ask(me, members, AskOutcome(PREFIX, GROUP), None, delay)
-            case AskForPromise(members, term, delay):
-                self._ask(me, members, Prepare(PREFIX, GROUP, term), term, delay)
+            case AskForOutcome(members, delay, burials):
+                self._ask(members, _Asked(me, AskOutcome(PREFIX, GROUP), None, burials), delay)
+            case AskForPromise(members, term, delay, burials):
+                self._ask(members, _Asked(me, Prepare(PREFIX, GROUP, term), term, burials), delay)
             case AskForAcceptance(members, term, outcome, delay):
-                self._ask(me, members, Propose(PREFIX, GROUP, term, outcome), term, delay)
+                self._ask(members, _Asked(me, Propose(PREFIX, GROUP, term, outcome), term), delay)
             case Reply():
                 raise Violation("an answer that nobody asked for")
             case Finish():
@@ -697,58 +707,58 @@ class Cores:
 
     # questions
 
-    def _ask(
-        self, me: int, members: tuple[int, ...], question: Question, term: int | None, delay: float
-    ) -> None:
+    def _ask(self, members: tuple[int, ...], asked: _Asked, delay: float) -> None:
         for member in members:
-            self.later(delay, lambda m=member: self._do(me, lambda: self._put(me, m, question, term)))  # type: ignore[misc]
+            self.later(delay, lambda m=member: self._do(asked.by, lambda: self._put(m, asked)))  # type: ignore[misc]
 
-    def _put(self, me: int, member: int, question: Question, term: int | None) -> None:
-        one, asked = self.members[me], self.members[member]
-        if one.core.phase in DECIDED:
+    def _put(self, member: int, asked: _Asked) -> None:
+        """A question leaves its asker."""
+        me, other = asked.by, self.members[member]
+        if self.members[me].core.phase in DECIDED:
             return
-        is_cut = (me, member) in self.cuts or (member, me) in self.cuts
         can_reach = self.serves[member] or self.serves[me]
-
-        def miss(*, refused: bool) -> None:
-            is_dead = False
-            if refused and self.serves[member]:
-                since = one.refused_since.setdefault(member, self.now)
-                is_dead = self.now - since >= REFUSED_FOR
-            else:
-                one.refused_since.pop(member, None)
-            self._feed(me, MemberAnswered(member, term, None, is_dead))
-
-        if is_cut or asked.frozen_until > self.now:
-            self.later(ASK_TIMEOUT, lambda: self._do(me, lambda: miss(refused=False)))
-        elif not asked.is_alive or not can_reach:
-            self.later(self.delay(), lambda: self._do(me, lambda: miss(refused=not asked.is_alive)))
+        if self._is_cut(me, member) or other.frozen_until > self.now:
+            self.later(ASK_TIMEOUT, lambda: self._do(me, lambda: self._miss(member, asked, refused=False)))
+        elif not other.is_alive or not can_reach:
+            refused = not other.is_alive
+            self.later(self.delay(), lambda: self._do(me, lambda: self._miss(member, asked, refused=refused)))
         else:
-            self.later(
-                self.delay(), lambda: self._do(member, lambda: self._answer(me, member, question, term))
-            )
+            self.later(self.delay(), lambda: self._do(member, lambda: self._answer(member, asked)))
 
-    def _answer(self, me: int, member: int, question: Question, term: int | None) -> None:
-        core = self.members[member].core
+    def _is_cut(self, a: int, b: int) -> bool:
+        return (a, b) in self.cuts or (b, a) in self.cuts
+
+    def _miss(self, member: int, asked: _Asked, *, refused: bool) -> None:
+        """A question has found nobody, or its answer was lost."""
+        one, is_dead = self.members[asked.by], False
+        if refused and self.serves[member]:
+            is_dead = self.now - one.refused_since.setdefault(member, self.now) >= REFUSED_FOR
+        else:
+            one.refused_since.pop(member, None)
+        self._feed(asked.by, MemberAnswered(member, asked.term, None, is_dead, asked.burials))
+
+    def _answer(self, member: int, asked: _Asked) -> None:
+        core, me = self.members[member].core, asked.by
         answer: Any
-        if isinstance(question, AskOutcome):
+        if isinstance(asked.question, AskOutcome):
             answer = core.answer()
         elif core.phase in OVER:
-            answer = answer_question(core, question, me, self.now)
+            answer = answer_question(core, asked.question, me, self.now)
         else:
-            answer = self._vote(member, question, me)
-        if (member, me) in self.cuts:
-            self.later(
-                ASK_TIMEOUT, lambda: self._do(me, lambda: self._feed(me, MemberAnswered(member, term, None)))
-            )
+            answer = self._vote(member, asked.question, me)
+        event = MemberAnswered(member, asked.term, answer, burials=asked.burials)
+        self.later(self.delay(), lambda: self._hear_answer(asked, event))
+
+    def _hear_answer(self, asked: _Asked, event: MemberAnswered) -> None:
+        """An answer arrives, unless the link was cut while it was on its way."""
+        me, member = asked.by, event.member
+        if self._is_cut(me, member):
+            self.later(ASK_TIMEOUT, lambda: self._do(me, lambda: self._miss(member, asked, refused=False)))
             return
         self.members[me].refused_since.pop(member, None)
-        event = MemberAnswered(member, term, answer)
-        self.later(self.delay(), lambda: self._do(me, lambda: self._feed(me, event)))
+        self._do(me, lambda: self._feed(me, event))
 
     def _vote(self, member: int, question: Question, asker: int) -> Any:
-        from shoal.averaging.allreduce.commit import to_event
-
         event = to_event(question, asker)
         assert event is not None
         answer = None

@@ -371,7 +371,7 @@ def test_a_member_that_is_not_ready_when_everything_was_averaged_is_awaited_and_
     assert proposed(effects).weights == (1.0, 1.0, 0.0)
 
 
-@pytest.mark.parametrize("counts", [(1, 1), (2,), (3,)])
+@pytest.mark.parametrize("counts", [(1, 1), (2,), (21,)])
 def test_progress_that_is_none_breaks_the_protocol(counts: tuple[int, ...]):
     leader = Member(0, (1, 1, 0))
     *before, last = [MemberReported(2, AveragesReceived(count)) for count in counts]
@@ -632,7 +632,8 @@ def test_exclusions_do_not_shrink_the_quorum():
     for member in (2, 3, 4):
         leader.handle(MemberLost(member, "killed"))
     assert is_proposing(leader.handle(MemberReported(1, Ready(1.0))))
-    assert leader.handle(MemberAnswered(1, 0, Accepted())) == []  # two of five
+    effects = leader.handle(MemberAnswered(1, 0, Accepted()))  # two of five
+    assert not any(isinstance(effect, AnnounceOutcome | Finish) for effect in effects)
     assert leader.phase is Phase.READY
 
 

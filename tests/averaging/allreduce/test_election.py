@@ -24,6 +24,7 @@ from shoal.averaging.allreduce.effects import (
 from shoal.averaging.allreduce.election import STAND, TURN
 from shoal.averaging.allreduce.events import (
     AcceptanceAsked,
+    AverageReceived,
     Event,
     ExclusionReceived,
     Lead,
@@ -31,22 +32,27 @@ from shoal.averaging.allreduce.events import (
     MemberLost,
     MemberReported,
     OutcomeReceived,
+    OwnerLost,
     Phase,
     PromiseAsked,
     RepairReceived,
     Roles,
     RoundTimeouts,
     SnapshotTaken,
+    SpanReceived,
 )
 from shoal.averaging.allreduce.messages import (
     Accepted,
     Excluded,
     Knows,
+    Loss,
     NotKnown,
     Outcome,
+    OwnerFailed,
     Promised,
     Ready,
     Refused,
+    SpanAveraged,
     Undecided,
 )
 from shoal.sansio.core import TimePassed
@@ -296,12 +302,12 @@ def test_a_member_that_is_not_ready_does_not_doubt():
 def test_a_ready_member_fails_when_nobody_that_lives_knows_more_or_can_decide():
     member = Member(2, 4)
     member.handle(MemberLost(0, "killed"), MemberAnswered(0, None, None, is_dead=True))
-    member.handle(MemberAnswered(1, None, Undecided("READY", has_leader=False)))
-    effects = member.handle(MemberAnswered(3, None, NotKnown()))
+    member.handle(MemberAnswered(1, None, Undecided("READY", has_leader=False), burials=1))
+    effects = member.handle(MemberAnswered(3, None, NotKnown(), burials=1))
     assert not any(
         isinstance(effect, Finish) for effect in effects
     )  # that one may have told member 1 before it died
-    effects = member.handle(MemberAnswered(1, None, Undecided("READY", has_leader=False)))
+    effects = member.handle(MemberAnswered(1, None, Undecided("READY", has_leader=False), burials=2))
     assert any(isinstance(effect, Finish) and effect.reason for effect in effects)
     assert member.core.phase is Phase.FAILED
 
@@ -329,3 +335,96 @@ def test_reports_of_a_member_without_a_leader_wait_for_the_next_one():
     assert not any(isinstance(effect, TellLeader) for effect in member.handle(SnapshotTaken(1.0)))
     assert isinstance(answer := reply(member.handle(PromiseAsked(1, 1))), Promised)
     assert (answer.phase, answer.weight) == ("READY", 1.0)
+
+
+def test_a_complaint_of_what_came_after_all_is_not_told_to_a_new_leader():
+    """It would be a lie of a ready member, or break the core that tells it to itself."""
+    core, span = AllReduce(Roles(1, (1, 0, 0), (True,) * 3)), SpanId(0)
+    for event in (SnapshotTaken(1.0), OwnerLost(span, "slow", Loss.TIMED_OUT), MemberLost(0, "killed")):
+        core.handle(event, 0.0)
+    told = TellLeader(OwnerFailed(span, "slow", Loss.TIMED_OUT))
+    assert core.ledger.complain_again() == [told]
+    core.handle(AverageReceived(span, 0), 0.0)
+    core.handle(SpanReceived(SpanAveraged(span, (1.0,) * 3, None, None)), 0.0)
+    assert core.phase is Phase.READY
+    assert core.ledger.complain_again() == []
+
+
+def test_a_complaint_that_a_promise_overtook_makes_no_liar_of_a_ready_member():
+    core = AllReduce(Roles(1, (1, 0, 0), (True,) * 3))
+    for event in (
+        SnapshotTaken(1.0),
+        MemberLost(0, "killed"),
+        MemberAnswered(2, 1, promised(spans=(SpanAveraged(SpanId(0), (1.0,) * 3, None, None),))),
+    ):
+        core.handle(event, 0.0)
+    core.handle(TimePassed(), core.deadline)
+    assert core.election.lead is Lead.LEADING
+    report = OwnerFailed(SpanId(0), "slow", Loss.TIMED_OUT)
+    assert core.handle(MemberReported(2, report), 5.0) == []
+
+
+def test_an_answer_that_was_asked_for_before_a_death_counts_for_nothing():
+    """The member that died may have told the decision to the one that answers, after it had answered."""
+    member = Member(1, 5)
+    member.handle(MemberLost(0, "cut"), *(MemberAnswered(one, None, None, is_dead=True) for one in (3, 4)))
+    member.handle(MemberAnswered(0, None, None, is_dead=True))
+    term = member.core.election.term
+    stale = MemberAnswered(2, term, Undecided("READY", has_leader=False), burials=2)
+    effects = member.handle(stale)
+    assert member.core.phase is Phase.READY
+    (again,) = (one for one in effects if isinstance(one, AskForOutcome | AskForPromise))
+    assert (again.members, again.burials) == ((2,), 3)
+
+
+def propose_with_all(founder: Member) -> None:
+    """All others are ready, so that the founder proposes to commit."""
+    for other in founder.core.roles.others:
+        founder.handle(MemberReported(other, Ready(1.0)))
+    assert founder.core.is_bound
+
+
+def test_a_leader_that_proposed_waits_for_news_of_a_member_that_lives():
+    member = Member(0, 5)
+    propose_with_all(member)
+    for dead in (1, 2, 3):
+        member.handle(MemberAnswered(dead, 0, None, is_dead=True))
+    assert member.core.phase is Phase.READY  # member 4 may know of a decision by another leader
+    member.handle(MemberAnswered(4, 0, Knows(COMMITTED)))
+    assert member.core.phase is Phase.COMMITTED
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count_against_the_doubt():
+    member = Member(0, 3)
+    propose_with_all(member)
+    effects = member.at(member.core.deadline + 300.0).handle(TimePassed(late=300.0))
+    assert member.core.phase is Phase.READY, effects
+    member.handle(MemberAnswered(1, 0, Knows(COMMITTED)))
+    assert member.core.phase is Phase.COMMITTED
+
+
+def test_a_leader_below_an_acceptance_is_not_heard():
+    member = Member(2, 5)
+    member.handle(AcceptanceAsked(1, 6, COMMITTED))
+    assert not member.core.decision.hears(0)
+
+
+@pytest.mark.parametrize("me", [0, 2], ids=["the leader", "a follower"])
+def test_a_member_that_accepts_a_later_leaders_proposal_leaves_the_former_one(me: int):
+    """It would hear neither: not the former one, whose term is over, nor the later one, which it has not joined."""
+    member = Member(me, 5, ready=False)
+    effects = member.handle(AcceptanceAsked(1, 6, COMMITTED))
+    assert reply(effects) == Accepted()
+    assert (StopLeading() in effects) == (me == 0)
+    assert member.lead is Lead.LEADERLESS
+    assert any(isinstance(effect, AskForOutcome) for effect in effects)
+
+
+def test_a_candidate_that_accepts_a_later_leaders_proposal_stands_no_more():
+    member = Member(1, 5)
+    member.handle(MemberLost(0, "killed"))
+    assert member.lead is Lead.CANDIDATE
+    effects = member.handle(AcceptanceAsked(2, 7, COMMITTED))
+    assert reply(effects) == Accepted()
+    assert StopLeading() in effects
+    assert member.lead is Lead.LEADERLESS

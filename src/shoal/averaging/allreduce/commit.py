@@ -46,7 +46,7 @@ from shoal.averaging.allreduce.messages import (
 )
 from shoal.averaging.allreduce.participants import RoundCore
 from shoal.averaging.codes import AveragingCode
-from shoal.errors import PeerUnreachable, ProtocolViolation, RemoteError, ShoalError
+from shoal.errors import DialOutcome, PeerUnreachable, ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.rpc import EndOfStream, Stream
 
 logger = logging.getLogger(__name__)
@@ -207,22 +207,24 @@ class Commitment:
 
     # votes
 
-    async def ask_for_outcome(self, member: int, delay: float) -> None:
+    async def ask_for_outcome(self, member: int, delay: float, burials: int) -> None:
         """Ask a member what it knows of the decision."""
         shared = self._shared
-        await self._ask(member, AskOutcome(shared.prefix, shared.group_id), None, delay)
+        await self._ask(member, AskOutcome(shared.prefix, shared.group_id), None, delay, burials)
 
-    async def ask_for_promise(self, member: int, term: int, delay: float) -> None:
+    async def ask_for_promise(self, member: int, term: int, delay: float, burials: int) -> None:
         """Ask a member for its promise to follow this one."""
         shared = self._shared
-        await self._ask(member, Prepare(shared.prefix, shared.group_id, term), term, delay)
+        await self._ask(member, Prepare(shared.prefix, shared.group_id, term), term, delay, burials)
 
     async def ask_for_acceptance(self, member: int, term: int, outcome: Outcome, delay: float) -> None:
         """Propose an outcome to a member."""
         shared = self._shared
         await self._ask(member, Propose(shared.prefix, shared.group_id, term, outcome), term, delay)
 
-    async def _ask(self, member: int, question: Question, term: int | None, delay: float) -> None:
+    async def _ask(
+        self, member: int, question: Question, term: int | None, delay: float, burials: int = 0
+    ) -> None:
         await asyncio.sleep(delay)
         shared, answer, is_dead = self._shared, None, member in self._left
         if is_dead:
@@ -237,14 +239,14 @@ class Commitment:
             is_dead = self._is_dead(member, e)
         else:
             self._refused_since.pop(member, None)
-        shared.feed(MemberAnswered(member, term, answer, is_dead))
+        shared.feed(MemberAnswered(member, term, answer, is_dead, burials))
 
     def _is_dead(self, member: int, error: Exception) -> bool:
         """Whether nobody has listened at a member's address for so long that its process must have ended.
 
         That an address is not known says nothing: a client cannot be dialed.
         """
-        if not (isinstance(error, PeerUnreachable) and error.dials and error.is_refused):
+        if not (isinstance(error, PeerUnreachable) and error.is_refused and _has_refused(error)):
             self._refused_since.pop(member, None)
             return False
         now = asyncio.get_running_loop().time()
@@ -274,6 +276,11 @@ def to_event(question: Question, member: int) -> PromiseAsked | AcceptanceAsked 
             return AcceptanceAsked(member, term, outcome)
         case AskOutcome():
             return None
+
+
+def _has_refused(error: PeerUnreachable) -> bool:
+    """Whether a machine answered that nobody listens. Where no address can be dialed at all, nothing is known."""
+    return any(dial.outcome is DialOutcome.REFUSED for dial in error.dials)
 
 
 def _check_term(term: int) -> None:

@@ -242,7 +242,7 @@ class Coordinator:
     def awaited(self) -> set[int]:
         """Members that hold up the decision though every span has been averaged: all owners said so, or the leader
         itself, which is ready, holds all averages. An excluded or auxiliary leader never does: then it counts that
-        somebody else is ready, or that everybody has sent what the leader averages, so that whoever is alive says how
+        somebody else is ready, or that everybody has sent what the leader averages, so that each living member says how
         it gets on.
         """
         if self.proposed is not None:
@@ -294,7 +294,8 @@ class Coordinator:
         return self._hear_weight(member, member, weight) or self._settle(now)
 
     def _on_progress(self, member: int, count: int) -> list[Effect]:
-        parts = sum(self.roles.parts_owned) * (len(self.assignment.orders) + 1)
+        # Of all repairs that there can be: it may have followed a leader that ordered others than this one knows.
+        parts = sum(self.roles.parts_owned) * (MAX_REPAIRS * self.roles.size + 1)
         if not self._received.get(member, 0) < count <= parts:
             raise ProtocolViolation(
                 f"{self.roles.name(member)} took {count} averages, out of turn or too many"
@@ -340,11 +341,12 @@ class Coordinator:
         roles, span = self.roles, self.assignment.by_id.get(report.span)
         if span is None:
             return []
-        if member in self._ready or span.owner == member:
+        if span.owner == member or (member in self._ready and not self.term):
             raise ProtocolViolation(
                 f"{roles.name(member)} misses averages that it has or that nobody owes it"
             )
-        if member in self._excluded:
+        if member in self._excluded or member in self._ready:
+            # Ready in a later term: it complained to the former leader, and its promise overtook the complaint.
             return []
         story = f"it got no averages from {roles.name(span.owner)}: {report.reason}"
         if report.loss is Loss.UNDIALABLE:

@@ -1,5 +1,5 @@
-"""One round of butterfly all-reduce, as seen by one member: who owes which part to whom, who is excluded, and
-whether the round commits.
+"""One round of butterfly all-reduce, as seen by one member: which parts the members owe each other, who is excluded,
+and whether the round commits.
 
 Theory of operation
 -------------------

@@ -57,6 +57,8 @@ from shoal.sansio.core import NEVER, TimePassed
 
 SLOWER = 4
 """The leader may wait for members whose links are so many times slower, before others look for another leader."""
+ASK_OTHERS_AGAIN = 1.0
+"""Seconds after which a leader asks a member again that has voted."""
 GIVE_UP_AFTER = 15.0
 """Seconds without a leader after which a member that is not ready gives up."""
 
@@ -202,7 +204,7 @@ class Decision:
             return list(self.coordinator.handle(event, now))
         if self.election.lead is Lead.CANDIDATE:
             self._early.append((self.election.term, event))
-        elif not self.election.term:
+        elif not self.election.term and self.roles.me:
             raise ProtocolViolation("a member reported to one that does not lead")
         return []  # or it does not lead any more
 
@@ -228,7 +230,8 @@ class Decision:
 
     def hears(self, term: int) -> bool:
         """Whether the word of the leader of ``term`` counts."""
-        return term == self.election.term and self.election.lead is Lead.FOLLOWING
+        is_leader = term == self.election.term and self.election.lead is Lead.FOLLOWING
+        return is_leader and term >= self.election.voter.promised
 
     def lose(self, member: int, reason: str, now: float) -> list[Step]:
         """The connection to a member ended."""
@@ -254,6 +257,9 @@ class Decision:
 
     def on_time(self, late: float, now: float) -> list[Step]:
         """Time has passed; ``late`` seconds of it do not count."""
+        if late:
+            self._waits_since += late + CATCH_UP
+            self.election.shift(late + CATCH_UP)
         steps: list[Step] = []
         if self.coordinator is not None:
             steps += self.coordinate(TimePassed(late + CATCH_UP if late else 0.0), now)
@@ -290,9 +296,9 @@ class Decision:
             return [Doubted(f"{story}; others may have decided")]
         return [GivenUp(self._member.failure or f"{story}; no other leader was found")]
 
-    def _lose_leader(self, story: str, now: float) -> list[Step]:
+    def _lose_leader(self, story: str, now: float, *, others_first: bool = False) -> list[Step]:
         is_first = self.election.since == NEVER  # else a candidate may just have stepped down
-        effects = self.election.lose_leader(story, now)
+        effects = self.election.lose_leader(story, now, others_first=others_first)
         without = self.election.lost | self.election.dead
         is_ready = self._member.phase is Phase.READY
         if is_first and not is_ready and not self.election.may_be_quorum(without):
@@ -342,17 +348,30 @@ class Decision:
             case PromiseAsked(member, term):
                 return self._on_promise_asked(member, term)
             case AcceptanceAsked(member, term, outcome):
-                return self._on_acceptance_asked(member, term, outcome)
+                return self._on_acceptance_asked(member, term, outcome, now)
             case MemberAnswered():
                 return self._on_answer(event, now)
 
-    def _on_acceptance_asked(self, member: int, term: int, outcome: Outcome) -> list[Step]:
+    def _on_acceptance_asked(self, member: int, term: int, outcome: Outcome, now: float) -> list[Step]:
         if self._member.outcome is not None:
             return [Reply(Knows(self._member.outcome))]
-        accepts = self.election.accept(member, term, outcome)
-        if accepts and member == self.election.leader and self.election.lead is Lead.FOLLOWING:
+        if not self.election.accept(member, term, outcome):
+            return [Reply(Refused(self.election.voter.promised))]
+        if term == self.election.term and self.election.lead is Lead.FOLLOWING:
             self.election.heard_leader()
-        return [Reply(Accepted() if accepts else Refused(self.election.voter.promised))]
+        elif self.election.has_leader and not self._is_over:
+            # Of the leader whose term this member has followed, or led, nothing counts any more.
+            return [Reply(Accepted()), *self._depose(f"{self.roles.name(member)} leads in a later term", now)]
+        elif self.election.lead is Lead.CANDIDATE and not self._is_over:
+            return [Reply(Accepted()), *self.election.step_down(now)]
+        return [Reply(Accepted())]
+
+    def _depose(self, story: str, now: float) -> list[Step]:
+        """The leader that this member follows, or is itself, is one no more."""
+        led = [StopLeading()] if self.coordinator is not None else []
+        self.coordinator = None
+        self._refused_by.clear()
+        return [*led, *self._lose_leader(story, now, others_first=True)]
 
     def _on_promise_asked(self, member: int, term: int) -> list[Step]:
         election = self.election
@@ -386,24 +405,27 @@ class Decision:
         member, answer = event.member, event.answer
         if event.term != self.election.term or coordinator.proposed is None:
             return []
-        if isinstance(answer, Accepted):
-            return list(coordinator.accept(member))
-        if isinstance(answer, Refused) and answer.promised > self.election.term:
-            return self._on_refused(member, now)
         if event.is_dead or isinstance(answer, NotKnown):
             self.election.dead.add(member)
         if member in self.election.dead:
             return self._despair()
-        return [AskForAcceptance((member,), self.election.term, coordinator.proposed, ASK_AGAIN)]
+        steps: list[Step] = []
+        if isinstance(answer, Accepted):
+            steps += coordinator.accept(member)
+        elif isinstance(answer, Refused) and answer.promised > self.election.term:
+            steps += self._on_refused(member, now)
+        if coordinator.outcome is not None or self.coordinator is None:
+            return steps
+        # Once more, also one that has accepted: the decision may become known there by another leader.
+        again = ASK_AGAIN if answer is None or isinstance(answer, Undecided) else ASK_OTHERS_AGAIN
+        return [*steps, AskForAcceptance((member,), self.election.term, coordinator.proposed, again)]
 
     def _on_refused(self, member: int, now: float) -> list[Step]:
         """A member has promised more to another one. That matters if too few are left without it."""
         self._refused_by.add(member)
         if self.election.may_be_quorum(self._refused_by | self.election.dead):
             return []
-        self.coordinator = None
-        self._refused_by.clear()
-        return [StopLeading(), *self._lose_leader("most members follow another leader", now)]
+        return self._depose("most members follow another leader", now)
 
     def _despair(self) -> list[Step]:
         """Give up, if nobody who lives knows more, or can decide."""
@@ -413,6 +435,8 @@ class Decision:
             proposed = self.coordinator.proposed
             if proposed is None or self.election.may_be_quorum(self.election.dead):
                 return []
+            if self.is_bound and self.election.others:
+                return []  # one that lives may know of a decision by another leader, or will, until the doubt
             return [GivenUp(proposed.reason or "too few members live to decide")]
         hope = self.election.hope
         if self.election.has_leader or hope is Hope.QUORUM:

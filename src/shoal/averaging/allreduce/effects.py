@@ -114,19 +114,27 @@ class AnnounceOutcome:
 
 @dataclass(frozen=True)
 class AskForOutcome:
-    """Ask these members what they know of the decision, ``delay`` seconds from now."""
+    """Ask these members what they know of the decision, ``delay`` seconds from now.
+
+    ``burials``: how many members had been found dead by then; it comes back with the answer.
+    """
 
     members: tuple[int, ...]
     delay: float = 0.0
+    burials: int = 0
 
 
 @dataclass(frozen=True)
 class AskForPromise:
-    """Ask these members for their promise to follow this one, in ``term``, ``delay`` seconds from now."""
+    """Ask these members for their promise to follow this one, in ``term``, ``delay`` seconds from now.
+
+    ``burials``: as in :class:`AskForOutcome`.
+    """
 
     members: tuple[int, ...]
     term: int
     delay: float = 0.0
+    burials: int = 0
 
 
 @dataclass(frozen=True)

@@ -119,16 +119,22 @@ class Election:
         known = (isinstance(one, Undecided) and not one.has_leader for one in answers)
         return Hope.NONE if all(known) else Hope.NEWS
 
+    def shift(self, seconds: float) -> None:
+        """Time that does not count: this process was stopped, or busy."""
+        self.since += seconds
+        self._turn_from += seconds
+        self._stood_at += seconds
+
     # losing a leader, and standing
 
-    def lose_leader(self, reason: str, now: float) -> list[Effect]:
-        """There is no leader any more, for this member."""
+    def lose_leader(self, reason: str, now: float, *, others_first: bool = False) -> list[Effect]:
+        """There is no leader any more, for this member. ``others_first``: another one may lead already."""
         self._machine.move(Lead.LEADERLESS)
         self.story = reason
         self.since = min(self.since, now)
-        self._turn_from = now
+        self._turn_from = now + TURN if others_first else now
         self._answers.clear()
-        return [AskForOutcome(self.others), *self.consider(now)]
+        return [AskForOutcome(self.others, burials=len(self.dead)), *self.consider(now)]
 
     def heard_leader(self) -> None:
         """The leader of this term has shown that it leads."""
@@ -137,7 +143,7 @@ class Election:
     def consider(self, now: float) -> list[Effect]:
         """Stand, if it is this member's turn; let others, if nobody promises anything."""
         if self.lead is Lead.CANDIDATE and now >= self._stood_at + STAND and not self.is_elected(now):
-            return self._step_down(now)
+            return self.step_down(now)
         if self.lead is not Lead.LEADERLESS or now < self._turn:
             return []
         self._machine.move(Lead.CANDIDATE)
@@ -145,7 +151,7 @@ class Election:
         self._stood_at = now
         self.promises = {}
         self.voter.promise(self.term)
-        return [AskForPromise(self.others, self.term)]
+        return [AskForPromise(self.others, self.term, burials=len(self.dead))]
 
     @property
     def _turn(self) -> float:
@@ -155,11 +161,12 @@ class Election:
         count = sum(one not in self.lost and one not in self.dead for one in ahead)
         return self._turn_from + TURN * count
 
-    def _step_down(self, now: float) -> list[Effect]:
+    def step_down(self, now: float) -> list[Effect]:
+        """This candidate does not stand any more; the others have their turn first."""
         self._machine.move(Lead.LEADERLESS)
         self._turn_from = now + TURN  # others first
         self.promises = {}
-        return [StopLeading(), AskForOutcome(self.others)]
+        return [StopLeading(), AskForOutcome(self.others, burials=len(self.dead))]
 
     def is_elected(self, now: float) -> bool:
         """Whether this candidate leads from now on."""
@@ -210,14 +217,15 @@ class Election:
                 self._bury(member)
         else:
             self.lost.discard(member)
-            self._answers[member] = answer
+            if event.burials == len(self.dead):  # else one that died since may have told it of the decision
+                self._answers[member] = answer
         match answer:
             case NotKnown():
                 self._bury(member)
             case Refused(promised):
                 self._seen = max(self._seen, promised)
                 if event.term == self.term and promised > self.term and self.lead is Lead.CANDIDATE:
-                    return self._step_down(now)
+                    return self.step_down(now)
             case Promised() if event.term == self.term and self.lead is Lead.CANDIDATE:
                 self.promises[member] = answer
                 return []
@@ -232,7 +240,7 @@ class Election:
         if event.member in self.dead:
             return []
         if event.term is None and self.lead is Lead.LEADERLESS:
-            return [AskForOutcome((event.member,), ASK_AGAIN)]
+            return [AskForOutcome((event.member,), ASK_AGAIN, len(self.dead))]
         if event.term == self.term and self.lead is Lead.CANDIDATE:
-            return [AskForPromise((event.member,), self.term, ASK_AGAIN)]
+            return [AskForPromise((event.member,), self.term, ASK_AGAIN, len(self.dead))]
         return []

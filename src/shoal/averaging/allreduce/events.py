@@ -319,12 +319,14 @@ class MemberAnswered:
 
     :param term: of the promise or acceptance that it was asked for; None: it was asked for the outcome alone
     :param is_dead: nobody has listened at its address for a while: its process has ended
+    :param burials: how many members had been found dead when it was asked
     """
 
     member: int
     term: int | None
     answer: Answer | None
     is_dead: bool = False
+    burials: int = 0
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ CATCH_UP = 1.0
 
 
 class Ledger:
-    """Who owes which part to whom, as this member sees it.
+    """Which parts and averages the members owe each other, as this one sees it.
 
     ``weight`` is its own; None before the snapshot, or if there is none. ``excluded``: members that the round goes on
     without, and why.
@@ -167,8 +167,14 @@ class Ledger:
         return [TellLeader(report)]
 
     def complain_again(self) -> list[Effect]:
-        """Tell a new leader what the one before it was told, as far as it still matters."""
-        return [TellLeader(report) for report in self._complaints if report.span in self.assignment.by_id]
+        """Tell a new leader what the one before it was told, as far as something is still missing."""
+        return [TellLeader(report) for report in self._complaints if self._matters(report)]
+
+    def _matters(self, report: OwnerFailed | SenderExcluded) -> bool:
+        if isinstance(report, OwnerFailed):
+            return self.returns.misses(report.span)  # the owner may have been slow, and not lost
+        book = self.collections.get(report.span)
+        return book is not None and not book.is_averaged
 
     def _takes_from(self, span: SpanId, sender: int) -> bool:
         """Whether a span still counts on a member's parts."""

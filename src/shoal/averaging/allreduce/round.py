@@ -407,10 +407,10 @@ class Round:
     ) -> Coroutine[Any, Any, None]:
         ask = self._commitment
         match effect:
-            case AskForOutcome(_, delay):
-                return ask.ask_for_outcome(member, delay)
-            case AskForPromise(_, term, delay):
-                return ask.ask_for_promise(member, term, delay)
+            case AskForOutcome(_, delay, burials):
+                return ask.ask_for_outcome(member, delay, burials)
+            case AskForPromise(_, term, delay, burials):
+                return ask.ask_for_promise(member, term, delay, burials)
             case AskForAcceptance(_, term, outcome, delay):
                 return ask.ask_for_acceptance(member, term, outcome, delay)
 

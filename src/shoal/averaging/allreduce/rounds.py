@@ -39,6 +39,9 @@ MAX_WAITING_STREAMS = 1024
 MAX_WAITING_STREAMS_PER_PEER = 8
 """A member opens two in a round. Bytes of streams that wait are bounded by the connection, as of all streams."""
 REMEMBERED_ROUNDS = 64
+REMEMBERED_FOR = 200.0
+"""Seconds for which a round is remembered in any case: longer than another member can be in doubt of it."""
+REMEMBERED_AT_MOST = 4096
 
 
 class Ended(NamedTuple):
@@ -46,6 +49,8 @@ class Ended(NamedTuple):
 
     core: AllReduce
     peers: tuple[PeerID, ...]
+    at: float
+    """When it ended, in seconds of the loop."""
 
 
 class Rounds:
@@ -68,7 +73,7 @@ class Rounds:
         try:
             router.register(COMMIT, prefix, self._serve_commit)
             router.register(VOTE, prefix, self._serve_vote)
-        except BaseException:
+        except BaseException:  # nothing stays half registered
             self.close()
             raise
 
@@ -87,8 +92,12 @@ class Rounds:
         self._current.pop(ended.group.group_id, None)
         if ended.core.phase not in OVER:
             return  # it ended by a bug
-        self._ended[ended.group.group_id] = Ended(ended.core, ended.group.peer_ids)
-        if len(self._ended) > REMEMBERED_ROUNDS:
+        now = asyncio.get_running_loop().time()
+        self._ended[ended.group.group_id] = Ended(ended.core, ended.group.peer_ids, now)
+        while len(self._ended) > REMEMBERED_ROUNDS:
+            oldest = next(iter(self._ended.values()))
+            if oldest.at > now - REMEMBERED_FOR and len(self._ended) <= REMEMBERED_AT_MOST:
+                break
             self._ended.popitem(last=False)
 
     def lose_member(self, group_id: bytes, peer: PeerID, reason: str) -> None:

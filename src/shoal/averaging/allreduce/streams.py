@@ -285,7 +285,7 @@ class Exchange:
         """A part as it is sent. A codec of the user's own that fails, say, is no fault of its receiver."""
         try:
             return encode(index)
-        except Exception as e:
+        except Exception as e:  # a codec is the user's: may be anything
             self._shared.feed(Withdrawn(describe_failure(e)))
             raise
 

@@ -15,7 +15,7 @@ class Weights:
     """What each member told of its weight, by the word of those that heard it."""
 
     _told: dict[int, tuple[int, float]] = field(default_factory=dict)
-    """The weight that each member told, and to whom first."""
+    """The weight that each member told, and the member that heard it first."""
 
     def hear(self, witness: int, member: int, weight: float, roles: Roles) -> str | None:
         """``witness`` says what ``member`` told it; what is wrong, if another one heard something else."""

@@ -74,7 +74,7 @@ class Attempt:
             rounds.end(self._round)
         self._note_result(result)
         self._learn(result)
-        if result.in_doubt:
+        if result.in_doubt and cancelled is None:
             raise InDoubt(result.failure)
         if result.failure is not None and cancelled is None:
             raise (StepFailed if self._is_own_fault else AllreduceException)(result.failure)

@@ -188,7 +188,7 @@ class Search:
         try:
             self._driver.tell(event)
         except Exception as e:
-            # A bug: whoever waits for the group must not wait for ever.
+            # A bug: the step that waits for the group must not wait for ever.
             if not self._result.done():
                 self._result.set_exception(e)
             raise

@@ -94,7 +94,7 @@ def capture_state(
                     memory.close()
                     memory = SharedMemory.create(layout.nbytes)
                 _copy(state, layout, memory.buffer)
-        except BaseException:
+        except BaseException:  # the memory has no owner yet
             memory.close()
             raise
         return Capture(memory, entries, state.codecs)
@@ -134,7 +134,7 @@ def check_state(state: Any, serializer: Any, compression: CompressionBase) -> Ch
         _check_tensor(index, tensor)
     try:
         encoded = serializer.dumps(metadata)
-    except Exception as e:
+    except Exception as e:  # the serializer is the user's, and so is what it is given
         raise InvalidTypeError(
             f"the metadata of get_current_state() must be what the serializer takes, got an error: {e}"
         ) from e
