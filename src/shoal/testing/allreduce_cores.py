@@ -13,9 +13,8 @@ that are in it, with their weights. So :meth:`Cores.check` can compare every par
 from __future__ import annotations
 
 import heapq
-import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -85,15 +84,13 @@ from shoal.averaging.allreduce.messages import (
     SpanAveraged,
 )
 from shoal.sansio.core import NEVER, TimePassed
+from shoal.testing.links import ASK_TIMEOUT, Links, Node, SimulatedStream
 
 __all__ = ["Cores", "Value"]
 
 Value: TypeAlias = frozenset[tuple[int, float]]
 """What stands for an average: the members in it, with their weights."""
 
-DETECTION = 5.0
-"""Seconds after which a connection that carries nothing is found dead, about."""
-ASK_TIMEOUT = 5.0
 REFUSED_FOR = 2.5
 JOIN_TIMEOUT = 15.0
 LIMIT = 600.0
@@ -103,24 +100,6 @@ PREFIX, GROUP = "test", b"g" * 16
 
 class Violation(AssertionError):
     """An invariant does not hold."""
-
-
-@dataclass(eq=False)
-class _Stream:
-    """A stream between two members; each side sees its end by itself."""
-
-    opener: int
-    server: int
-    kind: str
-    span: SpanId | None = None
-    term: int = 0
-    due: dict[int, float] = field(default_factory=dict)
-    """When the last message to each side arrives: they keep their order."""
-    closed: set[int] = field(default_factory=set)
-    """Sides that have ended it, or seen its end."""
-
-    def other(self, member: int) -> int:
-        return self.server if member == self.opener else self.opener
 
 
 @dataclass(frozen=True)
@@ -138,41 +117,36 @@ class _Serving:
     """An own span at its owner."""
 
     span: Span
-    streams: dict[int, _Stream] = field(default_factory=dict)
+    streams: dict[int, SimulatedStream] = field(default_factory=dict)
     arrived: dict[int, dict[int, float]] = field(default_factory=dict)
     """For each part: the weight of each member that delivered it."""
     cut: dict[int, int] = field(default_factory=dict)
     """Members of which only the first parts count."""
 
 
-class _Member:
+class _Member(Node):
     """One core, and the state of its shell."""
 
     def __init__(self, roles: Roles, timeouts: RoundTimeouts, weight: float) -> None:
+        super().__init__()
         self.core = AllReduce(roles, timeouts)
         self.weight = weight
-        self.is_alive = True
-        self.frozen_until = 0.0
         self.serving: dict[SpanId, _Serving] = {}
-        self.taking: dict[SpanId, _Stream] = {}
+        self.taking: dict[SpanId, SimulatedStream] = {}
         self.averages: dict[int, Value] = {}
         """Of each part that this member holds."""
         self.words: list[Event] = []
         """What this leader has announced in its term, for members that join later."""
-        self.followers: dict[int, _Stream] = {}
-        self.following: _Stream | None = None
+        self.followers: dict[int, SimulatedStream] = {}
+        self.following: SimulatedStream | None = None
         self.refused_since: dict[int, float] = {}
-        self.has_begun = False
-        """Whether it knows of the group: streams to it wait until then."""
         self.has_snapshot = False
         self.timer = NEVER
-        self.inbox: list[Callable[[], None]] = []
-        """What came while it was frozen."""
         self.bad_part: int | None = None
         """From which part on what it sends is not finite."""
 
 
-class Cores:
+class Cores(Links[_Member]):
     """A group in simulated time.
 
     :param rng: decides sizes, roles, weights and delays
@@ -191,47 +165,21 @@ class Cores:
         timeouts: RoundTimeouts | None = None,
         min_size: int = 1,
     ) -> None:
-        self.rng = rng
-        self.size = size
-        self.now = 0.0
-        self.latency = latency
         contributes = [rng.random() >= auxiliaries for _ in range(size)]
         contributes[rng.randrange(size)] = True
         serves = [member == 0 or rng.random() >= clients for member in range(size)]
         owned = tuple(rng.choice(parts) if can else 0 for can in serves)
         weights = [rng.choice((0.0, 2.0)) if rng.random() < 0.2 else 1.0 for _ in range(size)]
         weights[contributes.index(True)] = 1.0
-        self.serves = serves
         self.timeouts = timeouts or RoundTimeouts(None, 20.0, 40.0)
-        self.members = [
-            _Member(
-                Roles(me, owned, tuple(contributes), (), tuple(serves), min_size), self.timeouts, weights[me]
-            )
-            for me in range(size)
-        ]
         self.parts = sum(owned)
-        self.streams: list[_Stream] = []
-        """In the order in which they were opened, so that a seed replays exactly."""
-        self.cuts: dict[tuple[int, int], int] = {}
-        """Directions in which nothing arrives, and by how many cuts."""
-        self._held: dict[tuple[int, int], list[tuple[_Stream, Any]]] = {}
-        self._queue: list[tuple[float, int, Callable[[], None]]] = []
-        self._count = itertools.count()
-        self.log: list[str] = []
+        roles = [Roles(me, owned, tuple(contributes), (), tuple(serves), min_size) for me in range(size)]
+        members = [_Member(roles[me], self.timeouts, weights[me]) for me in range(size)]
+        super().__init__(rng, members, serves, latency)
         for me in range(size):
             self.at(rng.random() * 0.1, lambda me=me: self._begin(me))  # type: ignore[misc]
 
-    # time
-
-    def at(self, when: float, what: Callable[[], None]) -> None:
-        """Have something happen at a time."""
-        heapq.heappush(self._queue, (max(when, self.now), next(self._count), what))
-
-    def later(self, seconds: float, what: Callable[[], None]) -> None:
-        self.at(self.now + seconds, what)
-
-    def delay(self) -> float:
-        return self.latency * (0.5 + self.rng.expovariate(2.0))
+    # how it goes
 
     def run(self, until: float = LIMIT) -> None:
         """Go on until nothing is left to happen, or everybody's round is over.
@@ -247,15 +195,6 @@ class Cores:
         if waiting and until >= LIMIT:
             raise Violation(f"the round never ends for {waiting}: {self.describe()}")
 
-    def run_until(self, is_so: Callable[[], bool]) -> bool:
-        """Go on until something is so; False: it never was."""
-        while self._queue:
-            if is_so():
-                return True
-            self.now, _, what = heapq.heappop(self._queue)
-            what()
-        return is_so()
-
     def living(self) -> list[_Member]:
         return [one for one in self.members if one.is_alive]
 
@@ -270,122 +209,24 @@ class Cores:
             for me, one in enumerate(self.members)
         )
 
-    # faults
-
-    def kill(self, member: int, *, machine: bool = False) -> None:
-        """End a member's process; with ``machine``, in silence, as when a cable is pulled."""
-        one = self.members[member]
-        if not one.is_alive:
-            return
-        self.log.append(f"{self.now:.3f} kill {member}{' silently' if machine else ''}")
-        one.is_alive = False
-        one.inbox.clear()
-        patience = self._patience() if machine else [self.delay() for _ in self.members]
-        for stream in [s for s in self.streams if member in (s.opener, s.server)]:
-            other = stream.other(member)
-            stream.closed.add(member)
-            self.later(patience[other], lambda s=stream, o=other: self._end(s, o, "killed"))  # type: ignore[misc]
-        if machine:
-            for other in range(self.size):
-                self._cut(member, other, None)
-
-    def freeze(self, member: int, seconds: float) -> None:
-        """Stop a member's process for a while."""
-        one = self.members[member]
-        self.log.append(f"{self.now:.3f} freeze {member} for {seconds:.1f}")
-        one.frozen_until = max(one.frozen_until, self.now + seconds)
-        self.at(one.frozen_until, lambda: self._thaw(member))
-        patience = self._patience()
-        for stream in [s for s in self.streams if member in (s.opener, s.server)]:
-            other = stream.other(member)
-            self.later(patience[other], lambda s=stream, o=other: self._suspect(s, o))  # type: ignore[misc]
-
-    def cut_off(self, a: int, b: int, seconds: float | None = None, *, one_way: bool = False) -> None:
-        """Let nothing arrive between two members for a while; None: for good."""
-        self.log.append(f"{self.now:.3f} cut {a}-{b} for {seconds} {'one way' if one_way else ''}")
-        self._cut(a, b, seconds)
-        if not one_way:
-            self._cut(b, a, seconds)
-        patience = self._patience()
-        for stream in [s for s in self.streams if {a, b} == {s.opener, s.server}]:
-            for end in (a, b):
-                self.later(patience[end], lambda s=stream, e=end: self._suspect(s, e))  # type: ignore[misc]
-
-    def reset(self, a: int, b: int) -> None:
-        """End all streams between two members; they may open others at once."""
-        self.log.append(f"{self.now:.3f} reset {a}-{b}")
-        for stream in [s for s in self.streams if {a, b} == {s.opener, s.server}]:
-            for end in (a, b):
-                self.later(self.delay(), lambda s=stream, e=end: self._end(s, e, "reset"))  # type: ignore[misc]
+    # what users do
 
     def withdraw(self, member: int) -> None:
         """The user of a member cancels its step."""
         self.log.append(f"{self.now:.3f} withdraw {member}")
-        self._do(member, lambda: self._feed(member, Withdrawn("cancelled")))
-
-    def _patience(self) -> list[float]:
-        """For each member, when it finds a connection dead that falls silent now."""
-        return [DETECTION * self.rng.uniform(0.8, 1.2) for _ in self.members]
-
-    def _cut(self, source: int, target: int, seconds: float | None) -> None:
-        key = (source, target)
-        self.cuts[key] = self.cuts.get(key, 0) + 1
-        if seconds is not None:
-            self.later(seconds, lambda: self._heal(key))
-
-    def _heal(self, key: tuple[int, int]) -> None:
-        self.cuts[key] -= 1
-        if not self.cuts[key]:
-            del self.cuts[key]
-            for stream, message in self._held.pop(key, []):
-                self._arrive(stream, key[1], message)
-
-    def _suspect(self, stream: _Stream, member: int) -> None:
-        """The keep-alive of a side has heard nothing for too long, if the other side still says nothing."""
-        other = stream.other(member)
-        is_silent = (other, member) in self.cuts or (member, other) in self.cuts
-        if is_silent or self.members[other].frozen_until > self.now:
-            self._end(stream, member, "it is silent")
-            # the other side learns it when it can be reached, or by its own keep-alive
-            self.later(self.delay(), lambda: self._end_if_reached(stream, member, other))
-
-    def _end_if_reached(self, stream: _Stream, source: int, member: int) -> None:
-        if other_cut := (source, member) in self.cuts:
-            self.later(1.0, lambda: self._end_if_reached(stream, source, member))
-        if not other_cut:
-            self._end(stream, member, "the connection was closed")
-
-    def _thaw(self, member: int) -> None:
-        one = self.members[member]
-        if self.now >= one.frozen_until and one.is_alive:
-            waiting, one.inbox = one.inbox, []
-            for what in waiting:
-                self._do(member, what)
-            self._set_timer(member)
+        self.do(member, lambda: self._feed(member, Withdrawn("cancelled")))
 
     # the shell of one member
-
-    def _do(self, member: int, what: Callable[[], None]) -> None:
-        """Have a member do something, as soon as it runs."""
-        one = self.members[member]
-        if not one.is_alive:
-            return
-        if one.frozen_until > self.now:
-            one.inbox.append(what)
-        elif not one.has_begun:
-            self.later(0.01, lambda: self._do(member, what))
-        else:
-            what()
 
     def _begin(self, me: int) -> None:
         one = self.members[me]
         one.has_begun = True
-        self._do(me, lambda: self._open(me, one.core.ledger.assignment.spans))
+        self.do(me, lambda: self._open(me, one.core.ledger.assignment.spans))
         if me != 0:
-            self._do(me, lambda: self._follow(me, 0, 0))
+            self.do(me, lambda: self._follow(me, 0, 0))
         else:
-            self.later(JOIN_TIMEOUT, lambda: self._do(0, lambda: self._expect(0, 0)))
-        self.later(self.rng.random() * 0.2, lambda: self._do(me, lambda: self._take_snapshot(me)))
+            self.later(JOIN_TIMEOUT, lambda: self.do(0, lambda: self._expect(0, 0)))
+        self.later(self.rng.random() * 0.2, lambda: self.do(me, lambda: self._take_snapshot(me)))
 
     def _take_snapshot(self, me: int) -> None:
         one = self.members[me]
@@ -396,7 +237,7 @@ class Cores:
 
     def fail_snapshot(self, me: int) -> None:
         """This member has nothing to contribute."""
-        self._do(me, lambda: self._feed(me, SnapshotFailed("not finite")))
+        self.do(me, lambda: self._feed(me, SnapshotFailed("not finite")))
 
     def _expect(self, me: int, term: int) -> None:
         one = self.members[me]
@@ -412,12 +253,16 @@ class Cores:
                 pending.extend(self._carry_out(me, effect))
         self._set_timer(me)
 
+    def wake(self, me: int) -> None:
+        """See :class:`.links.Links`."""
+        self._set_timer(me)
+
     def _set_timer(self, me: int) -> None:
         one = self.members[me]
         deadline = one.core.deadline
         if deadline < one.timer and deadline != NEVER:
             one.timer = deadline
-            self.at(deadline, lambda: self._do(me, lambda: self._on_timer(me, deadline)))
+            self.at(deadline, lambda: self.do(me, lambda: self._on_timer(me, deadline)))
 
     def _on_timer(self, me: int, due: float) -> None:
         one = self.members[me]
@@ -437,18 +282,18 @@ class Cores:
                 serving = one.serving[span]
                 value = one.averages[serving.span.first + index]
                 for stream in serving.streams.values():
-                    self._send(stream, me, ("average", index, value))
+                    self.send(stream, me, ("average", index, value))
             case ReturnReport(report):
                 for stream in one.serving[report.span].streams.values():
-                    self._send(stream, me, report)
+                    self.send(stream, me, report)
             case DropSender(span, sender, reason):
                 stream_ = one.serving[span].streams.get(sender) if span in one.serving else None
                 if stream_ is not None:
-                    self._send(stream_, me, ("excluded", reason))
+                    self.send(stream_, me, ("excluded", reason))
                     stream_.closed.add(me)
             case StopContributing():
                 for stream in one.taking.values():
-                    self._close(stream, me)
+                    self.close(stream, me)
                 one.taking.clear()
             case VoidSpans(spans):
                 self._void(me, spans)
@@ -456,14 +301,14 @@ class Cores:
                 self._open(me, spans_)
             case TellLeader(report_):
                 if one.following is not None:
-                    self._send(one.following, me, report_)
+                    self.send(one.following, me, report_)
             case FollowLeader(leader, term):
                 self._follow(me, leader, term)
             case LeadMembers(term):
-                self.later(JOIN_TIMEOUT, lambda: self._do(me, lambda: self._expect(me, term)))
+                self.later(JOIN_TIMEOUT, lambda: self.do(me, lambda: self._expect(me, term)))
             case StopLeading():
                 for stream in one.followers.values():
-                    self._close(stream, me)
+                    self.close(stream, me)
                 one.followers, one.words = {}, []
             case AnnounceExclusion(excluded):
                 self._announce(me, excluded)
@@ -489,7 +334,7 @@ class Cores:
         for stream in [s for s in self.streams if me in (s.opener, s.server)]:
             if stream.kind == "commit" and stream.server == me and one.core.outcome is not None:
                 continue  # its word is told to the end
-            self._close(stream, me)
+            self.close(stream, me)
 
     # spans
 
@@ -500,7 +345,7 @@ class Cores:
             if span.owner == me:
                 one.serving[span.id] = _Serving(span)
             elif roles.contributes[me] and one.core.phase is Phase.EXCHANGING:
-                stream = self._connect(me, span.owner, "exchange", span=span.id)
+                stream = self.connect(me, span.owner, "exchange", span=span.id)
                 one.taking[span.id] = stream
 
     def _void(self, me: int, spans: tuple[SpanId, ...]) -> None:
@@ -508,14 +353,14 @@ class Cores:
         for span in spans:
             stream = one.taking.pop(span, None)
             if stream is not None:
-                self._close(stream, me)
+                self.close(stream, me)
             serving = one.serving.pop(span, None)
             if serving is not None:
                 for sender in serving.streams.values():
-                    self._send(sender, me, ("void",))
+                    self.send(sender, me, ("void",))
                     sender.closed.add(me)
 
-    def _contribute(self, me: int, span: SpanId, stream: _Stream) -> None:
+    def _contribute(self, me: int, span: SpanId, stream: SimulatedStream) -> None:
         """The owner is there, and the snapshot taken: send the weight and all parts."""
         one = self.members[me]
         if stream.term != 1 or me in stream.closed or not one.has_snapshot:
@@ -524,11 +369,11 @@ class Cores:
         if live is None:
             return
         stream.term = 2
-        self._send(stream, me, ("weight", one.weight))
+        self.send(stream, me, ("weight", one.weight))
         self._feed(me, ExchangeOpened(span))
         if one.weight:
             for index in range(live.count):
-                self._send(stream, me, ("part", index))
+                self.send(stream, me, ("part", index))
                 self._feed(me, PartSent(span, index))
 
     def _average(self, me: int, span: SpanId, index: int) -> list[Event]:
@@ -554,49 +399,7 @@ class Cores:
 
     # streams
 
-    def _connect(
-        self, me: int, other: int, kind: str, *, span: SpanId | None = None, term: int = 0
-    ) -> _Stream:
-        stream = _Stream(me, other, kind, span, term)
-        self.streams.append(stream)
-        can_reach = self.serves[other] or (self.serves[me] and other != me)
-        if (me, other) in self.cuts or (other, me) in self.cuts:
-            self.later(ASK_TIMEOUT, lambda: self._end(stream, me, "no answer"))
-            stream.closed.add(other)
-        elif not self.members[other].is_alive or not can_reach:
-            self.later(self.delay(), lambda: self._end(stream, me, "refused"))
-        else:
-            self._send(stream, me, ("open",))
-            if self.members[other].frozen_until > self.now:
-                self.later(DETECTION, lambda: self._suspect(stream, me))
-        return stream
-
-    def _send(self, stream: _Stream, me: int, message: Any) -> None:
-        if me in stream.closed:
-            return
-        target = stream.other(me)
-        due = max(stream.due.get(target, 0.0) + 1e-9, self.now + self.delay())
-        stream.due[target] = due
-        self.at(due, lambda: self._arrive(stream, target, message))
-
-    def _arrive(self, stream: _Stream, me: int, message: Any) -> None:
-        key = (stream.other(me), me)
-        if key in self.cuts:
-            self._held.setdefault(key, []).append((stream, message))
-        elif me not in stream.closed:
-            self._do(me, lambda: self._hear(stream, me, message) if me not in stream.closed else None)
-
-    def _close(self, stream: _Stream, me: int) -> None:
-        """Tell the other side that the stream ends, after all that was sent."""
-        if me not in stream.closed:
-            self._send(stream, me, ("end",))
-            stream.closed.add(me)
-
-    def _end(self, stream: _Stream, me: int, reason: str) -> None:
-        """One side sees the end of a stream."""
-        self._do(me, lambda: self._see_end(stream, me, reason))
-
-    def _see_end(self, stream: _Stream, me: int, reason: str) -> None:
+    def see_end(self, stream: SimulatedStream, me: int, reason: str) -> None:
         if me in stream.closed:
             return
         stream.closed.add(me)
@@ -613,7 +416,7 @@ class Cores:
         elif stream.span is not None:
             self._feed(me, SenderLost(stream.span, other, reason))
 
-    def _hear(self, stream: _Stream, me: int, message: Any) -> None:  # noqa: C901 - one case a message
+    def hear(self, stream: SimulatedStream, me: int, message: Any) -> None:  # noqa: C901 - one case a message
         one, other = self.members[me], stream.other(me)
         span = stream.span
         match message:
@@ -644,7 +447,7 @@ class Cores:
             case ("void",):
                 stream.closed.add(me)
             case ("end",):
-                self._see_end(stream, me, "it ended the round")
+                self.see_end(stream, me, "it ended the round")
             case Excluded():
                 self._feed(me, ExclusionReceived(message, stream.term))
             case Repair():
@@ -655,61 +458,61 @@ class Cores:
                 if stream.term == one.core.election.term:
                     self._feed(me, MemberReported(other, message))
 
-    def _serve(self, me: int, other: int, stream: _Stream) -> None:
+    def _serve(self, me: int, other: int, stream: SimulatedStream) -> None:
         one, span = self.members[me], stream.span
         assert span is not None
         if one.core.phase in OVER:
-            self._close(stream, me)
+            self.close(stream, me)
         elif span not in one.serving:
             if span.epoch > one.core.ledger.assignment.epoch:
-                self.later(0.05, lambda: self._do(me, lambda: self._serve(me, other, stream)))
+                self.later(0.05, lambda: self.do(me, lambda: self._serve(me, other, stream)))
             else:
-                self._send(stream, me, ("void",))
+                self.send(stream, me, ("void",))
         else:
             reason = one.core.ledger.collections[span].dropped.get(other)
             one.serving[span].streams[other] = stream
             if reason is not None:
-                self._send(stream, me, ("excluded", reason))
+                self.send(stream, me, ("excluded", reason))
                 stream.closed.add(me)
                 return
-            self._send(stream, me, ("ready",))
+            self.send(stream, me, ("ready",))
             book = one.core.ledger.collections[span]
             for index in range(one.serving[span].span.count):
                 if index < book._averaged:
                     value = one.averages[one.serving[span].span.first + index]
-                    self._send(stream, me, ("average", index, value))
+                    self.send(stream, me, ("average", index, value))
             if span in one.core.ledger.reports:
-                self._send(stream, me, one.core.ledger.reports[span])
+                self.send(stream, me, one.core.ledger.reports[span])
 
     # the leader
 
     def _follow(self, me: int, leader: int, term: int) -> None:
         one = self.members[me]
-        one.following = self._connect(me, leader, "commit", term=term)
+        one.following = self.connect(me, leader, "commit", term=term)
 
-    def _join(self, me: int, other: int, stream: _Stream) -> None:
+    def _join(self, me: int, other: int, stream: SimulatedStream) -> None:
         one = self.members[me]
         election = one.core.election
         has_left = one.core.phase in OVER and one.core.outcome is None
         leads = election.lead in (Lead.LEADING, Lead.CANDIDATE) and stream.term == election.term
         if has_left or not leads:
-            self._close(stream, me)
+            self.close(stream, me)
             return
         one.followers[other] = stream
         for word in one.words:
-            self._send(stream, me, word)
+            self.send(stream, me, word)
 
     def _announce(self, me: int, word: Any) -> None:
         one = self.members[me]
         one.words.append(word)
         for stream in one.followers.values():
-            self._send(stream, me, word)
+            self.send(stream, me, word)
 
     # questions
 
     def _ask(self, members: tuple[int, ...], asked: _Asked, delay: float) -> None:
         for member in members:
-            self.later(delay, lambda m=member: self._do(asked.by, lambda: self._put(m, asked)))  # type: ignore[misc]
+            self.later(delay, lambda m=member: self.do(asked.by, lambda: self._put(m, asked)))  # type: ignore[misc]
 
     def _put(self, member: int, asked: _Asked) -> None:
         """A question leaves its asker."""
@@ -717,16 +520,13 @@ class Cores:
         if self.members[me].core.phase in DECIDED:
             return
         can_reach = self.serves[member] or self.serves[me]
-        if self._is_cut(me, member) or other.frozen_until > self.now:
-            self.later(ASK_TIMEOUT, lambda: self._do(me, lambda: self._miss(member, asked, refused=False)))
+        if self.is_cut(me, member) or other.frozen_until > self.now:
+            self.later(ASK_TIMEOUT, lambda: self.do(me, lambda: self._miss(member, asked, refused=False)))
         elif not other.is_alive or not can_reach:
             refused = not other.is_alive
-            self.later(self.delay(), lambda: self._do(me, lambda: self._miss(member, asked, refused=refused)))
+            self.later(self.delay(), lambda: self.do(me, lambda: self._miss(member, asked, refused=refused)))
         else:
-            self.later(self.delay(), lambda: self._do(member, lambda: self._answer(member, asked)))
-
-    def _is_cut(self, a: int, b: int) -> bool:
-        return (a, b) in self.cuts or (b, a) in self.cuts
+            self.later(self.delay(), lambda: self.do(member, lambda: self._answer(member, asked)))
 
     def _miss(self, member: int, asked: _Asked, *, refused: bool) -> None:
         """A question has found nobody, or its answer was lost."""
@@ -752,11 +552,11 @@ class Cores:
     def _hear_answer(self, asked: _Asked, event: MemberAnswered) -> None:
         """An answer arrives, unless the link was cut while it was on its way."""
         me, member = asked.by, event.member
-        if self._is_cut(me, member):
-            self.later(ASK_TIMEOUT, lambda: self._do(me, lambda: self._miss(member, asked, refused=False)))
+        if self.is_cut(me, member):
+            self.later(ASK_TIMEOUT, lambda: self.do(me, lambda: self._miss(member, asked, refused=False)))
             return
         self.members[me].refused_since.pop(member, None)
-        self._do(me, lambda: self._feed(me, event))
+        self.do(me, lambda: self._feed(me, event))
 
     def _vote(self, member: int, question: Question, asker: int) -> Any:
         event = to_event(question, asker)
