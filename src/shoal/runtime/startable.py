@@ -4,7 +4,6 @@ they are in a ``with`` block, in a printout and in a pickle.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import NoReturn, Protocol, Self, TypeVar
 
@@ -33,11 +32,11 @@ class ServiceLink(Protocol):
         """
 
 
-class Startable(ABC):
+class Startable:
     """Something that is started once, and lives in a background process until its end. A context manager.
 
-    Users subclass what is made of it, with metaclasses of their own. So it is no abstract class, keeps nothing under a
-    name that they might use, and calls what they may override.
+    Users subclass what is made of it, with metaclasses of their own. So it has no metaclass: its abstract methods
+    raise. It keeps nothing under a name that they might use, and calls what they may override.
 
     :param instead_of_a_copy: the error of those who try to pickle or copy it
     """
@@ -46,21 +45,21 @@ class Startable(ABC):
         self.__service_link = link
         self.__instead_of_a_copy = instead_of_a_copy
 
-    @abstractmethod
     def run_in_background(self, await_ready: bool = True, timeout: float | None = None) -> None:
         """Start it, once."""
+        raise NotImplementedError
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
         """Wait until it can be used, for up to ``timeout`` seconds."""
         self.__service_link.wait(timeout)
 
-    @abstractmethod
     def is_alive(self) -> bool:
         """Whether it can be used, or will be."""
+        raise NotImplementedError
 
-    @abstractmethod
     def shutdown(self) -> None:
         """End it. Idempotent; does nothing in a forked child."""
+        raise NotImplementedError
 
     def __enter__(self) -> Self:
         if not self.__service_link.was_started:
