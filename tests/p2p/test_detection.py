@@ -166,6 +166,25 @@ def test_a_peer_behind_a_long_path_is_found_within_fifteen_seconds(pause):
     check()
 
 
+@pytest.mark.parametrize("lasted", [1.6, 3.0])
+@pytest.mark.parametrize("pause", [0.1, 3.0])
+def test_a_link_that_is_cut_twice_is_found_dead_as_soon_as_the_first_time(lasted, pause):
+    """The answer that came after the first cut took as long as the cut, and not as long as the way."""
+
+    @with_pair(latency=(0.001, 0.001))
+    async def check(pair):
+        await asyncio.sleep(1.0)
+        pair.network.hold("a", "b", lasted)
+        await asyncio.sleep(lasted + pause)
+        assert not pair.endings
+        begin = now()
+        pair.network.hold("a", "b", 12.0)
+        await pair.ended.wait()
+        assert now() - begin <= 5.0
+
+    check()
+
+
 @with_pair(config_of_a=HostConfig(min_answer_time=13.0))
 async def test_a_peer_that_is_heard_but_does_not_hear_is_told_so(pair):
     """Of a connection that carries one way, the side that hears nothing finds the end first, and says it."""

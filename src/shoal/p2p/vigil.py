@@ -106,7 +106,9 @@ class Vigil:
     def receive_pong(self, body: bytes) -> None:
         """An answer has arrived, perhaps that to the last PING."""
         if self._keepalive.awaits_pong and int.from_bytes(body) == self._ping_count:
-            self._keepalive.receive_pong(self._loop.time())
+            now = self._loop.time()
+            if self._keepalive.receive_pong(now):
+                self._ask(now)
 
     def note_use(self) -> None:
         """A stream was opened, by either side: from now on somebody waits for this peer."""
@@ -119,9 +121,13 @@ class Vigil:
 
     def ask(self) -> None:
         """Ask for a sign of life now: an unused connection is found dead together with those in use."""
-        if self._keepalive.ask(self._loop.time()):
-            self._send_ping()
-            self._call_at(self._loop.time() + LOOK_EVERY, self._look)
+        now = self._loop.time()
+        if self._keepalive.ask(now):
+            self._ask(now)
+
+    def _ask(self, now: float) -> None:
+        self._send_ping()
+        self._call_at(now + LOOK_EVERY, self._look)
 
     # The timer.
 

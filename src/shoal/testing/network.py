@@ -9,6 +9,7 @@ forwarded ports only.
 
 Faults: :meth:`~SimulatedNetwork.drop_connections` (both sides see them end), :meth:`~SimulatedNetwork.partition` and
 :meth:`~SimulatedNetwork.silence` (bytes vanish, connections stay, dialing times out),
+:meth:`~SimulatedNetwork.hold` and :meth:`~SimulatedNetwork.freeze` (bytes are late, and none is lost),
 :meth:`~SimulatedNetwork.move` (a host has another address), and
 :meth:`~SimulatedNetwork.kill` (a host is gone: its connections end, as the operating system of a killed process
 ends them; with ``silently`` nobody is told, as when a machine loses power).
@@ -129,6 +130,22 @@ class SimulatedNetwork:
         self.path(a, b).is_silent = True
         if not one_way:
             self.path(b, a).is_silent = True
+
+    def hold(self, a: str, b: str, seconds: float, *, one_way: bool = False) -> None:
+        """Nothing that two hosts send each other arrives for a while, and all of it does so after that, as on a link
+        that was cut for less time than TCP retransmits. ``one_way``: only what ``a`` sends is held.
+        """
+        until = asyncio.get_running_loop().time() + seconds
+        for path in (self.path(a, b), *(() if one_way else (self.path(b, a),))):
+            path.held_until = max(path.held_until, until)
+
+    def freeze(self, name: str, seconds: float) -> None:
+        """What a host sends, and what others send to it, arrives after some seconds. For the others it looks as if its
+        process was stopped; its own clock runs.
+        """
+        for other in list(self._hosts):
+            if other != name:
+                self.hold(name, other, seconds)
 
     def kill(self, name: str, *, silently: bool = False) -> None:
         """The host is gone: it hears and says nothing more, and its listeners are closed.
@@ -259,11 +276,11 @@ class HostNetwork:
             await asyncio.sleep(CONNECT_TIMEOUT)
             raise TimeoutError(110, f"{address} does not answer")
         target = way.target
-        path = network.path(self.name, target.name)
-        await asyncio.sleep(path.latency)
+        path, back = network.path(self.name, target.name), network.path(target.name, self.name)
+        await _pass(path)
         listener = target.listeners.get(way.port)
         if listener is None or not target.is_up:
-            await asyncio.sleep(path.latency)
+            await _pass(back)
             raise ConnectionRefusedError(111, f"nobody listens at {address}")
         near = SimulatedTransport(loop, network, self, target, (self.ip, self._free_port()), address)
         far = SimulatedTransport(loop, network, target, self, (target.ip, way.port), address)
@@ -272,7 +289,7 @@ class HostNetwork:
         far.peername = (way.seen_by_target, near.sockname[1])
         far.begin(listener.factory())
         try:
-            await asyncio.sleep(path.latency)
+            await _pass(back)
         except asyncio.CancelledError:
             far.lose(ConnectionResetError("the dialer has gone"))
             raise
@@ -292,6 +309,12 @@ class HostNetwork:
     def _free_port(self) -> int:
         self._next_port += 1
         return self._next_port
+
+
+async def _pass(path: Path) -> None:
+    """Until something that is sent now has arrived."""
+    await asyncio.sleep(path.latency)
+    await asyncio.sleep(path.held_until - asyncio.get_running_loop().time())
 
 
 class SimulatedListener:

@@ -28,6 +28,8 @@ class Path:
         self.latency = latency
         self.bandwidth = bandwidth
         self.is_silent = False
+        self.held_until = 0.0
+        """Until then nothing arrives; what was on its way, and what is sent meanwhile, does so at once after it."""
         self.busy_until = 0.0
 
     @property
@@ -201,6 +203,8 @@ class SimulatedTransport(asyncio.Transport):
 
     def _arrive(self, piece: bytes) -> None:
         other = self.other
+        if self._is_held(functools.partial(self._arrive, piece)):
+            return
         if other is None or other.is_lost:
             if other is not None and other.has_vanished:
                 self.lose_later(ConnectionResetError("the other host knows nothing of this connection"))
@@ -211,6 +215,14 @@ class SimulatedTransport(asyncio.Transport):
         other._unread.append(piece)
         other._deliver_unread()
 
+    def _is_held(self, arrive: Callable[[], None]) -> bool:
+        """Whether nothing arrives at the other side now, but later: then ``arrive`` is called. Order is kept."""
+        held_until = self._network.path(self.local.name, self.remote.name).held_until
+        if held_until <= self._loop.time():
+            return False
+        self._loop.call_at(held_until, arrive)
+        return True
+
     def _acknowledge(self, size: int) -> None:
         """The other side has read ``size`` bytes; the news takes a while too, and may be lost."""
         if self.other is not None and self._network.reaches(self.remote, self.local):
@@ -218,7 +230,9 @@ class SimulatedTransport(asyncio.Transport):
             self._loop.call_later(path.latency, self._acknowledged, size)
 
     def _acknowledged(self, size: int) -> None:
-        if self.is_lost:
+        if self.is_lost or (
+            self.other is not None and self.other._is_held(functools.partial(self._acknowledged, size))
+        ):
             return
         self._on_the_way -= size
         self._send_buffered()
@@ -237,6 +251,8 @@ class SimulatedTransport(asyncio.Transport):
 
     def _arrive_eof(self) -> None:
         other = self.other
+        if self._is_held(self._arrive_eof):
+            return
         if other is not None and not other.is_lost and not other.lost_bytes:
             other._eof_unread = True
             other._deliver_unread()
@@ -278,7 +294,8 @@ class SimulatedTransport(asyncio.Transport):
         """The same, when the news has come over the network; never, if it vanishes."""
         if not self.is_stranded and self._network.reaches(self.remote, self.local):
             path = self._network.path(self.remote.name, self.local.name)
-            self._loop.call_later(path.latency, self.lose, error)
+            when = max(self._loop.time(), path.held_until) + path.latency
+            self._loop.call_at(when, self.lose, error)
 
     def vanish(self) -> None:
         """This side's host is gone: it sends nothing more. Its protocol learns it, for the test's sake.

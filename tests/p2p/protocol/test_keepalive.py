@@ -119,6 +119,44 @@ def test_a_peer_that_lives_on_another_connection_gets_the_longest_time_for_its_a
     assert now == pytest.approx(config.probe_after + config.max_answer_time)
 
 
+def answer(alive: KeepAlive, asked_at: float, now: float) -> bool:
+    """The peer, which was looked at meanwhile, answers; whether it is asked once more."""
+    look = asked_at + LOOK_EVERY
+    while look < now:
+        assert alive.check(look, 0, 0)[0] is Verdict.WAIT
+        look += LOOK_EVERY
+    alive.receive_bytes(now)
+    return alive.receive_pong(now)
+
+
+def test_a_late_answer_is_asked_for_again_and_forgotten_if_the_next_one_is_quick():
+    alive = asked()
+    alive.measure(0.01)
+    before = alive.patience
+    assert answer(alive, 1.5, 3.5), "it took 2 s"
+    assert alive.patience > before, "meanwhile it counts"
+    assert not answer(alive, 3.5, 3.51)
+    assert alive.rtt == pytest.approx(0.01)
+    assert alive.patience == before
+
+
+def test_a_way_that_has_become_long_is_believed_the_second_time():
+    alive = asked()
+    alive.measure(0.01)
+    assert answer(alive, 1.5, 3.0)
+    assert not answer(alive, 3.0, 4.5)
+    assert alive.patience.answer_within == HostConfig().max_answer_time
+
+
+def test_a_long_time_of_a_handshake_is_asked_for_again_too():
+    """Its first message may have been sent into a link that was cut."""
+    alive = KeepAlive(HostConfig(), 0.0)
+    alive.measure(2.0)
+    assert alive.check(0.0, 0, 0)[0] is Verdict.PROBE
+    assert not answer(alive, 0.0, 0.01)
+    assert alive.patience == patience(0.01, 0.005, HostConfig())
+
+
 @pytest.mark.parametrize(
     ("rtt", "deviation", "expected"),
     [

@@ -6,7 +6,9 @@ as fast. What counts as silence is the time since the last sign, or since the co
 later. While the same peer shows life on another connection, the answer on this one may be in a queue behind that:
 it has the longest time allowed.
 
-How long to wait follows the round-trip time, smoothed as in RFC 6298 (Jacobson): see :func:`patience`.
+How long to wait follows the round-trip time, smoothed as in RFC 6298 (Jacobson): see :func:`patience`. A time so long
+that it would make us wait longer may be that of a link that was cut for a moment, and not of the way. The peer is asked
+once more, at once: if it answers much sooner, the long time is forgotten.
 
 Only time in which this side's own loop ran counts. While a peer is asked, it is looked at every :data:`LOOK_EVERY`
 seconds. A look that comes late shows that this process was suspended, or its loop busy: the peer gets that time too.
@@ -28,6 +30,8 @@ VERY_LATE = 0.5
 """A look that is late by this many seconds gives nobody up."""
 
 _ANSWER_ROUND_TRIPS = 8
+_OUTAGE = 2
+"""A round trip that took this many times as long as the next one measured an outage."""
 
 
 class Patience(NamedTuple):
@@ -52,6 +56,50 @@ def patience(rtt: float | None, deviation: float, config: HostConfig) -> Patienc
     )
 
 
+class RoundTrips:
+    """The smoothed round-trip time of one connection, and how far single ones are from it."""
+
+    def __init__(self, config: HostConfig) -> None:
+        self._config = config
+        self._smoothed: float | None = None
+        self._deviation = 0.0
+        self._doubted: tuple[float, float | None, float] | None = None
+        """A sample that is to be confirmed, and what was known before it."""
+
+    @property
+    def smoothed(self) -> float | None:
+        """In seconds, once measured."""
+        return self._smoothed
+
+    @property
+    def patience(self) -> Patience:
+        """How long the peer is waited for."""
+        return patience(self._smoothed, self._deviation, self._config)
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether the peer has to be asked once more."""
+        return self._doubted is not None
+
+    def add(self, sample: float) -> None:
+        """Take a measured time into account."""
+        doubted, self._doubted = self._doubted, None
+        if doubted is not None and doubted[0] >= _OUTAGE * sample:
+            _, self._smoothed, self._deviation = doubted
+        before = (sample, self._smoothed, self._deviation)
+        known = self.patience
+        self._smooth(sample)
+        if doubted is None and self.patience > known:
+            self._doubted = before
+
+    def _smooth(self, sample: float) -> None:
+        if self._smoothed is None:
+            self._smoothed, self._deviation = sample, sample / 2
+        else:
+            self._deviation += (abs(self._smoothed - sample) - self._deviation) / 4
+            self._smoothed += (sample - self._smoothed) / 8
+
+
 class Verdict(enum.Enum):
     """What to do now."""
 
@@ -68,9 +116,7 @@ class KeepAlive:
     def __init__(self, config: HostConfig, now: float) -> None:
         self._config = config
         self.last_sign = now
-        self.rtt: float | None = None
-        """Smoothed round-trip time, once measured."""
-        self._deviation = 0.0
+        self._round_trips = RoundTrips(config)
         self._in_use_since: float | None = None
         self._probe_sent: float | None = None
         self._unsent = 0
@@ -82,7 +128,12 @@ class KeepAlive:
     @property
     def patience(self) -> Patience:
         """How long this peer is waited for now."""
-        return patience(self.rtt, self._deviation, self._config)
+        return self._round_trips.patience
+
+    @property
+    def rtt(self) -> float | None:
+        """Smoothed round-trip time, once measured."""
+        return self._round_trips.smoothed
 
     def set_in_use(self, in_use: bool, now: float) -> bool:
         """Note whether somebody waits for something; True if :meth:`check` is due earlier than it said."""
@@ -99,24 +150,25 @@ class KeepAlive:
         self.last_sign = now
         self._excused = 0.0
 
-    def receive_pong(self, now: float) -> None:
-        """The answer to the last probe has arrived."""
+    def receive_pong(self, now: float) -> bool:
+        """The answer to the last probe has arrived; True: send another PING now."""
         if self._probe_sent is None:
-            return
+            return False
         sample = now - self._probe_sent
         self._probe_sent = None
         if (
             not self._was_blind and now - self._look_due < VERY_LATE
         ):  # else it measures this side's own absence
             self.measure(sample)
+        if not self._round_trips.is_doubtful:
+            return False
+        self._begin_probe(now)
+        self._look_due = now + LOOK_EVERY
+        return True
 
     def measure(self, sample: float) -> None:
         """Take one measured round-trip time into account."""
-        if self.rtt is None:
-            self.rtt, self._deviation = sample, sample / 2
-        else:
-            self._deviation += (abs(self.rtt - sample) - self._deviation) / 4
-            self.rtt += (sample - self.rtt) / 8
+        self._round_trips.add(sample)
 
     @property
     def awaits_pong(self) -> bool:
@@ -160,7 +212,7 @@ class KeepAlive:
             probe_at = silent_since + (
                 self._config.idle_probe_after if self._in_use_since is None else ask_after
             )
-            if now < probe_at:
+            if now < probe_at and not self._round_trips.is_doubtful:
                 return Verdict.WAIT, probe_at
             self._begin_probe(now)
             return Verdict.PROBE, now + LOOK_EVERY
