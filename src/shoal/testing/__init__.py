@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from shoal.testing.matchmaking import SimulatedMatchmaking
     from shoal.testing.network import SimulatedNetwork
     from shoal.testing.rounds import SimulatedGroup
+    from shoal.testing.swarm import SimulatedSwarm
 
 __all__ = [
     "run",
@@ -45,6 +46,7 @@ __all__ = [
     "SimulatedMatchmaking",
     "SimulatedGroup",
     "SimulatedAveraging",
+    "SimulatedSwarm",
     "plant",
     "PHASES",
 ]
@@ -61,6 +63,7 @@ __getattr__, __dir__ = lazy_names(
         "SimulatedMatchmaking": "shoal.testing.matchmaking",
         "SimulatedGroup": "shoal.testing.rounds",
         "SimulatedAveraging": "shoal.testing.averaging",
+        "SimulatedSwarm": "shoal.testing.swarm",
         "plant": "shoal.testing.faults",
         "PHASES": "shoal.testing.faults",
     },

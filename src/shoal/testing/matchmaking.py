@@ -17,6 +17,7 @@ from shoal.testing.dht import SimulatedDHT
 
 __all__ = ["SimulatedMatchmaking"]
 
+PREFIX = "swarm"
 SCHEMA = b"schema".ljust(32, b".")
 
 
@@ -58,7 +59,7 @@ class SimulatedMatchmaking:
         matchmaker = self.matchmakers[number] = Matchmaker(
             node,
             Router.of(node.host),
-            prefix="swarm",
+            prefix=PREFIX,
             schema_hash=schema,
             config=self.config,
             mode=mode,
