@@ -97,6 +97,8 @@ class SimulatedSwarm:
         """Of all peers, in the order in which they ended."""
         self.log: list[str] = []
         """What happened, and when."""
+        self.numbers: dict[PeerID, int] = {}
+        """Of all peers that were ever there."""
         self._config = config
         self._division = Division(self.layout, part_size_bytes=PART_BYTES, min_vector_size=0)
         self._rounds: dict[int, Rounds] = {}
@@ -108,14 +110,11 @@ class SimulatedSwarm:
         """Add a line to the log."""
         self.log.append(f"{asyncio.get_running_loop().time():.3f} {text}")
 
-    def number_of(self, peer: PeerID) -> int:
-        """The number of the peer with this PeerID."""
-        return next(n for n in self.sim.matchmakers if self.sim.dht.identity(n).peer_id == peer)
-
     # ---- peers
 
     async def start(self, number: int, mode: PeerMode = PeerMode.FULL, *, schema: bytes = SCHEMA) -> None:
         """Start one peer, joining the DHT by peer 0."""
+        self.numbers[self.sim.dht.identity(number).peer_id] = number
         await self.sim.start_one(number, mode, schema=schema)
         self._rounds[number] = Rounds(Router.of(self.sim.dht.nodes[number].host), PREFIX)
 
@@ -271,7 +270,7 @@ class SimulatedSwarm:
     def _check_average(self, committed: list[Attempt]) -> None:
         first = committed[0]
         peers, result = first.group.peer_ids, first.result
-        numbers = [self._number_ever(peer) for peer in peers]
+        numbers = [self.numbers[peer] for peer in peers]
         for index, part in enumerate(first.partition.parts):
             weights = dict(enumerate(result.weights))
             for member, begin, end in result.partial:
@@ -290,6 +289,3 @@ class SimulatedSwarm:
             for one in committed:
                 if one.result.applies and float((one.average[where].double() - exact).abs().max()) > limit:
                     raise Mismatch(f"part {index} at {one.number} is not the average of {counted}")
-
-    def _number_ever(self, peer: PeerID) -> int:
-        return next(number for _, number in self._values if self.sim.dht.identity(number).peer_id == peer)
