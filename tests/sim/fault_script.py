@@ -13,8 +13,10 @@ import torch
 
 from shoal.averaging.allreduce.round import RoundTimeouts
 from shoal.averaging.group import PeerMode
+from shoal.averaging.matchmaking.sizes import plan_with_helpers
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.compression import BFloat16Compression
+from shoal.dht.config import DHTConfig
 from shoal.errors import AllreduceException, IdentityInUse, ShoalError
 from shoal.testing.clock import run
 from shoal.testing.matchmaking import SCHEMA
@@ -41,6 +43,9 @@ ENDS_WITHIN = 1200.0
 """Virtual seconds of a whole story: nothing waits for ever."""
 TROUBLED = 30.0
 """Seconds for which a fault lasts at most."""
+ONE_DHT_WITHIN = 60.0
+"""Seconds after all that within which all nodes know each other."""
+DEATH = 0.001
 SKEW = 3.0
 OTHER_SCHEMA = b"other".ljust(len(SCHEMA), b".")
 
@@ -52,7 +57,10 @@ class Violation(AssertionError):
 class Story:
     """One swarm of a seed, some steps of its peers, and what befalls them meanwhile."""
 
-    def __init__(self, seed: int, sizes: Sequence[int] = range(2, 17)) -> None:
+    def __init__(
+        self, seed: int, sizes: Sequence[int] = range(2, 17), kinds: Sequence[str] | None = None
+    ) -> None:
+        """``kinds``: of faults; None: the seed chooses."""
         self.seed = seed
         rng = self.rng = random.Random(f"whole stack {seed}")
         self.size = rng.choice(sizes)
@@ -74,14 +82,17 @@ class Story:
             number: rng.choice((0.0, 0.5, 2.5)) for number in range(self.size) if rng.random() < 0.2
         }
         # each run has a random subset of the features
-        kinds = [kind for kind in FAULTS if rng.random() < 0.4]
-        self.kinds = [rng.choice(kinds) for _ in range(rng.randint(1, 3))] if kinds else []
+        if kinds is None:
+            kinds = [kind for kind in FAULTS if rng.random() < 0.4]
+        self.kinds = [rng.choice(kinds) for _ in range(rng.randint(1, 5))] if kinds else []
         self.rounds = rng.choice((1, 2))
         """Steps of each peer before all faults are over; one more follows."""
         self.steps: dict[int, asyncio.Task[None]] = {}
         self.alive: set[int] = set()
         self.strange: set[int] = set()
         """Peers of which nobody expects an average: another schema, or an identity that is in use."""
+        self.twice: set[int] = set()
+        """Peers whose identity somebody else had, too."""
         self.wrong: set[int] = set()
         """Peers whose next values are not finite."""
         self.unable: set[int] = set()
@@ -143,6 +154,7 @@ class Story:
             swarm.check()
             await self._recover()
             swarm.check()
+            await self._check_one_dht()
         finally:
             for task in [*self._striking, *self.steps.values()]:
                 task.cancel()
@@ -171,6 +183,8 @@ class Story:
         swarm = self.swarm
         self.network.heal()
         self._plans.clear()
+        self.unable.clear()
+        self.wrong.clear()
         for number in range(self.size):
             for other in self.others(number):
                 self.network.set_bandwidth(self.name(number), self.name(other), None)
@@ -180,12 +194,36 @@ class Story:
         able = [number for number in numbers if self.modes[number] is not PeerMode.AUXILIARY]
         results = await asyncio.gather(*(swarm.step(number, timeout=RECOVERY) for number in numbers))
         ended = dict(zip(numbers, results, strict=True))
-        leaders = sum(self.modes[number] is PeerMode.FULL for number in able)
-        weighty = sum(swarm.weights.get(number, 1.0) > 0 for number in able)
         lonely = {number: why for number in able if (why := _why_no_average(ended[number]))}
-        # one may be left over, where groups are of two
-        if leaders and len(able) > 1 and weighty > 1 and len(lonely) > 1:
+        if len(lonely) > self._left_over(numbers):
             raise Violation(f"of {able} some did not average: {lonely}")
+
+    async def _check_one_dht(self) -> None:
+        """All nodes that others can dial know each other."""
+        nodes = {
+            n: self.swarm.sim.dht.nodes[n] for n in sorted(self.alive) if self.modes[n] is not PeerMode.CLIENT
+        }
+        if self.twice or len(nodes) > DHTConfig().bucket_size:
+            return
+        known: dict[int, int] = {}
+        for _ in range(int(ONE_DHT_WITHIN)):
+            peers = {node.peer_id for node in nodes.values()}
+            known = {n: len(peers.intersection(node.neighbours)) for n, node in nodes.items()}
+            if all(count == len(nodes) - 1 for count in known.values()):
+                return
+            await asyncio.sleep(1.0)
+        raise Violation(f"some nodes of the DHT do not know all {len(nodes) - 1} others: {known}")
+
+    def _left_over(self, numbers: Sequence[int]) -> int:
+        """How many of these may stay without an average, since groups have sizes and somebody has to lead them."""
+        count = Counter(self.modes[number] for number in numbers)
+        full, clients, helpers = (count[m] for m in (PeerMode.FULL, PeerMode.CLIENT, PeerMode.AUXILIARY))
+        config = self.swarm.sim.config
+        placed = sum(
+            plan_with_helpers(full, clients, helpers, config.target_group_size, config.min_group_size)
+        )
+        weightless = sum(self.swarm.weights.get(number, 1.0) == 0 for number in numbers)
+        return full + clients - max(0, placed - helpers) + weightless
 
     # ---- faults
 
@@ -243,6 +281,9 @@ async def crash(story: Story) -> None:
     number, silently = story.someone(), story.rng.random() < 0.3
     story.swarm.note(f"kill {number}{' silently' if silently else ''}")
     story.network.kill(story.name(number), silently=silently)
+    await asyncio.sleep(
+        DEATH
+    )  # its connections have ended before its code does, as in a process that is killed
     await story.stop(number)
     await story.swarm.kill(number, silently=silently)
 
@@ -323,6 +364,7 @@ async def be_twice(story: Story) -> None:
     if 0 not in story.alive or copy in story.swarm.sim.dht.nodes:
         return
     story.swarm.note(f"{number} is there twice")
+    story.twice.add(number)
     story.swarm.sim.dht.share_identity(number, copy)
     try:
         await story.swarm.sim.dht.start(copy, [story.swarm.sim.dht.address(0)])
