@@ -112,9 +112,6 @@ class Story:
         """Anybody; the first one's machine is how newcomers find the DHT, so it stays where they matter."""
         return self.rng.choice(sorted(self.alive))
 
-    def others(self, number: int) -> list[int]:
-        return [other for other in range(self.size) if other != number]
-
     def a_while(self) -> float:
         return self.rng.choice((1.6, 3.0, 12.0, TROUBLED))
 
@@ -186,8 +183,7 @@ class Story:
         self.unable.clear()
         self.wrong.clear()
         for number in range(self.size):
-            for other in self.others(number):
-                self.network.set_bandwidth(self.name(number), self.name(other), None)
+            self.network.set_link(self.name(number), None)
         await asyncio.sleep(TROUBLED)
         swarm.note("all faults are over")
         numbers = sorted(self.alive - self.strange)
@@ -321,8 +317,7 @@ async def freeze(story: Story) -> None:
 async def slow(story: Story) -> None:
     number, speed = story.someone(), story.rng.choice((2000.0, 8000.0, 30_000.0))
     story.swarm.note(f"{number} has {speed:g} B/s")
-    for other in story.others(number):
-        story.network.set_bandwidth(story.name(number), story.name(other), speed)
+    story.network.set_link(story.name(number), speed)
 
 
 async def reset(story: Story) -> None:
