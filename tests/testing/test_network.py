@@ -315,6 +315,29 @@ def test_silence_may_hold_one_way_only():
     run(main)
 
 
+@pytest.mark.parametrize("fault", ["hold", "freeze"])
+def test_what_is_held_arrives_later_whole_and_in_order(fault):
+    async def main():
+        network = make_network()
+        near, far = await connect(network)
+        near.transport.write(b"one")
+        began = now()
+        await asyncio.sleep(0.1)
+        if fault == "hold":
+            network.hold("a", "b", 5.0)
+        else:
+            network.freeze("b", 5.0)
+        near.transport.write(b"two")
+        await asyncio.sleep(4.8)
+        assert (bytes(far.data), far.events) == (b"", [])
+        near.transport.write(b"six")
+        await asyncio.sleep(2.0)
+        assert bytes(far.data) == b"onetwosix"
+        assert far.events[0][1] - began == pytest.approx(5.1)
+
+    run(main)
+
+
 def test_a_host_that_moved_answers_at_its_new_address_alone():
     async def main():
         network = make_network()
