@@ -81,6 +81,7 @@ def part_and_heal(seed: int) -> None:
     run(story)
 
 
+@pytest.mark.sweep
 def test_parts_of_a_dht_become_one_again():
     assert not finds(part_and_heal, range(2))
 
@@ -127,6 +128,7 @@ def test_a_full_group_hides_that_it_has_begun(monkeypatch: Patch):
     assert finds(check_same_instant, range(1890, 1900))
 
 
+@pytest.mark.sweep
 def test_a_leader_that_cannot_be_dialed_is_not_reported(monkeypatch: Patch):
     """A peer whose leader was always the same found no group in any step."""
 

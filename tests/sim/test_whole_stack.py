@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.sim.fault_script import FAULTS, Story, Violation, commit, sweep
 
-SMALL = (2, 3, 4, 5)
+SMALL = (2, 3, 4)
 """Sizes of swarms that take less than a second."""
 
 
@@ -21,7 +21,7 @@ def test_a_swarm_of_up_to_sixteen(seed: int):
 
 
 def test_a_seed_replays_exactly():
-    stories = [Story(8, SMALL) for _ in range(2)]
+    stories = [Story(8, (3,)) for _ in range(2)]
     assert stories[0].play() == stories[1].play()
     assert stories[0].swarm.log == stories[1].swarm.log
     assert len(stories[0].swarm.log) > 5
