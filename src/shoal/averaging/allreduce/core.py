@@ -56,6 +56,7 @@ from shoal.averaging.allreduce.effects import (
     AskForAcceptance,
     Effect,
     Finish,
+    Reply,
     StopContributing,
     TellLeader,
 )
@@ -73,6 +74,7 @@ from shoal.averaging.allreduce.events import (
     JoinTimedOut,
     MemberAnswered,
     MemberEvent,
+    MemberLeft,
     MemberLost,
     MemberReported,
     OutcomeReceived,
@@ -92,6 +94,7 @@ from shoal.averaging.allreduce.events import (
     SnapshotFailed,
     SnapshotTaken,
     SpanReceived,
+    VoteHandedOn,
     WeightDeclared,
     Withdrawn,
 )
@@ -102,6 +105,7 @@ from shoal.averaging.allreduce.messages import (
     GaveUp,
     Knows,
     Outcome,
+    Promised,
     Ready,
     StandsAside,
     Undecided,
@@ -192,8 +196,8 @@ class AllReduce:
             case TimePassed(late):
                 exchange = self.ledger.on_time(late, now) if self.phase in SERVING else []
                 return [*exchange, *self.decision.on_time(late, now)]
-            case Withdrawn(reason):
-                return self._on_withdrawn(reason, now)
+            case Withdrawn():
+                return self._on_withdrawn(event, now)
             case (
                 WeightDeclared()
                 | SenderHeld()
@@ -225,6 +229,9 @@ class AllReduce:
             match step:
                 case TellLeader(report) if self.decision.reports_to_itself:
                     effects += self._follow(self.decision.report(report, now), now)
+                case TellLeader(Ready()) | Reply(Promised(Phase.READY.name)):
+                    self.election.evidence.tell()
+                    effects.append(step)
                 case AnnounceExclusion(excluded):
                     effects += [step, *self._follow(self._on_exclusion(excluded, now), now)]
                 case AnnounceRepair(order):
@@ -332,6 +339,10 @@ class AllReduce:
         match event:
             case MemberLost(member, reason):
                 return self.decision.lose(member, reason, now)
+            case MemberLeft(member):
+                return self.decision.see_leave(member, now)
+            case VoteHandedOn():
+                return self.decision.inherit()
             case JoinTimedOut() | MemberReported():
                 return self.decision.coordinate(event, now)
             case ExclusionReceived(excluded, term):
@@ -346,9 +357,10 @@ class AllReduce:
         self.election.heard_leader()
         return steps
 
-    def _on_withdrawn(self, reason: str, now: float) -> list[Step]:
+    def _on_withdrawn(self, event: Withdrawn, now: float) -> list[Step]:
+        reason = event.reason
         if self.decision.coordinator is not None:
-            return self.decision.withdraw(reason, now)
+            return self.decision.withdraw(event, now)
         if self.phase not in SERVING:
             return []  # a member that is ready has given its word: only the outcome can free it
         story = self.failure if self.phase is Phase.EXCLUDED else None

@@ -23,7 +23,7 @@ from shoal.averaging.allreduce.effects import (
     Reply,
     StopLeading,
 )
-from shoal.averaging.allreduce.election import ASK_AGAIN, Election, Hope
+from shoal.averaging.allreduce.election import ASK_AGAIN, Election
 from shoal.averaging.allreduce.events import (
     DECIDED,
     OVER,
@@ -40,11 +40,11 @@ from shoal.averaging.allreduce.events import (
     VoteEvent,
     Withdrawn,
 )
+from shoal.averaging.allreduce.evidence import Hope
 from shoal.averaging.allreduce.ledger import CATCH_UP, Ledger
 from shoal.averaging.allreduce.messages import (
     Accepted,
     Knows,
-    NotKnown,
     Outcome,
     Promised,
     Refused,
@@ -60,7 +60,7 @@ SLOWER = 4
 ASK_OTHERS_AGAIN = 1.0
 """Seconds after which a leader asks a member again that has voted."""
 GIVE_UP_AFTER = 15.0
-"""Seconds without a leader after which a member that is not ready gives up."""
+"""Seconds without a leader after which a member that is not ready gives up, and one that is ready and has no hope."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,8 @@ class Decision:
     def is_bound(self) -> bool:
         """Whether the round may commit with this member, whatever it wishes."""
         has_voted = self._member.phase in (Phase.READY, Phase.COMMITTED, Phase.IN_DOUBT)
-        return has_voted and (self.coordinator is None or self.coordinator.is_bound)
+        leads_free = self.coordinator is not None and not self.coordinator.is_bound
+        return has_voted and not (leads_free and not self.election.evidence.has_told)
 
     @property
     def has_begun(self) -> bool:
@@ -151,13 +152,16 @@ class Decision:
             ledger.knows_of(),
             voter.accepted,
             voter.floor,
+            voter.casts,
         )
 
     def answer(self) -> Knows | Undecided:
         """What this member knows of the decision."""
         if self._member.outcome is not None:
             return Knows(self._member.outcome)
-        return Undecided(self._member.phase.name, self.election.has_leader and not self._is_over)
+        voter = self.election.voter
+        has_leader = self.election.has_leader and not self._is_over
+        return Undecided(self._member.phase.name, has_leader, voter.has_accepted_commit, voter.casts)
 
     @property
     def _is_over(self) -> bool:
@@ -218,7 +222,9 @@ class Decision:
         assert self.coordinator is not None
         self._waits_since = now
         self.election.accept(self.roles.me, ask.term, ask.outcome)
-        return list(self.coordinator.accept(self.roles.me))
+        if ask.outcome.reason is None:
+            self.election.evidence.tell()
+        return list(self.coordinator.accept(self.roles.me, casts=self.election.voter.casts))
 
     def tell_followers(self, outcome: Outcome) -> list[Effect]:
         """What a leader, or a candidate, learned from another member is news to those that follow it."""
@@ -242,16 +248,45 @@ class Decision:
             return self._lose_leader(f"lost {self.roles.name(member)}: {reason}", now)
         return [*self.election.consider(now), *self._try_to_lead(now)]
 
-    def withdraw(self, reason: str, now: float) -> list[Step]:
+    def withdraw(self, event: Withdrawn, now: float) -> list[Step]:
         """This leader cannot or will not go on. In a group of three or more the others find another one."""
         assert self.coordinator is not None
         if self.coordinator.proposed is None and self.roles.size > 2:
-            return [StopLeading(), GivenUp(reason)]
-        steps = self.coordinate(Withdrawn(reason), now)
-        others_live = any(one not in self.election.lost for one in self.election.others)
-        if self.coordinator.outcome is None and not self.coordinator.is_bound and not others_live:
-            steps.append(GivenUp(reason))
+            if self._may_be_counted:  # it was ready before it led, and is bound by its word
+                return self._depose(f"gave up to lead: {event.reason}", now)
+            return [self._stop_leading(self.coordinator, leaves=event.leaves), GivenUp(event.reason)]
+        steps = self.coordinate(event, now)
+        evidence = self.election.evidence
+        others_live = any(one not in self.election.lost | evidence.dead for one in evidence.others)
+        is_undecided = self.coordinator.outcome is None and not self.coordinator.is_bound
+        if is_undecided and not others_live and not self._may_be_counted:
+            steps.append(GivenUp(event.reason))
         return steps
+
+    def _stop_leading(self, coordinator: Coordinator, *, leaves: bool) -> StopLeading:
+        """Before there is a proposal. A founder that leaves hands on its casting vote, which only an even group has."""
+        heir = coordinator.heir if leaves and not self.roles.size % 2 and not self.roles.me else None
+        return StopLeading(heir if heir is not None and self.election.voter.hand_on() else None)
+
+    def inherit(self) -> list[Step]:
+        """The founding leader hands on its casting vote to this member."""
+        self.election.voter.casts = True
+        return []
+
+    def see_leave(self, member: int, now: float) -> list[Step]:
+        """A member's process ends."""
+        self.election.evidence.leave(member)
+        if self.coordinator is not None:
+            return self._despair(now)
+        return [*self.election.consider(now), *self._try_to_lead(now), *self._despair(now)]
+
+    @property
+    def _may_be_counted(self) -> bool:
+        """Whether this member would contradict a decision, made or to come, if it failed now."""
+        return self._member.phase is Phase.READY and self.election.evidence.may_be_counted()
+
+    def _give_up(self, reason: str) -> Verdict:
+        return Doubted(f"{reason}; others may have decided") if self._may_be_counted else GivenUp(reason)
 
     # time, and the lack of a leader
 
@@ -270,38 +305,43 @@ class Decision:
     @property
     def _patience_ends(self) -> float:
         """Until when this member waits for a decision, or for a leader."""
+        evidence = self.election.evidence
         if self.coordinator is not None:
             if self.coordinator.proposed is None:
                 return NEVER
-            return self._waits_since + (self._timeouts.doubt if self.is_bound else GIVE_UP_AFTER)
+            return self._waits_since + self._patience(len(evidence.dead) < len(self.roles.others))
         if self.election.since != NEVER:
-            is_ready = self._member.phase is Phase.READY
-            return self.election.since + (self._timeouts.doubt if is_ready else GIVE_UP_AFTER)
+            return self.election.since + self._patience(evidence.hope is not Hope.NONE)
         took = max(0.0, self._waits_since - self._began_at)
         return self._waits_since + self._timeouts.leader + SLOWER * took
+
+    def _patience(self, has_hope: bool) -> float:
+        """Seconds for which this member tries to learn the decision."""
+        if not self.is_bound:
+            return GIVE_UP_AFTER
+        if not self.election.evidence.others:
+            return 0.0  # nobody is left that could come back
+        return self._timeouts.doubt if has_hope else min(GIVE_UP_AFTER, self._timeouts.doubt)
 
     def _lose_patience(self, now: float) -> list[Step]:
         story = self.election.story
         if self.coordinator is not None:
             proposed = self.coordinator.proposed
-            if self.is_bound:
-                return [
-                    Doubted("too few members answered to decide; others may have decided without this one")
-                ]
-            return [GivenUp((proposed and proposed.reason) or "too few members answered to decide")]
+            return [self._give_up((proposed and proposed.reason) or "too few members answered to decide")]
         if self.election.since == NEVER:
             name, waited = self.roles.name(self.election.leader), now - self._waits_since
             return self._lose_leader(f"{name} has led without a decision for {waited:.0f} s", now)
         if self._member.phase is Phase.READY:
-            return [Doubted(f"{story}; others may have decided")]
+            return [self._give_up(story)]
         return [GivenUp(self._member.failure or f"{story}; no other leader was found")]
 
     def _lose_leader(self, story: str, now: float, *, others_first: bool = False) -> list[Step]:
         is_first = self.election.since == NEVER  # else a candidate may just have stepped down
         effects = self.election.lose_leader(story, now, others_first=others_first)
-        without = self.election.lost | self.election.dead
+        evidence = self.election.evidence
+        without = self.election.lost | evidence.dead
         is_ready = self._member.phase is Phase.READY
-        if is_first and not is_ready and not self.election.may_be_quorum(without):
+        if is_first and not is_ready and not evidence.may_decide_without(without):
             return [GivenUp(self._member.failure or story)]
         return [*effects, *self._try_to_lead(now)]
 
@@ -346,25 +386,36 @@ class Decision:
         """A question of another member, or an answer to one of this member's."""
         match event:
             case PromiseAsked(member, term):
+                if self._member.outcome is None and self.election.voter.is_closed:
+                    return [Reply(self.answer())]
                 return self._on_promise_asked(member, term)
             case AcceptanceAsked(member, term, outcome):
+                if self._member.outcome is None and (self.election.voter.is_closed or self._denies(outcome)):
+                    return [Reply(self.answer())]
                 return self._on_acceptance_asked(member, term, outcome, now)
             case MemberAnswered():
                 return self._on_answer(event, now)
 
+    def _denies(self, outcome: Outcome) -> bool:
+        """Whether this member has failed, and the outcome counts it all the same."""
+        counts = outcome.reason is None and all(one.member != self.roles.me for one in outcome.excluded)
+        return counts and self._member.phase is Phase.FAILED and self.roles.contributes[self.roles.me]
+
     def _on_acceptance_asked(self, member: int, term: int, outcome: Outcome, now: float) -> list[Step]:
+        voter = self.election.voter
         if self._member.outcome is not None:
             return [Reply(Knows(self._member.outcome))]
         if not self.election.accept(member, term, outcome):
-            return [Reply(Refused(self.election.voter.promised))]
+            return [Reply(Refused(voter.promised))]
+        reply = Reply(Accepted(voter.casts))
         if term == self.election.term and self.election.lead is Lead.FOLLOWING:
             self.election.heard_leader()
         elif self.election.has_leader and not self._is_over:
             # Of the leader whose term this member has followed, or led, nothing counts any more.
-            return [Reply(Accepted()), *self._depose(f"{self.roles.name(member)} leads in a later term", now)]
+            return [reply, *self._depose(f"{self.roles.name(member)} leads in a later term", now)]
         elif self.election.lead is Lead.CANDIDATE and not self._is_over:
-            return [Reply(Accepted()), *self.election.step_down(now)]
-        return [Reply(Accepted())]
+            return [reply, *self.election.step_down(now)]
+        return [reply]
 
     def _depose(self, story: str, now: float) -> list[Step]:
         """The leader that this member follows, or is itself, is one no more."""
@@ -399,49 +450,55 @@ class Decision:
         if self.coordinator is not None:
             return self._on_vote_counted(self.coordinator, event, now)
         effects = self.election.on_answer(event, now)
-        return [*effects, *self._try_to_lead(now), *self._despair()]
+        return [*effects, *self._try_to_lead(now), *self._despair(now)]
 
     def _on_vote_counted(self, coordinator: Coordinator, event: MemberAnswered, now: float) -> list[Step]:
         member, answer = event.member, event.answer
         if event.term != self.election.term or coordinator.proposed is None:
             return []
-        if event.is_dead or isinstance(answer, NotKnown):
-            self.election.dead.add(member)
-        if member in self.election.dead:
-            return self._despair()
+        evidence = self.election.evidence
+        self.election.weigh(event, now)
         steps: list[Step] = []
         if isinstance(answer, Accepted):
-            steps += coordinator.accept(member)
+            steps += coordinator.accept(member, casts=answer.casts)
         elif isinstance(answer, Refused) and answer.promised > self.election.term:
             steps += self._on_refused(member, now)
         if coordinator.outcome is not None or self.coordinator is None:
             return steps
+        if member in evidence.dead:
+            steps += self._despair(now)
+        if member in evidence.left:
+            return steps
         # Once more, also one that has accepted: the decision may become known there by another leader.
-        again = ASK_AGAIN if answer is None or isinstance(answer, Undecided) else ASK_OTHERS_AGAIN
+        is_soon = member not in evidence.dead and (answer is None or isinstance(answer, Undecided))
+        again = ASK_AGAIN if is_soon else ASK_OTHERS_AGAIN
         return [*steps, AskForAcceptance((member,), self.election.term, coordinator.proposed, again)]
 
     def _on_refused(self, member: int, now: float) -> list[Step]:
         """A member has promised more to another one. That matters if too few are left without it."""
         self._refused_by.add(member)
-        if self.election.may_be_quorum(self._refused_by | self.election.dead):
+        if self.election.evidence.may_decide_without(self._refused_by | self.election.evidence.dead):
             return []
         return self._depose("most members follow another leader", now)
 
-    def _despair(self) -> list[Step]:
-        """Give up, if nobody who lives knows more, or can decide."""
+    def _despair(self, now: float) -> list[Step]:
+        """Give up, if no member that seems to live knows more, or can decide."""
         if self._is_over:
             return []
+        evidence = self.election.evidence
         if self.coordinator is not None:
             proposed = self.coordinator.proposed
-            if proposed is None or self.election.may_be_quorum(self.election.dead):
+            if proposed is None or evidence.may_decide_without(evidence.dead):
                 return []
-            if self.is_bound and self.election.others:
-                return []  # one that lives may know of a decision by another leader, or will, until the doubt
-            return [GivenUp(proposed.reason or "too few members live to decide")]
-        hope = self.election.hope
-        if self.election.has_leader or hope is Hope.QUORUM:
+            is_alone = len(evidence.dead) == len(self.roles.others)
+            reason = proposed.reason or "too few members live to decide"
+        elif self.election.has_leader or evidence.hope is Hope.QUORUM:
             return []
-        if self._member.phase is not Phase.READY or hope is Hope.NONE:
+        else:
+            is_alone = evidence.hope is Hope.NONE
             story = f"{self.election.story}; no member that can be reached knows of a decision"
-            return [GivenUp(self._member.failure or story)]
-        return []
+            reason = self._member.failure or story
+        # A leader that proposed waits for news of one that lives, and so does a member that is ready.
+        if not self.is_bound or (is_alone and not self._may_be_counted):
+            return [GivenUp(reason)]
+        return self._lose_patience(now) if now >= self._patience_ends else []
