@@ -495,6 +495,8 @@ class Cores(Votes):
             if one.core.phase not in OVER:
                 raise Violation(f"{me} has not ended: {self.describe()}; {self.log}")
         self._check_holders()
+        for decided in outcomes:
+            self._check_kept(decided)
         if not committed:
             return "in doubt" if self._some(Phase.IN_DOUBT) else "failed"
         (outcome,) = outcomes
@@ -502,7 +504,7 @@ class Cores(Votes):
             raise Violation(f"some committed a round that failed: {self.describe()}; {self.log}")
         self._check_averages(outcome, committed)
         excluded = {one.member for one in outcome.excluded}
-        self._check_counted(excluded)
+        self._check_counted(outcome, excluded)
         for me, one in self._living():
             is_excluded = me in excluded
             if is_excluded and one.core.phase is Phase.COMMITTED and one.core.roles.contributes[me]:
@@ -521,12 +523,25 @@ class Cores(Votes):
         if len(holders) > 1 or (voters[0].is_closed and has_voted) or (holders and not voters[0].is_closed):
             raise Violation(f"{holders} have the casting vote: {self.describe()}; {self.log}")
 
-    def _check_counted(self, excluded: set[int]) -> None:
-        """No member that lives fails plainly in a round that others, dead ones too, have committed counting it in."""
+    def _check_counted(self, outcome: Outcome, excluded: set[int]) -> None:
+        """No member that lives fails plainly in a round that others, dead ones too, have committed counting it in.
+
+        One that knows the decision may have dropped these averages by the order of a leader that did not know it.
+        """
         for me, one in self._living():
             counts = one.core.roles.contributes[me] and me not in excluded
-            if counts and one.core.phase is Phase.FAILED:
+            has_dropped = one.core.outcome is not None and one.core.ledger.assignment.epoch != outcome.epoch
+            if counts and one.core.phase is Phase.FAILED and not has_dropped:
                 raise Violation(f"{me} failed, though it counts: {self.describe()}; {self.log}")
+
+    def _check_kept(self, outcome: Outcome) -> None:
+        """Nobody who promised to follow the leader that decided has averaged anew since what was committed."""
+        for one in self.members:
+            leader, epoch = one.core.decision.coordinator, outcome.epoch
+            if leader is not None and leader.outcome is not None and outcome.reason is None:
+                voters = [self.members[member].core.ledger for member in one.core.election.promises]
+                if any(voter.assignment.epoch > epoch for voter in voters):
+                    raise Violation(f"a voter has dropped what it decided: {self.describe()}; {self.log}")
 
     def _some(self, phase: Phase) -> bool:
         return any(one.core.phase is phase for _, one in self._living())

@@ -92,17 +92,18 @@ class Votes(Links[Member]):
         other = self.members[asked.to]
         if other.is_back:
             self._reply(asked, NotKnown())
-        elif other.has_begun:
-            self.do(asked.to, lambda: self._answer(asked))
         else:
-            self.later(QUESTION_TIMEOUT, lambda: self._answer_late(asked))
+            self._answer_soon(asked, self.now + QUESTION_TIMEOUT)
 
-    def _answer_late(self, asked: _Asked) -> None:
-        """The other member did not know of the group when the question came."""
-        if self.members[asked.to].has_begun:
+    def _answer_soon(self, asked: _Asked, until: float) -> None:
+        """A question waits for its round to begin."""
+        other = self.members[asked.to]
+        if other.has_begun:
             self.do(asked.to, lambda: self._answer(asked))
-        elif self.members[asked.to].is_alive:
+        elif other.is_alive and self.now >= until:
             self._reply(asked, NotKnown())
+        elif other.is_alive:
+            self.later(0.05, lambda: self._answer_soon(asked, until))
 
     def _answer(self, asked: _Asked) -> None:
         one, me, question = self.members[asked.to], asked.by, asked.question

@@ -5,19 +5,27 @@ from __future__ import annotations
 import pytest
 from tests.averaging.allreduce.test_election import COMMITTED, FAILED, Member, promised, proposal, reply
 
+from shoal.averaging.allreduce.assignment import Epoch, Repair, SpanId
+from shoal.averaging.allreduce.core import AllReduce
 from shoal.averaging.allreduce.decision import GIVE_UP_AFTER
 from shoal.averaging.allreduce.effects import AskForOutcome, AskForPromise, Finish, StopLeading
 from shoal.averaging.allreduce.events import (
     AcceptanceAsked,
+    AverageReceived,
+    Event,
     ExclusionReceived,
     Lead,
     MemberAnswered,
     MemberLeft,
     MemberLost,
     MemberReported,
+    OutcomeReceived,
     Phase,
     PromiseAsked,
+    RepairReceived,
+    Roles,
     SnapshotTaken,
+    SpanReceived,
     VoteHandedOn,
     Withdrawn,
 )
@@ -28,6 +36,7 @@ from shoal.averaging.allreduce.messages import (
     NotKnown,
     Promised,
     Ready,
+    SpanAveraged,
     Undecided,
 )
 from shoal.sansio.core import TimePassed
@@ -192,6 +201,31 @@ def test_a_leader_that_was_ready_before_it_led_is_bound():
     effects = member.handle(Withdrawn("cancelled"))
     assert StopLeading() in effects
     assert (member.core.phase, member.lead) == (Phase.READY, Lead.LEADERLESS)
+
+
+def ready_with(*events: Event) -> AllReduce:
+    """Member 2 of 5 that was ready in the first epoch, and what happened then."""
+    core, span = AllReduce(Roles(2, (1, 0, 0, 0, 0), (True,) * 5)), SpanId(0)
+    averaged = SpanAveraged(span, (1.0,) * 5, None, None)
+    for event in (SnapshotTaken(1.0), AverageReceived(span, 0), SpanReceived(averaged), *events):
+        core.handle(event, 0.0)
+    return core
+
+
+def test_a_member_that_averages_anew_may_be_counted_by_a_former_leader():
+    """The founder may have proposed what this member held when it was ready."""
+    repair = RepairReceived(Repair(Epoch(1, 1), (SpanId(0),), (1,)), 1)
+    core = ready_with(MemberLost(0, "cut"), PromiseAsked(1, 1), repair)
+    assert core.phase is Phase.EXCHANGING
+    core.handle(Withdrawn("cancelled"), 0.0)
+    assert core.phase is Phase.IN_DOUBT
+    core.handle(OutcomeReceived(COMMITTED), 0.0)
+    assert core.phase is Phase.FAILED  # it does not hold these averages any more
+
+
+def test_a_leader_that_repairs_has_proposed_nothing():
+    core = ready_with(RepairReceived(Repair(Epoch(0, 1), (SpanId(0),), (1,))), Withdrawn("cancelled"))
+    assert core.phase is Phase.FAILED
 
 
 # the casting vote

@@ -8,8 +8,6 @@ member itself is a verdict, which its core carries out.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
 
 from shoal.averaging.allreduce.assignment import Assignment
 from shoal.averaging.allreduce.coordination import Coordinator, CoordinatorEvent
@@ -41,7 +39,7 @@ from shoal.averaging.allreduce.events import (
     Withdrawn,
 )
 from shoal.averaging.allreduce.evidence import Hope
-from shoal.averaging.allreduce.ledger import CATCH_UP, Ledger
+from shoal.averaging.allreduce.ledger import CATCH_UP
 from shoal.averaging.allreduce.messages import (
     Accepted,
     Knows,
@@ -52,6 +50,7 @@ from shoal.averaging.allreduce.messages import (
     SpanAveraged,
     Undecided,
 )
+from shoal.averaging.allreduce.verdicts import Concluded, Doubted, GivenUp, Member, Step, Verdict
 from shoal.errors import ProtocolViolation
 from shoal.sansio.core import NEVER, TimePassed
 
@@ -61,44 +60,6 @@ ASK_OTHERS_AGAIN = 1.0
 """Seconds after which a leader asks a member again that has voted."""
 GIVE_UP_AFTER = 15.0
 """Seconds without a leader after which a member that is not ready gives up, and one that is ready and has no hope."""
-
-
-@dataclass(frozen=True)
-class Concluded:
-    """The decision is known."""
-
-    outcome: Outcome
-
-
-@dataclass(frozen=True)
-class GivenUp:
-    """There will be no decision with this member."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Doubted:
-    """This member was ready, and cannot learn the decision."""
-
-    reason: str
-
-
-Verdict: TypeAlias = Concluded | GivenUp | Doubted
-Step: TypeAlias = Effect | Verdict
-
-
-class Member(Protocol):
-    """What is known of the member itself."""
-
-    @property
-    def phase(self) -> Phase: ...
-    @property
-    def outcome(self) -> Outcome | None: ...
-    @property
-    def failure(self) -> str | None: ...
-    @property
-    def ledger(self) -> Ledger: ...
 
 
 class Decision:
@@ -223,7 +184,7 @@ class Decision:
         self._waits_since = now
         self.election.accept(self.roles.me, ask.term, ask.outcome)
         if ask.outcome.reason is None:
-            self.election.evidence.tell()
+            self.election.evidence.tell(ask.term)
         return list(self.coordinator.accept(self.roles.me, casts=self.election.voter.casts))
 
     def tell_followers(self, outcome: Outcome) -> list[Effect]:
@@ -252,14 +213,15 @@ class Decision:
         """This leader cannot or will not go on. In a group of three or more the others find another one."""
         assert self.coordinator is not None
         if self.coordinator.proposed is None and self.roles.size > 2:
-            if self._may_be_counted:  # it was ready before it led, and is bound by its word
+            if self._member.phase is Phase.READY and self.election.evidence.may_be_counted():
+                # It was ready before it led, and is bound by its word.
                 return self._depose(f"gave up to lead: {event.reason}", now)
-            return [self._stop_leading(self.coordinator, leaves=event.leaves), GivenUp(event.reason)]
+            return [self._stop_leading(self.coordinator, leaves=event.leaves), self.give_up(event.reason)]
         steps = self.coordinate(event, now)
         evidence = self.election.evidence
         others_live = any(one not in self.election.lost | evidence.dead for one in evidence.others)
         is_undecided = self.coordinator.outcome is None and not self.coordinator.is_bound
-        if is_undecided and not others_live and not self._may_be_counted:
+        if is_undecided and not others_live and not self.election.evidence.may_be_counted():
             steps.append(GivenUp(event.reason))
         return steps
 
@@ -268,11 +230,6 @@ class Decision:
         heir = coordinator.heir if leaves and not self.roles.size % 2 and not self.roles.me else None
         return StopLeading(heir if heir is not None and self.election.voter.hand_on() else None)
 
-    def inherit(self) -> list[Step]:
-        """The founding leader hands on its casting vote to this member."""
-        self.election.voter.casts = True
-        return []
-
     def see_leave(self, member: int, now: float) -> list[Step]:
         """A member's process ends."""
         self.election.evidence.leave(member)
@@ -280,13 +237,13 @@ class Decision:
             return self._despair(now)
         return [*self.election.consider(now), *self._try_to_lead(now), *self._despair(now)]
 
-    @property
-    def _may_be_counted(self) -> bool:
-        """Whether this member would contradict a decision, made or to come, if it failed now."""
-        return self._member.phase is Phase.READY and self.election.evidence.may_be_counted()
-
-    def _give_up(self, reason: str) -> Verdict:
-        return Doubted(f"{reason}; others may have decided") if self._may_be_counted else GivenUp(reason)
+    def give_up(self, reason: str) -> Verdict:
+        """What becomes of this member if it waits no longer."""
+        return (
+            Doubted(f"{reason}; others may have decided")
+            if self.election.evidence.may_be_counted()
+            else GivenUp(reason)
+        )
 
     # time, and the lack of a leader
 
@@ -327,13 +284,13 @@ class Decision:
         story = self.election.story
         if self.coordinator is not None:
             proposed = self.coordinator.proposed
-            return [self._give_up((proposed and proposed.reason) or "too few members answered to decide")]
+            return [self.give_up((proposed and proposed.reason) or "too few members answered to decide")]
         if self.election.since == NEVER:
             name, waited = self.roles.name(self.election.leader), now - self._waits_since
             return self._lose_leader(f"{name} has led without a decision for {waited:.0f} s", now)
         if self._member.phase is Phase.READY:
-            return [self._give_up(story)]
-        return [GivenUp(self._member.failure or f"{story}; no other leader was found")]
+            return [self.give_up(story)]
+        return [self.give_up(self._member.failure or f"{story}; no other leader was found")]
 
     def _lose_leader(self, story: str, now: float, *, others_first: bool = False) -> list[Step]:
         is_first = self.election.since == NEVER  # else a candidate may just have stepped down
@@ -342,7 +299,7 @@ class Decision:
         without = self.election.lost | evidence.dead
         is_ready = self._member.phase is Phase.READY
         if is_first and not is_ready and not evidence.may_decide_without(without):
-            return [GivenUp(self._member.failure or story)]
+            return [self.give_up(self._member.failure or story)]
         return [*effects, *self._try_to_lead(now)]
 
     def _try_to_lead(self, now: float) -> list[Step]:
@@ -398,8 +355,8 @@ class Decision:
 
     def _denies(self, outcome: Outcome) -> bool:
         """Whether this member has failed, and the outcome counts it all the same."""
-        counts = outcome.reason is None and all(one.member != self.roles.me for one in outcome.excluded)
-        return counts and self._member.phase is Phase.FAILED and self.roles.contributes[self.roles.me]
+        has_failed = self._member.phase is Phase.FAILED and self.roles.contributes[self.roles.me]
+        return has_failed and outcome.counts(self.roles.me)
 
     def _on_acceptance_asked(self, member: int, term: int, outcome: Outcome, now: float) -> list[Step]:
         voter = self.election.voter
@@ -499,6 +456,6 @@ class Decision:
             story = f"{self.election.story}; no member that can be reached knows of a decision"
             reason = self._member.failure or story
         # A leader that proposed waits for news of one that lives, and so does a member that is ready.
-        if not self.is_bound or (is_alone and not self._may_be_counted):
-            return [GivenUp(reason)]
+        if not self.is_bound or (is_alone and not self.election.evidence.may_be_counted()):
+            return [self.give_up(reason)]
         return self._lose_patience(now) if now >= self._patience_ends else []

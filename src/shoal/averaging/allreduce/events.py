@@ -34,15 +34,16 @@ OVER = (*DECIDED, Phase.IN_DOUBT)
 """Phases in which this member waits for nothing."""
 
 TRANSITIONS: dict[Phase, tuple[Phase, ...]] = {
-    Phase.EXCHANGING: (Phase.READY, Phase.EXCLUDED, Phase.COMMITTED, Phase.FAILED),
-    Phase.EXCLUDED: (Phase.FAILED,),
+    Phase.EXCHANGING: (Phase.READY, Phase.EXCLUDED, Phase.COMMITTED, Phase.FAILED, Phase.IN_DOUBT),
+    Phase.EXCLUDED: (Phase.FAILED, Phase.IN_DOUBT),
     Phase.READY: (Phase.EXCHANGING, Phase.EXCLUDED, Phase.COMMITTED, Phase.FAILED, Phase.IN_DOUBT),
     Phase.COMMITTED: (),
     Phase.FAILED: (),
     Phase.IN_DOUBT: (Phase.COMMITTED, Phase.FAILED),
 }
 """A ready member exchanges again when a span was repaired. An auxiliary member commits without having been ready: it
-has nothing to be ready with. What a member in doubt learns later, from another one's answer, ends its doubt.
+has nothing to be ready with. One that was ready for the leader of a lower term, and averages again or is excluded, may
+come to be in doubt. What a member in doubt learns later, from another one's answer, ends its doubt.
 """
 
 

@@ -7,10 +7,11 @@ A member that lost the leader sees silence, refused connections, goodbyes and an
   for, and for how long to hope. Such a member is asked on, and one that answers counts as living.
 - **Left**: it said itself that its process ends. It will never say, accept or decide anything again.
 
-**The rule.** A ready member *fails plainly* only where no decision to commit that counts it was made, or will be.
-Else it is in doubt. That is so in three cases:
+**The rule.** A member that was ready *fails plainly* only where no decision to commit that counts it was made, or will
+be. Else it is in doubt. That is so in three cases:
 
-1. It has *told* nobody that it is ready: not the leader, not a candidate, and it has proposed nothing itself.
+1. It has *told* nobody that it is ready: not the leader, not a candidate, and it has proposed nothing itself. Or the
+   leader that it told orders a repair, or excludes it: then that one has proposed nothing.
 2. The members that may have accepted such a proposal, or still may, are no quorum. All may, but for this member, if it
    has accepted none, and those that had left before it first told that it is ready: the proposal came later.
 3. Every other member has left or has answered since the last one left. None that lives has accepted a proposal to
@@ -61,8 +62,8 @@ class Evidence:
         self.burials = 0
         """How often a member was found dead. An answer that was asked for before the last time counts for little: the
         member that died may have told the decision to the one that answered, afterwards."""
-        self.has_told = False
-        """Whether somebody may know that this member was ready."""
+        self._told: set[int] = set()
+        """Terms in which somebody may have learned that this member is ready, and may count it."""
         self._roles = roles
         self._voter = voter
         self._left_before: frozenset[int] = frozenset()
@@ -80,11 +81,22 @@ class Evidence:
 
     # what happens
 
-    def tell(self) -> None:
-        """From now on somebody may know that this member is ready, and count it."""
-        if not self.has_told:
-            self.has_told = True
+    @property
+    def has_told(self) -> bool:
+        """Whether somebody may count this member."""
+        return bool(self._told)
+
+    def tell(self, term: int) -> None:
+        """From now on somebody may know that this member is ready: the leader of a term, or its followers."""
+        if not self._told:
             self._left_before = frozenset(self.left)
+        self._told.add(term)
+
+    def retract(self, term: int) -> None:
+        """The leader of a term has this member average again, or excludes it. It has proposed nothing yet, and will not
+        count what it was told before. A proposal of a lower term may still be adopted.
+        """
+        self._told.discard(term)
 
     def leave(self, member: int) -> None:
         """A member said that its process ends."""
@@ -158,11 +170,11 @@ class Evidence:
         return Hope.NONE if all(known) else Hope.NEWS
 
     def may_be_counted(self) -> bool:
-        """Whether a decision to commit that counts this member, which is ready, may have been made, or may yet be.
+        """Whether a decision to commit that counts this member may have been made, or may yet be.
 
         The rule is at the head of :mod:`.evidence`.
         """
-        if not self.has_told:
+        if not self._told:
             return False
         me, has_accepted = self._roles.me, self._voter.has_accepted_commit
         closed = self._left_before if has_accepted else self._left_before | {me}

@@ -167,6 +167,10 @@ class Outcome(Message, frozen=True):
     epoch: Epoch = FIRST_EPOCH
     partial: tuple[tuple[int, int, int], ...] = ()
 
+    def counts(self, member: int) -> bool:
+        """Whether the round commits with this member."""
+        return self.reason is None and all(one.member != member for one in self.excluded)
+
 
 # The vote: questions to any member, also to one that has left the round, and its answers.
 
