@@ -244,7 +244,11 @@ class Coordinator:
 
     @property
     def heir(self) -> int | None:
-        """The member to hand the casting vote on to: the first that may lead and seems to live."""
+        """The member to which the founder of an even group hands on its casting vote: the first that may lead and seems
+        to live.
+        """
+        if self.term or self.roles.size % 2:
+            return None
         out = self._gone | self._excluded.keys() | {self.roles.me}
         return next(
             (one for one in range(self.roles.size) if self.roles.serves(one) and one not in out), None

@@ -216,7 +216,9 @@ class Decision:
             if self._member.phase is Phase.READY and self.election.evidence.may_be_counted():
                 # It was ready before it led, and is bound by its word.
                 return self._depose(f"gave up to lead: {event.reason}", now)
-            return [self._stop_leading(self.coordinator, leaves=event.leaves), self.give_up(event.reason)]
+            heir = self.coordinator.heir if event.leaves else None
+            hands_on = heir is not None and self.election.voter.hand_on()
+            return [StopLeading(heir if hands_on else None), self.give_up(event.reason)]
         steps = self.coordinate(event, now)
         evidence = self.election.evidence
         others_live = any(one not in self.election.lost | evidence.dead for one in evidence.others)
@@ -225,16 +227,9 @@ class Decision:
             steps.append(GivenUp(event.reason))
         return steps
 
-    def _stop_leading(self, coordinator: Coordinator, *, leaves: bool) -> StopLeading:
-        """Before there is a proposal. A founder that leaves hands on its casting vote, which only an even group has."""
-        heir = coordinator.heir if leaves and not self.roles.size % 2 and not self.roles.me else None
-        return StopLeading(heir if heir is not None and self.election.voter.hand_on() else None)
-
     def see_leave(self, member: int, now: float) -> list[Step]:
         """A member's process ends."""
         self.election.evidence.leave(member)
-        if self.coordinator is not None:
-            return self._despair(now)
         return [*self.election.consider(now), *self._try_to_lead(now), *self._despair(now)]
 
     def give_up(self, reason: str) -> Verdict:
@@ -343,12 +338,8 @@ class Decision:
         """A question of another member, or an answer to one of this member's."""
         match event:
             case PromiseAsked(member, term):
-                if self._member.outcome is None and self.election.voter.is_closed:
-                    return [Reply(self.answer())]
                 return self._on_promise_asked(member, term)
             case AcceptanceAsked(member, term, outcome):
-                if self._member.outcome is None and (self.election.voter.is_closed or self._denies(outcome)):
-                    return [Reply(self.answer())]
                 return self._on_acceptance_asked(member, term, outcome, now)
             case MemberAnswered():
                 return self._on_answer(event, now)
@@ -362,6 +353,8 @@ class Decision:
         voter = self.election.voter
         if self._member.outcome is not None:
             return [Reply(Knows(self._member.outcome))]
+        if voter.is_closed or self._denies(outcome):
+            return [Reply(self.answer())]
         if not self.election.accept(member, term, outcome):
             return [Reply(Refused(voter.promised))]
         reply = Reply(Accepted(voter.casts))
@@ -386,7 +379,7 @@ class Decision:
         if self._member.outcome is not None:
             return [Reply(Knows(self._member.outcome))]
         is_again = election.lead is Lead.FOLLOWING and election.term == term
-        if election.has_leader and not self._is_over and not is_again:
+        if election.voter.is_closed or (election.has_leader and not self._is_over and not is_again):
             return [Reply(self.answer())]
         was_candidate = election.lead is Lead.CANDIDATE
         if not election.promise(member, term):
