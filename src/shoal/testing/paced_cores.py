@@ -16,7 +16,8 @@ from typing import Any
 
 from shoal.averaging.allreduce.deadlines import Deadlines
 from shoal.averaging.allreduce.events import RoundTimeouts
-from shoal.testing.allreduce_cores import Cores, _Member
+from shoal.testing.allreduce_cores import Cores
+from shoal.testing.allreduce_members import Member
 
 __all__ = ["Conditions", "Outcomes", "PacedCores", "PacedRound", "draw_rounds", "run_rounds"]
 
@@ -89,7 +90,7 @@ class PacedCores(Cores):
         owned = tuple(paced.parts if member < paced.owners else 0 for member in range(size))
         self.parts = sum(owned)
         self.members = [
-            _Member(replace(one.core.roles, parts_owned=owned), limits, 1.0)
+            Member(replace(one.core.roles, parts_owned=owned), limits, 1.0)
             for one, limits in zip(self.members, timeouts, strict=True)
         ]
         self.paced = paced
