@@ -90,6 +90,10 @@ def test_times_that_do_not_contradict_each_other_end_in_order(chosen: dict[str, 
         ({"next_chunk_timeout": 40.0, "allreduce_timeout": 30.0}, 10.0, 20.0),
         ({"sender_timeout": 20.0, "allreduce_timeout": 30.0}, 20.0, 25.0),
         ({"allreduce_timeout": 30.0}, None, None),
+        ({"adaptive_timeouts": True}, 60.0, 120.0),
+        ({"adaptive_timeouts": True, "allreduce_timeout": 90.0}, 30.0, 60.0),
+        ({"adaptive_timeouts": True, "next_chunk_timeout": 10.0}, 10.0, 20.0),
+        ({"adaptive_timeouts": True, "sender_timeout": 600.0}, 600.0, 1200.0),
     ],
 )
 def test_defaults_of_a_round_follow_what_is_given(

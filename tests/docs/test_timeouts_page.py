@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 
 import shoal
+from shoal.averaging.allreduce import deadlines, lateness
 from shoal.averaging.allreduce.events import RoundTimeouts
 from shoal.averaging.config import AveragerConfig
 from shoal.averaging.matchmaking_config import MatchmakingConfig
+from shoal.averaging.timeouts import ADAPTIVE_CEILING
 from shoal.dht.config import DHTConfig
 from shoal.p2p.config import HostConfig
 from shoal.utils.options import options_of
@@ -55,3 +57,18 @@ def test_what_the_text_says_is_so():
         assert f"{getattr(HostConfig(), name):g} s (`{name}`)" in re.sub(r"\s+", " ", PAGE)
     for name in options_of(DHTConfig):
         assert not name.endswith("_timeout") or name == "refresh_timeout" or f"`{name}`" in PAGE
+
+
+def test_what_the_text_says_of_deadlines_that_adapt_is_so():
+    text = re.sub(r"\s+", " ", PAGE)
+    for words in (
+        f"its last {deadlines.ROUNDS} rounds",
+        f"the median plus {deadlines.TIMES_SPREAD:g} times the median absolute deviation",
+        f"It is never below {lateness.FLOOR:g} s",
+        f"before a peer has seen {deadlines.ENOUGH} such times",
+        f"It is {ADAPTIVE_CEILING:g} s by default",
+        f"{lateness.TIMES_THE_OTHERS:g} times as long as for half of the others",
+    ):
+        assert words in text
+    assert deadlines.LEAST_SPREAD == 1 / 5
+    assert lateness.GIVEN_UP == 2

@@ -71,6 +71,7 @@ class AveragerConfig:
     next_chunk_timeout: Patience = None
     sender_timeout: Patience = None
     reducer_timeout: Patience = None
+    adaptive_timeouts: bool = False
     bandwidth: Annotated[float | None, Number(minimum=0, unit="Mbit/s")] = None
     allow_state_sharing: bool | None = None
     declare_state_period: Annotated[

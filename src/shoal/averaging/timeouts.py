@@ -16,6 +16,8 @@ MIN_MATCHMAKING_TIME = DefaultSeconds(5.0)
 REQUEST_TIMEOUT = DefaultSeconds(3.0)
 MAX_WAIT = 86400.0
 """Seconds: the longest time ahead at which a group may be scheduled."""
+ADAPTIVE_CEILING = 60.0
+"""Seconds: ``sender_timeout``, by default, where deadlines adapt. Before enough was seen, it is the one that holds."""
 REDUCER_PATIENCE = 2
 """``reducer_timeout`` over ``sender_timeout``, by default: an owner may itself have to wait for a sender."""
 REQUESTS_IN_SEARCH = 0.6
@@ -67,11 +69,11 @@ def times_in_order(given: Mapping[str, Any]) -> dict[str, float | None]:
     return given_times(**{name: value for name, value in given.items() if name in names})
 
 
-def settle(given: Mapping[str, float | None]) -> SettledTimes:
+def settle(given: Mapping[str, Any]) -> SettledTimes:
     """Choose the times that were not given (absent or None) so that all are in order, if those that were given are.
 
     A member that stalls is excluded only if ``sender_timeout`` or ``next_chunk_timeout`` was given, or
-    ``reducer_timeout``, by which owners that wait for it are measured.
+    ``reducer_timeout``, by which owners that wait for it are measured, or with ``adaptive_timeouts``.
     """
     request, wait = given.get("request_timeout"), given.get("min_matchmaking_time")
     if wait is None:
@@ -84,6 +86,8 @@ def settle(given: Mapping[str, float | None]) -> SettledTimes:
         sender = _smallest(
             given.get("next_chunk_timeout"), None if reducer is None else reducer / REDUCER_PATIENCE
         )
+        if sender is None and given.get("adaptive_timeouts"):
+            sender = ADAPTIVE_CEILING
         if sender is not None and limit is not None:
             sender = min(sender, limit / (1 + REDUCER_PATIENCE))
     if reducer is None and sender is not None:

@@ -182,6 +182,10 @@ class Cores(Votes):
 
     # the shell of one member
 
+    def snapshot_after(self, member: int) -> float:
+        """Seconds after which a member's user has its tensors ready."""
+        return self.rng.random() * 0.2
+
     def _begin(self, me: int) -> None:
         one = self.members[me]
         if (late := self._late.pop(me, 0.0)) > 0.0:
@@ -193,7 +197,7 @@ class Cores(Votes):
             self.do(me, lambda: self._follow(me, 0, 0))
         else:
             self.later(JOIN_TIMEOUT, lambda: self.do(0, lambda: self._expect(0, 0)))
-        self.later(self.rng.random() * 0.2, lambda: self.do(me, lambda: self._take_snapshot(me)))
+        self.later(self.snapshot_after(me), lambda: self.do(me, lambda: self._take_snapshot(me)))
 
     def _take_snapshot(self, me: int) -> None:
         one = self.members[me]

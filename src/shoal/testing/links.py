@@ -117,6 +117,10 @@ class Links(ABC, Generic[N]):
         lag = 0.0 if source is None or target is None else self.lags.get((source, target), 0.0)
         return lag + self.latency * (0.5 + self.rng.expovariate(2.0))
 
+    def transfer_time(self, source: int, target: int, message: Any) -> float:
+        """Seconds for which a message keeps its stream busy: what comes after it arrives so much later."""
+        return 0.0
+
     def run_until(self, is_so: Callable[[], bool]) -> bool:
         """Go on until something is so; False: it never was."""
         while self._queue:
@@ -304,6 +308,7 @@ class Links(ABC, Generic[N]):
             return
         target = stream.other(me)
         due = max(stream.due.get(target, 0.0) + 1e-9, self.now + self.delay(me, target))
+        due += self.transfer_time(me, target, message)
         stream.due[target] = due
         self.at(due, lambda: self._arrive(stream, target, message))
 

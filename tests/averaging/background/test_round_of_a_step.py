@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import cast
 from unittest.mock import Mock
 
 import pytest
 from step_surroundings import make_resources, make_step, run_attempt
 
+from shoal.averaging.allreduce.deadlines import Deadlines
+from shoal.averaging.allreduce.events import RoundTimeouts
+from shoal.averaging.allreduce.lateness import Waits
 from shoal.averaging.background.arena import SharedArena
 from shoal.averaging.background.resources import Resources
 from shoal.averaging.background.service import AveragerService
@@ -93,6 +97,33 @@ def test_a_report_tells_the_phases_of_a_round_apart():
             assert (phases.trigger, phases.snapshot, phases.apply) == pytest.approx((5.0, 2.0, 3.0))
             assert 0 < phases.allreduce < 1
             assert step.report.parts == len(group.partition().parts) > 2
+
+    run(main)
+
+
+def test_a_round_has_the_deadlines_of_its_peer_and_teaches_them():
+    asked: list[int] = []
+    learnt: list[tuple[Waits, int]] = []
+
+    class Watched(Deadlines):
+        def timeouts(self, nbytes: int) -> RoundTimeouts:
+            asked.append(nbytes)
+            return super().timeouts(nbytes)
+
+        def learn(self, waits: Waits, nbytes: int) -> None:
+            learnt.append((waits, nbytes))
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=1, size=2) as group:
+            deadlines = Watched(RoundTimeouts())
+            resources = replace(resources_of(group, UserProcess(fails=False)), deadlines=deadlines)
+            other = asyncio.ensure_future(group.run(1))
+            with pytest.raises(IndexError):
+                await run_attempt(resources, group, Step(make_step()))
+            await other
+            ((waits, nbytes),) = learnt
+            assert asked == [nbytes] == [max(part.nbytes for part in group.partition().parts)]
+            assert len(waits.offsets) == 2
 
     run(main)
 

@@ -39,6 +39,7 @@ SIGNATURE = [
     "next_chunk_timeout",
     "sender_timeout",
     "reducer_timeout",
+    "adaptive_timeouts",
     "compression",
     "state_compression",
     "tensor_infos",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from shoal.averaging.allreduce.assignment import Span, SpanId
 from shoal.averaging.allreduce.events import Roles
+from shoal.averaging.allreduce.lateness import Lateness
 from shoal.averaging.allreduce.messages import SpanAveraged, is_weight
 from shoal.averaging.allreduce.part_clocks import PartClocks
 from shoal.errors import ProtocolViolation
@@ -23,16 +24,23 @@ class Collection:
     while the owner waits for its next part: not before that, and not while the sender is held.
 
     :param dropped: members from which nothing is taken, and why
+    :param lateness: by which deadlines that adapt a sender is late
     """
 
     def __init__(
-        self, roles: Roles, count: int, timeout: float | None, dropped: Mapping[int, str] | None = None
+        self,
+        roles: Roles,
+        count: int,
+        timeout: float | None,
+        lateness: Lateness,
+        dropped: Mapping[int, str] | None = None,
     ) -> None:
         self.count = count
         self.clocks: PartClocks[int] = PartClocks(timeout)
         self.weights: list[float | None] = [None if does else 0.0 for does in roles.contributes]
         """As each member declared its own; None: not yet."""
         self.dropped: dict[int, str] = dict(dropped or {})
+        self.lateness = lateness
         self._roles = roles
         self._settled = False
         self._delivered = [0] * roles.size
@@ -58,9 +66,20 @@ class Collection:
             if parts < self.count and self._roles.contributes[sender] and self.weights[sender] != 0
         )
 
+    @property
+    def deadline(self) -> float:
+        """When a sender's time is up, or it becomes late."""
+        return min(self.clocks.deadline, self.lateness.due)
+
+    def late(self, now: float) -> list[int]:
+        """Senders that have become late, by deadlines that adapt."""
+        contributors = [one for one, does in enumerate(self._roles.contributes) if does]
+        return self.lateness.late(sum(map(self._waits_for, contributors)), now)
+
     def settle(self, weight: float | None, now: float) -> None:
         """The own contribution lies in the arena (``weight`` None: there will be none): the others are awaited."""
         me = self._roles.me
+        self.lateness.settle(me if weight else None, now)
         if weight is not None:
             self.weights[me], self._delivered[me] = weight, self.count
         elif self.weights[me] is None:
@@ -80,7 +99,7 @@ class Collection:
             raise ProtocolViolation(f"{name} declared the weight {weight}")
         self.weights[sender] = weight
         if weight == 0:
-            self.clocks.stop(sender)
+            self._stop(sender)
 
     def deliver(self, sender: int, index: int, now: float) -> None:
         """:raises ProtocolViolation: not the sender's next part, or it declared no weight for it"""
@@ -92,21 +111,30 @@ class Collection:
                 f"{name} sent part {index} of {self.count}, expected {self._delivered[sender]}"
             )
         self._delivered[sender] += 1
+        self.lateness.arrive(sender, now)
         self._watch(sender, now)
 
     def hold(self, sender: int) -> None:
         """Nothing is taken from the sender for now, which is ahead: its clock stands still."""
         self._held.add(sender)
-        self.clocks.stop(sender)
+        self._stop(sender)
+        self.lateness.hold(sender)
 
     def resume(self, sender: int, now: float) -> None:
         self._held.discard(sender)
+        self.lateness.resume(sender, now)
         self._watch(sender, now)
 
-    def drop(self, sender: int, reason: str) -> None:
+    def drop(self, sender: int, reason: str, now: float) -> None:
         """Wait no more for what a sender has not delivered."""
         self.dropped[sender] = reason
-        self.clocks.stop(sender)
+        self.lateness.give_up(sender, now)
+        self._stop(sender)
+
+    def shift(self, seconds: float) -> None:
+        """Time that does not count."""
+        self.clocks.shift(seconds)
+        self.lateness.shift(seconds)
 
     def keep(self, sender: int, parts: int) -> None:
         """Of what a sender delivered, no more than its first parts are in the average."""
@@ -137,8 +165,13 @@ class Collection:
         awaited = self._settled and self._waits_for(sender) and self._delivered[sender] < self.count
         if awaited and sender not in self._held:
             self.clocks.start(sender, now)
+            self.lateness.start(sender, now)
         else:
-            self.clocks.stop(sender)
+            self._stop(sender)
+
+    def _stop(self, sender: int) -> None:
+        self.clocks.stop(sender)
+        self.lateness.stop(sender)
 
 
 @dataclass

@@ -4,6 +4,7 @@ The rules:
 
 - A member that reported *ready* holds every average. It is never excluded afterwards, and its loss changes nothing.
 - A member that is lost, gives up or stands aside before it was ready is excluded: the group goes on without it.
+- So is one that an owner calls late, by deadlines that adapt, if more than ``min_size`` contributors are left.
 - A span whose averages somebody still needs and whose owner is lost, or too slow, is *repaired*: it is void, and its
   parts are cut among the members that are left, in a new epoch. Members that were ready exchange again.
 - When two members cannot reach each other, neither is at fault. After a short wait, by which the death of one of them
@@ -349,6 +350,8 @@ class Coordinator:
         if sender in self._ready or sender in self._excluded:
             return []  # a ready one has everything, so nothing is missing from it either
         reason = f"excluded by {self.roles.name(owner)}: {report.reason}"
+        if report.loss is Loss.LATE:
+            return self._on_late(sender, reason, seconds, now)
         if report.loss in (Loss.BROKEN, Loss.UNDIALABLE):
             return self._on_broken(owner, sender, reason, now)
         return [*self._exclude(sender, "exchange", seconds, reason), *self._settle(now)]
@@ -368,6 +371,17 @@ class Coordinator:
         if report.loss is Loss.UNDIALABLE:
             self._undialable.add(span.owner)
         return self._on_broken(member, span.owner, story, now, is_slow=report.loss is Loss.TIMED_OUT)
+
+    def _on_late(self, sender: int, reason: str, seconds: float, now: float) -> list[Effect]:
+        """Go on without a sender that is late, if enough others are left. What it owns would be late, too."""
+        if len(self._committers()) <= self.roles.min_size:
+            return []
+        effects = self._exclude(sender, "exchange", seconds, reason)
+        void: list[SpanId] = []
+        if any(member != sender for member in self._able()):
+            self._slow.setdefault(sender, reason)
+            void = [span.id for span in self._unreported() if span.owner == sender]
+        return [*effects, *self._settle(now, void)]
 
     # members that are lost, and pairs that cannot talk
 
@@ -444,11 +458,7 @@ class Coordinator:
 
     def _repair(self, broken: set[SpanId], now: float) -> list[Effect]:
         out = self._excluded.keys() | self._gone
-        able = [
-            member
-            for member in range(self.roles.size)
-            if self.roles.serves(member) and member not in out and member not in self._slow
-        ]
+        able = self._able()
         owners = [member for member in able if not self._pairs.has(member, out)]
         lost = ", ".join(sorted({self._owner_story(span) for span in broken}))
         if not owners and able:  # each of them cannot talk with some other one: the last one has to go
@@ -475,6 +485,11 @@ class Coordinator:
         for span in broken:
             self._reports.pop(span, None)
         return [*effects, AnnounceRepair(order)]
+
+    def _able(self) -> list[int]:
+        """Members that may own spans."""
+        out = self._excluded.keys() | self._gone | self._slow.keys()
+        return [one for one in range(self.roles.size) if self.roles.serves(one) and one not in out]
 
     def _same_term(self) -> bool:
         return self.assignment.epoch.term == self.term

@@ -336,7 +336,7 @@ class AllReduce:
             self.election.evidence.retract(self.election.term)
             waiting = self.phase in (Phase.EXCHANGING, Phase.READY)
             return self._stand_aside(excluded.phase, reason, now, by_leader=True) if waiting else []
-        return [*self.ledger.exclude(member, reason), *self._advance(now)]
+        return [*self.ledger.exclude(member, reason, now), *self._advance(now)]
 
     # the leader
 

@@ -11,7 +11,7 @@ from enum import Enum, auto
 
 from shoal.averaging.allreduce.assignment import Repair, SpanId
 from shoal.averaging.allreduce.messages import Answer, Excluded, Loss, Outcome, Report, SpanAveraged
-from shoal.sansio.core import TimePassed
+from shoal.sansio.core import NEVER, TimePassed
 
 
 class Phase(Enum):
@@ -69,6 +69,18 @@ LEAD_TRANSITIONS: dict[Lead, tuple[Lead, ...]] = {
 
 
 @dataclass(frozen=True)
+class AdaptedDeadlines:
+    """Limits in seconds that follow from recent rounds (:mod:`.deadlines`); infinite: nothing is known.
+
+    :param offset: by which a sender's first part may come later than those of half of the group
+    :param part: for which an owner waits for a further part of a sender
+    """
+
+    offset: float = NEVER
+    part: float = NEVER
+
+
+@dataclass(frozen=True)
 class RoundTimeouts:
     """Limits in seconds; None: no limit.
 
@@ -77,6 +89,7 @@ class RoundTimeouts:
     :param reducer: for which a member waits for an owner's next average, before the span is given to others
     :param leader: for which a member that is ready waits for a leader that lives, before it looks for another one
     :param doubt: for which a member that lost the leader when it was ready tries to learn the outcome
+    :param adapted: deadlines below that for senders, which exclude a member only while enough others are in time
     """
 
     allreduce: float | None = None
@@ -84,6 +97,7 @@ class RoundTimeouts:
     reducer: float | None = None
     leader: float = 120.0
     doubt: float = 60.0
+    adapted: AdaptedDeadlines = AdaptedDeadlines()
 
 
 @dataclass(frozen=True)

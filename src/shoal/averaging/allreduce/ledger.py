@@ -7,7 +7,7 @@ own core keeps it to itself.
 
 from __future__ import annotations
 
-from shoal.averaging.allreduce.assignment import Assignment, Repair, SpanId
+from shoal.averaging.allreduce.assignment import FIRST_EPOCH, Assignment, Repair, Span, SpanId
 from shoal.averaging.allreduce.books import Collection, Returns
 from shoal.averaging.allreduce.effects import (
     AveragePart,
@@ -30,6 +30,7 @@ from shoal.averaging.allreduce.events import (
     SenderLost,
     WeightDeclared,
 )
+from shoal.averaging.allreduce.lateness import Lateness, Waits
 from shoal.averaging.allreduce.messages import Loss, OwnerFailed, SenderExcluded, SpanAveraged, reason_text
 
 CATCH_UP = 1.0
@@ -48,6 +49,7 @@ class Ledger:
         self.assignment = Assignment.first(roles.parts_owned)
         self.weight: float | None = None
         self.excluded: dict[int, str] = {}
+        self._adapted = timeouts.adapted
         self.returns = Returns(roles, timeouts.reducer)
         self.collections: dict[SpanId, Collection] = {}
         self.reports: dict[SpanId, SpanAveraged] = {}
@@ -66,12 +68,28 @@ class Ledger:
             if span not in spans:
                 continue
             if span.owner == me:
-                book = Collection(self.roles, span.count, self._sender_timeout, self.excluded)
+                book = Collection(
+                    self.roles, span.count, self._sender_timeout, self._lateness(span), self.excluded
+                )
                 self.collections[span.id] = book
                 if self._is_settled:
                     book.settle(self.weight, now)
             elif self._takes_averages:
                 self.returns.expect([span], now)
+
+    def _lateness(self, span: Span) -> Lateness:
+        size, least = sum(self.roles.contributes), self.roles.min_size
+        return Lateness(self._adapted, size, least, is_first=span.id.epoch == FIRST_EPOCH)
+
+    @property
+    def waits(self) -> Waits:
+        """How long others took, as far as deadlines may adapt to it."""
+        waits = Waits()
+        if self.roles.contributes[self.roles.me] and not self._takes_averages:
+            return waits  # it stood aside: its own link may be why all of them took long
+        for book in self.collections.values():
+            waits.add(book.lateness.waits)
+        return waits
 
     @property
     def is_complete(self) -> bool:
@@ -85,7 +103,7 @@ class Ledger:
 
     @property
     def deadline(self) -> float:
-        clocks = [self.returns.clocks.deadline, *(book.clocks.deadline for book in self.collections.values())]
+        clocks = [self.returns.clocks.deadline, *(book.deadline for book in self.collections.values())]
         return min(clocks)
 
     def knows_of(self) -> tuple[SpanAveraged, ...]:
@@ -126,13 +144,31 @@ class Ledger:
                 book.hold(sender)
             case SenderAwaited(_, sender):
                 book.resume(sender, now)
-            case PartDelivered(_, sender, index):
+            case PartDelivered(span, sender, index):
                 book.deliver(sender, index, now)
+                self._forgive(span, sender)
             case PartAveraged():
                 return self._on_averaged(event, book)
             case SenderLost(span, sender, reason, loss, kept):
-                return self._lose_sender(span, sender, reason, loss, kept)
-        return self.release()
+                return self._lose_sender(span, sender, reason, loss, now, kept)
+        return [*self._report_late(event.span, book, now), *self.release()]
+
+    def _report_late(self, span: SpanId, book: Collection, now: float) -> list[Effect]:
+        """Tell the leader which senders are late: it decides, since it knows of how many that is said."""
+        effects: list[Effect] = []
+        for sender in book.late(now):
+            reason = book.lateness.describe(sender)
+            effects += self._complain(SenderExcluded(span, sender, reason, Loss.LATE))
+        return effects
+
+    def _forgive(self, span: SpanId, sender: int) -> None:
+        """What was late has come."""
+        self._complaints = [
+            one
+            for one in self._complaints
+            if not (isinstance(one, SenderExcluded) and one.loss is Loss.LATE)
+            or (one.span, one.sender) != (span, sender)
+        ]
 
     def _on_averaged(self, event: PartAveraged, book: Collection) -> list[Effect]:
         book.average(event.index)
@@ -151,6 +187,7 @@ class Ledger:
         sender: int,
         reason: str,
         loss: Loss,
+        now: float,
         kept: int | None = None,
         *,
         is_silent: bool = False,
@@ -159,7 +196,7 @@ class Ledger:
             self.collections[span].keep(sender, kept)
         if not self._takes_from(span, sender):
             return []  # a member that still waits for averages notices by itself
-        dropped = self._drop(span, sender, reason, is_silent=is_silent)
+        dropped = self._drop(span, sender, reason, now, is_silent=is_silent)
         return [*dropped, *self._complain(SenderExcluded(span, sender, reason_text(reason), loss))]
 
     def _complain(self, report: OwnerFailed | SenderExcluded) -> list[Effect]:
@@ -182,8 +219,10 @@ class Ledger:
         is_other = sender != self.roles.me and self.roles.contributes[sender]
         return is_other and not book.is_averaged and sender not in book.dropped
 
-    def _drop(self, span: SpanId, sender: int, reason: str, *, is_silent: bool = False) -> list[Effect]:
-        self.collections[span].drop(sender, reason)
+    def _drop(
+        self, span: SpanId, sender: int, reason: str, now: float, *, is_silent: bool = False
+    ) -> list[Effect]:
+        self.collections[span].drop(sender, reason, now)
         return [DropSender(span, sender, reason, is_silent), *self.release()]
 
     # as a member
@@ -196,13 +235,13 @@ class Ledger:
         self.returns.clocks.stop(span)
         return self._complain(OwnerFailed(span, reason_text(reason), loss))
 
-    def exclude(self, member: int, reason: str) -> list[Effect]:
+    def exclude(self, member: int, reason: str, now: float) -> list[Effect]:
         """The leader's word: nobody waits any more for what a member has not delivered."""
         self.excluded[member] = reason
         effects: list[Effect] = []
         for span in self.collections:
             if self._takes_from(span, member):
-                effects += self._drop(span, member, reason)
+                effects += self._drop(span, member, reason, now)
         return effects
 
     def repair(self, order: Repair, now: float) -> list[Effect]:
@@ -229,13 +268,14 @@ class Ledger:
         uncounted = late + CATCH_UP if late else 0.0
         effects: list[Effect] = []
         for span, book in list(self.collections.items()):
-            book.clocks.shift(uncounted)
+            book.shift(uncounted)
             for sender in book.clocks.expired(now):
-                book.clocks.stop(sender)
                 begun = book.delivered_by(sender)
                 what = "no further part, or took no average," if begun else "no part"
                 reason = f"it sent {what} within sender_timeout={self._sender_timeout:g} s"
-                effects += self._lose_sender(span, sender, reason, Loss.TIMED_OUT, is_silent=not begun)
+                effects += self._lose_sender(span, sender, reason, Loss.TIMED_OUT, now, is_silent=not begun)
+                book.clocks.stop(sender)
+            effects += self._report_late(span, book, now)
         self.returns.clocks.shift(uncounted)
         for span_id in self.returns.clocks.expired(now):
             self.returns.clocks.stop(span_id)

@@ -111,6 +111,8 @@ class Loss(enum.Enum):
     """No address of the other could be dialed."""
     TIMED_OUT = "timed out"
     """The other is there, but took too long."""
+    LATE = "late"
+    """The other is later than members have been lately: the leader decides whether the round goes on without it."""
     INVALID = "invalid"
     """What the other sent was wrong, such as NaN."""
 

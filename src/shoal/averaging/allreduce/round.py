@@ -49,6 +49,7 @@ from shoal.averaging.allreduce.events import (
     Withdrawn,
 )
 from shoal.averaging.allreduce.exchange import Arena
+from shoal.averaging.allreduce.lateness import Waits
 from shoal.averaging.allreduce.messages import Answer, Outcome, Question, is_weight
 from shoal.averaging.allreduce.pace import Wait, find_slowest
 from shoal.averaging.allreduce.participants import RoundCore, learn_addresses
@@ -170,6 +171,11 @@ class Round:
     def unreached(self) -> list[PeerID]:
         """Members that this one could not reach, or that could not reach it."""
         return self._shared.unreached()
+
+    @property
+    def waits(self) -> Waits:
+        """How long this member has waited for others, for deadlines that adapt."""
+        return self.core.ledger.waits
 
     def held_up(self, duration: float) -> tuple[PeerID, Wait] | None:
         """The member that this one has waited for in most of a round of ``duration`` seconds, if there is one."""

@@ -240,9 +240,11 @@ class Exchange:
         if error.code == AveragingCode.EXCLUDED:
             feed(ExcludedByOwner(span.id, error.message))
         elif error.code == AveragingCode.VOID:
-            # The leader's order, which ends this task, is on its way, unless something is wrong.
-            await asyncio.sleep(ORDER_TIMEOUT)
-            feed(OwnerLost(span.id, str(error)))
+            # The leader's order, which ends this task, is on its way, unless something is wrong. If it has come, this
+            # task was cancelled in the moment in which its stream ended, and its group has lost the cancellation.
+            if span.id in self._core.ledger.assignment.by_id:
+                await asyncio.sleep(ORDER_TIMEOUT)
+                feed(OwnerLost(span.id, str(error)))
         elif error.code != AveragingCode.ROUND_FAILED or span.owner != self._core.leader:
             feed(OwnerLost(span.id, str(error)))
         # else the leader's decision is on its way, with the reason

@@ -7,7 +7,8 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, TypeVar, cast
 
-from shoal.averaging.allreduce.round import Round, RoundResult
+from shoal.averaging.allreduce.deadlines import load
+from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
 from shoal.averaging.background.resources import Resources
 from shoal.averaging.background.step import Step, StepFailed
 from shoal.averaging.commands import ApplyAverage, AveragingStage, BoundByWord, ReachStage, TakeSnapshot
@@ -38,6 +39,7 @@ class Attempt:
         self._notices: list[asyncio.Future[object]] = []
         """What tells the user process that this peer is bound."""
         self._partition = resources.division.among(group)
+        self._load = load(max((part.nbytes for part in self._partition.parts), default=0), len(group))
         self._round = Round(
             resources.host,
             resources.prefix,
@@ -46,10 +48,16 @@ class Attempt:
             resources.arena.areas,
             take_snapshot=self._snapshot_unless_absent,
             weight=lambda: self._weight,
-            timeouts=resources.timeouts,
+            timeouts=self._timeouts(),
             min_size=resources.config.matchmaking.min_group_size,
             on_bound=self._on_bound,
         )
+
+    def _timeouts(self) -> RoundTimeouts:
+        deadlines = self._resources.deadlines
+        if deadlines is None:
+            return self._resources.timeouts
+        return deadlines.timeouts(self._load)
 
     async def run(self) -> None:
         """Back when the average is written, or waits for the user's call.
@@ -144,8 +152,10 @@ class Attempt:
             self._step.spend(apply=loop.time() - began)
 
     def _learn(self, result: RoundResult) -> None:
-        """Remember which peers are slow, and which this one could not reach, or could not reach this one."""
+        """Remember how long others take, which are slow, and which could not reach this peer, or not be reached."""
         duration, now = result.allreduce_seconds, asyncio.get_running_loop().time()
+        if self._resources.deadlines is not None:
+            self._resources.deadlines.learn(self._round.waits, self._load)
         held_up = self._round.held_up(duration)
         self._resources.slow_peers.note(held_up, duration, now, self._group, self._partition)
         self._resources.matchmaker.keep_apart(self._round.unreached)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shoal.averaging.allreduce.deadlines import Deadlines
 from shoal.averaging.allreduce.round import RoundTimeouts
 from shoal.averaging.allreduce.rounds import Rounds
 from shoal.averaging.background.arena import SharedArena
@@ -30,6 +31,8 @@ class Resources:
     division: Division
     arena: SharedArena
     slow_peers: SlowPeers
+    deadlines: Deadlines | None = None
+    """What ``adaptive_timeouts`` makes of the timeouts; None: nothing."""
 
     @property
     def host(self) -> Host:

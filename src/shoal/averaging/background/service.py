@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from shoal.averaging.allreduce.deadlines import Deadlines
 from shoal.averaging.allreduce.round import RoundTimeouts
 from shoal.averaging.allreduce.rounds import Rounds
 from shoal.averaging.background.arena import SharedArena
@@ -57,6 +58,9 @@ class AveragerService:
             next_chunk_timeout=config.next_chunk_timeout,
             max_state_age=config.max_state_age,
         )
+        timeouts = RoundTimeouts(
+            config.allreduce_timeout, config.effective_sender_timeout, config.effective_reducer_timeout
+        )
         self._steps = StepRunner(
             Resources(
                 context=context,
@@ -64,11 +68,8 @@ class AveragerService:
                 node=dht.node,
                 matchmaker=self._matchmaker,
                 rounds=self._rounds,
-                timeouts=RoundTimeouts(
-                    config.allreduce_timeout,
-                    config.effective_sender_timeout,
-                    config.effective_reducer_timeout,
-                ),
+                timeouts=timeouts,
+                deadlines=Deadlines(timeouts) if config.adaptive_timeouts else None,
                 division=Division(
                     layout, part_size_bytes=config.part_size_bytes, min_vector_size=config.min_vector_size
                 ),

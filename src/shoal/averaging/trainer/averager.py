@@ -97,6 +97,9 @@ class DecentralizedAverager(AveragerBase):
     :param reducer_timeout: when a member returns no next average for this long, its share of the work is given to the
       others, in the same round. A member that takes no average for so long, and 1 s, when all are there is excluded.
       Default: twice ``sender_timeout``, but less than ``allreduce_timeout``.
+    :param adaptive_timeouts: have the deadlines for senders follow what was seen in recent rounds. They are never later
+      than ``sender_timeout``, which is 60 s then by default. A late member is excluded only while ``min_group_size``
+      others are in time. See docs/timeouts.md.
     :param compression: the codec of the parts; the same at all peers
     :param state_compression: the codec of the state that others download from this peer
     :param tensor_infos: what each tensor is for, one :class:`~shoal.compression.CompressionInfo` for each; for codecs
@@ -153,6 +156,7 @@ class DecentralizedAverager(AveragerBase):
         next_chunk_timeout: float | None = None,
         sender_timeout: float | None = None,
         reducer_timeout: float | None = None,
+        adaptive_timeouts: bool = False,
         compression: CompressionBase = NoCompression(),
         state_compression: CompressionBase = NoCompression(),
         tensor_infos: Sequence[CompressionInfo] | None = None,
