@@ -74,6 +74,7 @@ class Attempt:
             rounds.end(self._round)
         self._note_result(result)
         self._learn(result)
+        self._note_doubt(result, was_cancelled=cancelled is not None)
         if result.in_doubt and cancelled is None:
             raise InDoubt(result.failure)
         if result.failure is not None and cancelled is None:
@@ -138,6 +139,15 @@ class Attempt:
             if not waits_for_user:
                 arena_is_free.set()
             self._step.spend(apply=loop.time() - began)
+
+    def _note_doubt(self, result: RoundResult, *, was_cancelled: bool) -> None:
+        """Learn later how the round ended, or tell the user process, which may have given the step up in doubt itself:
+        it does so when a step is bound and its time is up.
+        """
+        if result.in_doubt:
+            self._resources.doubts.look_into(self._step.number, self._round)
+        elif was_cancelled and self._notices and result.applies:
+            self._resources.doubts.tell(self._step.number, result.failure)
 
     def _learn(self, result: RoundResult) -> None:
         """Remember which peers are slow, and which this one could not reach, or could not reach this one."""

@@ -8,6 +8,7 @@ from shoal.averaging.allreduce.round import RoundTimeouts
 from shoal.averaging.allreduce.rounds import Rounds
 from shoal.averaging.background.arena import SharedArena
 from shoal.averaging.background.division import Division
+from shoal.averaging.background.doubts import Doubts
 from shoal.averaging.background.slow_peers import SlowPeers
 from shoal.averaging.config import AveragerConfig
 from shoal.averaging.matchmaking.matchmaker import Matchmaker
@@ -30,6 +31,7 @@ class Resources:
     division: Division
     arena: SharedArena
     slow_peers: SlowPeers
+    doubts: Doubts
 
     @property
     def host(self) -> Host:

@@ -358,8 +358,9 @@ class DecentralizedAverager(AveragerBase):
     ) -> dict[PeerID, Any] | StepControl | None:
         """Find a group and average with it once.
 
-        With ``apply_when="called"``, an average that waits for :meth:`apply_average` is written first. With
-        ``wait=True``, so is that of this step, before the call returns.
+        An average that has come late, of a step that ended in doubt, is written first; see
+        :meth:`apply_late_average`. With ``apply_when="called"``, so is one that waits for :meth:`apply_average`. With
+        ``wait=True``, that of this step is written before the call returns.
 
         :param gather: sent to every member of the group; anything that :attr:`serializer` encodes, at most
           512 KiB. The leader sends what all n members gathered to each of them before the round, which fails if
@@ -410,6 +411,7 @@ class DecentralizedAverager(AveragerBase):
             when_busy=when_busy,
             wait=wait,
         )
+        self.__parts.late.write()
         if not wait:
             self.__parts.writer.apply()
             return submit()[0]
@@ -435,3 +437,18 @@ class DecentralizedAverager(AveragerBase):
             )
         self.__parts.link.check_running()
         return self.__parts.writer.apply()
+
+    def apply_late_average(self) -> bool:
+        """Write the average of a step that has ended in doubt, if it has turned out since that the others committed it.
+
+        :meth:`step` does so when it begins, so that few programs need this: call it to have the average earlier, before
+        a checkpoint for instance. :attr:`last_doubt` says whether one waits. What the trainer has changed since the
+        round began is kept. An average is dropped as soon as a later round takes the tensors, or
+        :meth:`load_state_from_peers` has returned a state.
+
+        :returns: whether there was one
+        :raises InvalidStateError: not started, shut down; or the average can't be written, since a tensor has another
+          shape now, for instance: it is dropped then
+        """
+        self.__parts.link.check_running()
+        return self.__parts.late.write()

@@ -23,7 +23,7 @@ from shoal.runtime.startable import Startable, wait_or_end
 from shoal.utils.checks import check_flag
 
 if TYPE_CHECKING:
-    from shoal.averaging.report import StateReport, StepReport
+    from shoal.averaging.report import DoubtReport, StateReport, StepReport
 
 
 class AveragerBase(Startable):
@@ -138,6 +138,13 @@ class AveragerBase(Startable):
     def last_report(self) -> StepReport | None:
         """What happened in the last step that has finished."""
         return self.__parts.steps.last_report
+
+    @property
+    def last_doubt(self) -> DoubtReport | None:
+        """What is known by now of the last step that ended in doubt; None: none has. While that is open, the members of
+        its group are asked in the background.
+        """
+        return self.__parts.late.last
 
     @property
     def last_loaded_state(self) -> StateReport | None:
