@@ -101,6 +101,17 @@ def test_a_broken_connection_is_made_again_with_growing_pauses_and_each_chunk_re
     assert asked(choice.handle(ConnectionBroke("lost"))) == 1
 
 
+def test_a_donor_whose_process_has_ended_is_left_at_once_if_there_is_another_one():
+    choice = Joiner()
+    choice.handle(DonorsFound((donor(0), donor(1))))
+    choice.handle(ChunkReceived())
+    assert asked(choice.handle(ConnectionBroke("refused", has_ended=True))) == 1
+    choice.handle(ChunkReceived())
+    assert (
+        asked(choice.handle(ConnectionBroke("refused", has_ended=True))) == 1
+    )  # it may be a firewall's word
+
+
 def test_a_donor_that_has_sent_nothing_is_left_at_once():
     choice = Joiner()
     choice.handle(DonorsFound((donor(0), donor(1))))

@@ -65,7 +65,10 @@ class Commitment:
         self._reports: asyncio.Queue[Report | None] = asyncio.Queue()
         self._word: dict[int, asyncio.Queue[FromLeader]] = defaultdict(asyncio.Queue)
         """For each member, what the leader of this term has to say to it, from the beginning."""
-        self._joined: dict[int, Stream] = {}
+        self._joined: set[int] = set()
+        """Members that have joined this leader, whether or not they are still there."""
+        self._streams: dict[int, Stream] = {}
+        """Of those that are there."""
         self._refused_since: dict[int, float] = {}
         self._left: set[int] = set()
         """Members whose processes said goodbye: they end."""
@@ -89,8 +92,9 @@ class Commitment:
 
     def stop_leading(self) -> None:
         """Have the members that follow this one look for another leader."""
-        for stream in self._joined.values():
+        for stream in self._streams.values():
             stream.reset(AveragingCode.NOT_LEADING, "it does not lead any more")
+        self._streams.clear()
         self._joined.clear()
         self._word.clear()
 
@@ -169,7 +173,8 @@ class Commitment:
             raise RemoteError(AveragingCode.NOT_LEADING, "it does not lead in this term")
         if member in self._joined:
             raise ProtocolViolation(f"{stream.remote} joined the round twice")
-        self._joined[member] = stream
+        self._joined.add(member)
+        self._streams[member] = stream
         reading = asyncio.ensure_future(self._take_reports(stream, member))
         telling = asyncio.ensure_future(self._give_word(stream, self._word[member]))
         reason = "it ended the round"
@@ -184,6 +189,8 @@ class Commitment:
             shared.note_failure(member, e)
             raise
         finally:
+            if self._streams.get(member) is stream:  # else it follows this leader in a later term already
+                del self._streams[member]
             reading.cancel()
             telling.cancel()
             await asyncio.wait({reading, telling})

@@ -6,9 +6,9 @@ was not asked yet; when all of them have a queue, the joiner waits at the shorte
 for ``WAIT_PATIENCE``, or for ``FRONT_PATIENCE`` at the front of its queue, is left for any other one, whatever its
 priority, that was not left so before; so is one that gives no sign for as long as :func:`~.policy.patience` says, also
 while its connection is made again. After ``LAST_PATIENCE`` it has failed, though nobody else be left. A connection to a
-donor that has answered is made again when it breaks, ``MAX_RESUMPTIONS`` times in a row without progress; whatever else
-goes wrong, the next donor's turn comes. When nobody is left, the DHT is asked once more for donors that have come
-meanwhile.
+donor that has answered is made again when it breaks, ``MAX_RESUMPTIONS`` times in a row without progress, unless its
+process has ended and there is another donor; whatever else goes wrong, the next donor's turn comes. When nobody is
+left, the DHT is asked once more for donors that have come meanwhile.
 
 :meth:`DonorChoice.handle` is the one entry point: what has happened and ``now`` in, what to do now out; nothing: go on
 with the donor that was asked. What to do is decided by :mod:`.policy`.
@@ -79,9 +79,12 @@ class StateReceived:
 
 @dataclass(frozen=True)
 class ConnectionBroke:
-    """The connection to the donor that was asked is gone, or could not be made."""
+    """The connection to the donor that was asked is gone, or could not be made. ``has_ended``: its process has ended,
+    as it said itself, or as its machine says, where nobody listens any more.
+    """
 
     reason: str
+    has_ended: bool = False
 
 
 @dataclass(frozen=True)
@@ -221,8 +224,8 @@ class DonorChoice:
                 return self._hear_position(position, now)
             case OfferReceived() | ChunkReceived() | AllChunksReceived() | StateReceived():
                 self._get_on(event, now)
-            case ConnectionBroke(reason):
-                return self._reconnect(reason, now)
+            case ConnectionBroke(reason, has_ended):
+                return self._reconnect(reason, has_ended, now)
             case DonorFailed(reason):
                 return self._next_after_failure(reason, now)
             case TimePassed():
@@ -312,9 +315,10 @@ class DonorChoice:
         current.answers.append(reason)
         return [LeaveDonor(current.donor.peer, reason), *self._choose(now)]
 
-    def _reconnect(self, reason: str, now: float) -> list[Effect]:
+    def _reconnect(self, reason: str, has_ended: bool, now: float) -> list[Effect]:
         current = self._asked()
-        if not current.has_answered:
+        # A firewall may say, too, that nobody listens: where nobody else is left, it is worth a few tries.
+        if not current.has_answered or (has_ended and self.has_alternative):
             return self._next_after_failure(reason, now)
         current.resumptions += 1
         if current.resumptions > MAX_RESUMPTIONS:
