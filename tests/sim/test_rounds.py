@@ -17,6 +17,7 @@ from shoal.averaging.allreduce.assignment import SpanId
 from shoal.averaging.allreduce.messages import EXCHANGE, Contribute, DeclareWeight
 from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
 from shoal.averaging.group import PeerMode
+from shoal.averaging.timeouts import settle
 from shoal.compression import BFloat16Compression
 from shoal.errors import AllreduceException, RemoteError
 from shoal.p2p.rpc import Stream
@@ -80,6 +81,51 @@ def test_a_sender_that_never_begins_is_excluded():
             results = await asyncio.gather(*(group.run(member, timeouts=TIMEOUTS) for member in (0, 1)), late)
             check_exclusion(group, list(results), 2, reason="it sent no part within sender_timeout=2 s")
             group.check_average([0, 1], [1.0, 1.0, 0.0])
+
+    run(main)
+
+
+@pytest.mark.parametrize("given", [{}, {"allreduce_timeout": 300.0}], ids=["none", "allreduce_timeout"])
+@pytest.mark.parametrize("victim", [0, 1, 3], ids=["leader", "owner", "client"])
+def test_without_a_sender_timeout_one_that_never_begins_costs_the_group_that_member(
+    victim: int, given: dict[str, float]
+):
+    times = settle(given)
+    timeouts = RoundTimeouts.of(
+        given.get("allreduce_timeout"), times.sender_timeout, times.reducer_timeout, times.each_part
+    )
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=2, size=4, clients=1) as group:
+            loop = asyncio.get_running_loop()
+            began = loop.time()
+            snapshots = [forever if member == victim else later(0.0) for member in range(4)]
+            runs = [
+                group.run(member, snapshot=snapshot, timeouts=timeouts)
+                for member, snapshot in enumerate(snapshots)
+            ]
+            results = await asyncio.gather(*runs)
+            reason = f"it sent no part within sender_timeout={times.sender_timeout:g} s"
+            check_exclusion(group, results, victim, reason=reason)
+            assert loop.time() - began < times.sender_timeout + 5
+            weights = [float(member != victim) for member in range(4)]
+            group.check_average([member for member in range(4) if member != victim], weights)
+
+    run(main)
+
+
+def test_a_member_that_takes_no_averages_costs_the_group_that_member(monkeypatch: pytest.MonkeyPatch):
+    """The leader gives it up before the members that are ready give up the leader."""
+    times = settle({})
+    timeouts = RoundTimeouts.of(None, times.sender_timeout, times.reducer_timeout, times.each_part)
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=3, size=4, clients=1) as group:
+            rounds = [group.round(member, timeouts=timeouts) for member in range(3)]
+            rounds.append(group.round(3))  # it has no limits itself
+            monkeypatch.setattr(rounds[3]._exchange, "_receive_averages", lambda *_: forever())
+            results = await asyncio.gather(*(group.run_round(*item) for item in enumerate(rounds)))
+            check_exclusion(group, results, 3, reason="it said nothing for 361 s")
 
     run(main)
 

@@ -12,6 +12,7 @@ from step_surroundings import make_resources, make_step, run_attempt
 from shoal.averaging.allreduce.events import RoundTimeouts
 from shoal.averaging.allreduce.messages import FromLeader, Outcome
 from shoal.averaging.allreduce.round import Round
+from shoal.averaging.background import step_runner
 from shoal.averaging.background.arena import SharedArena
 from shoal.averaging.background.resources import Resources
 from shoal.averaging.background.service import AveragerService
@@ -246,6 +247,53 @@ class PatientUser(UserProcess):
     async def call_user(self, command: object) -> object:
         answer = await super().call_user(command)
         return False if isinstance(command, ApplyAverage) else answer
+
+
+@pytest.mark.parametrize("is_triggered", [True, False], ids=["not copied", "not triggered"])
+def test_a_snapshot_that_never_comes_costs_its_member_the_step(is_triggered: bool):
+    """Also if all others wait for it without any limit. Another group would wait as long: it is not tried again."""
+
+    class UserThatHangs(UserProcess):
+        async def call_user(self, command: object) -> object:
+            if isinstance(command, TakeSnapshot):
+                await asyncio.Event().wait()
+            return await super().call_user(command)
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=1, size=3) as group:
+            resources = make_resources(UserThatHangs(fails=False), group=group)
+            others = [asyncio.ensure_future(group.run(member)) for member in (1, 2)]
+            what = "the tensors were not copied" if is_triggered else "nobody triggered it"
+            with pytest.raises(StepFailed, match=f"withdrew from the round: {what} within 600 s"):
+                await run_attempt(resources, group, Step(make_step(needs_trigger=not is_triggered)))
+            assert [result.failure for result in await asyncio.gather(*others)] == [None, None]
+
+    run(main)
+
+
+def test_a_step_in_doubt_is_not_tried_again(monkeypatch: pytest.MonkeyPatch):
+    attempts = []
+
+    class EndsInDoubt:
+        def __init__(self, resources: Resources, step: Step, group: GroupInfo) -> None:
+            attempts.append(step.number)
+
+        async def run(self) -> None:
+            raise InDoubt("others may have decided")
+
+    class Search:
+        async def find(self, step: Step) -> GroupInfo:
+            return cast("GroupInfo", Mock())
+
+    async def main() -> None:
+        monkeypatch.setattr(step_runner, "Attempt", EndsInDoubt)
+        runner = StepRunner(make_resources(UserProcess(fails=False)))
+        vars(runner)["_search"] = Search()
+        outcome = await runner.run(make_step(3, allow_retries=True))
+        assert outcome.report.failure == "others may have decided"
+        assert attempts == [3]
+
+    run(main)
 
 
 @pytest.mark.parametrize("member", [0, 1], ids=["leader", "follower"])

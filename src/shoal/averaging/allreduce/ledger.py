@@ -53,6 +53,7 @@ class Ledger:
         self.reports: dict[SpanId, SpanAveraged] = {}
         """Of own spans that have been averaged."""
         self._sender_timeout = timeouts.sender
+        self._each_part = timeouts.each_part
         self._is_settled = False
         self._failed: set[SpanId] = set()
         """Spans whose averages will not come."""
@@ -66,7 +67,9 @@ class Ledger:
             if span not in spans:
                 continue
             if span.owner == me:
-                book = Collection(self.roles, span.count, self._sender_timeout, self.excluded)
+                book = Collection(
+                    self.roles, span.count, self._sender_timeout, self.excluded, each_part=self._each_part
+                )
                 self.collections[span.id] = book
                 if self._is_settled:
                     book.settle(self.weight, now)
@@ -224,6 +227,13 @@ class Ledger:
         self._open(opened, now)
         return [VoidSpans(void), OpenSpans(opened), *self.release()]
 
+    def _story_of(self, book: Collection, sender: int) -> str:
+        """Why a sender whose time is up is waited for no more."""
+        if book.clocks.is_spent(sender):
+            return f"its parts took more than {book.clocks.in_all:g} s in all"
+        what = "no further part, or took no average," if book.delivered_by(sender) else "no part"
+        return f"it sent {what} within sender_timeout={self._sender_timeout:g} s"
+
     def on_time(self, late: float, now: float) -> list[Effect]:
         """Others' time does not count while this process was stopped, or busy."""
         uncounted = late + CATCH_UP if late else 0.0
@@ -233,8 +243,7 @@ class Ledger:
             for sender in book.clocks.expired(now):
                 book.clocks.stop(sender)
                 begun = book.delivered_by(sender)
-                what = "no further part, or took no average," if begun else "no part"
-                reason = f"it sent {what} within sender_timeout={self._sender_timeout:g} s"
+                reason = self._story_of(book, sender)
                 effects += self._lose_sender(span, sender, reason, Loss.TIMED_OUT, is_silent=not begun)
         self.returns.clocks.shift(uncounted)
         for span_id in self.returns.clocks.expired(now):

@@ -12,15 +12,24 @@ K = TypeVar("K", bound=tuple[object, ...] | int)
 
 @dataclass
 class PartClocks(Generic[K]):
-    """One clock for each key, running or not. ``timeout`` None: there is no limit, and nothing is kept."""
+    """One clock for each key, running or not. ``timeout`` None: there is no limit, and nothing is kept.
+
+    :param in_all: for which a key may be awaited in all; None: as often as it likes
+    """
 
     timeout: float | None
+    in_all: float | None = None
     _since: dict[K, float] = field(default_factory=dict)
+    _spent: dict[K, float] = field(default_factory=dict)
+    """Seconds for which each key was awaited until it did something."""
 
     def start(self, key: K, now: float) -> None:
-        """Something is awaited of ``key`` from now on."""
-        if self.timeout is not None:
-            self._since[key] = now
+        """Something, or something further, is awaited of ``key`` from now on."""
+        if self.timeout is None:
+            return
+        if self.in_all is not None and key in self._since:
+            self._spent[key] = self._spent.get(key, 0.0) + max(0.0, now - self._since[key])
+        self._since[key] = now
 
     def stop(self, key: K) -> None:
         """Nothing is awaited of ``key``."""
@@ -41,11 +50,24 @@ class PartClocks(Generic[K]):
         """Those whose time is up, in their order."""
         if self.timeout is None:
             return []
-        return sorted(key for key, since in self._since.items() if since + self.timeout <= now)
+        return sorted(key for key, since in self._since.items() if since + self._allowed(key) <= now)
+
+    def is_spent(self, key: K) -> bool:
+        """Whether ``key`` has less time left in all than it may take for one thing."""
+        return self.timeout is not None and self._allowed(key) < self.timeout
 
     @property
     def deadline(self) -> float:
         """When the first clock that runs expires; NEVER if none does."""
         if self.timeout is None or not self._since:
             return NEVER
-        return min(self._since.values()) + self.timeout
+        if not self._spent:
+            return min(self._since.values()) + self.timeout
+        return min(since + self._allowed(key) for key, since in self._since.items())
+
+    def _allowed(self, key: K) -> float:
+        """For how long ``key`` may be awaited this time."""
+        assert self.timeout is not None
+        if self.in_all is None:
+            return self.timeout
+        return min(self.timeout, self.in_all - self._spent.get(key, 0.0))

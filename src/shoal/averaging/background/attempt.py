@@ -13,11 +13,14 @@ from shoal.averaging.background.step import Step, StepFailed
 from shoal.averaging.commands import ApplyAverage, AveragingStage, BoundByWord, ReachStage, TakeSnapshot
 from shoal.averaging.group import GroupInfo
 from shoal.averaging.report import PartialContribution
-from shoal.errors import AllreduceException, InDoubt
+from shoal.errors import AllreduceException, InDoubt, ShoalError
 from shoal.p2p.identity import PeerID
 from shoal.runtime.presence import UserProcessAbsent
 
 T = TypeVar("T")
+
+SNAPSHOT_TIMEOUT = 600.0
+"""Seconds from the beginning of a round within which the user has triggered it, and the tensors are copied."""
 
 
 class Attempt:
@@ -100,9 +103,20 @@ class Attempt:
 
     async def _snapshot_unless_absent(self) -> None:
         try:
-            await self._context.user.unless_absent(self._snapshot())
+            async with asyncio.timeout(SNAPSHOT_TIMEOUT):
+                await self._context.user.unless_absent(self._snapshot())
         except UserProcessAbsent as e:  # the others go on without this member
             raise AllreduceException(f"withdrew from the round: the {e}") from None
+        except TimeoutError as e:
+            if isinstance(e, ShoalError):
+                raise
+            self._is_own_fault = True  # the next group would wait for it as long
+            missing = (
+                "the tensors were not copied" if self._step.triggered.is_set() else "nobody triggered it"
+            )
+            raise AllreduceException(
+                f"withdrew from the round: {missing} within {SNAPSHOT_TIMEOUT:g} s"
+            ) from None
 
     async def _snapshot(self) -> None:
         await self._wait_for_trigger()

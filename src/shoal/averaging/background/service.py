@@ -66,10 +66,11 @@ class AveragerService:
                 node=dht.node,
                 matchmaker=self._matchmaker,
                 rounds=self._rounds,
-                timeouts=RoundTimeouts(
+                timeouts=RoundTimeouts.of(
                     config.allreduce_timeout,
                     config.effective_sender_timeout,
                     config.effective_reducer_timeout,
+                    config.each_part,
                 ),
                 division=Division(
                     layout, part_size_bytes=config.part_size_bytes, min_vector_size=config.min_vector_size

@@ -21,7 +21,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from shoal.averaging.state.policy import Candidate, Donor, has_alternative, patience, prefer, wait_or_go
+from shoal.averaging.state.policy import (
+    LAST_PATIENCE,
+    Candidate,
+    Donor,
+    has_alternative,
+    patience,
+    prefer,
+    wait_or_go,
+)
 from shoal.p2p.identity import PeerID
 from shoal.sansio.core import NEVER, TimePassed
 from shoal.sansio.machine import Machine
@@ -189,6 +197,7 @@ class DonorChoice:
         """When there was a sign of the donor, and since when nothing of the state has come."""
         self._offered_at: float | None = None
         """When it began to send its state."""
+        self._has_sent_all = False
         self._silent_at = NEVER
 
     @property
@@ -266,7 +275,8 @@ class DonorChoice:
                 self._waits_since = now
                 self._hear(now)
             case AllChunksReceived():
-                self._silent_at = NEVER
+                self._has_sent_all, self._heard_at = True, now
+                self._silent_at = now + self._last_patience
             case StateReceived():
                 self._machine.move(DownloadState.DONE)
 
@@ -278,14 +288,20 @@ class DonorChoice:
     def _be_patient(self, now: float) -> None:
         invested = 0.0 if self._offered_at is None else now - self._offered_at
         allowed = patience(invested, self._next_chunk_timeout)
-        self._silent_at = self._heard_at + allowed if self.has_alternative else NEVER
+        self._silent_at = self._heard_at + (allowed if self.has_alternative else self._last_patience)
+
+    @property
+    def _last_patience(self) -> float:
+        """For how many seconds a donor may be silent though there is nobody else to ask."""
+        return max(LAST_PATIENCE, self._next_chunk_timeout or 0.0)
 
     def _on_time(self, now: float) -> list[Effect]:
         if now < self.deadline:
             return []
-        return self._leave(
-            f"no sign of it for {now - self._heard_at:.1f} s, and there are others to ask", now
-        )
+        silence = f"no sign of it for {now - self._heard_at:.1f} s"
+        if self.has_alternative and not self._has_sent_all:
+            return self._leave(f"{silence}, and there are others to ask", now)
+        return [LeaveDonor(self._asked().donor.peer, silence), *self._next_after_failure(silence, now)]
 
     def _hear_position(self, position: int, now: float) -> list[Effect]:
         current = self._asked()
@@ -321,6 +337,7 @@ class DonorChoice:
         if not current.has_answered or (has_ended and self.has_alternative):
             return self._next_after_failure(reason, now)
         current.resumptions += 1
+        self._has_sent_all = False
         if current.resumptions > MAX_RESUMPTIONS:
             return self._next_after_failure(f"{reason}, also in {MAX_RESUMPTIONS} further tries", now)
         delay = FIRST_BACKOFF * 2 ** (current.resumptions - 1)
@@ -345,7 +362,7 @@ class DonorChoice:
         candidate.was_asked = True
         candidate.has_answered = False
         candidate.front_since = None
-        self._waits_since, self._offered_at = now, None
+        self._waits_since, self._offered_at, self._has_sent_all = now, None, False
         self._hear(now)
         return [AskDonor(candidate.donor, reason=reason)]
 

@@ -88,12 +88,12 @@ class DecentralizedAverager(AveragerBase):
     :param part_size_bytes: tensors travel in parts of at most this many bytes, after compression (1 KiB to 64
       MiB); the same at all peers
     :param allreduce_timeout: time for the exchange of tensors once a group has begun, after which this peer leaves the
-      round; None: no limit
+      round; None: no limit but those for each member
     :param next_chunk_timeout: default of ``sender_timeout``; also the longest time between two whole pieces (2^18
       elements each, 1 MiB of float32) of a state that is downloaded. None: no limit.
     :param sender_timeout: a member that sends no next part for this long is excluded: the others average without what
-      it has not sent, and its own step fails. Default: ``next_chunk_timeout``,
-      or half of ``reducer_timeout``, or a third of ``allreduce_timeout``, if that is less.
+      it has not sent, and its own step fails. Default: ``next_chunk_timeout``, or half of ``reducer_timeout``, or 180 s
+      (and then 60 s for each part on the average); or a third of ``allreduce_timeout``, if that is less.
     :param reducer_timeout: when a member returns no next average for this long, its share of the work is given to the
       others, in the same round. A member that takes no average for so long, and 1 s, when all are there is excluded.
       Default: twice ``sender_timeout``, but less than ``allreduce_timeout``.
