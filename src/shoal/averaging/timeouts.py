@@ -17,7 +17,7 @@ REQUEST_TIMEOUT = DefaultSeconds(3.0)
 SENDER_TIMEOUT = 180.0
 """``sender_timeout`` where nothing is given that it could follow: no member waits for another one for ever."""
 EACH_PART = 60.0
-"""Seconds that a member's parts may take on the average then, besides. With parts of 512 KiB, 1 Mbit/s do for 14 owners."""
+"""Seconds that a member's parts may take on the average then, besides: 1 Mbit/s does for 14 owners, of usual parts."""
 MAX_WAIT = 86400.0
 """Seconds: the longest time ahead at which a group may be scheduled."""
 REDUCER_PATIENCE = 2

@@ -56,6 +56,7 @@ class Doubts:
             settled = DoubtSettled(step, DoubtOutcome.COMMITTED)
         else:
             settled = DoubtSettled(step, DoubtOutcome.FAILED, inquiry.failure)
+        self._asking = None
         await self._tell(settled)
 
     async def _tell(self, settled: DoubtSettled) -> None:
