@@ -38,6 +38,7 @@ from shoal.averaging.allreduce.messages import (
     Excluded,
     FromLeader,
     JoinRound,
+    Knows,
     Outcome,
     Prepare,
     Propose,
@@ -260,12 +261,14 @@ class Commitment:
         return now - self._refused_since.setdefault(member, now) >= REFUSED_FOR
 
 
-def answer_question(core: AllReduce, question: Question, member: int, now: float) -> Answer:
-    """What a member answers whose own round has ended: it votes on."""
+def answer_question(votes: AllReduce | Outcome, question: Question, member: int, now: float) -> Answer:
+    """What a member answers whose own round has ended: the decision, or, as long as it knows none, it votes on."""
     event = to_event(question, member)
+    if isinstance(votes, Outcome):
+        return Knows(votes)
     if event is None:
-        return core.answer()
-    (answer,) = (effect.answer for effect in core.handle(event, now) if isinstance(effect, Reply))
+        return votes.answer()
+    (answer,) = (effect.answer for effect in votes.handle(event, now) if isinstance(effect, Reply))
     return answer
 
 
