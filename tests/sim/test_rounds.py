@@ -130,6 +130,29 @@ def test_a_member_that_takes_no_averages_costs_the_group_that_member(monkeypatch
     run(main)
 
 
+@pytest.mark.parametrize("given", [{}, {"sender_timeout": 5.0}], ids=["no timeouts", "short timeouts"])
+def test_a_leader_that_lives_and_never_decides_is_replaced_in_time(
+    given: dict[str, float], monkeypatch: pytest.MonkeyPatch
+):
+    times = settle(given)
+    timeouts = RoundTimeouts.of(None, times.sender_timeout, times.reducer_timeout, times.each_part)
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=2, size=4) as group:
+            loop = asyncio.get_running_loop()
+            rounds = [group.round(member, timeouts=timeouts) for member in range(4)]
+            monkeypatch.setattr(rounds[0].core.decision.coordinator, "_propose", lambda outcome: [])
+            tasks = [asyncio.ensure_future(group.run_round(*item)) for item in enumerate(rounds)]
+            began = loop.time()
+            results = await asyncio.gather(*tasks[1:])
+            assert [result.failure for result in results] == [None] * 3
+            assert loop.time() - began <= timeouts.leader + 30.0
+            group.check_average([1, 2, 3])
+            await asyncio.wait_for(tasks[0], 30)
+
+    run(main)
+
+
 def test_a_sender_is_awaited_from_the_owners_own_snapshot_on():
     async def main() -> None:
         async with SimulatedGroup(seed=1, size=3) as group:
