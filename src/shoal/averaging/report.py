@@ -182,7 +182,7 @@ class StepReport:
         took = figures.duration(self.phases.total)
         if self.failure is not None:
             ended = "in doubt" if self.in_doubt else "failed"
-            return f"step {self.step}: {ended} after {took}: {self.failure}"
+            return f"step {self.step}: {ended} after {took}: {self.failure}{self._earlier}"
         text = (
             f"step {self.step}: {figures.count(len(self.members), 'peer')} in {took} (search "
             f"{figures.duration(self.phases.search)}, all-reduce {figures.duration(self._work)}), {self._moved}"
@@ -192,11 +192,9 @@ class StepReport:
             text += f", peers differed by {apart}"
         if self.repairs:
             text += f", repaired {figures.count(self.repairs, 'time')}"
-        if self.doubt:
-            text += f"; {self.doubt}"
         if self.excluded:
             text += f", excluded: {', '.join(map(str, self.excluded))}"
-        return text
+        return text + self._earlier
 
     def _repr_html_(self) -> str:
         """A small table, for notebooks."""
@@ -206,10 +204,15 @@ class StepReport:
         if self.failure is None:
             rows += [("moved", self._moved), ("peers differed by", self._apart or "not measured")]
         rows += [("excluded", str(one)) for one in self.excluded]
+        rows += [("earlier", str(self.doubt))] if self.doubt else []
         phases = asdict(self.phases) | {"total": self.phases.total}
         rows += [(name, figures.duration(seconds)) for name, seconds in phases.items() if seconds]
         body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
         return f"<table><caption>step {self.step}</caption>{body}</table>"
+
+    @property
+    def _earlier(self) -> str:
+        return f"; {self.doubt}" if self.doubt else ""
 
     @property
     def _work(self) -> float:
