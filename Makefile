@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_OPTIONS ?= --disable-pip-version-check --no-warn-script-location
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+# One thread for PyTorch in each of the two workers: threads that wait for a core that is busy make it slow.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: demo test sweep soak chaos check lint format clean
 

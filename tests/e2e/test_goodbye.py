@@ -101,9 +101,9 @@ async def watch_the_end(peer: Peer, how: str) -> Ending:
     "how",
     [
         "the user's process is killed",
-        "the user's process is terminated",
-        "the user's process fails",
         "the background process is terminated",
+        pytest.param("the user's process is terminated", marks=pytest.mark.sweep),
+        pytest.param("the user's process fails", marks=pytest.mark.sweep),
     ],
 )
 def test_a_peer_that_is_ended_says_goodbye(peer: Peer, how: str):

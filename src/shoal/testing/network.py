@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from shoal.errors import InvalidValueError
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.reach.vantage import Interface
-from shoal.testing.transport import Path, SimulatedTransport
+from shoal.testing.transport import Link, Path, SimulatedTransport
 
 ProtocolFactory = Callable[[], asyncio.BufferedProtocol]
 
@@ -57,6 +58,8 @@ class SimulatedNetwork:
         self._by_ip: dict[str, HostNetwork] = {}
         self._sites: dict[str, _Site] = {}
         self._paths: dict[tuple[str, str], Path] = {}
+        self._uplinks: defaultdict[str, Link] = defaultdict(Link)
+        self._downlinks: defaultdict[str, Link] = defaultdict(Link)
         self.connections: dict[SimulatedTransport, None] = {}
         self._partition: dict[str, int] = {}
 
@@ -94,6 +97,10 @@ class SimulatedNetwork:
     def set_bandwidth(self, a: str, b: str, bytes_per_second: float | None) -> None:
         """Bandwidth between two hosts, of each direction."""
         self.path(a, b).bandwidth = self.path(b, a).bandwidth = bytes_per_second
+
+    def set_link(self, name: str, bytes_per_second: float | None) -> None:
+        """Bandwidth of a host's own link, of each direction: all its connections to other hosts share it."""
+        self._uplinks[name].bandwidth = self._downlinks[name].bandwidth = bytes_per_second
 
     # ---- faults ----
 
@@ -171,9 +178,14 @@ class SimulatedNetwork:
         if path is None:
             # Both directions draw together, so that asking for one decides the other too.
             latency = self._rng.uniform(*self._latency) if a != b else 0.0001
-            path = self._paths[a, b] = Path(latency, self._bandwidth if a != b else None)
-            self._paths.setdefault((b, a), Path(latency, path.bandwidth))
+            path = self._paths[a, b] = self._make_path(a, b, latency)
+            self._paths.setdefault((b, a), self._make_path(b, a, latency))
         return path
+
+    def _make_path(self, a: str, b: str, latency: float) -> Path:
+        if a == b:
+            return Path(latency, None, Link(), Link())
+        return Path(latency, self._bandwidth, self._uplinks[a], self._downlinks[b])
 
     def _find(self, dialer: HostNetwork, address: Multiaddr) -> _Way | None:
         """Where a connection from ``dialer`` to ``address`` ends; None if nothing answers there."""

@@ -61,6 +61,8 @@ class SimulatedGroup:
         shapes: Sequence[tuple[int, ...]] = SHAPES,
         codec: CompressionBase | None = None,
         strangers: bool = False,
+        part_bytes: int = PART_BYTES,
+        network: SimulatedNetwork | None = None,
     ) -> None:
         modes = [PeerMode.FULL] * (size - clients - auxiliaries)
         self.modes = [*modes, *[PeerMode.AUXILIARY] * auxiliaries, *[PeerMode.CLIENT] * clients]
@@ -69,9 +71,10 @@ class SimulatedGroup:
         self.min_size = min_size
         self.rng = random.Random(seed)
         self.strangers = strangers
+        self.part_bytes = part_bytes
         self.seed = seed
         self.size = size
-        self.network = SimulatedNetwork(self.rng)
+        self.network = network or SimulatedNetwork(self.rng)
         generator = torch.Generator().manual_seed(seed)
         self.tensors = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(size)]
         self.layout = Layout.from_tensors(self.tensors[0], [codec or NoCompression()] * len(shapes))
@@ -140,7 +143,7 @@ class SimulatedGroup:
             can_own=[mode is not PeerMode.CLIENT for mode in self.modes],
             contributes=[mode is not PeerMode.AUXILIARY for mode in self.modes],
         )
-        return Partition.create(self.layout, owned, PART_BYTES)
+        return Partition.create(self.layout, owned, self.part_bytes)
 
     def round(
         self, member: int, *, snapshot: Snapshot = take_at_once, timeouts: RoundTimeouts = NO_LIMITS

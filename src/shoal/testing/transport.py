@@ -21,28 +21,55 @@ RECEIVE_WINDOW = 256 * 1024
 """Bytes that may be on the way in one direction of a connection; more stay in the sender's buffer."""
 
 
-class Path:
-    """One direction between two hosts; all their connections share its bandwidth."""
+class Link:
+    """One direction of a wire, whose bandwidth in bytes per second all that it carries share; None: no limit."""
 
-    def __init__(self, latency: float, bandwidth: float | None) -> None:
-        self.latency = latency
+    def __init__(self, bandwidth: float | None = None) -> None:
         self.bandwidth = bandwidth
-        self.is_silent = False
         self.busy_until = 0.0
+
+    def schedule(self, now: float, size: int) -> float:
+        """When the last of ``size`` bytes handed over at ``now`` has passed."""
+        if self.bandwidth is None:
+            return now
+        self.busy_until = max(self.busy_until, now) + size / self.bandwidth
+        return self.busy_until
+
+
+class Path:
+    """One direction between two hosts; all their connections share its bandwidth.
+
+    :param uplink: of the host that sends; all that it sends shares it
+    :param downlink: of the host that receives
+    """
+
+    def __init__(self, latency: float, bandwidth: float | None, uplink: Link, downlink: Link) -> None:
+        self.latency = latency
+        self.is_silent = False
+        self._own = Link(bandwidth)
+        self._uplink, self._downlink = uplink, downlink
+
+    @property
+    def bandwidth(self) -> float | None:
+        return self._own.bandwidth
+
+    @bandwidth.setter
+    def bandwidth(self, bytes_per_second: float | None) -> None:
+        self._own.bandwidth = bytes_per_second
 
     @property
     def segment_bytes(self) -> int:
         """How much arrives in one piece: no more than passes in an instant, so that progress shows on a slow path."""
-        if self.bandwidth is None:
+        links = (self._uplink, self._own, self._downlink)
+        limits = [link.bandwidth for link in links if link.bandwidth is not None]
+        if not limits:
             return SEGMENT_BYTES
-        return min(max(int(self.bandwidth * SEGMENT_SECONDS), LEAST_SEGMENT_BYTES), SEGMENT_BYTES)
+        return min(max(int(min(limits) * SEGMENT_SECONDS), LEAST_SEGMENT_BYTES), SEGMENT_BYTES)
 
     def schedule(self, now: float, size: int) -> float:
         """When the last of ``size`` bytes handed over now arrives."""
-        if self.bandwidth is not None:
-            self.busy_until = max(self.busy_until, now) + size / self.bandwidth
-            return self.busy_until + self.latency
-        return now + self.latency
+        sent = self._own.schedule(self._uplink.schedule(now, size), size)
+        return self._downlink.schedule(sent + self.latency, size)
 
 
 class End(Protocol):

@@ -14,6 +14,11 @@ from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.testing.matchmaking_cores import Peer, SwarmOfCores, core_peer_id
 
 PEER_IDS = [core_peer_id(number) for number in range(16)]
+BLOCK = 50
+"""Seeds in one test."""
+blocks = pytest.mark.parametrize(
+    "first", [0, BLOCK, *(pytest.param(first, marks=pytest.mark.sweep) for first in range(100, 300, BLOCK))]
+)
 
 
 def check_groups(swarm: SwarmOfCores) -> None:
@@ -64,9 +69,9 @@ def check_same_instant(seed: int) -> None:
     assert len(left) == fewest_left_over(swarm), f"seed {seed}: {swarm.config}: {len(left)} left over"
 
 
-@pytest.mark.parametrize("first", range(0, 300, 100))
+@blocks
 def test_peers_that_start_in_one_instant_leave_over_as_few_as_possible(first):
-    for seed in range(first, first + 100):
+    for seed in range(first, first + BLOCK):
         check_same_instant(seed)
 
 
@@ -84,9 +89,9 @@ def check_jittered(seed: int) -> None:
     assert more == (), f"seed {seed}: {swarm.config}: {len(left)} left over could have made groups of {more}"
 
 
-@pytest.mark.parametrize("first", range(0, 300, 100))
+@blocks
 def test_peers_that_start_one_after_another_leave_over_no_whole_group(first):
-    for seed in range(first, first + 100):
+    for seed in range(first, first + BLOCK):
         check_jittered(seed)
 
 
@@ -135,9 +140,7 @@ def check_helpers(seed: int, *, jitter: bool) -> None:
 
 
 @pytest.mark.parametrize("jitter", [False, True], ids=["one instant", "one after another"])
-@pytest.mark.parametrize(
-    "first", [0, *(pytest.param(first, marks=pytest.mark.sweep) for first in (100, 200))]
-)
+@blocks
 def test_swarms_with_helpers_leave_over_no_whole_group(first, jitter):
-    for seed in range(first, first + 100):
+    for seed in range(first, first + BLOCK):
         check_helpers(seed, jitter=jitter)
