@@ -154,6 +154,30 @@ def test_news_of_a_step_that_was_not_in_doubt_change_nothing():
     assert not peer.late.write()
 
 
+def test_a_second_doubt_ends_the_first_one(caplog: pytest.LogCaptureFixture):
+    peer = Peer()
+    peer.run_into_doubt()
+    control = peer.begin_step()
+    peer.take_snapshot(1)
+    peer.end_step(1, "others may have decided", in_doubt=True)
+    assert isinstance(control.exception(LIMIT), InDoubt)
+    assert "step 0, which was in doubt: unknown (a later step is in doubt, too)" in caplog.text
+    peer.settle(0)
+    assert peer.late.last == DoubtReport(1, DoubtOutcome.OPEN, "others may have decided")
+    peer.settle(1)
+    assert peer.late.write()
+
+
+def test_autograd_notices_a_late_average_between_forward_and_backward():
+    peer = Peer()
+    peer.run_into_doubt()
+    peer.settle(0)
+    loss = peer.tensor.requires_grad_().square().sum()
+    peer.late.write()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_one_that_cannot_be_written_is_named_and_dropped():
     peer = Peer()
     peer.run_into_doubt()

@@ -29,8 +29,8 @@ class LateAverage:
     def __init__(self, arena: TensorArena, name: str) -> None:
         self._arena = arena
         self._name = name
-        self._lock = threading.Lock()
-        """Guards what follows; never held while another lock is waited for."""
+        self._lock = threading.RLock()
+        """Guards what follows; never held while another lock of the averager is waited for."""
         self._snapshot_of: int | None = None
         """The step whose snapshot is in the arena."""
         self._dropped_for = ""
@@ -66,6 +66,8 @@ class LateAverage:
     def doubt(self, step: int, reason: str) -> None:
         """``step`` has ended in doubt."""
         with self._lock:
+            if self._last is not None and self.is_open(self._last.step):
+                self._tell(DoubtOutcome.UNKNOWN, "a later step is in doubt, too", logging.WARNING)
             self._last, self._is_news = DoubtReport(step, DoubtOutcome.OPEN, reason), False
             early, self._early = self._early, None
             if early is not None and early.step == step:
@@ -98,7 +100,7 @@ class LateAverage:
                 self._tell(DoubtOutcome.WRITTEN, "", logging.INFO)
             self._arena.store.mark_stream()
             try:
-                self._arena.write_average()
+                self._arena.write_visibly()
             except InvalidStateError as e:
                 with self._lock:
                     self._tell(DoubtOutcome.DROPPED, str(e), logging.WARNING)
