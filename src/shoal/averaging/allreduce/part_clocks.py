@@ -19,7 +19,10 @@ class PartClocks(Generic[K]):
 
     timeout: float | None
     in_all: float | None = None
+    _due: dict[K, float] = field(default_factory=dict)
+    """When each clock that runs expires."""
     _since: dict[K, float] = field(default_factory=dict)
+    """When it was started last."""
     _spent: dict[K, float] = field(default_factory=dict)
     """Seconds for which each key was awaited until it did something."""
 
@@ -27,47 +30,43 @@ class PartClocks(Generic[K]):
         """Something, or something further, is awaited of ``key`` from now on."""
         if self.timeout is None:
             return
-        if self.in_all is not None and key in self._since:
-            self._spent[key] = self._spent.get(key, 0.0) + max(0.0, now - self._since[key])
-        self._since[key] = now
+        if self.in_all is not None:
+            if key in self._since:
+                self._spent[key] = self._spent.get(key, 0.0) + max(0.0, now - self._since[key])
+            self._since[key] = now
+        self._due[key] = now + self._allowed(key, self.timeout)
 
     def stop(self, key: K) -> None:
         """Nothing is awaited of ``key``."""
+        self._due.pop(key, None)
         self._since.pop(key, None)
 
     def clear(self) -> None:
+        self._due.clear()
         self._since.clear()
 
     def runs(self, key: K) -> bool:
-        return key in self._since
+        return key in self._due
 
     def shift(self, seconds: float) -> None:
         """Time that does not count."""
-        for key in self._since:
-            self._since[key] += seconds
+        for times in (self._due, self._since):
+            for key in times:
+                times[key] += seconds
 
     def expired(self, now: float) -> list[K]:
         """Those whose time is up, in their order."""
-        if self.timeout is None:
-            return []
-        return sorted(key for key, since in self._since.items() if since + self._allowed(key) <= now)
+        return sorted(key for key, due in self._due.items() if due <= now)
 
     def is_spent(self, key: K) -> bool:
         """Whether ``key`` has less time left in all than it may take for one thing."""
-        return self.timeout is not None and self._allowed(key) < self.timeout
+        return self.timeout is not None and self._allowed(key, self.timeout) < self.timeout
 
     @property
     def deadline(self) -> float:
         """When the first clock that runs expires; NEVER if none does."""
-        if self.timeout is None or not self._since:
-            return NEVER
-        if not self._spent:
-            return min(self._since.values()) + self.timeout
-        return min(since + self._allowed(key) for key, since in self._since.items())
+        return min(self._due.values(), default=NEVER)
 
-    def _allowed(self, key: K) -> float:
+    def _allowed(self, key: K, timeout: float) -> float:
         """For how long ``key`` may be awaited this time."""
-        assert self.timeout is not None
-        if self.in_all is None:
-            return self.timeout
-        return min(self.timeout, self.in_all - self._spent.get(key, 0.0))
+        return timeout if self.in_all is None else min(timeout, self.in_all - self._spent.get(key, 0.0))
