@@ -114,6 +114,25 @@ def test_without_a_sender_timeout_one_that_never_begins_costs_the_group_that_mem
     run(main)
 
 
+def test_a_sender_whose_parts_all_come_in_time_may_take_too_long_in_all():
+    """What it has delivered by then counts."""
+    timeouts = RoundTimeouts(None, sender=2.0, reducer=4.0, each_part=0.1)
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=3, size=3, clients=1, shapes=[(12_000,)]) as group:
+            for owner in (0, 1):
+                group.network.set_bandwidth(group.name(2), group.name(owner), 2000.0)  # a part in 0.5 s
+            results = await all_of(group, timeouts=timeouts)
+            parts = len(group.partition().parts_of(0))
+            check_exclusion(
+                group, results, 2, reason=f"its parts took more than {2 + 0.1 * parts:g} s in all"
+            )
+            assert results[0].partial
+            assert results[0].allreduce_seconds < 2.0 + 0.1 * parts + 1.0
+
+    run(main)
+
+
 def test_a_member_that_takes_no_averages_costs_the_group_that_member(monkeypatch: pytest.MonkeyPatch):
     """The leader gives it up before the members that are ready give up the leader."""
     times = settle({})
