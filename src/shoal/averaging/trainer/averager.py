@@ -387,7 +387,8 @@ class DecentralizedAverager(AveragerBase):
         :raises InvalidStateError: not started, shut down, ``wait=True`` inside :meth:`get_tensors`, or an average that
           waits can't be written, as of :meth:`apply_average`
         :raises PeerProcessDied: the background process has ended
-        :raises PeerProcessUnresponsive: it is stopped, or gives no sign of life, and ``timeout`` has passed
+        :raises PeerProcessUnresponsive: it is stopped, or gives no sign of life, and ``timeout`` has passed; once the
+          tensors were taken, the step fails instead, with ``in_doubt`` in its report, since the process may have voted
         """
         wait = check_flag("wait", wait)
         if wait and require_trigger:
