@@ -438,24 +438,3 @@ class DecentralizedAverager(AveragerBase):
             )
         self.__parts.link.check_running()
         return self.__parts.writer.apply()
-
-    def apply_late_average(self) -> bool:
-        """Write the average of a step that has ended in doubt, if it has turned out since that the others committed it.
-
-        :meth:`step` does so when it begins, so that few programs need this: call it to have the average earlier, before
-        a checkpoint for instance. :attr:`last_doubt` says whether one waits. What the trainer has changed since the
-        round began is kept. An average is dropped as soon as a later round takes the tensors,
-        :meth:`load_state_from_peers` has returned a state, or :meth:`drop_late_average` is called.
-
-        :returns: whether there was one
-        :raises InvalidStateError: not started, shut down; or the average can't be written, since a tensor has another
-          shape now, for instance: it is dropped then
-        """
-        self.__parts.link.check_running()
-        return self.__parts.late.write()
-
-    def drop_late_average(self) -> None:
-        """Never write the average of the last step that ended in doubt. Call it when you have put other values into the
-        tensors, from a checkpoint for instance: what the round changed would be added to them.
-        """
-        self.__parts.late.drop("by drop_late_average()")
