@@ -29,13 +29,15 @@ ANSWER_LIMIT = 5.0
 
 
 def run(program: dict[str, Any]) -> None:
-    """Be a peer: ``dht`` are the options of its DHT, ``averager`` those of its averager, None: it has none."""
+    """Be a peer: ``dht`` are the options of its DHT, ``averager`` those of its averager, None: it has none.
+    ``elements``: of each tensor.
+    """
     logger = logging.getLogger("shoal")
     logger.addHandler(_Told())
     logger.setLevel(logging.INFO)
     dht = shoal.DHT(start=True, **program["dht"])
     with dht:
-        tensors = [torch.zeros(count) for count in ELEMENTS]
+        tensors = [torch.zeros(count) for count in program.get("elements", ELEMENTS)]
         options, averager = program["averager"], None
         if options is not None:
             averager = shoal.DecentralizedAverager(

@@ -49,7 +49,7 @@ class Faults:
         try:
             verdict = lab.run(trial)
             assert not verdict.wrong, lab.story()
-            assert verdict.survived, verdict.errors
+            assert verdict.survived, "\n".join([*verdict.errors, lab.story()])
             is_fine = True
         except NotFired:
             pytest.fail(f"no member came to this phase in this role\n{lab.story()}")

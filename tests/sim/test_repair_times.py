@@ -73,12 +73,11 @@ def check(moment: float, victims: tuple[int, ...], *, silently: bool = False) ->
 def test_an_undisturbed_round_fills_the_links():
     """Each member sends its parts to 7 owners, and returns averages to 7 members, at the same time."""
     ideal = 2 * (SIZE - 1) / SIZE * 4 * ELEMENTS / LINK
-    assert undisturbed() < 2.3 * ideal
+    assert undisturbed() < 1.4 * ideal
 
 
-@VICTIMS
-def test_a_killed_member_costs_a_part_of_a_round(victims: tuple[int, ...]):
-    check(0.6, victims)
+def test_a_killed_leader_and_its_successor_cost_a_part_of_a_round():
+    check(0.6, (0, 1))
 
 
 @pytest.mark.sweep
@@ -90,6 +89,7 @@ def test_a_killed_member_costs_a_part_of_a_round_at_any_moment(victims: tuple[in
 
 @pytest.mark.sweep
 @VICTIMS
-@pytest.mark.parametrize("moment", range(0, MOMENTS + 1, 3))
+@pytest.mark.parametrize("moment", range(3, MOMENTS + 1, 3))
 def test_a_machine_that_is_gone_costs_its_detection_besides(victims: tuple[int, ...], moment: int):
+    """Later than at once: only a peer that has answered is known to be near."""
     check(moment / MOMENTS, victims, silently=True)

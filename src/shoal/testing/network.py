@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from shoal.errors import InvalidValueError
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.reach.vantage import Interface
-from shoal.testing.transport import Link, Path, SimulatedTransport
+from shoal.testing.transport import Path, Pipe, SimulatedTransport
 
 ProtocolFactory = Callable[[], asyncio.BufferedProtocol]
 
@@ -58,8 +58,8 @@ class SimulatedNetwork:
         self._by_ip: dict[str, HostNetwork] = {}
         self._sites: dict[str, _Site] = {}
         self._paths: dict[tuple[str, str], Path] = {}
-        self._uplinks: defaultdict[str, Link] = defaultdict(Link)
-        self._downlinks: defaultdict[str, Link] = defaultdict(Link)
+        self._uplinks: defaultdict[str, Pipe] = defaultdict(Pipe)
+        self._downlinks: defaultdict[str, Pipe] = defaultdict(Pipe)
         self.connections: dict[SimulatedTransport, None] = {}
         self._partition: dict[str, int] = {}
 
@@ -184,7 +184,7 @@ class SimulatedNetwork:
 
     def _make_path(self, a: str, b: str, latency: float) -> Path:
         if a == b:
-            return Path(latency, None, Link(), Link())
+            return Path(latency, None, Pipe(), Pipe())
         return Path(latency, self._bandwidth, self._uplinks[a], self._downlinks[b])
 
     def _find(self, dialer: HostNetwork, address: Multiaddr) -> _Way | None:

@@ -21,8 +21,8 @@ RECEIVE_WINDOW = 256 * 1024
 """Bytes that may be on the way in one direction of a connection; more stay in the sender's buffer."""
 
 
-class Link:
-    """One direction of a wire, whose bandwidth in bytes per second all that it carries share; None: no limit."""
+class Pipe:
+    """One direction of a link, whose bandwidth in bytes per second all that it carries share; None: no limit."""
 
     def __init__(self, bandwidth: float | None = None) -> None:
         self.bandwidth = bandwidth
@@ -43,10 +43,10 @@ class Path:
     :param downlink: of the host that receives
     """
 
-    def __init__(self, latency: float, bandwidth: float | None, uplink: Link, downlink: Link) -> None:
+    def __init__(self, latency: float, bandwidth: float | None, uplink: Pipe, downlink: Pipe) -> None:
         self.latency = latency
         self.is_silent = False
-        self._own = Link(bandwidth)
+        self._own = Pipe(bandwidth)
         self._uplink, self._downlink = uplink, downlink
 
     @property
@@ -66,10 +66,13 @@ class Path:
             return SEGMENT_BYTES
         return min(max(int(min(limits) * SEGMENT_SECONDS), LEAST_SEGMENT_BYTES), SEGMENT_BYTES)
 
-    def schedule(self, now: float, size: int) -> float:
-        """When the last of ``size`` bytes handed over now arrives."""
-        sent = self._own.schedule(self._uplink.schedule(now, size), size)
-        return self._downlink.schedule(sent + self.latency, size)
+    def leave(self, now: float, size: int) -> float:
+        """When the last of ``size`` bytes handed over now is at the receiver's link."""
+        return self._own.schedule(self._uplink.schedule(now, size), size) + self.latency
+
+    def arrive(self, now: float, size: int) -> float:
+        """When the last of ``size`` bytes that are at the receiver's link now arrives."""
+        return self._downlink.schedule(now, size)
 
 
 class End(Protocol):
@@ -220,11 +223,19 @@ class SimulatedTransport(asyncio.Transport):
         if self.is_stranded or not self._network.reaches(self.local, self.remote):
             return False
         path = self._network.path(self.local.name, self.remote.name)
-        arrival = path.schedule(self._loop.time(), size)
         # In order, also when the latency has just become less.
-        self._last_arrival = max(self._last_arrival, arrival)
-        self._loop.call_at(self._last_arrival, arrive)
+        self._last_arrival = max(self._last_arrival, path.leave(self._loop.time(), size))
+        self._loop.call_at(self._last_arrival, self._receive, path, size, arrive)
         return True
+
+    def _receive(self, path: Path, size: int, arrive: Callable[[], None]) -> None:
+        """Pass the other side's own link."""
+        now = self._loop.time()
+        arrival = path.arrive(now, size)
+        if arrival > now:
+            self._loop.call_at(arrival, arrive)
+        else:
+            arrive()
 
     def _arrive(self, piece: bytes) -> None:
         other = self.other
