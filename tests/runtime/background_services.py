@@ -96,6 +96,15 @@ async def wait_for_cancellation(service: Runner) -> None:
         raise
 
 
+async def note_why_cancelled(service: Runner, path: str) -> None:
+    set_event(service, "waiting")
+    try:
+        await asyncio.sleep(3600)
+    finally:
+        with open(path, "w") as file:  # noqa: ASYNC230
+            file.write("the service ends" if service.context.is_closing else "the call was cancelled")
+
+
 def fail(service: Runner, error: BaseException) -> None:
     raise error
 

@@ -492,6 +492,25 @@ def test_sigterm_ends_it_in_order(own_process, tmp_path):
         handle.call((services.echo, 1)).result(LIMIT)
 
 
+@pytest.mark.parametrize("how", ["cancel", "close", "shutdown", "SIGTERM"])
+def test_a_command_that_is_cancelled_knows_whether_its_service_ends(own_process, how, tmp_path):
+    path = tmp_path / "why"
+    runner = own_runner(own_process)
+    call = runner.call((services.note_why_cancelled, str(path)))
+    runner.call((services.wait_for, "waiting")).result(LIMIT)
+    if how == "cancel":
+        call.cancel()
+        runner.call((services.echo, 1)).result(LIMIT)  # frames keep their order
+    elif how == "close":
+        runner.close().result(LIMIT)
+    elif how == "shutdown":
+        own_process.shutdown(LIMIT)
+    else:
+        os.kill(own_process.pid, signal.SIGTERM)
+        assert own_process.wait(LIMIT)
+    assert path.read_text() == ("the call was cancelled" if how == "cancel" else "the service ends")
+
+
 def test_others_are_told_of_the_end_though_a_service_hangs(own_process, tmp_path):
     path = tmp_path / "farewell"
     factory = partial(services.make_stubborn_with_farewell, str(path))

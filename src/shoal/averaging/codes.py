@@ -27,6 +27,8 @@ class AveragingCode(enum.StrEnum):
     """All-reduce: the span is not served here: its parts were assigned to other owners."""
     NOT_LEADING = "not_leading"
     """All-reduce: this member does not lead in that term, or does not lead any more."""
+    CASTING_VOTE = "casting_vote"
+    """All-reduce: the founding leader leaves, and hands on its casting vote to the member at the other end."""
 
     NOT_SHARING = "not_sharing"
     """State: the donor does not share its state, or no longer."""

@@ -59,6 +59,10 @@ class Context:
     def services(self) -> Mapping[int, Service]:
         return self._server.services
 
+    @property
+    def is_closing(self) -> bool:
+        return self._server.is_ending or self.service_id not in self._server.services
+
     def find(self, name: str) -> Service:
         for service_id, context in self._server.contexts.items():
             if context.name == name and service_id in self._server.services:
@@ -96,6 +100,7 @@ class Server:
         self.services: dict[int, Service] = {}
         self.contexts: dict[int, Context] = {}
         self.failed = False
+        self.is_ending = False
         self.when_ending: list[Callable[[], None]] = []
         self._loop = loop
         self._channel = Channel(sock, self._watch_writable)
@@ -344,6 +349,7 @@ class Server:
     # The end
 
     async def _close_all(self) -> None:
+        self.is_ending = True
         await self._cancel_calls(set(self._calls))
         # The last made first: an averager before the DHT that it uses.
         for service_id in reversed(list(self.services)):

@@ -60,6 +60,10 @@ class ServiceContext(Protocol):
     def user(self) -> Presence:
         """Whether the user's process is there, or is stopped or does not answer: then no call to it is answered."""
 
+    @property
+    def is_closing(self) -> bool:
+        """Whether this service ends now, alone or with the process: commands are cancelled for that, not by a user."""
+
     async def modules_ready(self) -> None:
         """Wait until the modules to be preloaded are imported; begins with that if need be."""
 

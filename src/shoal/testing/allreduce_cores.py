@@ -15,12 +15,9 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 from shoal.averaging.allreduce.assignment import Repair, Span, SpanId
-from shoal.averaging.allreduce.commit import answer_question, to_event
-from shoal.averaging.allreduce.core import AllReduce
 from shoal.averaging.allreduce.effects import (
     AnnounceExclusion,
     AnnounceOutcome,
@@ -44,7 +41,6 @@ from shoal.averaging.allreduce.effects import (
     VoidSpans,
 )
 from shoal.averaging.allreduce.events import (
-    DECIDED,
     OVER,
     AverageReceived,
     Event,
@@ -53,7 +49,6 @@ from shoal.averaging.allreduce.events import (
     ExclusionReceived,
     JoinTimedOut,
     Lead,
-    MemberAnswered,
     MemberLost,
     MemberReported,
     OutcomeReceived,
@@ -69,84 +64,30 @@ from shoal.averaging.allreduce.events import (
     SnapshotFailed,
     SnapshotTaken,
     SpanReceived,
+    VoteHandedOn,
     WeightDeclared,
     Withdrawn,
 )
 from shoal.averaging.allreduce.messages import (
-    AskOutcome,
     Excluded,
     Loss,
     Outcome,
-    Prepare,
-    Propose,
-    Question,
     Report,
     SpanAveraged,
 )
 from shoal.sansio.core import NEVER, TimePassed
-from shoal.testing.links import ASK_TIMEOUT, Links, Node, SimulatedStream
+from shoal.testing.allreduce_members import Member, Serving, Value, Violation
+from shoal.testing.allreduce_votes import Votes
+from shoal.testing.links import SimulatedStream
 
-__all__ = ["Cores", "Value"]
+__all__ = ["Cores", "Value", "Violation"]
 
-Value: TypeAlias = frozenset[tuple[int, float]]
-"""What stands for an average: the members in it, with their weights."""
-
-REFUSED_FOR = 2.5
 JOIN_TIMEOUT = 15.0
 LIMIT = 600.0
 """Simulated seconds in which every round ends, whatever happens."""
-PREFIX, GROUP = "test", b"g" * 16
 
 
-class Violation(AssertionError):
-    """An invariant does not hold."""
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A question of one member to others."""
-
-    by: int
-    question: Question
-    term: int | None
-    burials: int = 0
-
-
-@dataclass(eq=False)
-class _Serving:
-    """An own span at its owner."""
-
-    span: Span
-    streams: dict[int, SimulatedStream] = field(default_factory=dict)
-    arrived: dict[int, dict[int, float]] = field(default_factory=dict)
-    """For each part: the weight of each member that delivered it."""
-    cut: dict[int, int] = field(default_factory=dict)
-    """Members of which only the first parts count."""
-
-
-class _Member(Node):
-    """One core, and the state of its shell."""
-
-    def __init__(self, roles: Roles, timeouts: RoundTimeouts, weight: float) -> None:
-        super().__init__()
-        self.core = AllReduce(roles, timeouts)
-        self.weight = weight
-        self.serving: dict[SpanId, _Serving] = {}
-        self.taking: dict[SpanId, SimulatedStream] = {}
-        self.averages: dict[int, Value] = {}
-        """Of each part that this member holds."""
-        self.words: list[Event] = []
-        """What this leader has announced in its term, for members that join later."""
-        self.followers: dict[int, SimulatedStream] = {}
-        self.following: SimulatedStream | None = None
-        self.refused_since: dict[int, float] = {}
-        self.has_snapshot = False
-        self.timer = NEVER
-        self.bad_part: int | None = None
-        """From which part on what it sends is not finite."""
-
-
-class Cores(Links[_Member]):
+class Cores(Votes):
     """A group in simulated time.
 
     :param rng: decides sizes, roles, weights and delays
@@ -173,8 +114,10 @@ class Cores(Links[_Member]):
         weights[contributes.index(True)] = 1.0
         self.timeouts = timeouts or RoundTimeouts(None, 20.0, 40.0)
         self.parts = sum(owned)
+        self._late: dict[int, float] = {}
+        """Seconds by which members learn of their group later than the others."""
         roles = [Roles(me, owned, tuple(contributes), (), tuple(serves), min_size) for me in range(size)]
-        members = [_Member(roles[me], self.timeouts, weights[me]) for me in range(size)]
+        members = [Member(roles[me], self.timeouts, weights[me]) for me in range(size)]
         super().__init__(rng, members, serves, latency)
         for me in range(size):
             self.at(rng.random() * 0.1, lambda me=me: self._begin(me))  # type: ignore[misc]
@@ -195,10 +138,10 @@ class Cores(Links[_Member]):
         if waiting and until >= LIMIT:
             raise Violation(f"the round never ends for {waiting}: {self.describe()}")
 
-    def living(self) -> list[_Member]:
+    def living(self) -> list[Member]:
         return [one for one in self.members if one.is_alive]
 
-    def _living(self) -> Iterator[tuple[int, _Member]]:
+    def _living(self) -> Iterator[tuple[int, Member]]:
         return ((me, one) for me, one in enumerate(self.members) if one.is_alive)
 
     def describe(self) -> str:
@@ -214,12 +157,36 @@ class Cores(Links[_Member]):
     def withdraw(self, member: int) -> None:
         """The user of a member cancels its step."""
         self.log.append(f"{self.now:.3f} withdraw {member}")
-        self.do(member, lambda: self._feed(member, Withdrawn("cancelled")))
+        self.do(member, lambda: self.feed(member, Withdrawn("cancelled")))
+
+    def quit(self, member: int) -> None:
+        """A member's process is told to end: it withdraws from its round, and says goodbye a moment later."""
+        self.log.append(f"{self.now:.3f} {member} quits")
+        self.do(member, lambda: self.feed(member, Withdrawn("it leaves", leaves=True)))
+        self.later(0.1, lambda: self.do(member, lambda: self.leave(member)))
+
+    def restart(self, member: int) -> None:
+        """A member's process dies. One with its identity runs at once, and knows nothing of the round."""
+        self.kill(member)
+        self.members[member].is_back = True
+
+    def forget(self, member: int) -> None:
+        """A member does not remember the round any more, once that has ended there."""
+        self.log.append(f"{self.now:.3f} {member} forgets")
+        self.members[member].has_forgotten = True
+
+    def come_late(self, member: int, seconds: float) -> None:
+        """Before the round: let a member learn of its group so much later."""
+        self.log.append(f"{member} comes late by {seconds:.1f}")
+        self._late[member] = seconds
 
     # the shell of one member
 
     def _begin(self, me: int) -> None:
         one = self.members[me]
+        if (late := self._late.pop(me, 0.0)) > 0.0:
+            self.later(late, lambda: self._begin(me))
+            return
         one.has_begun = True
         self.do(me, lambda: self._open(me, one.core.ledger.assignment.spans))
         if me != 0:
@@ -231,26 +198,26 @@ class Cores(Links[_Member]):
     def _take_snapshot(self, me: int) -> None:
         one = self.members[me]
         one.has_snapshot = True
-        self._feed(me, SnapshotTaken(one.weight))
+        self.feed(me, SnapshotTaken(one.weight))
         for span, stream in list(one.taking.items()):
             self._contribute(me, span, stream)
 
     def fail_snapshot(self, me: int) -> None:
         """This member has nothing to contribute."""
-        self.do(me, lambda: self._feed(me, SnapshotFailed("not finite")))
+        self.do(me, lambda: self.feed(me, SnapshotFailed("not finite")))
 
     def _expect(self, me: int, term: int) -> None:
         one = self.members[me]
         for member in one.core.roles.others:
             if member not in one.followers and one.core.election.term == term:
-                self._feed(me, JoinTimedOut(member, "it did not join"))
+                self.feed(me, JoinTimedOut(member, "it did not join"))
 
-    def _feed(self, me: int, event: Event | TimePassed) -> None:
+    def feed(self, me: int, event: Event | TimePassed) -> None:
         one = self.members[me]
         pending: list[Event | TimePassed] = [event]
         while pending and one.is_alive:
             for effect in one.core.handle(pending.pop(0), self.now):
-                pending.extend(self._carry_out(me, effect))
+                pending.extend(self.carry_out(me, effect))
         self._set_timer(me)
 
     def wake(self, me: int) -> None:
@@ -270,10 +237,10 @@ class Cores(Links[_Member]):
             one.timer = NEVER
         if one.core.deadline <= self.now:
             late = self.now - due
-            self._feed(me, TimePassed(late if late > 0.1 else 0.0))
+            self.feed(me, TimePassed(late if late > 0.1 else 0.0))
         self._set_timer(me)
 
-    def _carry_out(self, me: int, effect: Effect) -> list[Event]:  # noqa: C901 - one case an effect
+    def carry_out(self, me: int, effect: Effect) -> list[Event]:  # noqa: C901 - one case an effect
         one = self.members[me]
         match effect:
             case AveragePart(span, index):
@@ -306,8 +273,10 @@ class Cores(Links[_Member]):
                 self._follow(me, leader, term)
             case LeadMembers(term):
                 self.later(JOIN_TIMEOUT, lambda: self.do(me, lambda: self._expect(me, term)))
-            case StopLeading():
-                for stream in one.followers.values():
+            case StopLeading(heir):
+                for member, stream in one.followers.items():
+                    if member == heir:
+                        self.send(stream, me, ("casting vote",))
                     self.close(stream, me)
                 one.followers, one.words = {}, []
             case AnnounceExclusion(excluded):
@@ -316,12 +285,8 @@ class Cores(Links[_Member]):
                 self._announce(me, order)
             case AnnounceOutcome(outcome):
                 self._announce(me, outcome)
-            case AskForOutcome(members, delay, burials):
-                self._ask(members, _Asked(me, AskOutcome(PREFIX, GROUP), None, burials), delay)
-            case AskForPromise(members, term, delay, burials):
-                self._ask(members, _Asked(me, Prepare(PREFIX, GROUP, term), term, burials), delay)
-            case AskForAcceptance(members, term, outcome, delay):
-                self._ask(members, _Asked(me, Propose(PREFIX, GROUP, term, outcome), term), delay)
+            case AskForOutcome() | AskForPromise() | AskForAcceptance():
+                self.ask(me, effect)
             case Reply():
                 raise Violation("an answer that nobody asked for")
             case Finish():
@@ -343,7 +308,7 @@ class Cores(Links[_Member]):
         roles = one.core.roles
         for span in spans:
             if span.owner == me:
-                one.serving[span.id] = _Serving(span)
+                one.serving[span.id] = Serving(span)
             elif roles.contributes[me] and one.core.phase is Phase.EXCHANGING:
                 stream = self.connect(me, span.owner, "exchange", span=span.id)
                 one.taking[span.id] = stream
@@ -370,11 +335,11 @@ class Cores(Links[_Member]):
             return
         stream.term = 2
         self.send(stream, me, ("weight", one.weight))
-        self._feed(me, ExchangeOpened(span))
+        self.feed(me, ExchangeOpened(span))
         if one.weight:
             for index in range(live.count):
                 self.send(stream, me, ("part", index))
-                self._feed(me, PartSent(span, index))
+                self.feed(me, PartSent(span, index))
 
     def _average(self, me: int, span: SpanId, index: int) -> list[Event]:
         one = self.members[me]
@@ -408,13 +373,13 @@ class Cores(Links[_Member]):
         if stream.kind == "commit":
             if stream.server == me:
                 if stream.term == one.core.election.term:
-                    self._feed(me, MemberLost(other, reason))
+                    self.feed(me, MemberLost(other, reason))
             elif stream is one.following:
-                self._feed(me, MemberLost(other, reason))
+                self.feed(me, MemberLost(other, reason))
         elif stream.span is not None and stream.opener == me:
-            self._feed(me, OwnerLost(stream.span, reason))
+            self.feed(me, OwnerLost(stream.span, reason))
         elif stream.span is not None:
-            self._feed(me, SenderLost(stream.span, other, reason))
+            self.feed(me, SenderLost(stream.span, other, reason))
 
     def hear(self, stream: SimulatedStream, me: int, message: Any) -> None:  # noqa: C901 - one case a message
         one, other = self.members[me], stream.other(me)
@@ -429,34 +394,37 @@ class Cores(Links[_Member]):
                 assert span is not None
                 self._contribute(me, span, stream)
             case ("weight", weight) if span in one.serving:
-                self._feed(me, WeightDeclared(span, other, weight))
+                self.feed(me, WeightDeclared(span, other, weight))
             case ("part", index) if span in one.serving:
                 weight = one.core.ledger.collections[span].weights[other]
                 one.serving[span].arrived.setdefault(index, {})[other] = weight or 0.0
-                self._feed(me, PartDelivered(span, other, index))
+                self.feed(me, PartDelivered(span, other, index))
             case ("average", index, value) if span in one.taking:
                 live = one.core.ledger.assignment.by_id[span]
                 one.averages[live.first + index] = value
-                self._feed(me, AverageReceived(span, index))
+                self.feed(me, AverageReceived(span, index))
             case SpanAveraged() if span in one.taking:
-                self._feed(me, SpanReceived(message))
+                self.feed(me, SpanReceived(message))
             case ("excluded", reason):
                 stream.closed.add(me)
                 assert span is not None
-                self._feed(me, ExcludedByOwner(span, reason))
+                self.feed(me, ExcludedByOwner(span, reason))
             case ("void",):
                 stream.closed.add(me)
             case ("end",):
                 self.see_end(stream, me, "it ended the round")
+            case ("casting vote",):
+                if stream is one.following and stream.term == 0:
+                    self.feed(me, VoteHandedOn())
             case Excluded():
-                self._feed(me, ExclusionReceived(message, stream.term))
+                self.feed(me, ExclusionReceived(message, stream.term))
             case Repair():
-                self._feed(me, RepairReceived(message, stream.term))
+                self.feed(me, RepairReceived(message, stream.term))
             case Outcome():
-                self._feed(me, OutcomeReceived(message))
+                self.feed(me, OutcomeReceived(message))
             case _ if isinstance(message, Report.__args__) and stream.kind == "commit":
                 if stream.term == one.core.election.term:
-                    self._feed(me, MemberReported(other, message))
+                    self.feed(me, MemberReported(other, message))
 
     def _serve(self, me: int, other: int, stream: SimulatedStream) -> None:
         one, span = self.members[me], stream.span
@@ -508,71 +476,6 @@ class Cores(Links[_Member]):
         for stream in one.followers.values():
             self.send(stream, me, word)
 
-    # questions
-
-    def _ask(self, members: tuple[int, ...], asked: _Asked, delay: float) -> None:
-        for member in members:
-            self.later(delay, lambda m=member: self.do(asked.by, lambda: self._put(m, asked)))  # type: ignore[misc]
-
-    def _put(self, member: int, asked: _Asked) -> None:
-        """A question leaves its asker."""
-        me, other = asked.by, self.members[member]
-        if self.members[me].core.phase in DECIDED:
-            return
-        can_reach = self.serves[member] or self.serves[me]
-        if self.is_cut(me, member) or other.frozen_until > self.now:
-            self.later(ASK_TIMEOUT, lambda: self.do(me, lambda: self._miss(member, asked, refused=False)))
-        elif not other.is_alive or not can_reach:
-            refused = not other.is_alive
-            self.later(self.delay(), lambda: self.do(me, lambda: self._miss(member, asked, refused=refused)))
-        else:
-            self.later(self.delay(), lambda: self.do(member, lambda: self._answer(member, asked)))
-
-    def _miss(self, member: int, asked: _Asked, *, refused: bool) -> None:
-        """A question has found nobody, or its answer was lost."""
-        one, is_dead = self.members[asked.by], False
-        if refused and self.serves[member]:
-            is_dead = self.now - one.refused_since.setdefault(member, self.now) >= REFUSED_FOR
-        else:
-            one.refused_since.pop(member, None)
-        self._feed(asked.by, MemberAnswered(member, asked.term, None, is_dead, asked.burials))
-
-    def _answer(self, member: int, asked: _Asked) -> None:
-        core, me = self.members[member].core, asked.by
-        answer: Any
-        if isinstance(asked.question, AskOutcome):
-            answer = core.answer()
-        elif core.phase in OVER:
-            answer = answer_question(core, asked.question, me, self.now)
-        else:
-            answer = self._vote(member, asked.question, me)
-        event = MemberAnswered(member, asked.term, answer, burials=asked.burials)
-        self.later(self.delay(), lambda: self._hear_answer(asked, event))
-
-    def _hear_answer(self, asked: _Asked, event: MemberAnswered) -> None:
-        """An answer arrives, unless the link was cut while it was on its way."""
-        me, member = asked.by, event.member
-        if self.is_cut(me, member):
-            self.later(ASK_TIMEOUT, lambda: self.do(me, lambda: self._miss(member, asked, refused=False)))
-            return
-        self.members[me].refused_since.pop(member, None)
-        self.do(me, lambda: self._feed(me, event))
-
-    def _vote(self, member: int, question: Question, asker: int) -> Any:
-        event = to_event(question, asker)
-        assert event is not None
-        answer = None
-        pending: list[Event] = []
-        for effect in self.members[member].core.handle(event, self.now):
-            if isinstance(effect, Reply):
-                answer = effect.answer
-            else:
-                pending += self._carry_out(member, effect)
-        for event_ in pending:
-            self._feed(member, event_)
-        self._set_timer(member)
-        return answer
-
     # what must hold
 
     @property
@@ -591,6 +494,9 @@ class Cores(Links[_Member]):
         for me, one in self._living():
             if one.core.phase not in OVER:
                 raise Violation(f"{me} has not ended: {self.describe()}; {self.log}")
+        self._check_holders()
+        for decided in outcomes:
+            self._check_kept(decided)
         if not committed:
             return "in doubt" if self._some(Phase.IN_DOUBT) else "failed"
         (outcome,) = outcomes
@@ -598,6 +504,7 @@ class Cores(Links[_Member]):
             raise Violation(f"some committed a round that failed: {self.describe()}; {self.log}")
         self._check_averages(outcome, committed)
         excluded = {one.member for one in outcome.excluded}
+        self._check_counted(outcome, excluded)
         for me, one in self._living():
             is_excluded = me in excluded
             if is_excluded and one.core.phase is Phase.COMMITTED and one.core.roles.contributes[me]:
@@ -607,6 +514,34 @@ class Cores(Links[_Member]):
         if any(one.core.ledger.assignment.orders for one in self.members):
             return "repaired"
         return "committed without some" if excluded else "committed"
+
+    def _check_holders(self) -> None:
+        """One member has the casting vote at most, and a founder that handed it on never used its own."""
+        voters = [one.core.election.voter for one in self.members]
+        holders = [me for me, voter in enumerate(voters) if voter.casts]
+        has_voted = voters[0].accepted is not None or voters[0].promised > 0
+        if len(holders) > 1 or (voters[0].is_closed and has_voted) or (holders and not voters[0].is_closed):
+            raise Violation(f"{holders} have the casting vote: {self.describe()}; {self.log}")
+
+    def _check_counted(self, outcome: Outcome, excluded: set[int]) -> None:
+        """No member that lives fails plainly in a round that others, dead ones too, have committed counting it in.
+
+        One that knows the decision may have dropped these averages by the order of a leader that did not know it.
+        """
+        for me, one in self._living():
+            counts = one.core.roles.contributes[me] and me not in excluded
+            has_dropped = one.core.outcome is not None and one.core.ledger.assignment.epoch != outcome.epoch
+            if counts and one.core.phase is Phase.FAILED and not has_dropped:
+                raise Violation(f"{me} failed, though it counts: {self.describe()}; {self.log}")
+
+    def _check_kept(self, outcome: Outcome) -> None:
+        """Nobody who promised to follow the leader that decided has averaged anew since what was committed."""
+        for one in self.members:
+            leader, epoch = one.core.decision.coordinator, outcome.epoch
+            if leader is not None and leader.outcome is not None and outcome.reason is None:
+                voters = [self.members[member].core.ledger for member in one.core.election.promises]
+                if any(voter.assignment.epoch > epoch for voter in voters):
+                    raise Violation(f"a voter has dropped what it decided: {self.describe()}; {self.log}")
 
     def _some(self, phase: Phase) -> bool:
         return any(one.core.phase is phase for _, one in self._living())

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from shoal.averaging.allreduce.assignment import SpanId
+from shoal.averaging.allreduce.rounds import ARRIVAL_TIMEOUT
 
 DETECTION = 5.0
 """Seconds after which a connection that carries nothing is found dead, about."""
@@ -48,6 +49,8 @@ class Node:
         self.frozen_until = 0.0
         self.has_begun = False
         """Whether it knows of the group: streams to it wait until then."""
+        self.is_back = False
+        """It is dead, and another process has its identity."""
         self.inbox: list[Callable[[], None]] = []
         """What came while it was frozen."""
 
@@ -75,6 +78,10 @@ class Links(ABC, Generic[N]):
         """In the order in which they were opened, so that a seed replays exactly."""
         self.cuts: dict[tuple[int, int], int] = {}
         """Directions in which nothing arrives, and by how many cuts."""
+        self.lags: dict[tuple[int, int], float] = {}
+        """Directions in which messages take longer, and by how many seconds."""
+        self.refusals: dict[tuple[int, int], int] = {}
+        """Directions in which nobody seems to listen, and by how many firewalls."""
         self._held: dict[tuple[int, int], list[tuple[SimulatedStream, Any]]] = {}
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
@@ -86,6 +93,10 @@ class Links(ABC, Generic[N]):
     @abstractmethod
     def see_end(self, stream: SimulatedStream, me: int, reason: str) -> None:
         """A side of a stream sees that it has ended, or sees it once more."""
+
+    @abstractmethod
+    def see_goodbye(self, me: int, other: int) -> None:
+        """A member hears that the process of another one ends."""
 
     @abstractmethod
     def wake(self, me: int) -> None:
@@ -101,9 +112,10 @@ class Links(ABC, Generic[N]):
         """Have something happen some seconds from now."""
         self.at(self.now + seconds, what)
 
-    def delay(self) -> float:
-        """Seconds that the next message takes."""
-        return self.latency * (0.5 + self.rng.expovariate(2.0))
+    def delay(self, source: int | None = None, target: int | None = None) -> float:
+        """Seconds that the next message takes: to no member in particular, or from one to another one."""
+        lag = 0.0 if source is None or target is None else self.lags.get((source, target), 0.0)
+        return lag + self.latency * (0.5 + self.rng.expovariate(2.0))
 
     def run_until(self, is_so: Callable[[], bool]) -> bool:
         """Go on until something is so; False: it never was."""
@@ -132,6 +144,45 @@ class Links(ABC, Generic[N]):
         if machine:
             for other in range(self.size):
                 self._cut(member, other, None)
+
+    def leave(self, member: int) -> None:
+        """A member's process ends in order: it says goodbye to all that it can reach."""
+        if not self.members[member].is_alive:
+            return
+        self.log.append(f"{self.now:.3f} {member} says goodbye")
+        self.kill(member)
+        for other in range(self.size):
+            if other != member and not self.is_cut(member, other):
+                what = lambda other=other: self.see_goodbye(other, member)  # noqa: E731
+                self.later(self.delay(member, other), lambda other=other, what=what: self.do(other, what))  # type: ignore[misc]
+
+    def slow_down(self, source: int, target: int, lag: float, seconds: float) -> None:
+        """Have messages in one direction take longer for a while."""
+        self.log.append(f"{self.now:.3f} {source} to {target} takes {lag:.1f} longer for {seconds:.1f}")
+        self.lags[source, target] = lag
+        self.later(seconds, lambda: self._speed_up(source, target))
+
+    def _speed_up(self, source: int, target: int) -> None:
+        self.lags.pop((source, target), None)
+
+    def refuse(self, a: int, b: int, seconds: float | None, *, one_way: bool = False) -> None:
+        """Have a firewall end what is between two members, and refuse new connections, as the death of one would."""
+        self.log.append(f"{self.now:.3f} firewall {a}-{b} for {seconds} {'one way' if one_way else ''}")
+        for key in [(a, b)] if one_way else [(a, b), (b, a)]:
+            self.refusals[key] = self.refusals.get(key, 0) + 1
+            if seconds is not None:
+                self.later(seconds, lambda key=key: self._admit(key))  # type: ignore[misc]
+        self.reset(a, b)
+
+    def _admit(self, key: tuple[int, int]) -> None:
+        self.refusals[key] -= 1
+        if not self.refusals[key]:
+            del self.refusals[key]
+
+    def refuses(self, me: int, other: int) -> bool:
+        """Whether a dial of one member finds that nobody listens at the other one."""
+        one = self.members[other]
+        return not (one.is_alive or one.is_back) or (me, other) in self.refusals
 
     def freeze(self, member: int, seconds: float) -> None:
         """Stop a member's process for a while."""
@@ -230,20 +281,29 @@ class Links(ABC, Generic[N]):
         if (me, other) in self.cuts or (other, me) in self.cuts:
             self.later(ASK_TIMEOUT, lambda: self.end(stream, me, "no answer"))
             stream.closed.add(other)
-        elif not self.members[other].is_alive or not can_reach:
+        elif self.refuses(me, other) or not self.members[other].is_alive or not can_reach:
+            stream.closed.add(other)
             self.later(self.delay(), lambda: self.end(stream, me, "refused"))
         else:
             self.send(stream, me, ("open",))
             if self.members[other].frozen_until > self.now:
                 self.later(DETECTION, lambda: self._suspect(stream, me))
+            self.later(ARRIVAL_TIMEOUT, lambda: self._forgo(stream))
         return stream
+
+    def _forgo(self, stream: SimulatedStream) -> None:
+        """A stream has waited for its group to become known, in vain."""
+        other = self.members[stream.server]
+        if other.is_alive and not other.has_begun:
+            stream.closed.add(stream.server)
+            self.end(stream, stream.opener, "its group is not known there")
 
     def send(self, stream: SimulatedStream, me: int, message: Any) -> None:
         """Send the other side of a stream something, if this side has not ended it."""
         if me in stream.closed:
             return
         target = stream.other(me)
-        due = max(stream.due.get(target, 0.0) + 1e-9, self.now + self.delay())
+        due = max(stream.due.get(target, 0.0) + 1e-9, self.now + self.delay(me, target))
         stream.due[target] = due
         self.at(due, lambda: self._arrive(stream, target, message))
 

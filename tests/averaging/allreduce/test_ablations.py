@@ -8,11 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pytest
+from tests.averaging.allreduce.aimed import (
+    adopt_what_was_dropped,
+    speak_after_the_election,
+    split_after_the_election,
+)
 from tests.averaging.allreduce.swarm import Swarm
 
 from shoal.averaging.allreduce import coordination, core, election
 from shoal.averaging.allreduce.coordination import Coordinator
 from shoal.averaging.allreduce.core import AllReduce
+from shoal.averaging.allreduce.decision import Decision
+from shoal.averaging.allreduce.events import Lead
+from shoal.averaging.allreduce.evidence import Evidence
 from shoal.averaging.allreduce.voter import Voter
 from shoal.errors import ProtocolViolation
 from shoal.testing.allreduce_cores import Violation
@@ -24,7 +32,7 @@ SEEDS = 3000
 def no_quorum(patch: Patch) -> None:
     """One acceptance decides."""
     for module in (coordination, election):
-        patch.setattr(module, "is_quorum", lambda members, size: True)
+        patch.setattr(module, "is_quorum", lambda members, size, caster=0: True)
 
 
 def no_promises(patch: Patch) -> None:
@@ -73,6 +81,38 @@ def no_ready_first(patch: Patch) -> None:
     patch.setattr(Coordinator, "_committers", lambda self: list(self._ready) or committers(self))
 
 
+def no_doubt(patch: Patch) -> None:
+    """A member that was ready fails plainly when all others seem to be dead."""
+    patch.setattr(Evidence, "may_be_counted", lambda self: False)
+
+
+def any_goodbye(patch: Patch) -> None:
+    """A member that has left counts as one that accepted nothing, whenever it left."""
+    patch.setattr(
+        Evidence, "_left_before", property(lambda self: self.left, lambda self, _: None), raising=False
+    )
+
+
+def no_closing(patch: Patch) -> None:
+    """A founder that has handed on its casting vote goes on to vote."""
+    patch.setattr(Voter, "hand_on", lambda self: True)
+
+
+def no_floor(patch: Patch) -> None:
+    """Members forget that a later leader's quorum had accepted nothing."""
+    patch.setattr(Voter, "raise_floor", lambda self, term: None)
+
+
+def no_terms(patch: Patch) -> None:
+    """A member that follows a leader hears every other one, too."""
+    patch.setattr(Decision, "hears", lambda self, term: self.election.lead is Lead.FOLLOWING)
+
+
+def no_epoch_of_outcome(patch: Patch) -> None:
+    """A ready member applies what it holds, whatever was committed."""
+    patch.setattr(AllReduce, "_holds", lambda self, outcome: self.phase is core.Phase.READY)
+
+
 ABLATIONS: dict[Callable[[Patch], None], Sequence[str]] = {
     no_quorum: ("halves", "isolate"),
     no_promises: ("freeze", "halves", "isolate"),
@@ -80,9 +120,18 @@ ABLATIONS: dict[Callable[[Patch], None], Sequence[str]] = {
     no_epoch_of_ready: ("kill",),
     no_exclusion: ("nan", "kill"),
     no_ready_first: ("kill",),
+    no_doubt: ("firewall",),
+    any_goodbye: ("firewall", "quit"),
+    no_closing: ("quit",),
 }
-SLOW = (no_epoch_of_ready,)
-"""It takes more than a thousand seeds."""
+AIMED: dict[Callable[[Patch], None], Callable[[int], Swarm]] = {
+    no_floor: adopt_what_was_dropped,
+    no_terms: speak_after_the_election,
+    no_epoch_of_outcome: split_after_the_election,
+}
+"""Safeguards that matter where rare things meet: their faults are aimed."""
+SLOW = (no_epoch_of_ready, any_goodbye)
+"""They take hundreds of seeds."""
 
 
 @pytest.mark.parametrize(
@@ -94,19 +143,48 @@ SLOW = (no_epoch_of_ready,)
 )
 def test_without_a_safeguard_the_seeds_find_a_violation(ablate: Callable[[Patch], None], monkeypatch: Patch):
     ablate(monkeypatch)
-    assert first_violation(ABLATIONS[ablate]) is not None, f"{SEEDS} seeds found nothing wrong without it"
+    assert first_violation(struck_by(ABLATIONS[ablate])) is not None, (
+        f"{SEEDS} seeds found nothing wrong without it"
+    )
 
 
-def first_violation(kinds: Sequence[str]) -> int | None:
-    """The first seed after which members have ended differently, or one takes another for a liar."""
-    for seed in range(SEEDS):
+@pytest.mark.parametrize("ablate", [pytest.param(one, id=one.__name__) for one in AIMED])
+def test_without_a_safeguard_aimed_faults_find_a_violation(
+    ablate: Callable[[Patch], None], monkeypatch: Patch
+):
+    ablate(monkeypatch)
+    assert first_violation(AIMED[ablate], 100) is not None
+
+
+@pytest.mark.parametrize("script", [pytest.param(one, id=one.__name__) for one in AIMED.values()])
+def test_aimed_faults_let_no_two_members_end_differently(script: Callable[[int], Swarm]):
+    assert first_violation(script, 15) is None
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("script", [pytest.param(one, id=one.__name__) for one in AIMED.values()])
+def test_aimed_faults_let_no_two_members_end_differently_soak(script: Callable[[int], Swarm]):
+    assert first_violation(script, 1000) is None
+
+
+def struck_by(kinds: Sequence[str]) -> Callable[[int], Swarm]:
+    """Groups with faults of these kinds."""
+
+    def make(seed: int) -> Swarm:
         swarm = Swarm(seed)
         swarm.strike(kinds)
+        return swarm
+
+    return make
+
+
+def first_violation(make: Callable[[int], Swarm], seeds: int = SEEDS) -> int | None:
+    """The first seed after which members have ended differently, or one takes another for a liar."""
+    for seed in range(seeds):
+        swarm = make(seed)
         try:
             swarm.run()
             swarm.check()
-            if any(swarm.members[me].is_alive for me in swarm.committed):
-                swarm.check_counted()
         except (Violation, ProtocolViolation):
             return seed
     return None

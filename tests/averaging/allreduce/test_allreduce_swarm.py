@@ -26,6 +26,11 @@ SWEEPS: dict[str, tuple[tuple[str, ...], int, set[str]]] = {
     "halves": (("halves",), 150, COMMITTED | {"failed"}),
     "reset": (("reset",), 50, COMMITTED),
     "withdraw": (("withdraw",), 100, COMMITTED | {"failed"}),
+    "lag": (("lag",), 50, {"committed"}),
+    "firewall": (("firewall",), 60, COMMITTED | {"committed with doubts"}),
+    "late": (("late",), 50, {"committed", "repaired"}),
+    "quit": (("quit",), 100, COMMITTED | {"failed"}),
+    "ends": (("kill", "quit", "restart", "firewall", "forget"), 150, COMMITTED | {"failed", "in doubt"}),
     "values": (("nan", "no snapshot"), 100, {"committed without some", "failed"}),
     "mixture": (MIXTURE, 250, COMMITTED | {"failed"}),
 }

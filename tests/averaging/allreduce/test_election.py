@@ -46,7 +46,6 @@ from shoal.averaging.allreduce.messages import (
     Excluded,
     Knows,
     Loss,
-    NotKnown,
     Outcome,
     OwnerFailed,
     Promised,
@@ -58,6 +57,7 @@ from shoal.averaging.allreduce.messages import (
 from shoal.sansio.core import TimePassed
 
 COMMITTED, FAILED = Outcome(None), Outcome("no")
+WITHOUT_2 = Outcome(None, (Excluded(2, "exchange", 0.0, "lost"),))
 LOST = Excluded(0, "exchange", 0.0, "lost together with the leader, or before it")
 
 
@@ -299,19 +299,6 @@ def test_a_member_that_is_not_ready_does_not_doubt():
     assert Finish("lost member 0: it is silent; no other leader was found") in effects
 
 
-def test_a_ready_member_fails_when_nobody_that_lives_knows_more_or_can_decide():
-    member = Member(2, 4)
-    member.handle(MemberLost(0, "killed"), MemberAnswered(0, None, None, is_dead=True))
-    member.handle(MemberAnswered(1, None, Undecided("READY", has_leader=False), burials=1))
-    effects = member.handle(MemberAnswered(3, None, NotKnown(), burials=1))
-    assert not any(
-        isinstance(effect, Finish) for effect in effects
-    )  # that one may have told member 1 before it died
-    effects = member.handle(MemberAnswered(1, None, Undecided("READY", has_leader=False), burials=2))
-    assert any(isinstance(effect, Finish) and effect.reason for effect in effects)
-    assert member.core.phase is Phase.FAILED
-
-
 def test_a_pair_without_its_founder_cannot_decide():
     member = Member(1, 2, ready=False)
     assert Finish("lost member 0: killed") in member.handle(MemberLost(0, "killed"))
@@ -325,7 +312,7 @@ def test_a_member_that_gave_up_still_votes():
     answer = reply(member.handle(PromiseAsked(1, 9)))
     assert isinstance(answer, Promised)
     assert (answer.phase, answer.failure) == ("FAILED", member.core.failure)
-    assert reply(member.handle(AcceptanceAsked(1, 9, COMMITTED))) == Accepted()
+    assert reply(member.handle(AcceptanceAsked(1, 9, WITHOUT_2))) == Accepted()
     assert reply(member.handle(AcceptanceAsked(0, 8, FAILED))) == Refused(9)
 
 
@@ -375,6 +362,14 @@ def test_an_answer_that_was_asked_for_before_a_death_counts_for_nothing():
     assert member.core.phase is Phase.READY
     (again,) = (one for one in effects if isinstance(one, AskForOutcome | AskForPromise))
     assert (again.members, again.burials) == ((2,), 3)
+
+
+def test_a_member_that_gave_up_accepts_nothing_that_counts_it():
+    member = Member(2, 4, ready=False)
+    member.handle(MemberLost(0, "killed"))
+    while member.core.phase is Phase.EXCHANGING:
+        member.at(member.core.deadline).handle(TimePassed())
+    assert reply(member.handle(AcceptanceAsked(1, 9, COMMITTED))) == Undecided("FAILED", has_leader=False)
 
 
 def propose_with_all(founder: Member) -> None:

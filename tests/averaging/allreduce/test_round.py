@@ -303,6 +303,35 @@ def test_a_round_keeps_no_streams_of_a_member_that_has_left():
     run(main)
 
 
+@pytest.mark.parametrize("says_goodbye", [True, False], ids=["goodbye", "killed"])
+def test_half_of_a_group_goes_on_with_the_casting_vote(says_goodbye: bool):
+    """The founder of four leaves, and another member dies. Two are a quorum if the founder handed its vote on."""
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=4, size=4) as group:
+            for member in range(1, 4):
+                group.network.set_bandwidth(group.name(0), group.name(member), 2000.0)
+            rounds = [group.round(member) for member in range(4)]
+            tasks = [asyncio.ensure_future(group.run_round(member, one)) for member, one in enumerate(rounds)]
+            await asyncio.sleep(1.0)
+            if says_goodbye:
+                rounds[0].leave("its averager is shut down")
+                await asyncio.sleep(0.1)
+                group.hosts[0].leave()
+            else:
+                group.network.kill(group.name(0))
+            group.network.kill(group.name(3))
+            await asyncio.gather(*tasks, return_exceptions=True)
+            results = [tasks[member].result() for member in (1, 2)]
+            if says_goodbye:
+                assert [one.failure for one in results] == [None, None]
+                assert all(map(torch.equal, group.results(1), group.results(2)))
+            else:
+                assert all(one.failure is not None and not one.in_doubt for one in results)
+
+    run(main)
+
+
 def test_two_members_that_cannot_dial_each_other_are_kept_apart():
     """They know each other by an address at which nobody is; the leader reaches both, and averages everything."""
 

@@ -26,6 +26,8 @@ STOPPED = "user's process (pid 7) is stopped (by Ctrl+Z)"
 class UserProcess:
     """The user's process. While it is stopped it answers nothing; it is stopped as it is asked for ``stops_at``."""
 
+    is_closing = False
+
     def __init__(self, stops_at: type | None = None) -> None:
         self.stops_at = stops_at
         self.user = Presence()

@@ -38,6 +38,8 @@ from shoal.utils.timed import steady_time
 class UserProcess:
     """The process of the user: it hears what is applied."""
 
+    is_closing = False
+
     def __init__(self, *, fails: bool) -> None:
         self.story: list[str] = []
         self.fails = fails
@@ -118,6 +120,25 @@ def test_a_wait_for_the_trigger_that_was_in_vain_is_no_copying():
             await other
             assert step.report.phases.trigger == pytest.approx(5.0, abs=0.5)
             assert step.report.phases.snapshot == pytest.approx(0.0, abs=0.5)
+
+    run(main)
+
+
+@pytest.mark.parametrize("is_closing", [True, False], ids=["shut down", "cancelled by its user"])
+def test_a_founder_that_is_shut_down_hands_on_its_casting_vote(is_closing: bool):
+    async def main() -> None:
+        async with SimulatedGroup(seed=1, size=4) as group:
+            process = UserProcess(fails=False)
+            process.is_closing = is_closing
+            step = Step(make_step(needs_trigger=True))
+            others = [group.round(member) for member in range(1, 4)]
+            tasks = [asyncio.ensure_future(group.run_round(1 + n, one)) for n, one in enumerate(others)]
+            stepping = asyncio.ensure_future(run_attempt(resources_of(group, process), group, step))
+            await asyncio.sleep(1.0)
+            stepping.cancel()
+            results = await asyncio.gather(*tasks)
+            assert [one.failure for one in results] == [None] * 3
+            assert [one.core.election.voter.casts for one in others] == [is_closing, False, False]
 
     run(main)
 

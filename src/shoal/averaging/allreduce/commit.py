@@ -21,6 +21,7 @@ from shoal.averaging.allreduce.events import (
     OutcomeReceived,
     PromiseAsked,
     RepairReceived,
+    VoteHandedOn,
 )
 from shoal.averaging.allreduce.message_checks import (
     MAX_NUMBER,
@@ -54,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 ASK_TIMEOUT = 5.0
 REFUSED_FOR = 2.5
-"""Seconds for which a member's machine answers that nobody listens, before its process counts as dead."""
+"""Seconds for which a member's machine answers that nobody listens, before it is taken for dead."""
 
 
 class Commitment:
@@ -71,8 +72,6 @@ class Commitment:
         self._streams: dict[int, Stream] = {}
         """Of those that are there."""
         self._refused_since: dict[int, float] = {}
-        self._left: set[int] = set()
-        """Members whose processes said goodbye: they end."""
 
     @property
     def leads(self) -> bool:
@@ -91,17 +90,14 @@ class Commitment:
         for member in self._roles.others:
             self._word[member].put_nowait(message)
 
-    def stop_leading(self) -> None:
-        """Have the members that follow this one look for another leader."""
-        for stream in self._streams.values():
-            stream.reset(AveragingCode.NOT_LEADING, "it does not lead any more")
+    def stop_leading(self, heir: int | None = None) -> None:
+        """Have the members that follow this one look for another leader. ``heir`` gets the casting vote."""
+        for member, stream in self._streams.items():
+            code = AveragingCode.CASTING_VOTE if member == heir else AveragingCode.NOT_LEADING
+            stream.reset(code, "it does not lead any more")
         self._streams.clear()
         self._joined.clear()
         self._word.clear()
-
-    def note_goodbye(self, member: int) -> None:
-        """The process of a member ends, as it said itself."""
-        self._left.add(member)
 
     # as a member
 
@@ -123,6 +119,8 @@ class Commitment:
                     await asyncio.wait({reporting})
         except (ShoalError, EOFError) as e:
             shared.note_failure(leader, e)
+            if isinstance(e, RemoteError) and e.code == AveragingCode.CASTING_VOTE and term == 0:
+                shared.feed(VoteHandedOn())
             if term == shared.core.election.term:
                 shared.feed(MemberLost(leader, str(e)))
 
@@ -234,10 +232,7 @@ class Commitment:
         self, member: int, question: Question, term: int | None, delay: float, burials: int = 0
     ) -> None:
         await asyncio.sleep(delay)
-        shared, answer, is_dead = self._shared, None, member in self._left
-        if is_dead:
-            shared.feed(MemberAnswered(member, term, None, is_dead=True))
-            return
+        shared, answer, is_dead = self._shared, None, False
         try:
             async with shared.host.open_stream(shared.peers[member], VOTE, timeout=ASK_TIMEOUT) as stream:
                 await stream.send(question)
@@ -250,7 +245,7 @@ class Commitment:
         shared.feed(MemberAnswered(member, term, answer, is_dead, burials))
 
     def _is_dead(self, member: int, error: Exception) -> bool:
-        """Whether nobody has listened at a member's address for so long that its process must have ended.
+        """Whether nobody has listened at a member's address for so long that its process seems to have ended.
 
         That an address is not known says nothing: a client cannot be dialed.
         """

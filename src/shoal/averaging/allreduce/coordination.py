@@ -105,6 +105,8 @@ class Coordinator:
     """Averages that members said they have taken."""
     _weights: Weights = field(default_factory=Weights)
     _accepted_by: set[int] = field(default_factory=set)
+    _caster: int = 0
+    """The member that has the casting vote, as far as this leader heard."""
 
     def __post_init__(self) -> None:
         limit = self.timeout
@@ -183,12 +185,14 @@ class Coordinator:
         self._watch_awaited(now)
         return effects
 
-    def accept(self, member: int) -> list[Effect]:
-        """A member, possibly this one, accepts what was proposed."""
+    def accept(self, member: int, *, casts: bool = False) -> list[Effect]:
+        """A member, possibly this one, accepts what was proposed. ``casts``: it has the founder's casting vote."""
         if self.proposed is None or self.outcome is not None:
             return []
         self._accepted_by.add(member)
-        if not is_quorum(self._accepted_by, self.roles.size):
+        if casts:
+            self._caster = member
+        if not is_quorum(self._accepted_by, self.roles.size, self._caster):
             return []
         self.outcome = self.proposed
         return [AnnounceOutcome(self.outcome)]
@@ -237,6 +241,18 @@ class Coordinator:
             return []
         undialable = tuple(sorted(self._undialable))
         return self._propose(Outcome(reason_text(reason), self._exclusions(), undialable=undialable))
+
+    @property
+    def heir(self) -> int | None:
+        """The member to which the founder of an even group hands on its casting vote: the first that may lead and seems
+        to live.
+        """
+        if self.term or self.roles.size % 2:
+            return None
+        out = self._gone | self._excluded.keys() | {self.roles.me}
+        return next(
+            (one for one in range(self.roles.size) if self.roles.serves(one) and one not in out), None
+        )
 
     @property
     def awaited(self) -> set[int]:

@@ -48,7 +48,7 @@ from collections.abc import Iterable
 
 from shoal.averaging.allreduce.assignment import Repair
 from shoal.averaging.allreduce.coordination import PROGRESS_INTERVAL
-from shoal.averaging.allreduce.decision import Concluded, Decision, Doubted, GivenUp, Step
+from shoal.averaging.allreduce.decision import Decision
 from shoal.averaging.allreduce.effects import (
     AnnounceExclusion,
     AnnounceOutcome,
@@ -56,6 +56,7 @@ from shoal.averaging.allreduce.effects import (
     AskForAcceptance,
     Effect,
     Finish,
+    Reply,
     StopContributing,
     TellLeader,
 )
@@ -73,6 +74,7 @@ from shoal.averaging.allreduce.events import (
     JoinTimedOut,
     MemberAnswered,
     MemberEvent,
+    MemberLeft,
     MemberLost,
     MemberReported,
     OutcomeReceived,
@@ -92,6 +94,7 @@ from shoal.averaging.allreduce.events import (
     SnapshotFailed,
     SnapshotTaken,
     SpanReceived,
+    VoteHandedOn,
     WeightDeclared,
     Withdrawn,
 )
@@ -102,11 +105,13 @@ from shoal.averaging.allreduce.messages import (
     GaveUp,
     Knows,
     Outcome,
+    Promised,
     Ready,
     StandsAside,
     Undecided,
     reason_text,
 )
+from shoal.averaging.allreduce.verdicts import Concluded, Doubted, GivenUp, Step
 from shoal.errors import AllreduceException
 from shoal.sansio.core import NEVER, TimePassed
 from shoal.sansio.machine import Machine
@@ -134,6 +139,8 @@ class AllReduce:
         self.decision = Decision(self, roles, timeouts)
         self._contributes = roles.contributes[roles.me]
         self._told_progress = -math.inf
+        self._was_ready = False
+        """Whether this member was ready when it came to be in doubt: then it holds the averages of its epoch."""
 
     @property
     def phase(self) -> Phase:
@@ -192,8 +199,8 @@ class AllReduce:
             case TimePassed(late):
                 exchange = self.ledger.on_time(late, now) if self.phase in SERVING else []
                 return [*exchange, *self.decision.on_time(late, now)]
-            case Withdrawn(reason):
-                return self._on_withdrawn(reason, now)
+            case Withdrawn():
+                return self._on_withdrawn(event, now)
             case (
                 WeightDeclared()
                 | SenderHeld()
@@ -225,6 +232,9 @@ class AllReduce:
             match step:
                 case TellLeader(report) if self.decision.reports_to_itself:
                     effects += self._follow(self.decision.report(report, now), now)
+                case TellLeader(Ready()) | Reply(Promised(Phase.READY.name)):
+                    self.election.evidence.tell(self.election.term)
+                    effects.append(step)
                 case AnnounceExclusion(excluded):
                     effects += [step, *self._follow(self._on_exclusion(excluded, now), now)]
                 case AnnounceRepair(order):
@@ -238,7 +248,7 @@ class AllReduce:
                 case GivenUp(reason):
                     effects += [] if self.phase in OVER else self._finish(reason)
                 case Doubted(reason):
-                    effects += self._doubt(reason)
+                    effects += [] if self.phase in OVER else self._doubt(reason)
                 case _:
                     effects.append(step)
         return effects
@@ -298,6 +308,7 @@ class AllReduce:
         if order in self.ledger.assignment.orders:
             return []
         effects = self.ledger.repair(order, now)
+        self.election.evidence.retract(order.epoch.term)
         if self.phase is Phase.READY:
             self._machine.move(Phase.EXCHANGING)
         if self.phase is not Phase.EXCLUDED:
@@ -322,6 +333,7 @@ class AllReduce:
         """The leader's word: nobody waits any more for what this member has not delivered."""
         member, reason = excluded.member, excluded.reason
         if member == self.roles.me:
+            self.election.evidence.retract(self.election.term)
             waiting = self.phase in (Phase.EXCHANGING, Phase.READY)
             return self._stand_aside(excluded.phase, reason, now, by_leader=True) if waiting else []
         return [*self.ledger.exclude(member, reason), *self._advance(now)]
@@ -332,6 +344,11 @@ class AllReduce:
         match event:
             case MemberLost(member, reason):
                 return self.decision.lose(member, reason, now)
+            case MemberLeft(member):
+                return self.decision.see_leave(member, now)
+            case VoteHandedOn():
+                self.election.voter.casts = True
+                return []
             case JoinTimedOut() | MemberReported():
                 return self.decision.coordinate(event, now)
             case ExclusionReceived(excluded, term):
@@ -346,13 +363,14 @@ class AllReduce:
         self.election.heard_leader()
         return steps
 
-    def _on_withdrawn(self, reason: str, now: float) -> list[Step]:
+    def _on_withdrawn(self, event: Withdrawn, now: float) -> list[Step]:
+        reason = event.reason
         if self.decision.coordinator is not None:
-            return self.decision.withdraw(reason, now)
+            return self.decision.withdraw(event, now)
         if self.phase not in SERVING:
             return []  # a member that is ready has given its word: only the outcome can free it
         story = self.failure if self.phase is Phase.EXCLUDED else None
-        return [TellLeader(GaveUp(reason_text(reason))), GivenUp(story or reason)]
+        return [TellLeader(GaveUp(reason_text(reason))), self.decision.give_up(story or reason)]
 
     # the end
 
@@ -371,10 +389,11 @@ class AllReduce:
         return [*self.decision.tell_followers(outcome), *self._finish(reason)]
 
     def _holds(self, outcome: Outcome) -> bool:
-        is_ready = self.phase in (Phase.READY, Phase.IN_DOUBT)
+        is_ready = self.phase is Phase.READY or (self.phase is Phase.IN_DOUBT and self._was_ready)
         return is_ready and self.ledger.assignment.epoch == outcome.epoch
 
     def _doubt(self, reason: str) -> list[Effect]:
+        self._was_ready = self.phase is Phase.READY
         self._machine.move(Phase.IN_DOUBT)
         self.failure = reason
         return [Finish(reason)]

@@ -8,8 +8,6 @@ member itself is a verdict, which its core carries out.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
 
 from shoal.averaging.allreduce.assignment import Assignment
 from shoal.averaging.allreduce.coordination import Coordinator, CoordinatorEvent
@@ -23,7 +21,7 @@ from shoal.averaging.allreduce.effects import (
     Reply,
     StopLeading,
 )
-from shoal.averaging.allreduce.election import ASK_AGAIN, Election, Hope
+from shoal.averaging.allreduce.election import ASK_AGAIN, Election
 from shoal.averaging.allreduce.events import (
     DECIDED,
     OVER,
@@ -40,11 +38,11 @@ from shoal.averaging.allreduce.events import (
     VoteEvent,
     Withdrawn,
 )
-from shoal.averaging.allreduce.ledger import CATCH_UP, Ledger
+from shoal.averaging.allreduce.evidence import Hope
+from shoal.averaging.allreduce.ledger import CATCH_UP
 from shoal.averaging.allreduce.messages import (
     Accepted,
     Knows,
-    NotKnown,
     Outcome,
     Promised,
     Refused,
@@ -52,6 +50,7 @@ from shoal.averaging.allreduce.messages import (
     SpanAveraged,
     Undecided,
 )
+from shoal.averaging.allreduce.verdicts import Concluded, Doubted, GivenUp, Member, Step, Verdict
 from shoal.errors import ProtocolViolation
 from shoal.sansio.core import NEVER, TimePassed
 
@@ -60,45 +59,7 @@ SLOWER = 4
 ASK_OTHERS_AGAIN = 1.0
 """Seconds after which a leader asks a member again that has voted."""
 GIVE_UP_AFTER = 15.0
-"""Seconds without a leader after which a member that is not ready gives up."""
-
-
-@dataclass(frozen=True)
-class Concluded:
-    """The decision is known."""
-
-    outcome: Outcome
-
-
-@dataclass(frozen=True)
-class GivenUp:
-    """There will be no decision with this member."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Doubted:
-    """This member was ready, and cannot learn the decision."""
-
-    reason: str
-
-
-Verdict: TypeAlias = Concluded | GivenUp | Doubted
-Step: TypeAlias = Effect | Verdict
-
-
-class Member(Protocol):
-    """What is known of the member itself."""
-
-    @property
-    def phase(self) -> Phase: ...
-    @property
-    def outcome(self) -> Outcome | None: ...
-    @property
-    def failure(self) -> str | None: ...
-    @property
-    def ledger(self) -> Ledger: ...
+"""Seconds without a leader after which a member that is not ready gives up, and one that is ready and has no hope."""
 
 
 class Decision:
@@ -126,7 +87,8 @@ class Decision:
     def is_bound(self) -> bool:
         """Whether the round may commit with this member, whatever it wishes."""
         has_voted = self._member.phase in (Phase.READY, Phase.COMMITTED, Phase.IN_DOUBT)
-        return has_voted and (self.coordinator is None or self.coordinator.is_bound)
+        leads_free = self.coordinator is not None and not self.coordinator.is_bound
+        return has_voted and not (leads_free and not self.election.evidence.has_told)
 
     @property
     def has_begun(self) -> bool:
@@ -151,13 +113,16 @@ class Decision:
             ledger.knows_of(),
             voter.accepted,
             voter.floor,
+            voter.casts,
         )
 
     def answer(self) -> Knows | Undecided:
         """What this member knows of the decision."""
         if self._member.outcome is not None:
             return Knows(self._member.outcome)
-        return Undecided(self._member.phase.name, self.election.has_leader and not self._is_over)
+        voter = self.election.voter
+        has_leader = self.election.has_leader and not self._is_over
+        return Undecided(self._member.phase.name, has_leader, voter.has_accepted_commit, voter.casts)
 
     @property
     def _is_over(self) -> bool:
@@ -218,7 +183,9 @@ class Decision:
         assert self.coordinator is not None
         self._waits_since = now
         self.election.accept(self.roles.me, ask.term, ask.outcome)
-        return list(self.coordinator.accept(self.roles.me))
+        if ask.outcome.reason is None:
+            self.election.evidence.tell(ask.term)
+        return list(self.coordinator.accept(self.roles.me, casts=self.election.voter.casts))
 
     def tell_followers(self, outcome: Outcome) -> list[Effect]:
         """What a leader, or a candidate, learned from another member is news to those that follow it."""
@@ -242,16 +209,36 @@ class Decision:
             return self._lose_leader(f"lost {self.roles.name(member)}: {reason}", now)
         return [*self.election.consider(now), *self._try_to_lead(now)]
 
-    def withdraw(self, reason: str, now: float) -> list[Step]:
+    def withdraw(self, event: Withdrawn, now: float) -> list[Step]:
         """This leader cannot or will not go on. In a group of three or more the others find another one."""
         assert self.coordinator is not None
         if self.coordinator.proposed is None and self.roles.size > 2:
-            return [StopLeading(), GivenUp(reason)]
-        steps = self.coordinate(Withdrawn(reason), now)
-        others_live = any(one not in self.election.lost for one in self.election.others)
-        if self.coordinator.outcome is None and not self.coordinator.is_bound and not others_live:
-            steps.append(GivenUp(reason))
+            if self._member.phase is Phase.READY and self.election.evidence.may_be_counted():
+                # It was ready before it led, and is bound by its word.
+                return self._depose(f"gave up to lead: {event.reason}", now)
+            heir = self.coordinator.heir if event.leaves else None
+            hands_on = heir is not None and self.election.voter.hand_on()
+            return [StopLeading(heir if hands_on else None), self.give_up(event.reason)]
+        steps = self.coordinate(event, now)
+        evidence = self.election.evidence
+        others_live = any(one not in self.election.lost | evidence.dead for one in evidence.others)
+        is_undecided = self.coordinator.outcome is None and not self.coordinator.is_bound
+        if is_undecided and not others_live and not self.election.evidence.may_be_counted():
+            steps.append(GivenUp(event.reason))
         return steps
+
+    def see_leave(self, member: int, now: float) -> list[Step]:
+        """A member's process ends."""
+        self.election.evidence.leave(member)
+        return [*self.election.consider(now), *self._try_to_lead(now), *self._despair(now)]
+
+    def give_up(self, reason: str) -> Verdict:
+        """What becomes of this member if it waits no longer."""
+        return (
+            Doubted(f"{reason}; others may have decided")
+            if self.election.evidence.may_be_counted()
+            else GivenUp(reason)
+        )
 
     # time, and the lack of a leader
 
@@ -273,39 +260,44 @@ class Decision:
     @property
     def _patience_ends(self) -> float:
         """Until when this member waits for a decision, or for a leader."""
+        evidence = self.election.evidence
         if self.coordinator is not None:
             if self.coordinator.proposed is None:
                 return NEVER
-            return self._waits_since + (self._timeouts.doubt if self.is_bound else GIVE_UP_AFTER)
+            return self._waits_since + self._patience(len(evidence.dead) < len(self.roles.others))
         if self.election.since != NEVER:
-            is_ready = self._member.phase is Phase.READY
-            return self.election.since + (self._timeouts.doubt if is_ready else GIVE_UP_AFTER)
+            return self.election.since + self._patience(evidence.hope is not Hope.NONE)
         took = max(0.0, self._waits_since - self._began_at)
         return self._waits_since + self._timeouts.leader + SLOWER * took
+
+    def _patience(self, has_hope: bool) -> float:
+        """Seconds for which this member tries to learn the decision."""
+        if not self.is_bound:
+            return GIVE_UP_AFTER
+        if not self.election.evidence.others:
+            return 0.0  # nobody is left that could come back
+        return self._timeouts.doubt if has_hope else min(GIVE_UP_AFTER, self._timeouts.doubt)
 
     def _lose_patience(self, now: float) -> list[Step]:
         story = self.election.story
         if self.coordinator is not None:
             proposed = self.coordinator.proposed
-            if self.is_bound:
-                return [
-                    Doubted("too few members answered to decide; others may have decided without this one")
-                ]
-            return [GivenUp((proposed and proposed.reason) or "too few members answered to decide")]
+            return [self.give_up((proposed and proposed.reason) or "too few members answered to decide")]
         if self.election.since == NEVER:
             name, waited = self.roles.name(self.election.leader), now - self._waits_since
             return self._lose_leader(f"{name} has led without a decision for {waited:.0f} s", now)
         if self._member.phase is Phase.READY:
-            return [Doubted(f"{story}; others may have decided")]
-        return [GivenUp(self._member.failure or f"{story}; no other leader was found")]
+            return [self.give_up(story)]
+        return [self.give_up(self._member.failure or f"{story}; no other leader was found")]
 
     def _lose_leader(self, story: str, now: float, *, others_first: bool = False) -> list[Step]:
         is_first = self.election.since == NEVER  # else a candidate may just have stepped down
         effects = self.election.lose_leader(story, now, others_first=others_first)
-        without = self.election.lost | self.election.dead
+        evidence = self.election.evidence
+        without = self.election.lost | evidence.dead
         is_ready = self._member.phase is Phase.READY
-        if is_first and not is_ready and not self.election.may_be_quorum(without):
-            return [GivenUp(self._member.failure or story)]
+        if is_first and not is_ready and not evidence.may_decide_without(without):
+            return [self.give_up(self._member.failure or story)]
         return [*effects, *self._try_to_lead(now)]
 
     def _try_to_lead(self, now: float) -> list[Step]:
@@ -355,19 +347,28 @@ class Decision:
             case MemberAnswered():
                 return self._on_answer(event, now)
 
+    def _denies(self, outcome: Outcome) -> bool:
+        """Whether this member has failed, and the outcome counts it all the same."""
+        has_failed = self._member.phase is Phase.FAILED and self.roles.contributes[self.roles.me]
+        return has_failed and outcome.counts(self.roles.me)
+
     def _on_acceptance_asked(self, member: int, term: int, outcome: Outcome, now: float) -> list[Step]:
+        voter = self.election.voter
         if self._member.outcome is not None:
             return [Reply(Knows(self._member.outcome))]
+        if voter.is_closed or self._denies(outcome):
+            return [Reply(self.answer())]
         if not self.election.accept(member, term, outcome):
-            return [Reply(Refused(self.election.voter.promised))]
+            return [Reply(Refused(voter.promised))]
+        reply = Reply(Accepted(voter.casts))
         if term == self.election.term and self.election.lead is Lead.FOLLOWING:
             self.election.heard_leader()
         elif self.election.has_leader and not self._is_over:
             # Of the leader whose term this member has followed, or led, nothing counts any more.
-            return [Reply(Accepted()), *self._depose(f"{self.roles.name(member)} leads in a later term", now)]
+            return [reply, *self._depose(f"{self.roles.name(member)} leads in a later term", now)]
         elif self.election.lead is Lead.CANDIDATE and not self._is_over:
-            return [Reply(Accepted()), *self.election.step_down(now)]
-        return [Reply(Accepted())]
+            return [reply, *self.election.step_down(now)]
+        return [reply]
 
     def _depose(self, story: str, now: float) -> list[Step]:
         """The leader that this member follows, or is itself, is one no more."""
@@ -381,7 +382,7 @@ class Decision:
         if self._member.outcome is not None:
             return [Reply(Knows(self._member.outcome))]
         is_again = election.lead is Lead.FOLLOWING and election.term == term
-        if election.has_leader and not self._is_over and not is_again:
+        if election.voter.is_closed or (election.has_leader and not self._is_over and not is_again):
             return [Reply(self.answer())]
         was_candidate = election.lead is Lead.CANDIDATE
         if not election.promise(member, term):
@@ -402,49 +403,55 @@ class Decision:
         if self.coordinator is not None:
             return self._on_vote_counted(self.coordinator, event, now)
         effects = self.election.on_answer(event, now)
-        return [*effects, *self._try_to_lead(now), *self._despair()]
+        return [*effects, *self._try_to_lead(now), *self._despair(now)]
 
     def _on_vote_counted(self, coordinator: Coordinator, event: MemberAnswered, now: float) -> list[Step]:
         member, answer = event.member, event.answer
         if event.term != self.election.term or coordinator.proposed is None:
             return []
-        if event.is_dead or isinstance(answer, NotKnown):
-            self.election.dead.add(member)
-        if member in self.election.dead:
-            return self._despair()
+        evidence = self.election.evidence
+        self.election.weigh(event, now)
         steps: list[Step] = []
         if isinstance(answer, Accepted):
-            steps += coordinator.accept(member)
+            steps += coordinator.accept(member, casts=answer.casts)
         elif isinstance(answer, Refused) and answer.promised > self.election.term:
             steps += self._on_refused(member, now)
         if coordinator.outcome is not None or self.coordinator is None:
             return steps
+        if member in evidence.dead:
+            steps += self._despair(now)
+        if member in evidence.left:
+            return steps
         # Once more, also one that has accepted: the decision may become known there by another leader.
-        again = ASK_AGAIN if answer is None or isinstance(answer, Undecided) else ASK_OTHERS_AGAIN
+        is_soon = member not in evidence.dead and (answer is None or isinstance(answer, Undecided))
+        again = ASK_AGAIN if is_soon else ASK_OTHERS_AGAIN
         return [*steps, AskForAcceptance((member,), self.election.term, coordinator.proposed, again)]
 
     def _on_refused(self, member: int, now: float) -> list[Step]:
         """A member has promised more to another one. That matters if too few are left without it."""
         self._refused_by.add(member)
-        if self.election.may_be_quorum(self._refused_by | self.election.dead):
+        if self.election.evidence.may_decide_without(self._refused_by | self.election.evidence.dead):
             return []
         return self._depose("most members follow another leader", now)
 
-    def _despair(self) -> list[Step]:
-        """Give up, if nobody who lives knows more, or can decide."""
+    def _despair(self, now: float) -> list[Step]:
+        """Give up, if no member that seems to live knows more, or can decide."""
         if self._is_over:
             return []
+        evidence = self.election.evidence
         if self.coordinator is not None:
             proposed = self.coordinator.proposed
-            if proposed is None or self.election.may_be_quorum(self.election.dead):
+            if proposed is None or evidence.may_decide_without(evidence.dead):
                 return []
-            if self.is_bound and self.election.others:
-                return []  # one that lives may know of a decision by another leader, or will, until the doubt
-            return [GivenUp(proposed.reason or "too few members live to decide")]
-        hope = self.election.hope
-        if self.election.has_leader or hope is Hope.QUORUM:
+            is_alone = len(evidence.dead) == len(self.roles.others)
+            reason = proposed.reason or "too few members live to decide"
+        elif self.election.has_leader or evidence.hope is Hope.QUORUM:
             return []
-        if self._member.phase is not Phase.READY or hope is Hope.NONE:
+        else:
+            is_alone = evidence.hope is Hope.NONE
             story = f"{self.election.story}; no member that can be reached knows of a decision"
-            return [GivenUp(self._member.failure or story)]
-        return []
+            reason = self._member.failure or story
+        # A leader that proposed waits for news of one that lives, and so does a member that is ready.
+        if not self.is_bound or (is_alone and not self.election.evidence.may_be_counted()):
+            return [self.give_up(reason)]
+        return self._lose_patience(now) if now >= self._patience_ends else []

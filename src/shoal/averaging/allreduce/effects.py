@@ -88,7 +88,12 @@ class LeadMembers:
 
 @dataclass(frozen=True)
 class StopLeading:
-    """This member does not lead, or want to, any more: end the streams of those that followed."""
+    """This member does not lead, or want to, any more: end the streams of those that followed.
+
+    ``heir``: the member to which this founder hands on its casting vote.
+    """
+
+    heir: int | None = None
 
 
 @dataclass(frozen=True)

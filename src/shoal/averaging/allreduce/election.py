@@ -11,12 +11,10 @@ A member that hears a living leader makes no promise to another one. So one brok
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from enum import Enum, auto
-
 from shoal.averaging.allreduce.effects import AskForOutcome, AskForPromise, Effect, StopLeading
 from shoal.averaging.allreduce.events import LEAD_TRANSITIONS, Lead, MemberAnswered, Roles
-from shoal.averaging.allreduce.messages import Answer, NotKnown, Outcome, Promised, Refused, Undecided
+from shoal.averaging.allreduce.evidence import Evidence
+from shoal.averaging.allreduce.messages import NotKnown, Outcome, Promised, Refused
 from shoal.averaging.allreduce.voter import Voter, is_quorum, leader_of, next_term, to_adopt
 from shoal.sansio.core import NEVER
 from shoal.sansio.machine import Machine
@@ -31,17 +29,8 @@ STAND = 10.0
 """Seconds after which a candidate without a quorum lets others stand."""
 ASK_AGAIN = 0.25
 """Seconds between two questions to one member."""
-
-
-class Hope(Enum):
-    """What a member that lost the leader can still expect."""
-
-    QUORUM = auto()
-    """The members that may live are a quorum."""
-    NEWS = auto()
-    """They are none, but one of them may know of a decision, or have to be asked yet."""
-    NONE = auto()
-    """No living member knows of a decision, and none will be taken."""
+ASK_DEAD_AGAIN = 1.0
+"""Likewise to one that is taken for dead."""
 
 
 class Election:
@@ -54,8 +43,7 @@ class Election:
         self.story = ""
         self.since = NEVER
         """When the leader was lost; NEVER while there is one that has shown that it leads."""
-        self.dead: set[int] = set()
-        """Members whose process has ended."""
+        self.evidence = Evidence(roles, self.voter)
         self.lost: set[int] = set()
         """Members that could not be reached last: a hint for the order of candidates, no more."""
         self.promises: dict[int, Promised] = {}
@@ -65,8 +53,6 @@ class Election:
         self._stood_at = NEVER
         self._seen = 0
         """The highest term that anybody spoke of."""
-        self._answers: dict[int, Answer] = {}
-        """The last answer of each member since one was last found dead."""
 
     @property
     def lead(self) -> Lead:
@@ -81,11 +67,6 @@ class Election:
         return self.lead in (Lead.FOLLOWING, Lead.LEADING)
 
     @property
-    def others(self) -> tuple[int, ...]:
-        """Members that may still answer."""
-        return tuple(one for one in self.roles.others if one not in self.dead)
-
-    @property
     def deadline(self) -> float:
         if self.lead is Lead.LEADERLESS:
             return self._turn
@@ -95,29 +76,21 @@ class Election:
 
     @property
     def _has_quorum(self) -> bool:
-        return is_quorum({self.roles.me, *self.promises}, self.roles.size)
+        members = {self.roles.me, *self.promises}
+        return is_quorum(members, self.roles.size, self._caster)
+
+    @property
+    def _caster(self) -> int:
+        """The member that has the casting vote, as far as this candidate heard."""
+        if self.voter.casts:
+            return self.roles.me
+        return next((member for member, one in self.promises.items() if one.casts), 0)
 
     @property
     def _patience(self) -> float:
         """Seconds for which a candidate with a quorum waits for the rest, since it stood."""
-        hearing = (
-            member not in self.promises and isinstance(answer, Undecided) and answer.has_leader
-            for member, answer in self._answers.items()
-        )
-        return LAG if any(hearing) else GATHER
-
-    def may_be_quorum(self, without: Collection[int]) -> bool:
-        """Whether all members but these could decide."""
-        left = [one for one in range(self.roles.size) if one not in without]
-        return is_quorum(left, self.roles.size)
-
-    @property
-    def hope(self) -> Hope:
-        if self.may_be_quorum(self.dead):
-            return Hope.QUORUM
-        answers = [self._answers.get(member) for member in self.others]
-        known = (isinstance(one, Undecided) and not one.has_leader for one in answers)
-        return Hope.NONE if all(known) else Hope.NEWS
+        silent = [one for one in self.roles.others if one not in self.promises]
+        return LAG if self.evidence.still_hears_leader(silent) else GATHER
 
     def shift(self, seconds: float) -> None:
         """Time that does not count: this process was stopped, or busy."""
@@ -133,8 +106,8 @@ class Election:
         self.story = reason
         self.since = min(self.since, now)
         self._turn_from = now + TURN if others_first else now
-        self._answers.clear()
-        return [AskForOutcome(self.others, burials=len(self.dead)), *self.consider(now)]
+        self.evidence.forget_answers()
+        return [self._ask_all(), *self.consider(now)]
 
     def heard_leader(self) -> None:
         """The leader of this term has shown that it leads."""
@@ -151,14 +124,17 @@ class Election:
         self._stood_at = now
         self.promises = {}
         self.voter.promise(self.term)
-        return [AskForPromise(self.others, self.term, burials=len(self.dead))]
+        return [AskForPromise(self.evidence.others, self.term, burials=self.evidence.burials)]
+
+    def _ask_all(self) -> Effect:
+        return AskForOutcome(self.evidence.others, burials=self.evidence.burials)
 
     @property
     def _turn(self) -> float:
         if not self.roles.serves(self.roles.me):
             return NEVER
         ahead = [one for one in range(self.roles.me) if self.roles.serves(one)]
-        count = sum(one not in self.lost and one not in self.dead for one in ahead)
+        count = sum(one not in self.lost and one not in self.evidence.dead for one in ahead)
         return self._turn_from + TURN * count
 
     def step_down(self, now: float) -> list[Effect]:
@@ -166,7 +142,7 @@ class Election:
         self._machine.move(Lead.LEADERLESS)
         self._turn_from = now + TURN  # others first
         self.promises = {}
-        return [StopLeading(), AskForOutcome(self.others, burials=len(self.dead))]
+        return [StopLeading(), self._ask_all()]
 
     def is_elected(self, now: float) -> bool:
         """Whether this candidate leads from now on."""
@@ -174,7 +150,7 @@ class Election:
             return False
         if not self._has_quorum:
             return False
-        silent = set(self.others) - self.promises.keys() - self.lost
+        silent = set(self.roles.others) - self.promises.keys() - self.lost - self.evidence.dead
         return not silent or now >= self._stood_at + self._patience
 
     def win(self, own: Promised) -> Outcome | None:
@@ -196,6 +172,7 @@ class Election:
     def promise(self, member: int, term: int) -> bool:
         """``member`` asks for this one's promise: whether it gets it, and is followed from now on."""
         self._seen = max(self._seen, term)
+        self.evidence.show_life(member)
         if leader_of(term, self.roles.size) != member or not self.voter.promise(term):
             return False
         self.lost.discard(member)
@@ -206,22 +183,14 @@ class Election:
     def accept(self, member: int, term: int, outcome: Outcome) -> bool:
         """``member`` leads, and proposes an outcome: whether this one accepts it."""
         self._seen = max(self._seen, term)
+        self.evidence.show_life(member)
         return leader_of(term, self.roles.size) == member and self.voter.accept(term, outcome)
 
     def on_answer(self, event: MemberAnswered, now: float) -> list[Effect]:
         """A member answered, or could not be asked. What it knows of the outcome is the caller's affair."""
         member, answer = event.member, event.answer
-        if answer is None:
-            self.lost.add(member)
-            if event.is_dead:
-                self._bury(member)
-        else:
-            self.lost.discard(member)
-            if event.burials == len(self.dead):  # else one that died since may have told it of the decision
-                self._answers[member] = answer
+        self.weigh(event, now)
         match answer:
-            case NotKnown():
-                self._bury(member)
             case Refused(promised):
                 self._seen = max(self._seen, promised)
                 if event.term == self.term and promised > self.term and self.lead is Lead.CANDIDATE:
@@ -231,16 +200,25 @@ class Election:
                 return []
         return [*self._ask_again(event), *self.consider(now)]
 
-    def _bury(self, member: int) -> None:
-        if member not in self.dead:
-            self.dead.add(member)
-            self._answers.clear()  # it may have told another one of the decision, after that one's answer
+    def weigh(self, event: MemberAnswered, now: float) -> None:
+        """Take an answer, or the lack of one, as a sign of life or death."""
+        member, answer = event.member, event.answer
+        if answer is None or isinstance(answer, NotKnown):
+            self.lost.add(member)
+        else:
+            self.lost.discard(member)
+        if answer is not None:
+            self.evidence.hear(member, answer, event.burials, now)
+        elif event.is_dead:
+            self.evidence.bury(member)
 
     def _ask_again(self, event: MemberAnswered) -> list[Effect]:
-        if event.member in self.dead:
+        member, evidence = event.member, self.evidence
+        if member in evidence.left:
             return []
+        delay = ASK_DEAD_AGAIN if member in evidence.dead else ASK_AGAIN
         if event.term is None and self.lead is Lead.LEADERLESS:
-            return [AskForOutcome((event.member,), ASK_AGAIN, len(self.dead))]
+            return [AskForOutcome((member,), delay, evidence.burials)]
         if event.term == self.term and self.lead is Lead.CANDIDATE:
-            return [AskForPromise((event.member,), self.term, ASK_AGAIN, len(self.dead))]
+            return [AskForPromise((member,), self.term, delay, evidence.burials)]
         return []

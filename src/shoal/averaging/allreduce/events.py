@@ -34,15 +34,16 @@ OVER = (*DECIDED, Phase.IN_DOUBT)
 """Phases in which this member waits for nothing."""
 
 TRANSITIONS: dict[Phase, tuple[Phase, ...]] = {
-    Phase.EXCHANGING: (Phase.READY, Phase.EXCLUDED, Phase.COMMITTED, Phase.FAILED),
-    Phase.EXCLUDED: (Phase.FAILED,),
+    Phase.EXCHANGING: (Phase.READY, Phase.EXCLUDED, Phase.COMMITTED, Phase.FAILED, Phase.IN_DOUBT),
+    Phase.EXCLUDED: (Phase.FAILED, Phase.IN_DOUBT),
     Phase.READY: (Phase.EXCHANGING, Phase.EXCLUDED, Phase.COMMITTED, Phase.FAILED, Phase.IN_DOUBT),
     Phase.COMMITTED: (),
     Phase.FAILED: (),
     Phase.IN_DOUBT: (Phase.COMMITTED, Phase.FAILED),
 }
 """A ready member exchanges again when a span was repaired. An auxiliary member commits without having been ready: it
-has nothing to be ready with. What a member in doubt learns later, from another one's answer, ends its doubt.
+has nothing to be ready with. One that was ready for the leader of a lower term, and averages again or is excluded, may
+come to be in doubt. What a member in doubt learns later, from another one's answer, ends its doubt.
 """
 
 
@@ -273,6 +274,18 @@ class MemberLost:
 
 
 @dataclass(frozen=True)
+class MemberLeft:
+    """``member`` said that its process ends: nothing comes from it any more."""
+
+    member: int
+
+
+@dataclass(frozen=True)
+class VoteHandedOn:
+    """The founding leader leaves, and hands on its casting vote to this member."""
+
+
+@dataclass(frozen=True)
 class JoinTimedOut:
     """To the leader: ``member`` has not joined the round in time, or never will."""
 
@@ -333,7 +346,7 @@ class MemberAnswered:
     """``member`` answered a question; None: it could not be reached.
 
     :param term: of the promise or acceptance that it was asked for; None: it was asked for the outcome alone
-    :param is_dead: nobody has listened at its address for a while: its process has ended
+    :param is_dead: nobody has listened at its address for a while: its process seems to have ended
     :param burials: how many members had been found dead when it was asked
     """
 
@@ -351,15 +364,26 @@ class ExchangeBegan:
 
 @dataclass(frozen=True)
 class Withdrawn:
-    """This member cannot or will not go on, and serves nobody any more: cancelled, a deadline passed, ..."""
+    """This member cannot or will not go on, and serves nobody any more: cancelled, a deadline passed, ...
+
+    ``leaves``: its vote ends, too, since its averager or its process does.
+    """
 
     reason: str
+    leaves: bool = False
 
 
 OwnerEvent = WeightDeclared | SenderHeld | SenderAwaited | PartDelivered | PartAveraged | SenderLost
 SenderEvent = ExchangeOpened | PartSent | AverageReceived | SpanReceived | OwnerLost | ExcludedByOwner
 MemberEvent = (
-    MemberLost | JoinTimedOut | MemberReported | ExclusionReceived | RepairReceived | OutcomeReceived
+    MemberLost
+    | MemberLeft
+    | VoteHandedOn
+    | JoinTimedOut
+    | MemberReported
+    | ExclusionReceived
+    | RepairReceived
+    | OutcomeReceived
 )
 VoteEvent = PromiseAsked | AcceptanceAsked | MemberAnswered
 Event = (

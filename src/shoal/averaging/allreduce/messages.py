@@ -167,6 +167,10 @@ class Outcome(Message, frozen=True):
     epoch: Epoch = FIRST_EPOCH
     partial: tuple[tuple[int, int, int], ...] = ()
 
+    def counts(self, member: int) -> bool:
+        """Whether the round commits with this member."""
+        return self.reason is None and all(one.member != member for one in self.excluded)
+
 
 # The vote: questions to any member, also to one that has left the round, and its answers.
 
@@ -206,10 +210,14 @@ class Knows(Message, frozen=True):
 
 
 class Undecided(Message, frozen=True):
-    """The member knows of no decision. ``phase``: where it stands, by name. ``has_leader``: it hears a living one."""
+    """The member knows of no decision. ``phase``: where it stands, by name. ``has_leader``: it hears a living one.
+    ``has_accepted``: it accepted a proposal to commit. ``casts``: it has the founder's casting vote.
+    """
 
     phase: str
     has_leader: bool
+    has_accepted: bool = False
+    casts: bool = False
 
 
 class Refused(Message, frozen=True):
@@ -223,7 +231,7 @@ class Promised(Message, frozen=True):
 
     ``failure``: why it will not commit; None: it may. ``weight``: its own; None: not known yet. ``orders``: the repairs
     that it knows. ``spans``: what it knows of the spans that it holds. ``accepted``: the decision that it accepted, and
-    in which term. ``floor``: see :class:`~.voter.Voter`.
+    in which term. ``floor`` and ``casts``: see :class:`~.voter.Voter`.
     """
 
     phase: str
@@ -233,10 +241,13 @@ class Promised(Message, frozen=True):
     spans: tuple[SpanAveraged, ...] = ()
     accepted: tuple[int, Outcome] | None = None
     floor: int = 0
+    casts: bool = False
 
 
 class Accepted(Message, frozen=True):
-    """The member accepts what was proposed."""
+    """The member accepts what was proposed. ``casts``: it has the founder's casting vote."""
+
+    casts: bool = False
 
 
 Question: TypeAlias = AskOutcome | Prepare | Propose

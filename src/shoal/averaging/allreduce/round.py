@@ -39,6 +39,7 @@ from shoal.averaging.allreduce.effects import (
 from shoal.averaging.allreduce.events import (
     Event,
     JoinTimedOut,
+    MemberLeft,
     MemberLost,
     Phase,
     Roles,
@@ -221,6 +222,10 @@ class Round:
         """
         self._feed(Withdrawn(reason))
 
+    def leave(self, reason: str) -> None:
+        """As :meth:`withdraw`, where this member's vote ends, too."""
+        self._feed(Withdrawn(reason, leaves=True))
+
     def lose_member(self, peer: PeerID, reason: str) -> None:
         """As the leader: ``peer`` left before it heard that the group begins, so that it never joins."""
         if self._commitment.leads:
@@ -345,8 +350,8 @@ class Round:
                 self._follow(self._commitment.follow_leader(leader, term))
             case LeadMembers():
                 self._follow(self._expect_members())
-            case StopLeading():
-                self._commitment.stop_leading()
+            case StopLeading(heir):
+                self._commitment.stop_leading(heir)
             case AnnounceExclusion(word) | AnnounceRepair(word) | AnnounceOutcome(word):
                 self._commitment.announce(word)
             case Reply(answer):
@@ -417,7 +422,7 @@ class Round:
     def _on_disconnect(self, peer: PeerID, ending: Ending) -> None:
         # Other connections than the leader's come and go as the DHT needs them; a stream that ends with one says so.
         if ending.peer_has_left and peer in self._peers:
-            self._commitment.note_goodbye(self._peers.index(peer))
+            self._feed(MemberLeft(self._peers.index(peer)))
         if self._commitment.leads and peer in self._peers:
             self._feed(MemberLost(self._peers.index(peer), ending.reason))
 

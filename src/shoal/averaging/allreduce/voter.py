@@ -4,6 +4,12 @@ One decision is taken in a round, by single-decree consensus (Lamport 2001, "Pax
 are proposers, terms are ballots, and every member of the group *as it was formed* is an acceptor, whatever became of it
 since. A term belongs to one member: it leads the terms that leave its number as a remainder when divided by the size of
 the group. The founding leader's first term, 0, needs no promises, because no term is lower.
+
+**The casting vote.** Half of an even group decides nothing, unless the founding leader is in that half. A founder that
+leaves may hand this on to one other member, the *heir*, if it has neither promised nor accepted anything. It gives up
+its own vote with that, for good. Two quorums still have a member in common: of two halves one would be with the
+founder, which votes no more, and a half counts only if its heir says that it has the casting vote. The heir keeps it
+as long as its process lives.
 """
 
 from __future__ import annotations
@@ -14,12 +20,12 @@ from dataclasses import dataclass
 from shoal.averaging.allreduce.messages import Outcome
 
 
-def is_quorum(members: Collection[int], size: int) -> bool:
-    """Whether these members can decide for a group of ``size``: more than half, or half with the founding leader.
+def is_quorum(members: Collection[int], size: int, caster: int = 0) -> bool:
+    """Whether these members can decide for a group of ``size``: more than half, or half with the casting vote.
 
-    Two quorums of one group have a member in common: two halves are never both with the founder.
+    Two quorums of one group have a member in common: two halves are never both with the ``caster``.
     """
-    return 2 * len(members) > size or (2 * len(members) == size and 0 in members)
+    return 2 * len(members) > size or (2 * len(members) == size and caster in members)
 
 
 def leader_of(term: int, size: int) -> int:
@@ -42,10 +48,26 @@ class Voter:
     floor: int = 0
     """A leader of this term has ordered a repair. Its quorum had accepted nothing, so that no decision of a lower term
     was made or ever will be, whatever single members accepted then."""
+    casts: bool = False
+    """Whether the founding leader has handed on its casting vote to this member."""
+    is_closed: bool = False
+    """Whether this founding leader has handed on its casting vote. It votes no more."""
+
+    @property
+    def has_accepted_commit(self) -> bool:
+        """Whether the last decision that it accepted is to commit."""
+        return self.accepted is not None and self.accepted[1].reason is None
+
+    def hand_on(self) -> bool:
+        """Give up this founding leader's vote, for another member to cast: not if it has been used."""
+        if self.promised or self.accepted is not None:
+            return False
+        self.is_closed = True
+        return True
 
     def promise(self, term: int) -> bool:
         """Whether the member hears nothing below ``term`` from now on: not if it promised more already."""
-        if term < self.promised:
+        if term < self.promised or self.is_closed:
             return False
         self.promised = term
         return True

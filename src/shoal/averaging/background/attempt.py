@@ -70,9 +70,7 @@ class Attempt:
         rounds.begin(self._round)
         matchmaker.watch_members(partial(rounds.lose_member, self._group.group_id))
         try:
-            result, cancelled = await run_to_the_end(
-                self._take_part(), partial(self._round.withdraw, "its user cancelled the step")
-            )
+            result, cancelled = await run_to_the_end(self._take_part(), self._give_up)
         finally:
             rounds.end(self._round)
         self._note_result(result)
@@ -91,6 +89,12 @@ class Attempt:
                 matchmaker.round_committed(self._group, self._excluded(result))
         if cancelled is not None:
             raise cancelled
+
+    def _give_up(self) -> None:
+        if self._context.is_closing:
+            self._round.leave("its averager is shut down")
+        else:
+            self._round.withdraw("its user cancelled the step")
 
     async def _take_part(self) -> RoundResult:
         try:
