@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from shoal.averaging.group import AveragingMode as AveragingMode
     from shoal.averaging.group import GroupInfo as GroupInfo
     from shoal.averaging.load_balancing import load_balance_peers as load_balance_peers
+    from shoal.averaging.report import DoubtOutcome as DoubtOutcome
+    from shoal.averaging.report import DoubtReport as DoubtReport
     from shoal.averaging.report import RoundReport as RoundReport
     from shoal.averaging.report import StepReport as StepReport
     from shoal.averaging.trainer.averager import DecentralizedAverager as DecentralizedAverager
@@ -89,6 +91,8 @@ _MODULE_OF = {
     "AveragingMode": "shoal.averaging.group",
     "GroupInfo": "shoal.averaging.group",
     "StepReport": "shoal.averaging.report",
+    "DoubtOutcome": "shoal.averaging.report",
+    "DoubtReport": "shoal.averaging.report",
     "RoundReport": "shoal.averaging.report",
     "load_balance_peers": "shoal.averaging.load_balancing",
     # compression

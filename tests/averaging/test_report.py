@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 import shoal
-from shoal.averaging.report import Exclusion, Phases, StepReport
+from shoal.averaging.report import DoubtOutcome, DoubtReport, Exclusion, Phases, StepReport
 
 PHASES = Phases(search=6.162, snapshot=0.0012, allreduce=0.0359999999, apply=0.001)
 REPORT = StepReport(
@@ -36,6 +36,16 @@ def test_a_rate_is_told_where_it_says_something_of_the_link():
     assert ", 60 MB at 240 Mbit/s," in str(large)
     assert "bit/s" not in str(REPORT)
     assert "bit/s" not in str(replace(large, phases=Phases(allreduce=0.001)))
+
+
+def test_what_became_of_an_earlier_doubt_is_told():
+    doubt = DoubtReport(1, DoubtOutcome.DROPPED, "a later round has taken the tensors")
+    told = "step 1, which was in doubt: dropped (a later round has taken the tensors)"
+    for report in (REPORT, replace(REPORT, failure="no group")):
+        report = replace(report, doubt=doubt)
+        assert str(report).endswith(f"; {told}")
+        assert told in report._repr_html_()
+        assert report.to_dict()["doubt"]["outcome"] == "dropped"
 
 
 def test_one_peer_is_not_plural():

@@ -63,7 +63,7 @@ def test_no_time_at_all_gives_the_usual_ones(caplog: pytest.LogCaptureFixture):
     assert not caplog.records
     times = settle({})
     assert (times.min_matchmaking_time, times.request_timeout) == (5.0, 3.0)
-    assert (times.sender_timeout, times.reducer_timeout) == (None, None)
+    assert (times.sender_timeout, times.reducer_timeout, times.each_part) == (180.0, 360.0, 60.0)
 
 
 @given(st.dictionaries(st.sampled_from(OF_THE_AVERAGER), seconds))
@@ -75,8 +75,8 @@ def test_times_that_do_not_contradict_each_other_end_in_order(chosen: dict[str, 
         return
     all_times = {**chosen, **{name: getattr(times, name) for name in times.__dataclass_fields__}}
     assert contradictions(all_times, [order for order in ORDERS if order.longer not in OF_CALLS]) == []
-    if times.reducer_timeout is not None:
-        assert times.sender_timeout is not None
+    if "sender_timeout" in chosen or "reducer_timeout" in chosen or "next_chunk_timeout" in chosen:
+        assert times.each_part is None  # what the user says how long a part may take holds for each of them
 
 
 @pytest.mark.parametrize(
@@ -89,16 +89,16 @@ def test_times_that_do_not_contradict_each_other_end_in_order(chosen: dict[str, 
         ({"next_chunk_timeout": 40.0, "reducer_timeout": 30.0}, 15.0, 30.0),
         ({"next_chunk_timeout": 40.0, "allreduce_timeout": 30.0}, 10.0, 20.0),
         ({"sender_timeout": 20.0, "allreduce_timeout": 30.0}, 20.0, 25.0),
-        ({"allreduce_timeout": 30.0}, None, None),
+        ({"allreduce_timeout": 30.0}, 10.0, 20.0),
+        ({"allreduce_timeout": 3600.0}, 180.0, 360.0),
         ({"adaptive_timeouts": True}, 60.0, 120.0),
         ({"adaptive_timeouts": True, "allreduce_timeout": 90.0}, 30.0, 60.0),
         ({"adaptive_timeouts": True, "next_chunk_timeout": 10.0}, 10.0, 20.0),
         ({"adaptive_timeouts": True, "sender_timeout": 600.0}, 600.0, 1200.0),
+        ({}, 180.0, 360.0),
     ],
 )
-def test_defaults_of_a_round_follow_what_is_given(
-    chosen: dict[str, float], sender: float | None, reducer: float | None
-):
+def test_defaults_of_a_round_follow_what_is_given(chosen: dict[str, float], sender: float, reducer: float):
     config = AveragerConfig("p", MatchmakingConfig(), None, **chosen)
     assert (config.effective_sender_timeout, config.effective_reducer_timeout) == (sender, reducer)
 

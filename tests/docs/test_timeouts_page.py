@@ -36,7 +36,7 @@ def test_each_constant_has_the_value_of_the_code():
 
 def test_every_timeout_of_averaging_is_listed():
     listed = {(module, name) for name, _, module in CONSTANT.findall(PAGE)}
-    for part in ("allreduce", "matchmaking"):
+    for part in ("allreduce", "background", "matchmaking"):
         for path in (SOURCE / "averaging" / part).glob("*.py"):
             for name, _ in IN_SOURCE.findall(path.read_text()):
                 assert name in ELSEWHERE or (f"averaging.{part}.{path.stem}", name) in listed, (path, name)

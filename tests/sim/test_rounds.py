@@ -17,6 +17,7 @@ from shoal.averaging.allreduce.assignment import SpanId
 from shoal.averaging.allreduce.messages import EXCHANGE, Contribute, DeclareWeight
 from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
 from shoal.averaging.group import PeerMode
+from shoal.averaging.timeouts import settle
 from shoal.compression import BFloat16Compression
 from shoal.errors import AllreduceException, RemoteError
 from shoal.p2p.rpc import Stream
@@ -80,6 +81,93 @@ def test_a_sender_that_never_begins_is_excluded():
             results = await asyncio.gather(*(group.run(member, timeouts=TIMEOUTS) for member in (0, 1)), late)
             check_exclusion(group, list(results), 2, reason="it sent no part within sender_timeout=2 s")
             group.check_average([0, 1], [1.0, 1.0, 0.0])
+
+    run(main)
+
+
+@pytest.mark.parametrize("given", [{}, {"allreduce_timeout": 300.0}], ids=["none", "allreduce_timeout"])
+@pytest.mark.parametrize("victim", [0, 1, 3], ids=["leader", "owner", "client"])
+def test_without_a_sender_timeout_one_that_never_begins_costs_the_group_that_member(
+    victim: int, given: dict[str, float]
+):
+    times = settle(given)
+    timeouts = RoundTimeouts.of(
+        given.get("allreduce_timeout"), times.sender_timeout, times.reducer_timeout, times.each_part
+    )
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=2, size=4, clients=1) as group:
+            loop = asyncio.get_running_loop()
+            began = loop.time()
+            snapshots = [forever if member == victim else later(0.0) for member in range(4)]
+            runs = [
+                group.run(member, snapshot=snapshot, timeouts=timeouts)
+                for member, snapshot in enumerate(snapshots)
+            ]
+            results = await asyncio.gather(*runs)
+            reason = f"it sent no part within sender_timeout={times.sender_timeout:g} s"
+            check_exclusion(group, results, victim, reason=reason)
+            assert loop.time() - began < times.sender_timeout + 5
+            weights = [float(member != victim) for member in range(4)]
+            group.check_average([member for member in range(4) if member != victim], weights)
+
+    run(main)
+
+
+def test_a_sender_whose_parts_all_come_in_time_may_take_too_long_in_all():
+    """What it has delivered by then counts."""
+    timeouts = RoundTimeouts(None, sender=2.0, reducer=4.0, each_part=0.1)
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=3, size=3, clients=1, shapes=[(12_000,)]) as group:
+            for owner in (0, 1):
+                group.network.set_bandwidth(group.name(2), group.name(owner), 2000.0)  # a part in 0.5 s
+            results = await all_of(group, timeouts=timeouts)
+            parts = len(group.partition().parts_of(0))
+            check_exclusion(
+                group, results, 2, reason=f"its parts took more than {2 + 0.1 * parts:g} s in all"
+            )
+            assert results[0].partial
+            assert results[0].allreduce_seconds < 2.0 + 0.1 * parts + 1.0
+
+    run(main)
+
+
+def test_a_member_that_takes_no_averages_costs_the_group_that_member(monkeypatch: pytest.MonkeyPatch):
+    """The leader gives it up before the members that are ready give up the leader."""
+    times = settle({})
+    timeouts = RoundTimeouts.of(None, times.sender_timeout, times.reducer_timeout, times.each_part)
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=3, size=4, clients=1) as group:
+            rounds = [group.round(member, timeouts=timeouts) for member in range(3)]
+            rounds.append(group.round(3))  # it has no limits itself
+            monkeypatch.setattr(rounds[3]._exchange, "_receive_averages", lambda *_: forever())
+            results = await asyncio.gather(*(group.run_round(*item) for item in enumerate(rounds)))
+            check_exclusion(group, results, 3, reason="it said nothing for 361 s")
+
+    run(main)
+
+
+@pytest.mark.parametrize("given", [{}, {"sender_timeout": 5.0}], ids=["no timeouts", "short timeouts"])
+def test_a_leader_that_lives_and_never_decides_is_replaced_in_time(
+    given: dict[str, float], monkeypatch: pytest.MonkeyPatch
+):
+    times = settle(given)
+    timeouts = RoundTimeouts.of(None, times.sender_timeout, times.reducer_timeout, times.each_part)
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=2, size=4) as group:
+            loop = asyncio.get_running_loop()
+            rounds = [group.round(member, timeouts=timeouts) for member in range(4)]
+            monkeypatch.setattr(rounds[0].core.decision.coordinator, "_propose", lambda outcome: [])
+            tasks = [asyncio.ensure_future(group.run_round(*item)) for item in enumerate(rounds)]
+            began = loop.time()
+            results = await asyncio.gather(*tasks[1:])
+            assert [result.failure for result in results] == [None] * 3
+            assert loop.time() - began <= timeouts.leader + 30.0
+            group.check_average([1, 2, 3])
+            await asyncio.wait_for(tasks[0], 30)
 
     run(main)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from shoal.averaging.report import StepReport
+from shoal.averaging.report import DoubtOutcome, StepReport
 
 # From the user process to the service.
 
@@ -107,6 +107,17 @@ class BoundByWord:
     """
 
     step: int
+
+
+@dataclass(frozen=True)
+class DoubtSettled:
+    """What was learned of a step that has ended in doubt: COMMITTED, FAILED or UNKNOWN. The user process knows whether
+    the step was, since it may have given it up itself.
+    """
+
+    step: int
+    outcome: DoubtOutcome
+    reason: str = ""
 
 
 @dataclass(frozen=True)

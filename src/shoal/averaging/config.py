@@ -101,14 +101,19 @@ class AveragerConfig:
         return PeerMode.AUXILIARY if self.auxiliary else PeerMode.FULL
 
     @property
-    def effective_sender_timeout(self) -> float | None:
+    def effective_sender_timeout(self) -> float:
         """``sender_timeout`` or, by default, what follows from the other times."""
         return settle(vars(self)).sender_timeout
 
     @property
-    def effective_reducer_timeout(self) -> float | None:
+    def effective_reducer_timeout(self) -> float:
         """``reducer_timeout`` or, by default, what follows from the other times."""
         return settle(vars(self)).reducer_timeout
+
+    @property
+    def each_part(self) -> float | None:
+        """Seconds that a member's parts may take on the average; None: no limit in all."""
+        return settle(vars(self)).each_part
 
 
 def _check_modes(config: AveragerConfig) -> None:

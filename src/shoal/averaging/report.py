@@ -5,6 +5,7 @@ user process.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from html import escape
 from typing import Any
 
@@ -83,6 +84,41 @@ class Spread:
     relative: float | None
 
 
+class DoubtOutcome(Enum):
+    """What became of a step that had ended in doubt."""
+
+    OPEN = "open"
+    """Nothing is known yet: the members of its group are still asked."""
+    COMMITTED = "committed"
+    """The others have committed. The average waits for the next ``step()``, or for ``apply_late_average()``."""
+    WRITTEN = "written"
+    """The average was written late: this peer has it as the others have."""
+    DROPPED = "dropped"
+    """The others have committed, and this peer's tensors lack the average; ``reason`` says why."""
+    FAILED = "failed"
+    """The round has not committed for this peer; its tensors are rightly as they were."""
+    UNKNOWN = "unknown"
+    """Nobody could tell."""
+
+
+@dataclass(frozen=True)
+class DoubtReport:
+    """What is known of a step that had ended in doubt.
+
+    :param step: its number in this averager
+    :param reason: for people; empty: there is nothing more to say
+    """
+
+    step: int
+    outcome: DoubtOutcome
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"step {self.step}, which was in doubt: {self.outcome.value}" + (
+            f" ({self.reason})" if self.reason else ""
+        )
+
+
 @dataclass(frozen=True)
 class StepReport:
     """What happened in one step of averaging.
@@ -104,6 +140,8 @@ class StepReport:
       them declared
     :param repairs: how many times the parts of lost owners were given to others in the last attempt
     :param in_doubt: the step failed, and others may have committed its average
+    :param doubt: what was learned, since the report before this one, of an earlier step that had ended in doubt; None:
+      nothing
     :param spread_distance: how far apart the members were before; see :class:`Spread`. None: unknown
     :param spread_relative: likewise, relative to the average
     :param search: what the search for a group saw, in plain dictionaries, lists and strings; None: nothing to tell
@@ -124,6 +162,7 @@ class StepReport:
     partial: tuple[PartialContribution, ...] = ()
     repairs: int = 0
     in_doubt: bool = False
+    doubt: DoubtReport | None = None
     spread_distance: float | None = None
     spread_relative: float | None = None
     search: dict[str, Any] | None = None
@@ -143,7 +182,7 @@ class StepReport:
         took = figures.duration(self.phases.total)
         if self.failure is not None:
             ended = "in doubt" if self.in_doubt else "failed"
-            return f"step {self.step}: {ended} after {took}: {self.failure}"
+            return f"step {self.step}: {ended} after {took}: {self.failure}{self._earlier}"
         text = (
             f"step {self.step}: {figures.count(len(self.members), 'peer')} in {took} (search "
             f"{figures.duration(self.phases.search)}, all-reduce {figures.duration(self._work)}), {self._moved}"
@@ -155,7 +194,7 @@ class StepReport:
             text += f", repaired {figures.count(self.repairs, 'time')}"
         if self.excluded:
             text += f", excluded: {', '.join(map(str, self.excluded))}"
-        return text
+        return text + self._earlier
 
     def _repr_html_(self) -> str:
         """A small table, for notebooks."""
@@ -165,10 +204,15 @@ class StepReport:
         if self.failure is None:
             rows += [("moved", self._moved), ("peers differed by", self._apart or "not measured")]
         rows += [("excluded", str(one)) for one in self.excluded]
+        rows += [("earlier", str(self.doubt))] if self.doubt else []
         phases = asdict(self.phases) | {"total": self.phases.total}
         rows += [(name, figures.duration(seconds)) for name, seconds in phases.items() if seconds]
         body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
         return f"<table><caption>step {self.step}</caption>{body}</table>"
+
+    @property
+    def _earlier(self) -> str:
+        return f"; {self.doubt}" if self.doubt else ""
 
     @property
     def _work(self) -> float:
@@ -199,7 +243,7 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return value
+    return value.value if isinstance(value, Enum) else value
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,10 @@ from shoal.utils.scalars import plain
 
 MIN_MATCHMAKING_TIME = DefaultSeconds(5.0)
 REQUEST_TIMEOUT = DefaultSeconds(3.0)
+SENDER_TIMEOUT = 180.0
+"""``sender_timeout`` where nothing is given that it could follow: no member waits for another one for ever."""
+EACH_PART = 60.0
+"""Seconds that a member's parts may take on the average then, besides: 1 Mbit/s does for 14 owners, of usual parts."""
 MAX_WAIT = 86400.0
 """Seconds: the longest time ahead at which a group may be scheduled."""
 ADAPTIVE_CEILING = 60.0
@@ -50,12 +54,17 @@ ORDERS = (
 
 @dataclass(frozen=True)
 class SettledTimes:
-    """The times of an averager, in seconds, in order as far as those that were given are. None: no limit."""
+    """The times of an averager, in seconds, in order as far as those that were given are.
+
+    :param each_part: what a member's parts may take on the average, beside ``sender_timeout``; None: no limit, since it
+      follows from what was given how long a part may take
+    """
 
     min_matchmaking_time: float
     request_timeout: float
-    sender_timeout: float | None
-    reducer_timeout: float | None
+    sender_timeout: float
+    reducer_timeout: float
+    each_part: float | None = None
 
 
 def given_times(**times: float | None) -> dict[str, float | None]:
@@ -72,8 +81,7 @@ def times_in_order(given: Mapping[str, Any]) -> dict[str, float | None]:
 def settle(given: Mapping[str, Any]) -> SettledTimes:
     """Choose the times that were not given (absent or None) so that all are in order, if those that were given are.
 
-    A member that stalls is excluded only if ``sender_timeout`` or ``next_chunk_timeout`` was given, or
-    ``reducer_timeout``, by which owners that wait for it are measured, or with ``adaptive_timeouts``.
+    ``adaptive_timeouts`` lowers the default of ``sender_timeout``.
     """
     request, wait = given.get("request_timeout"), given.get("min_matchmaking_time")
     if wait is None:
@@ -82,19 +90,21 @@ def settle(given: Mapping[str, Any]) -> SettledTimes:
         request = min(REQUEST_TIMEOUT, REQUESTS_IN_SEARCH * wait)
     sender, reducer = given.get("sender_timeout"), given.get("reducer_timeout")
     limit = given.get("allreduce_timeout")
+    each_part = None
     if sender is None:
         sender = _smallest(
             given.get("next_chunk_timeout"), None if reducer is None else reducer / REDUCER_PATIENCE
         )
-        if sender is None and given.get("adaptive_timeouts"):
-            sender = ADAPTIVE_CEILING
-        if sender is not None and limit is not None:
+        if sender is None:
+            sender = ADAPTIVE_CEILING if given.get("adaptive_timeouts") else SENDER_TIMEOUT
+            each_part = EACH_PART
+        if limit is not None:
             sender = min(sender, limit / (1 + REDUCER_PATIENCE))
-    if reducer is None and sender is not None:
+    if reducer is None:
         reducer = REDUCER_PATIENCE * sender
         if limit is not None and sender < limit:
             reducer = min(reducer, (sender + limit) / 2)
-    return SettledTimes(float(wait), float(request), sender, reducer)
+    return SettledTimes(float(wait), float(request), float(sender), float(reducer), each_part)
 
 
 def _smallest(*times: float | None) -> float | None:

@@ -131,8 +131,8 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         return task
 
     def _note_failed_task(self, task: asyncio.Task[Any]) -> None:
-        if _is_unseen(task):
-            self._failed_tasks.append(task)
+        # Those that somebody has looked at since are let go: their errors hold what they worked with.
+        self._failed_tasks = [one for one in (*self._failed_tasks, task) if _is_unseen(one)]
 
     def _note_unhandled(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")

@@ -271,6 +271,38 @@ def test_a_member_that_is_killed_in_the_exchange_fails_the_round_for_nobody_else
     run(main)
 
 
+def test_a_round_keeps_no_streams_of_a_member_that_has_left():
+    async def main() -> None:
+        async with SimulatedGroup(seed=4, size=3) as group:
+            trigger = asyncio.Event()
+            rounds = [
+                group.round(0, snapshot=trigger.wait),  # type: ignore[arg-type]
+                group.round(1),
+                group.round(2),
+            ]
+            tasks = [
+                asyncio.ensure_future(group.run_round(member, current))
+                for member, current in enumerate(rounds)
+            ]
+
+            def open_streams(member: int) -> list[set[int]]:
+                serving = rounds[member]._exchange._serving.values()
+                return [set(rounds[member]._commitment._streams), *(set(one.streams) for one in serving)]
+
+            await asyncio.sleep(1.0)
+            assert open_streams(0) == [{1, 2}, {1, 2}]
+            group.network.kill(group.name(2))
+            await asyncio.sleep(1.0)
+            assert all(members == {1} for members in open_streams(0))  # of its own span, and a repaired one
+            trigger.set()
+            assert [(await task).failure for task in tasks[:2]] == [None, None]
+            for member in (0, 1):
+                assert not any(open_streams(member))
+            await tasks[2]
+
+    run(main)
+
+
 @pytest.mark.parametrize("says_goodbye", [True, False], ids=["goodbye", "killed"])
 def test_half_of_a_group_goes_on_with_the_casting_vote(says_goodbye: bool):
     """The founder of four leaves, and another member dies. Two are a quorum if the founder handed its vote on."""

@@ -10,12 +10,15 @@ from shoal.averaging.allreduce.round import RoundTimeouts
 from shoal.averaging.background.arena import SharedArena
 from shoal.averaging.background.attempt import Attempt
 from shoal.averaging.background.division import Division
+from shoal.averaging.background.doubts import Doubts
 from shoal.averaging.background.resources import Resources
 from shoal.averaging.background.slow_peers import SlowPeers
 from shoal.averaging.background.step import Step
 from shoal.averaging.commands import RunStep
 from shoal.averaging.matchmaking_config import matchmaking_config
 from shoal.testing.rounds import PART_BYTES, PREFIX, SimulatedGroup
+
+NO_LIMITS = RoundTimeouts()
 
 
 def make_step(
@@ -29,7 +32,12 @@ def make_step(
 
 
 def make_resources(
-    user: Any, *, group: SimulatedGroup | None = None, member: int = 0, matchmaker: Any = None
+    user: Any,
+    *,
+    group: SimulatedGroup | None = None,
+    member: int = 0,
+    matchmaker: Any = None,
+    timeouts: RoundTimeouts = NO_LIMITS,
 ) -> Resources:
     """Those of a member of ``group``; without one, no round can be run with them."""
     arena: Any = SharedArena(Mock())
@@ -46,12 +54,13 @@ def make_resources(
         node=cast("Any", Mock() if group is None else SimpleNamespace(host=group.hosts[member])),
         matchmaker=Mock() if matchmaker is None else matchmaker,
         rounds=cast("Any", None if group is None else group.rounds[member]),
-        timeouts=RoundTimeouts(),
+        timeouts=timeouts,
         division=cast("Any", None)
         if group is None
         else Division(group.layout, part_size_bytes=PART_BYTES, min_vector_size=0),
         arena=arena,
         slow_peers=SlowPeers(PREFIX),
+        doubts=Doubts(user, Mock() if group is None else group.hosts[member], PREFIX),
     )
 
 

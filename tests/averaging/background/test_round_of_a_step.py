@@ -13,14 +13,24 @@ from step_surroundings import make_resources, make_step, run_attempt
 from shoal.averaging.allreduce.deadlines import Deadlines
 from shoal.averaging.allreduce.events import RoundTimeouts
 from shoal.averaging.allreduce.lateness import Waits
+from shoal.averaging.allreduce.messages import FromLeader, Outcome
+from shoal.averaging.allreduce.round import Round
+from shoal.averaging.background import step_runner
 from shoal.averaging.background.arena import SharedArena
 from shoal.averaging.background.resources import Resources
 from shoal.averaging.background.service import AveragerService
 from shoal.averaging.background.step import Step, StepFailed
 from shoal.averaging.background.step_runner import StepRunner
-from shoal.averaging.commands import ApplyAverage, AverageWritten, BoundByWord, TakeSnapshot
+from shoal.averaging.commands import (
+    ApplyAverage,
+    AverageWritten,
+    BoundByWord,
+    DoubtSettled,
+    TakeSnapshot,
+)
 from shoal.averaging.group import GroupInfo
-from shoal.errors import AllreduceException, MatchmakingException
+from shoal.averaging.report import DoubtOutcome
+from shoal.errors import AllreduceException, InDoubt, MatchmakingException
 from shoal.p2p.identity import PeerID
 from shoal.runtime.presence import Presence
 from shoal.testing.clock import run
@@ -208,12 +218,133 @@ def test_the_user_process_hears_that_the_step_is_bound_before_the_average_is_wri
     run(main)
 
 
+def cut_off_as_the_leader_decides(group: SimulatedGroup, leader: Round, member: int) -> None:
+    """The others commit, and ``member`` does not hear of it until the network is healed."""
+    announce = leader._commitment.announce
+
+    def cut(message: FromLeader) -> None:
+        if isinstance(message, Outcome):
+            others = [group.name(one) for one in range(group.size) if one != member]
+            group.network.partition([group.name(member)], others)
+        announce(message)
+
+    vars(leader._commitment)["announce"] = cut
+
+
+def test_a_step_in_doubt_is_looked_into_when_it_has_ended():
+    class UserThatIsTold(UserProcess):
+        async def call_user(self, command: object) -> object:
+            if isinstance(command, DoubtSettled):
+                told.set_result(command)
+            return await super().call_user(command)
+
+    async def main() -> None:
+        nonlocal told
+        told = asyncio.get_running_loop().create_future()
+        async with SimulatedGroup(seed=1, size=3) as group:
+            leader = group.round(0)
+            cut_off_as_the_leader_decides(group, leader, 2)
+            others = [asyncio.ensure_future(group.run_round(0, leader)), asyncio.ensure_future(group.run(1))]
+            user = UserThatIsTold(fails=False)
+            resources = make_resources(user, group=group, member=2, timeouts=RoundTimeouts(doubt=5.0))
+            step = Step(make_step(7))
+            with pytest.raises(InDoubt):
+                await run_attempt(resources, group, step)
+            assert step.report.in_doubt
+            assert [result.failure for result in await asyncio.gather(*others)] == [None, None]
+            group.network.heal()
+            assert await told == DoubtSettled(7, DoubtOutcome.COMMITTED)
+            assert user.story == []  # nothing is written before the user says so
+            await resources.doubts.close()
+
+    told: asyncio.Future[DoubtSettled]
+    run(main)
+
+
+def test_a_step_that_was_given_up_after_its_vote_is_told_of_later():
+    """The user's side gives up, in doubt, when its time is up and this process does not answer."""
+
+    class UserThatGivesUp(UserProcess):
+        async def call_user(self, command: object) -> object:
+            if isinstance(command, BoundByWord):
+                stepping.cancel()
+            elif isinstance(command, DoubtSettled):
+                told.set_result(command)
+            return await super().call_user(command)
+
+    async def main() -> None:
+        nonlocal stepping, told
+        told = asyncio.get_running_loop().create_future()
+        async with SimulatedGroup(seed=1, size=2) as group:
+            user = UserThatGivesUp(fails=False)
+            resources = make_resources(user, group=group)
+            resources.matchmaker.round_committed.side_effect = None
+            other = asyncio.ensure_future(group.run(1))
+            stepping = asyncio.ensure_future(run_attempt(resources, group, Step(make_step(7))))
+            await asyncio.wait([stepping])
+            assert (await other).failure is None
+            assert await told == DoubtSettled(7, DoubtOutcome.COMMITTED)
+            assert user.story == []
+            await resources.doubts.close()
+
+    stepping: asyncio.Future[None]
+    told: asyncio.Future[DoubtSettled]
+    run(main)
+
+
 class PatientUser(UserProcess):
     """Leaves it to the user to say when the average is written."""
 
     async def call_user(self, command: object) -> object:
         answer = await super().call_user(command)
         return False if isinstance(command, ApplyAverage) else answer
+
+
+@pytest.mark.parametrize("is_triggered", [True, False], ids=["not copied", "not triggered"])
+def test_a_snapshot_that_never_comes_costs_its_member_the_step(is_triggered: bool):
+    """Also if all others wait for it without any limit. Another group would wait as long: it is not tried again."""
+
+    class UserThatHangs(UserProcess):
+        async def call_user(self, command: object) -> object:
+            if isinstance(command, TakeSnapshot):
+                await asyncio.Event().wait()
+            return await super().call_user(command)
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=1, size=3) as group:
+            resources = make_resources(UserThatHangs(fails=False), group=group)
+            others = [asyncio.ensure_future(group.run(member)) for member in (1, 2)]
+            what = "the tensors were not copied" if is_triggered else "nobody triggered it"
+            with pytest.raises(StepFailed, match=f"withdrew from the round: {what} within 600 s"):
+                await run_attempt(resources, group, Step(make_step(needs_trigger=not is_triggered)))
+            assert [result.failure for result in await asyncio.gather(*others)] == [None, None]
+
+    run(main)
+
+
+def test_a_step_in_doubt_is_not_tried_again(monkeypatch: pytest.MonkeyPatch):
+    attempts = []
+
+    class EndsInDoubt:
+        def __init__(self, resources: Resources, step: Step, group: GroupInfo) -> None:
+            attempts.append(step.number)
+
+        async def run(self) -> None:
+            raise InDoubt("others may have decided")
+
+    class Search:
+        async def find(self, step: Step) -> GroupInfo:
+            return cast("GroupInfo", Mock())
+
+    async def main() -> None:
+        monkeypatch.setattr(step_runner, "Attempt", EndsInDoubt)
+        runner = StepRunner(make_resources(UserProcess(fails=False)))
+        vars(runner)["_search"] = Search()
+        outcome = await runner.run(make_step(3, allow_retries=True))
+        assert outcome.report.failure == "others may have decided"
+        assert attempts == [3]
+
+    run(main)
 
 
 @pytest.mark.parametrize("member", [0, 1], ids=["leader", "follower"])

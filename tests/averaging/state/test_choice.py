@@ -29,7 +29,7 @@ from shoal.averaging.state.choice import (
     StateWanted,
 )
 from shoal.averaging.state.policy import FRONT_PATIENCE, LAST_PATIENCE, SILENCE, WAIT_PATIENCE, Donor
-from shoal.sansio.core import NEVER, TimePassed
+from shoal.sansio.core import TimePassed
 from shoal.sansio.machine import IllegalTransition
 from shoal.testing.peers import make_identity
 
@@ -101,6 +101,17 @@ def test_a_broken_connection_is_made_again_with_growing_pauses_and_each_chunk_re
     assert asked(choice.handle(ConnectionBroke("lost"))) == 1
 
 
+def test_a_donor_whose_process_has_ended_is_left_at_once_if_there_is_another_one():
+    choice = Joiner()
+    choice.handle(DonorsFound((donor(0), donor(1))))
+    choice.handle(ChunkReceived())
+    assert asked(choice.handle(ConnectionBroke("refused", has_ended=True))) == 1
+    choice.handle(ChunkReceived())
+    assert (
+        asked(choice.handle(ConnectionBroke("refused", has_ended=True))) == 1
+    )  # it may be a firewall's word
+
+
 def test_a_donor_that_has_sent_nothing_is_left_at_once():
     choice = Joiner()
     choice.handle(DonorsFound((donor(0), donor(1))))
@@ -170,7 +181,7 @@ def test_a_donor_alone_is_waited_for_but_not_for_ever(position: int):
     choice = Joiner()
     choice.handle(DonorsFound((donor(0),)))
     assert wait(choice, position, LAST_PATIENCE - 1) == STAY
-    assert choice.core.deadline == NEVER
+    assert choice.core.deadline == choice.now + LAST_PATIENCE
     effects = choice.handle(DonorBusy(position), 1.0)
     assert isinstance(effects[0], LeaveDonor)
     assert effects[-1] == LookForDonors()
@@ -188,7 +199,7 @@ def test_a_silent_donor_is_left_for_another_one_and_not_twice():
     left = choice.handle(TimePassed(), SILENCE)
     assert left[0] == LeaveDonor(PEERS[0], "no sign of it for 6.0 s, and there are others to ask")
     assert asked(left) == 1
-    assert choice.core.deadline == NEVER
+    assert choice.core.deadline == choice.now + LAST_PATIENCE  # nobody else is left
 
 
 def test_patience_grows_with_what_has_come_and_goes_on_while_a_connection_is_made_again():
@@ -201,16 +212,28 @@ def test_patience_grows_with_what_has_come_and_goes_on_while_a_connection_is_mad
     assert choice.core.deadline == 100.0 + (120.0 + FIRST_BACKOFF) / 4
     assert asked(choice.handle(TimePassed(), 11.0)) == 1
     choice.handle(AllChunksReceived())
-    assert choice.core.deadline == NEVER
+    assert choice.core.deadline == choice.now + LAST_PATIENCE
 
 
 def test_a_donor_that_still_hashes_is_waited_for():
     choice = Joiner()
     choice.handle(DonorsFound((donor(0), donor(1))))
     choice.handle(AllChunksReceived())
-    assert choice.core.deadline == NEVER
+    assert choice.core.deadline == choice.now + LAST_PATIENCE
     assert choice.handle(StateReceived(), 100.0) == STAY
     assert choice.core.state is DownloadState.DONE
+
+
+@pytest.mark.parametrize("has_sent_all", [False, True], ids=["in the middle", "no digest"])
+def test_a_donor_alone_may_be_silent_for_three_minutes(has_sent_all: bool):
+    choice = Joiner()
+    choice.handle(DonorsFound((donor(0),)))
+    for event in (OfferReceived(), ChunkReceived(), *([AllChunksReceived()] if has_sent_all else [])):
+        choice.handle(event)
+    assert choice.handle(TimePassed(), LAST_PATIENCE - 1) == STAY
+    left, look = choice.handle(TimePassed(), 1.0)
+    assert isinstance(left, LeaveDonor)
+    assert look == LookForDonors()
 
 
 def test_a_dht_that_cannot_be_asked_is_the_end():

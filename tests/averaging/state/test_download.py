@@ -300,18 +300,28 @@ def test_a_broken_connection_is_resumed_where_it_was():
     run(main)
 
 
-def test_a_donor_that_dies_midway_is_replaced_by_the_next_one():
+@pytest.mark.parametrize("says_goodbye", [False, True], ids=["killed", "says goodbye"])
+def test_a_donor_that_dies_midway_is_replaced_by_the_next_one_at_once(says_goodbye: bool):
     async def main() -> None:
         async with Swarm(7) as swarm:
             for name in ("a", "b"):
                 await swarm.donor(name, chunks=8)
+            loop, since = asyncio.get_running_loop(), 0.0
+            waited: list[float] = []
 
             def on_progress(progress: Progress) -> None:
-                if progress.received > 2 * CHUNK:
+                nonlocal since
+                if progress.donor == swarm.hosts["b"].peer_id:
+                    waited.append(loop.time() - since)
+                elif progress.received > 2 * CHUNK and not since:
+                    since = loop.time()
+                    if says_goodbye:
+                        swarm.hosts["a"].leave()
                     swarm.network.kill("a")
 
             donors = [swarm.known("a", 2.0), swarm.known("b", 1.0)]
             swarm.check(await swarm.load("j", donors, on_progress=on_progress), "b")
+            assert waited[0] < 1.0
 
     run(main)
 

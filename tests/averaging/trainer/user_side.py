@@ -10,6 +10,7 @@ from shoal.averaging.matchmaking_config import matchmaking_config
 from shoal.averaging.partition import Layout
 from shoal.averaging.trainer.arena import TensorArena
 from shoal.averaging.trainer.control import Steering, StepControl
+from shoal.averaging.trainer.late import LateAverage
 from shoal.averaging.trainer.link import Link
 from shoal.averaging.trainer.pending import ApplyWhen, AverageWriter
 from shoal.averaging.trainer.steps import Steps
@@ -41,7 +42,8 @@ class UserSide:
         self.store = TensorStore([tensor], self.layout)
         self.arena = TensorArena(self.store)
         self.writer = AverageWriter(self.arena, on_call=apply_when == "called", name=name)
-        self.steps = Steps(self.store, matchmaking_config(2, 2, 5.0, 3.0), name)
+        self.late = LateAverage(self.arena, name)
+        self.steps = Steps(self.store, matchmaking_config(2, 2, 5.0, 3.0), name, self.late)
         states: Any = NoStates()
         self.link = Link(config, self.writer, self.steps, states)
 

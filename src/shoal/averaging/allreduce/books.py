@@ -23,8 +23,10 @@ class Collection:
     and were not dropped. Nothing is complete before the owner's own contribution is settled. A sender's clock runs
     while the owner waits for its next part: not before that, and not while the sender is held.
 
+    :param timeout: seconds for which a sender's next part is waited for; None: for ever
     :param dropped: members from which nothing is taken, and why
     :param lateness: by which deadlines that adapt a sender is late
+    :param each_part: seconds that a part may take on the average, beside ``timeout`` once
     """
 
     def __init__(
@@ -34,9 +36,12 @@ class Collection:
         timeout: float | None,
         lateness: Lateness,
         dropped: Mapping[int, str] | None = None,
+        *,
+        each_part: float | None = None,
     ) -> None:
         self.count = count
-        self.clocks: PartClocks[int] = PartClocks(timeout)
+        in_all = None if timeout is None or each_part is None else timeout + count * each_part
+        self.clocks: PartClocks[int] = PartClocks(timeout, in_all)
         self.weights: list[float | None] = [None if does else 0.0 for does in roles.contributes]
         """As each member declared its own; None: not yet."""
         self.dropped: dict[int, str] = dict(dropped or {})

@@ -39,6 +39,7 @@ from shoal.averaging.allreduce.messages import (
     Excluded,
     FromLeader,
     JoinRound,
+    Knows,
     Outcome,
     Prepare,
     Propose,
@@ -66,7 +67,10 @@ class Commitment:
         self._reports: asyncio.Queue[Report | None] = asyncio.Queue()
         self._word: dict[int, asyncio.Queue[FromLeader]] = defaultdict(asyncio.Queue)
         """For each member, what the leader of this term has to say to it, from the beginning."""
-        self._joined: dict[int, Stream] = {}
+        self._joined: set[int] = set()
+        """Members that have joined this leader, whether or not they are still there."""
+        self._streams: dict[int, Stream] = {}
+        """Of those that are there."""
         self._refused_since: dict[int, float] = {}
 
     @property
@@ -88,9 +92,10 @@ class Commitment:
 
     def stop_leading(self, heir: int | None = None) -> None:
         """Have the members that follow this one look for another leader. ``heir`` gets the casting vote."""
-        for member, stream in self._joined.items():
+        for member, stream in self._streams.items():
             code = AveragingCode.CASTING_VOTE if member == heir else AveragingCode.NOT_LEADING
             stream.reset(code, "it does not lead any more")
+        self._streams.clear()
         self._joined.clear()
         self._word.clear()
 
@@ -167,7 +172,8 @@ class Commitment:
             raise RemoteError(AveragingCode.NOT_LEADING, "it does not lead in this term")
         if member in self._joined:
             raise ProtocolViolation(f"{stream.remote} joined the round twice")
-        self._joined[member] = stream
+        self._joined.add(member)
+        self._streams[member] = stream
         reading = asyncio.ensure_future(self._take_reports(stream, member))
         telling = asyncio.ensure_future(self._give_word(stream, self._word[member]))
         reason = "it ended the round"
@@ -182,6 +188,8 @@ class Commitment:
             shared.note_failure(member, e)
             raise
         finally:
+            if self._streams.get(member) is stream:  # else it follows this leader in a later term already
+                del self._streams[member]
             reading.cancel()
             telling.cancel()
             await asyncio.wait({reading, telling})
@@ -248,12 +256,14 @@ class Commitment:
         return now - self._refused_since.setdefault(member, now) >= REFUSED_FOR
 
 
-def answer_question(core: AllReduce, question: Question, member: int, now: float) -> Answer:
-    """What a member answers whose own round has ended: it votes on."""
+def answer_question(votes: AllReduce | Outcome, question: Question, member: int, now: float) -> Answer:
+    """What a member answers whose own round has ended: the decision, or, as long as it knows none, it votes on."""
     event = to_event(question, member)
+    if isinstance(votes, Outcome):
+        return Knows(votes)
     if event is None:
-        return core.answer()
-    (answer,) = (effect.answer for effect in core.handle(event, now) if isinstance(effect, Reply))
+        return votes.answer()
+    (answer,) = (effect.answer for effect in votes.handle(event, now) if isinstance(effect, Reply))
     return answer
 
 

@@ -249,7 +249,10 @@ class Decision:
             self.election.shift(late + CATCH_UP)
         steps: list[Step] = []
         if self.coordinator is not None:
+            had_proposed = self.coordinator.proposed is not None
             steps += self.coordinate(TimePassed(late + CATCH_UP if late else 0.0), now)
+            if self.coordinator.proposed is not None and not had_proposed:
+                self._waits_since = now  # for votes, from now on; before, for a member that it has given up
         if now >= self._patience_ends:
             return [*steps, *self._lose_patience(now)]
         return [*steps, *self.election.consider(now), *self._try_to_lead(now)]

@@ -68,6 +68,10 @@ LEAD_TRANSITIONS: dict[Lead, tuple[Lead, ...]] = {
 """A member that promises a higher term follows its leader, whatever it did before."""
 
 
+LEADER_PATIENCE = 60.0
+"""Seconds after ``reducer_timeout``, by which the leader has gone on without a member that does nothing."""
+
+
 @dataclass(frozen=True)
 class AdaptedDeadlines:
     """Limits in seconds that follow from recent rounds (:mod:`.deadlines`); infinite: nothing is known.
@@ -90,6 +94,8 @@ class RoundTimeouts:
     :param leader: for which a member that is ready waits for a leader that lives, before it looks for another one
     :param doubt: for which a member that lost the leader when it was ready tries to learn the outcome
     :param adapted: deadlines below that for senders, which exclude a member only while enough others are in time
+    :param each_part: that a sender's parts may take on the average, beside ``sender`` once: one that sends each of its
+      parts in time may take too long in all
     """
 
     allreduce: float | None = None
@@ -98,6 +104,15 @@ class RoundTimeouts:
     leader: float = 120.0
     doubt: float = 60.0
     adapted: AdaptedDeadlines = AdaptedDeadlines()
+    each_part: float | None = None
+
+    @classmethod
+    def of(
+        cls, allreduce: float | None, sender: float, reducer: float, each_part: float | None = None
+    ) -> RoundTimeouts:
+        """Those of a round in which the leader gives up a member that does nothing before others give up the leader."""
+        leader = max(cls.leader, reducer + LEADER_PATIENCE)
+        return cls(allreduce, sender, reducer, leader=leader, each_part=each_part)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ class Ledger:
         self.reports: dict[SpanId, SpanAveraged] = {}
         """Of own spans that have been averaged."""
         self._sender_timeout = timeouts.sender
+        self._each_part = timeouts.each_part
         self._is_settled = False
         self._failed: set[SpanId] = set()
         """Spans whose averages will not come."""
@@ -69,7 +70,12 @@ class Ledger:
                 continue
             if span.owner == me:
                 book = Collection(
-                    self.roles, span.count, self._sender_timeout, self._lateness(span), self.excluded
+                    self.roles,
+                    span.count,
+                    self._sender_timeout,
+                    self._lateness(span),
+                    self.excluded,
+                    each_part=self._each_part,
                 )
                 self.collections[span.id] = book
                 if self._is_settled:
@@ -263,6 +269,13 @@ class Ledger:
         self._open(opened, now)
         return [VoidSpans(void), OpenSpans(opened), *self.release()]
 
+    def _story_of(self, book: Collection, sender: int) -> str:
+        """Why a sender whose time is up is waited for no more."""
+        if book.clocks.is_spent(sender):
+            return f"its parts took more than {book.clocks.in_all:g} s in all"
+        what = "no further part, or took no average," if book.delivered_by(sender) else "no part"
+        return f"it sent {what} within sender_timeout={self._sender_timeout:g} s"
+
     def on_time(self, late: float, now: float) -> list[Effect]:
         """Others' time does not count while this process was stopped, or busy."""
         uncounted = late + CATCH_UP if late else 0.0
@@ -271,8 +284,7 @@ class Ledger:
             book.shift(uncounted)
             for sender in book.clocks.expired(now):
                 begun = book.delivered_by(sender)
-                what = "no further part, or took no average," if begun else "no part"
-                reason = f"it sent {what} within sender_timeout={self._sender_timeout:g} s"
+                reason = self._story_of(book, sender)
                 effects += self._lose_sender(span, sender, reason, Loss.TIMED_OUT, now, is_silent=not begun)
                 book.clocks.stop(sender)
             effects += self._report_late(span, book, now)

@@ -18,6 +18,7 @@ from shoal.averaging.allreduce.messages import (
     Contribute,
     JoinRound,
     NotKnown,
+    Outcome,
     Question,
 )
 from shoal.averaging.allreduce.round import Round
@@ -47,7 +48,9 @@ REMEMBERED_AT_MOST = 4096
 class Ended(NamedTuple):
     """A round that is over for this member, which answers others' questions all the same."""
 
-    core: AllReduce
+    votes: AllReduce | Outcome
+    """The decision, once it is known: there is no more to say. Until then the core, which has promises to keep."""
+    failure: str | None
     peers: tuple[PeerID, ...]
     at: float
     """When it ended, in seconds of the loop."""
@@ -92,8 +95,9 @@ class Rounds:
         self._current.pop(ended.group.group_id, None)
         if ended.core.phase not in OVER:
             return  # it ended by a bug
-        now = asyncio.get_running_loop().time()
-        self._ended[ended.group.group_id] = Ended(ended.core, ended.group.peer_ids, now)
+        core, now = ended.core, asyncio.get_running_loop().time()
+        votes = core if core.outcome is None else core.outcome
+        self._ended[ended.group.group_id] = Ended(votes, core.failure, ended.group.peer_ids, now)
         while len(self._ended) > REMEMBERED_ROUNDS:
             oldest = next(iter(self._ended.values()))
             if oldest.at > now - REMEMBERED_FOR and len(self._ended) <= REMEMBERED_AT_MOST:
@@ -113,9 +117,7 @@ class Rounds:
         if found is None:
             ended = self._ended.get(group_id)
             reason = (
-                f"it has ended: {ended.core.failure or 'committed'}"
-                if ended
-                else "its group is not known here"
+                f"it has ended: {ended.failure or 'committed'}" if ended else "its group is not known here"
             )
             raise RemoteError(AveragingCode.NO_SUCH_ROUND, f"no such round: {reason}")
         return found
@@ -156,4 +158,4 @@ class Rounds:
             await stream.send(current.vote(first, peer))
         elif ended is not None:
             now = asyncio.get_running_loop().time()
-            await stream.send(answer_question(ended.core, first, peers.index(peer), now))
+            await stream.send(answer_question(ended.votes, first, peers.index(peer), now))

@@ -67,7 +67,10 @@ class Serving:
         self.averaged = 0
         self.report: SpanAveraged | None = None
         """What is said of the span after its last average."""
+        self.begun: set[int] = set()
+        """Members that have opened a stream; nobody does so twice."""
         self.streams: dict[int, Stream] = {}
+        """Those that are open."""
         self.returned: dict[int, int] = {}
         """Averages that each member has been sent; the report counts as one more."""
         largest = max((part.nbytes for part in own.parts), default=1)
@@ -213,7 +216,7 @@ class Exchange:
         stream = None if serving is None else serving.streams.get(sender)
         if stream is not None:
             stream.reset(AveragingCode.EXCLUDED, reason)
-        elif is_silent:
+        elif is_silent and (serving is None or sender not in serving.begun):
             self._shared.note_silence(sender)
 
     def _window(self) -> int:
@@ -314,8 +317,9 @@ class Exchange:
             raise ProtocolViolation(f"{stream.remote} opened an exchange with something else")
         check_span_id(first.span)
         serving = await self._find(first.span)
-        if not self._core.roles.contributes[member] or member in serving.streams:
+        if not self._core.roles.contributes[member] or member in serving.begun:
             raise ProtocolViolation(f"{stream.remote} opened an exchange that it has no part in")
+        serving.begun.add(member)
         serving.streams[member] = stream
         reason = ""
         try:
@@ -335,6 +339,7 @@ class Exchange:
                 # Where the member reset the stream, this handler is cancelled, and the stream says why.
                 story = reason or str(stream.failure or "it ended the exchange")
                 self._shared.feed(SenderLost(serving.span.id, member, story))
+            serving.streams.pop(member, None)
 
     async def _find(self, span: SpanId) -> Serving:
         """An own span. The leader's order to serve it may still be on its way."""

@@ -14,11 +14,14 @@ from shoal.averaging.background.step import Step, StepFailed
 from shoal.averaging.commands import ApplyAverage, AveragingStage, BoundByWord, ReachStage, TakeSnapshot
 from shoal.averaging.group import GroupInfo
 from shoal.averaging.report import PartialContribution
-from shoal.errors import AllreduceException, InDoubt
+from shoal.errors import AllreduceException, InDoubt, ShoalError
 from shoal.p2p.identity import PeerID
 from shoal.runtime.presence import UserProcessAbsent
 
 T = TypeVar("T")
+
+SNAPSHOT_TIMEOUT = 600.0
+"""Seconds from the beginning of a round within which the user has triggered it, and the tensors are copied."""
 
 
 class Attempt:
@@ -80,6 +83,7 @@ class Attempt:
             rounds.end(self._round)
         self._note_result(result)
         self._learn(result)
+        self._note_doubt(result, was_cancelled=cancelled is not None)
         if result.in_doubt and cancelled is None:
             raise InDoubt(result.failure)
         if result.failure is not None and cancelled is None:
@@ -111,9 +115,20 @@ class Attempt:
 
     async def _snapshot_unless_absent(self) -> None:
         try:
-            await self._context.user.unless_absent(self._snapshot())
+            async with asyncio.timeout(SNAPSHOT_TIMEOUT):
+                await self._context.user.unless_absent(self._snapshot())
         except UserProcessAbsent as e:  # the others go on without this member
             raise AllreduceException(f"withdrew from the round: the {e}") from None
+        except TimeoutError as e:
+            if isinstance(e, ShoalError):
+                raise
+            self._is_own_fault = True  # the next group would wait for it as long
+            missing = (
+                "the tensors were not copied" if self._step.triggered.is_set() else "nobody triggered it"
+            )
+            raise AllreduceException(
+                f"withdrew from the round: {missing} within {SNAPSHOT_TIMEOUT:g} s"
+            ) from None
 
     async def _snapshot(self) -> None:
         await self._wait_for_trigger()
@@ -150,6 +165,15 @@ class Attempt:
             if not waits_for_user:
                 arena_is_free.set()
             self._step.spend(apply=loop.time() - began)
+
+    def _note_doubt(self, result: RoundResult, *, was_cancelled: bool) -> None:
+        """Learn later how the round ended, or tell the user process, which may have given the step up in doubt itself:
+        it does so when a step is bound and its time is up.
+        """
+        if result.in_doubt:
+            self._resources.doubts.look_into(self._step.number, self._round)
+        elif was_cancelled and self._notices and result.applies:
+            self._resources.doubts.tell(self._step.number, result.failure)
 
     def _learn(self, result: RoundResult) -> None:
         """Remember how long others take, which are slow, and which could not reach this peer, or not be reached."""

@@ -9,6 +9,7 @@ from shoal.averaging.allreduce.round import RoundTimeouts
 from shoal.averaging.allreduce.rounds import Rounds
 from shoal.averaging.background.arena import SharedArena
 from shoal.averaging.background.division import Division
+from shoal.averaging.background.doubts import Doubts
 from shoal.averaging.background.slow_peers import SlowPeers
 from shoal.averaging.config import AveragerConfig
 from shoal.averaging.matchmaking.matchmaker import Matchmaker
@@ -31,6 +32,7 @@ class Resources:
     division: Division
     arena: SharedArena
     slow_peers: SlowPeers
+    doubts: Doubts
     deadlines: Deadlines | None = None
     """What ``adaptive_timeouts`` makes of the timeouts; None: nothing."""
 

@@ -10,6 +10,7 @@ from shoal.averaging.allreduce.round import RoundTimeouts
 from shoal.averaging.allreduce.rounds import Rounds
 from shoal.averaging.background.arena import SharedArena
 from shoal.averaging.background.division import Division
+from shoal.averaging.background.doubts import Doubts
 from shoal.averaging.background.resources import Resources
 from shoal.averaging.background.slow_peers import SlowPeers
 from shoal.averaging.background.state_sharing import StateService
@@ -58,9 +59,13 @@ class AveragerService:
             next_chunk_timeout=config.next_chunk_timeout,
             max_state_age=config.max_state_age,
         )
-        timeouts = RoundTimeouts(
-            config.allreduce_timeout, config.effective_sender_timeout, config.effective_reducer_timeout
+        timeouts = RoundTimeouts.of(
+            config.allreduce_timeout,
+            config.effective_sender_timeout,
+            config.effective_reducer_timeout,
+            config.each_part,
         )
+        self._doubts = Doubts(context, dht.node.host, config.prefix)
         self._steps = StepRunner(
             Resources(
                 context=context,
@@ -75,6 +80,7 @@ class AveragerService:
                 ),
                 arena=self._arena,
                 slow_peers=SlowPeers(config.prefix),
+                doubts=self._doubts,
             )
         )
 
@@ -105,7 +111,7 @@ class AveragerService:
     async def close(self) -> None:
         # Peers that ask from now on are refused at once, and do not wait for what follows.
         self._rounds.close()
-        await asyncio.gather(self._matchmaker.close(), self._states.close())
+        await asyncio.gather(self._matchmaker.close(), self._states.close(), self._doubts.close())
         await self._arena.close()
 
 

@@ -6,9 +6,9 @@ was not asked yet; when all of them have a queue, the joiner waits at the shorte
 for ``WAIT_PATIENCE``, or for ``FRONT_PATIENCE`` at the front of its queue, is left for any other one, whatever its
 priority, that was not left so before; so is one that gives no sign for as long as :func:`~.policy.patience` says, also
 while its connection is made again. After ``LAST_PATIENCE`` it has failed, though nobody else be left. A connection to a
-donor that has answered is made again when it breaks, ``MAX_RESUMPTIONS`` times in a row without progress; whatever else
-goes wrong, the next donor's turn comes. When nobody is left, the DHT is asked once more for donors that have come
-meanwhile.
+donor that has answered is made again when it breaks, ``MAX_RESUMPTIONS`` times in a row without progress, unless its
+process has ended and there is another donor; whatever else goes wrong, the next donor's turn comes. When nobody is
+left, the DHT is asked once more for donors that have come meanwhile.
 
 :meth:`DonorChoice.handle` is the one entry point: what has happened and ``now`` in, what to do now out; nothing: go on
 with the donor that was asked. What to do is decided by :mod:`.policy`.
@@ -21,7 +21,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from shoal.averaging.state.policy import Candidate, Donor, has_alternative, patience, prefer, wait_or_go
+from shoal.averaging.state.policy import (
+    LAST_PATIENCE,
+    Candidate,
+    Donor,
+    has_alternative,
+    patience,
+    prefer,
+    wait_or_go,
+)
 from shoal.p2p.identity import PeerID
 from shoal.sansio.core import NEVER, TimePassed
 from shoal.sansio.machine import Machine
@@ -79,9 +87,12 @@ class StateReceived:
 
 @dataclass(frozen=True)
 class ConnectionBroke:
-    """The connection to the donor that was asked is gone, or could not be made."""
+    """The connection to the donor that was asked is gone, or could not be made. ``has_ended``: its process has ended,
+    as it said itself, or as its machine says, where nobody listens any more.
+    """
 
     reason: str
+    has_ended: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,6 +197,7 @@ class DonorChoice:
         """When there was a sign of the donor, and since when nothing of the state has come."""
         self._offered_at: float | None = None
         """When it began to send its state."""
+        self._has_sent_all = False
         self._silent_at = NEVER
 
     @property
@@ -221,8 +233,8 @@ class DonorChoice:
                 return self._hear_position(position, now)
             case OfferReceived() | ChunkReceived() | AllChunksReceived() | StateReceived():
                 self._get_on(event, now)
-            case ConnectionBroke(reason):
-                return self._reconnect(reason, now)
+            case ConnectionBroke(reason, has_ended):
+                return self._reconnect(reason, has_ended, now)
             case DonorFailed(reason):
                 return self._next_after_failure(reason, now)
             case TimePassed():
@@ -263,7 +275,8 @@ class DonorChoice:
                 self._waits_since = now
                 self._hear(now)
             case AllChunksReceived():
-                self._silent_at = NEVER
+                self._has_sent_all, self._heard_at = True, now
+                self._silent_at = now + self._last_patience
             case StateReceived():
                 self._machine.move(DownloadState.DONE)
 
@@ -275,14 +288,20 @@ class DonorChoice:
     def _be_patient(self, now: float) -> None:
         invested = 0.0 if self._offered_at is None else now - self._offered_at
         allowed = patience(invested, self._next_chunk_timeout)
-        self._silent_at = self._heard_at + allowed if self.has_alternative else NEVER
+        self._silent_at = self._heard_at + (allowed if self.has_alternative else self._last_patience)
+
+    @property
+    def _last_patience(self) -> float:
+        """For how many seconds a donor may be silent though there is nobody else to ask."""
+        return max(LAST_PATIENCE, self._next_chunk_timeout or 0.0)
 
     def _on_time(self, now: float) -> list[Effect]:
         if now < self.deadline:
             return []
-        return self._leave(
-            f"no sign of it for {now - self._heard_at:.1f} s, and there are others to ask", now
-        )
+        silence = f"no sign of it for {now - self._heard_at:.1f} s"
+        if self.has_alternative and not self._has_sent_all:
+            return self._leave(f"{silence}, and there are others to ask", now)
+        return [LeaveDonor(self._asked().donor.peer, silence), *self._next_after_failure(silence, now)]
 
     def _hear_position(self, position: int, now: float) -> list[Effect]:
         current = self._asked()
@@ -312,11 +331,13 @@ class DonorChoice:
         current.answers.append(reason)
         return [LeaveDonor(current.donor.peer, reason), *self._choose(now)]
 
-    def _reconnect(self, reason: str, now: float) -> list[Effect]:
+    def _reconnect(self, reason: str, has_ended: bool, now: float) -> list[Effect]:
         current = self._asked()
-        if not current.has_answered:
+        # A firewall may say, too, that nobody listens: where nobody else is left, it is worth a few tries.
+        if not current.has_answered or (has_ended and self.has_alternative):
             return self._next_after_failure(reason, now)
         current.resumptions += 1
+        self._has_sent_all = False
         if current.resumptions > MAX_RESUMPTIONS:
             return self._next_after_failure(f"{reason}, also in {MAX_RESUMPTIONS} further tries", now)
         delay = FIRST_BACKOFF * 2 ** (current.resumptions - 1)
@@ -341,7 +362,7 @@ class DonorChoice:
         candidate.was_asked = True
         candidate.has_answered = False
         candidate.front_since = None
-        self._waits_since, self._offered_at = now, None
+        self._waits_since, self._offered_at, self._has_sent_all = now, None, False
         self._hear(now)
         return [AskDonor(candidate.donor, reason=reason)]
 

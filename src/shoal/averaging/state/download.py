@@ -65,6 +65,7 @@ from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.protocol.codes import ResetCode
+from shoal.p2p.protocol.violations import Ending
 from shoal.p2p.rpc import EndOfStream, Lane, Payload, Stream
 from shoal.sansio.driver import Driver
 from shoal.utils import figures
@@ -142,6 +143,8 @@ class StateDownload:
         """What the core wants next; None: to go on."""
         self._attempt: asyncio.Task[Downloaded | ConnectionBroke | DonorFailed] | None = None
         """Asks one donor."""
+        self._left: set[PeerID] = set()
+        """Donors whose processes said goodbye."""
         self._partial: PartialState | None = None
         self._offers: Counter[PeerID] = Counter()
         self._began = self._logged = self._shown = 0.0
@@ -154,14 +157,20 @@ class StateDownload:
         :param began: from when they count, by the loop's clock; None: from now on
         """
         began = asyncio.get_running_loop().time() if began is None else began
+        unsubscribe = self._host.on_disconnect(self._note_goodbye)
         try:
             async with asyncio.timeout_at(None if timeout is None else began + timeout):
                 return await self._run()
         except TimeoutError:
             return f"it took longer than timeout={timeout:g} s. {self._story()}"
         finally:
+            unsubscribe()
             self._driver.close()
             await self._drop()
+
+    def _note_goodbye(self, peer: PeerID, ending: Ending) -> None:
+        if ending.peer_has_left:
+            self._left.add(peer)
 
     async def _run(self) -> Downloaded | str:
         self._driver.tell(StateWanted())
@@ -244,22 +253,22 @@ class StateDownload:
             return await self._download(donor)
         except (ShoalError, _StalledError, EndOfStream) as e:
             drop_tracebacks(e)
-            return self._event_of(e)
+            return self._event_of(donor.peer, e)
         except BaseException as e:
             drop_tracebacks(e)
             raise
 
-    def _event_of(self, error: Exception) -> ConnectionBroke | DonorFailed:
+    def _event_of(self, donor: PeerID, error: Exception) -> ConnectionBroke | DonorFailed:
         """What a download's error says of the donor that was asked.
 
         :raises ShoalError: ``error`` itself, if it is not the donor's
         """
         match error:
             case ConnectionLost() | DeadlineExceeded() | PeerUnreachable():
-                return ConnectionBroke(str(error))
+                return ConnectionBroke(str(error), donor in self._left or _is_refused(error))
             case RemoteError() if error.code in (ResetCode.CANCELLED, AveragingCode.REPLACED):
                 # Its process is about to end, or has got a second request for what it still holds for the first one.
-                return ConnectionBroke(str(error))
+                return ConnectionBroke(str(error), has_ended=donor in self._left)
             case _StalledError() | RemoteError() | ProtocolViolation() | InvalidValueError():
                 return DonorFailed(str(error))
             case EndOfStream():
@@ -389,3 +398,8 @@ class StateDownload:
                 partial.donor,
                 figures.size(rate),
             )
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether a machine answers that nobody listens at any address that could be dialed."""
+    return isinstance(error, PeerUnreachable) and bool(error.dials) and error.is_refused

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 from shoal.averaging.trainer.control import StepControl
 from shoal.averaging.trainer.tensors import TensorStore, first_non_finite
 from shoal.errors import AllreduceException, DeadlineExceeded, InvalidStateError, InvalidValueError
@@ -79,6 +81,15 @@ class TensorArena:
         :raises UsageError: they are not what they were
         """
         self.store.apply(self._area(0), self._area(1), self._alpha, abandoned=lambda: self._is_ending)
+
+    def write_visibly(self) -> None:
+        """As :meth:`write_average`, on the user's thread: a backward pass whose forward pass used the old values is an
+        error of autograd from now on.
+        """
+        self.write_average()
+        for tensor in self.store.tensors:
+            if not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
 
     def _area(self, number: int) -> memoryview:
         if self._memory is None:

@@ -88,12 +88,12 @@ class DecentralizedAverager(AveragerBase):
     :param part_size_bytes: tensors travel in parts of at most this many bytes, after compression (1 KiB to 64
       MiB); the same at all peers
     :param allreduce_timeout: time for the exchange of tensors once a group has begun, after which this peer leaves the
-      round; None: no limit
+      round; None: no limit but those for each member
     :param next_chunk_timeout: default of ``sender_timeout``; also the longest time between two whole pieces (2^18
       elements each, 1 MiB of float32) of a state that is downloaded. None: no limit.
     :param sender_timeout: a member that sends no next part for this long is excluded: the others average without what
-      it has not sent, and its own step fails. Default: ``next_chunk_timeout``,
-      or half of ``reducer_timeout``, or a third of ``allreduce_timeout``, if that is less.
+      it has not sent, and its own step fails. Default: ``next_chunk_timeout``, or half of ``reducer_timeout``, or 180 s
+      (and then 60 s for each part on the average); or a third of ``allreduce_timeout``, if that is less.
     :param reducer_timeout: when a member returns no next average for this long, its share of the work is given to the
       others, in the same round. A member that takes no average for so long, and 1 s, when all are there is excluded.
       Default: twice ``sender_timeout``, but less than ``allreduce_timeout``.
@@ -362,8 +362,9 @@ class DecentralizedAverager(AveragerBase):
     ) -> dict[PeerID, Any] | StepControl | None:
         """Find a group and average with it once.
 
-        With ``apply_when="called"``, an average that waits for :meth:`apply_average` is written first. With
-        ``wait=True``, so is that of this step, before the call returns.
+        An average that has come late, of a step that ended in doubt, is written first; see
+        :meth:`apply_late_average`. With ``apply_when="called"``, so is one that waits for :meth:`apply_average`. With
+        ``wait=True``, that of this step is written before the call returns.
 
         :param gather: sent to every member of the group; anything that :attr:`serializer` encodes, at most
           512 KiB. The leader sends what all n members gathered to each of them before the round, which fails if
@@ -390,7 +391,8 @@ class DecentralizedAverager(AveragerBase):
         :raises InvalidStateError: not started, shut down, ``wait=True`` inside :meth:`get_tensors`, or an average that
           waits can't be written, as of :meth:`apply_average`
         :raises PeerProcessDied: the background process has ended
-        :raises PeerProcessUnresponsive: it is stopped, or gives no sign of life, and ``timeout`` has passed
+        :raises PeerProcessUnresponsive: it is stopped, or gives no sign of life, and ``timeout`` has passed; once the
+          tensors were taken, the step fails instead, with ``in_doubt`` in its report, since the process may have voted
         """
         wait = check_flag("wait", wait)
         if wait and require_trigger:
@@ -414,6 +416,7 @@ class DecentralizedAverager(AveragerBase):
             when_busy=when_busy,
             wait=wait,
         )
+        self.__parts.late.write()
         if not wait:
             self.__parts.writer.apply()
             return submit()[0]

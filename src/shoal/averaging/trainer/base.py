@@ -1,4 +1,4 @@
-"""What every averager has before it averages: a life, and the values that it was made with.
+"""What every averager has besides averaging: a life, the values that it was made with, and what it knows of its steps.
 
 :class:`~shoal.DecentralizedAverager` adds what it is for.
 """
@@ -23,11 +23,11 @@ from shoal.runtime.startable import Startable, wait_or_end
 from shoal.utils.checks import check_flag
 
 if TYPE_CHECKING:
-    from shoal.averaging.report import StateReport, StepReport
+    from shoal.averaging.report import DoubtReport, StateReport, StepReport
 
 
 class AveragerBase(Startable):
-    """The life of an averager, and its properties that are read."""
+    """The life of an averager, its properties that are read, and late averages."""
 
     def __init__(self, dht: DHT, parts: Parts) -> None:
         super().__init__(
@@ -140,6 +140,34 @@ class AveragerBase(Startable):
         return self.__parts.steps.last_report
 
     @property
+    def last_doubt(self) -> DoubtReport | None:
+        """What is known by now of the last step that ended in doubt; None: none has. While that is open, the members of
+        its group are asked in the background.
+        """
+        return self.__parts.late.last
+
+    @property
     def last_loaded_state(self) -> StateReport | None:
         """Whose state :meth:`load_state_from_peers` has returned last, and how old it was; None: none yet."""
         return self.__parts.states.last_loaded
+
+    def apply_late_average(self) -> bool:
+        """Write the average of a step that has ended in doubt, if it has turned out since that the others committed it.
+
+        :meth:`step` does so when it begins, so that few programs need this: call it to have the average earlier, before
+        a checkpoint for instance. :attr:`last_doubt` says whether one waits. What the trainer has changed since the
+        round began is kept. An average is dropped as soon as a later round takes the tensors,
+        :meth:`load_state_from_peers` has returned a state, or :meth:`drop_late_average` is called.
+
+        :returns: whether there was one
+        :raises InvalidStateError: not started, shut down; or the average can't be written, since a tensor has another
+          shape now, for instance: it is dropped then
+        """
+        self.__parts.link.check_running()
+        return self.__parts.late.write()
+
+    def drop_late_average(self) -> None:
+        """Never write the average of the last step that ended in doubt. Call it when you have put other values into the
+        tensors, from a checkpoint for instance: what the round changed would be added to them.
+        """
+        self.__parts.late.drop("by drop_late_average()")

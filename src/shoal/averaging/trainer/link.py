@@ -22,11 +22,13 @@ from shoal.averaging.commands import (
     AttachArena,
     AverageWritten,
     BoundByWord,
+    DoubtSettled,
     ReachStage,
     TakeSnapshot,
 )
 from shoal.averaging.config import AveragerConfig, settle_modes
 from shoal.averaging.group import PeerMode
+from shoal.averaging.report import DoubtOutcome
 from shoal.averaging.state_commands import StateCommand
 from shoal.averaging.trainer.life import Life, LifeState
 from shoal.averaging.trainer.pending import AverageWriter
@@ -217,9 +219,17 @@ class Link:
             case ReachStage(step, stage):
                 self._steps.reach(step, stage)
             case TakeSnapshot(step):
-                return self._arena.take_snapshot(self._steps.under_way(step))
+                control = self._steps.under_way(step)
+                self._steps.late.note_snapshot(step)
+                return self._arena.take_snapshot(control)
             case BoundByWord(step):
                 self._steps.bind(step)
+            case DoubtSettled():
+                self._steps.late.settle(command)
+            case ApplyAverage(step) if self._steps.late.is_open(step):
+                # Given up here while the process did not answer: it comes late, and waits in the arena all the same.
+                self._steps.late.settle(DoubtSettled(step, DoubtOutcome.COMMITTED))
+                return True
             case ApplyAverage(step):
                 # Of those that were cancelled in the moment when they got bound nobody awaits an average any more.
                 self._steps.under_way(step)
@@ -258,6 +268,7 @@ class Link:
         finally:
             self._states.close()
             self._writer.close()
+            self._steps.late.drop("the averager was shut down")
             self._arena.close()
 
     def _end_service(

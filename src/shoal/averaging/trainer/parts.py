@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from shoal.averaging.checks import OrderOfTimes
@@ -17,6 +18,7 @@ from shoal.averaging.timeouts import RECORD_TIME, times_in_order
 from shoal.averaging.trainer.arena import TensorArena
 from shoal.averaging.trainer.config import TrainerConfig
 from shoal.averaging.trainer.holders import UsageWatch
+from shoal.averaging.trainer.late import LateAverage
 from shoal.averaging.trainer.link import Link
 from shoal.averaging.trainer.lost_updates import UpdateWatch
 from shoal.averaging.trainer.pending import WATCH_ADVICE, AverageWriter
@@ -48,6 +50,7 @@ class Parts:
     order: OrderOfTimes
     steps: Steps
     writer: AverageWriter
+    late: LateAverage
     link: Link
 
 
@@ -78,11 +81,13 @@ def make_parts(averager: HasState, averaged_tensors: Any, dht: Any, given: Mappi
     )
     order = OrderOfTimes(config.prefix, times_in_order(given))
     order.check(RECORD_TIME, dht._setup.config.max_expiration / 2)
-    steps = Steps(store, config.matchmaking, config.prefix, order)
     arena = TensorArena(store, alpha=float(own.averaging_alpha), auxiliary=config.auxiliary)
+    late = LateAverage(arena, config.prefix)
+    states.when_loaded = partial(late.drop, "a state was loaded, which may hold it already")
+    steps = Steps(store, config.matchmaking, config.prefix, late, order)
     writer = AverageWriter(arena, on_call=own.apply_when == "called", name=config.prefix)
     link = Link(config, writer, steps, states)
-    return Parts(own, config, schema, infos, source, store, usage, states, order, steps, writer, link)
+    return Parts(own, config, schema, infos, source, store, usage, states, order, steps, writer, late, link)
 
 
 def _configure(dht: Any, given: Mapping[str, Any]) -> tuple[TrainerConfig, AveragerConfig]:

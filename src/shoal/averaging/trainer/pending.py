@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, TypeAlias, get_args
 
-import torch
-
 from shoal.averaging.trainer.arena import TensorArena
 from shoal.errors import InvalidStateError
 
@@ -61,7 +59,7 @@ class AverageWriter:
             if self._callers_in_step == 0:
                 self._pending = step
                 return False
-            self._write_visibly()
+            self.arena.write_visibly()
             return True
 
     def apply(self) -> bool:
@@ -77,7 +75,7 @@ class AverageWriter:
                 return False
             self._store.mark_stream()
             try:
-                self._write_visibly()
+                self.arena.write_visibly()
             except InvalidStateError as e:
                 raise InvalidStateError(f"the average of step {step} could not be written: {e}") from e
             finally:
@@ -109,10 +107,3 @@ class AverageWriter:
         finally:
             with self._store.lock():
                 self._callers_in_step -= 1
-
-    def _write_visibly(self) -> None:
-        self.arena.write_average()
-        # A backward pass whose forward pass used the old values is an error of autograd from now on.
-        for tensor in self._store.tensors:
-            if not tensor.is_inference():
-                torch.autograd.graph.increment_version(tensor)

@@ -113,6 +113,8 @@ class StateSharing:
         self._downloads: dict[int, _Download] = {}
         self._last_download = 0
         self.last_loaded: StateReport | None = None
+        self.when_loaded: Callable[[], object] = lambda: None
+        """Called when a state has come, before the user has it."""
 
     @property
     def allowed(self) -> bool | None:
@@ -281,6 +283,8 @@ class StateSharing:
             if call.cancelled():
                 raise InvalidStateError("the averager was shut down during the download")
             result = self._state_of(call.result(), download)
+            if result is not None:
+                self.when_loaded()
         except BaseException as e:  # noqa: BLE001 - whoever waits for the state gets it
             with contextlib.suppress(FutureIsDone):  # cancelled in the same moment
                 outer.set_exception(e)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -17,6 +18,7 @@ from shoal.averaging.commands import AllowAllreduce, Reschedule, RunStep, StepOu
 from shoal.averaging.config import default_start
 from shoal.averaging.group import MAX_GATHER_BYTES
 from shoal.averaging.matchmaking_config import MatchmakingConfig
+from shoal.averaging.report import StepReport
 from shoal.averaging.timeouts import STEP_TIMEOUT
 from shoal.averaging.trainer.control import Steering, StepControl, check_weight
 from shoal.errors import (
@@ -34,7 +36,7 @@ from shoal.utils.timed import dht_clock
 
 if TYPE_CHECKING:
     from shoal.averaging.commands import AveragingStage
-    from shoal.averaging.report import StepReport
+    from shoal.averaging.trainer.late import LateAverage
     from shoal.averaging.trainer.tensors import TensorStore
     from shoal.runtime.futures import MPFuture
     from shoal.runtime.process import ServiceHandle
@@ -60,9 +62,12 @@ class Steps:
         store: TensorStore,
         settings: MatchmakingConfig,
         prefix: str,
+        late: LateAverage,
         order: OrderOfTimes | None = None,
     ) -> None:
         self._store = store
+        self.late = late
+        """Hears which steps end in doubt."""
         self.strand = Strand(f"shoal-steps {prefix}")
         """Where the averager's own calls are concluded: it is never held up by callbacks of users."""
         self._controls: dict[int, StepControl] = {}
@@ -212,12 +217,12 @@ class Steps:
             is_awaited = step in self._awaited
             self._awaited.discard(step)
         try:
-            self._hand_on(control, serializer, is_awaited, call)
+            self._hand_on(control, step, serializer, is_awaited, call)
         except BaseException as e:
             control.fail(e)  # nobody would do it later
             raise
 
-    def _hand_on(self, control: StepControl, serializer: Any, wait: bool, call: Any) -> None:
+    def _hand_on(self, control: StepControl, step: int, serializer: Any, wait: bool, call: Any) -> None:
         if call.cancelled():
             if not control.cancelled():
                 reason = "the averager was shut down during the step"
@@ -227,26 +232,44 @@ class Steps:
             return
         error = call.exception()
         if error is not None:
-            if isinstance(error, DeadlineExceeded) and control.is_bound:
-                doubt = InDoubt(f"this peer had voted on the round, and others may have committed: {error}")
-                doubt.__cause__ = error
-                error = doubt
-            control.fail(error)
+            # Once the tensors were taken, only the background process knows whether this peer has voted since.
+            if isinstance(error, DeadlineExceeded) and (control.is_bound or control.began_allreduce):
+                self._give_up_in_doubt(control, step, wait, error)
+            else:
+                control.fail(error)
             return
         outcome: StepOutcome = call.result()
-        self.last_report = outcome.report
-        failure = outcome.report.failure
-        if failure is None:
+        report = self._keep(outcome.report)
+        if report.failure is None:
             self.failures_in_a_row = 0
             gathered = {PeerID.from_bytes(peer): data for peer, data in outcome.gathered}
             control.succeed(
-                outcome.report, {peer: _decode(serializer, peer, data) for peer, data in gathered.items()}
+                report, {peer: _decode(serializer, peer, data) for peer, data in gathered.items()}
             )
             return
+        kind = AllreduceException if outcome.found_group else MatchmakingException
+        self._fail(control, report, wait, (InDoubt if report.in_doubt else kind)(report.failure))
+
+    def _give_up_in_doubt(self, control: StepControl, step: int, wait: bool, error: DeadlineExceeded) -> None:
+        """The background process does not answer, and may have voted: the others may commit."""
+        voted = "had voted" if control.is_bound else "may have voted"
+        doubt = InDoubt(f"this peer {voted} on the round, and others may have committed: {error}")
+        doubt.__cause__ = error
+        report = self._keep(StepReport(step, failure=str(doubt), attempts=1, in_doubt=True))
+        self._fail(control, report, wait, doubt)
+
+    def _keep(self, report: StepReport) -> StepReport:
+        """The report with what was learned of earlier steps; from now on it is the last one."""
+        self.last_report = report = replace(report, doubt=self.late.take_news())
+        return report
+
+    def _fail(self, control: StepControl, report: StepReport, wait: bool, error: AllreduceException) -> None:
+        failure = str(error)
+        if report.in_doubt:
+            self.late.doubt(report.step, failure)
         self.failures_in_a_row += 1
         self._warn(failure, wait)
-        kind = AllreduceException if outcome.found_group else MatchmakingException
-        control.fail((InDoubt if outcome.report.in_doubt else kind)(failure), outcome.report)
+        control.fail(error, report)
 
     def _warn_of_a_long_queue(self) -> None:
         if self._has_warned_of_queue or len(self._controls) <= MANY_WAITING:
