@@ -76,6 +76,7 @@ def test_tensors_of_every_floating_type_average_together(swarm: Swarm):
             assert torch.equal(tensor, torch.full_like(tensor, 1.5))
 
 
+@pytest.mark.sweep
 def test_float16_compression_comes_within_its_resolution(swarm: Swarm):
     tensors = [random_tensors(seed) for seed in range(2)]
     reference = [(a.double() + b.double()) / 2 for a, b in zip(*tensors, strict=True)]

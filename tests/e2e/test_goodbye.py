@@ -101,7 +101,7 @@ async def watch_the_end(peer: Peer, how: str) -> Ending:
     "how",
     [
         "the user's process is killed",
-        "the background process is terminated",
+        pytest.param("the background process is terminated", marks=pytest.mark.sweep),
         pytest.param("the user's process is terminated", marks=pytest.mark.sweep),
         pytest.param("the user's process fails", marks=pytest.mark.sweep),
     ],

@@ -28,7 +28,7 @@ from real_swarm import Swarm
 import shoal
 from shoal.testing import plant
 
-pytestmark = [pytest.mark.xdist_group("averaging"), pytest.mark.sweep, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.xdist_group("averaging"), pytest.mark.soak, pytest.mark.timeout(1500)]
 
 ELEMENTS = 50_000
 FEW, MANY = 30, 300

@@ -88,7 +88,7 @@ def third(swarm: Swarm) -> Iterator[StoppablePeer]:
     peer.close()
 
 
-@pytest.mark.parametrize("role", ["leader", "follower"])
+@pytest.mark.parametrize("role", ["leader", pytest.param("follower", marks=pytest.mark.sweep)])
 def test_a_stopped_user_is_left_behind_and_comes_back(swarm: Swarm, third: StoppablePeer, role: str):
     tensors = [torch.full((1000,), float(value)) for value in (0, 1)]
     settings = {"min_group_size": 2, "min_matchmaking_time": 3.0}

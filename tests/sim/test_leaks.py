@@ -9,7 +9,7 @@ import asyncio
 import gc
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, TypeAlias, cast
 
@@ -241,7 +241,9 @@ class Census:
         self.tasks = Counter(task.get_name().rstrip("-0123456789") for task in asyncio.all_tasks())
         self.timers = sum(not timer.cancelled() for timer in loop._scheduled)
         self.objects = Counter(
-            type(one).__qualname__ for one in gc.get_objects() if type(one).__module__.startswith("shoal.")
+            type(one).__qualname__
+            for one in gc.get_objects()
+            if str(type(one).__module__).startswith("shoal.")
         )
         self.remembered = [len(peer.rounds._ended) for peer in swarm.peers.values()]
         """Rounds that have ended, of each peer: it answers questions about the last ones."""
@@ -260,6 +262,15 @@ class Census:
             if name in CACHES:
                 continue
             assert count <= 1.2 * more * before.objects[name] + 20, (name, before.objects[name], count)
+
+
+@pytest.fixture(autouse=True)
+def _objects_of_earlier_tests() -> Iterator[None]:
+    """Are not counted."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 async def run_rounds(seed: int, first: int, last: int) -> None:

@@ -140,7 +140,9 @@ def check_helpers(seed: int, *, jitter: bool) -> None:
 
 
 @pytest.mark.parametrize("jitter", [False, True], ids=["one instant", "one after another"])
-@blocks
+@pytest.mark.parametrize(
+    "first", [0, *(pytest.param(first, marks=pytest.mark.sweep) for first in range(BLOCK, 300, BLOCK))]
+)
 def test_swarms_with_helpers_leave_over_no_whole_group(first, jitter):
     for seed in range(first, first + BLOCK):
         check_helpers(seed, jitter=jitter)

@@ -30,6 +30,7 @@ def test_codes_never_change():
         "excluded",
         "round_failed",
         "void",
+        "casting_vote",
         "not_leading",
         "not_sharing",
         "state_failed",
