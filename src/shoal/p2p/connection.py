@@ -225,6 +225,7 @@ class Connection(asyncio.BufferedProtocol):
         reason = f"lost: {exc}" if exc is not None else "closed by the peer"
         self._end(Ending(EndKind.LOST, reason), ConnectionLost(self._where(reason)))
         self.vigil.stop()
+        self._session.release()  # connections are cycles, which are collected late
         if not self.closed.done():
             self.closed.set_result(None)
         self._owner.connection_closed(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import os
 import re
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -37,6 +38,10 @@ BOB = Identity.generate(b"b" * 32)
 CAROL = Identity.generate(b"c" * 32)
 
 PREAMBLE = Versions(1, 0, 0).to_preamble()
+
+
+class Memory(bytearray):
+    """Memory that a weak reference can watch."""
 
 
 def new_pair() -> tuple[Session, Session]:
@@ -300,6 +305,25 @@ def test_a_quiet_session_holds_little_and_a_busy_one_what_its_limits_say() -> No
         initiator.send_frame(FrameKind.PING, 0)
         exchange(initiator, responder)
     assert responder.bytes_held <= 4096
+
+
+def test_a_session_that_is_over_holds_nothing() -> None:
+    initiator, responder = connected_pair()
+    sinks: list[weakref.ref[Memory]] = []
+
+    def sink(_stream: int, _tag: int, length: int) -> memoryview:
+        memory = Memory(length)
+        sinks.append(weakref.ref(memory))
+        return memoryview(memory)
+
+    responder.payload_sink = sink
+    initiator.send_payload(1, 0, bytes(8 * 2**20))
+    wire = take(initiator)
+    deliver(responder, wire[: len(wire) // 2])
+    assert sinks[0]() is not None
+    responder.release()
+    assert responder.bytes_held == 0
+    assert sinks[0]() is None
 
 
 def test_the_receive_buffer_keeps_its_limit() -> None:

@@ -231,6 +231,12 @@ class FrameDecoder:
             return self._header.length
         return self._received if self.in_frame else 0
 
+    def release(self) -> None:
+        """Let go of the frame under way: the rest of it will not come."""
+        self.payload = None
+        self._pieces = []
+        self._received = self._header.length
+
     def receive_message(self, message: bytes) -> FrameReceived | PayloadReceived | None:
         """Take a message that is no part of a payload; return the frame that it completes."""
         if self._received < self._header.length:

@@ -55,6 +55,11 @@ class ReceiveBuffer:
         """Drop what waits."""
         self._begin = self._end = 0
 
+    def release(self) -> None:
+        """Drop what waits, and the memory: there will be none any more, unless free space is asked for."""
+        self.clear()
+        self._memory = memoryview(bytearray())
+
     def filled(self, count: int) -> None:
         """``count`` bytes were put into the free space."""
         free = self.capacity - self._end

@@ -194,6 +194,11 @@ class Session:
             self._failure = TruncatedStream("the other side closed the connection in the middle of a frame")
         self._check_alive()
 
+    def release(self) -> None:
+        """The connection is gone: let go of all memory that bytes were received into."""
+        self._buffer.release()
+        self._decoder.release()
+
     def _next_event(self) -> Event | None:
         """Take bytes from the buffer up to the next event; None when they do not complete one."""
         if self._handshake is not None:
