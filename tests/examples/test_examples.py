@@ -52,7 +52,7 @@ def test_peers_average_every_n_steps_and_a_client_that_nobody_can_dial_takes_par
 @pytest.mark.sweep
 def test_a_late_joiner_begins_with_the_state_of_another_peer(scripts):
     script = EXAMPLES / "late_joiner.py"
-    steps = ("--every", 20, "--pause", 0.01, "--steps", 1000)
+    steps = ("--every", 20, "--pause", 0.01, "--steps", 100_000)  # longer than the test
     first = scripts.start(script, *steps)
     address = address_in(first.wait_for_line("--join"))
     newcomer = scripts.start(script, "--join", address, *steps)

@@ -50,6 +50,11 @@ class Ending:
         return "" if self.report is None else str(self.report["group_id"])
 
     @property
+    def was_left_out(self) -> bool:
+        """It has found no group at all."""
+        return self.said is not None and not self.committed and not self.group
+
+    @property
     def is_in_doubt(self) -> bool:
         return self.said is not None and self.said["kind"] == "InDoubt"
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lab_fault_checks import Ending, find_late, find_splits, find_wrong_tensors
-from lab_fault_plan import Trial
+from lab_fault_plan import CELLS, Trial
 from lab_faulty_peer import FaultyPeer, Line, is_running
 from lab_internet import Internet
 from lab_peers import Template
@@ -35,6 +35,8 @@ FIRE_LIMIT = 15.0
 ALONE_AFTER = 4.0
 """Seconds after a fault from which on a member that still steps may be alone: the others step again."""
 AGAIN_TIMEOUT = 6.0
+GROUPED = frozenset(CELLS) - {"searching", "forming", "sharing", "loading"}
+"""Phases of a group that is formed: the fault cannot have kept others from it."""
 BACK_LIMIT = 30.0
 """Seconds within which a member that was stopped or cut off averages again."""
 END_LIMIT = 20.0
@@ -51,6 +53,10 @@ AVERAGER: dict[str, Any] = {
 
 class NotFired(AssertionError):
     """No member came to the phase in its role."""
+
+
+class LeftOut(NotFired):
+    """A member was in no group at all, so that the fault was none of its group."""
 
 
 @dataclass
@@ -100,10 +106,10 @@ class Laboratory:
     def run(self, trial: Trial) -> Verdict:
         """Have the fault happen, and judge what comes of it.
 
-        Members that remember each other's failures may form two groups, in which nobody has the role. Fresh ones do
-        not: then the fault is planted anew in these.
+        Members that remember each other's failures may form two groups, in which nobody has the role, or leave one of
+        them out. Fresh ones do not: then the fault is planted anew in these.
 
-        :raises NotFired: no fresh member came to the phase in its role either
+        :raises NotFired: no fresh member came to the phase in its role either, or one was left out again
         """
         try:
             return self._try(trial)
@@ -208,6 +214,7 @@ class Laboratory:
             member.hear("done", fired_at + ALONE_AFTER, tag=tag)
         later = self._keep_company(others, tag, deadline)
         endings = [self._ending(member, tag, deadline) for member in others]
+        was_left_out = trial.phase in GROUPED and any(one.was_left_out for one in endings)
         ends = [one.said["time"] for one in endings if one.said is not None]
         averaged = sum(one.committed for one in endings)
         verdict = Verdict(trial, len(others), averaged, max([fired_at, *ends]) - fired_at)
@@ -227,6 +234,8 @@ class Laboratory:
         verdict.errors = sorted(
             {f"{one.said['kind']}: {one.said['error']}" for one in endings if one.said and one.said["error"]}
         )
+        if was_left_out and not verdict.wrong:
+            raise LeftOut("a member was in no group")
         return verdict
 
     def _keep_company(self, waited_for: Sequence[FaultyPeer], tag: str, until: float) -> list[Ending]:

@@ -51,8 +51,8 @@ class Faults:
             assert not verdict.wrong, lab.story()
             assert verdict.survived, "\n".join([*verdict.errors, lab.story()])
             is_fine = True
-        except NotFired:
-            pytest.fail(f"no member came to this phase in this role\n{lab.story()}")
+        except NotFired as error:
+            pytest.fail(f"{error}\n{lab.story()}")
         finally:
             if not is_fine:
                 self.close()

@@ -61,7 +61,9 @@ PASSING = (
 
 
 class User:
-    """The user's process of one peer."""
+    """The user's process of one peer, and what a service knows of its own."""
+
+    is_closing = False
 
     def __init__(self, arena: Arena, value: float) -> None:
         self.user = Presence()
