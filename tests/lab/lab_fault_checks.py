@@ -49,10 +49,13 @@ class Ending:
         """The group that it is in, or was in last; empty: none."""
         return "" if self.report is None else str(self.report["group_id"])
 
-    @property
-    def was_left_out(self) -> bool:
-        """It has found no group at all."""
-        return self.said is not None and not self.committed and not self.group
+    def was_apart_from(self, peer: str) -> bool:
+        """Whether it has found no group at all, or averaged at once in one without that peer."""
+        if self.report is None:
+            return False
+        if self.committed:
+            return self.report["attempts"] == 1 and peer not in self.report["members"]
+        return not self.group
 
     @property
     def is_in_doubt(self) -> bool:

@@ -55,8 +55,8 @@ class NotFired(AssertionError):
     """No member came to the phase in its role."""
 
 
-class LeftOut(NotFired):
-    """A member was in no group at all, so that the fault was none of its group."""
+class KeptApart(NotFired):
+    """The members were not in one group when the fault happened, and one of them found no other group."""
 
 
 @dataclass
@@ -107,9 +107,9 @@ class Laboratory:
         """Have the fault happen, and judge what comes of it.
 
         Members that remember each other's failures may form two groups, in which nobody has the role, or leave one of
-        them out. Fresh ones do not: then the fault is planted anew in these.
+        them alone. Fresh ones do not: then the fault is planted anew in these.
 
-        :raises NotFired: no fresh member came to the phase in its role either, or one was left out again
+        :raises NotFired: no fresh member came to the phase in its role either, or one was left alone again
         """
         try:
             return self._try(trial)
@@ -214,7 +214,7 @@ class Laboratory:
             member.hear("done", fired_at + ALONE_AFTER, tag=tag)
         later = self._keep_company(others, tag, deadline)
         endings = [self._ending(member, tag, deadline) for member in others]
-        was_left_out = trial.phase in GROUPED and any(one.was_left_out for one in endings)
+        were_apart = trial.phase in GROUPED and any(one.was_apart_from(victim.peer_id) for one in endings)
         ends = [one.said["time"] for one in endings if one.said is not None]
         averaged = sum(one.committed for one in endings)
         verdict = Verdict(trial, len(others), averaged, max([fired_at, *ends]) - fired_at)
@@ -234,8 +234,8 @@ class Laboratory:
         verdict.errors = sorted(
             {f"{one.said['kind']}: {one.said['error']}" for one in endings if one.said and one.said["error"]}
         )
-        if was_left_out and not verdict.wrong:
-            raise LeftOut("a member was in no group")
+        if were_apart and not verdict.survived and not verdict.wrong:
+            raise KeptApart("the members were not in one group, and one of them found no other")
         return verdict
 
     def _keep_company(self, waited_for: Sequence[FaultyPeer], tag: str, until: float) -> list[Ending]:

@@ -50,6 +50,15 @@ def test_a_group_that_ended_alike_is_fine():
     assert find_splits(ALL) == find_wrong_tensors(ALL) == find_late(ALL, deadline=6.0) == []
 
 
+def test_who_was_in_another_group_or_in_none_was_apart_from_the_victim():
+    with_attempts = report(attempts=1)
+    assert not committed(0, report=with_attempts).was_apart_from("c")
+    assert committed(0, report=with_attempts).was_apart_from("d")
+    assert not committed(0, report=report(attempts=2)).was_apart_from("d")  # the victim was gone by then
+    assert failed(0, report=report(group_id="", attempts=0)).was_apart_from("c")
+    assert not failed(0, report=with_attempts).was_apart_from("c")
+
+
 @pytest.mark.parametrize(
     ("other", "text"),
     [
