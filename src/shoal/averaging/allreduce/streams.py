@@ -297,8 +297,8 @@ class Exchange:
     async def _receive_averages(self, stream: Stream, foreign: ForeignSpan, span: SpanId) -> None:
         for index in range(len(foreign.parts)):
             payload = await stream.receive()
-            if not isinstance(payload, Payload):
-                raise ProtocolViolation("sent a message instead of an average")
+            if not isinstance(payload, Payload) or payload.tag != index:
+                raise ProtocolViolation(f"sent something else than average {index}")
             foreign.deliver(index, payload.data)
             self.bytes_received += len(payload.data)
             self._shared.feed(AverageReceived(span, index))
@@ -376,8 +376,8 @@ class Exchange:
                 await self._hold(serving, member, index)
             began = loop.time()
             payload = await stream.receive()
-            if not isinstance(payload, Payload):
-                raise ProtocolViolation(f"{stream.remote} sent a message instead of a part")
+            if not isinstance(payload, Payload) or payload.tag != index:
+                raise ProtocolViolation(f"{stream.remote} sent something else than part {index}")
             self._refuse_dropped(serving, member)
             self.waits[member] = self.waits[member].plus(len(payload.data), loop.time() - began)
             self.bytes_received += len(payload.data)
