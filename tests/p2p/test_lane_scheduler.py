@@ -61,6 +61,7 @@ class Story:
                 if len(self.arrived[one]) * CHUNK_BYTES >= len(one.data):
                     self.scheduler.receive_confirmation(one.home, one.stream_id, one.number)
         self.look()
+        self.scheduler.look_for_late(self.now)
         for key, wire in self.wires.items():
             while len(wire.queue) < 2:
                 found = self.scheduler.next_piece(key, self.now)

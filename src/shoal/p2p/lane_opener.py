@@ -59,7 +59,7 @@ class StripeOpener:
         if bundle is None:
             bundle = Bundle(
                 self._path(peer),
-                home=lambda: next(iter(connections.bulk()), None),
+                homes=connections.bulk,
                 lanes=lambda: connections.stripes(incarnation),
                 open_more=lambda count: self._open(peer, count),
                 limit=self._limit,

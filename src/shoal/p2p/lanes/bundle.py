@@ -26,6 +26,8 @@ CHOICE_SECONDS = 0.25
 """The number of lanes is chosen anew after this time at the earliest,"""
 CHOICE_ROUND_TRIPS = 4
 """and after so many round trips."""
+SETTLED_SECONDS = 2.0
+"""So long after there came to be more lanes it is looked whether they carry more."""
 MOSTLY = 0.6
 """A path is full if in this part of the looks data waited."""
 
@@ -59,6 +61,10 @@ class PathMemory:
     choice: Choice | None = None
     before: tuple[int, float] | None = None
     """How many lanes there were before there came to be more, and the rate then."""
+    seconds: float = 0.0
+    """For how long data was under way since."""
+    nbytes: int = 0
+    """What was delivered since."""
     min_rtt: float = field(default=float("inf"))
 
 
@@ -94,7 +100,7 @@ class _Count:
 class Bundle:
     """See the module.
 
-    :param home: the connection on which bulk streams live, if there is one
+    :param homes: the connections on which bulk streams live
     :param lanes: the lanes for pieces that are open, in the order in which they are used
     :param open_more: begins to open so many lanes
     :param limit: the most that there may be now
@@ -105,14 +111,14 @@ class Bundle:
         self,
         memory: PathMemory,
         *,
-        home: Callable[[], BulkLane | None],
+        homes: Callable[[], Sequence[BulkLane]],
         lanes: Callable[[], Sequence[BulkLane]],
         open_more: Callable[[int], None],
         limit: Callable[[], int],
         fixed: int | None,
     ) -> None:
         self._memory = memory
-        self._home = home
+        self._homes = homes
         self._lanes = lanes
         self._open_more = open_more
         self._limit = limit
@@ -126,6 +132,8 @@ class Bundle:
         self._totals = _Count(0.0)
         self._rate = 0.0
         self._is_pumping = False
+        self._carrying: dict[BulkLane, None] = {}
+        """The lanes that carry pieces, as of the last look."""
 
     @property
     def is_busy(self) -> bool:
@@ -157,7 +165,7 @@ class Bundle:
 
     def prepare(self) -> None:
         """A bulk stream is about to be opened: open what lanes are missing, and watch the path."""
-        home = self._home()
+        home = next(iter(self._homes()), None)
         if self._memory.choice is None and home is not None:
             # The kernel's own figures: what this process measures is long where it is busy.
             info = tcp_info.read(home.outlet.transport)
@@ -165,6 +173,12 @@ class Bundle:
         self._open_missing()
         if self._timer is None:
             self._counted = None
+            self._last.clear()
+            now = self._loop.time()
+            for lane in self._lanes():
+                if lane in self._scheduler.lanes:
+                    outlet = lane.outlet
+                    self._scheduler.resume(lane, outlet.written, outlet.written - outlet.unsent, now)
             self._timer = self._loop.call_later(TICK, self._look)
 
     def lane_ended(self, lane: BulkLane) -> None:
@@ -203,7 +217,8 @@ class Bundle:
         self._is_pumping = True
         try:
             now = self._loop.time()
-            for lane in self._active():
+            self._carrying = dict.fromkeys(self._active())
+            for lane in self._carrying:
                 self._fill(lane, now)
         finally:
             self._is_pumping = False
@@ -218,8 +233,7 @@ class Bundle:
 
     def _carriers(self) -> list[BulkLane]:
         """What carries the payloads now."""
-        home = self._home()
-        return self._active() or ([] if home is None or not home.is_open else [home])
+        return self._active() or [home for home in self._homes() if home.is_open]
 
     def _fill(self, lane: BulkLane, now: float) -> None:
         outlet, scheduler = lane.outlet, self._scheduler
@@ -227,7 +241,7 @@ class Bundle:
             return
         if lane not in self._prepared:
             self._prepared[lane] = None
-            outlet.stripe(self.pump)
+            outlet.stripe(lambda: self._refill(lane))
         if lane not in scheduler.lanes:
             self._note_progress(lane, now)
         while outlet.is_writable:
@@ -242,6 +256,11 @@ class Bundle:
             if payload.is_taken:
                 payload.on_taken()
 
+    def _refill(self, lane: BulkLane) -> None:
+        """The lane has room again."""
+        if not self._is_pumping and lane in self._carrying:
+            self._fill(lane, self._loop.time())
+
     def _note_progress(self, lane: BulkLane, now: float) -> None:
         outlet = lane.outlet
         rtt = self._last[lane].rtt if lane in self._last else lane.rtt
@@ -249,8 +268,7 @@ class Bundle:
 
     def _look(self) -> None:
         now = self._loop.time()
-        home = self._home()
-        is_used = (home is not None and not home.is_idle) or not self._scheduler.is_idle
+        is_used = any(not home.is_idle for home in self._homes()) or not self._scheduler.is_idle
         self._timer = self._loop.call_later(TICK, self._look) if is_used else None
         if not is_used:
             return
@@ -258,6 +276,7 @@ class Bundle:
             if lane in self._scheduler.lanes:
                 self._note_progress(lane, now)
         self._measure(self._carriers(), now)
+        self._scheduler.look_for_late(now)
         self._open_missing()
         self.pump()
 
@@ -294,6 +313,8 @@ class Bundle:
         self._totals.sent += counted.sent
         self._totals.retransmitted += counted.retransmitted
         self._counted = _Count(now)
+        self._memory.seconds += seconds
+        self._memory.nbytes += counted.delivered
         self._choose(lanes, statistics.median(rtts), counted)
 
     def _choose(self, lanes: list[BulkLane], rtt: float, counted: _Count) -> None:
@@ -303,14 +324,17 @@ class Bundle:
             rtt=rtt,
             sent=counted.sent,
             retransmitted=counted.retransmitted,
-            rate=self._rate,
+            rate=memory.nbytes / memory.seconds,
             is_full=counted.full >= MOSTLY * counted.looks,
             congestion_control=tcp_info.congestion_control(lanes[0].outlet.transport),
         )
-        count = len(lanes)
+        count = len(lanes) if self._active() else 1
         if count < self.wanted:
             return  # some are still being opened
-        choice = choose(count, path, self._limit(), memory.before)
+        is_settled = memory.seconds >= SETTLED_SECONDS
+        choice = choose(count, path, self._limit(), memory.before if is_settled else None)
         if choice.count > count:
-            memory.before = (count, self._rate)
+            memory.before = (count, path.rate)
+        if choice.count != count:
+            memory.seconds, memory.nbytes = 0.0, 0
         memory.choice = choice

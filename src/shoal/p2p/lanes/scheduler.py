@@ -75,8 +75,10 @@ class LaneBook:
 
     rtt: float
     """Seconds; as far as it is known."""
-    pieces: deque[_Sent] = field(default_factory=deque)
-    """Those of which it is not known that they arrived, the oldest first."""
+    flying: deque[_Sent] = field(default_factory=deque)
+    """Pieces that the peer's machine does not have yet, the oldest first."""
+    landed: deque[_Sent] = field(default_factory=deque)
+    """Those that it has: the peer itself may not have read them yet."""
     written: int = 0
     acknowledged: int = 0
     """Bytes that the peer's machine has."""
@@ -92,6 +94,10 @@ class LaneBook:
             rate = count / seconds
             self.rate = rate if self.rate == 0.0 else (1 - weight) * self.rate + weight * rate
         self.written, self.acknowledged, self.noted_at = written, acknowledged, now
+        while self.flying and self.flying[0].end <= acknowledged:
+            self.landed.append(self.flying.popleft())
+        while self.landed and self.landed[0].payload.is_done:
+            self.landed.popleft()
 
     def seconds_until(self, end: int) -> float:
         """How long it is likely to take until the peer's machine has the first ``end`` bytes."""
@@ -115,6 +121,8 @@ class Scheduler:
         """Pieces of lanes that died."""
         self._unconfirmed: dict[tuple[int, int, int], Outgoing] = {}
         self._copies: dict[tuple[Outgoing, int], int] = {}
+        self._late: deque[tuple[float, _Sent]] = deque()
+        """Pieces that may be worth sending again, and the seconds that they are likely to take where they are."""
         self.lanes: dict[object, LaneBook] = {}
         self.resent = 0
         """Bytes that were sent more than once."""
@@ -147,6 +155,11 @@ class Scheduler:
         book.rtt = rtt
         book.note_progress(written, acknowledged, now)
 
+    def resume(self, lane: object, written: int, acknowledged: int, now: float) -> None:
+        """The lane was not looked at for a while: what it did meanwhile says nothing of its rate."""
+        book = self.lanes[lane]
+        book.written, book.acknowledged, book.noted_at = written, acknowledged, now
+
     def next_piece(self, lane: object, now: float) -> tuple[Outgoing, int] | None:
         """What this lane, which has room, sends next: a payload, and the first byte of the piece."""
         while self._again:
@@ -162,15 +175,14 @@ class Scheduler:
             if not payload.is_taken:
                 self._waiting.append(payload)
             return payload, offset
-        return self._find_slow(lane, now)
+        return self._find_late(lane)
 
     def note_sent(self, lane: object, payload: Outgoing, offset: int, written: int, now: float) -> None:
         """The piece is the last one of the first ``written`` bytes of the lane."""
         book = self.lanes[lane]
-        while book.pieces and book.pieces[0].payload.is_done:
-            self._copies.pop((book.pieces[0].payload, book.pieces[0].offset), None)
-            book.pieces.popleft()
-        book.pieces.append(_Sent(payload, offset, written, now))
+        if book.written <= book.acknowledged:
+            book.noted_at = now  # it was idle until now
+        book.flying.append(_Sent(payload, offset, written, now))
         book.written = written
         copies = self._copies.get((payload, offset), 0)
         self._copies[payload, offset] = copies + 1
@@ -182,35 +194,45 @@ class Scheduler:
         book = self.lanes.pop(lane, None)
         if book is None:
             return
-        for sent in book.pieces:
+        for sent in (*book.landed, *book.flying):
             if not sent.payload.is_done:
                 self._copies.pop((sent.payload, sent.offset), None)
                 self._again.append((sent.payload, sent.offset))
 
-    def _find_slow(self, lane: object, now: float) -> tuple[Outgoing, int] | None:
-        """A piece that is worth sending again on this lane: of all, the one that would arrive last."""
-        own = self.lanes[lane]
-        best: tuple[float, _Sent] | None = None
-        for seconds, sent in self._late(lane, now):
-            is_worth_it = seconds > PATIENCE * own.seconds_for(CHUNK_BYTES)
-            if is_worth_it and (best is None or seconds > best[0]):
-                best = seconds, sent
-        if best is None:
-            return None
-        return best[1].payload, best[1].offset
+    def look_for_late(self, now: float) -> None:
+        """Find the pieces that would take longest where they are, if there is nothing else to send."""
+        self._late.clear()
+        if not self.is_starved:
+            return
+        late = [
+            (book.seconds_until(sent.end), sent)
+            for book in self.lanes.values()
+            for sent in self._old(book, now)
+        ]
+        self._late.extend(sorted(late, key=lambda one: -one[0]))
 
-    def _late(self, lane: object, now: float) -> Iterator[tuple[float, _Sent]]:
-        """Pieces that other lanes still carry, with the seconds that they are likely to take from now on."""
-        for other, book in self.lanes.items():
-            if other is lane:
+    def _old(self, book: LaneBook, now: float) -> Iterator[_Sent]:
+        """Pieces that have been under way for a while, and may be sent again."""
+        for sent in book.flying:
+            copies = self._copies.get((sent.payload, sent.offset), 0)
+            if now - sent.at < max(LEAST_AGE, 2 * book.rtt) * copies:
+                break  # so are those behind it
+            if copies < MAX_COPIES and not sent.payload.is_done:
+                yield sent
+
+    def _find_late(self, lane: object) -> tuple[Outgoing, int] | None:
+        """The piece that would take longest where it is, if this lane is much faster."""
+        own = self.lanes[lane]
+        while self._late:
+            seconds, sent = self._late[0]
+            if sent.payload.is_done:
+                self._late.popleft()
                 continue
-            for sent in book.pieces:
-                if sent.payload.is_done or sent.end <= book.acknowledged:
-                    continue
-                copies = self._copies.get((sent.payload, sent.offset), 0)
-                if copies >= MAX_COPIES or now - sent.at < max(LEAST_AGE, 2 * book.rtt) * copies:
-                    continue
-                yield book.seconds_until(sent.end), sent
+            if seconds <= PATIENCE * own.seconds_for(CHUNK_BYTES) or (own.flying and own.flying[0] is sent):
+                return None
+            self._late.popleft()
+            return sent.payload, sent.offset
+        return None
 
     def _forget_unwanted(self) -> None:
         gone = [key for key, payload in self._unconfirmed.items() if payload.is_done]
@@ -218,5 +240,7 @@ class Scheduler:
             del self._unconfirmed[key]
         if not self._unconfirmed:
             self._copies.clear()
+            self._late.clear()
             for book in self.lanes.values():
-                book.pieces.clear()
+                book.flying.clear()
+                book.landed.clear()
