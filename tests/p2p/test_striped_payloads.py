@@ -300,7 +300,8 @@ def test_the_end_of_the_home_fails_the_stream():
                 await asyncio.sleep(1000)
 
             a.serve_stream(STREAM, receive)
-            with pytest.raises(ConnectionLost, match="aborted"):
+
+            async def send_for_ever() -> None:
                 async with b.open_stream(a.peer_id, STREAM, lane=Lane.BULK) as stream:
                     await stream.receive()
                     connections = b._connections.to(a.peer_id)
@@ -308,5 +309,8 @@ def test_the_end_of_the_home_fails_the_stream():
                     asyncio.get_running_loop().call_later(1.0, connections.bulk()[0].abort, "aborted")
                     while True:
                         await stream.send_payload(1, bytes(SIZE))
+
+            with pytest.raises(ConnectionLost, match="aborted"):
+                await send_for_ever()
 
     run(main)

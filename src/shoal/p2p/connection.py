@@ -378,8 +378,8 @@ class Connection(asyncio.BufferedProtocol):
         return self.streams.payload_memory(stream_id, tag, length)
 
     def _place_piece(self, piece: Piece) -> memoryview:
-        if not self.is_admitted or self.lane is not Lane.STRIPE:
-            raise ProtocolViolation("PIECE on a connection that is not for pieces")
+        if not self.is_admitted or self.lane not in (Lane.STRIPE, Lane.BULK):
+            raise ProtocolViolation("PIECE on a connection that is not for bulk data")
         home = self._owner.home_of(self, piece)
         memory = None if home is None else home.piece_memory(piece)
         return discard_piece(piece) if memory is None else memory

@@ -335,8 +335,9 @@ class Connections:
             logger.debug("%s connection: %s", connection.role.value, connection.ending)
             return
         connections.remove(connection)
-        if connection.lane is Lane.STRIPE and connection.incarnation in connections.bundles:
-            connections.bundles[connection.incarnation].lane_ended(connection)
+        bundle = connections.bundles.get(connection.incarnation)
+        if bundle is not None and connection.lane is not Lane.CONTROL:
+            bundle.lane_ended(connection)
         self._drop_if_empty(peer)
         # A new process of the peer may be connected already: that the old one is gone is told all the same.
         if all(other.incarnation != connection.incarnation for other in connections.all()):

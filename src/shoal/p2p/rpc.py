@@ -31,6 +31,10 @@ Buffer = bytes | bytearray | memoryview
 """What can be sent as a payload: contiguous memory."""
 
 
+DELIVERY_TIMEOUT = 60.0
+"""A stream that is left waits so long for its peer to have one more of the payloads that were sent."""
+
+
 class Lane(enum.IntEnum):
     """Which connection to a peer carries a stream. The numbers are those on the wire."""
 
@@ -194,6 +198,18 @@ class Stream:
         if self._state.failure is not None and not self._state.local_finished:
             raise self._state.failure
         self._state.finish()
+
+    async def delivered(self) -> None:
+        """Wait until the other side has all striped payloads: what ends the stream would overtake them.
+
+        Gives up if it confirms none for :data:`DELIVERY_TIMEOUT` seconds.
+        """
+        try:
+            while self._state.unconfirmed and self._state.failure is None and not self._state.remote_finished:
+                async with asyncio.timeout(DELIVERY_TIMEOUT):
+                    await self._wait()
+        except TimeoutError:
+            logger.debug("%s does not confirm what was sent", self.remote)
 
     def reset(self, code: str = ResetCode.CANCELLED, message: str = "") -> None:
         """End the stream in both directions at once; the other side gets ``RemoteError(code, message)``."""

@@ -185,6 +185,7 @@ class Bundle:
         """A lane is gone: what it carried goes out on others."""
         self._prepared.pop(lane, None)
         self._last.pop(lane, None)
+        self._carrying.pop(lane, None)
         self._scheduler.remove_lane(lane)
         self.pump()
 
@@ -217,7 +218,7 @@ class Bundle:
         self._is_pumping = True
         try:
             now = self._loop.time()
-            self._carrying = dict.fromkeys(self._active())
+            self._carrying = dict.fromkeys(() if self._scheduler.is_idle else self._carriers())
             for lane in self._carrying:
                 self._fill(lane, now)
         finally:
@@ -226,14 +227,17 @@ class Bundle:
     # Inside.
 
     def _active(self) -> list[BulkLane]:
-        """The lanes that carry pieces now: none, or several."""
+        """The lanes over which a payload is striped that begins now: none, or several."""
         wanted = self.wanted
         lanes = [lane for lane in self._lanes() if lane.is_open][:wanted] if wanted > 1 else []
         return lanes if len(lanes) > 1 else []
 
     def _carriers(self) -> list[BulkLane]:
-        """What carries the payloads now."""
-        return self._active() or [home for home in self._homes() if home.is_open]
+        """What carries payloads now. Those that were begun are ended on any lane that is left, or on their home."""
+        lanes = self._active()
+        if not lanes and not self._scheduler.is_idle:
+            lanes = [lane for lane in self._lanes() if lane.is_open]
+        return lanes or [home for home in self._homes() if home.is_open]
 
     def _fill(self, lane: BulkLane, now: float) -> None:
         outlet, scheduler = lane.outlet, self._scheduler

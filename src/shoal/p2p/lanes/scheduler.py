@@ -130,7 +130,8 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is under way."""
-        self._forget_unwanted()
+        if self._unconfirmed:
+            self._forget_unwanted()
         return not self._unconfirmed
 
     @property

@@ -124,6 +124,7 @@ class StreamState:
         "remote_finished",
         "send_credit",
         "send_window",
+        "unconfirmed",
     )
 
     def __init__(
@@ -153,6 +154,8 @@ class StreamState:
         self._unread = unread
         self._held = 0
         self._striped_sent = 0
+        self.unconfirmed: set[int] = set()
+        """Striped payloads of which the peer has not said yet that it has them."""
         self._arriving: dict[int, Assembly] = {}
         """Striped payloads that are not complete, or whose STRIPED has not come."""
         self._markers = 0
@@ -189,6 +192,7 @@ class StreamState:
         self.charge(length)
         number = self._striped_sent
         self._striped_sent += 1
+        self.unconfirmed.add(number)
         self._send_frame(FrameKind.STRIPED, self.id, wire.encode_striped(number, tag, length))
         return number
 
@@ -385,6 +389,11 @@ class StreamState:
         self.remote_finished = True
         if self.local_finished:
             self.on_closed(self)
+        self.on_change()
+
+    def receive_confirmation(self, number: int) -> None:
+        """The peer has all of a striped payload."""
+        self.unconfirmed.discard(number)
         self.on_change()
 
     def receive_credit(self, count: int) -> None:

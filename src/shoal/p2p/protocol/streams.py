@@ -116,7 +116,10 @@ class Multiplexer:
             if state is not None:
                 state.fail(RemoteError(reset.code, reset.message or "the peer reset the stream"))
         elif kind is FrameKind.RECEIVED:
-            self._striped_received(stream_id, wire.decode_received(body))
+            number = wire.decode_received(body)
+            self._striped_received(stream_id, number)
+            if state is not None:
+                state.receive_confirmation(number)
         elif kind is FrameKind.STRIPED:
             number, tag, length = wire.decode_striped(body)
             if state is not None:
