@@ -153,7 +153,12 @@ async def create_dht_service(setup: DHTSetup, context: ServiceContext) -> DHTSer
     lease = None if path is None else KeyLease.open(path)
     context.set_log_fields(peer=str(identity.peer_id))
     validators: Iterable[RecordValidatorBase] = await asyncio.to_thread(pickling.loads, setup.validators)
-    host_config = HostConfig(client_mode=setup.config.client_mode, announce=setup.announce)
+    host_config = HostConfig(
+        client_mode=setup.config.client_mode,
+        announce=setup.announce,
+        max_lanes=setup.config.max_lanes,
+        congestion_control=setup.config.congestion_control,
+    )
     host = Host(identity, TcpNetwork(), host_config, clock=dht_clock)
     try:
         own = [one for one in setup.initial_peers if one.peer_id == str(identity.peer_id)]

@@ -30,7 +30,7 @@ from shoal.p2p.connection import Connection
 from shoal.p2p.dialing import Dialer
 from shoal.p2p.identity import Identity, PeerID
 from shoal.p2p.lane_opener import StripeOpener
-from shoal.p2p.lanes.bundle import Bundle
+from shoal.p2p.lanes.bundle import Bundle, tune
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Network
 from shoal.p2p.pool import PeerConnections
@@ -308,6 +308,8 @@ class Connections:
         self.addresses.add(peer, _meaningful(announced, connection))
         self._lane_failures.pop(peer, None)
         self.incarnations.note(peer, connection.incarnation)
+        if connection.lane is not Lane.CONTROL:
+            tune(connection.outlet.transport, self.config.congestion_control)
         self.entry(peer).add(connection)
         if connection.lane is Lane.STRIPE:
             self.bundle_of(connection).pump()

@@ -67,9 +67,10 @@ def congestion_control(transport: Any) -> str:
     return name.split(b"\0")[0].decode()
 
 
-def ask_for_bbr(transport: Any) -> None:
-    """Use BBR if the kernel lets this process."""
-    _set(transport, _TCP_CONGESTION, b"bbr")
+def choose_congestion_control(transport: Any, name: str) -> None:
+    """Use this algorithm if the kernel has it, and lets this process choose."""
+    if name and name != congestion_control(transport):
+        _set(transport, _TCP_CONGESTION, name.encode())
 
 
 def keep_little_unsent(transport: Any, nbytes: int) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from shoal.p2p import tcp_info
-from shoal.p2p.lanes.count import Choice, Path, choose, first_choice
+from shoal.p2p.lanes.count import SHORT_RTT, Choice, Path, choose, first_choice
 from shoal.p2p.lanes.scheduler import Outgoing, Scheduler
 from shoal.p2p.outlet import Outlet
 from shoal.p2p.protocol.frames import CHUNK_BYTES
@@ -69,7 +69,7 @@ class PathMemory:
 
 
 class LaneReport(NamedTuple):
-    """What a bundle did."""
+    """How payloads went to one peer. What is counted is of the time since streams were last opened after a pause."""
 
     lanes: int
     reason: str
@@ -95,6 +95,13 @@ class _Count:
     delivered: int = 0
     looks: int = 0
     full: int = 0
+
+
+def tune(transport: object, congestion_control: str) -> None:
+    """Choose how a connection that carries bulk data avoids congestion; one over a short path stays as it is."""
+    info = tcp_info.read(transport)
+    if info is not None and info.rtt >= SHORT_RTT:
+        tcp_info.choose_congestion_control(transport, congestion_control)
 
 
 class Bundle:
@@ -151,7 +158,7 @@ class Bundle:
         choice, lanes = self._memory.choice, self._carriers()
         rtt = self._memory.min_rtt
         return LaneReport(
-            lanes=len(lanes),
+            lanes=len(self._active()) or 1,
             reason="it was set" if self._fixed else ("" if choice is None else choice.reason),
             congestion_control=tcp_info.congestion_control(lanes[0].outlet.transport) if lanes else "",
             rtt=None if rtt == float("inf") else rtt,
@@ -172,7 +179,7 @@ class Bundle:
             self._memory.choice = first_choice(info and (info.min_rtt or info.rtt), self._limit())
         self._open_missing()
         if self._timer is None:
-            self._counted = None
+            self._counted, self._totals = None, _Count(0.0)
             self._last.clear()
             now = self._loop.time()
             for lane in self._lanes():
