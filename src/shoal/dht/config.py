@@ -71,6 +71,10 @@ class DHTConfig:
     max_lanes: Annotated[int, Count(1)] = MAX_LANES
     """How many connections may carry payloads at a time, to all peers together. How many do so follows what is measured
     on each path: one where it is short, more where packets are lost at random."""
+    max_upload_rate: Annotated[float | None, Number(above=0, unit="Mbit/s")] = None
+    """Of tensors that are sent to all peers together; None: no limit."""
+    max_download_rate: Annotated[float | None, Number(above=0, unit="Mbit/s")] = None
+    """The same of what is received."""
     congestion_control: Annotated[str, CongestionControl] = CONGESTION_CONTROL
     """Of connections that carry payloads over long paths, where the system lets this process choose; empty: as the
     system has it."""

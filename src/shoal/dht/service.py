@@ -140,6 +140,10 @@ class DHTService:
             await self._context.call_user(reading)
 
 
+def _bytes_a_second(megabits: float | None) -> float | None:
+    return None if megabits is None else megabits * 1e6 / 8
+
+
 async def create_dht_service(setup: DHTSetup, context: ServiceContext) -> DHTService:
     """The factory that the user's process sends by reference.
 
@@ -157,6 +161,8 @@ async def create_dht_service(setup: DHTSetup, context: ServiceContext) -> DHTSer
         client_mode=setup.config.client_mode,
         announce=setup.announce,
         max_lanes=setup.config.max_lanes,
+        max_upload_rate=_bytes_a_second(setup.config.max_upload_rate),
+        max_download_rate=_bytes_a_second(setup.config.max_download_rate),
         congestion_control=setup.config.congestion_control,
     )
     host = Host(identity, TcpNetwork(), host_config, clock=dht_clock)

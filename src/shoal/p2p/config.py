@@ -55,6 +55,7 @@ CongestionControl = Text("the name of an algorithm of the system, or empty", _ch
 
 Seconds = Annotated[float, Number(minimum=0, unit="s")]
 Limit = Annotated[int, Count(1)]
+Rate = Annotated[float | None, Number(above=0, unit="bytes/s")]
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,10 @@ class HostConfig:
     max_connections_per_ip: Limit = 384
     """Of these, incoming ones from one IP address (IPv6: one /64): many peers may share that of a router, but the
     rest stays for others. This machine's own addresses have no such limit."""
+    max_upload_rate: Rate = None
+    """Bytes of bulk data a second that are sent to all peers together; None: no limit."""
+    max_download_rate: Rate = None
+    """The same of what is received."""
     congestion_control: Annotated[str, CongestionControl] = CONGESTION_CONTROL
     """Of connections that carry bulk data over long paths, where the system lets this process choose; empty: as the
     system has it."""

@@ -24,6 +24,7 @@ from shoal.p2p.outlet import Outlet
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.claims import UNKNOWN
 from shoal.p2p.protocol.frames import FrameKind, Piece, discard_piece
+from shoal.p2p.protocol.rate_limit import RateLimit
 from shoal.p2p.protocol.session import (
     FrameReceived,
     HandshakeCompleted,
@@ -52,6 +53,8 @@ class ConnectionOwner(Protocol):
 
     identity: Identity
     config: HostConfig
+    upload_limit: RateLimit
+    download_limit: RateLimit
 
     def make_hello(self, connection: Connection) -> wire.Hello:
         """What this host says of itself."""
@@ -136,7 +139,7 @@ class Connection(asyncio.BufferedProtocol):
         self._session = Session(role, owner.identity, secrets.token_bytes(32), expected_peer=expected_peer)
         self._session.payload_sink = self._place_payload
         self._session.piece_sink = self._place_piece
-        self.outlet = Outlet(self._session, self._peer_does_not_read)
+        self.outlet = Outlet(self._session, owner.upload_limit, self._peer_does_not_read)
         """What goes out."""
         self.vigil = Vigil(self, self.outlet, owner.config)
         """Its time, and the peer's signs of life."""
@@ -151,6 +154,8 @@ class Connection(asyncio.BufferedProtocol):
         self.calls = Calls(self, self.streams, owner.find_served, owner.config.max_stream_timeout)
         """Opens streams on this connection, and serves those of the peer."""
         self._transport: asyncio.Transport | None = None
+        self._reads_later = False
+        """Whether reading is paused, to keep the host's rate."""
 
     # Who, and in which state.
 
@@ -225,7 +230,9 @@ class Connection(asyncio.BufferedProtocol):
         self.outlet.flush()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._session.get_buffer(sizehint)
+        buffer = self._session.get_buffer(sizehint)
+        quantum = self._owner.download_limit.quantum
+        return buffer if quantum is None or self.lane is Lane.CONTROL else buffer[:quantum]
 
     def buffer_updated(self, nbytes: int) -> None:
         if self.ending is not None:
@@ -237,6 +244,27 @@ class Connection(asyncio.BufferedProtocol):
                     self._receive_event(event)
             except ProtocolViolation as error:
                 self.violate(error)
+        if self._owner.download_limit.is_limited and self.lane is not Lane.CONTROL:
+            self._pause_for_rate(nbytes)
+
+    def _pause_for_rate(self, nbytes: int) -> None:
+        """Read no more for as long as what was read takes at the rate that the host may receive."""
+        now = self._loop.time()
+        self._owner.download_limit.spend(nbytes, now)
+        wait = self._owner.download_limit.wait(now)
+        if wait > 0 and not self._reads_later and self._transport is not None:
+            self._reads_later = True
+            self._transport.pause_reading()
+            self._loop.call_later(wait, self._read_again)
+
+    def _read_again(self) -> None:
+        wait = self._owner.download_limit.wait(self._loop.time())  # other connections have read meanwhile
+        if wait > 0 and self.ending is None:
+            self._loop.call_later(wait, self._read_again)
+            return
+        self._reads_later = False
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def eof_received(self) -> bool:
         if self.ending is None:

@@ -13,6 +13,7 @@ from shoal.p2p.dialing import Dialer
 from shoal.p2p.identity import PeerID
 from shoal.p2p.lanes.bundle import Bundle, PathMemory
 from shoal.p2p.pool import PeerConnections
+from shoal.p2p.protocol.rate_limit import RateLimit
 from shoal.p2p.reach.routes import Route
 from shoal.p2p.rpc import Lane
 
@@ -29,6 +30,7 @@ class LaneOwner(Protocol):
     """What an opener needs of the connections of its host."""
 
     config: HostConfig
+    upload_limit: RateLimit
 
     def entry(self, peer: PeerID) -> PeerConnections:
         """The connections to a peer, made if there are none."""
@@ -63,6 +65,7 @@ class StripeOpener:
                 lanes=lambda: connections.stripes(incarnation),
                 open_more=lambda count: self._open(peer, count),
                 limit=self._limit,
+                rate=self._owner.upload_limit,
                 fixed=self._owner.config.lanes_per_peer or None,
             )
             connections.bundles[incarnation] = bundle

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from shoal.p2p import tcp_info
 from shoal.p2p.config import KIB, MIB
 from shoal.p2p.protocol.frames import FrameKind, Piece
+from shoal.p2p.protocol.rate_limit import RateLimit
 from shoal.p2p.protocol.session import Session
 from shoal.p2p.protocol.stream_state import StreamState
 from shoal.p2p.sockets import unsent_bytes
@@ -32,12 +33,17 @@ ANSWERS = frozenset({FrameKind.PONG, FrameKind.RESET})
 
 
 class Outlet:
-    """See the module. ``peer_does_not_read`` is called when too many answers are queued; it ends the connection."""
+    """See the module.
 
-    def __init__(self, session: Session, peer_does_not_read: Callable[[], None]) -> None:
+    :param limit: of all payloads that the host sends
+    :param peer_does_not_read: called when too many answers are queued; it ends the connection
+    """
+
+    def __init__(self, session: Session, limit: RateLimit, peer_does_not_read: Callable[[], None]) -> None:
         self.written = 0
         """Bytes handed to the transport so far."""
         self._session = session
+        self._limit = limit
         self._peer_does_not_read = peer_does_not_read
         self._transport: asyncio.Transport | None = None
         self._is_ended = False
@@ -170,11 +176,15 @@ class Outlet:
         Once it has begun, its frame is completed whatever happens, or else the connection would be of no use: when
         the stream fails or the caller is cancelled, the rest is queued at once.
         """
-        pieces = self._session.send_payload_pieces(state.id, tag, data, PAYLOAD_CHUNK)
+        pieces = self._session.send_payload_pieces(state.id, tag, data, self._limit.quantum or PAYLOAD_CHUNK)
         self._payload_under_way = True
         try:
             for _ in pieces:
+                before = self.written  # an answer may flush what is queued while this waits
+                if self._limit.is_limited and state.failure is None:
+                    await self._wait_for_rate()
                 self.flush()
+                self._limit.spend(self.written - before, asyncio.get_running_loop().time())
                 if self._is_paused and state.failure is None:
                     await self._drained(state)
                 if self._is_ended:
@@ -186,6 +196,13 @@ class Outlet:
             self._payload_under_way = False
             self._send_held_frames()
             self._wake_writers()
+
+    async def _wait_for_rate(self) -> None:
+        loop = asyncio.get_running_loop()
+        wait = self._limit.wait(loop.time())
+        while wait > 0 and not self._is_ended:
+            await asyncio.sleep(wait)
+            wait = self._limit.wait(loop.time())
 
     def send_piece(self, piece: Piece, data: memoryview) -> None:
         """Send a piece of a striped payload; only while :attr:`is_writable`."""

@@ -18,6 +18,7 @@ from shoal.p2p.lanes.count import SHORT_RTT, Choice, Path, choose, first_choice
 from shoal.p2p.lanes.scheduler import Outgoing, Scheduler
 from shoal.p2p.outlet import Outlet
 from shoal.p2p.protocol.frames import CHUNK_BYTES
+from shoal.p2p.protocol.rate_limit import RateLimit
 from shoal.p2p.protocol.stream_state import StreamState
 
 TICK = 0.05
@@ -111,6 +112,7 @@ class Bundle:
     :param lanes: the lanes for pieces that are open, in the order in which they are used
     :param open_more: begins to open so many lanes
     :param limit: the most that there may be now
+    :param rate: of all payloads that the host sends
     :param fixed: how many there are, if that is not to be chosen
     """
 
@@ -122,6 +124,7 @@ class Bundle:
         lanes: Callable[[], Sequence[BulkLane]],
         open_more: Callable[[int], None],
         limit: Callable[[], int],
+        rate: RateLimit,
         fixed: int | None,
     ) -> None:
         self._memory = memory
@@ -129,6 +132,8 @@ class Bundle:
         self._lanes = lanes
         self._open_more = open_more
         self._limit = limit
+        self._rate_limit = rate
+        self._waits_for_rate = False
         self._fixed = fixed
         self._loop = asyncio.get_running_loop()
         self._scheduler = Scheduler()
@@ -248,14 +253,12 @@ class Bundle:
 
     def _fill(self, lane: BulkLane, now: float) -> None:
         outlet, scheduler = lane.outlet, self._scheduler
-        if not outlet.is_writable:
-            return
         if lane not in self._prepared:
             self._prepared[lane] = None
             outlet.stripe(lambda: self._refill(lane))
         if lane not in scheduler.lanes:
             self._note_progress(lane, now)
-        while outlet.is_writable:
+        while outlet.is_writable and not self._must_wait(now):
             found = scheduler.next_piece(lane, now)
             if found is None:
                 return
@@ -263,9 +266,23 @@ class Bundle:
             piece = payload.piece(offset)
             outlet.send_piece(piece, payload.data[offset : offset + piece.size])
             lane.last_used = now
+            self._rate_limit.spend(piece.size, now)
             scheduler.note_sent(lane, payload, offset, outlet.written, now)
             if payload.is_taken:
                 payload.on_taken()
+
+    def _must_wait(self, now: float) -> bool:
+        """Whether the host has sent as much as it may for now; then lanes are filled again later."""
+        wait = self._rate_limit.wait(now)
+        if wait > 0 and not self._waits_for_rate:
+            self._waits_for_rate = True
+            self._loop.call_later(wait, self._go_on)
+        return wait > 0
+
+    def _go_on(self) -> None:
+        self._waits_for_rate = False
+        if not self._scheduler.is_idle:
+            self.pump()
 
     def _refill(self, lane: BulkLane) -> None:
         """The lane has room again."""

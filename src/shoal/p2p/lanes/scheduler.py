@@ -20,6 +20,8 @@ PATIENCE = 3.0
 """A piece is sent again if it is expected to take so many times as long where it is as on the lane that has room."""
 RATE_SECONDS = 1.0
 """The rate of a lane is a mean over about this time."""
+LEAST_GAIN = 0.3
+"""Seconds by which it has to be sooner at least."""
 LEAST_AGE = 0.05
 """Seconds for which a piece is left alone after it was sent."""
 
@@ -229,7 +231,9 @@ class Scheduler:
             if sent.payload.is_done:
                 self._late.popleft()
                 continue
-            if seconds <= PATIENCE * own.seconds_for(CHUNK_BYTES) or (own.flying and own.flying[0] is sent):
+            if seconds <= max(PATIENCE * own.seconds_for(CHUNK_BYTES), LEAST_GAIN) or (
+                own.flying and own.flying[0] is sent
+            ):
                 return None
             self._late.popleft()
             return sent.payload, sent.offset
