@@ -23,7 +23,7 @@ WRITE_HIGH = 1 * MIB
 WRITE_LOW = 256 * KIB
 PAYLOAD_CHUNK = 1 * MIB
 """A longer payload is encrypted in pieces of this size, each when the transport has room."""
-UNSENT_WHEN_STRIPED = 128 * KIB
+UNSENT_WHEN_STRIPED = 64 * KIB
 """With several lanes the kernel of each holds no more than this beyond what is on its way: a slow one would sit on
 it."""
 MAX_UNREAD_ANSWERS = 4096

@@ -29,6 +29,8 @@ CHOICE_ROUND_TRIPS = 4
 """and after so many round trips."""
 SETTLED_SECONDS = 2.0
 """So long after there came to be more lanes it is looked whether they carry more."""
+PEAK_DECAY = 0.98
+"""What is left of a highest rate when the number of lanes is next chosen."""
 MOSTLY = 0.6
 """A path is full if in this part of the looks data waited."""
 
@@ -60,12 +62,12 @@ class PathMemory:
     """What was learnt of the path to a peer, for the next round too."""
 
     choice: Choice | None = None
-    before: tuple[int, float] | None = None
-    """How many lanes there were before there came to be more, and the rate then."""
+    fewer: int | None = None
+    """How many lanes there were before there came to be more."""
+    peaks: dict[int, float] = field(default_factory=dict)
+    """The highest rate that was measured with so many lanes: slow starts and the end of a round say little."""
     seconds: float = 0.0
-    """For how long data was under way since."""
-    nbytes: int = 0
-    """What was delivered since."""
+    """For how long data was under way since the number of lanes last changed."""
     min_rtt: float = field(default=float("inf"))
 
 
@@ -342,27 +344,29 @@ class Bundle:
         self._totals.retransmitted += counted.retransmitted
         self._counted = _Count(now)
         self._memory.seconds += seconds
-        self._memory.nbytes += counted.delivered
         self._choose(lanes, statistics.median(rtts), counted)
 
     def _choose(self, lanes: list[BulkLane], rtt: float, counted: _Count) -> None:
         memory = self._memory
+        count = len(lanes) if self._active() else 1
+        if count < self.wanted:
+            return  # some are still being opened
+        peak = memory.peaks[count] = max(self._rate, memory.peaks.get(count, 0.0) * PEAK_DECAY)
         path = Path(
             min_rtt=memory.min_rtt,
             rtt=rtt,
             sent=counted.sent,
             retransmitted=counted.retransmitted,
-            rate=memory.nbytes / memory.seconds,
+            rate=peak,
             is_full=counted.full >= MOSTLY * counted.looks,
             congestion_control=tcp_info.congestion_control(lanes[0].outlet.transport),
         )
-        count = len(lanes) if self._active() else 1
-        if count < self.wanted:
-            return  # some are still being opened
-        is_settled = memory.seconds >= SETTLED_SECONDS
-        choice = choose(count, path, self._limit(), memory.before if is_settled else None)
+        before = None
+        if memory.fewer is not None and memory.seconds >= SETTLED_SECONDS:
+            before = memory.fewer, memory.peaks.get(memory.fewer, 0.0)
+        choice = choose(count, path, self._limit(), before)
         if choice.count > count:
-            memory.before = (count, path.rate)
+            memory.fewer = count
         if choice.count != count:
-            memory.seconds, memory.nbytes = 0.0, 0
+            memory.seconds = 0.0
         memory.choice = choice
