@@ -199,12 +199,13 @@ def test_pings_are_answered_and_lanes_must_be_known():
     with_stranger(check_lane)
 
 
-def test_a_lane_for_probes_carries_no_streams():
+@pytest.mark.parametrize("lane", [Lane.PROBE, Lane.STRIPE])
+def test_lanes_for_probes_and_pieces_carry_no_streams(lane: Lane):
     def check(stranger):
-        stranger.send(FrameKind.HELLO, 0, wire.encode(wire.Hello(int(Lane.PROBE), "x", True, [], 0.0)))
+        stranger.send(FrameKind.HELLO, 0, wire.encode(wire.Hello(int(lane), "x", True, [], 0.0)))
         assert stranger.connection.is_open
         stranger.send(FrameKind.OPEN, 1, wire.encode_open("m", None, True, b"\x01"))
-        assert "OPEN on a lane for probes" in stranger.connection.close_reason
+        assert "OPEN on a lane that carries no streams" in stranger.connection.close_reason
 
     with_stranger(check)
 
