@@ -17,6 +17,7 @@ from shoal.p2p.config import HostConfig
 from shoal.p2p.connection import Connection
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.frames import FrameKind
+from shoal.p2p.protocol.rate_limit import RateLimit
 from shoal.p2p.protocol.session import FrameReceived, Role, Session
 from shoal.p2p.rpc import Lane, Method
 from shoal.testing import clock
@@ -31,7 +32,18 @@ class Owner:
     def __init__(self, config=HostConfig()):
         self.identity = make_identity("owner")
         self.config = config
+        self.upload_limit = self.download_limit = RateLimit(None)
         self.closed = []
+        self.confirmed = []
+
+    def bundle_of(self, connection):
+        return self
+
+    def receive_confirmation(self, home, stream_id, number):
+        self.confirmed.append((home, stream_id, number))
+
+    def home_of(self, connection, piece):
+        return connection.streams if piece.home == connection.channel_id else None
 
     def make_hello(self, connection):
         return wire.Hello(lane=int(connection.lane), agent="o", is_client=False, addresses=[], clock=0.0)
