@@ -25,7 +25,7 @@ from shoal.averaging.matchmaking.census import Census
 from shoal.averaging.matchmaking.events import Cancelled, Place
 from shoal.averaging.matchmaking.followers import WhenMemberGone
 from shoal.averaging.matchmaking.group_bits import LONELY_BELOW, SPLIT_ABOVE, GroupBits
-from shoal.averaging.matchmaking.memory import FailureMemory, Fault
+from shoal.averaging.matchmaking.memory import HELD_ITS_FOLLOWER, FailureMemory, Fault
 from shoal.averaging.matchmaking.messages import JOIN, JoinRequest, Rejected, RejectReason
 from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.schemas import OtherSchemas
@@ -47,8 +47,8 @@ WITHDRAWAL_TIMEOUT = 1.0
 EXPLORE_AFTER = 1.0
 """Seconds after which a new peer that has no group yet looks whether the swarm is under other keys."""
 REGROUP = 2.0
-"""Seconds for which a search that has left a stalling leader waits for the others that it held, at most. They leave at
-about the same time, and each would begin at once with the first one that comes: the start time of all is over."""
+"""Seconds for which a search that has left a leader for holding it waits for the others that it held, at most. They
+leave at about the same time, and each would begin with the first one that comes: the start time of all is over."""
 COUNT_EVERY = 10.0
 """Seconds between looks at the keys with a bit more and a bit less."""
 
@@ -184,7 +184,7 @@ class Matchmaker:
             self.keep_apart([leader], fault)
             logger.info("%s: leaves the leader %s, which %s", self._peer.prefix, leader, fault.words)
             start_time = search.place.start_time
-            if fault is Fault.STALLED:
+            if fault in HELD_ITS_FOLLOWER:
                 start_time = max(
                     start_time, search.soon(min(REGROUP, self._peer.config.min_matchmaking_time))
                 )
