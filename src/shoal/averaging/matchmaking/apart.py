@@ -11,7 +11,6 @@ only a span's owner talks with its senders, so neither of the two owns anything 
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -189,9 +188,16 @@ def _pairs_to_spare(members: Sequence[Candidate]) -> list[Pair]:
     """Pairs that are apart, and would exchange parts. Those of the leader do not count: a member has just joined it, so
     that there is a route, whatever was seen before.
     """
-    return [
-        frozenset((one, other))
-        for one, other in itertools.combinations(range(1, len(members)), 2)
-        if are_apart(members[one], members[other])
-        and (members[one].contributes or members[other].contributes)
-    ]
+    places = {member.peer_id.to_bytes(): index for index, member in enumerate(members)}
+    pairs = {
+        frozenset((index, places[name]))
+        for index, member in enumerate(members)
+        for name in member.lost
+        if index and places.get(name, 0) not in (0, index)
+    }
+    return [pair for pair in pairs if _exchange_parts(*(members[index] for index in pair))]
+
+
+def _exchange_parts(one: Candidate, other: Candidate) -> bool:
+    """Whether one of the two may own what the other one contributes."""
+    return (one.can_lead or other.can_lead) and (one.contributes or other.contributes)
