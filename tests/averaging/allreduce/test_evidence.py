@@ -14,6 +14,7 @@ from shoal.averaging.allreduce.events import (
     AverageReceived,
     Event,
     ExclusionReceived,
+    JoinTimedOut,
     Lead,
     MemberAnswered,
     MemberLeft,
@@ -128,6 +129,27 @@ def test_a_ready_leader_that_cannot_have_the_round_failed_is_in_doubt():
     effects = member.handle(*(MemberAnswered(other, 1, promised()) for other in (2, 3)))
     assert "fewer than min_group_size=5" in (proposal(effects).reason or "")
     assert wait(member).core.phase is Phase.IN_DOUBT
+
+
+def test_a_founder_that_nobody_has_heard_of_fails_at_once():
+    """It was stopped as its group formed: its followers left before they heard that it begins."""
+    member = Member(0, 4, ready=False, min_size=2)
+    member.handle(*(JoinTimedOut(other, "it left") for other in (1, 2, 3)))
+    for other in (1, 2):
+        member.handle(MemberAnswered(other, 0, NotKnown()))
+        assert member.core.phase is Phase.EXCHANGING
+    member.handle(MemberAnswered(3, 0, NotKnown()))
+    assert (member.core.phase, member.now) == (Phase.FAILED, 0.0)
+
+
+def test_a_founder_that_one_member_follows_waits_for_the_others():
+    """The one would have nobody else to follow."""
+    member = Member(0, 5, ready=False, min_size=3)
+    member.handle(*(JoinTimedOut(other, "it left") for other in (1, 2, 3)))
+    member.handle(
+        *(MemberAnswered(other, 0, NotKnown()) for other in (1, 2, 3)), MemberAnswered(4, 0, Accepted())
+    )
+    assert member.core.phase is Phase.EXCHANGING
 
 
 # left: what it proves

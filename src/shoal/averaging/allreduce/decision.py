@@ -220,12 +220,17 @@ class Decision:
             hands_on = heir is not None and self.election.voter.hand_on()
             return [StopLeading(heir if hands_on else None), self.give_up(event.reason)]
         steps = self.coordinate(event, now)
-        evidence = self.election.evidence
-        others_live = any(one not in self.election.lost | evidence.dead for one in evidence.others)
         is_undecided = self.coordinator.outcome is None and not self.coordinator.is_bound
-        if is_undecided and not others_live and not self.election.evidence.may_be_counted():
+        if is_undecided and self._concerns_nobody:
             steps.append(GivenUp(event.reason))
         return steps
+
+    @property
+    def _concerns_nobody(self) -> bool:
+        """Whether no other member is in reach, and none counts this one: it may fail without a vote."""
+        evidence = self.election.evidence
+        out_of_reach = self.election.lost | evidence.dead
+        return all(one in out_of_reach for one in evidence.others) and not evidence.may_be_counted()
 
     def see_leave(self, member: int, now: float) -> list[Step]:
         """A member's process ends."""
@@ -418,7 +423,7 @@ class Decision:
             steps += self._on_refused(member, now)
         if coordinator.outcome is not None or self.coordinator is None:
             return steps
-        if member in evidence.dead:
+        if member in evidence.dead | self.election.lost:
             steps += self._despair(now)
         if member in evidence.left:
             return steps
@@ -441,7 +446,11 @@ class Decision:
         evidence = self.election.evidence
         if self.coordinator is not None:
             proposed = self.coordinator.proposed
-            if proposed is None or evidence.may_decide_without(evidence.dead):
+            if proposed is None:
+                return []
+            if proposed.reason is not None and self._concerns_nobody:
+                return [GivenUp(proposed.reason)]
+            if evidence.may_decide_without(evidence.dead):
                 return []
             is_alone = len(evidence.dead) == len(self.roles.others)
             reason = proposed.reason or "too few members live to decide"
