@@ -21,6 +21,7 @@ from shoal.averaging.allreduce.core import AllReduce
 from shoal.averaging.allreduce.decision import Decision
 from shoal.averaging.allreduce.events import Lead
 from shoal.averaging.allreduce.evidence import Evidence
+from shoal.averaging.allreduce.roll import Roll
 from shoal.averaging.allreduce.voter import Voter
 from shoal.errors import ProtocolViolation
 from shoal.testing.allreduce_cores import Violation
@@ -54,10 +55,10 @@ def no_epoch_of_ready(patch: Patch) -> None:
     """A report of readiness counts for averages that were dropped since."""
     on_ready = Coordinator._on_ready
 
-    def on_any(self, member, weight, epoch, now):
-        if member in self._ready:
+    def on_any(self, member, weight, epoch):
+        if member in self._roll.ready:
             return []
-        return on_ready(self, member, weight, self.assignment.epoch, now)
+        return on_ready(self, member, weight, self.assignment.epoch)
 
     patch.setattr(Coordinator, "_on_ready", on_any)
 
@@ -77,8 +78,8 @@ def no_exclusion(patch: Patch) -> None:
 
 def no_ready_first(patch: Patch) -> None:
     """The leader proposes to commit without those that are not ready, and does not exclude them."""
-    committers = Coordinator._committers
-    patch.setattr(Coordinator, "_committers", lambda self: list(self._ready) or committers(self))
+    committers = Roll.committers.fget
+    patch.setattr(Roll, "committers", property(lambda self: list(self.ready) or committers(self)))
 
 
 def no_doubt(patch: Patch) -> None:

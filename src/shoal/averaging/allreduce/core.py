@@ -47,7 +47,7 @@ import math
 from collections.abc import Iterable
 
 from shoal.averaging.allreduce.assignment import Repair
-from shoal.averaging.allreduce.coordination import PROGRESS_INTERVAL
+from shoal.averaging.allreduce.awaited import PROGRESS_INTERVAL
 from shoal.averaging.allreduce.decision import Decision
 from shoal.averaging.allreduce.effects import (
     AnnounceExclusion,
