@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from shoal.averaging.allreduce.assignment import Assignment, Epoch, SpanId
-from shoal.averaging.allreduce.events import Roles
-from shoal.averaging.allreduce.messages import SpanAveraged
+from shoal.averaging.allreduce.coordination import Coordinator
+from shoal.averaging.allreduce.effects import AnnounceExclusion, AnnounceRepair
+from shoal.averaging.allreduce.events import MemberReported, Roles
+from shoal.averaging.allreduce.messages import Loss, OwnerFailed, SpanAveraged
 from shoal.averaging.allreduce.pairs import GRACE, Culprit
 from shoal.averaging.allreduce.repair import MAX_REPAIRS, Irreparable, Spans
 from shoal.averaging.allreduce.roll import Roll
+from shoal.sansio.core import TimePassed
 
 
 def group(size: int = 4, **options: object) -> tuple[Roll, Spans]:
@@ -91,3 +94,21 @@ def test_repairs_are_bounded():
     verdict = spans.plan({spans.assignment.spans[0].id}, roll)
     assert isinstance(verdict, Irreparable)
     assert "too many repairs" in verdict.reason
+
+
+def test_a_slow_owner_loses_its_span_also_where_another_member_has_to_go_first():
+    """The pairs leave no owner, so that one member goes. The span of the slow owner must not be forgotten by that."""
+    leader = Coordinator(Roles(0, (1,) * 5, (True,) * 5), Assignment.first((1,) * 5))
+    for member, owner, loss in (
+        (0, 4, Loss.TIMED_OUT),
+        (1, 4, Loss.TIMED_OUT),
+        (0, 1, Loss.BROKEN),
+        (2, 3, Loss.BROKEN),
+    ):
+        leader.handle(MemberReported(member, OwnerFailed(SpanId(owner), "reset", loss)), 0.0)
+    excluded, repair = leader.handle(TimePassed(0.0), GRACE)
+    assert isinstance(excluded, AnnounceExclusion)
+    assert excluded.excluded.member == 3
+    assert isinstance(repair, AnnounceRepair)
+    assert repair.order.void == (SpanId(0), SpanId(1), SpanId(4))
+    assert repair.order.owners == (2,)

@@ -295,9 +295,10 @@ class Coordinator:
         shortage = self._roll.shortage
         if shortage is not None:
             return self.fail(shortage)
-        broken = self._spans.broken(self._roll) | set(void)
+        void = set(void)
+        broken = self._spans.broken(self._roll) | void
         if broken:
-            return self._repair(broken)
+            return self._repair(broken, void)
         if self._roll.unready or self._spans.unreported:
             return []
         ready = {member: self._roll.ready[member] for member in self._roll.committers}
@@ -305,13 +306,14 @@ class Coordinator:
             sum_up(self.assignment, self._spans.reports, ready, self._roll.exclusions, self.roles.size)
         )
 
-    def _repair(self, broken: set[SpanId]) -> list[Effect]:
+    def _repair(self, broken: set[SpanId], void: set[SpanId]) -> list[Effect]:
         match self._spans.plan(broken, self._roll):
             case Repair() as order:
                 self._spans.carry_out(order)
                 return [*self._roll.begin_anew(), AnnounceRepair(order)]
             case Culprit(member, reason):
-                return [*self._roll.exclude(member, "exchange", 0.0, reason), *self._settle()]
+                # Without that member, other spans may be sound again, but for those that are void anyway.
+                return [*self._roll.exclude(member, "exchange", 0.0, reason), *self._settle(void)]
             case Irreparable(reason):
                 return self.fail(reason)
 
