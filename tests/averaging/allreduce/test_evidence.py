@@ -7,7 +7,6 @@ from tests.averaging.allreduce.test_election import COMMITTED, FAILED, Member, p
 
 from shoal.averaging.allreduce.assignment import Epoch, Repair, SpanId
 from shoal.averaging.allreduce.core import AllReduce
-from shoal.averaging.allreduce.decision import GIVE_UP_AFTER
 from shoal.averaging.allreduce.effects import AskForOutcome, AskForPromise, Finish, StopLeading
 from shoal.averaging.allreduce.events import (
     AcceptanceAsked,
@@ -39,6 +38,7 @@ from shoal.averaging.allreduce.messages import (
     SpanAveraged,
     Undecided,
 )
+from shoal.averaging.allreduce.patience import GIVE_UP_AFTER
 from shoal.sansio.core import TimePassed
 
 NO_NEWS = Undecided("READY", has_leader=False)
