@@ -205,9 +205,6 @@ class Decision:
         """This leader cannot or will not go on. In a group of three or more the others find another one."""
         assert self.coordinator is not None
         if self.coordinator.proposed is None and self.roles.size > 2:
-            if self._member.phase is Phase.READY and self.election.evidence.may_be_counted():
-                # It was ready before it led, and is bound by its word.
-                return self._depose(f"gave up to lead: {event.reason}", now)
             heir = self.coordinator.heir if event.leaves else None
             hands_on = heir is not None and self.election.voter.hand_on()
             return [StopLeading(heir if hands_on else None), self.give_up(event.reason)]
@@ -282,10 +279,11 @@ class Decision:
         return [*effects, *self._try_to_lead(now)]
 
     def _try_to_lead(self, now: float) -> list[Step]:
-        """Lead from now on, if a quorum has promised to follow."""
+        """Lead from now on, if a quorum has promised to follow, and knows what this one found out by that."""
         election = self.election
+        told = election.tell_floor(now)
         if not election.is_elected(now):
-            return []
+            return [*told]
         own = self.describe()
         adopted = election.win(own)
         longest = max(election.promises.values(), key=lambda one: [order.epoch for order in one.orders][-1:])
@@ -321,8 +319,8 @@ class Decision:
     def on_vote(self, event: VoteEvent, now: float) -> list[Step]:
         """A question of another member, or an answer to one of this member's."""
         match event:
-            case PromiseAsked(member, term):
-                return self._on_promise_asked(member, term)
+            case PromiseAsked(member, term, floor):
+                return self._on_promise_asked(member, term, floor)
             case AcceptanceAsked(member, term, outcome):
                 return self._on_acceptance_asked(member, term, outcome, now)
             case MemberAnswered():
@@ -358,7 +356,7 @@ class Decision:
         self._refused_by.clear()
         return [*led, *self._lose_leader(story, now, others_first=True)]
 
-    def _on_promise_asked(self, member: int, term: int) -> list[Step]:
+    def _on_promise_asked(self, member: int, term: int, floor: int) -> list[Step]:
         election = self.election
         if self._member.outcome is not None:
             return [Reply(Knows(self._member.outcome))]
@@ -366,7 +364,7 @@ class Decision:
         if election.voter.is_closed or (election.has_leader and not self._is_over and not is_again):
             return [Reply(self.answer())]
         was_candidate = election.lead is Lead.CANDIDATE
-        if not election.promise(member, term):
+        if not election.promise(member, term, floor):
             return [Reply(Refused(election.voter.promised))]
         reply = Reply(self.describe())
         if self._is_over or is_again:

@@ -373,8 +373,8 @@ class Round:
         match effect:
             case AskForOutcome(_, delay, burials):
                 return ask.ask_for_outcome(member, delay, burials)
-            case AskForPromise(_, term, delay, burials):
-                return ask.ask_for_promise(member, term, delay, burials)
+            case AskForPromise(_, term, delay, burials, floor):
+                return ask.ask_for_promise(member, term, delay, burials, floor)
             case AskForAcceptance(_, term, outcome, delay):
                 return ask.ask_for_acceptance(member, term, outcome, delay)
 
