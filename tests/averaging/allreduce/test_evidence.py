@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tests.averaging.allreduce.aimed import Aimed, founder_proposes
 from tests.averaging.allreduce.test_election import (
     COMMITTED,
     FAILED,
@@ -135,6 +136,24 @@ def test_a_leader_that_cannot_have_the_round_failed_gives_up():
     member.handle(MemberAnswered(2, 1, promised()))
     assert "fewer than min_group_size=5" in (proposal(follow(member, 3)).reason or "")
     assert wait(member).core.phase is Phase.FAILED
+
+
+@pytest.mark.parametrize("other", [1, 2, 3])
+def test_half_of_a_group_without_its_founder_doubts_as_soon_as_one_that_is_alone(other: int):
+    """One of the two that are left stands in vain. The promise of the other one is no reason to hope for news."""
+    group = Aimed(5, sizes=(4,))
+    began: list[float] = []
+
+    def die(me: int) -> None:
+        began.append(group.now)
+        group.kill(0)
+        group.kill(other)
+
+    group.when(founder_proposes, die)
+    group.run()
+    assert group.check() == "in doubt"
+    assert [one.core.phase for one in group.living()] == [Phase.IN_DOUBT] * 2
+    assert group.now < began[0] + GIVE_UP_AFTER + 1.0
 
 
 # left: what it proves

@@ -218,8 +218,10 @@ class Decision:
 
     def see_leave(self, member: int, now: float) -> list[Step]:
         """A member's process ends."""
+        burials = self.election.evidence.burials
         self.election.evidence.leave(member)
-        return [*self.election.consider(now), *self._try_to_lead(now), *self._despair(now)]
+        asked = self.election.ask_followers(self.election.promises, burials)
+        return [*asked, *self.election.consider(now), *self._try_to_lead(now), *self._despair(now)]
 
     def give_up(self, reason: str) -> Verdict:
         """What becomes of this member if it waits no longer."""

@@ -19,10 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import msgspec
+
 from shoal.averaging.allreduce.effects import AskForOutcome, AskForPromise, Effect, StopLeading
 from shoal.averaging.allreduce.events import LEAD_TRANSITIONS, Lead, MemberAnswered, Roles
 from shoal.averaging.allreduce.evidence import Evidence
-from shoal.averaging.allreduce.messages import NotKnown, Outcome, Promised, Refused
+from shoal.averaging.allreduce.messages import NotKnown, Outcome, Promised, Refused, Undecided
 from shoal.averaging.allreduce.voter import Voter, is_quorum, leader_of, next_term, to_adopt
 from shoal.sansio.core import NEVER
 from shoal.sansio.machine import Machine
@@ -233,7 +235,7 @@ class Election:
 
     def on_answer(self, event: MemberAnswered, now: float) -> list[Effect]:
         """A member answered, or could not be asked. What it knows of the outcome is the caller's affair."""
-        member, answer = event.member, event.answer
+        member, answer, burials = event.member, event.answer, self.evidence.burials
         self.weigh(event, now)
         match answer:
             case Refused(promised):
@@ -243,8 +245,19 @@ class Election:
             case Promised() if event.term == self.term and self.lead is Lead.CANDIDATE:
                 self.promises[member] = answer
                 # It may have been asked before the floor was known. Only a quorum has to know it.
-                return [self._ask_for_promise([member], ASK_AGAIN)] if answer.floor < self._floor else []
-        return [*self._ask_again(event), *self.consider(now)]
+                tell = [self._ask_for_promise([member], ASK_AGAIN)] if answer.floor < self._floor else []
+                return [*tell, *self.ask_followers([member], event.burials)]
+        return [*self.ask_followers(self.promises, burials), *self._ask_again(event), *self.consider(now)]
+
+    def ask_followers(self, members: Iterable[int], burials: int) -> list[Effect]:
+        """A candidate asks those that promised to follow it what they know of the decision, if they were asked last
+        before a member died, after so many ``burials``.
+
+        Else it would hope for their news as long as it waits.
+        """
+        asked = tuple(sorted(members)) if self.lead is Lead.CANDIDATE else ()
+        is_old = burials < self.evidence.burials
+        return [AskForOutcome(asked, burials=self.evidence.burials)] if asked and is_old else []
 
     def weigh(self, event: MemberAnswered, now: float) -> None:
         """Take an answer, or the lack of one, as a sign of life or death."""
@@ -253,6 +266,8 @@ class Election:
             self.lost.add(member)
         else:
             self.lost.discard(member)
+        if isinstance(answer, Undecided) and self.lead is Lead.CANDIDATE and member in self.promises:
+            answer = msgspec.structs.replace(answer, has_leader=False)  # it means this candidate
         if answer is not None:
             self.evidence.hear(member, answer, event.burials, now)
         elif event.is_dead:

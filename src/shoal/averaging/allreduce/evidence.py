@@ -165,7 +165,7 @@ class Evidence:
             return Hope.QUORUM
         answers = [self._answers.get(member) for member in self._roles.others if member not in self.dead]
         known = (
-            isinstance(one, NotKnown) or (isinstance(one, Undecided) and not one.has_leader)
+            isinstance(one, NotKnown | Promised) or (isinstance(one, Undecided) and not one.has_leader)
             for one in answers
         )
         return Hope.NONE if all(known) else Hope.NEWS

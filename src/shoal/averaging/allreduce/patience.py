@@ -12,7 +12,9 @@ from shoal.sansio.core import NEVER
 SLOWER = 4
 """The leader may wait for members whose links are so many times slower, before others look for another leader."""
 GIVE_UP_AFTER = 15.0
-"""Seconds without a leader after which a member that is not ready gives up, and one that is ready and has no hope."""
+"""Seconds without a leader after which a member that is not ready gives up, and one that is ready and has no hope:
+members that are silent for a while, and live, are back by then.
+"""
 
 
 class Patience:
