@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterable
 
 import pytest
-from tests.averaging.allreduce.swarm import Swarm
+from tests.averaging.allreduce.aimed import die_before_the_election_ends
 from tests.averaging.matchmaking.test_swarm import check_late_record, check_same_instant
 from tests.sim.fault_script import Story
 from tests.sim.test_bad_routes import groups_beside_a_silent_leader
@@ -111,14 +111,13 @@ def test_a_candidate_that_drops_what_its_followers_report(monkeypatch: Patch):
         return coordinate(self, event, now)
 
     def play(seed: int) -> None:
-        swarm = Swarm(seed)
-        swarm.strike(("kill",))
+        swarm = die_before_the_election_ends(seed)
         swarm.finish()
         swarm.check_survival()
 
-    assert not finds(play, range(50, 55))
+    assert not finds(play, range(10))
     monkeypatch.setattr(Decision, "coordinate", drop)
-    assert finds(play, range(200))
+    assert finds(play, range(20))
 
 
 def test_a_full_group_hides_that_it_has_begun(monkeypatch: Patch):

@@ -123,7 +123,7 @@ def no_epoch_of_outcome(patch: Patch) -> None:
 
 ABLATIONS: dict[Callable[[Patch], None], Sequence[str]] = {
     no_quorum: ("halves", "isolate"),
-    no_promises: ("freeze", "halves", "isolate"),
+    no_promises: ("halves",),
     no_adoption: ("kill", "freeze", "isolate"),
     no_epoch_of_ready: ("kill",),
     no_exclusion: ("nan", "kill"),
