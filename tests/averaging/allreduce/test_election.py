@@ -213,6 +213,16 @@ def test_a_candidate_leads_once_a_quorum_knows_that_nothing_was_decided():
     assert member.lead is Lead.LEADING
 
 
+def test_a_candidate_that_has_told_its_floor_waits_for_nobody_else():
+    """The old leader, which it cannot hear, may answer meanwhile."""
+    member = Member(1, 5)
+    member.handle(MemberLost(0, "killed"), MemberAnswered(0, 1, None))
+    member.handle(*(MemberAnswered(other, 1, promised()) for other in (2, 3, 4)))
+    member.handle(MemberAnswered(0, 1, Undecided("EXCHANGING", has_leader=True)))
+    member.handle(*(MemberAnswered(other, 1, promised(floor=1)) for other in (2, 3)))
+    assert member.lead is Lead.LEADING
+
+
 def test_a_member_that_promises_late_or_did_not_hear_the_floor_is_told_it():
     member = Member(1, 5)
     member.handle(MemberLost(0, "killed"), *(MemberAnswered(other, 1, None) for other in (0, 4)))

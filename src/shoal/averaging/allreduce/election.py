@@ -162,7 +162,9 @@ class Election:
 
     def is_elected(self, now: float) -> bool:
         """Whether this candidate leads from now on."""
-        return self._is_followed(now) and (self._adopted is not None or self._is_free)
+        if self.lead is Lead.CANDIDATE and self._floor:
+            return self._is_free  # it has waited for the others before it told its floor
+        return self._is_followed(now) and self._adopted is not None
 
     def _is_followed(self, now: float) -> bool:
         """Whether a quorum follows this candidate, and no other member will in the next moment."""
