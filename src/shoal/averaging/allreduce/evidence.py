@@ -12,7 +12,7 @@ be. Else it is in doubt. That is so in three cases:
 
 1. It has *told* nobody that it is ready: not the leader, not a candidate, and it has proposed nothing itself. Or the
    leader that it told, or a later one, orders a repair, or excludes it. Then that one has proposed nothing, and no
-   proposal of a lower term will be decided (:attr:`.Voter.floor`).
+   proposal of a lower term will be decided (:attr:`.Voter.floor`). The same holds if it leads itself by now.
 2. The members that may have accepted such a proposal, or still may, are no quorum. All may, but for this member, if it
    has accepted none, and those that had left before it first told that it is ready: the proposal came later.
 3. Every other member has left or has answered since the last one left. None that lives has accepted a proposal to
