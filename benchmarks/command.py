@@ -17,7 +17,7 @@ from benchmarks import environment, machine, pictures
 from benchmarks.process import adopt_orphans, end_children
 from benchmarks.rendering import markdown, quantity
 from benchmarks.results import Report, RowResult
-from benchmarks.rows import ROWS, Row, choose, quick_rows
+from benchmarks.rows import ROWS, Row, among, choose, quick_rows
 from benchmarks.runner import Runner
 from benchmarks.work import BEST_RAW, HIVEMIND
 
@@ -43,9 +43,10 @@ def bench(
     hivemind_python: Annotated[
         str | None, typer.Option(metavar="PATH", help="Interpreter of an environment that has hivemind.")
     ] = None,
-    without_hivemind: Annotated[
-        bool, typer.Option("--without-hivemind", help="Leave hivemind out, and do not install it.")
-    ] = False,
+    side: Annotated[
+        list[str] | None,
+        typer.Option(help="Have only this side take part (shoal, hivemind, gloo, raw); may be repeated."),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = OUTPUT,
     list_rows: Annotated[
         bool, typer.Option("--list", help="Say which rows there are, and measure none.")
@@ -55,7 +56,7 @@ def bench(
 
     Rows over long links need Linux and root. Ctrl+C ends the run, and writes what was measured.
     """
-    rows = chosen_rows(quick, only or [])
+    rows = chosen_rows(quick, only or [], side or [])
     if list_rows:
         for row in rows:
             typer.echo(f"{row.name:16} {row.title}")
@@ -64,9 +65,7 @@ def bench(
         raise typer.BadParameter("benchmarks need Linux")
     console = Console()
     try:
-        python, absence = find_hivemind(
-            console, rows, hivemind_python, quick=quick, unwanted=without_hivemind
-        )
+        python, absence = find_hivemind(console, rows, hivemind_python, quick=quick)
     except environment.CannotInstall as error:
         raise typer.BadParameter(str(error), param_hint="--hivemind-python") from None
     results = [RowResult(row) for row in rows]
@@ -77,22 +76,24 @@ def bench(
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
-def chosen_rows(quick: bool, names: list[str]) -> tuple[Row, ...]:
+def chosen_rows(quick: bool, names: list[str], libraries: list[str]) -> tuple[Row, ...]:
     try:
-        return choose(quick_rows() if quick else ROWS, names)
+        rows = choose(quick_rows() if quick else ROWS, names)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--only") from None
+    try:
+        return among(rows, libraries)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--side") from None
 
 
 def find_hivemind(
-    console: Console, rows: Sequence[Row], given: str | None, *, quick: bool, unwanted: bool
+    console: Console, rows: Sequence[Row], given: str | None, *, quick: bool
 ) -> tuple[str | None, str]:
     """The interpreter that has hivemind; or None, and why there is none.
 
     :raises CannotInstall: the interpreter that the user gave has no hivemind
     """
-    if unwanted:
-        return None, "it was not wanted"
     if given is not None:
         return environment.check(given), ""
     if not any(HIVEMIND in row.sides for row in rows):

@@ -22,6 +22,7 @@ from benchmarks.work import (
 
 BOTH = (SHOAL, HIVEMIND)
 WITH_GLOO = (*BOTH, GLOO)
+LIBRARIES = ("shoal", "hivemind", "gloo", "raw")
 SEVERAL = raw(1, 16, 32, 64)
 """One connection, and the numbers of which one fills a lossy link best."""
 
@@ -283,6 +284,21 @@ def choose(rows: Sequence[Row], names: Sequence[str]) -> tuple[Row, ...]:
         if name not in known:
             raise ValueError(f"row must be one of {', '.join(sorted(known))}, got {name!r}")
     return tuple(row for row in rows if not names or row.name in names)
+
+
+def among(rows: Sequence[Row], libraries: Sequence[str]) -> tuple[Row, ...]:
+    """The rows with only the sides of these libraries, if they have any; all sides if there are no names.
+
+    :raises ValueError: there is no side of one of the names
+    """
+    for name in libraries:
+        if name not in LIBRARIES:
+            raise ValueError(f"side must be one of {', '.join(LIBRARIES)}, got {name!r}")
+    kept = (
+        replace(row, sides=tuple(side for side in row.sides if not libraries or side.library in libraries))
+        for row in rows
+    )
+    return tuple(row for row in kept if row.sides)
 
 
 def network_of(work: Work) -> Network | None:
