@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -35,17 +36,19 @@ def bench(
         bool, typer.Option("--quick", help="Small work, few repetitions: under 3 minutes.")
     ] = False,
     only: Annotated[
-        list[str] | None, typer.Option(metavar="ROW", help="Measure this row; may be repeated.")
+        list[str] | None, typer.Option(metavar="NAME", help="Measure this row; may be repeated.")
     ] = None,
     repeat: Annotated[
-        int | None, typer.Option(min=1, help="How often each side has its turn.  [default: 3]")
+        int | None, typer.Option(min=1, help="How often each side has its turn; else 3 times, 1 if quick.")
     ] = None,
     hivemind_python: Annotated[
         str | None, typer.Option(metavar="PATH", help="Interpreter of an environment that has hivemind.")
     ] = None,
     side: Annotated[
         list[str] | None,
-        typer.Option(help="Have only this side take part (shoal, hivemind, gloo, raw); may be repeated."),
+        typer.Option(
+            metavar="NAME", help="Have only shoal, hivemind, gloo or raw take part; may be repeated."
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = OUTPUT,
     list_rows: Annotated[
@@ -116,6 +119,7 @@ def measure(
         pythons["hivemind"] = hivemind
     absent = {} if hivemind is not None else {"hivemind": absence}
     adopt_orphans()
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         with Progress(
             SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console
@@ -137,6 +141,11 @@ def measure(
     finally:
         end_children()
     return True
+
+
+def interrupt(*_: object) -> NoReturn:
+    """A polite request to end is like Ctrl+C."""
+    raise KeyboardInterrupt
 
 
 def summary(result: RowResult) -> str:

@@ -47,7 +47,8 @@ class Worker:
             cwd=ROOT,
             start_new_session=True,  # Ctrl+C is for the runner
         )
-        threading.Thread(target=self._listen, daemon=True, name=f"hear {name}").start()
+        self._listener = threading.Thread(target=self._listen, daemon=True, name=f"hear {name}")
+        self._listener.start()
 
     @property
     def processes(self) -> list[int]:
@@ -90,15 +91,20 @@ class Worker:
 
     def close(self) -> None:
         """End it by force, if it still runs."""
+        assert self._process.stdin is not None
         self._process.kill()
         self._process.wait()
         self._errors.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._listener.join(ENDED_AFTER)
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith('{"event"'):
-                self._said.put(json.loads(line))
+        with self._process.stdout as said:
+            for line in said:
+                if line.startswith('{"event"'):
+                    self._said.put(json.loads(line))
         self._said.put(None)
 
     def _story(self, what: str) -> str:

@@ -130,7 +130,8 @@ def main() -> None:
     print("ready", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         emulator.run(sys.stdin.fileno())
-    print(json.dumps(emulator.facts()), flush=True)
+    with contextlib.suppress(BrokenPipeError):  # the runner was killed
+        print(json.dumps(emulator.facts()), flush=True)
 
 
 if __name__ == "__main__":

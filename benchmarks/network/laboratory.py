@@ -108,7 +108,7 @@ def emulating(planned: Sequence[Link], devices: Sequence[int]) -> Iterator[subpr
         yield process
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 @contextlib.contextmanager

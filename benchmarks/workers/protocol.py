@@ -3,7 +3,7 @@
 1. The worker of host 0 says its ``address``; the others are told it (``join``). Each says ``ready`` when it stands.
 2. ``prepare`` is answered by ``prepared``: what comes before the trigger is done.
 3. ``go`` is the trigger, answered by ``done`` with the moments and figures of the round.
-4. At the end of its input the worker stops. So none outlives a runner that was killed.
+4. At the end of its input the worker stops, whatever it is doing. So none outlives a runner that was killed.
 """
 
 from __future__ import annotations
@@ -11,13 +11,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import psutil
+
+STOPS_AFTER = 10.0
+"""Seconds that a worker has to stop once its input has ended."""
 
 
 class Task(Protocol):
@@ -81,8 +86,27 @@ def serve(task: Task, **facts: Any) -> None:
     task.close()
 
 
+def end_with_runner() -> None:
+    """Wait for the end of the input, and end everything by force if the worker does not stop in time."""
+    poll = select.poll()
+    poll.register(sys.stdin, 0)  # a pipe tells of its other end without being asked
+    poll.poll()
+    time.sleep(STOPS_AFTER)
+    end(1)
+
+
+def end(status: int) -> NoReturn:
+    """End with everything that this process has started: hivemind's processes outlive it otherwise."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def main(run: Callable[[dict[str, Any]], None]) -> None:
     """Run a worker with the specification in its first argument, and end with everything that it started."""
+    threading.Thread(target=end_with_runner, daemon=True).start()
     status = 1
     try:
         run(json.loads(sys.argv[1]))
@@ -91,9 +115,5 @@ def main(run: Callable[[dict[str, Any]], None]) -> None:
         pass
     except Exception:  # noqa: BLE001 - the outer edge: the runner shows what stands on the standard error
         traceback.print_exc()
-    finally:  # hivemind's processes outlive it otherwise
-        for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                child.kill()
-        sys.stderr.flush()
-        os._exit(status)
+    finally:
+        end(status)
