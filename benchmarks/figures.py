@@ -28,6 +28,8 @@ FIGURES: Mapping[str, Figure] = {
     "latency_ms": Figure("trigger to result", "ms", 3),
     "times_optimum": Figure("beside the optimum", "x", 3),
     "slowdown_percent": Figure("trainer slowed", "%", 2),
+    "foreign_mbit_per_s": Figure("a foreign connection keeps", "Mbit/s", 3),
+    "ping_rise_ms": Figure("a ping takes longer by", "ms", 2),
     "steps_ok": Figure("steps that averaged", "", 3),
     "seconds": Figure("time", "s", 3),
     "averager_start_s": Figure("start of an averager", "s", 2),

@@ -52,6 +52,13 @@ def launches(work: Work, side: Side) -> list[Launch]:
     raise ValueError(f"side must be one that can do {type(work).__name__.lower()}, got {side.name}")
 
 
+def observers(work: Work) -> list[Launch]:
+    """The workers that see what others on the same links notice, if the work wants to know."""
+    if isinstance(work, Averaging) and work.foreign and work.network is not None:
+        return [Launch("foreign", _place(work.network, host)) for host in range(2)]
+    return []
+
+
 def _averaging(work: Averaging, side: Side) -> list[Launch]:
     """On loopback all peers share a user process, and each has a background process. Far ones share nothing."""
     common = {

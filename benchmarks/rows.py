@@ -236,6 +236,14 @@ ON_ONE_MACHINE = (
 
 AT_LAST = (
     Row(
+        "fair",
+        "a foreign cubic connection beside rounds of 2 peers, 8 MB, 20 Mbit/s, 50 ms, no loss",
+        Averaging(2, 8, Network("cubic", rtt_ms=50, rate=20), foreign=True),
+        (*BOTH, *raw(1)),
+        ("foreign_mbit_per_s", "ping_rise_ms", "mbit_per_s"),
+        (at_least("foreign_mbit_per_s", 0.8, of="raw 1"),),
+    ),
+    Row(
         "download-lossy",
         "download of a state of 32 MB over the lossy link, cubic",
         Download(32, LOSSY),

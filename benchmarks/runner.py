@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.figures import Answer, of_round
-from benchmarks.launches import Launch, launches
+from benchmarks.launches import Launch, launches, observers
 from benchmarks.network.controls import controls_of
 from benchmarks.network.laboratory import Laboratory, laboratory, why_not
 from benchmarks.process import Start, Worker, WorkerFailed, end_children
@@ -76,23 +76,30 @@ class Runner:
         work, kept = result.row.work, []
         with contextlib.ExitStack() as stack:
             lab = stack.enter_context(surroundings(work))
-            group = Group(work, side, self._pythons, lab)
+            group = Group(side.name, launches(work, side), self._pythons[side.library], lab)
             stack.callback(group.close)
             extra = group.start()
+            others = Group("foreign", observers(work), sys.executable, lab)
+            stack.callback(others.close)
+            others.start()
             total = rounds_of(result.row)
             for index in range(total):
                 self._say(f"round {index + 1} of {total}")
                 if lab is not None:
                     time.sleep(PAUSE)
-                answers = group.round()
+                group.prepare()
+                others.prepare()
+                answers = group.go()
+                noticed = {name: value for one in others.go() for name, value in one.extra.items()}
                 error = failure(answers)
                 if error:
                     result.note(f"{side.name}: a round failed: {error}")
                 elif index >= warm_ups(work):
-                    kept.append(extra | of_round(work, answers))
+                    kept.append(extra | noticed | of_round(work, answers))
             if lab is not None:
                 kept = kept if right_controls(result, side, group.controls()) else []
             group.stop()
+            others.stop()
             if lab is not None:
                 result.links.setdefault(side.name, []).append(lab.finish())
         for figures in kept:
@@ -100,19 +107,19 @@ class Runner:
 
 
 class Group:
-    """The workers of one side."""
+    """Workers that know of each other."""
 
-    def __init__(self, work: Work, side: Side, pythons: Mapping[str, str], lab: Laboratory | None) -> None:
-        self._work = work
-        self._side = side
-        self._python = pythons[side.library]
+    def __init__(self, name: str, planned: Sequence[Launch], python: str, lab: Laboratory | None) -> None:
+        self._name = name
+        self._planned = planned
+        self._python = python
         self._lab = lab
         self._workers: list[Worker] = []
 
     def start(self) -> dict[str, float]:
         """Start all; the figures that hold for every round."""
         address: list[str] = []
-        for launch in launches(self._work, self._side):
+        for launch in self._planned:
             worker = self._launch(launch)
             self._workers.append(worker)
             if len(self._workers) == 1:
@@ -124,11 +131,14 @@ class Group:
             extra |= worker.expect("ready", STARTED_AFTER)["extra"]
         return extra
 
-    def round(self) -> list[Answer]:
-        """Prepare all, then give the trigger to all."""
+    def prepare(self) -> None:
+        """Have all prepare a round at once."""
         self._order("prepare")
         for worker in self._workers:
             worker.expect("prepared", PREPARED_AFTER)
+
+    def go(self) -> list[Answer]:
+        """Give all the trigger; what they say when they are done."""
         self._order("go")
         return [answer(worker.expect("done", DONE_AFTER)) for worker in self._workers]
 
@@ -152,7 +162,7 @@ class Group:
 
     def _launch(self, launch: Launch) -> Worker:
         command = [self._python, "-m", f"benchmarks.workers.{launch.program}", json.dumps(dict(launch.spec))]
-        name = f"{self._side.name} ({launch.host})"
+        name = f"{self._name} ({launch.host})"
         if self._lab is None:
             return Worker(name, command)
         limited = [sys.executable, "-m", "benchmarks.network.without_admin", *command]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.launches import launches
+from benchmarks.launches import launches, observers
 from benchmarks.work import GLOO, HIVEMIND, SHOAL, Averaging, Download, Network, Swarm, raw
 
 LINK = Network("cubic", rtt_ms=100, rate=200)
@@ -44,6 +44,14 @@ def test_raw_connections_carry_what_one_peer_sends_and_receives():
         (2_000_000, 0),
         (0, 2_000_000),
     ]
+
+
+def test_others_on_the_same_links_are_watched_where_that_is_asked():
+    assert [(one.program, one.host) for one in observers(Averaging(2, 1, LINK, foreign=True))] == [
+        ("foreign", 0),
+        ("foreign", 1),
+    ]
+    assert observers(Averaging(2, 1, LINK)) == observers(Download(1, LINK)) == []
 
 
 def test_a_side_is_not_asked_for_what_it_cannot_do():

@@ -24,7 +24,7 @@ def test_what_is_required_is_shown_and_measured(row: Row):
     """A requirement on a figure that no line shows, or on a side that takes no part, could not be met."""
     for requirement in row.required:
         assert requirement.figure in row.figures
-        assert requirement.of in {None, *(side.library for side in row.sides)}
+        assert requirement.of in {None, *(one for side in row.sides for one in (side.library, side.name))}
 
 
 def test_quick_rows_are_small_and_judge_nothing():
