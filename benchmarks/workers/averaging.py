@@ -15,7 +15,7 @@ from benchmarks.workers.protocol import address_from_first, main, serve
 
 LOADED_AFTER = 2.0
 """Seconds in which background processes load torch ahead of need."""
-FORM_TIMEOUT = 120
+FORM_TIMEOUT = 60
 ROUND_TIMEOUT = 600
 LOOP_ALONE = 3.0
 """Seconds for which the trainer's loop runs alone before each round, to know its speed at that time."""
