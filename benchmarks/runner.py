@@ -33,7 +33,8 @@ Tell = Callable[[str], None]
 class Runner:
     """Runs rows.
 
-    :param pythons: the interpreter for each library; a library that has none is left out, for the reason given
+    :param pythons: the interpreter for each library
+    :param absent: the libraries that are left out, and why
     :param tell: gets a line on what is being done
     """
 
@@ -44,26 +45,20 @@ class Runner:
         self._absent = absent
         self._repeats = repeats
         self._tell = tell
-        self._turn = ""
 
     def run(self, result: RowResult) -> None:
-        """Fill the result of one row. What is there when it is interrupted stays."""
-        row = result.row
-        result.skipped = why_not_row(row)
+        """Fill the result of one row. When it is interrupted, the turns that were ended stay."""
+        result.skipped = why_not_row(result.row)
         if result.skipped is not None:
             return
-        sides = [side for side in row.sides if self._has(side, result)]
-        for repeat in range(self._repeats):
+        sides = [side for side in result.row.sides if self._has(side, result)]
+        for repeat in range(1, self._repeats + 1):
             for side in sides:
-                self._turn = f"{side.name}, turn {repeat + 1} of {self._repeats}"
-                self._say("starts")
+                turn = Turn(result, side, self._pythons[side.library], self._tell)
                 try:
-                    self._run_side(result, side)
+                    turn.run(f"{side.name}, turn {repeat} of {self._repeats}")
                 except WorkerFailed as error:
                     result.note(f"{side.name} failed: {error}")
-
-    def _say(self, what: str) -> None:
-        self._tell(f"{self._turn}: {what}")
 
     def _has(self, side: Side, result: RowResult) -> bool:
         reason = self._absent.get(side.library)
@@ -71,39 +66,55 @@ class Runner:
             result.note(f"{side.library} left out: {reason}")
         return reason is None
 
-    def _run_side(self, result: RowResult, side: Side) -> None:
-        """Fresh processes, a round that warms up, and measured ones."""
-        work, kept = result.row.work, []
+
+class Turn:
+    """One side's turn at a row: fresh processes, a round that warms up, and measured ones."""
+
+    def __init__(self, result: RowResult, side: Side, python: str, tell: Tell) -> None:
+        self._result = result
+        self._work = result.row.work
+        self._side = side
+        self._python = python
+        self._tell = tell
+
+    def run(self, name: str) -> None:
+        """Add the figures of the measured rounds to the result."""
+        self._tell(f"{name}: starts")
         with contextlib.ExitStack() as stack:
-            lab = stack.enter_context(surroundings(work))
-            group = Group(side.name, launches(work, side), self._pythons[side.library], lab)
+            lab = stack.enter_context(surroundings(self._work))
+            group = Group(self._side.name, launches(self._work, self._side), self._python, lab)
             stack.callback(group.close)
-            extra = group.start()
-            others = Group("foreign", observers(work), sys.executable, lab)
+            facts = group.start()
+            others = Group("foreign", observers(self._work), sys.executable, lab)
             stack.callback(others.close)
             others.start()
-            total = rounds_of(result.row)
-            for index in range(total):
-                self._say(f"round {index + 1} of {total}")
-                if lab is not None:
-                    time.sleep(PAUSE)
-                group.prepare()
-                others.prepare()
-                answers = group.go()
-                noticed = {name: value for one in others.go() for name, value in one.extra.items()}
-                error = failure(answers)
-                if error:
-                    result.note(f"{side.name}: a round failed: {error}")
-                elif index >= warm_ups(work):
-                    kept.append(extra | noticed | of_round(work, answers))
-            if lab is not None:
-                kept = kept if right_controls(result, side, group.controls()) else []
+            figures = list(self._rounds(name, group, others))
+            if lab is not None and not right_controls(self._result, self._side, group.controls()):
+                figures = []
             group.stop()
             others.stop()
             if lab is not None:
-                result.links.setdefault(side.name, []).append(lab.finish())
-        for figures in kept:
-            result.add(side.name, figures)
+                self._result.links.setdefault(self._side.name, []).append(lab.finish())
+        for one in figures:
+            self._result.add(self._side.name, facts | one)
+
+    def _rounds(self, name: str, group: Group, others: Group) -> Iterator[dict[str, float]]:
+        """Have all rounds run; the figures of those that count."""
+        ahead = warm_ups(self._work)
+        total = ahead + self._result.row.rounds
+        for index in range(total):
+            self._tell(f"{name}: round {index + 1} of {total}")
+            if network_of(self._work) is not None:
+                time.sleep(PAUSE)
+            group.prepare()
+            others.prepare()
+            answers = group.go()
+            noticed = {figure: value for one in others.go() for figure, value in one.extra.items()}
+            error = failure(answers)
+            if error:
+                self._result.note(f"{self._side.name}: a round failed: {error}")
+            elif index >= ahead:
+                yield noticed | of_round(self._work, answers)
 
 
 class Group:
@@ -178,11 +189,7 @@ def answer(said: Mapping[str, Any]) -> Answer:
 
 def failure(answers: Sequence[Answer]) -> str:
     """What went wrong in a round; empty if every result came."""
-    return "; ".join(one.error or "a result is missing" for one in answers if one.ok < one.of)
-
-
-def rounds_of(row: Row) -> int:
-    return warm_ups(row.work) + row.rounds
+    return "; ".join(dict.fromkeys(one.error or "a result is missing" for one in answers if one.ok < one.of))
 
 
 def warm_ups(work: Work) -> int:

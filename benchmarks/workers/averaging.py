@@ -79,7 +79,7 @@ class Peers:
             "ended": ended,
             "ok": len(self._steps) - len(errors),
             "of": len(self._steps),
-            "error": "; ".join(errors)[:300],
+            "error": "; ".join(dict.fromkeys(errors))[:300],
             "extra": extra,
         }
 
