@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from benchmarks.work import BEST_RAW, Averaging
 COLOURS = {"shoal": "#0b6e8a", "hivemind": "#e0a030", "gloo": "#8a8a8a", BEST_RAW: "#555555"}
 COLUMNS = 3
 DPI = 110
+TITLE_COLUMNS = 52
 
 
 def why_not() -> str | None:
@@ -88,7 +90,7 @@ def draw_bars(rows: Sequence[RowResult]) -> Any:
         values = sides_of(row, main)
         bars = panel.bar(list(values), list(values.values()), color=[COLOURS[side] for side in values])
         panel.bar_label(bars, fmt="%.3g", fontsize=8)
-        panel.set_title(row.row.title, fontsize=8, wrap=True)
+        panel.set_title(textwrap.fill(row.row.title, TITLE_COLUMNS), fontsize=8)
         panel.set_ylabel(FIGURES[main].unit, fontsize=8)
         panel.tick_params(labelsize=8)
         panel.margins(y=0.2)
@@ -96,17 +98,19 @@ def draw_bars(rows: Sequence[RowResult]) -> Any:
 
 
 def draw_lines(points: Sequence[Point], x_label: str, y_label: str) -> Any:
-    """A line for each side over the points; None if there are fewer than two."""
+    """A line for each side over the points, side by side as they are uneven; None if there are fewer than two."""
     from matplotlib.figure import Figure
 
     if len(points) < 2:
         return None
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()
+    places = {x: place for place, x in enumerate(sorted({x for x, _ in points}))}
     for side, colour in COLOURS.items():
         own = sorted((x, figures[side]) for x, figures in points if side in figures)
         if own:
-            axes.plot([x for x, _ in own], [y for _, y in own], "o-", color=colour, label=side)
+            axes.plot([places[x] for x, _ in own], [y for _, y in own], "o-", color=colour, label=side)
+    axes.set_xticks(list(places.values()), [f"{x:g}" for x in places])
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.set_ylim(bottom=0)

@@ -140,7 +140,7 @@ LONG_LINKS = (
     ),
     Row(
         "uneven-measured",
-        "the same, no bandwidth given",
+        "one peer of 4 has 20 Mbit/s up, the others 200, 16 MB; no bandwidth given",
         Averaging(4, 16, UNEVEN),
         BOTH,
         ("times_optimum", "mbit_per_s"),
@@ -200,7 +200,7 @@ ON_ONE_MACHINE = (
     ),
     Row(
         "tiny-busy",
-        "the same on a busy machine",
+        "loopback, 2 peers, 4 KB, on a busy machine",
         Averaging(2, 0.004096, busy=True),
         BOTH,
         ("latency_ms",),
