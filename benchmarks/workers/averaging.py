@@ -100,12 +100,12 @@ def make_peers(library: Any, spec: dict[str, Any]) -> tuple[list[Any], list[floa
     """Start this process's averagers; also the seconds that each took."""
     listen = {"host_maddrs": [f"/ip4/{spec['ip']}/tcp/0"], "start": True}
     nodes: list[Any] = []
-    known: list[str] = []
+    own: list[str] = []
     if spec["host"] == 0:
         root = library.DHT(**listen)
-        known = [str(address) for address in root.get_visible_maddrs()]
+        own = [str(address) for address in root.get_visible_maddrs()]
         nodes += [root] if spec["peers"] == 1 else []
-    known = address_from_first(spec, lambda: known) or known
+    known = address_from_first(spec, lambda: own) or own
     nodes += [library.DHT(initial_peers=known, **listen) for _ in range(spec["peers"] - len(nodes))]
     time.sleep(LOADED_AFTER)
     averagers, seconds = [], []
