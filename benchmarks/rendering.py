@@ -58,6 +58,10 @@ def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
         header = ("work", "figure", "Shoal", "hivemind", "others", "required")
         parts.append("\n".join(table(header, [line for one in measured for line in row_lines(one)])))
     parts += [f"![{name.rsplit('.', 1)[0]}]({name})" for name in pictures]
+    proofs = [[one.row.title, sockets(one)] for one in report.rows if one.controls]
+    if proofs:
+        told = "sockets by congestion control, as getsockopt told at the end of a turn"
+        parts.append("\n".join(table(("work", told), proofs)))
     left_out = list(remarks(report))
     if left_out:
         parts += ["## Left out, and what went wrong", "\n".join(left_out)]
@@ -125,6 +129,14 @@ def judged(requirement: Requirement, verdict: Verdict) -> str:
     if verdict.aim_met:
         has = "met, and the aim"
     return f"{requirement.text}: {number(verdict.value, 3)}, {has}"
+
+
+def sockets(result: RowResult) -> str:
+    """How many sockets of each side had which congestion control."""
+    return "; ".join(
+        f"{side}: " + ", ".join(f"{count} {control}" for control, count in sorted(found.items()))
+        for side, found in result.controls.items()
+    )
 
 
 def remarks(report: Report) -> Iterator[str]:

@@ -75,6 +75,12 @@ def test_what_was_left_out_is_told_with_its_reason():
     assert "| work |" not in text
 
 
+def test_sockets_are_counted_by_their_congestion_control():
+    result = measured()
+    result.controls = {"shoal": {"cubic": 6, "bbr": 1}, "raw 16": {"cubic": 32}}
+    assert "| a link | shoal: 1 bbr, 6 cubic; raw 16: 32 cubic |" in markdown(report(result))
+
+
 def test_a_quick_run_says_so():
     assert "quick run" in markdown(report(measured(), quick=True))
     assert "quick run" not in markdown(report(measured()))
