@@ -21,7 +21,10 @@ from benchmarks.rows import Row
 from benchmarks.runner import Runner
 from benchmarks.work import GLOO, HIVEMIND, SHOAL, Averaging, Network, Side, raw
 
-pytestmark = pytest.mark.sweep
+pytestmark = [
+    pytest.mark.sweep,
+    pytest.mark.xdist_group("benchmarks"),  # they set what congestion controls the machine allows
+]
 
 PYTHONS = dict.fromkeys(("shoal", "gloo", "raw"), sys.executable)
 LINK = Network("cubic", rtt_ms=40, rate=100)
