@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from benchmarks import environment, machine, pictures
-from benchmarks.process import adopt_orphans, end_children
+from benchmarks.process import adopt_orphans
 from benchmarks.rendering import markdown, quantity
 from benchmarks.results import Report, RowResult
 from benchmarks.rows import ROWS, Row, among, choose, quick_rows
@@ -138,8 +138,6 @@ def measure(
     except KeyboardInterrupt:
         console.print("Interrupted: what was measured is written.")
         return False
-    finally:
-        end_children()
     return True
 
 

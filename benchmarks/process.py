@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import os
 import queue
 import subprocess
 import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,8 @@ STOPS_AFTER = 20.0
 ENDED_AFTER = 5.0
 """Seconds until a process that was killed is gone."""
 PR_SET_CHILD_SUBREAPER = 36
+MARK = "BENCHMARKS_WORKER"
+"""A variable of the environment."""
 
 Start: TypeAlias = Callable[..., "subprocess.Popen[str]"]
 """Starts a program, with the options of :class:`subprocess.Popen`, and speaks text with it."""
@@ -36,6 +40,7 @@ class Worker:
 
     def __init__(self, name: str, arguments: Sequence[str], start: Start | None = None) -> None:
         self._name = name
+        self._mark = uuid.uuid4().hex
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the worker
         self._said: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         start = start or partial(subprocess.Popen, text=True)
@@ -45,6 +50,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             cwd=ROOT,
+            env=os.environ | {MARK: self._mark},
             start_new_session=True,  # Ctrl+C is for the runner
         )
         self._listener = threading.Thread(target=self._listen, daemon=True, name=f"hear {name}")
@@ -90,14 +96,27 @@ class Worker:
             self._process.wait(STOPS_AFTER)
 
     def close(self) -> None:
-        """End it by force, if it still runs."""
+        """End it by force, and all that it started, also what has lost its parent."""
         assert self._process.stdin is not None
+        marked = [one for one in psutil.Process().children(recursive=True) if self._started(one)]
         self._process.kill()
+        for one in marked:
+            with contextlib.suppress(psutil.Error):
+                one.kill()
         self._process.wait()
+        for one in marked:
+            with contextlib.suppress(psutil.Error):
+                one.wait(ENDED_AFTER)
         self._errors.close()
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._listener.join(ENDED_AFTER)
+
+    def _started(self, process: psutil.Process) -> bool:
+        """Whether a process has this worker's mark, which goes from parents to children."""
+        with contextlib.suppress(psutil.Error):
+            return bool(process.environ().get(MARK) == self._mark)
+        return False
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
@@ -114,15 +133,5 @@ class Worker:
 
 
 def adopt_orphans() -> None:
-    """Have processes whose parents die become children of this one, so that :func:`end_children` finds them."""
+    """Have processes whose parents die become children of this one, so that :meth:`Worker.close` finds them."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def end_children() -> None:
-    """End all processes that this one has started, and those that they started."""
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            child.kill()
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error, ChildProcessError):
-            child.wait(ENDED_AFTER)

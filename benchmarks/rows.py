@@ -61,7 +61,7 @@ LONG_LINKS = (
             at_least("mbit_per_s", 15, of="hivemind"),
         ),
         rounds=2,
-        quick=Averaging(2, 1, LOSSY),
+        quick=Averaging(2, 0.5, LOSSY),
     ),
     Row(
         "lossy-bbr",
@@ -161,7 +161,7 @@ ON_ONE_MACHINE = (
             at_most("cpu_s_per_gb", 1.9, aim=1.3),
             at_most("pss_mb", 1000),
         ),
-        quick=Averaging(2, 64),
+        quick=Averaging(2, 32),
     ),
     Row(
         "loopback-4",

@@ -15,7 +15,7 @@ from benchmarks.figures import Answer, of_round
 from benchmarks.launches import Launch, launches, observers
 from benchmarks.network.controls import controls_of
 from benchmarks.network.laboratory import Laboratory, laboratory, why_not
-from benchmarks.process import Start, Worker, WorkerFailed, end_children
+from benchmarks.process import Start, Worker, WorkerFailed
 from benchmarks.results import RowResult
 from benchmarks.rows import Row, network_of
 from benchmarks.work import Averaging, Side, Swarm, Work
@@ -163,7 +163,6 @@ class Group:
 
     def close(self) -> None:
         """End all that is left, by force."""
-        end_children()
         for worker in self._workers:
             worker.close()
 
