@@ -25,6 +25,8 @@ IFF_TUN, IFF_NO_PI, IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
 TUN_F_CSUM, TUN_F_TSO4 = 1, 2
 AVAILABLE = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 ALLOWED = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
+MEMORY = Path("/run/shoal-benchmarks")
+"""What was allowed before a run changed it; empty if nothing is to be put back."""
 STOPS_AFTER = 10.0
 SEED = 1
 
@@ -115,11 +117,17 @@ def emulating(planned: Sequence[Link], devices: Sequence[int]) -> Iterator[subpr
 def only_control(control: Control) -> Iterator[None]:
     """Allow programs no other congestion control; those that have CAP_NET_ADMIN may use any all the same.
 
-    The list is the whole machine's, so it is put back.
+    The list is the whole machine's. So it is put back, by the next run if this one is killed, and a second run waits
+    until the first one does not need it.
     """
-    before = ALLOWED.read_text()
-    ALLOWED.write_text(control)
-    try:
-        yield
-    finally:
-        ALLOWED.write_text(before)
+    with MEMORY.open("a+") as memory:
+        fcntl.flock(memory, fcntl.LOCK_EX)
+        memory.seek(0)
+        before = memory.read() or ALLOWED.read_text()
+        MEMORY.write_text(before)
+        ALLOWED.write_text(control)
+        try:
+            yield
+        finally:
+            ALLOWED.write_text(before)
+            MEMORY.write_text("")
