@@ -25,6 +25,8 @@ WITH_GLOO = (*BOTH, GLOO)
 LIBRARIES = ("shoal", "hivemind", "gloo", "raw")
 SEVERAL = raw(1, 16, 32, 64)
 """One connection, and the numbers of which one fills a lossy link best."""
+QUICK_CONNECTIONS = (0, 16)
+"""Those of raw TCP in a quick run; the other sides have none."""
 
 
 @dataclass(frozen=True)
@@ -271,9 +273,9 @@ def quick_rows() -> tuple[Row, ...]:
     return tuple(
         replace(
             row,
-            title=f"{row.title} (quick: {_size(row.quick)})",
+            title=f"{row.title} (quick: {_size(row.quick)})" if row.quick != row.work else row.title,
             work=row.quick,
-            sides=tuple(side for side in row.sides if side.connections <= 16),
+            sides=tuple(side for side in row.sides if side.connections in QUICK_CONNECTIONS),
             required=(),
             rounds=2,
         )

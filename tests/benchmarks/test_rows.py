@@ -32,7 +32,6 @@ def test_quick_rows_are_small_and_judge_nothing():
         assert isinstance(row.work, Averaging)
         assert row.work.megabytes <= 64
         assert not row.required
-        assert "quick" in row.title
 
 
 def test_rows_are_chosen_by_name_in_the_order_of_the_table():
