@@ -6,7 +6,7 @@ No I/O and no waiting: :mod:`.round` moves the bytes and asks :mod:`.core` what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -118,21 +118,15 @@ class OwnSpan:
         codec, dtype = self._layout.codec_of(part), self._layout.dtype_of(part)
         arrived = self._arrived.pop(index, {})
         received, left_out = self._decode(part, arrived)
-        offenders = {sender: Offence(reason, index) for sender, reason in left_out.items()}
-        inputs = dict(received)
-        if self._me in self._weights:
-            inputs[self._me] = self._layout.part_view(self._arena.snapshot, part)
-        senders = sorted(sender for sender in inputs if self._weights.get(sender, 0) > 0)
-        if not senders:
-            raise AllreduceException(NOBODY_CONTRIBUTED)
         out = self._layout.part_view(self._arena.average, part)
-        values = [inputs[sender] for sender in senders]
-        weights = [self._weights[sender] for sender in senders]
+        values, weights = self._contributions(part, received)
         reduce_part(values, weights, out)
+        # A finite average has only finite terms: as a rule nobody looks at these.
         if not is_finite(out):
-            if not all(map(is_finite, values)):
-                raise AllreduceException("this member's own values are not finite")
-            reduce_wide(values, weights, out)
+            left_out |= _take_not_finite(received)
+            values, weights = self._contributions(part, received)
+            _reduce_carefully(values, weights, out)
+        offenders = {sender: Offence(reason, index) for sender, reason in left_out.items()}
         if self._sample.wants(index):
             self._sample.add(index, values, out)
         if not codec.lossless(dtype):
@@ -143,6 +137,21 @@ class OwnSpan:
                 waiting.pop(sender, None)
         self._recycle(part, arrived.values())
         return offenders
+
+    def _contributions(
+        self, part: Part, received: Mapping[int, torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[float]]:
+        """The versions that count, in the members' order, and their weights.
+
+        :raises AllreduceException: there is none
+        """
+        inputs = dict(received)
+        if self._me in self._weights:
+            inputs[self._me] = self._layout.part_view(self._arena.snapshot, part)
+        senders = sorted(sender for sender in inputs if self._weights.get(sender, 0) > 0)
+        if not senders:
+            raise AllreduceException(NOBODY_CONTRIBUTED)
+        return [inputs[sender] for sender in senders], [self._weights[sender] for sender in senders]
 
     def _encode_differences(
         self, index: int, codec: CompressionBase, average: torch.Tensor, received: Mapping[int, torch.Tensor]
@@ -158,6 +167,7 @@ class OwnSpan:
     def _decode(
         self, part: Part, arrived: Mapping[int, memoryview]
     ) -> tuple[dict[int, torch.Tensor], dict[int, str]]:
+        """What has come of a part, and why the rest of it is no such part. Nothing is said of NaN in what counts."""
         codec, dtype = self._layout.codec_of(part), self._layout.dtype_of(part)
         decoded: dict[int, torch.Tensor] = {}
         offenders: dict[int, str] = {}
@@ -169,10 +179,11 @@ class OwnSpan:
                 continue
             except UsageError as e:
                 raise AllreduceException(str(e)) from e  # a mistake in this member's own codec
-            if is_finite(values):
-                decoded[sender] = values
-            else:
-                offenders[sender] = NOT_FINITE
+            decoded[sender] = values
+        weightless = {sender: decoded[sender] for sender in decoded if not self._weights.get(sender, 0) > 0}
+        for sender, reason in _take_not_finite(weightless).items():  # no average would show it
+            del decoded[sender]
+            offenders[sender] = reason
         return decoded, offenders
 
     def _recycle(self, part: Part, memory: Iterable[memoryview]) -> None:
@@ -197,6 +208,26 @@ class OwnSpan:
         if difference is not None:
             return difference
         return encode_part(self._layout.codec_of(part), self._layout.part_view(self._arena.average, part))
+
+
+def _take_not_finite(received: dict[int, torch.Tensor]) -> dict[int, str]:
+    """Take the versions with NaN or infinity out of ``received``; returns their senders, with the reason."""
+    senders = [sender for sender, values in received.items() if not is_finite(values)]
+    for sender in senders:
+        del received[sender]
+    return dict.fromkeys(senders, NOT_FINITE)
+
+
+def _reduce_carefully(values: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor) -> None:
+    """Average versions of which all but this member's own are finite, and whose sum may overflow.
+
+    :raises AllreduceException: this member's own is not finite
+    """
+    if not all(map(is_finite, values)):
+        raise AllreduceException("this member's own values are not finite")
+    reduce_part(values, weights, out)
+    if not is_finite(out):
+        reduce_wide(values, weights, out)
 
 
 class ForeignSpan:
