@@ -21,6 +21,7 @@ from shoal.averaging.load_balancing import load_balance_peers
 from shoal.averaging.partition import Layout, Partition
 from shoal.compression import BFloat16Compression, CompressionBase, Float16Compression, NoCompression
 from shoal.compression.base import tensor_bytes
+from shoal.compression.registry import CODECS
 from shoal.errors import AllreduceException, ProtocolViolation
 
 SHAPES = [(300, 7), (), (0,), (1000,)]
@@ -171,6 +172,29 @@ def test_a_healthy_part_is_looked_at_once_at_its_owner(monkeypatch: pytest.Monke
         group.send(group.foreign(sender, 0).to_send(0), owner=0, sender=sender, index=0)
     group.own[0].average(0)
     assert len(looks) == 1
+
+
+def test_plain_parts_leave_from_the_memory_where_they_lie():
+    group = Group(2, NoCompression())
+    sent = group.foreign(0, 1).to_send(1)
+    part = group.own[1].parts[1]
+    sent[:4] = bytes(4)
+    assert group.layout.part_view(group.arenas[0].snapshot, part)[0] == 0
+
+
+def test_a_codec_of_the_users_own_is_asked_although_it_inherits(monkeypatch: pytest.MonkeyPatch):
+    class Doubling(NoCompression):
+        compression_type = 77
+
+        def encode(self, part: torch.Tensor) -> memoryview:
+            return super().encode(part * 2)
+
+    codec = Doubling()
+    monkeypatch.setitem(CODECS._codecs, codec.compression_type, codec)
+    group = Group(2, codec)
+    part = group.own[1].parts[0]
+    sent = torch.frombuffer(group.foreign(0, 1).to_send(0), dtype=torch.float32)
+    assert torch.equal(sent, 2 * group.layout.part_view(group.arenas[0].snapshot, part))
 
 
 def test_values_whose_sum_overflows_have_an_average():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,21 @@ class Arena:
 
     snapshot: torch.Tensor
     average: torch.Tensor
+
+    @cached_property
+    def snapshot_bytes(self) -> memoryview:
+        return tensor_bytes(self.snapshot)
+
+    @cached_property
+    def average_bytes(self) -> memoryview:
+        return tensor_bytes(self.average)
+
+
+def _bytes_of(memory: memoryview, part: Part) -> memoryview:
+    """A part of an area. A slice of memory costs a tenth of a slice of a tensor, whose code the cache has lost by the
+    time when the next part comes.
+    """
+    return memory[part.offset : part.offset + part.memory_nbytes]
 
 
 NOBODY_CONTRIBUTED = "nobody contributes: each member's weight is 0, or it was excluded"
@@ -118,7 +134,7 @@ class OwnSpan:
         codec, dtype = self._layout.codec_of(part), self._layout.dtype_of(part)
         arrived = self._arrived.pop(index, {})
         received, left_out = self._decode(part, arrived)
-        out = self._layout.part_view(self._arena.average, part)
+        out = self._layout.part_in(self._arena.average_bytes, part)
         values, weights = self._contributions(part, received)
         reduce_part(values, weights, out)
         # A finite average has only finite terms: as a rule nobody looks at these.
@@ -147,7 +163,7 @@ class OwnSpan:
         """
         inputs = dict(received)
         if self._me in self._weights:
-            inputs[self._me] = self._layout.part_view(self._arena.snapshot, part)
+            inputs[self._me] = self._layout.part_in(self._arena.snapshot_bytes, part)
         senders = sorted(sender for sender in inputs if self._weights.get(sender, 0) > 0)
         if not senders:
             raise AllreduceException(NOBODY_CONTRIBUTED)
@@ -171,9 +187,12 @@ class OwnSpan:
         codec, dtype = self._layout.codec_of(part), self._layout.dtype_of(part)
         decoded: dict[int, torch.Tensor] = {}
         offenders: dict[int, str] = {}
+        is_plain = self._layout.is_plain(part)
         for sender, data in arrived.items():
             try:
-                values = codec.decode(data, dtype, part.count)
+                values = (
+                    torch.frombuffer(data, dtype=dtype) if is_plain else codec.decode(data, dtype, part.count)
+                )
             except ProtocolViolation as e:
                 offenders[sender] = str(e)
                 continue
@@ -207,7 +226,9 @@ class OwnSpan:
         difference = self._differences.pop((member, index), None)
         if difference is not None:
             return difference
-        return encode_part(self._layout.codec_of(part), self._layout.part_view(self._arena.average, part))
+        if self._layout.is_plain(part):
+            return _bytes_of(self._arena.average_bytes, part)
+        return encode_part(self._layout.codec_of(part), self._layout.part_in(self._arena.average_bytes, part))
 
 
 def _take_not_finite(received: dict[int, torch.Tensor]) -> dict[int, str]:
@@ -245,7 +266,11 @@ class ForeignSpan:
     def to_send(self, index: int) -> Bytes:
         """This member's version of one part, encoded."""
         part = self.parts[index]
-        return encode_part(self._layout.codec_of(part), self._layout.part_view(self._arena.snapshot, part))
+        if self._layout.is_plain(part):
+            return _bytes_of(self._arena.snapshot_bytes, part)
+        return encode_part(
+            self._layout.codec_of(part), self._layout.part_in(self._arena.snapshot_bytes, part)
+        )
 
     def receive_into(self, tag: int, length: int) -> memoryview:
         """Memory for the next average: its place in the arena, if it travels as it is."""
@@ -255,7 +280,7 @@ class ForeignSpan:
         _check_payload(part, self._expected, tag, length)
         self._expected += 1
         if self._layout.codec_of(part).is_raw(self._layout.dtype_of(part)):
-            return tensor_bytes(self._layout.part_view(self._arena.average, part))
+            return _bytes_of(self._arena.average_bytes, part)
         return memoryview(bytearray(length))
 
     def deliver(self, index: int, data: memoryview) -> None:
@@ -265,11 +290,13 @@ class ForeignSpan:
         """
         part = self.parts[index]
         codec, dtype = self._layout.codec_of(part), self._layout.dtype_of(part)
-        out = self._layout.part_view(self._arena.average, part)
-        if codec.lossless(dtype) or not self.sends:
+        out = self._layout.part_in(self._arena.average_bytes, part)
+        if self._layout.is_plain(part):
+            assert len(data) == part.nbytes  # it lies where receive_into() has said
+        elif codec.lossless(dtype) or not self.sends:
             codec.decode(data, dtype, part.count, out)
         else:
             difference = codec.decode(data, dtype, part.count)
-            apply_difference(self._layout.part_view(self._arena.snapshot, part), difference, out)
+            apply_difference(self._layout.part_in(self._arena.snapshot_bytes, part), difference, out)
         if not is_finite(out):
             raise NotFiniteError(self._owner)

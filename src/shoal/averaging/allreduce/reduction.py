@@ -22,8 +22,10 @@ from shoal.compression.base import CompressionBase
 from shoal.compression.finite import is_finite
 from shoal.errors import AllreduceException, InvalidValueError, UsageError
 
-CHUNK_NBYTES = 1 << 18
-"""Bytes of a sum that are worked on at a time, so that all operations after the first find them in the cache."""
+CHUNK_NBYTES = 1 << 19
+"""Bytes of a sum that are worked on at a time, so that all operations after the first find them in the cache; half as
+many of one that is wider than its terms, and not built where the result goes.
+"""
 
 MAX_FLOAT32_SENDERS = 16
 
@@ -48,14 +50,18 @@ def reduce_part(parts: Sequence[torch.Tensor], weights: Sequence[float], out: to
     wide = _sum_dtype(out.dtype, scales)
     # The sum may be built in `out` itself unless that would overwrite a part that is read later.
     in_place = wide == out.dtype and all(part.data_ptr() != out.data_ptr() for part, _ in terms[1:])
-    size = max(1, min(CHUNK_NBYTES // wide.itemsize, len(out)))
+    count = out.numel()
+    size = max(1, min(CHUNK_NBYTES // wide.itemsize // (1 if in_place else 2), count))
     total = out if in_place else torch.empty(size, dtype=wide)
-    term = torch.empty(size if any(scale != 1 for scale in scales) else 0, dtype=wide)
-    for start in range(0, len(out), size):
-        target = out[start : start + size]
-        chunk_total = target if in_place else total[: len(target)]
-        chunks = [part[start : start + size] for part, _ in terms]
-        _sum(chunks, scales, chunk_total, term[: len(target)])
+    term = torch.empty(size, dtype=wide) if any(scale != 1 for scale in scales) else total  # or is not needed
+    for start in range(0, count, size):
+        # Each operation on a tensor costs as much as thousands of elements: none without need.
+        is_whole = size == count
+        target = out if is_whole else out[start : start + size]
+        chunks = [part if is_whole else part[start : start + size] for part, _ in terms]
+        length = min(size, count - start)
+        chunk_total = target if in_place else total[:length]
+        _sum(chunks, scales, chunk_total, term[:length] if term is not total else chunk_total)
         _divide(chunk_total, divisor)
         if not in_place:
             target.copy_(chunk_total)
@@ -85,7 +91,7 @@ def reduce_wide(parts: Sequence[torch.Tensor], weights: Sequence[float], out: to
     whole = math.fsum(weight / largest for weight in weights)
     shares = [weight / largest / whole for weight in weights]
     limit = torch.finfo(out.dtype).max
-    size = CHUNK_NBYTES // torch.float64.itemsize
+    size = CHUNK_NBYTES // torch.float64.itemsize // 2
     for start in range(0, len(out), size):
         target = out[start : start + size]
         total = torch.zeros(len(target), dtype=torch.float64)
