@@ -22,10 +22,8 @@ from shoal.compression.base import CompressionBase
 from shoal.compression.finite import is_finite
 from shoal.errors import AllreduceException, InvalidValueError, UsageError
 
-CHUNK_NBYTES = 1 << 19
-"""Bytes of a sum that are worked on at a time, so that all operations after the first find them in the cache; half as
-many of one that is wider than its terms, and not built where the result goes.
-"""
+CHUNK_NBYTES = 1 << 18
+"""Bytes of a sum that are worked on at a time, so that all operations after the first find them in the cache."""
 
 MAX_FLOAT32_SENDERS = 16
 
@@ -51,7 +49,7 @@ def reduce_part(parts: Sequence[torch.Tensor], weights: Sequence[float], out: to
     # The sum may be built in `out` itself unless that would overwrite a part that is read later.
     in_place = wide == out.dtype and all(part.data_ptr() != out.data_ptr() for part, _ in terms[1:])
     count = out.numel()
-    size = max(1, min(CHUNK_NBYTES // wide.itemsize // (1 if in_place else 2), count))
+    size = max(1, min(CHUNK_NBYTES // wide.itemsize, count))
     total = out if in_place else torch.empty(size, dtype=wide)
     term = torch.empty(size, dtype=wide) if any(scale != 1 for scale in scales) else total  # or is not needed
     for start in range(0, count, size):
@@ -91,7 +89,7 @@ def reduce_wide(parts: Sequence[torch.Tensor], weights: Sequence[float], out: to
     whole = math.fsum(weight / largest for weight in weights)
     shares = [weight / largest / whole for weight in weights]
     limit = torch.finfo(out.dtype).max
-    size = CHUNK_NBYTES // torch.float64.itemsize // 2
+    size = CHUNK_NBYTES // torch.float64.itemsize
     for start in range(0, len(out), size):
         target = out[start : start + size]
         total = torch.zeros(len(target), dtype=torch.float64)
