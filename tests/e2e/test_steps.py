@@ -305,6 +305,9 @@ def test_a_report_reads_well_and_is_made_of_plain_values(swarm: Swarm):
     assert plain["modes"] == ["full", "full"]
     assert plain["weight"] == 2.0
     assert plain["phases"]["allreduce"] > 0
+    (path,) = plain["paths"]
+    assert path["member"] == str(averagers[1].peer_id)
+    assert path["lanes"] == 1
     assert "2 peers" in str(report)
 
 

@@ -17,6 +17,7 @@ from shoal.p2p.config import HostConfig
 from shoal.p2p.connection import Connection
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.frames import FrameKind
+from shoal.p2p.protocol.rate_limit import RateLimit
 from shoal.p2p.protocol.session import FrameReceived, Role, Session
 from shoal.p2p.rpc import Lane, Method
 from shoal.testing import clock
@@ -31,7 +32,18 @@ class Owner:
     def __init__(self, config=HostConfig()):
         self.identity = make_identity("owner")
         self.config = config
+        self.upload_limit = self.download_limit = RateLimit(None)
         self.closed = []
+        self.confirmed = []
+
+    def bundle_of(self, connection):
+        return self
+
+    def receive_confirmation(self, home, stream_id, number):
+        self.confirmed.append((home, stream_id, number))
+
+    def home_of(self, connection, piece):
+        return connection.streams if piece.home == connection.channel_id else None
 
     def make_hello(self, connection):
         return wire.Hello(lane=int(connection.lane), agent="o", is_client=False, addresses=[], clock=0.0)
@@ -199,12 +211,13 @@ def test_pings_are_answered_and_lanes_must_be_known():
     with_stranger(check_lane)
 
 
-def test_a_lane_for_probes_carries_no_streams():
+@pytest.mark.parametrize("lane", [Lane.PROBE, Lane.STRIPE])
+def test_lanes_for_probes_and_pieces_carry_no_streams(lane: Lane):
     def check(stranger):
-        stranger.send(FrameKind.HELLO, 0, wire.encode(wire.Hello(int(Lane.PROBE), "x", True, [], 0.0)))
+        stranger.send(FrameKind.HELLO, 0, wire.encode(wire.Hello(int(lane), "x", True, [], 0.0)))
         assert stranger.connection.is_open
         stranger.send(FrameKind.OPEN, 1, wire.encode_open("m", None, True, b"\x01"))
-        assert "OPEN on a lane for probes" in stranger.connection.close_reason
+        assert "OPEN on a lane that carries no streams" in stranger.connection.close_reason
 
     with_stranger(check)
 

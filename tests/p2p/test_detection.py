@@ -62,7 +62,7 @@ class Pair:
         await pair.b.connect(pair.a.peer_id, timeout=10)
         pair.lane = pair.b.open_stream(pair.a.peer_id, STREAM, lane=Lane.BULK)
         pair.stream = await pair.lane.__aenter__()
-        assert pair.b.count_connections(pair.a.peer_id) == {Lane.CONTROL: 1, Lane.BULK: 1}
+        assert pair.b.count_connections(pair.a.peer_id) == {Lane.CONTROL: 1, Lane.BULK: 1, Lane.STRIPE: 0}
         return pair
 
     def note(self, peer, ending):

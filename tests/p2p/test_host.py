@@ -487,9 +487,9 @@ async def test_unused_connections_are_closed_after_a_while(swarm, caplog):
     a.serve_stream(STREAM, nothing)
     async with b.open_stream(a.peer_id, STREAM, lane=Lane.BULK):
         pass
-    assert b.count_connections(a.peer_id) == {Lane.CONTROL: 1, Lane.BULK: 1}
+    assert b.count_connections(a.peer_id) == {Lane.CONTROL: 1, Lane.BULK: 1, Lane.STRIPE: 0}
     await asyncio.sleep(70)
-    assert b.count_connections(a.peer_id) == {Lane.CONTROL: 1, Lane.BULK: 0}
+    assert b.count_connections(a.peer_id) == {Lane.CONTROL: 1, Lane.BULK: 0, Lane.STRIPE: 0}
     await asyncio.sleep(100)
     assert not b.is_connected(a.peer_id)
 
@@ -675,7 +675,7 @@ async def test_one_peer_has_a_few_connections_only(swarm, caplog):
     outcome = await b._connections.dial_address(a.listen_addresses[0], a.peer_id, Lane.BULK, now() + 5)
     assert isinstance(outcome, PeerUnreachable)
     assert "too many connections to one peer" in str(outcome)
-    assert a.count_connections(b.peer_id) == {Lane.CONTROL: 3, Lane.BULK: 0}
+    assert a.count_connections(b.peer_id) == {Lane.CONTROL: 3, Lane.BULK: 0, Lane.STRIPE: 0}
     assert a.is_connected(other.peer_id)
 
 
@@ -711,7 +711,7 @@ async def test_a_peer_that_sends_more_than_is_read_hears_that_this_side_is_busy(
         assert (await b.call(a.peer_id, ECHO, Number(7), timeout=5)).value == 7
     await asyncio.sleep(1)
     (connection,) = a._connections.to(b.peer_id).all()
-    assert connection._streams._unread._used == 0
+    assert connection.streams._unread._used == 0
 
 
 @simulated()

@@ -72,6 +72,30 @@ class PartialContribution:
 
 
 @dataclass(frozen=True)
+class PathReport:
+    """How payloads went to one member in the last attempt, as far as the system tells.
+
+    :param member: its PeerID (base58)
+    :param lanes: connections that carried them at the end
+    :param reason: why so many, for people
+    :param congestion_control: the algorithm of the connections; empty: not known
+    :param rtt: the smallest round-trip time in seconds; None: not known
+    :param rate: bytes a second that its machine took, in the last while that was measured
+    :param loss: the part of the packets that were sent again; None: none were measured
+    :param resent: bytes that were sent again on another connection, because the first one was slow
+    """
+
+    member: str
+    lanes: int
+    reason: str
+    congestion_control: str
+    rtt: float | None
+    rate: float
+    loss: float | None
+    resent: int
+
+
+@dataclass(frozen=True)
 class Spread:
     """How far apart the members of a group were before its round; an estimate from a sample of elements, and the same
     at every member.
@@ -144,6 +168,7 @@ class StepReport:
       nothing
     :param spread_distance: how far apart the members were before; see :class:`Spread`. None: unknown
     :param spread_relative: likewise, relative to the average
+    :param paths: how payloads went to each member
     :param search: what the search for a group saw, in plain dictionaries, lists and strings; None: nothing to tell
     """
 
@@ -165,6 +190,7 @@ class StepReport:
     doubt: DoubtReport | None = None
     spread_distance: float | None = None
     spread_relative: float | None = None
+    paths: tuple[PathReport, ...] = ()
     search: dict[str, Any] | None = None
     phases: Phases = field(default_factory=Phases)
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from shoal.dht.messages import MAX_CONTACTS, MAX_ENTRIES
 from shoal.dht.storage import StorageLimits
+from shoal.p2p.config import CONGESTION_CONTROL, MAX_LANES, CongestionControl
 from shoal.utils.checks import Count, Number
 from shoal.utils.options import check_options
 
@@ -66,6 +67,17 @@ class DHTConfig:
     """
     reuse_get_requests: bool = True
     """Whether equal ``get`` calls made at the same time share one search."""
+
+    max_lanes: Annotated[int, Count(1)] = MAX_LANES
+    """How many connections may carry payloads at a time, to all peers together. How many do so follows what is measured
+    on each path: one where it is short, more where packets are lost at random."""
+    max_upload_rate: Annotated[float | None, Number(above=0, unit="Mbit/s")] = None
+    """Of tensors that are sent to all peers together; None: no limit."""
+    max_download_rate: Annotated[float | None, Number(above=0, unit="Mbit/s")] = None
+    """The same of what is received."""
+    congestion_control: Annotated[str, CongestionControl] = CONGESTION_CONTROL
+    """Of connections that carry payloads over long paths, where the system lets this process choose; empty: as the
+    system has it."""
 
     max_value_size: Annotated[int, Count(0, MAX_RECORD_SIZE, "bytes", _ONE_MESSAGE)] = 128 * 1024
     """Of one value, serialized and signed."""

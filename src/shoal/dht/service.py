@@ -140,6 +140,10 @@ class DHTService:
             await self._context.call_user(reading)
 
 
+def _bytes_a_second(megabits: float | None) -> float | None:
+    return None if megabits is None else megabits * 1e6 / 8
+
+
 async def create_dht_service(setup: DHTSetup, context: ServiceContext) -> DHTService:
     """The factory that the user's process sends by reference.
 
@@ -153,7 +157,14 @@ async def create_dht_service(setup: DHTSetup, context: ServiceContext) -> DHTSer
     lease = None if path is None else KeyLease.open(path)
     context.set_log_fields(peer=str(identity.peer_id))
     validators: Iterable[RecordValidatorBase] = await asyncio.to_thread(pickling.loads, setup.validators)
-    host_config = HostConfig(client_mode=setup.config.client_mode, announce=setup.announce)
+    host_config = HostConfig(
+        client_mode=setup.config.client_mode,
+        announce=setup.announce,
+        max_lanes=setup.config.max_lanes,
+        max_upload_rate=_bytes_a_second(setup.config.max_upload_rate),
+        max_download_rate=_bytes_a_second(setup.config.max_download_rate),
+        congestion_control=setup.config.congestion_control,
+    )
     host = Host(identity, TcpNetwork(), host_config, clock=dht_clock)
     try:
         own = [one for one in setup.initial_peers if one.peer_id == str(identity.peer_id)]

@@ -139,6 +139,7 @@ class Calls:
 
             async def run_stream() -> None:
                 await handler(stream)
+                await stream.delivered()
 
             return run_stream
         item = state.take_request()

@@ -28,6 +28,9 @@ _ONE_MESSAGE = "one message may have as many"
 MAX_AGENT = 64
 """Characters of the program's name that peers accept. Part of the wire protocol."""
 
+MAX_STRIPES = 255
+"""Lanes for pieces to one peer. Part of the wire protocol."""
+
 LANES_BESIDE_BULK = 2
 """Control connections to one peer: both sides may have dialed at once."""
 
@@ -39,8 +42,20 @@ def _check_agent(name: str, text: str) -> None:
 
 AGENT = Text(f"at most {MAX_AGENT} characters", _check_agent)
 
+CONGESTION_CONTROL = "bbr"
+MAX_LANES = 64
+
+
+def _check_congestion_control(name: str, text: str) -> None:
+    if len(text) > 15 or not text.isascii() or not (text.isprintable() or not text):
+        raise InvalidValueError(f"{name} must be {CongestionControl.allowed}, got {text!r}")
+
+
+CongestionControl = Text("the name of an algorithm of the system, or empty", _check_congestion_control)
+
 Seconds = Annotated[float, Number(minimum=0, unit="s")]
 Limit = Annotated[int, Count(1)]
+Rate = Annotated[float | None, Number(above=0, unit="bytes/s")]
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,12 @@ class HostConfig:
     """How long a closing connection may take to hand over what it still has to send."""
 
     bulk_lanes: Limit = 1
-    """How many connections for bulk data are opened to one peer."""
+    """How many connections for the streams of bulk data are opened to one peer."""
+    max_lanes: Limit = MAX_LANES
+    """How many lanes for pieces of payloads there may be, to all peers together that are sent to at the same time. How
+    many there are follows what was measured on each path."""
+    lanes_per_peer: Annotated[int, Count(0)] = 0
+    """So many to each peer, whatever was measured; 0: as many as each path needs."""
     max_connections: Limit = 512
     """Of both directions. Incoming ones over this are refused, unless one that is not used, and whose peer can be
     dialed again, can be closed in their favour. For what the host dials itself, any unused one is closed. Half of
@@ -72,7 +92,14 @@ class HostConfig:
     max_connections_per_ip: Limit = 384
     """Of these, incoming ones from one IP address (IPv6: one /64): many peers may share that of a router, but the
     rest stays for others. This machine's own addresses have no such limit."""
-    max_connections_per_peer: Annotated[int, Count(1 + LANES_BESIDE_BULK)] = 16
+    max_upload_rate: Rate = None
+    """Bytes of bulk data a second that are sent to all peers together; None: no limit."""
+    max_download_rate: Rate = None
+    """The same of what is received."""
+    congestion_control: Annotated[str, CongestionControl] = CONGESTION_CONTROL
+    """Of connections that carry bulk data over long paths, where the system lets this process choose; empty: as the
+    system has it."""
+    max_connections_per_peer: Annotated[int, Count(1 + LANES_BESIDE_BULK)] = 80
     """Of these, those to one peer, bulk lanes included; the one unused for longest makes room for a new one."""
     max_handshakes: Limit = 256
     """Incoming connections, beyond ``max_connections``, that may be proving who they are."""

@@ -17,12 +17,23 @@ from shoal.errors import ConnectionLost, DeadlineExceeded, ProtocolViolation, Sh
 from shoal.p2p.calls import Calls, Served
 from shoal.p2p.config import KIB, HostConfig
 from shoal.p2p.identity import Identity, PeerID
+from shoal.p2p.lanes.bundle import Bundle
+from shoal.p2p.lanes.scheduler import Outgoing
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.outlet import Outlet
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.claims import UNKNOWN
-from shoal.p2p.protocol.frames import FrameKind
-from shoal.p2p.protocol.session import FrameReceived, HandshakeCompleted, PayloadReceived, Role, Session
+from shoal.p2p.protocol.frames import FrameKind, Piece, discard_piece
+from shoal.p2p.protocol.rate_limit import RateLimit
+from shoal.p2p.protocol.session import (
+    FrameReceived,
+    HandshakeCompleted,
+    PayloadReceived,
+    PieceReceived,
+    Role,
+    Session,
+)
+from shoal.p2p.protocol.stream_state import StreamState
 from shoal.p2p.protocol.streams import Multiplexer
 from shoal.p2p.protocol.violations import Ending, EndKind, TurnedAway
 from shoal.p2p.rpc import Lane
@@ -32,6 +43,8 @@ from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
 
+STRIPE_IDLE = 2.0
+"""Seconds without a piece after which a lane that carries only these counts as idle."""
 CONNECTION_FRAMES = frozenset({FrameKind.HELLO, FrameKind.GOODBYE, FrameKind.PING, FrameKind.PONG})
 
 
@@ -40,6 +53,8 @@ class ConnectionOwner(Protocol):
 
     identity: Identity
     config: HostConfig
+    upload_limit: RateLimit
+    download_limit: RateLimit
 
     def make_hello(self, connection: Connection) -> wire.Hello:
         """What this host says of itself."""
@@ -76,6 +91,12 @@ class ConnectionOwner(Protocol):
 
     def seen_elsewhere(self, connection: Connection) -> float:
         """When its peer last showed life on another connection, in seconds of the loop; -inf: on none."""
+
+    def bundle_of(self, connection: Connection) -> Bundle:
+        """The bulk lanes to its peer's process."""
+
+    def home_of(self, connection: Connection, piece: Piece) -> Multiplexer | None:
+        """The streams to which a piece belongs that has come on ``connection``; None if they are gone."""
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -117,20 +138,24 @@ class Connection(asyncio.BufferedProtocol):
         self._config = owner.config
         self._session = Session(role, owner.identity, secrets.token_bytes(32), expected_peer=expected_peer)
         self._session.payload_sink = self._place_payload
-        self.outlet = Outlet(self._session, self._peer_does_not_read)
+        self._session.piece_sink = self._place_piece
+        self.outlet = Outlet(self._session, owner.upload_limit, self._peer_does_not_read)
         """What goes out."""
         self.vigil = Vigil(self, self.outlet, owner.config)
         """Its time, and the peer's signs of life."""
-        self._streams = Multiplexer(
+        self.streams = Multiplexer(
             is_initiator=role is Role.INITIATOR,
             send_frame=self.outlet.send_frame,
             max_inbound=owner.config.max_inbound_streams,
             max_unread=owner.config.max_unread,
             discard_payload=self._session.discard_payload,
+            striped_received=self._striped_received,
         )
-        self.calls = Calls(self, self._streams, owner.find_served, owner.config.max_stream_timeout)
+        self.calls = Calls(self, self.streams, owner.find_served, owner.config.max_stream_timeout)
         """Opens streams on this connection, and serves those of the peer."""
         self._transport: asyncio.Transport | None = None
+        self._reads_later = False
+        """Whether reading is paused, to keep the host's rate."""
 
     # Who, and in which state.
 
@@ -151,6 +176,11 @@ class Connection(asyncio.BufferedProtocol):
         return UNKNOWN if self.hello is None else self.hello.incarnation
 
     @property
+    def channel_id(self) -> int:
+        """What both sides call this connection."""
+        return self._session.channel_id
+
+    @property
     def is_open(self) -> bool:
         """Whether streams can be opened on it."""
         return self.is_admitted and self.ending is None
@@ -163,12 +193,14 @@ class Connection(asyncio.BufferedProtocol):
     @property
     def load(self) -> int:
         """Streams in use here: the least loaded lane gets the next one."""
-        return self._streams.open_streams
+        return self.streams.open_streams
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing goes on here."""
-        return self._streams.open_streams == 0 and not self.calls.handlers
+        if self.lane is Lane.STRIPE:
+            return self._loop.time() - self.last_used > STRIPE_IDLE
+        return self.streams.open_streams == 0 and not self.calls.handlers
 
     @property
     def max_message(self) -> int:
@@ -198,7 +230,9 @@ class Connection(asyncio.BufferedProtocol):
         self.outlet.flush()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._session.get_buffer(sizehint)
+        buffer = self._session.get_buffer(sizehint)
+        quantum = self._owner.download_limit.quantum
+        return buffer if quantum is None or self.lane is Lane.CONTROL else buffer[:quantum]
 
     def buffer_updated(self, nbytes: int) -> None:
         if self.ending is not None:
@@ -210,6 +244,27 @@ class Connection(asyncio.BufferedProtocol):
                     self._receive_event(event)
             except ProtocolViolation as error:
                 self.violate(error)
+        if self._owner.download_limit.is_limited and self.lane is not Lane.CONTROL:
+            self._pause_for_rate(nbytes)
+
+    def _pause_for_rate(self, nbytes: int) -> None:
+        """Read no more for as long as what was read takes at the rate that the host may receive."""
+        now = self._loop.time()
+        self._owner.download_limit.spend(nbytes, now)
+        wait = self._owner.download_limit.wait(now)
+        if wait > 0 and not self._reads_later and self._transport is not None:
+            self._reads_later = True
+            self._transport.pause_reading()
+            self._loop.call_later(wait, self._read_again)
+
+    def _read_again(self) -> None:
+        wait = self._owner.download_limit.wait(self._loop.time())  # other connections have read meanwhile
+        if wait > 0 and self.ending is None:
+            self._loop.call_later(wait, self._read_again)
+            return
+        self._reads_later = False
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def eof_received(self) -> bool:
         if self.ending is None:
@@ -244,7 +299,12 @@ class Connection(asyncio.BufferedProtocol):
         if isinstance(event, FrameReceived):
             self._receive_frame(event.kind, event.stream_id, event.body)
         elif isinstance(event, PayloadReceived):
-            self._streams.receive_payload(event.stream_id, event.tag, event.data)
+            self.streams.receive_payload(event.stream_id, event.tag, event.data)
+        elif isinstance(event, PieceReceived):
+            self.last_used = self._loop.time()
+            home = self._owner.home_of(self, event.piece)
+            if home is not None:
+                home.receive_piece(event.piece)
         elif isinstance(event, HandshakeCompleted):
             self.remote = event.remote
             self.vigil.end_handshake()
@@ -256,13 +316,13 @@ class Connection(asyncio.BufferedProtocol):
             self._receive_connection_frame(kind, body)
         elif not self.is_admitted:
             raise ProtocolViolation(f"{kind.name} before HELLO")
-        elif self.lane is Lane.PROBE:
-            raise ProtocolViolation(f"{kind.name} on a lane for probes")
+        elif self.lane in (Lane.PROBE, Lane.STRIPE):
+            raise ProtocolViolation(f"{kind.name} on a lane that carries no streams")
         elif kind is FrameKind.OPEN:
             self.note_use()
             self.calls.receive_open(stream_id, body)
         else:
-            self._streams.receive_frame(kind, stream_id, body)
+            self.streams.receive_frame(kind, stream_id, body)
 
     def _receive_connection_frame(self, kind: FrameKind, body: bytes) -> None:
         if kind is FrameKind.GOODBYE:
@@ -343,7 +403,23 @@ class Connection(asyncio.BufferedProtocol):
     def _place_payload(self, stream_id: int, tag: int, length: int) -> memoryview:
         if not self.is_admitted:
             raise ProtocolViolation("PAYLOAD before HELLO")
-        return self._streams.payload_memory(stream_id, tag, length)
+        return self.streams.payload_memory(stream_id, tag, length)
+
+    def _place_piece(self, piece: Piece) -> memoryview:
+        if not self.is_admitted or self.lane not in (Lane.STRIPE, Lane.BULK):
+            raise ProtocolViolation("PIECE on a connection that is not for bulk data")
+        home = self._owner.home_of(self, piece)
+        memory = None if home is None else home.piece_memory(piece)
+        return discard_piece(piece) if memory is None else memory
+
+    def _striped_received(self, stream_id: int, number: int) -> None:
+        self._owner.bundle_of(self).receive_confirmation(self.channel_id, stream_id, number)
+
+    def stripe(self, state: StreamState, tag: int, data: memoryview) -> Outgoing | None:
+        """Begin to send a payload over several connections; None: it goes out on this one."""
+        if self.lane is not Lane.BULK or self.ending is not None:
+            return None
+        return self._owner.bundle_of(self).stripe(self.channel_id, state, tag, data)
 
     # What the vigil sees.
 
@@ -433,7 +509,7 @@ class Connection(asyncio.BufferedProtocol):
         self.outlet.end()
         if not self.opened.done():
             self.opened.set_exception(failure)
-        self._streams.fail_all(lambda: type(failure)(str(failure)))
+        self.streams.fail_all(lambda: type(failure)(str(failure)))
         self.calls.cancel_handlers()
         if self._transport is not None:
             self._transport.close()

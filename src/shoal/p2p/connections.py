@@ -11,6 +11,7 @@ import functools
 import logging
 import math
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 import msgspec
 
@@ -28,11 +29,16 @@ from shoal.p2p.config import HostConfig
 from shoal.p2p.connection import Connection
 from shoal.p2p.dialing import Dialer
 from shoal.p2p.identity import Identity, PeerID
+from shoal.p2p.lane_opener import StripeOpener
+from shoal.p2p.lanes.bundle import Bundle, tune
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Network
 from shoal.p2p.pool import PeerConnections
 from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.frames import Piece
+from shoal.p2p.protocol.rate_limit import RateLimit
 from shoal.p2p.protocol.session import Role
+from shoal.p2p.protocol.streams import Multiplexer
 from shoal.p2p.protocol.violations import Ending, EndKind
 from shoal.p2p.reach.addresses import AddressBook
 from shoal.p2p.reach.incarnations import Incarnations
@@ -47,6 +53,13 @@ REDUNDANT_TIMEOUT = 10.0
 LANE_RETRY_PAUSE = 30.0
 
 
+class AskForLane(Protocol):
+    """Asks a peer to dial this host."""
+
+    def __call__(self, peer: PeerID, deadline: float, stripes: int = 0) -> Awaitable[bool]:
+        """For one lane for streams, or for ``stripes`` lanes for pieces."""
+
+
 class Connections:
     """The owner of every connection of a host. ``find_served`` and ``make_hello`` are the host's."""
 
@@ -58,7 +71,7 @@ class Connections:
         *,
         find_served: Callable[[str], Served | None],
         make_hello: Callable[[Connection], wire.Hello],
-        ask_for_lane: Callable[[PeerID, float], Awaitable[bool]],
+        ask_for_lane: AskForLane,
         peer_met: Callable[[Connection], None],
         peer_lost: Callable[[PeerID, Ending], None],
         clock: Callable[[], float],
@@ -70,6 +83,8 @@ class Connections:
         self.addresses = AddressBook(
             max_peers=config.max_known_peers, max_addresses=config.max_addresses_per_peer
         )
+        self.upload_limit = RateLimit(config.max_upload_rate)
+        self.download_limit = RateLimit(config.max_download_rate)
         self.incarnations = Incarnations(config.max_known_peers)
         self.find_served = find_served
         self.make_hello = make_hello
@@ -92,6 +107,7 @@ class Connections:
         self._connections: dict[Connection, None] = {}
         self._dials: dict[tuple[PeerID, Lane], asyncio.Task[Connection | PeerUnreachable]] = {}
         self._lane_failures: dict[PeerID, float] = {}
+        self._stripes = StripeOpener(self, self._dialer)
         self._room = Room(self._connections, config, self._can_be_had_again)
         self._is_closing = False
 
@@ -145,6 +161,7 @@ class Connections:
                 self._lane_failures = {**until, peer: now + LANE_RETRY_PAUSE}
             lanes = self._bulk(peer)
         if lanes:
+            self.bundle_of(lanes[0]).prepare()
             return lanes[0]
         return control if control.is_open else await self.control(peer, deadline)
 
@@ -160,6 +177,19 @@ class Connections:
             if isinstance(await self._dial(peer, Lane.BULK, deadline), PeerUnreachable):
                 return False
         return True
+
+    def open_stripes_to(self, peer: PeerID, count: int) -> None:
+        """``peer`` asks for so many lanes for pieces, because it cannot dial this host."""
+        self._stripes.dial(peer, count)
+
+    def bundle_of(self, connection: Connection) -> Bundle:
+        """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
+        return self._stripes.bundle(connection.peer, connection.incarnation)
+
+    def home_of(self, connection: Connection, piece: Piece) -> Multiplexer | None:
+        """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
+        connections = self._peers.get(connection.peer)
+        return None if connections is None else connections.streams_of(piece.home, connection.incarnation)
 
     async def dial_address(
         self, address: Multiaddr, expected: PeerID | None, lane: Lane, deadline: float
@@ -186,7 +216,7 @@ class Connections:
             await self._dial(peer, Lane.BULK, deadline), PeerUnreachable
         ):
             return True
-        arrival = self._entry(peer).next_arrival(Lane.BULK)
+        arrival = self.entry(peer).next_arrival(Lane.BULK)
         try:
             return await self._ask_for_lane(peer, deadline) and await self._arrives(arrival, deadline)
         except ShoalError as error:
@@ -209,7 +239,7 @@ class Connections:
             task = loop.create_task(self._run_dial(peer, lane))
             self._dials[peer, lane] = task
             task.add_done_callback(functools.partial(self._dial_done, peer, lane))
-        arrival = self._entry(peer).next_arrival(lane)
+        arrival = self.entry(peer).next_arrival(lane)
         try:
             await asyncio.wait(
                 (task, arrival), timeout=max(deadline - loop.time(), 0.0), return_when=asyncio.FIRST_COMPLETED
@@ -281,7 +311,11 @@ class Connections:
         self.addresses.add(peer, _meaningful(announced, connection))
         self._lane_failures.pop(peer, None)
         self.incarnations.note(peer, connection.incarnation)
-        self._entry(peer).add(connection)
+        if connection.lane is not Lane.CONTROL:
+            tune(connection.outlet.transport, self.config.congestion_control)
+        self.entry(peer).add(connection)
+        if connection.lane is Lane.STRIPE:
+            self.bundle_of(connection).pump()
         self._peer_met(connection)
         logger.debug("connected to %s (%s, %s lane)", peer, hello.agent, connection.lane.name.lower())
         return None
@@ -306,6 +340,9 @@ class Connections:
             logger.debug("%s connection: %s", connection.role.value, connection.ending)
             return
         connections.remove(connection)
+        bundle = connections.bundles.get(connection.incarnation)
+        if bundle is not None and connection.lane is not Lane.CONTROL:
+            bundle.lane_ended(connection)
         self._drop_if_empty(peer)
         # A new process of the peer may be connected already: that the old one is gone is told all the same.
         if all(other.incarnation != connection.incarnation for other in connections.all()):
@@ -354,14 +391,19 @@ class Connections:
 
     # Entries of peers.
 
-    def _entry(self, peer: PeerID) -> PeerConnections:
+    def ask_for_stripes(self, peer: PeerID, deadline: float, count: int) -> Awaitable[bool]:
+        """Ask ``peer`` to dial this host for so many lanes for pieces."""
+        return self._ask_for_lane(peer, deadline, count)
+
+    def entry(self, peer: PeerID) -> PeerConnections:
+        """The connections to ``peer``; made if there are none."""
         connections = self._peers.get(peer)
         if connections is None:
             connections = self._peers[peer] = PeerConnections(self.identity.peer_id, peer)
         return connections
 
     def _forget_arrival(self, peer: PeerID, lane: Lane, arrival: asyncio.Future[None]) -> None:
-        self._entry(peer).forget_arrival(lane, arrival)
+        self.entry(peer).forget_arrival(lane, arrival)
         self._drop_if_empty(peer)
 
     def _drop_if_empty(self, peer: PeerID) -> None:
@@ -394,7 +436,7 @@ class Connections:
         """Say goodbye to everybody; when this returns, no transport, handler or dial is left."""
         self._is_closing = True
         contests = self.tenancy.close()
-        dials = list(self._dials.values())
+        dials = [*self._dials.values(), *self._stripes.dials]
         for dial in dials:
             dial.cancel()
         connections = list(self._connections)

@@ -22,10 +22,12 @@ from shoal.p2p.config import HostConfig
 from shoal.p2p.connection import Connection
 from shoal.p2p.connections import Connections
 from shoal.p2p.identity import Identity, PeerID
-from shoal.p2p.lanes import OPEN_LANE, LaneRequests
+from shoal.p2p.lane_requests import OPEN_LANE, LaneRequests
+from shoal.p2p.lanes.bundle import LaneReport
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Listener, Network
 from shoal.p2p.opening import OpenedStream
+from shoal.p2p.pool import KEPT
 from shoal.p2p.probing import Prober
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.violations import Ending, EndKind
@@ -85,7 +87,7 @@ class Host:
             config,
             find_served=lambda name: self._served.get(name),
             make_hello=self._make_hello,
-            ask_for_lane=lambda peer, deadline: self._lanes.ask(peer, deadline),
+            ask_for_lane=self._ask_for_lane,
             peer_met=self._peer_met,
             peer_lost=self._peer_lost,
             clock=clock,
@@ -105,6 +107,7 @@ class Host:
             ask=self.call,
             can_be_dialed=lambda: self.reachability.is_full,
             open_lane_to=self._connections.open_lane_to,
+            open_stripes_to=self._connections.open_stripes_to,
         )
         self._rivals = Rivals(self._connections)
         self._announcer = Announcer(
@@ -289,7 +292,12 @@ class Host:
         """How many connections to ``peer`` stand, by kind."""
         connections = self._connections.to(peer)
         lanes = [] if connections is None else [one.lane for one in connections.all() if one.is_open]
-        return {lane: lanes.count(lane) for lane in (Lane.CONTROL, Lane.BULK)}
+        return {lane: lanes.count(lane) for lane in KEPT}
+
+    def lane_report(self, peer: PeerID) -> LaneReport | None:
+        """How the payloads to ``peer`` travel; None if none have."""
+        connections = self._connections.to(peer)
+        return None if connections is None else connections.lane_report(self.incarnation(peer))
 
     def rtt(self, peer: PeerID) -> float | None:
         """The smoothed round-trip time to ``peer`` in seconds, if it was measured."""
@@ -424,6 +432,9 @@ class Host:
         for listener in self._listeners:
             listener.close()
         self._connections.retire(reason, kind)
+
+    async def _ask_for_lane(self, peer: PeerID, deadline: float, stripes: int = 0) -> bool:
+        return await self._lanes.ask(peer, deadline, stripes)
 
     def _peer_lost(self, peer: PeerID, ending: Ending) -> None:
         for callback in list(self._on_disconnect.values()):

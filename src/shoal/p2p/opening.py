@@ -56,6 +56,9 @@ class OpenedStream(AbstractAsyncContextManager[Stream]):
         assert self._state is not None
         if self._timer is not None:
             self._timer.cancel()
-        if kind is None:
-            self._state.finish()
-        self._stream.reset(ResetCode.CANCELLED, "the opener has left the stream")
+        try:
+            if kind is None:
+                self._state.finish()
+                await self._stream.delivered()
+        finally:
+            self._stream.reset(ResetCode.CANCELLED, "the opener has left the stream")

@@ -11,8 +11,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from shoal.p2p import tcp_info
 from shoal.p2p.config import KIB, MIB
-from shoal.p2p.protocol.frames import FrameKind
+from shoal.p2p.protocol.frames import FrameKind, Piece
+from shoal.p2p.protocol.rate_limit import RateLimit
 from shoal.p2p.protocol.session import Session
 from shoal.p2p.protocol.stream_state import StreamState
 from shoal.p2p.sockets import unsent_bytes
@@ -21,6 +23,9 @@ WRITE_HIGH = 1 * MIB
 WRITE_LOW = 256 * KIB
 PAYLOAD_CHUNK = 1 * MIB
 """A longer payload is encrypted in pieces of this size, each when the transport has room."""
+UNSENT_WHEN_STRIPED = 64 * KIB
+"""With several lanes the kernel of each holds no more than this beyond what is on its way: a slow one would sit on
+it."""
 MAX_UNREAD_ANSWERS = 4096
 """Answers that may be queued for a peer that does not read; more is an attempt to make us hold memory."""
 
@@ -28,12 +33,17 @@ ANSWERS = frozenset({FrameKind.PONG, FrameKind.RESET})
 
 
 class Outlet:
-    """See the module. ``peer_does_not_read`` is called when too many answers are queued; it ends the connection."""
+    """See the module.
 
-    def __init__(self, session: Session, peer_does_not_read: Callable[[], None]) -> None:
+    :param limit: of all payloads that the host sends
+    :param peer_does_not_read: called when too many answers are queued; it ends the connection
+    """
+
+    def __init__(self, session: Session, limit: RateLimit, peer_does_not_read: Callable[[], None]) -> None:
         self.written = 0
         """Bytes handed to the transport so far."""
         self._session = session
+        self._limit = limit
         self._peer_does_not_read = peer_does_not_read
         self._transport: asyncio.Transport | None = None
         self._is_ended = False
@@ -42,12 +52,25 @@ class Outlet:
         self._payload_under_way = False
         self._held_frames: deque[tuple[FrameKind, int, bytes]] = deque()
         self._unread_answers = 0
+        self._on_room: Callable[[], None] | None = None
         self._write_waiters: dict[asyncio.Future[None], None] = {}  # ordered, as a set is not
 
     def connect(self, transport: asyncio.Transport) -> None:
         """Write to ``transport`` from now on."""
         transport.set_write_buffer_limits(high=WRITE_HIGH, low=WRITE_LOW)
         self._transport = transport
+
+    @property
+    def transport(self) -> asyncio.Transport | None:
+        """What it writes to."""
+        return self._transport
+
+    def stripe(self, on_room: Callable[[], None]) -> None:
+        """From now on this is one of several lanes: hold little, and call ``on_room`` when there is room again."""
+        self._on_room = on_room
+        if self._transport is not None:
+            self._transport.set_write_buffer_limits(high=0)
+            tcp_info.keep_little_unsent(self._transport, UNSENT_WHEN_STRIPED)
 
     def end(self) -> None:
         """Take nothing more; what was written is still sent. Those that wait look again."""
@@ -129,6 +152,8 @@ class Outlet:
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
+        if self._on_room is not None and self.is_writable and not self._is_ended:
+            self._on_room()
 
     async def writable(self) -> None:
         """Wait until the socket takes more."""
@@ -151,11 +176,15 @@ class Outlet:
         Once it has begun, its frame is completed whatever happens, or else the connection would be of no use: when
         the stream fails or the caller is cancelled, the rest is queued at once.
         """
-        pieces = self._session.send_payload_pieces(state.id, tag, data, PAYLOAD_CHUNK)
+        pieces = self._session.send_payload_pieces(state.id, tag, data, self._limit.quantum or PAYLOAD_CHUNK)
         self._payload_under_way = True
         try:
             for _ in pieces:
+                before = self.written  # an answer may flush what is queued while this waits
+                if self._limit.is_limited and state.failure is None:
+                    await self._wait_for_rate()
                 self.flush()
+                self._limit.spend(self.written - before, asyncio.get_running_loop().time())
                 if self._is_paused and state.failure is None:
                     await self._drained(state)
                 if self._is_ended:
@@ -167,6 +196,18 @@ class Outlet:
             self._payload_under_way = False
             self._send_held_frames()
             self._wake_writers()
+
+    async def _wait_for_rate(self) -> None:
+        loop = asyncio.get_running_loop()
+        wait = self._limit.wait(loop.time())
+        while wait > 0 and not self._is_ended:
+            await asyncio.sleep(wait)
+            wait = self._limit.wait(loop.time())
+
+    def send_piece(self, piece: Piece, data: memoryview) -> None:
+        """Send a piece of a striped payload; only while :attr:`is_writable`."""
+        self._session.send_piece(piece, data)
+        self.flush()
 
     async def _drained(self, state: StreamState) -> None:
         while self._is_paused and not self._is_ended and state.failure is None:

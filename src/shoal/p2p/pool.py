@@ -7,8 +7,13 @@ import math
 
 from shoal.p2p.connection import Connection
 from shoal.p2p.identity import PeerID
+from shoal.p2p.lanes.bundle import Bundle, LaneReport
 from shoal.p2p.protocol.session import Role
+from shoal.p2p.protocol.streams import Multiplexer
 from shoal.p2p.rpc import Lane
+
+KEPT = (Lane.CONTROL, Lane.BULK, Lane.STRIPE)
+"""The kinds of connections that are kept, those first that are best for control."""
 
 
 class PeerConnections:
@@ -17,8 +22,12 @@ class PeerConnections:
     def __init__(self, own: PeerID, peer: PeerID) -> None:
         self._own = own
         self._peer = peer
-        self._lanes: dict[Lane, list[Connection]] = {Lane.CONTROL: [], Lane.BULK: []}
-        self._arrivals: dict[Lane, list[asyncio.Future[None]]] = {Lane.CONTROL: [], Lane.BULK: []}
+        self._lanes: dict[Lane, list[Connection]] = {lane: [] for lane in KEPT}
+        self._arrivals: dict[Lane, list[asyncio.Future[None]]] = {lane: [] for lane in KEPT}
+        self.bundles: dict[int, Bundle] = {}
+        """The lanes to each process of the peer, by its incarnation."""
+        self.opening = 0
+        """Lanes that are being opened."""
 
     @property
     def is_empty(self) -> bool:
@@ -39,14 +48,15 @@ class PeerConnections:
 
     def all(self) -> list[Connection]:
         """Every connection, the best one for control first."""
-        return self._lanes[Lane.CONTROL] + self._lanes[Lane.BULK]
+        return [connection for lane in KEPT for connection in self._lanes[lane]]
 
     def add(self, connection: Connection) -> None:
         """A connection has opened."""
         lane = self._lanes[connection.lane]
         lane.append(connection)
-        # When both sides have dialed at once, both prefer the same connection, and the other one falls idle.
-        lane.sort(key=self._is_dialed_by_greater)
+        if connection.lane is Lane.CONTROL or connection.lane is Lane.BULK:
+            # When both sides have dialed at once, both prefer the same connection, and the other one falls idle.
+            lane.sort(key=self._is_dialed_by_greater)
         waiting, self._arrivals[connection.lane] = self._arrivals[connection.lane], []
         for future in waiting:
             if not future.done():
@@ -70,6 +80,23 @@ class PeerConnections:
         return sorted(
             (lane for lane in self._lanes[Lane.BULK] if lane.is_open), key=lambda connection: connection.load
         )
+
+    def stripes(self, incarnation: int) -> list[Connection]:
+        """The lanes for pieces to one process of the peer, the oldest first."""
+        lanes = self._lanes[Lane.STRIPE]
+        return [one for one in lanes if one.is_open and one.incarnation == incarnation]
+
+    def streams_of(self, channel_id: int, incarnation: int) -> Multiplexer | None:
+        """The streams of one of the connections to that process."""
+        for connection in self._lanes[Lane.BULK] + self._lanes[Lane.CONTROL]:
+            if connection.channel_id == channel_id and connection.incarnation == incarnation:
+                return connection.streams
+        return None
+
+    def lane_report(self, incarnation: int | None) -> LaneReport | None:
+        """How payloads to one process of the peer travel; None if none have."""
+        bundle = None if incarnation is None else self.bundles.get(incarnation)
+        return None if bundle is None else bundle.report()
 
     def is_redundant(self, connection: Connection) -> bool:
         """Whether a control connection has fallen out of use because another one is preferred."""

@@ -31,6 +31,10 @@ Buffer = bytes | bytearray | memoryview
 """What can be sent as a payload: contiguous memory."""
 
 
+DELIVERY_TIMEOUT = 60.0
+"""A stream that is left waits so long for its peer to have one more of the payloads that were sent."""
+
+
 class Lane(enum.IntEnum):
     """Which connection to a peer carries a stream. The numbers are those on the wire."""
 
@@ -40,6 +44,8 @@ class Lane(enum.IntEnum):
     """One for bulk data, so that it holds up nothing else; opened when first needed."""
     PROBE = 2
     """Opened only to learn whether an address can be dialed; carries no streams."""
+    STRIPE = 3
+    """One of several that share the payloads of the bulk streams; carries pieces of them, and no streams."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,14 @@ class StreamOutlet(Protocol):
         """Send a payload whole; the credit for it has been taken."""
 
 
+class StripedPayload(Protocol):
+    """A payload that goes out over several connections."""
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether all of it was sent once. The stream changes when that comes to be so."""
+
+
 class StreamConnection(Protocol):
     """What a stream needs of the connection that carries it."""
 
@@ -109,6 +123,9 @@ class StreamConnection(Protocol):
 
     def violate(self, error: ProtocolViolation) -> None:
         """End the connection: the peer broke the protocol."""
+
+    def stripe(self, state: StreamState, tag: int, data: memoryview) -> StripedPayload | None:
+        """Begin to send a payload over several connections; None: it goes out on this one."""
 
 
 class Stream:
@@ -148,27 +165,51 @@ class Stream:
         self._state.send_message(body)
 
     async def send_payload(self, tag: int, data: Buffer) -> None:
-        """Send raw bytes under a tag. ``data`` may be reused when this returns.
+        """Send raw bytes under a tag. ``data`` must stay as it is until the stream is over: where several connections
+        carry it, a part of it may have to be sent again.
 
         Waits until the receiver has given credit for the whole payload: anything over 128 KiB passes only after
         it has called :meth:`accept_payloads` with a window of at least that size. Frames of other streams on the
         same connection wait for a payload that is under way.
         """
         view = memoryview(data).cast("B")
+        while not self._state.can_send_payload(len(view)):
+            self._check_sendable()
+            await self._wait()
+        self._check_sendable()
+        striped = self._connection.stripe(self._state, tag, view)
+        if striped is None:
+            await self._send_whole(tag, view)
+        while striped is not None and not striped.is_taken and self._state.failure is None:
+            await self._wait()
+        if self._state.failure is not None:
+            raise self._state.failure
+
+    async def _send_whole(self, tag: int, view: memoryview) -> None:
         while not (self._state.can_send_payload(len(view)) and self._connection.outlet.is_writable):
             self._check_sendable()
             await self._wait(for_writing=True)
         self._check_sendable()
         self._state.charge(len(view))
         await self._connection.outlet.send_payload(self._state, tag, view)
-        if self._state.failure is not None:
-            raise self._state.failure
 
     async def finish(self) -> None:
         """Tell the other side that nothing more will be sent (half close). Idempotent."""
         if self._state.failure is not None and not self._state.local_finished:
             raise self._state.failure
         self._state.finish()
+
+    async def delivered(self) -> None:
+        """Wait until the other side has all striped payloads: what ends the stream would overtake them.
+
+        Gives up if it confirms none for :data:`DELIVERY_TIMEOUT` seconds.
+        """
+        try:
+            while self._state.unconfirmed and self._state.failure is None and not self._state.remote_finished:
+                async with asyncio.timeout(DELIVERY_TIMEOUT):
+                    await self._wait()
+        except TimeoutError:
+            logger.debug("%s does not confirm what was sent", self.remote)
 
     def reset(self, code: str = ResetCode.CANCELLED, message: str = "") -> None:
         """End the stream in both directions at once; the other side gets ``RemoteError(code, message)``."""
@@ -201,9 +242,10 @@ class Stream:
         """Let payloads of up to ``window`` bytes pass, with ``window`` bytes on the way at most, from now on.
 
         ``sink(tag, length)`` returns writable memory of exactly ``length`` bytes, into which the payload is
-        decrypted; the :class:`Payload` that :meth:`receive` returns views that memory, and only then are its
-        bytes complete and verified. A sink raises :class:`ProtocolViolation` to refuse, which ends the
-        connection. Payloads that came before this call are copied. Without a sink, memory is allocated.
+        decrypted; the :class:`Payload` that :meth:`receive` returns views that memory, and only then are its bytes
+        complete and verified. It may be asked for payloads out of the order in which they are returned. A sink raises
+        :class:`ProtocolViolation` to refuse, which ends the connection. Payloads that came before this call are copied.
+        Without a sink, memory is allocated.
         """
         if window < 1:
             raise InvalidValueError(f"window must be at least 1 byte, got {window}")

@@ -46,6 +46,7 @@ class SimulatedGroup:
 
     The last ``clients`` members cannot be dialed, the ``auxiliaries`` before them contribute nothing. ``weights`` are
     what the members contribute with; ``bandwidths`` decide who owns how much. ``strangers`` know the leader alone.
+    ``lanes``: over so many lanes long parts are striped; 0: none.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class SimulatedGroup:
         strangers: bool = False,
         part_bytes: int = PART_BYTES,
         network: SimulatedNetwork | None = None,
+        lanes: int = 0,
     ) -> None:
         modes = [PeerMode.FULL] * (size - clients - auxiliaries)
         self.modes = [*modes, *[PeerMode.AUXILIARY] * auxiliaries, *[PeerMode.CLIENT] * clients]
@@ -74,6 +76,7 @@ class SimulatedGroup:
         self.part_bytes = part_bytes
         self.seed = seed
         self.size = size
+        self.lanes = lanes
         self.network = network or SimulatedNetwork(self.rng)
         generator = torch.Generator().manual_seed(seed)
         self.tensors = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(size)]
@@ -98,7 +101,7 @@ class SimulatedGroup:
 
     async def __aenter__(self) -> SimulatedGroup:
         for member, mode in enumerate(self.modes):
-            config = HostConfig(client_mode=mode is PeerMode.CLIENT)
+            config = HostConfig(client_mode=mode is PeerMode.CLIENT, lanes_per_peer=self.lanes)
             self.hosts.append(await make_host(self.network, self.name(member), config, seed=self.seed))
         for host in self.hosts:
             for other in self.hosts:

@@ -286,22 +286,28 @@ def test_averages_that_are_not_finite_are_refused(codec: CompressionBase):
     assert caught.value.member == 0
 
 
-@pytest.mark.parametrize(("tag", "extra"), [(1, 0), (0, 1), (0, -1)])
-def test_a_payload_that_is_not_the_next_part_is_a_violation(tag: int, extra: int):
+@pytest.mark.parametrize("extra", [1, -1])
+def test_a_payload_of_another_size_is_a_violation(extra: int):
     group = Group(2, NoCompression())
     nbytes = group.own[0].parts[0].nbytes
-    with pytest.raises(ProtocolViolation, match="expected 0 of"):
-        group.own[0].receive_into(1, tag, nbytes + extra)
-    with pytest.raises(ProtocolViolation, match="expected 0 of"):
-        ForeignSpan(group.partition, group.spans[0], group.arenas[1]).receive_into(tag, nbytes + extra)
+    with pytest.raises(ProtocolViolation, match=f"expected {nbytes} bytes"):
+        group.own[0].receive_into(1, 0, nbytes + extra)
+    with pytest.raises(ProtocolViolation, match=f"expected {nbytes} bytes"):
+        ForeignSpan(group.partition, group.spans[0], group.arenas[1]).receive_into(0, nbytes + extra)
 
 
-def test_payloads_after_the_last_part_are_a_violation():
+def test_parts_may_come_in_any_order_each_once():
     group = Group(2, NoCompression())
-    for index, part in enumerate(group.own[0].parts):
-        group.own[0].receive_into(1, index, part.nbytes)
-    with pytest.raises(ProtocolViolation, match="after the last part"):
-        group.own[0].receive_into(1, len(group.own[0].parts), 8)
+    span = ForeignSpan(group.partition, group.spans[0], group.arenas[1])
+    parts = list(enumerate(group.own[0].parts))
+    for index, part in reversed(parts):
+        assert len(group.own[0].receive_into(1, index, part.nbytes)) == part.nbytes
+        assert len(span.receive_into(index, part.nbytes)) == part.nbytes
+    for index in (0, len(parts)):
+        with pytest.raises(ProtocolViolation, match="no part of the span, or came before"):
+            group.own[0].receive_into(1, index, 8)
+        with pytest.raises(ProtocolViolation, match="no part of the span, or came before"):
+            span.receive_into(index, 8)
 
 
 def test_nothing_of_an_offender_is_averaged_after_its_offence():

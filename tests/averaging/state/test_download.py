@@ -639,7 +639,7 @@ REASONS = {
     short_chunk: "chunk 0 of 2 bytes; it has 3",
     oversize_chunk: "chunk 0 of 4 bytes; it has 3",
     wrong_order: "chunk 2 of a state; 1 is due",
-    one_chunk_more: "chunk 3 of a state; 3 is due",
+    one_chunk_more: "chunk 3 of a state",
     other_size_than_offered: "offered a state of 5 bytes",
     huge_offer: "an offer of",
     huge_tensor: "there is no memory",

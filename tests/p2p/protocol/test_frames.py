@@ -19,8 +19,11 @@ from shoal.p2p.protocol.frames import (
     Limits,
     PayloadReceived,
     PayloadSink,
+    Piece,
+    PieceReceived,
     allocate_payload,
     encode_header,
+    encode_piece_header,
     fits_beside,
 )
 
@@ -40,7 +43,9 @@ def valid_stream(kind: FrameKind) -> int:
     return 0 if kind in CONNECTION_KINDS else 7
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FrameKind if kind is not FrameKind.PAYLOAD])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in FrameKind if kind not in (FrameKind.PAYLOAD, FrameKind.PIECE)]
+)
 @pytest.mark.parametrize("body", [b"", b"body"])
 def test_short_frames(kind: FrameKind, body: bytes) -> None:
     encoded = encode_header(kind, valid_stream(kind), len(body), DEFAULT_LIMITS, by_initiator=True)
@@ -124,7 +129,7 @@ def test_a_long_payload_is_asked_for_chunk_by_chunk() -> None:
         (header(FrameKind.PAYLOAD, 1, 0), "too short for a PAYLOAD"),
         (header(FrameKind.PAYLOAD, 1, 0, tag=1)[:-1], "too short for a PAYLOAD"),
         (header(0, 1, 0), "0 is not a kind"),
-        (header(11, 1, 0), "11 is not a kind"),
+        (header(14, 1, 0), "14 is not a kind"),
         (header(255, 1, 0), "255 is not a kind"),
         (header(FrameKind.MESSAGE, 1, 0, flags=1), "flags 0x01"),
         (header(FrameKind.MESSAGE, 1, 0, flags=0x80), "flags 0x80"),
@@ -240,7 +245,77 @@ def test_limits_are_those_of_the_kind() -> None:
     limits = Limits(max_message_body=10, max_control_body=20, max_payload=30)
     for kind in FrameKind:
         carries_message = kind in (FrameKind.OPEN, FrameKind.MESSAGE, FrameKind.END)
-        longest = 10 if carries_message else 30 if kind is FrameKind.PAYLOAD else 20
+        longest = 10 if carries_message else 20
+        longest = {FrameKind.PAYLOAD: 30, FrameKind.PIECE: CHUNK_BYTES}.get(kind, longest)
         encode_header(kind, valid_stream(kind), longest, limits, by_initiator=True)
         with pytest.raises(InvalidValueError, match=f"limit of {longest} bytes"):
             encode_header(kind, valid_stream(kind), longest + 1, limits, by_initiator=True)
+
+
+def piece_header(piece: Piece, size: int | None = None) -> bytes:
+    return struct.pack(
+        ">BBIIQIQII",
+        FrameKind.PIECE,
+        0,
+        piece.stream_id,
+        piece.size if size is None else size,
+        piece.home,
+        piece.number,
+        piece.tag,
+        piece.total,
+        piece.offset,
+    )
+
+
+@pytest.mark.parametrize("offset", [0, CHUNK_BYTES, 2 * CHUNK_BYTES])
+def test_a_piece_is_put_where_the_sink_says_once_it_is_there(offset: int) -> None:
+    piece = Piece(2**64 - 1, 3, 7, 2**63, 2 * CHUNK_BYTES + 5, offset)
+    asked = []
+    memory = bytearray(piece.size)
+
+    def sink(what: Piece) -> memoryview:
+        asked.append(what)
+        return memoryview(memory)
+
+    frames = decoder()
+    frames.piece_sink = sink
+    encoded = encode_piece_header(piece, DEFAULT_LIMITS, by_initiator=True)
+    assert encoded == piece_header(piece)
+    assert frames.receive_message(encoded) is None
+    assert frames.in_frame
+    assert not asked  # its bytes may take long, and the memory may serve something else by then
+    frames.next_chunk(piece.size)[:] = bytes([1]) * piece.size
+    assert asked == [piece]
+    assert frames.chunk_received(piece.size) == PieceReceived(piece)
+    assert memory == bytes([1]) * piece.size
+    assert not frames.in_frame
+    assert frames.bytes_held == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (piece_header(Piece(1, 1, 0, 0, 10, 0)) + b"x", "begins a PIECE"),
+        (piece_header(Piece(1, 1, 0, 0, 10, 0))[:-1], "begins a PIECE"),
+        (piece_header(Piece(1, 1, 0, 0, 10, 0), 9), "of 9 bytes instead of 10"),
+        (piece_header(Piece(1, 1, 0, 0, 2**17, 1), 10), "at byte 1 of a payload"),
+        (piece_header(Piece(1, 1, 0, 0, CHUNK_BYTES, CHUNK_BYTES), 0), f"at byte {CHUNK_BYTES} of a payload"),
+        (piece_header(Piece(1, 1, 0, 0, 2**26 + 1, 0)), "the limit is 67108864"),
+        (piece_header(Piece(1, 0, 0, 0, 10, 0)), "cannot belong to stream 0"),
+    ],
+)
+def test_bad_pieces(message: bytes, reason: str) -> None:
+    with pytest.raises(ProtocolViolation, match=reason):
+        decoder().receive_message(message)
+
+
+def test_a_piece_of_another_size_than_announced_is_a_violation() -> None:
+    frames = decoder()
+    frames.receive_message(piece_header(Piece(1, 1, 0, 0, 10, 0)))
+    with pytest.raises(ProtocolViolation, match="not 10, continues a PIECE"):
+        frames.next_chunk(9)
+
+
+def test_pieces_that_no_receiver_would_take_are_not_sent() -> None:
+    with pytest.raises(InvalidValueError, match="the limit is 67108864"):
+        encode_piece_header(Piece(1, 1, 0, 0, 2**26 + 1, 0), DEFAULT_LIMITS, by_initiator=True)

@@ -67,11 +67,22 @@ class NotFiniteError(ProtocolViolation):
         self.member = member
 
 
-def _check_payload(part: Part, expected: int, tag: int, length: int) -> None:
-    if tag != expected or length != part.nbytes:
-        raise ProtocolViolation(
-            f"payload {tag} of {length} bytes; expected {expected} of {part.nbytes} bytes"
-        )
+class _Places:
+    """Which parts of a span one member may still send. They may come in any order, each once."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
+        self._is_open = bytearray(b"\x01" * len(parts))
+
+    def take(self, tag: int, length: int) -> Part:
+        """The part that a payload brings; :class:`ProtocolViolation` if it is none, or was brought before."""
+        if tag >= len(self._parts) or not self._is_open[tag]:
+            raise ProtocolViolation(f"payload {tag}, which is no part of the span, or came before")
+        part = self._parts[tag]
+        if length != part.nbytes:
+            raise ProtocolViolation(f"payload {tag} of {length} bytes; expected {part.nbytes} bytes")
+        self._is_open[tag] = 0
+        return part
 
 
 class Offence(NamedTuple):
@@ -99,7 +110,7 @@ class OwnSpan:
         self._me = me
         self._arena = arena
         self._arrived: dict[int, dict[int, memoryview]] = {}
-        self._expected: dict[int, int] = {}
+        self._places: dict[int, _Places] = {}
         self._spare: dict[int, list[bytearray]] = {}
         self._differences: dict[tuple[int, int], memoryview] = {}
         self._sample = SpreadSample(len(self.parts))
@@ -109,13 +120,8 @@ class OwnSpan:
         self._weights[member] = weight
 
     def receive_into(self, sender: int, tag: int, length: int) -> memoryview:
-        """Memory for the next part of a sender; :class:`ProtocolViolation` if it is not the next one."""
-        expected = self._expected.get(sender, 0)
-        if expected >= len(self.parts):
-            raise ProtocolViolation(f"payload {tag} after the last part")
-        part = self.parts[expected]
-        _check_payload(part, expected, tag, length)
-        self._expected[sender] = expected + 1
+        """Memory for a part of a sender; :class:`ProtocolViolation` if it is none, or has come before."""
+        part = self._places.setdefault(sender, _Places(self.parts)).take(tag, length)
         spare = self._spare.get(part.nbytes)
         return memoryview(spare.pop() if spare else bytearray(part.nbytes))
 
@@ -259,7 +265,7 @@ class ForeignSpan:
         self._owner = span.owner
         self._layout = partition.layout
         self._arena = arena
-        self._expected = 0
+        self._places = _Places(self.parts)
         self.sends = True
         """False for a member with weight 0: then the averages themselves come back, also under a lossy codec."""
 
@@ -273,12 +279,8 @@ class ForeignSpan:
         )
 
     def receive_into(self, tag: int, length: int) -> memoryview:
-        """Memory for the next average: its place in the arena, if it travels as it is."""
-        if self._expected >= len(self.parts):
-            raise ProtocolViolation(f"payload {tag} after the last part")
-        part = self.parts[self._expected]
-        _check_payload(part, self._expected, tag, length)
-        self._expected += 1
+        """Memory for an average: its place in the arena, if it travels as it is."""
+        part = self._places.take(tag, length)
         if self._layout.codec_of(part).is_raw(self._layout.dtype_of(part)):
             return _bytes_of(self._arena.average_bytes, part)
         return memoryview(bytearray(length))

@@ -32,6 +32,7 @@ from shoal.averaging.allreduce.exchange import (
     NotFiniteError,
     OwnSpan,
 )
+from shoal.averaging.allreduce.flow_window import FlowWindow
 from shoal.averaging.allreduce.message_checks import check_span_averaged, check_span_id
 from shoal.averaging.allreduce.messages import (
     EXCHANGE,
@@ -53,7 +54,9 @@ from shoal.p2p.rpc import Lane, Payload, Stream
 logger = logging.getLogger(__name__)
 
 WINDOW_BYTES = 4 << 20
-"""Credit of each stream of parts or averages; at least two parts, whatever their size."""
+"""Credit of each stream of parts or averages at first; at least two parts, whatever their size."""
+MAX_WINDOW_BYTES = 64 << 20
+"""The same at most, where the path holds as much: 1 Gbit/s with a round trip of 200 ms needs 50 MB."""
 ORDER_TIMEOUT = 10.0
 """Seconds for which a stream of a repaired span may be ahead of the leader's order to repair it."""
 
@@ -222,6 +225,20 @@ class Exchange:
     def _window(self) -> int:
         return max(WINDOW_BYTES, 2 * max((part.nbytes for part in self._partition.parts), default=0))
 
+    def _accept(self, stream: Stream, sink: Callable[[int, int], memoryview]) -> Callable[[int], None]:
+        """Let payloads pass. What is returned is to be called with the bytes of each that was taken: it fits the window
+        to the path.
+        """
+        window = FlowWindow(self._window(), self._window(), MAX_WINDOW_BYTES)
+        host, loop = self._shared.host, asyncio.get_running_loop()
+        stream.accept_payloads(sink, window.size)
+
+        def took(nbytes: int) -> None:
+            if window.receive(nbytes, loop.time(), host.rtt(stream.remote) or 0.0) and stream.failure is None:
+                stream.accept_payloads(sink, window.size)
+
+        return took
+
     # to owners
 
     async def _run_with_owner(self, span: Span) -> None:
@@ -259,15 +276,17 @@ class Exchange:
             if not isinstance(await stream.receive(), ReadyForParts):
                 raise ProtocolViolation("sent a payload before it was ready for parts")
             self._taking[span.id] = stream
-            stream.accept_payloads(foreign.receive_into, self._window())
+            took = self._accept(stream, foreign.receive_into)
             try:
-                await self._exchange_on(stream, foreign, span.id)
+                await self._exchange_on(stream, foreign, span.id, took)
             except asyncio.CancelledError:
                 if self._core.failure is not None:  # the owner may hear of it here before the leader tells it
                     stream.reset(ResetCode.CANCELLED, self._core.failure)
                 raise
 
-    async def _exchange_on(self, stream: Stream, foreign: ForeignSpan, span: SpanId) -> None:
+    async def _exchange_on(
+        self, stream: Stream, foreign: ForeignSpan, span: SpanId, took: Callable[[int], None]
+    ) -> None:
         weight = await asyncio.shield(self._weight)
         foreign.sends = weight != 0
         await stream.send(DeclareWeight(weight))
@@ -275,7 +294,7 @@ class Exchange:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._send_parts(stream, foreign, span))
-                group.create_task(self._receive_averages(stream, foreign, span))
+                group.create_task(self._receive_averages(stream, foreign, span, took))
         except* (ShoalError, EOFError) as errors:
             raise errors.exceptions[0] from None
 
@@ -294,11 +313,14 @@ class Exchange:
             self._shared.feed(Withdrawn(describe_failure(e)))
             raise
 
-    async def _receive_averages(self, stream: Stream, foreign: ForeignSpan, span: SpanId) -> None:
+    async def _receive_averages(
+        self, stream: Stream, foreign: ForeignSpan, span: SpanId, took: Callable[[int], None]
+    ) -> None:
         for index in range(len(foreign.parts)):
             payload = await stream.receive()
-            if not isinstance(payload, Payload):
-                raise ProtocolViolation("sent a message instead of an average")
+            if not isinstance(payload, Payload) or payload.tag != index:
+                raise ProtocolViolation(f"sent something else than average {index}")
+            took(len(payload.data))
             foreign.deliver(index, payload.data)
             self.bytes_received += len(payload.data)
             self._shared.feed(AverageReceived(span, index))
@@ -324,12 +346,10 @@ class Exchange:
         reason = ""
         try:
             self._refuse_dropped(serving, member)
-            stream.accept_payloads(
-                lambda tag, length: serving.own.receive_into(member, tag, length), self._window()
-            )
+            took = self._accept(stream, lambda tag, length: serving.own.receive_into(member, tag, length))
             await stream.send(ReadyForParts())
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._receive_parts(serving, stream, member))
+                group.create_task(self._receive_parts(serving, stream, member, took))
                 group.create_task(self._return_averages(serving, stream, member))
         except* (ShoalError, EOFError) as errors:
             reason = str(errors.exceptions[0])
@@ -361,7 +381,9 @@ class Exchange:
         if reason is not None:
             raise RemoteError(AveragingCode.EXCLUDED, reason)
 
-    async def _receive_parts(self, serving: Serving, stream: Stream, member: int) -> None:
+    async def _receive_parts(
+        self, serving: Serving, stream: Stream, member: int, took: Callable[[int], None]
+    ) -> None:
         span, own = serving.span.id, serving.own
         declared = await stream.receive()
         if not isinstance(declared, DeclareWeight):
@@ -376,8 +398,9 @@ class Exchange:
                 await self._hold(serving, member, index)
             began = loop.time()
             payload = await stream.receive()
-            if not isinstance(payload, Payload):
-                raise ProtocolViolation(f"{stream.remote} sent a message instead of a part")
+            if not isinstance(payload, Payload) or payload.tag != index:
+                raise ProtocolViolation(f"{stream.remote} sent something else than part {index}")
+            took(len(payload.data))
             self._refuse_dropped(serving, member)
             self.waits[member] = self.waits[member].plus(len(payload.data), loop.time() - began)
             self.bytes_received += len(payload.data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -13,7 +13,7 @@ from shoal.averaging.background.resources import Resources
 from shoal.averaging.background.step import Step, StepFailed
 from shoal.averaging.commands import ApplyAverage, AveragingStage, BoundByWord, ReachStage, TakeSnapshot
 from shoal.averaging.group import GroupInfo
-from shoal.averaging.report import PartialContribution
+from shoal.averaging.report import PartialContribution, PathReport
 from shoal.errors import AllreduceException, InDoubt, ShoalError
 from shoal.p2p.identity import PeerID
 from shoal.runtime.presence import UserProcessAbsent
@@ -222,7 +222,23 @@ class Attempt:
             in_doubt=result.in_doubt,
             spread_distance=None if spread is None else spread.distance,
             spread_relative=None if spread is None else spread.relative,
+            paths=tuple(self._paths()),
         )
+
+    def _paths(self) -> Iterator[PathReport]:
+        for peer in self._group.peer_ids:
+            lanes = None if peer == self._resources.host.peer_id else self._resources.host.lane_report(peer)
+            if lanes is not None:
+                yield PathReport(
+                    str(peer),
+                    lanes.lanes,
+                    lanes.reason,
+                    lanes.congestion_control,
+                    lanes.rtt,
+                    lanes.rate,
+                    lanes.retransmitted / lanes.segments_sent if lanes.segments_sent else None,
+                    lanes.resent,
+                )
 
 
 async def run_to_the_end(

@@ -28,7 +28,8 @@ class PartialState:
         self.manifest = manifest
         self.next_chunk = 0
         self.received = 0
-        self._expected = 0
+        self._placed: set[int] = set()
+        """Chunks that have a place, and are not taken yet."""
         self._memory = memory[:]  # a slice keeps the mapping
         self._block = torch.frombuffer(self._memory, dtype=torch.uint8)
         self._digest = manifest.new_digest()
@@ -38,16 +39,16 @@ class PartialState:
 
     def resume(self) -> None:
         """A new stream begins: what was on its way on the old one will not come."""
-        self._expected = self.next_chunk
+        self._placed.clear()
 
     def place(self, tag: int, length: int) -> memoryview:
-        """Memory for the next chunk; :class:`ProtocolViolation` if it is not the next one, in its exact size."""
-        if tag != self._expected or tag >= self.manifest.chunk_count:
-            raise ProtocolViolation(f"chunk {tag} of a state; {self._expected} is due")
+        """Memory for a chunk, in any order; :class:`ProtocolViolation` if it came before, or has another size."""
+        if not self.next_chunk <= tag < self.manifest.chunk_count or tag in self._placed:
+            raise ProtocolViolation(f"chunk {tag} of a state; {self.next_chunk} is due")
         chunk = self.manifest.chunk(tag)
         if length != chunk.nbytes:
             raise ProtocolViolation(f"chunk {tag} of {length} bytes; it has {chunk.nbytes}")
-        self._expected += 1
+        self._placed.add(tag)
         if not self.manifest.is_raw(chunk.tensor):
             return memoryview(bytearray(length))
         begin, end = self._extent(chunk)
@@ -55,6 +56,9 @@ class PartialState:
 
     async def take(self, payload: Payload) -> None:
         """The next chunk has arrived whole."""
+        if payload.tag != self.next_chunk:
+            raise ProtocolViolation(f"chunk {payload.tag} of a state; {self.next_chunk} is due")
+        self._placed.discard(payload.tag)
         chunk = self.manifest.chunk(self.next_chunk)
         self.next_chunk += 1
         self.received += chunk.nbytes

@@ -9,6 +9,11 @@ Header, big-endian: kind (1 byte), flags (1 byte, zero), stream (4 bytes), lengt
 PAYLOAD frames have a tag (8 bytes) besides. Every length is checked against :class:`Limits` before memory is
 taken.
 
+A PIECE is a part of a payload that travels over several connections (:mod:`.pieces`). Its header names the payload
+and the place in it; its body, of ``CHUNK_BYTES`` or up to the payload's end, is one message of its own. Where those
+bytes go is asked when all of them are there, and they are put there at once: nothing is written later, when the memory
+may serve something else.
+
 Pure.
 """
 
@@ -37,6 +42,7 @@ Buffer = bytes | bytearray | memoryview
 
 _HEADER = struct.Struct(">BBII")
 _PAYLOAD_HEADER = struct.Struct(">BBIIQ")
+_PIECE_HEADER = struct.Struct(">BBIIQIQII")
 
 
 class FrameKind(IntEnum):
@@ -52,6 +58,12 @@ class FrameKind(IntEnum):
     PONG = 8
     HELLO = 9
     GOODBYE = 10
+    STRIPED = 11
+    """The next item of the stream is a payload whose bytes come as PIECE frames."""
+    PIECE = 12
+    """Bytes of a striped payload, of a stream of any connection between the same two processes."""
+    RECEIVED = 13
+    """All pieces of a striped payload have arrived."""
 
 
 _OF_CONNECTION = frozenset({FrameKind.PING, FrameKind.PONG, FrameKind.HELLO, FrameKind.GOODBYE})
@@ -102,6 +114,8 @@ class Limits:
             limit = self.max_message_body if kind in _WITH_MESSAGE else self.max_control_body
             if kind is FrameKind.PAYLOAD:
                 limit = self.max_payload
+            elif kind is FrameKind.PIECE:
+                limit = CHUNK_BYTES
             rules[kind] = FrameRule(kind, kind in _OF_CONNECTION, limit)
         return tuple(rules)
 
@@ -127,8 +141,37 @@ class PayloadReceived:
     data: memoryview
 
 
+class Piece(NamedTuple):
+    """Which bytes of which striped payload."""
+
+    home: int
+    """The connection that carries the stream, see :attr:`.session.Session.channel_id`."""
+    stream_id: int
+    number: int
+    """Of the payload among the striped ones of its sender in that stream, from 0."""
+    tag: int
+    total: int
+    """Bytes of the whole payload."""
+    offset: int
+    """A multiple of ``CHUNK_BYTES``."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of this piece."""
+        return min(CHUNK_BYTES, self.total - self.offset)
+
+
+@dataclass(frozen=True, slots=True)
+class PieceReceived:
+    """A piece, verified, in the memory that the sink gave."""
+
+    piece: Piece
+
+
 # Given (stream id, tag, length) of a payload that begins, returns writable memory of exactly that many bytes.
 PayloadSink = Callable[[int, int, int], memoryview]
+# Given a piece that has arrived whole, returns writable memory of exactly its size.
+PieceSink = Callable[[Piece], memoryview]
 
 
 class _Header(NamedTuple):
@@ -153,6 +196,28 @@ def encode_header(
     if not 0 <= tag <= MAX_TAG:
         raise InvalidValueError(f"tag must be 0 to {MAX_TAG}, got {tag}")
     return _PAYLOAD_HEADER.pack(kind, 0, stream_id, length, tag)
+
+
+def encode_piece_header(piece: Piece, limits: Limits, *, by_initiator: bool) -> bytes:
+    """The header of a PIECE to send; :class:`InvalidValueError` for one that no receiver would take."""
+    rule = limits.rules[FrameKind.PIECE]
+    assert rule is not None
+    problem = _find_problem(rule, piece.stream_id, piece.size, by_initiator) or _find_piece_problem(
+        piece, limits
+    )
+    if problem is not None:
+        raise InvalidValueError(problem)
+    return _PIECE_HEADER.pack(
+        FrameKind.PIECE,
+        0,
+        piece.stream_id,
+        piece.size,
+        piece.home,
+        piece.number,
+        piece.tag,
+        piece.total,
+        piece.offset,
+    )
 
 
 def fits_beside(header: bytes, length: int) -> bool:
@@ -180,6 +245,28 @@ def _find_problem(rule: FrameRule, stream_id: int, length: int, by_initiator: bo
     return None
 
 
+def _find_piece_problem(piece: Piece, limits: Limits) -> str | None:
+    if piece.total > limits.max_payload:
+        return f"a PIECE of a payload of {piece.total} bytes: the limit is {limits.max_payload} bytes"
+    if piece.offset % CHUNK_BYTES or piece.offset >= piece.total:
+        return f"a PIECE at byte {piece.offset} of a payload of {piece.total} bytes"
+    return None
+
+
+def _decode_piece(message: bytes, header: _Header, limits: Limits) -> Piece:
+    """The piece that a header announces, checked."""
+    if len(message) != _PIECE_HEADER.size:
+        raise ProtocolViolation(f"a message of {len(message)} bytes begins a PIECE frame")
+    home, number, tag, total, offset = _PIECE_HEADER.unpack(message)[4:]
+    piece = Piece(home, header.stream_id, number, tag, total, offset)
+    problem = _find_piece_problem(piece, limits)
+    if problem is None and header.length != piece.size:
+        problem = f"a PIECE of {header.length} bytes instead of {piece.size}"
+    if problem is not None:
+        raise ProtocolViolation(problem)
+    return piece
+
+
 def _decode_header(message: bytes, rules: tuple[FrameRule | None, ...], by_initiator: bool) -> _Header:
     """The header at the start of ``message``, checked."""
     if len(message) < _HEADER.size:
@@ -205,35 +292,43 @@ def _decode_header(message: bytes, rules: tuple[FrameRule | None, ...], by_initi
 class FrameDecoder:
     """Turns the plaintexts of one direction's messages into frames.
 
-    While :attr:`payload` is None, give each plaintext to :meth:`receive_message`. Otherwise a payload is
-    under way: ask :meth:`next_chunk` where the next message's plaintext belongs, decrypt it there, and tell
+    While :attr:`awaits_data` is False, give each plaintext to :meth:`receive_message`. Otherwise a payload or a piece
+    of one is under way: ask :meth:`next_chunk` where the next message's plaintext belongs, decrypt it there, and tell
     :meth:`chunk_received`. All raise :class:`ProtocolViolation`; after that the decoder is of no use.
     """
 
     def __init__(self, limits: Limits, payload_sink: PayloadSink, *, remote_is_initiator: bool) -> None:
+        self._limits = limits
         self._rules = limits.rules
         self._remote_is_initiator = remote_is_initiator
         self.payload_sink = payload_sink
+        self.piece_sink: PieceSink = discard_piece
         self.payload: memoryview | None = None
+        self._piece: Piece | None = None
         self._header = _Header(FrameKind.PING, 0, 0, 0, 0)
         self._received = 0
         self._pieces: list[bytes] = []
 
     @property
+    def awaits_data(self) -> bool:
+        """Whether the next message is a part of a payload."""
+        return self.payload is not None or self._piece is not None
+
+    @property
     def in_frame(self) -> bool:
         """Whether a frame has begun and not ended."""
-        return self.payload is not None or self._received < self._header.length
+        return self.awaits_data or self._received < self._header.length
 
     @property
     def bytes_held(self) -> int:
         """Memory held for the frame under way."""
         if self.payload is not None:
             return self._header.length
-        return self._received if self.in_frame else 0
+        return self._received if self.in_frame and self._piece is None else 0
 
     def release(self) -> None:
         """Let go of the frame under way: the rest of it will not come."""
-        self.payload = None
+        self.payload = self._piece = None
         self._pieces = []
         self._received = self._header.length
 
@@ -243,6 +338,9 @@ class FrameDecoder:
             return self._receive_piece(message)
         header = _decode_header(message, self._rules, self._remote_is_initiator)
         kind, stream_id, length, tag, begin = header
+        if kind is FrameKind.PIECE:
+            self._piece = _decode_piece(message, header, self._limits)
+            return None
         if length == len(message) - begin:
             if kind is not FrameKind.PAYLOAD:
                 return FrameReceived(kind, stream_id, message[begin:])
@@ -262,12 +360,21 @@ class FrameDecoder:
 
     def next_chunk(self, size: int) -> memoryview:
         """Where the next ``size`` bytes of the payload belong."""
+        if self._piece is not None:
+            if size != self._piece.size:
+                raise ProtocolViolation(
+                    f"a message of {size} bytes, not {self._piece.size}, continues a PIECE frame"
+                )
+            return payload_memory(self.piece_sink(self._piece), size)
         assert self.payload is not None
         self._check_chunk(size)
         return self.payload[self._received : self._received + size]
 
-    def chunk_received(self, size: int) -> PayloadReceived | None:
-        """The bytes asked for are in place and verified; return the payload if it is complete."""
+    def chunk_received(self, size: int) -> PayloadReceived | PieceReceived | None:
+        """The bytes asked for are in place and verified; return the payload or piece if it is complete."""
+        if self._piece is not None:
+            piece, self._piece = self._piece, None
+            return PieceReceived(piece)
         self._received += size
         if self._received < self._header.length:
             return None
@@ -316,3 +423,8 @@ def payload_memory(given: Buffer, length: int) -> memoryview:
 def allocate_payload(stream_id: int, tag: int, length: int) -> memoryview:
     """The sink that is used until another is set: new memory for each payload."""
     return memoryview(bytearray(length))
+
+
+def discard_piece(piece: Piece) -> memoryview:
+    """The sink of pieces that is used until another is set."""
+    return memoryview(bytearray(piece.size))

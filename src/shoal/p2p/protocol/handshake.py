@@ -111,6 +111,12 @@ class Handshake:
             return 0, b""
         return _PREFIX_BYTES + size, self._receive_message(bytes(data[_PREFIX_BYTES : _PREFIX_BYTES + size]))
 
+    @property
+    def channel_id(self) -> int:
+        """A number of this connection that both sides know: 64 bits of the handshake's hash."""
+        assert self._noise is not None
+        return int.from_bytes(self._noise.handshake_hash[:8], "big")
+
     def split(self, rekey_bytes: int = REKEY_BYTES) -> tuple[CipherState, CipherState]:
         """The ciphers of the connection: to send with, and to receive with."""
         assert self._noise is not None

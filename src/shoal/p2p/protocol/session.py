@@ -28,8 +28,12 @@ from shoal.p2p.protocol.frames import (
     Limits,
     PayloadReceived,
     PayloadSink,
+    Piece,
+    PieceReceived,
+    PieceSink,
     allocate_payload,
     encode_header,
+    encode_piece_header,
     fits_beside,
 )
 from shoal.p2p.protocol.handshake import Handshake, Role
@@ -53,7 +57,7 @@ class HandshakeCompleted:
     remote: PeerID
 
 
-Event = HandshakeCompleted | FrameReceived | PayloadReceived
+Event = HandshakeCompleted | FrameReceived | PayloadReceived | PieceReceived
 
 __all__ = [
     "Event",
@@ -62,6 +66,7 @@ __all__ = [
     "HandshakeCompleted",
     "Limits",
     "PayloadReceived",
+    "PieceReceived",
     "Role",
     "Session",
 ]
@@ -94,6 +99,7 @@ class Session:
             role, identity, secret, expected_peer=expected_peer, versions=versions
         )
         self._remote: PeerID | None = None
+        self._channel_id = 0
         self._version: tuple[int, int] | None = None
         self._sender: CipherState | None = None
         self._receiver: CipherState | None = None
@@ -109,6 +115,11 @@ class Session:
     def remote(self) -> PeerID | None:
         """Who is at the other side; None until it is proven."""
         return self._remote
+
+    @property
+    def channel_id(self) -> int:
+        """What both sides call this connection, 64 bits of the handshake's hash; 0 until the handshake is completed."""
+        return self._channel_id
 
     @property
     def version(self) -> tuple[int, int] | None:
@@ -133,6 +144,17 @@ class Session:
     @payload_sink.setter
     def payload_sink(self, sink: PayloadSink) -> None:
         self._decoder.payload_sink = sink
+
+    @property
+    def piece_sink(self) -> PieceSink:
+        """Asked for memory with each :class:`~.frames.Piece` that has arrived, before its bytes are verified. They
+        are written there at once, and :class:`PieceReceived` follows if they are authentic; else the session ends.
+        """
+        return self._decoder.piece_sink
+
+    @piece_sink.setter
+    def piece_sink(self, sink: PieceSink) -> None:
+        self._decoder.piece_sink = sink
 
     def start(self) -> None:
         """Queue the first bytes to send. Call it once, when the connection is made."""
@@ -218,10 +240,13 @@ class Session:
         assert handshake.remote is not None
         self._sender, self._receiver = handshake.split(self._rekey_bytes)
         self._remote = handshake.remote
+        self._channel_id = handshake.channel_id
         self._handshake = None
         return HandshakeCompleted(handshake.remote)
 
-    def _receive_messages(self, receiver: CipherState) -> FrameReceived | PayloadReceived | None:
+    def _receive_messages(
+        self, receiver: CipherState
+    ) -> FrameReceived | PayloadReceived | PieceReceived | None:
         buffer, decoder = self._buffer, self._decoder
         while buffer.size >= PREFIX_BYTES:
             content = buffer.content()
@@ -233,11 +258,12 @@ class Session:
                 buffer.reserve(end)
                 return None
             message = content[PREFIX_BYTES:end]
-            if decoder.payload is None:
-                event = decoder.receive_message(receiver.decrypt(message))
-            else:
+            event: FrameReceived | PayloadReceived | PieceReceived | None
+            if decoder.awaits_data:
                 receiver.decrypt_into(message, decoder.next_chunk(size - TAG_BYTES))
                 event = decoder.chunk_received(size - TAG_BYTES)
+            else:
+                event = decoder.receive_message(receiver.decrypt(message))
             buffer.consume(end)
             if event is not None:
                 return event
@@ -251,8 +277,8 @@ class Session:
         GOODBYE can be sent even after the other side has broken the protocol, to tell it how.
         """
         sender = self._check_open(even_failed=kind is FrameKind.GOODBYE)
-        if kind is FrameKind.PAYLOAD:
-            raise InvalidValueError("kind: payloads are sent with send_payload")
+        if kind in (FrameKind.PAYLOAD, FrameKind.PIECE):
+            raise InvalidValueError("kind: payloads are sent with send_payload, pieces with send_piece")
         data = _as_bytes("body", body)
         header = self._header(kind, stream_id, data.nbytes)
         if fits_beside(header, data.nbytes):
@@ -276,6 +302,13 @@ class Session:
         body = _as_bytes("data", data)
         header = self._header(FrameKind.PAYLOAD, stream_id, body.nbytes, tag)
         return self._seal(header, body, piece_bytes)
+
+    def send_piece(self, piece: Piece, data: memoryview) -> None:
+        """Queue a piece of a striped payload; ``data`` are its bytes, encrypted before this returns."""
+        sender = self._check_open()
+        header = encode_piece_header(piece, self.limits, by_initiator=self.role is Role.INITIATOR)
+        self._to_send.append(seal_message(sender, header))
+        self._to_send.append(seal_chunks(sender, data))
 
     def data_to_send(self) -> list[bytes | bytearray | memoryview]:
         """All that was queued since the last call, for ``transport.writelines``; the session keeps no hold on

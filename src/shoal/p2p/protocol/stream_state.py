@@ -12,6 +12,11 @@ Windows bound one stream; :class:`UnreadBytes` bounds what all streams that the 
 messages that nobody has taken, requests that are being answered, and payloads that nobody has asked for. What would
 exceed it is not kept: its stream is reset as ``busy``. The answers to what this side asked are bounded by what it asks.
 
+Striped payloads. The bytes of a payload may travel as pieces over any connection between the two processes, while
+STRIPED keeps its place among the items of the stream. Pieces and STRIPED overtake each other; whichever comes first
+takes the credit and asks for memory. So a sink may be asked for payloads out of order. A payload is striped only after
+the receiver has given a window: before that, it might not know the stream yet. END counts when all pieces are there.
+
 Everything that a peer can do wrong raises :class:`ProtocolViolation` here, which ends the connection.
 """
 
@@ -25,7 +30,8 @@ from shoal.errors import ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.config import INITIAL_WINDOW
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.codes import ResetCode
-from shoal.p2p.protocol.frames import FrameKind
+from shoal.p2p.protocol.frames import FrameKind, Piece
+from shoal.p2p.protocol.pieces import Assembly, Numbers
 
 ITEM_COST = 64
 MAX_CREDIT = 1 << 40
@@ -49,6 +55,13 @@ class _Unsunk(Payload):
 
 class _Awaited(_Unsunk):
     """A payload for which the application gave a window, but no memory."""
+
+
+@dataclass(frozen=True)
+class _Striped(Payload):
+    """A payload that arrives in pieces."""
+
+    assembly: Assembly
 
 
 Item = wire.Body | Payload
@@ -89,12 +102,17 @@ class StreamState:
     methods here only."""
 
     __slots__ = (
+        "_arriving",
         "_blocked_grant",
+        "_complete",
+        "_ended_by_peer",
         "_held",
+        "_markers",
         "_pending_grant",
         "_receive_credit",
         "_send_frame",
         "_sink",
+        "_striped_sent",
         "_unread",
         "_window",
         "failure",
@@ -105,6 +123,8 @@ class StreamState:
         "received",
         "remote_finished",
         "send_credit",
+        "send_window",
+        "unconfirmed",
     )
 
     def __init__(
@@ -116,6 +136,8 @@ class StreamState:
     ) -> None:
         self.id = stream_id
         self.send_credit = INITIAL_WINDOW
+        self.send_window = INITIAL_WINDOW
+        """The most credit that there was at one time."""
         self.local_finished = False
         self.remote_finished = False
         self.failure: ShoalError | None = None
@@ -131,6 +153,15 @@ class StreamState:
         self._blocked_grant = False
         self._unread = unread
         self._held = 0
+        self._striped_sent = 0
+        self.unconfirmed: set[int] = set()
+        """Striped payloads of which the peer has not said yet that it has them."""
+        self._arriving: dict[int, Assembly] = {}
+        """Striped payloads that are not complete, or whose STRIPED has not come."""
+        self._markers = 0
+        """How many STRIPED have come."""
+        self._complete = Numbers()
+        self._ended_by_peer = False
 
     @property
     def is_closed(self) -> bool:
@@ -150,6 +181,20 @@ class StreamState:
     def charge(self, length: int) -> None:
         """Take the credit for an item that is about to be sent."""
         self.send_credit -= length + ITEM_COST
+
+    @property
+    def may_stripe(self) -> bool:
+        """Whether the receiver has given a window for payloads, and so knows the stream."""
+        return self.send_window > INITIAL_WINDOW
+
+    def begin_striped(self, tag: int, length: int) -> int:
+        """Say that the next item is a striped payload, and take the credit for it. Returns its number."""
+        self.charge(length)
+        number = self._striped_sent
+        self._striped_sent += 1
+        self.unconfirmed.add(number)
+        self._send_frame(FrameKind.STRIPED, self.id, wire.encode_striped(number, tag, length))
+        return number
 
     def send_message(self, body: bytes) -> None:
         """Send a message."""
@@ -171,6 +216,7 @@ class StreamState:
             self._send_frame(FrameKind.RESET, self.id, wire.encode_reset(code, message))
             self._give_back(sum(map(_held_for, self.received)))
             self.received.clear()
+            self._arriving.clear()
             self.fail(failure)
 
     def fail(self, failure: ShoalError) -> None:
@@ -185,7 +231,7 @@ class StreamState:
 
     def take(self) -> Item | None:
         """The next item, whose credit goes back to the sender; None if there is none."""
-        if not self.received:
+        if not self.received or not _is_whole(self.received[0]):
             return None
         item = self.received.popleft()
         self._give_back(_held_for(item))
@@ -244,6 +290,9 @@ class StreamState:
     def payload_memory(self, tag: int, length: int) -> memoryview:
         """Where the payload goes that is about to arrive; raises before anything is allocated."""
         self._check_open("payload")
+        return self._take_memory(tag, length)
+
+    def _take_memory(self, tag: int, length: int) -> memoryview:
         cost = length + ITEM_COST
         if cost > self._receive_credit:
             raise ProtocolViolation(
@@ -263,6 +312,56 @@ class StreamState:
         if self._keep(item if self._sink is None else _placed(item, self._sink)):
             self.on_change()
 
+    def receive_striped(self, number: int, tag: int, length: int) -> None:
+        """A striped payload is the next item; some or all of its pieces may have come before."""
+        self._check_open("STRIPED")
+        if number != self._markers:
+            raise ProtocolViolation(f"STRIPED with number {number}, not {self._markers}, on stream {self.id}")
+        self._markers += 1
+        assembly = self._assembly(number, tag, length)
+        if self.is_closed or not self._keep(_Striped(tag, assembly.memory, assembly)):
+            return
+        self._forget_complete(number, assembly)
+
+    def piece_memory(self, piece: Piece) -> memoryview | None:
+        """Where a piece that has arrived belongs; None: nowhere, since it has arrived before."""
+        if piece.number in self._complete:
+            return None
+        return self._assembly(piece.number, piece.tag, piece.total).place(piece)
+
+    def receive_piece(self, piece: Piece) -> None:
+        """A piece was verified, and is where :meth:`piece_memory` said."""
+        assembly = self._arriving.get(piece.number)
+        if assembly is None or assembly.is_complete:
+            return  # an earlier copy completed it, or the stream was reset by the one that gave the memory
+        if not assembly.note_written(piece):
+            return
+        self._complete.add(piece.number)
+        self._send_frame(FrameKind.RECEIVED, self.id, wire.encode_received(piece.number))
+        self._forget_complete(piece.number, assembly)
+
+    def _assembly(self, number: int, tag: int, total: int) -> Assembly:
+        assembly = self._arriving.get(number)
+        if assembly is not None:
+            assembly.check(tag, total)
+            return assembly
+        if number in self._complete or self._ended_by_peer or not self._blocked_grant:
+            raise ProtocolViolation(f"a striped payload on stream {self.id} where there can be none")
+        assembly = Assembly(tag, self._take_memory(tag, total))
+        if not self.is_closed:  # the sink may have ended the stream
+            self._arriving[number] = assembly
+        return assembly
+
+    def _forget_complete(self, number: int, assembly: Assembly) -> None:
+        """Done with a payload if it is complete, and its place among the items is known."""
+        if not assembly.is_complete or number >= self._markers:
+            return
+        del self._arriving[number]
+        if self._ended_by_peer and not self._arriving:
+            self._finish_receiving()
+        else:
+            self.on_change()
+
     def receive_message(self, body: bytes) -> None:
         """A message has arrived."""
         self._check_open("message")
@@ -280,14 +379,27 @@ class StreamState:
                 raise ProtocolViolation(f"message on stream {self.id}, which has no credit")
             if not self._keep(last_message):
                 return
+        self._ended_by_peer = True
+        if len(self._arriving) > sum(isinstance(item, _Striped) for item in self.received):
+            raise ProtocolViolation(f"END of stream {self.id} before a striped payload had its place")
+        if not self._arriving:
+            self._finish_receiving()
+
+    def _finish_receiving(self) -> None:
         self.remote_finished = True
         if self.local_finished:
             self.on_closed(self)
         self.on_change()
 
+    def receive_confirmation(self, number: int) -> None:
+        """The peer has all of a striped payload."""
+        self.unconfirmed.discard(number)
+        self.on_change()
+
     def receive_credit(self, count: int) -> None:
         """The peer has given credit."""
         self.send_credit += count
+        self.send_window = max(self.send_window, self.send_credit)
         if self.send_credit > MAX_CREDIT:
             raise ProtocolViolation(f"credit of {self.send_credit} bytes on stream {self.id}")
         self.on_change()
@@ -315,8 +427,12 @@ class StreamState:
             self._held -= count
 
     def _check_open(self, what: str) -> None:
-        if self.remote_finished:
+        if self.remote_finished or self._ended_by_peer:
             raise ProtocolViolation(f"{what} on stream {self.id} after its END")
+
+
+def _is_whole(item: Item) -> bool:
+    return not isinstance(item, _Striped) or item.assembly.is_complete
 
 
 def _held_for(item: Item) -> int:

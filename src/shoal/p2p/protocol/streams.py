@@ -13,7 +13,7 @@ from collections.abc import Callable
 from shoal.errors import ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.codes import ResetCode
-from shoal.p2p.protocol.frames import MAX_STREAM_ID, FrameKind, is_opened_by
+from shoal.p2p.protocol.frames import MAX_STREAM_ID, FrameKind, Piece, is_opened_by
 from shoal.p2p.protocol.stream_state import SendFrame, StreamState, UnreadBytes
 
 
@@ -21,11 +21,16 @@ def _keep_payload() -> None:
     """Stands for a session whose payloads go where they go."""
 
 
+def _stripe_nothing(_stream_id: int, _number: int) -> None:
+    """Stands for a sender that stripes no payloads."""
+
+
 class Multiplexer:
     """All streams of one connection.
 
     ``send_frame`` puts a frame on its way; it is called in the frames' order. ``discard_payload`` makes the rest of
-    the payload that is arriving go elsewhere than into the memory that was given for it.
+    the payload that is arriving go elsewhere than into the memory that was given for it. ``striped_received`` hears
+    that the peer has all of a striped payload, by stream and number.
     """
 
     def __init__(
@@ -36,8 +41,10 @@ class Multiplexer:
         max_inbound: int,
         max_unread: int,
         discard_payload: Callable[[], None] = _keep_payload,
+        striped_received: Callable[[int, int], None] = _stripe_nothing,
     ) -> None:
         self._send_frame = send_frame
+        self._striped_received = striped_received
         self._discard_payload = discard_payload
         self._is_initiator = is_initiator
         self._next_id = 1 if is_initiator else 2
@@ -98,7 +105,7 @@ class Multiplexer:
         state.release()
 
     def receive_frame(self, kind: FrameKind, stream_id: int, body: bytes) -> None:
-        """MESSAGE, END, RESET or CREDIT."""
+        """MESSAGE, END, RESET, CREDIT, STRIPED or RECEIVED."""
         state = self._find(kind.name, stream_id)
         if kind is FrameKind.CREDIT:
             count = wire.decode_credit(body)
@@ -108,6 +115,15 @@ class Multiplexer:
             reset = wire.decode_reset(body)
             if state is not None:
                 state.fail(RemoteError(reset.code, reset.message or "the peer reset the stream"))
+        elif kind is FrameKind.RECEIVED:
+            number = wire.decode_received(body)
+            self._striped_received(stream_id, number)
+            if state is not None:
+                state.receive_confirmation(number)
+        elif kind is FrameKind.STRIPED:
+            number, tag, length = wire.decode_striped(body)
+            if state is not None:
+                state.receive_striped(number, tag, length)
         elif state is not None:
             if kind is FrameKind.MESSAGE:
                 state.receive_message(body)
@@ -130,6 +146,17 @@ class Multiplexer:
         self._payload = (None, False)
         if state is not None and not state.is_closed:
             state.receive_payload(tag, data, placed)
+
+    def piece_memory(self, piece: Piece) -> memoryview | None:
+        """Where a piece belongs that has arrived, on whichever connection; None: nowhere."""
+        state = self._find("PIECE", piece.stream_id)
+        return None if state is None else state.piece_memory(piece)
+
+    def receive_piece(self, piece: Piece) -> None:
+        """A piece was verified, and is where :meth:`piece_memory` said."""
+        state = self._streams.get(piece.stream_id)
+        if state is not None:
+            state.receive_piece(piece)
 
     def fail_all(self, failure: Callable[[], ShoalError]) -> None:
         """The connection has ended: every stream fails, each with an error of its own."""

@@ -1,8 +1,8 @@
 """The bodies of frames: how they are encoded, and the only place where a peer's bytes become objects. Pure.
 
 Bodies of OPEN, RESET, HELLO and GOODBYE are msgpack arrays (fields may be added at their end); CREDIT is a
-64-bit number; PING and PONG carry 8 bytes of the asker's choice; MESSAGE and END carry a message of the method
-(END without a body is a half close without a last message).
+64-bit number; STRIPED and RECEIVED carry a few numbers; PING and PONG carry 8 bytes of the asker's choice; MESSAGE and
+END carry a message of the method (END without a body is a half close without a last message).
 
 Texts that are there for people (reasons, names of programs) are escaped and cut on decoding, see
 :func:`~shoal.utils.text.printable`.
@@ -42,6 +42,8 @@ Body = bytes | bytearray | memoryview
 
 _NO_MESSAGE = msgspec.Raw(b"\xc0")
 _CREDIT = struct.Struct("!Q")
+_STRIPED = struct.Struct("!IQI")
+_RECEIVED = struct.Struct("!I")
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -195,6 +197,34 @@ def decode_credit(body: Body) -> int:
     if count == 0:
         raise ProtocolViolation("CREDIT of 0 bytes")
     return count
+
+
+def encode_striped(number: int, tag: int, length: int) -> bytes:
+    """Body of STRIPED."""
+    return _STRIPED.pack(number, tag, length)
+
+
+def decode_striped(body: Body) -> tuple[int, int, int]:
+    """Body of STRIPED: the payload's number among the striped ones of its stream, its tag, its bytes."""
+    if len(body) != _STRIPED.size:
+        raise ProtocolViolation(f"STRIPED with a body of {len(body)} bytes")
+    number, tag, length = _STRIPED.unpack(body)
+    if length == 0:
+        raise ProtocolViolation("STRIPED of 0 bytes")
+    return number, tag, length
+
+
+def encode_received(number: int) -> bytes:
+    """Body of RECEIVED."""
+    return _RECEIVED.pack(number)
+
+
+def decode_received(body: Body) -> int:
+    """Body of RECEIVED: the number of the payload of which every piece has arrived."""
+    if len(body) != _RECEIVED.size:
+        raise ProtocolViolation(f"RECEIVED with a body of {len(body)} bytes")
+    number: int = _RECEIVED.unpack(body)[0]
+    return number
 
 
 def check_message_size(body: bytes, limit: int) -> None:

@@ -89,7 +89,7 @@ class ConnectionConformance:
         for number, stream in enumerate(opened):
             await stream.send(Number(number))
             assert (await stream.receive()).value == number
-        assert server.count_connections(client.peer_id) == {Lane.CONTROL: 1, Lane.BULK: 2}
+        assert server.count_connections(client.peer_id) == {Lane.CONTROL: 1, Lane.BULK: 2, Lane.STRIPE: 0}
         for stream_context in streams:
             await stream_context.__aexit__(None, None, None)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
+from dataclasses import replace
 
 from shoal.errors import (
     ConnectionLost,
@@ -11,7 +13,8 @@ from shoal.errors import (
     ProtocolViolation,
     RemoteError,
 )
-from shoal.p2p.config import INITIAL_WINDOW
+from shoal.p2p.config import INITIAL_WINDOW, HostConfig
+from shoal.p2p.host import Host
 from shoal.p2p.rpc import EndOfStream, Lane, Method, Payload, Stream
 from shoal.testing.conformance.world import (
     ECHO,
@@ -140,6 +143,61 @@ class StreamConformance:
             assert (await stream.receive()).value == 5_000_000
         assert memory == data[:5_000_000]
         assert tags == cuts[:-1]
+
+    @on_world
+    async def test_payloads_over_several_lanes_arrive_in_order_whoever_can_dial(self, world: World) -> None:
+        config = HostConfig(lanes_per_peer=3)
+        server = await world.host("server", config)
+        client = await world.host("client", replace(config, client_mode=True))
+        await client.connect(server.listen_addresses[0], timeout=10)
+        size, count = 1_000_003, 12
+
+        async def echo(stream: Stream) -> None:
+            memory = bytearray(size * count)
+            stream.accept_payloads(
+                lambda tag, length: memoryview(memory)[tag * size : tag * size + length], 4 * size
+            )
+            await stream.send(Number(0))
+            for index in range(count):
+                message = await stream.receive()
+                payload = await stream.receive()
+                assert isinstance(payload, Payload)
+                await stream.send_payload(payload.tag, payload.data)
+                await stream.send(message)
+                assert message.value == payload.tag == index
+
+        async def exchange(one: Host, other: Host) -> None:
+            data = random.Random(1).randbytes(size * count)
+            got = bytearray(size * count)
+            async with one.open_stream(other.peer_id, STREAM, timeout=30, lane=Lane.BULK) as stream:
+                stream.accept_payloads(
+                    lambda tag, length: memoryview(got)[tag * size : tag * size + length], 2 * size
+                )
+                await stream.receive()
+
+                async def send() -> None:
+                    for index in range(count):
+                        await stream.send(Number(index))
+                        await stream.send_payload(index, memoryview(data)[index * size : (index + 1) * size])
+                    await stream.finish()
+
+                sending = asyncio.ensure_future(send())
+                for index in range(count):
+                    assert (await stream.receive()).tag == index
+                    assert (await stream.receive()).value == index
+                await sending
+                await failure_of(stream.receive(), EndOfStream)
+            assert got == data
+
+        for host in (server, client):
+            host.serve_stream(STREAM, echo)
+        # The first payloads may go out while the lanes are still being opened.
+        for _ in range(2):
+            await asyncio.gather(exchange(server, client), exchange(client, server))
+        assert server.count_connections(client.peer_id)[Lane.STRIPE] >= 3
+        report = client.lane_report(server.peer_id)
+        assert report is not None
+        assert report.lanes == 3
 
     @on_world
     async def test_payloads_without_a_sink_get_memory_of_their_own(self, world: World) -> None:

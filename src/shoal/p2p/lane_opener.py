@@ -1,0 +1,149 @@
+"""Opens lanes for pieces: as many as each path needs, all of them within the limit of the host."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from typing import Protocol
+
+from shoal.errors import PeerUnreachable, ShoalError
+from shoal.p2p.config import MAX_STRIPES, HostConfig
+from shoal.p2p.dialing import Dialer
+from shoal.p2p.identity import PeerID
+from shoal.p2p.lanes.bundle import Bundle, PathMemory
+from shoal.p2p.pool import PeerConnections
+from shoal.p2p.protocol.rate_limit import RateLimit
+from shoal.p2p.reach.routes import Route
+from shoal.p2p.rpc import Lane
+
+logger = logging.getLogger(__name__)
+
+FILES_FOR_LANES = 4
+"""Lanes take at most one open file of so many that the process may have."""
+RETRY_PAUSE = 5.0
+"""Seconds after a lane could not be opened until more are."""
+MAX_PATHS = 4096
+
+
+class LaneOwner(Protocol):
+    """What an opener needs of the connections of its host."""
+
+    config: HostConfig
+    upload_limit: RateLimit
+
+    def entry(self, peer: PeerID) -> PeerConnections:
+        """The connections to a peer, made if there are none."""
+
+    def routes_to(self, peer: PeerID) -> list[Route]:
+        """The routes to a peer that may lead there."""
+
+    def ask_for_stripes(self, peer: PeerID, deadline: float, count: int) -> Awaitable[bool]:
+        """Ask a peer that cannot be dialed to dial."""
+
+
+class StripeOpener:
+    """See the module."""
+
+    def __init__(self, owner: LaneOwner, dialer: Dialer) -> None:
+        self._owner = owner
+        self._dialer = dialer
+        self._paths: dict[PeerID, PathMemory] = {}
+        self._pauses: dict[PeerID, float] = {}
+        self._busy: dict[Bundle, None] = {}
+        self.dials: dict[asyncio.Task[None], None] = {}
+        """What is being dialed or asked for."""
+
+    def bundle(self, peer: PeerID, incarnation: int) -> Bundle:
+        """The lanes to one process of a peer."""
+        connections = self._owner.entry(peer)
+        bundle = connections.bundles.get(incarnation)
+        if bundle is None:
+            bundle = Bundle(
+                self._path(peer),
+                homes=connections.bulk,
+                lanes=lambda: connections.stripes(incarnation),
+                open_more=lambda count: self._open(peer, count),
+                limit=self._limit,
+                rate=self._owner.upload_limit,
+                fixed=self._owner.config.lanes_per_peer or None,
+            )
+            connections.bundles[incarnation] = bundle
+            self._busy[bundle] = None
+        return bundle
+
+    def _limit(self) -> int:
+        """What one bundle may have now."""
+        self._busy = {bundle: None for bundle in self._busy if bundle.is_busy}
+        return max(1, min(self._most(), MAX_STRIPES) // max(1, len(self._busy)))
+
+    def _most(self) -> int:
+        return min(self._owner.config.max_lanes, open_files_limit() // FILES_FOR_LANES)
+
+    def _path(self, peer: PeerID) -> PathMemory:
+        path = self._paths.pop(peer, None) or PathMemory()
+        self._paths[peer] = path
+        while len(self._paths) > MAX_PATHS:
+            del self._paths[next(iter(self._paths))]
+        return path
+
+    def _open(self, peer: PeerID, count: int) -> None:
+        """Open lanes to ``peer``, as far as they are not being opened."""
+        loop = asyncio.get_running_loop()
+        missing = count - self._owner.entry(peer).opening
+        if missing <= 0 or loop.time() < self._pauses.get(peer, 0.0):
+            return
+        if self._owner.routes_to(peer):
+            self.dial(peer, missing)
+        else:
+            self._begin(peer, missing, self._ask(peer, missing))
+
+    def dial(self, peer: PeerID, count: int) -> None:
+        """Begin to dial ``peer`` so many times."""
+        for _ in range(min(count, self._most())):
+            self._begin(peer, 1, self._dial(peer))
+
+    def _begin(self, peer: PeerID, count: int, work: Awaitable[bool]) -> None:
+        entry = self._owner.entry(peer)
+        entry.opening += count
+
+        async def run() -> None:
+            try:
+                is_open = await work
+            except ShoalError as error:
+                logger.debug("%s opens no lanes: %s", peer, error)
+                is_open = False
+            finally:
+                entry.opening -= count
+            if not is_open:
+                self._pauses = {one: when for one, when in self._pauses.items() if when > loop.time()}
+                self._pauses[peer] = loop.time() + RETRY_PAUSE
+
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(run())
+        self.dials[task] = None
+        task.add_done_callback(lambda done: self.dials.pop(done, None))
+
+    async def _dial(self, peer: PeerID) -> bool:
+        outcome = await self._dialer.dial(self._owner.routes_to(peer), peer, Lane.STRIPE)
+        return not isinstance(outcome, PeerUnreachable)
+
+    async def _ask(self, peer: PeerID, count: int) -> bool:
+        timeout = self._owner.config.dial_timeout
+        deadline = asyncio.get_running_loop().time() + timeout
+        if not await self._owner.ask_for_stripes(peer, deadline, min(count, MAX_STRIPES)):
+            return False
+        before = len(self._owner.entry(peer).all())
+        arrival = self._owner.entry(peer).next_arrival(Lane.STRIPE)
+        await asyncio.wait((arrival,), timeout=timeout)
+        return len(self._owner.entry(peer).all()) > before or arrival.done()
+
+
+def open_files_limit() -> int:
+    """How many files this process may have open."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 512
+    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 20 if soft == resource.RLIM_INFINITY else soft

@@ -1,0 +1,372 @@
+"""The lanes to one process of a peer, as one way out for payloads: the shell around the scheduler.
+
+A bulk stream lives on one connection, its *home*. On a short path its payloads go out there. Else they are striped over
+lanes that carry nothing but pieces, so that the home stays free for what says where they belong, for credit, and for
+messages. While bulk streams are open, the path is measured, the number of lanes is chosen, and missing ones are opened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from shoal.p2p import tcp_info
+from shoal.p2p.lanes.count import SHORT_RTT, Choice, Path, choose, first_choice
+from shoal.p2p.lanes.scheduler import Outgoing, Scheduler
+from shoal.p2p.outlet import Outlet
+from shoal.p2p.protocol.frames import CHUNK_BYTES
+from shoal.p2p.protocol.rate_limit import RateLimit
+from shoal.p2p.protocol.stream_state import StreamState
+
+TICK = 0.05
+"""Seconds between two looks at the lanes while data is under way."""
+CHOICE_SECONDS = 0.25
+"""The number of lanes is chosen anew after this time at the earliest,"""
+CHOICE_ROUND_TRIPS = 4
+"""and after so many round trips."""
+SETTLED_SECONDS = 2.0
+"""So long after there came to be more lanes it is looked whether they carry more."""
+PEAK_DECAY = 0.98
+"""What is left of a highest rate when the number of lanes is next chosen."""
+MOSTLY = 0.6
+"""A path is full if in this part of the looks data waited."""
+
+
+class BulkLane(Protocol):
+    """What a bundle needs of a connection."""
+
+    last_used: float
+
+    @property
+    def outlet(self) -> Outlet:
+        """What goes out."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it carries anything."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no stream lives on it."""
+
+    @property
+    def rtt(self) -> float | None:
+        """Smoothed round-trip time in seconds, once measured."""
+
+
+@dataclass
+class PathMemory:
+    """What was learnt of the path to a peer, for the next round too."""
+
+    choice: Choice | None = None
+    fewer: int | None = None
+    """How many lanes there were before there came to be more."""
+    peaks: dict[int, float] = field(default_factory=dict)
+    """The highest rate that was measured with so many lanes: slow starts and the end of a round say little."""
+    seconds: float = 0.0
+    """For how long data was under way since the number of lanes last changed."""
+    min_rtt: float = field(default=float("inf"))
+
+
+class LaneReport(NamedTuple):
+    """How payloads went to one peer. What is counted is of the time since streams were last opened after a pause."""
+
+    lanes: int
+    reason: str
+    congestion_control: str
+    rtt: float | None
+    """Seconds."""
+    rate: float
+    """Bytes a second, in the last measured while."""
+    segments_sent: int
+    retransmitted: int
+    """Segments."""
+    resent: int
+    """Bytes that were sent again on another lane."""
+
+
+@dataclass
+class _Count:
+    """What the lanes had counted when the number of lanes was last chosen."""
+
+    at: float
+    sent: int = 0
+    retransmitted: int = 0
+    delivered: int = 0
+    looks: int = 0
+    full: int = 0
+
+
+def tune(transport: object, congestion_control: str) -> None:
+    """Choose how a connection that carries bulk data avoids congestion; one over a short path stays as it is."""
+    info = tcp_info.read(transport)
+    if info is not None and info.rtt >= SHORT_RTT:
+        tcp_info.choose_congestion_control(transport, congestion_control)
+
+
+class Bundle:
+    """See the module.
+
+    :param homes: the connections on which bulk streams live
+    :param lanes: the lanes for pieces that are open, in the order in which they are used
+    :param open_more: begins to open so many lanes
+    :param limit: the most that there may be now
+    :param rate: of all payloads that the host sends
+    :param fixed: how many there are, if that is not to be chosen
+    """
+
+    def __init__(
+        self,
+        memory: PathMemory,
+        *,
+        homes: Callable[[], Sequence[BulkLane]],
+        lanes: Callable[[], Sequence[BulkLane]],
+        open_more: Callable[[int], None],
+        limit: Callable[[], int],
+        rate: RateLimit,
+        fixed: int | None,
+    ) -> None:
+        self._memory = memory
+        self._homes = homes
+        self._lanes = lanes
+        self._open_more = open_more
+        self._limit = limit
+        self._rate_limit = rate
+        self._waits_for_rate = False
+        self._fixed = fixed
+        self._loop = asyncio.get_running_loop()
+        self._scheduler = Scheduler()
+        self._prepared: dict[BulkLane, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._counted: _Count | None = None
+        self._last: dict[BulkLane, tcp_info.TcpInfo] = {}
+        self._totals = _Count(0.0)
+        self._rate = 0.0
+        self._is_pumping = False
+        self._carrying: dict[BulkLane, None] = {}
+        """The lanes that carry pieces, as of the last look."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether bulk streams are open."""
+        return self._timer is not None
+
+    @property
+    def wanted(self) -> int:
+        """How many lanes are to carry data."""
+        choice = self._memory.choice
+        return self._fixed or (1 if choice is None else max(1, min(choice.count, self._limit())))
+
+    def report(self) -> LaneReport:
+        """What it has come to."""
+        choice, lanes = self._memory.choice, self._carriers()
+        rtt = self._memory.min_rtt
+        return LaneReport(
+            lanes=len(self._active()) or 1,
+            reason="it was set" if self._fixed else ("" if choice is None else choice.reason),
+            congestion_control=tcp_info.congestion_control(lanes[0].outlet.transport) if lanes else "",
+            rtt=None if rtt == float("inf") else rtt,
+            rate=self._rate,
+            segments_sent=self._totals.sent,
+            retransmitted=self._totals.retransmitted,
+            resent=self._scheduler.resent,
+        )
+
+    # From the connections.
+
+    def prepare(self) -> None:
+        """A bulk stream is about to be opened: open what lanes are missing, and watch the path."""
+        home = next(iter(self._homes()), None)
+        if self._memory.choice is None and home is not None:
+            # The kernel's own figures: what this process measures is long where it is busy.
+            info = tcp_info.read(home.outlet.transport)
+            self._memory.choice = first_choice(info and (info.min_rtt or info.rtt), self._limit())
+        self._open_missing()
+        if self._timer is None:
+            self._counted, self._totals = None, _Count(0.0)
+            self._last.clear()
+            now = self._loop.time()
+            for lane in self._lanes():
+                if lane in self._scheduler.lanes:
+                    outlet = lane.outlet
+                    self._scheduler.resume(lane, outlet.written, outlet.written - outlet.unsent, now)
+            self._timer = self._loop.call_later(TICK, self._look)
+
+    def lane_ended(self, lane: BulkLane) -> None:
+        """A lane is gone: what it carried goes out on others."""
+        self._prepared.pop(lane, None)
+        self._last.pop(lane, None)
+        self._carrying.pop(lane, None)
+        self._scheduler.remove_lane(lane)
+        self.pump()
+
+    def receive_confirmation(self, home: int, stream_id: int, number: int) -> None:
+        """The peer has all of a striped payload."""
+        self._scheduler.receive_confirmation(home, stream_id, number)
+
+    def stripe(self, home: int, state: StreamState, tag: int, data: memoryview) -> Outgoing | None:
+        """Begin to send a payload over all lanes; None if it is to go out on its stream's connection, ``home``."""
+        if len(data) <= CHUNK_BYTES or not state.may_stripe or len(self._active()) < 2:
+            return None
+        number = state.begin_striped(tag, len(data))
+        payload = Outgoing(
+            home,
+            state.id,
+            number,
+            tag,
+            data,
+            is_wanted=lambda: state.failure is None,
+            on_taken=lambda: state.on_change(),
+        )
+        self._scheduler.add(payload)
+        self.pump()
+        return payload
+
+    def pump(self) -> None:
+        """Give each lane that has room what it can take."""
+        if self._is_pumping:
+            return
+        self._is_pumping = True
+        try:
+            now = self._loop.time()
+            self._carrying = dict.fromkeys(() if self._scheduler.is_idle else self._carriers())
+            for lane in self._carrying:
+                self._fill(lane, now)
+        finally:
+            self._is_pumping = False
+
+    # Inside.
+
+    def _active(self) -> list[BulkLane]:
+        """The lanes over which a payload is striped that begins now: none, or several."""
+        wanted = self.wanted
+        lanes = [lane for lane in self._lanes() if lane.is_open][:wanted] if wanted > 1 else []
+        return lanes if len(lanes) > 1 else []
+
+    def _carriers(self) -> list[BulkLane]:
+        """What carries payloads now. Those that were begun are ended on any lane that is left, or on their home."""
+        lanes = self._active()
+        if not lanes and not self._scheduler.is_idle:
+            lanes = [lane for lane in self._lanes() if lane.is_open]
+        return lanes or [home for home in self._homes() if home.is_open]
+
+    def _fill(self, lane: BulkLane, now: float) -> None:
+        outlet, scheduler = lane.outlet, self._scheduler
+        if lane not in self._prepared:
+            self._prepared[lane] = None
+            outlet.stripe(lambda: self._refill(lane))
+        if lane not in scheduler.lanes:
+            self._note_progress(lane, now)
+        while outlet.is_writable and not self._must_wait(now):
+            found = scheduler.next_piece(lane, now)
+            if found is None:
+                return
+            payload, offset = found
+            piece = payload.piece(offset)
+            outlet.send_piece(piece, payload.data[offset : offset + piece.size])
+            lane.last_used = now
+            self._rate_limit.spend(piece.size, now)
+            scheduler.note_sent(lane, payload, offset, outlet.written, now)
+            if payload.is_taken:
+                payload.on_taken()
+
+    def _must_wait(self, now: float) -> bool:
+        """Whether the host has sent as much as it may for now; then lanes are filled again later."""
+        wait = self._rate_limit.wait(now)
+        if wait > 0 and not self._waits_for_rate:
+            self._waits_for_rate = True
+            self._loop.call_later(wait, self._go_on)
+        return wait > 0
+
+    def _go_on(self) -> None:
+        self._waits_for_rate = False
+        if not self._scheduler.is_idle:
+            self.pump()
+
+    def _refill(self, lane: BulkLane) -> None:
+        """The lane has room again."""
+        if not self._is_pumping and lane in self._carrying:
+            self._fill(lane, self._loop.time())
+
+    def _note_progress(self, lane: BulkLane, now: float) -> None:
+        outlet = lane.outlet
+        rtt = self._last[lane].rtt if lane in self._last else lane.rtt
+        self._scheduler.note_progress(lane, rtt or 0.0, outlet.written, outlet.written - outlet.unsent, now)
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        is_used = any(not home.is_idle for home in self._homes()) or not self._scheduler.is_idle
+        self._timer = self._loop.call_later(TICK, self._look) if is_used else None
+        if not is_used:
+            return
+        for lane in self._lanes():
+            if lane in self._scheduler.lanes:
+                self._note_progress(lane, now)
+        self._measure(self._carriers(), now)
+        self._scheduler.look_for_late(now)
+        self._open_missing()
+        self.pump()
+
+    def _open_missing(self) -> None:
+        missing = self.wanted - len(self._lanes())
+        if missing > 0 and self.wanted > 1:
+            self._open_more(missing)
+
+    def _measure(self, lanes: list[BulkLane], now: float) -> None:
+        """Read the kernel's counts, and choose the number of lanes if it is time."""
+        if self._counted is None:
+            self._counted = _Count(now)
+        counted, rtts, smallest = self._counted, [], self._memory.min_rtt
+        for lane in lanes:
+            info = tcp_info.read(lane.outlet.transport)
+            if info is None:
+                continue
+            last = self._last.get(lane)
+            self._last[lane] = info
+            if last is not None:
+                counted.sent += info.segments_sent - last.segments_sent
+                counted.retransmitted += info.retransmitted - last.retransmitted
+                counted.delivered += info.delivered - last.delivered
+            if info.segments_sent and info.min_rtt:
+                rtts.append(info.rtt)
+                smallest = min(smallest, info.min_rtt)
+        self._memory.min_rtt = smallest
+        counted.looks += 1
+        counted.full += not self._scheduler.is_starved or any(lane.outlet.unsent for lane in lanes)
+        seconds = now - counted.at
+        if not rtts or seconds < max(CHOICE_SECONDS, CHOICE_ROUND_TRIPS * smallest) or not counted.delivered:
+            return
+        self._rate = counted.delivered / seconds
+        self._totals.sent += counted.sent
+        self._totals.retransmitted += counted.retransmitted
+        self._counted = _Count(now)
+        self._memory.seconds += seconds
+        self._choose(lanes, statistics.median(rtts), counted)
+
+    def _choose(self, lanes: list[BulkLane], rtt: float, counted: _Count) -> None:
+        memory = self._memory
+        count = len(lanes) if self._active() else 1
+        if count < self.wanted:
+            return  # some are still being opened
+        peak = memory.peaks[count] = max(self._rate, memory.peaks.get(count, 0.0) * PEAK_DECAY)
+        path = Path(
+            min_rtt=memory.min_rtt,
+            rtt=rtt,
+            sent=counted.sent,
+            retransmitted=counted.retransmitted,
+            rate=peak,
+            is_full=counted.full >= MOSTLY * counted.looks,
+            congestion_control=tcp_info.congestion_control(lanes[0].outlet.transport),
+        )
+        before = None
+        if memory.fewer is not None and memory.seconds >= SETTLED_SECONDS:
+            before = memory.fewer, memory.peaks.get(memory.fewer, 0.0)
+        choice = choose(count, path, self._limit(), before)
+        if choice.count > count:
+            memory.fewer = count
+        if choice.count != count:
+            memory.seconds = 0.0
+        memory.choice = choice

@@ -1,0 +1,88 @@
+"""How many lanes a path to a peer needs, from what was measured on it. Pure.
+
+One connection fills a path that loses nothing. Where packets are lost at random, the usual congestion control of one
+connection (Reno, Cubic) takes each loss for a full queue, and gets no more than about ``mss / (rtt * sqrt(loss))``:
+several share the path's loss among them. BBR does not mind such a loss. Where the queue is really full, the round-trip
+time shows it, and more connections would only push others off the line: then there are fewer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SHORT_RTT = 0.004
+"""Seconds; a path with a smaller round-trip time gets one lane."""
+FEW = 4
+"""Lanes of a long path at the start: their windows grow side by side."""
+QUEUEING = 1.35
+"""The queue is full if the round-trip time is so many times its minimum, and :data:`QUEUEING_SECONDS` more."""
+QUEUEING_SECONDS = 0.008
+GAIN = 1.08
+"""More lanes have to raise the rate at least by this factor, or they are taken away again."""
+BBR = frozenset({"bbr", "bbr2", "bbr3"})
+
+
+@dataclass(frozen=True)
+class Path:
+    """What was measured of a path since the number of lanes was last chosen."""
+
+    min_rtt: float
+    """Seconds; the least that was ever seen."""
+    rtt: float
+    """Seconds; smoothed by the kernel, the median of the lanes."""
+    sent: int
+    """Segments."""
+    retransmitted: int
+    """Segments."""
+    rate: float
+    """Bytes a second that the peer's machine took."""
+    is_full: bool
+    """Whether there was always more to send."""
+    congestion_control: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How many lanes, and why."""
+
+    count: int
+    reason: str
+
+
+def first_choice(rtt: float | None, limit: int) -> Choice:
+    """For a path on which nothing was sent yet. ``rtt`` in seconds; None where the system does not tell how its
+    connections fare.
+    """
+    if rtt is None:
+        return Choice(1, "the system does not measure its connections")
+    if rtt < SHORT_RTT:
+        return Choice(1, "the path is short")
+    return Choice(min(FEW, limit), f"the round trip takes {1e3 * rtt:.0f} ms")
+
+
+def choose(count: int, path: Path, limit: int, before: tuple[int, float] | None = None) -> Choice:
+    """How many lanes there should be next.
+
+    :param count: how many carried the data of ``path``
+    :param limit: the most that there may be
+    :param before: the number before the last time that there came to be more, and the rate at that time
+    """
+    if path.min_rtt < SHORT_RTT:
+        return Choice(1, "the path is short")
+    loss = path.retransmitted / path.sent if path.sent else 0.0
+    if path.rtt > QUEUEING * path.min_rtt + QUEUEING_SECONDS:
+        fewer = max(1, 3 * count // 4)
+        return Choice(
+            min(fewer, limit), f"the queue is full: {1e3 * path.rtt:.0f} ms of {1e3 * path.min_rtt:.0f} ms"
+        )
+    if path.congestion_control in BBR:
+        return Choice(min(max(count, FEW), limit), f"{path.congestion_control} fills the path with few lanes")
+    if count > limit:
+        return Choice(limit, f"there may be {limit}")
+    if not path.is_full:
+        return Choice(count, "less was sent than the path takes")
+    if before is not None and count > before[0] and path.rate < GAIN * before[1]:
+        return Choice(before[0], "more lanes carried no more")
+    if path.retransmitted == 0:
+        return Choice(count, "nothing was lost")
+    return Choice(min(2 * count, limit), f"{100 * loss:.2g} % of the packets were lost without a queue")

@@ -1,0 +1,251 @@
+"""Which piece of which payload goes out next, on which lane. Pure: the time is an argument.
+
+A lane takes the next piece whenever its socket has room, so that each carries what it can. Payloads of several streams
+take turns. Once nothing waits, a lane with room sends a piece again that another one holds, if that one would need much
+longer: a connection in its back-off would hold up the last bytes of all for seconds. What a dead lane carried is sent
+again, unless its payload is known to have arrived whole.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from shoal.p2p.protocol.frames import CHUNK_BYTES, Piece
+
+MAX_COPIES = 4
+"""So often one piece is sent at most, as long as the lanes that carry it live."""
+PATIENCE = 3.0
+"""A piece is sent again if it is expected to take so many times as long where it is as on the lane that has room."""
+RATE_SECONDS = 1.0
+"""The rate of a lane is a mean over about this time."""
+LEAST_GAIN = 0.3
+"""Seconds by which it has to be sooner at least."""
+LEAST_AGE = 0.05
+"""Seconds for which a piece is left alone after it was sent."""
+
+
+@dataclass(eq=False)
+class Outgoing:
+    """A striped payload on its way out.
+
+    :param is_wanted: False once its stream has failed
+    :param on_taken: called when every piece was sent once
+    """
+
+    home: int
+    stream_id: int
+    number: int
+    tag: int
+    data: memoryview
+    is_wanted: Callable[[], bool]
+    on_taken: Callable[[], None]
+    next_offset: int = 0
+    """From here on nothing has been sent."""
+    is_received: bool = False
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether every piece was sent once."""
+        return self.next_offset >= len(self.data)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing more of it is ever to be sent."""
+        return self.is_received or not self.is_wanted()
+
+    def piece(self, offset: int) -> Piece:
+        """The piece that begins at a byte."""
+        return Piece(self.home, self.stream_id, self.number, self.tag, len(self.data), offset)
+
+
+@dataclass(eq=False)
+class _Sent:
+    """A piece that a lane carries, or has carried."""
+
+    payload: Outgoing
+    offset: int
+    end: int
+    """Bytes of the lane up to its last one."""
+    at: float
+
+
+@dataclass(eq=False)
+class LaneBook:
+    """What one lane carries."""
+
+    rtt: float
+    """Seconds; as far as it is known."""
+    flying: deque[_Sent] = field(default_factory=deque)
+    """Pieces that the peer's machine does not have yet, the oldest first."""
+    landed: deque[_Sent] = field(default_factory=deque)
+    """Those that it has: the peer itself may not have read them yet."""
+    written: int = 0
+    acknowledged: int = 0
+    """Bytes that the peer's machine has."""
+    noted_at: float = 0.0
+    rate: float = 0.0
+    """Bytes a second, while it had something to carry."""
+
+    def note_progress(self, written: int, acknowledged: int, now: float) -> None:
+        """So many bytes were written in all, and so many of them has the peer's machine."""
+        seconds, count = now - self.noted_at, acknowledged - self.acknowledged
+        if self.written > self.acknowledged and seconds > 0:
+            weight = min(1.0, seconds / RATE_SECONDS)
+            rate = count / seconds
+            self.rate = rate if self.rate == 0.0 else (1 - weight) * self.rate + weight * rate
+        self.written, self.acknowledged, self.noted_at = written, acknowledged, now
+        while self.flying and self.flying[0].end <= acknowledged:
+            self.landed.append(self.flying.popleft())
+        while self.landed and self.landed[0].payload.is_done:
+            self.landed.popleft()
+
+    def seconds_until(self, end: int) -> float:
+        """How long it is likely to take until the peer's machine has the first ``end`` bytes."""
+        missing = max(0, end - self.acknowledged)
+        if self.rate <= 0.0:
+            return self.rtt if self.noted_at == 0.0 else float("inf")
+        return missing / self.rate
+
+    def seconds_for(self, size: int) -> float:
+        """How long a piece is likely to take that it is given now."""
+        queued = self.written - self.acknowledged + size
+        return self.rtt + (queued / self.rate if self.rate > 0.0 else 0.0)
+
+
+class Scheduler:
+    """See the module. Lanes are known by any hashable key."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Outgoing] = deque()
+        self._again: deque[tuple[Outgoing, int]] = deque()
+        """Pieces of lanes that died."""
+        self._unconfirmed: dict[tuple[int, int, int], Outgoing] = {}
+        self._copies: dict[tuple[Outgoing, int], int] = {}
+        self._late: deque[tuple[float, _Sent]] = deque()
+        """Pieces that may be worth sending again, and the seconds that they are likely to take where they are."""
+        self.lanes: dict[object, LaneBook] = {}
+        self.resent = 0
+        """Bytes that were sent more than once."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is under way."""
+        if self._unconfirmed:
+            self._forget_unwanted()
+        return not self._unconfirmed
+
+    @property
+    def is_starved(self) -> bool:
+        """Whether there is nothing that was not sent yet."""
+        return not self._waiting and not self._again
+
+    def add(self, payload: Outgoing) -> None:
+        """Send this too."""
+        self._waiting.append(payload)
+        self._unconfirmed[payload.home, payload.stream_id, payload.number] = payload
+
+    def receive_confirmation(self, home: int, stream_id: int, number: int) -> None:
+        """The peer has all of a payload."""
+        payload = self._unconfirmed.pop((home, stream_id, number), None)
+        if payload is not None:
+            payload.is_received = True
+
+    def note_progress(self, lane: object, rtt: float, written: int, acknowledged: int, now: float) -> None:
+        """What a lane has written, and what the peer's machine has of it."""
+        book = self.lanes.setdefault(lane, LaneBook(rtt))
+        book.rtt = rtt
+        book.note_progress(written, acknowledged, now)
+
+    def resume(self, lane: object, written: int, acknowledged: int, now: float) -> None:
+        """The lane was not looked at for a while: what it did meanwhile says nothing of its rate."""
+        book = self.lanes[lane]
+        book.written, book.acknowledged, book.noted_at = written, acknowledged, now
+
+    def next_piece(self, lane: object, now: float) -> tuple[Outgoing, int] | None:
+        """What this lane, which has room, sends next: a payload, and the first byte of the piece."""
+        while self._again:
+            payload, offset = self._again.popleft()
+            if not payload.is_done:
+                return payload, offset
+        while self._waiting:
+            payload = self._waiting.popleft()
+            if payload.is_done:
+                continue
+            offset = payload.next_offset
+            payload.next_offset += CHUNK_BYTES
+            if not payload.is_taken:
+                self._waiting.append(payload)
+            return payload, offset
+        return self._find_late(lane)
+
+    def note_sent(self, lane: object, payload: Outgoing, offset: int, written: int, now: float) -> None:
+        """The piece is the last one of the first ``written`` bytes of the lane."""
+        book = self.lanes[lane]
+        if book.written <= book.acknowledged:
+            book.noted_at = now  # it was idle until now
+        book.flying.append(_Sent(payload, offset, written, now))
+        book.written = written
+        copies = self._copies.get((payload, offset), 0)
+        self._copies[payload, offset] = copies + 1
+        if copies:
+            self.resent += payload.piece(offset).size
+
+    def remove_lane(self, lane: object) -> None:
+        """The lane is gone, and with it, perhaps, what it carried."""
+        book = self.lanes.pop(lane, None)
+        if book is None:
+            return
+        for sent in (*book.landed, *book.flying):
+            if not sent.payload.is_done:
+                self._copies.pop((sent.payload, sent.offset), None)
+                self._again.append((sent.payload, sent.offset))
+
+    def look_for_late(self, now: float) -> None:
+        """Find the pieces that would take longest where they are, if there is nothing else to send."""
+        self._late.clear()
+        if not self.is_starved:
+            return
+        late = [
+            (book.seconds_until(sent.end), sent)
+            for book in self.lanes.values()
+            for sent in self._old(book, now)
+        ]
+        self._late.extend(sorted(late, key=lambda one: -one[0]))
+
+    def _old(self, book: LaneBook, now: float) -> Iterator[_Sent]:
+        """Pieces that have been under way for a while, and may be sent again."""
+        for sent in book.flying:
+            copies = self._copies.get((sent.payload, sent.offset), 0)
+            if now - sent.at < max(LEAST_AGE, 2 * book.rtt) * copies:
+                break  # so are those behind it
+            if copies < MAX_COPIES and not sent.payload.is_done:
+                yield sent
+
+    def _find_late(self, lane: object) -> tuple[Outgoing, int] | None:
+        """The piece that would take longest where it is, if this lane is much faster."""
+        own = self.lanes[lane]
+        while self._late:
+            seconds, sent = self._late[0]
+            if sent.payload.is_done:
+                self._late.popleft()
+                continue
+            if seconds <= max(PATIENCE * own.seconds_for(CHUNK_BYTES), LEAST_GAIN) or (
+                own.flying and own.flying[0] is sent
+            ):
+                return None
+            self._late.popleft()
+            return sent.payload, sent.offset
+        return None
+
+    def _forget_unwanted(self) -> None:
+        gone = [key for key, payload in self._unconfirmed.items() if payload.is_done]
+        for key in gone:
+            del self._unconfirmed[key]
+        if not self._unconfirmed:
+            self._copies.clear()
+            self._late.clear()
+            for book in self.lanes.values():
+                book.flying.clear()
+                book.landed.clear()

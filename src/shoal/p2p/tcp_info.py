@@ -1,0 +1,91 @@
+"""What the kernel knows of a TCP connection, and what it is told of one; Linux only, nothing elsewhere."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import sys
+from typing import Any, NamedTuple
+
+_TCP_INFO = 11
+_TCP_CONGESTION = 13
+_TCP_NOTSENT_LOWAT = 25
+_RTT, _CWND, _TOTAL_RETRANS = 15, 18, 23
+"""Places among the 32-bit numbers behind the first eight bytes."""
+_WORDS = struct.Struct("=8x24I")
+_LATER = struct.Struct("=4Q2I4IQ")
+"""Pacing rates, bytes, segments, then the smallest round-trip time and the segments with data."""
+
+
+class TcpInfo(NamedTuple):
+    """Of one connection since it was made; times in seconds."""
+
+    rtt: float
+    min_rtt: float
+    cwnd: int
+    """Segments."""
+    segments_sent: int
+    """Those with data."""
+    retransmitted: int
+    """Segments."""
+    delivered: int
+    """Bytes that the peer's machine has confirmed."""
+
+
+def read(transport: Any) -> TcpInfo | None:
+    """What the kernel knows now; None if it does not tell."""
+    sock = _socket_of(transport)
+    if sock is None:
+        return None
+    try:
+        raw = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 256)
+    except OSError:
+        return None
+    if len(raw) < _WORDS.size + _LATER.size:
+        return None
+    words = _WORDS.unpack_from(raw)
+    later = _LATER.unpack_from(raw, _WORDS.size)
+    return TcpInfo(
+        rtt=words[_RTT] / 1e6,
+        min_rtt=later[7] / 1e6,
+        cwnd=words[_CWND],
+        segments_sent=later[9],
+        retransmitted=words[_TOTAL_RETRANS],
+        delivered=later[2],
+    )
+
+
+def congestion_control(transport: Any) -> str:
+    """The algorithm's name; empty if the kernel does not tell."""
+    sock = _socket_of(transport)
+    if sock is None:
+        return ""
+    try:
+        name: bytes = sock.getsockopt(socket.IPPROTO_TCP, _TCP_CONGESTION, 16)
+    except OSError:
+        return ""
+    return name.split(b"\0")[0].decode()
+
+
+def choose_congestion_control(transport: Any, name: str) -> None:
+    """Use this algorithm if the kernel has it, and lets this process choose."""
+    if name and name != congestion_control(transport):
+        _set(transport, _TCP_CONGESTION, name.encode())
+
+
+def keep_little_unsent(transport: Any, nbytes: int) -> None:
+    """Let the kernel hold no more than this of what it could not send yet."""
+    _set(transport, _TCP_NOTSENT_LOWAT, nbytes)
+
+
+def _set(transport: Any, option: int, value: int | bytes) -> None:
+    sock = _socket_of(transport)
+    if sock is not None:
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        except OSError:
+            return  # not allowed, or not there: it stays as it is
+
+
+def _socket_of(transport: Any) -> Any:
+    return transport.get_extra_info("socket") if sys.platform == "linux" and transport is not None else None

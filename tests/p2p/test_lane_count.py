@@ -1,0 +1,56 @@
+"""How many lanes a path gets: a table of what was measured, and what is chosen."""
+
+from __future__ import annotations
+
+import pytest
+
+from shoal.p2p.lanes.count import FEW, Path, choose, first_choice
+
+MB = 1e6
+
+
+def path(
+    rtt: float = 0.1,
+    *,
+    least: float = 0.1,
+    lost: int = 0,
+    rate: float = 1 * MB,
+    full: bool = True,
+    control: str = "cubic",
+) -> Path:
+    return Path(least, rtt, 1000, lost, rate, full, control)
+
+
+@pytest.mark.parametrize(
+    ("count", "measured", "limit", "before", "expected", "why"),
+    [
+        (1, path(0.0002, least=0.0001), 64, None, 1, "short"),
+        (8, path(0.0002, least=0.0001, lost=50), 64, None, 1, "short"),
+        (1, path(lost=1), 64, None, 2, "0.1 % of the packets were lost without a queue"),
+        (4, path(lost=3), 64, None, 8, "lost without a queue"),
+        (48, path(lost=3), 64, None, 64, "lost without a queue"),
+        (4, path(), 64, None, 4, "nothing was lost"),
+        (16, path(0.2, lost=3), 64, None, 12, "queue is full: 200 ms of 100 ms"),
+        (2, path(0.2), 64, None, 1, "queue is full"),
+        (1, path(0.2, lost=9), 64, None, 1, "queue is full"),
+        (4, path(lost=3, full=False), 64, None, 4, "less was sent"),
+        (8, path(lost=3, rate=1.02 * MB), 64, (4, 1 * MB), 4, "carried no more"),
+        (8, path(lost=3, rate=1.5 * MB), 64, (4, 1 * MB), 16, "lost without a queue"),
+        (16, path(lost=3), 6, None, 6, "there may be 6"),
+        (1, path(lost=3, control="bbr"), 64, None, FEW, "bbr"),
+        (8, path(0.3, lost=3, control="bbr"), 64, None, 6, "queue is full"),
+    ],
+)
+def test_choices(
+    count: int, measured: Path, limit: int, before: tuple[int, float] | None, expected: int, why: str
+):
+    choice = choose(count, measured, limit, before)
+    assert choice.count == expected
+    assert why in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("rtt", "limit", "expected"), [(None, 64, 1), (0.001, 64, 1), (0.05, 64, FEW), (0.05, 2, 2)]
+)
+def test_first_choices(rtt: float | None, limit: int, expected: int):
+    assert first_choice(rtt, limit).count == expected

@@ -1,0 +1,194 @@
+"""Which lane carries what: pieces are shared out, and sent again where a lane stalls or dies."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.p2p.lanes.scheduler import MAX_COPIES, Outgoing, Scheduler
+from shoal.p2p.protocol.frames import CHUNK_BYTES
+
+
+def payload(number: int, pieces: int) -> Outgoing:
+    data = memoryview(bytes(pieces * CHUNK_BYTES - 1))
+    return Outgoing(1, 1, number, number, data, is_wanted=lambda: True, on_taken=lambda: None)
+
+
+class Wire:
+    """One lane: bytes a second, which may be 0 for a while."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self.written = 0
+        self.acknowledged = 0.0
+        self.queue: deque[tuple[int, Outgoing, int]] = deque()
+        self.is_dead = False
+
+    def pass_time(self, seconds: float) -> list[tuple[Outgoing, int]]:
+        self.acknowledged = min(self.written, self.acknowledged + self.rate * seconds)
+        arrived = []
+        while self.queue and self.queue[0][0] <= self.acknowledged:
+            _, one, offset = self.queue.popleft()
+            arrived.append((one, offset))
+        return arrived
+
+
+class Story:
+    """Lanes of several speeds, each with room for two pieces."""
+
+    def __init__(self, rates: list[float], payloads: list[Outgoing]) -> None:
+        self.scheduler = Scheduler()
+        self.wires = {number: Wire(rate) for number, rate in enumerate(rates)}
+        self.now = 0.0
+        self.arrived: dict[Outgoing, set[int]] = {one: set() for one in payloads}
+        for one in payloads:
+            self.scheduler.add(one)
+        self.look()
+
+    def look(self) -> None:
+        for key, wire in self.wires.items():
+            self.scheduler.note_progress(key, 0.05, wire.written, int(wire.acknowledged), self.now)
+
+    def step(self, seconds: float = 0.05) -> None:
+        self.now += seconds
+        for wire in self.wires.values():
+            for one, offset in wire.pass_time(seconds):
+                self.arrived[one].add(offset)
+                if len(self.arrived[one]) * CHUNK_BYTES >= len(one.data):
+                    self.scheduler.receive_confirmation(one.home, one.stream_id, one.number)
+        self.look()
+        self.scheduler.look_for_late(self.now)
+        for key, wire in self.wires.items():
+            while len(wire.queue) < 2:
+                found = self.scheduler.next_piece(key, self.now)
+                if found is None:
+                    break
+                one, offset = found
+                wire.written += one.piece(offset).size
+                wire.queue.append((wire.written, one, offset))
+                self.scheduler.note_sent(key, one, offset, wire.written, self.now)
+
+    def kill(self, key: int) -> None:
+        del self.wires[key]
+        self.scheduler.remove_lane(key)
+
+    def run(self, limit: float = 100.0) -> float:
+        while not self.scheduler.is_idle:
+            self.step()
+            assert self.now < limit, "it does not end"
+        return self.now
+
+
+def test_each_lane_carries_what_it_can():
+    one = payload(0, 200)
+    story = Story([2.5e5, 1e6], [one])
+    story.run()
+    slow, fast = story.wires[0].written, story.wires[1].written
+    assert 3 < fast / slow < 5
+    assert story.scheduler.resent <= 4 * CHUNK_BYTES
+
+
+def test_payloads_of_several_streams_take_turns():
+    first, second = payload(0, 100), payload(1, 100)
+    story = Story([4e6], [first, second])
+    for _ in range(20):
+        story.step()
+    assert abs(len(story.arrived[first]) - len(story.arrived[second])) <= 1
+
+
+def test_what_a_stalled_lane_holds_is_sent_on_another():
+    one = payload(0, 60)
+    story = Story([2e6, 2e6], [one])
+    for _ in range(5):
+        story.step()
+    story.wires[0].rate = 0.0  # in its back-off
+    undisturbed = 60 * CHUNK_BYTES / 2e6
+    assert story.run() < undisturbed + 3.0
+    assert 0 < story.scheduler.resent <= 4 * CHUNK_BYTES
+
+
+def test_nothing_is_sent_twice_while_lanes_are_alike():
+    story = Story([2e6] * 4, [payload(number, 20) for number in range(8)])
+    story.run()
+    assert story.scheduler.resent == 0
+
+
+def test_what_a_dead_lane_carried_is_sent_again_unless_it_is_known_to_have_come():
+    first, second = payload(0, 2), payload(1, 2)
+    scheduler = Scheduler()
+    scheduler.add(first)
+    scheduler.add(second)
+    scheduler.note_progress("a", 0.05, 0, 0, 0.0)
+    for index in range(4):
+        found = scheduler.next_piece("a", 0.0)
+        assert found is not None
+        scheduler.note_sent("a", *found, (index + 1) * CHUNK_BYTES, 0.0)
+    scheduler.receive_confirmation(1, 1, 0)
+    scheduler.remove_lane("a")
+    scheduler.note_progress("b", 0.05, 0, 0, 0.0)
+    again = [scheduler.next_piece("b", 0.0) for _ in range(3)]
+    assert sorted(again[:2], key=str) == sorted([(second, 0), (second, CHUNK_BYTES)], key=str)
+    assert again[2] is None
+
+
+def test_a_payload_whose_stream_has_failed_is_forgotten():
+    is_wanted = True
+    one = Outgoing(1, 1, 0, 0, memoryview(bytes(3 * CHUNK_BYTES)), lambda: is_wanted, lambda: None)
+    scheduler = Scheduler()
+    scheduler.add(one)
+    scheduler.note_progress("a", 0.05, 0, 0, 0.0)
+    assert scheduler.next_piece("a", 0.0) == (one, 0)
+    is_wanted = False
+    assert scheduler.next_piece("a", 0.0) is None
+    assert scheduler.is_idle
+
+
+def test_a_piece_has_few_copies():
+    """Lanes that all stall are not filled with copies of what they hold."""
+    one = payload(0, 4)
+    story = Story([1e6] * 8, [one])
+    story.step()
+    for wire in story.wires.values():
+        wire.rate = 0.0
+    for _ in range(200):
+        story.step()
+    held = [(sent, offset) for wire in story.wires.values() for _, sent, offset in wire.queue]
+    assert max(held.count(piece) for piece in held) <= MAX_COPIES
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32))
+def test_everything_arrives_whatever_the_lanes_do(seed: int):
+    rng = random.Random(seed)
+    payloads = [payload(number, rng.randint(1, 12)) for number in range(rng.randint(1, 6))]
+    story = Story([rng.choice([2e5, 1e6, 5e6]) for _ in range(rng.randint(2, 6))], payloads)
+    for _ in range(rng.randint(1, 30)):
+        story.step()
+        key = rng.choice(list(story.wires))
+        what = rng.random()
+        if what < 0.1 and len(story.wires) > 1:
+            story.kill(key)
+        elif what < 0.3 and sum(wire.rate > 0 for wire in story.wires.values()) > 1:
+            story.wires[key].rate = 0.0
+        elif what < 0.5:
+            story.wires[key].rate = rng.choice([2e5, 1e6, 5e6])
+    if all(wire.rate == 0.0 for wire in story.wires.values()):
+        next(iter(story.wires.values())).rate = 1e6
+    story.run()
+    assert all(len(offsets) * CHUNK_BYTES >= len(one.data) for one, offsets in story.arrived.items())
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 8])
+def test_a_lane_that_opens_late_is_used(lanes: int):
+    one = payload(0, 100)
+    story = Story([1e6] * lanes, [one])
+    for _ in range(5):
+        story.step()
+    story.wires[99] = Wire(1e6)
+    story.look()
+    story.run()
+    assert story.wires[99].written > 0

@@ -1,0 +1,316 @@
+"""Payloads that come in pieces: over several connections, in any order, twice, changed, or after their stream's end."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.p2p.test_host import Swarm
+
+from shoal.errors import ConnectionLost, ProtocolViolation, RemoteError
+from shoal.p2p.config import INITIAL_WINDOW, HostConfig
+from shoal.p2p.protocol.frames import CHUNK_BYTES, FrameKind, Piece
+from shoal.p2p.protocol.pieces import Assembly, Numbers
+from shoal.p2p.protocol.stream_state import ITEM_COST, Payload, StreamState
+from shoal.p2p.protocol.streams import Multiplexer
+from shoal.p2p.rpc import Lane, Stream
+from shoal.testing.clock import run
+from shoal.testing.conformance.world import STREAM, Number
+
+WINDOW = 1 << 20
+TOTAL = 3 * CHUNK_BYTES + 7
+DATA = random.Random(7).randbytes(TOTAL)
+
+
+class Receiver:
+    """A stream that takes payloads into memory of its own, and what it has sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[FrameKind, int, bytes]] = []
+        self.streams = Multiplexer(
+            is_initiator=False,
+            send_frame=lambda *frame: self.sent.append(frame),
+            max_inbound=4,
+            max_unread=2 * INITIAL_WINDOW,
+        )
+        self.sender = Multiplexer(
+            is_initiator=True, send_frame=self.deliver, max_inbound=4, max_unread=2 * INITIAL_WINDOW
+        )
+        self.held: list[tuple[FrameKind, int, bytes]] | None = None
+        self.memory: dict[int, bytearray] = {}
+        self.stream: StreamState
+        self.near = self.sender.open("m", None, None, final=False)
+        self.stream.accept_payloads(self.place, WINDOW)
+        self.give_back()
+
+    def deliver(self, kind: FrameKind, stream_id: int, body: bytes) -> None:
+        if self.held is not None:
+            self.held.append((kind, stream_id, body))
+        elif kind is FrameKind.OPEN:
+            opened = self.streams.receive_open(stream_id, body)
+            assert opened is not None
+            self.stream = opened[0]
+        else:
+            self.streams.receive_frame(kind, stream_id, body)
+
+    def give_back(self) -> None:
+        frames, self.sent = self.sent, []
+        for frame in frames:
+            self.sender.receive_frame(*frame)
+
+    def place(self, tag: int, length: int) -> memoryview:
+        self.memory[tag] = bytearray(length)
+        return memoryview(self.memory[tag])
+
+    def announce(self, tag: int) -> int:
+        assert self.near.may_stripe
+        return self.near.begin_striped(tag, TOTAL)
+
+    def bring(self, number: int, tag: int, index: int, data: bytes = DATA) -> bool:
+        """A piece arrives; returns whether it was written."""
+        piece = Piece(9, self.near.id, number, tag, TOTAL, index * CHUNK_BYTES)
+        memory = self.streams.piece_memory(piece)
+        if memory is not None:
+            memory[:] = data[piece.offset : piece.offset + piece.size]
+        self.streams.receive_piece(piece)
+        return memory is not None
+
+    def confirmed(self) -> list[int]:
+        return [int.from_bytes(body) for kind, _, body in self.sent if kind is FrameKind.RECEIVED]
+
+
+def test_a_payload_is_taken_when_all_its_pieces_are_there():
+    receiver = Receiver()
+    number = receiver.announce(5)
+    for index in (3, 0, 2):
+        receiver.bring(number, 5, index)
+        assert receiver.stream.take() is None
+        assert receiver.confirmed() == []
+    receiver.bring(number, 5, 1)
+    assert receiver.confirmed() == [number]
+    item = receiver.stream.take()
+    assert isinstance(item, Payload)
+    assert (item.tag, bytes(item.data)) == (5, DATA)
+
+
+@given(st.randoms(use_true_random=False))
+def test_items_keep_their_order_whatever_comes_first(rng: random.Random):
+    receiver = Receiver()
+    receiver.held = []
+    receiver.near.send_message(b"first")
+    numbers = [receiver.announce(10), receiver.announce(11)]
+    receiver.near.send_message(b"last")
+    receiver.near.finish()
+    frames, receiver.held = receiver.held, None
+    events: list[object] = [(number, 10 + number, index) for number in numbers for index in range(4)]
+    events += [event for event in events if rng.random() < 0.3]
+    rng.shuffle(events)
+    for frame in frames:  # frames keep their order; pieces come anywhere between them
+        events.insert(rng.randint(0, len(events)), frame)
+    order = iter(frames)
+    for event in events:
+        if isinstance(event[0], FrameKind):  # type: ignore[index]
+            receiver.deliver(*next(order))
+        else:
+            receiver.bring(*event)  # type: ignore[misc]
+    taken = [receiver.stream.take() for _ in range(4)]
+    assert taken[0] == b"first"
+    assert taken[3] == b"last"
+    assert [(item.tag, bytes(item.data)) for item in taken[1:3]] == [(10, DATA), (11, DATA)]  # type: ignore[union-attr]
+    assert receiver.stream.remote_finished
+
+
+def test_a_place_is_written_once():
+    receiver = Receiver()
+    number = receiver.announce(5)
+    assert receiver.bring(number, 5, 0)
+    assert not receiver.bring(number, 5, 0, bytes(TOTAL))
+    for index in (1, 2, 3):
+        receiver.bring(number, 5, index)
+    for index in range(4):
+        assert not receiver.bring(number, 5, index, bytes(TOTAL))
+    item = receiver.stream.take()
+    assert isinstance(item, Payload)
+    assert bytes(item.data) == DATA
+    for index in range(4):
+        assert not receiver.bring(number, 5, index, bytes(TOTAL))
+    assert bytes(item.data) == DATA
+    assert receiver.confirmed() == [number]
+
+
+def test_pieces_of_a_stream_that_has_ended_touch_nothing():
+    receiver = Receiver()
+    number = receiver.announce(5)
+    receiver.bring(number, 5, 0)
+    receiver.stream.reset("cancelled", "", RemoteError("cancelled", ""))
+    before = bytes(receiver.memory[5])
+    assert not receiver.bring(number, 5, 1)
+    assert not receiver.bring(number, 5, 0, bytes(TOTAL))
+    assert receiver.memory[5] == before
+
+
+def test_a_sink_that_ends_the_stream_gets_nothing():
+    receiver = Receiver()
+
+    def refuse(tag: int, length: int) -> memoryview:
+        receiver.stream.reset("cancelled", "", RemoteError("cancelled", ""))
+        return memoryview(bytearray(length))
+
+    receiver.stream.accept_payloads(refuse, WINDOW)
+    number = receiver.announce(5)
+    for index in range(4):
+        receiver.bring(number, 5, index)
+    assert receiver.confirmed() == []
+    assert receiver.stream.take() is None
+
+
+def test_credit_is_taken_once_and_given_back_when_the_payload_is_taken():
+    receiver = Receiver()
+    before = receiver.near.send_credit
+    number = receiver.announce(5)
+    assert receiver.near.send_credit == before - TOTAL - ITEM_COST
+    for index in (0, 1, 2, 3, 0):
+        receiver.bring(number, 5, index)
+    receiver.stream.is_waiting()
+    receiver.stream.take()
+    receiver.stream.is_waiting()
+    receiver.give_back()
+    assert receiver.near.send_credit == before
+
+
+@pytest.mark.parametrize(
+    ("piece", "reason"),
+    [
+        (Piece(9, 1, 0, 6, TOTAL, 0), "goes on with tag 6"),
+        (Piece(9, 1, 0, 5, TOTAL + 1, 0), f"goes on with tag 5 and {TOTAL + 1} bytes"),
+        (Piece(9, 1, 1, 6, 4 * WINDOW, 0), "which has credit for"),
+        (Piece(9, 3, 0, 5, TOTAL, 0), "never opened"),
+    ],
+)
+def test_pieces_that_no_honest_peer_sends(piece: Piece, reason: str):
+    receiver = Receiver()
+    receiver.announce(5)
+    with pytest.raises(ProtocolViolation, match=reason):
+        receiver.streams.piece_memory(piece)
+
+
+def test_striped_payloads_of_a_stream_that_gave_no_window_are_a_violation():
+    receiver = Receiver()
+    other = receiver.sender.open("m", None, None, final=False)
+    assert not other.may_stripe
+    with pytest.raises(ProtocolViolation, match="where there can be none"):
+        receiver.streams.piece_memory(Piece(9, other.id, 0, 5, 1000, 0))
+
+
+def test_frames_of_striped_payloads_are_checked():
+    receiver = Receiver()
+    receiver.announce(5)
+    for kind, body in (
+        (FrameKind.STRIPED, b"short"),
+        (FrameKind.STRIPED, (0).to_bytes(4) + bytes(8) + TOTAL.to_bytes(4)),  # that number has come
+        (FrameKind.STRIPED, (1).to_bytes(4) + bytes(12)),  # of no bytes
+        (FrameKind.RECEIVED, b"short"),
+    ):
+        with pytest.raises(ProtocolViolation):
+            receiver.streams.receive_frame(kind, receiver.near.id, body)
+    receiver.near.finish()
+    with pytest.raises(ProtocolViolation, match="after its END"):
+        receiver.streams.receive_frame(
+            FrameKind.STRIPED, receiver.near.id, (1).to_bytes(4) + bytes(8) + TOTAL.to_bytes(4)
+        )
+
+
+def test_numbers_take_memory_only_out_of_order():
+    numbers = Numbers()
+    for number in (0, 1, 3, 2, 7):
+        assert number not in numbers
+        numbers.add(number)
+        assert number in numbers
+    assert numbers._all_below == 4
+    assert numbers._beyond == {7}
+
+
+def test_an_assembly_of_one_byte_has_one_piece():
+    assembly = Assembly(1, memoryview(bytearray(1)))
+    assert assembly.note_written(Piece(1, 1, 0, 1, 1, 0))
+
+
+# ---- whole hosts ----
+
+COUNT, SIZE = 20, 300_000
+
+
+def test_a_lane_that_dies_in_the_middle_costs_nothing_but_time():
+    """Connections of lanes are cut while they carry pieces; the streams live on their home."""
+
+    async def main() -> None:
+        swarm = Swarm()
+        async with swarm:
+            a, b = await swarm.pair(HostConfig(lanes_per_peer=4))
+            swarm.network.set_bandwidth("a", "b", 1e6)
+            got = bytearray(COUNT * SIZE)
+            cuts = 0
+
+            async def receive(stream: Stream) -> None:
+                stream.accept_payloads(lambda tag, n: memoryview(got)[tag * SIZE : tag * SIZE + n], 4 * SIZE)
+                await stream.send(Number(0))
+                for index in range(COUNT):
+                    assert (await stream.receive()).tag == index
+                await stream.send(Number(1))
+
+            async def cut_lanes() -> None:
+                nonlocal cuts
+                while True:
+                    await asyncio.sleep(0.7)
+                    connections = b._connections.to(a.peer_id)
+                    assert connections is not None
+                    lanes = [one for one in connections.all() if one.lane is Lane.STRIPE and one.is_open]
+                    if lanes:
+                        lanes[cuts % len(lanes)].abort("cut")
+                        cuts += 1
+
+            a.serve_stream(STREAM, receive)
+            cutting = asyncio.ensure_future(cut_lanes())
+            data = random.Random(3).randbytes(COUNT * SIZE)
+            async with b.open_stream(a.peer_id, STREAM, lane=Lane.BULK) as stream:
+                await stream.receive()
+                await asyncio.sleep(0.5)  # the lanes are open
+                for index in range(COUNT):
+                    await stream.send_payload(index, memoryview(data)[index * SIZE : (index + 1) * SIZE])
+                assert (await stream.receive()).value == 1
+            cutting.cancel()
+            assert cuts >= 3
+            assert got == data
+
+    run(main)
+
+
+def test_the_end_of_the_home_fails_the_stream():
+    async def main() -> None:
+        swarm = Swarm()
+        async with swarm:
+            a, b = await swarm.pair(HostConfig(lanes_per_peer=4))
+
+            async def receive(stream: Stream) -> None:
+                stream.accept_payloads(None, 4 * SIZE)
+                await stream.send(Number(0))
+                await asyncio.sleep(1000)
+
+            a.serve_stream(STREAM, receive)
+
+            async def send_for_ever() -> None:
+                async with b.open_stream(a.peer_id, STREAM, lane=Lane.BULK) as stream:
+                    await stream.receive()
+                    connections = b._connections.to(a.peer_id)
+                    assert connections is not None
+                    asyncio.get_running_loop().call_later(1.0, connections.bulk()[0].abort, "aborted")
+                    while True:
+                        await stream.send_payload(1, bytes(SIZE))
+
+            with pytest.raises(ConnectionLost, match="aborted"):
+                await send_for_ever()
+
+    run(main)
