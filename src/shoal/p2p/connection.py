@@ -126,6 +126,8 @@ class Connection(asyncio.BufferedProtocol):
         self.ending: Ending | None = None
         """How it ended; None while it stands."""
         self.last_used = 0.0
+        self.last_piece = 0.0
+        """When it last carried a piece of a striped payload."""
         self._loop = asyncio.get_running_loop()
         self.opened: asyncio.Future[None] = self._loop.create_future()
         """Done when HELLO has arrived; fails with :class:`ProtocolViolation`, :class:`ConnectionLost` or
@@ -199,7 +201,7 @@ class Connection(asyncio.BufferedProtocol):
     def is_idle(self) -> bool:
         """Whether nothing goes on here."""
         if self.lane is Lane.STRIPE:
-            return self._loop.time() - self.last_used > STRIPE_IDLE
+            return self._loop.time() - self.last_piece > STRIPE_IDLE
         return self.streams.open_streams == 0 and not self.calls.handlers
 
     @property
@@ -301,7 +303,7 @@ class Connection(asyncio.BufferedProtocol):
         elif isinstance(event, PayloadReceived):
             self.streams.receive_payload(event.stream_id, event.tag, event.data)
         elif isinstance(event, PieceReceived):
-            self.last_used = self._loop.time()
+            self.last_piece = self._loop.time()
             home = self._owner.home_of(self, event.piece)
             if home is not None:
                 home.receive_piece(event.piece)

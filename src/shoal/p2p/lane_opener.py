@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import weakref
 from collections.abc import Awaitable
 from typing import Protocol
 
@@ -50,7 +51,7 @@ class StripeOpener:
         self._dialer = dialer
         self._paths: dict[PeerID, PathMemory] = {}
         self._pauses: dict[PeerID, float] = {}
-        self._busy: dict[Bundle, None] = {}
+        self._bundles: weakref.WeakSet[Bundle] = weakref.WeakSet()
         self.dials: dict[asyncio.Task[None], None] = {}
         """What is being dialed or asked for."""
 
@@ -69,13 +70,13 @@ class StripeOpener:
                 fixed=self._owner.config.lanes_per_peer or None,
             )
             connections.bundles[incarnation] = bundle
-            self._busy[bundle] = None
+            self._bundles.add(bundle)
         return bundle
 
     def _limit(self) -> int:
         """What one bundle may have now."""
-        self._busy = {bundle: None for bundle in self._busy if bundle.is_busy}
-        return max(1, min(self._most(), MAX_STRIPES) // max(1, len(self._busy)))
+        busy = sum(bundle.is_busy for bundle in self._bundles)
+        return max(1, min(self._most(), MAX_STRIPES) // max(1, busy))
 
     def _most(self) -> int:
         return min(self._owner.config.max_lanes, open_files_limit() // FILES_FOR_LANES)

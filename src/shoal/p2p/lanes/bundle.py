@@ -38,7 +38,8 @@ MOSTLY = 0.6
 class BulkLane(Protocol):
     """What a bundle needs of a connection."""
 
-    last_used: float
+    last_piece: float
+    """When it last carried a piece, in seconds of the loop."""
 
     @property
     def outlet(self) -> Outlet:
@@ -267,7 +268,7 @@ class Bundle:
             payload, offset = found
             piece = payload.piece(offset)
             outlet.send_piece(piece, payload.data[offset : offset + piece.size])
-            lane.last_used = now
+            lane.last_piece = now
             self._rate_limit.spend(piece.size, now)
             scheduler.note_sent(lane, payload, offset, outlet.written, now)
             if payload.is_taken:

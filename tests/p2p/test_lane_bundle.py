@@ -1,0 +1,178 @@
+"""How lanes are opened, used and left as the kernel's figures change. The figures are made up, the time is virtual."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from typing import Any
+
+import pytest
+from tests.p2p.test_host import Swarm
+
+from shoal.p2p import tcp_info
+from shoal.p2p.config import HostConfig
+from shoal.p2p.host import Host
+from shoal.p2p.lanes import bundle
+from shoal.p2p.rpc import Lane, Stream
+from shoal.p2p.tcp_info import TcpInfo
+from shoal.testing.clock import run
+from shoal.testing.conformance.world import STREAM, Number
+
+SIZE = 200_000
+
+
+class Kernel:
+    """What it would say of each connection: a round-trip time, and a part of the packets lost."""
+
+    def __init__(self) -> None:
+        self.rtt = 0.1
+        self.loss = 0.0
+        self.algorithm = "cubic"
+        self.asked_for: list[str] = []
+        self._counts: defaultdict[Any, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+
+    def read(self, transport: Any) -> TcpInfo:
+        counts = self._counts[transport]
+        sent = 100 * bundle.TICK / 0.05
+        counts[0] += sent
+        counts[1] += sent * self.loss
+        counts[2] += sent * 1400
+        return TcpInfo(self.rtt, min(self.rtt, 0.1), 10, int(counts[0]), int(counts[1]), int(counts[2]))
+
+    def congestion_control(self, transport: Any) -> str:
+        return self.algorithm
+
+    def choose(self, transport: Any, name: str) -> None:
+        self.asked_for.append(name)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    made = Kernel()
+    monkeypatch.setattr(tcp_info, "read", made.read)
+    monkeypatch.setattr(tcp_info, "congestion_control", made.congestion_control)
+    monkeypatch.setattr(tcp_info, "choose_congestion_control", made.choose)
+    return made
+
+
+async def sending(swarm: Swarm, config: HostConfig = HostConfig()) -> tuple[Host, Host, asyncio.Task[None]]:
+    """Two hosts, of which the second sends payloads without end."""
+    a, b = await swarm.pair(config)
+    swarm.network.set_bandwidth("a", "b", 3e6)
+
+    async def receive(stream: Stream) -> None:
+        stream.accept_payloads(None, 20 * SIZE)
+        await stream.send(Number(0))
+        while True:
+            await stream.receive()
+
+    async def send() -> None:
+        async with b.open_stream(a.peer_id, STREAM, lane=Lane.BULK) as stream:
+            await stream.receive()
+            while True:
+                await stream.send_payload(0, bytes(SIZE))
+
+    a.serve_stream(STREAM, receive)
+    return a, b, asyncio.ensure_future(send())
+
+
+def lanes(one: Host, other: Host) -> int:
+    report = one.lane_report(other.peer_id)
+    assert report is not None
+    return report.lanes
+
+
+def test_lanes_follow_loss_without_a_queue_and_leave_when_it_is_full(kernel: Kernel):
+    async def main() -> None:
+        async with Swarm() as swarm:
+            a, b, task = await sending(swarm, HostConfig(max_lanes=24))
+            await asyncio.sleep(2.0)
+            assert lanes(b, a) == 4
+            kernel.loss = 0.001
+            await asyncio.sleep(8.0)
+            assert lanes(b, a) == 24
+            report = b.lane_report(a.peer_id)
+            assert report is not None
+            assert "lost without a queue" in report.reason or "carried no more" in report.reason
+            kernel.rtt = 0.3
+            await asyncio.sleep(30.0)
+            assert lanes(b, a) == 1
+            task.cancel()
+
+    run(main)
+
+
+def test_a_short_path_has_one_lane(kernel: Kernel):
+    async def main() -> None:
+        kernel.rtt = 0.0005
+        async with Swarm() as swarm:
+            a, b, task = await sending(swarm)
+            await asyncio.sleep(3.0)
+            assert b.count_connections(a.peer_id)[Lane.STRIPE] == 0
+            assert kernel.asked_for == []
+            task.cancel()
+
+    run(main)
+
+
+def test_what_was_learned_of_a_path_is_kept_and_unused_lanes_are_closed(kernel: Kernel):
+    async def main() -> None:
+        kernel.loss = 0.001
+        async with Swarm() as swarm:
+            a, b, task = await sending(swarm, HostConfig(max_lanes=16, idle_lane_timeout=20))
+            await asyncio.sleep(8.0)
+            before = lanes(b, a)
+            assert before >= 8
+            task.cancel()
+            await asyncio.sleep(90.0)
+            assert b.count_connections(a.peer_id)[Lane.STRIPE] == 0
+            async with b.open_stream(a.peer_id, STREAM, lane=Lane.BULK) as stream:
+                await stream.receive()
+                await asyncio.sleep(1.0)
+                assert lanes(b, a) == before
+
+    run(main)
+
+
+def test_all_paths_share_the_limit(kernel: Kernel):
+    async def main() -> None:
+        kernel.loss = 0.001
+        async with Swarm() as swarm:
+            a, b, task = await sending(swarm, HostConfig(max_lanes=16))
+            c = await swarm.host("c")
+            b.add_addresses(c.peer_id, c.listen_addresses)
+
+            async def receive(stream: Stream) -> None:
+                stream.accept_payloads(None, 20 * SIZE)
+                await stream.send(Number(0))
+                while True:
+                    await stream.receive()
+
+            c.serve_stream(STREAM, receive)
+
+            async def send() -> None:
+                async with b.open_stream(c.peer_id, STREAM, lane=Lane.BULK) as stream:
+                    await stream.receive()
+                    while True:
+                        await stream.send_payload(0, bytes(SIZE))
+
+            other = asyncio.ensure_future(send())
+            await asyncio.sleep(10.0)
+            assert lanes(b, a) <= 8
+            assert lanes(b, c) <= 8
+            task.cancel()
+            other.cancel()
+
+    run(main)
+
+
+@pytest.mark.parametrize("name", ["bbr", ""])
+def test_bulk_connections_over_long_paths_ask_for_a_congestion_control(kernel: Kernel, name: str):
+    async def main() -> None:
+        async with Swarm() as swarm:
+            _, _, task = await sending(swarm, HostConfig(congestion_control=name))
+            await asyncio.sleep(2.0)
+            assert set(kernel.asked_for) == {name}
+            task.cancel()
+
+    run(main)
