@@ -1,8 +1,9 @@
-"""Peers whose route to each other is bad find that out in a round, and average apart at their second attempt."""
+"""Peers whose route to each other is bad find that out in a round. Then they average apart, or spare that route."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 
 import pytest
@@ -11,20 +12,22 @@ import torch
 from shoal.averaging.allreduce.exchange import Arena
 from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
 from shoal.averaging.allreduce.rounds import Rounds
+from shoal.averaging.background.division import Division
 from shoal.averaging.group import GroupInfo, PeerMode
-from shoal.averaging.load_balancing import load_balance_peers
 from shoal.averaging.matchmaking_config import MatchmakingConfig
-from shoal.averaging.partition import Layout, Partition
+from shoal.averaging.partition import Layout
 from shoal.averaging.router import Router
 from shoal.compression.base import NoCompression
 from shoal.errors import MatchmakingException
 from shoal.p2p.identity import PeerID
 from shoal.testing.clock import run
 from shoal.testing.matchmaking import SimulatedMatchmaking
+from shoal.testing.swarm import Attempt, SimulatedSwarm
 
 COUNT = 4
 TENSOR = torch.arange(4000, dtype=torch.float32)
 LAYOUT = Layout.from_tensors([TENSOR], [NoCompression()])
+DIVISION = Division(LAYOUT, part_size_bytes=1024, min_vector_size=0)
 TIMEOUTS = RoundTimeouts(None, sender=5.0, reducer=10.0)
 
 
@@ -56,12 +59,11 @@ class Swarm:
             self.sim.network.silence(*(f"node{other}" for other in pair))
         arena = Arena(*(torch.zeros(LAYOUT.nbytes, dtype=torch.uint8) for _ in range(2)))
         LAYOUT.tensor_view(arena.snapshot, 0).copy_(TENSOR + number)
-        owned = load_balance_peers(LAYOUT.data_nbytes, [1.0] * len(group), 0)
         current = Round(
             self.sim.dht.nodes[number].host,
             "swarm",
             group,
-            Partition.create(LAYOUT, owned, 1024),
+            DIVISION.among(group),
             arena,
             take_snapshot=lambda: asyncio.sleep(0),
             weight=lambda: 1.0,
@@ -75,7 +77,7 @@ class Swarm:
         self.unreached[number] |= {self.number(peer) for peer in current.unreached}
         self.sim.matchmakers[number].keep_apart(current.unreached)
         if result.failure is None:
-            self.sim.matchmakers[number].round_committed(group)
+            self.sim.matchmakers[number].round_committed(group, current.unreached)
         return result
 
 
@@ -143,3 +145,71 @@ def groups_beside_a_silent_leader(seed: int) -> list[GroupInfo | MatchmakingExce
 def test_a_peer_whose_leader_cannot_be_dialed_finds_other_members(seed: int):
     for group in groups_beside_a_silent_leader(seed):
         assert isinstance(group, GroupInfo), group
+
+
+# ---- three peers, of which two cannot talk: there is no other group
+
+
+class SwarmOfThree:
+    """Peers that step again and again; peer 0 comes first, and leads. After two steps the route of ``pair`` is bad."""
+
+    def __init__(self, seed: int, pair: tuple[int, int]) -> None:
+        self.swarm = SimulatedSwarm(seed, MatchmakingConfig(3), timeouts=TIMEOUTS)
+        self.pair = pair
+
+    async def steps(self, number: int, count: int) -> list[Attempt]:
+        await asyncio.sleep(0.01 * number)
+        attempts = []
+        for step in range(count):
+            if step == 2:
+                self.swarm.network.silence(*(f"node{other}" for other in self.pair))
+            attempt = await self.swarm.step(number, timeout=600.0)
+            assert isinstance(attempt, Attempt), attempt
+            attempts.append(attempt)
+        return attempts
+
+    def run(self, count: int) -> list[list[Attempt]]:
+        """What each peer went through, until one has made ``count`` steps: others may lack a partner after that."""
+
+        async def story() -> list[list[Attempt]]:
+            try:
+                for number in range(3):
+                    await self.swarm.start(number)
+                stories = [asyncio.ensure_future(self.steps(number, count)) for number in range(3)]
+                done, _ = await asyncio.wait(stories, return_when=asyncio.FIRST_COMPLETED)
+                assert all(one.exception() is None for one in done), done
+                await asyncio.sleep(1.0)  # the others of its group end, too
+                for one in stories:
+                    one.cancel()
+                await asyncio.wait(stories)
+            finally:
+                await self.swarm.close()
+            self.swarm.check()
+            return [[one for one in self.swarm.attempts if one.number == number] for number in range(3)]
+
+        return run(story)
+
+
+SEEDS = [3, *(pytest.param(seed, marks=pytest.mark.sweep) for seed in range(3))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_followers_that_cannot_talk_average_in_one_group(seed: int):
+    """Though the leader alone owns the vector, such a round takes no longer than an undisturbed one."""
+    stories = SwarmOfThree(seed, (1, 2)).run(5)
+    undisturbed = max(story[1].result.allreduce_seconds for story in stories)
+    for story in stories:
+        assert len(story) == 5
+        for attempt in story[3:]:
+            assert len(attempt.group) == 3
+            assert not attempt.result.exclusions
+            assert attempt.result.allreduce_seconds < 1.5 * undisturbed
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_leader_and_a_follower_that_cannot_talk_take_turns(seed: int):
+    """The one that was left alone is first in the next search, and leads."""
+    stories = SwarmOfThree(seed, (0, 1)).run(8)
+    pairs = [attempt.group for attempt in stories[2] if len(attempt.group) == 2]
+    assert len(pairs) >= 4
+    assert all(one.leader != following.leader for one, following in itertools.pairwise(pairs[1:]))

@@ -1,4 +1,4 @@
-"""A peer that was asleep, cut off or killed is soon back in a group with the others, which went on averaging."""
+"""A peer that was asleep, cut off, stopped or killed is soon back in a group with the others, which averaged on."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from shoal.averaging.group import GroupInfo, PeerMode
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.testing.clock import run
 from shoal.testing.matchmaking import SimulatedMatchmaking
+from shoal.testing.swarm import Attempt, SimulatedSwarm
 
 BACK_WITHIN = 30.0
 UNDER_WAY = 1.0
@@ -95,3 +96,57 @@ def test_a_lost_peer_is_back_in_a_group(lose: Callable[[Swarm], Awaitable[None]]
             await swarm.close()
 
     run(story)
+
+
+# ---- a leader that is stopped for a moment as its group forms
+
+
+LEADER = 0
+STOPPED_FOR, STOPPED_AT = 3.0, 2.0
+BACK_SOON = 5.0
+"""Seconds after which a leader that was stopped averages again. Its followers may begin again meanwhile without it."""
+
+
+def back_after(seed: int, count: int) -> float:
+    """Seconds until a leader that was stopped in the moment when its group began has averaged with the others again."""
+    config = MatchmakingConfig(count, 2, min_matchmaking_time=2.0, request_timeout=1.0)
+    stopped_at: list[float] = []
+
+    def watch(number: int, phase: str) -> None:
+        now = asyncio.get_running_loop().time()
+        if number == LEADER and phase == "forming" and now > STOPPED_AT and not stopped_at:
+            stopped_at.append(now)
+            swarm.network.freeze(f"node{LEADER}", STOPPED_FOR)
+
+    swarm = SimulatedSwarm(seed, config, watch=watch, latency=(0.001, 0.03))
+
+    async def steps(number: int) -> None:
+        await asyncio.sleep(0.02 * number)  # the first one leads
+        while True:
+            attempt = await swarm.step(number)
+            assert isinstance(attempt, Attempt), attempt
+            if number == LEADER and stopped_at:
+                return
+            await asyncio.sleep(0.5)
+
+    async def story() -> float:
+        try:
+            for number in range(count):
+                await swarm.start(number)
+            others = [asyncio.ensure_future(steps(number)) for number in range(count) if number != LEADER]
+            await steps(LEADER)
+            for other in others:
+                other.cancel()
+            await asyncio.wait(others)
+        finally:
+            await swarm.close()
+        swarm.check()
+        return asyncio.get_running_loop().time() - stopped_at[0] - STOPPED_FOR
+
+    return run(story)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.sweep) for seed in range(1, 8))])
+def test_a_leader_that_is_stopped_for_a_moment_is_soon_back(seed: int, count: int):
+    assert back_after(seed, count) < BACK_SOON

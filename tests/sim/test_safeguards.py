@@ -10,8 +10,8 @@ import random
 from collections.abc import Callable, Iterable
 
 import pytest
-from tests.averaging.allreduce.swarm import Swarm
-from tests.averaging.matchmaking.test_swarm import check_same_instant
+from tests.averaging.allreduce.aimed import die_before_the_election_ends
+from tests.averaging.matchmaking.test_swarm import check_late_record, check_same_instant
 from tests.sim.fault_script import Story
 from tests.sim.test_bad_routes import groups_beside_a_silent_leader
 
@@ -19,6 +19,8 @@ from shoal.averaging.allreduce import exchange, reduction
 from shoal.averaging.allreduce.decision import Decision
 from shoal.averaging.allreduce.events import Lead
 from shoal.averaging.group import GroupInfo
+from shoal.averaging.matchmaking.asking import Asking
+from shoal.averaging.matchmaking.messages import Rejected, RejectReason
 from shoal.averaging.matchmaking.search import Search
 from shoal.averaging.matchmaking.view import View
 from shoal.dht.neighbours import Neighbours
@@ -57,6 +59,11 @@ def test_without_keep_alive_a_machine_without_power_holds_the_others(monkeypatch
 
     monkeypatch.setattr(KeepAlive, "check", never_dead)
     assert finds(lambda seed: Story(seed, (3, 4), ["crash"]).play(), range(20))
+
+
+def test_without_a_redirect_a_peer_that_asks_a_follower_is_stranded(monkeypatch: Patch):
+    monkeypatch.setattr(Asking, "redirect", lambda self: Rejected(RejectReason.CANNOT_LEAD))
+    assert finds(check_late_record, range(50))
 
 
 def part_and_heal(seed: int) -> None:
@@ -104,14 +111,13 @@ def test_a_candidate_that_drops_what_its_followers_report(monkeypatch: Patch):
         return coordinate(self, event, now)
 
     def play(seed: int) -> None:
-        swarm = Swarm(seed)
-        swarm.strike(("kill",))
+        swarm = die_before_the_election_ends(seed)
         swarm.finish()
         swarm.check_survival()
 
-    assert not finds(play, range(50, 55))
+    assert not finds(play, range(10))
     monkeypatch.setattr(Decision, "coordinate", drop)
-    assert finds(play, range(200))
+    assert finds(play, range(20))
 
 
 def test_a_full_group_hides_that_it_has_begun(monkeypatch: Patch):

@@ -528,14 +528,10 @@ class Cores(Votes):
             raise Violation(f"{holders} have the casting vote: {self.describe()}; {self.log}")
 
     def _check_counted(self, outcome: Outcome, excluded: set[int]) -> None:
-        """No member that lives fails plainly in a round that others, dead ones too, have committed counting it in.
-
-        One that knows the decision may have dropped these averages by the order of a leader that did not know it.
-        """
+        """No member that lives fails plainly in a round that others, dead ones too, have committed counting it in."""
         for me, one in self._living():
             counts = one.core.roles.contributes[me] and me not in excluded
-            has_dropped = one.core.outcome is not None and one.core.ledger.assignment.epoch != outcome.epoch
-            if counts and one.core.phase is Phase.FAILED and not has_dropped:
+            if counts and one.core.phase is Phase.FAILED:
                 raise Violation(f"{me} failed, though it counts: {self.describe()}; {self.log}")
 
     def _check_kept(self, outcome: Outcome) -> None:

@@ -62,8 +62,8 @@ class Votes(Links[Member]):
         match effect:
             case AskForOutcome(_, _, burials):
                 pass
-            case AskForPromise(_, term, _, burials):
-                question = Prepare(PREFIX, GROUP, term)
+            case AskForPromise(_, term, _, burials, floor):
+                question = Prepare(PREFIX, GROUP, term, floor)
             case AskForAcceptance(_, term, outcome):
                 question = Propose(PREFIX, GROUP, term, outcome)
         for member in effect.members:

@@ -49,7 +49,7 @@ from shoal.averaging.matchmaking.events import (
 )
 from shoal.averaging.matchmaking.group_bits import GroupBits
 from shoal.averaging.matchmaking.matchmaker import REGROUP
-from shoal.averaging.matchmaking.memory import FailureMemory, Fault
+from shoal.averaging.matchmaking.memory import HELD_ITS_FOLLOWER, FailureMemory
 from shoal.averaging.matchmaking.messages import Accepted, Declaration, DeclaredState, Redirect, Rejected
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN, Known
 from shoal.averaging.matchmaking_config import MatchmakingConfig
@@ -251,7 +251,7 @@ class SwarmOfCores:
                 peer.key = place.key
             case DistrustLeader(leader, fault):
                 self.memories[peer.peer_id].note(leader, fault, self.now)
-                if fault is Fault.STALLED:
+                if fault in HELD_ITS_FOLLOWER:
                     self.at(self.now, lambda: self.regroup(peer))
             case TooFew(seen):
                 if peer.bits is not None and peer.bits.found_too_few(seen):

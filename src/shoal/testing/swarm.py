@@ -201,11 +201,12 @@ class SimulatedSwarm:
         finally:
             rounds.end(current)
         excluded = [peer for peer in group.peer_ids if str(peer) in {one.member for one in result.exclusions}]
-        matchmaker.keep_apart(current.unreached)
+        unreached = current.unreached
+        matchmaker.keep_apart(unreached)
         matchmaker.hear_of_exclusions(group.leader, excluded)
         if result.failure is None:
             self.watch(number, "applying")
-            matchmaker.round_committed(group, excluded)
+            matchmaker.round_committed(group, {*excluded, *unreached})
         attempt = Attempt(
             number, group, self._division.among(group), result, self.layout.tensor_view(arena.average, 0)
         )

@@ -13,6 +13,7 @@ from tests.averaging.allreduce.swarm import Swarm
 from shoal.averaging.allreduce.effects import (
     AnnounceRepair,
     AskForAcceptance,
+    AskForPromise,
     Effect,
     LeadMembers,
     ReturnAverage,
@@ -55,6 +56,14 @@ def later_leader_repairs(_: int, effect: Effect) -> bool:
 
 def later_leader_leads(_: int, effect: Effect) -> bool:
     return isinstance(effect, LeadMembers)
+
+
+def averages_come_back(_: int, effect: Effect) -> bool:
+    return isinstance(effect, ReturnAverage)
+
+
+def candidate_tells_its_floor(_: int, effect: Effect) -> bool:
+    return isinstance(effect, AskForPromise) and effect.floor > 0
 
 
 def _leave_one_behind(swarm: Aimed) -> None:
@@ -115,6 +124,19 @@ def speak_after_the_election(seed: int) -> Aimed:
         swarm.later(swarm.rng.uniform(0.4, 0.8), lambda: swarm.kill(owner, machine=True))
 
     swarm.when(lambda me, effect: me == owner and isinstance(effect, ReturnAverage), fall_silent)
+    return swarm
+
+
+def die_before_the_election_ends(seed: int) -> Aimed:
+    """The founder dies amid the exchange, and a follower of the candidate after it has said twice where it stands."""
+    swarm = Aimed(seed, sizes=(5, 6, 7, 8), latency=0.1)
+    swarm.when(averages_come_back, lambda _: swarm.kill(0))
+
+    def die(me: int) -> None:
+        victim = swarm.rng.choice([one for one in range(1, swarm.size) if one != me])
+        swarm.later(swarm.rng.uniform(0.0, 0.3), lambda: swarm.kill(victim))
+
+    swarm.when(candidate_tells_its_floor, die)
     return swarm
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from shoal.averaging.allreduce.assignment import Epoch, Repair, SpanId
@@ -89,6 +90,20 @@ class Member:
 
 def promised(phase: Phase = Phase.READY, **options: object) -> Promised:
     return Promised(phase.name, 1.0, **options)  # type: ignore[arg-type]
+
+
+def follow(member: Member, other: int, **options: object) -> list[Effect]:
+    """Another member promises to follow this candidate, and then to keep its floor in mind, if it is told one."""
+    election = member.core.election
+    effects = member.handle(MemberAnswered(other, election.term, promised(**options)))  # type: ignore[arg-type]
+    told = [one for one in effects if isinstance(one, AskForPromise) and one.floor]
+    for one in told:
+        for follower in one.members:
+            standing = msgspec.structs.replace(election.promises[follower], floor=one.floor)
+            effects = member.handle(MemberAnswered(follower, election.term, standing))
+            if election.lead is not Lead.CANDIDATE:
+                return effects
+    return effects
 
 
 def proposal(effects: list[Effect]) -> Outcome:
@@ -183,7 +198,56 @@ def elected(**options: object) -> tuple[Member, list[Effect]]:
     member = Member(1)
     member.handle(MemberLost(0, "killed"))
     member.handle(MemberAnswered(0, 1, None))
-    return member, member.handle(MemberAnswered(2, 1, promised(**options)))
+    return member, follow(member, 2, **options)
+
+
+def test_a_candidate_leads_once_a_quorum_knows_that_nothing_was_decided():
+    """Before, another candidate may adopt what one of its own quorum accepted, and nothing may be undone."""
+    member = Member(1, 5)
+    member.handle(MemberLost(0, "killed"), MemberAnswered(0, 1, None))
+    member.handle(*(MemberAnswered(other, 1, promised()) for other in (2, 3)))
+    assert member.handle(MemberAnswered(4, 1, promised())) == [AskForPromise((2, 3, 4), 1, floor=1)]
+    member.handle(MemberAnswered(2, 1, promised(floor=1)))
+    assert member.lead is Lead.CANDIDATE
+    member.handle(MemberAnswered(4, 1, promised(floor=1)))
+    assert member.lead is Lead.LEADING
+
+
+def test_a_candidate_that_has_told_its_floor_waits_for_nobody_else():
+    """The old leader, which it cannot hear, may answer meanwhile."""
+    member = Member(1, 5)
+    member.handle(MemberLost(0, "killed"), MemberAnswered(0, 1, None))
+    member.handle(*(MemberAnswered(other, 1, promised()) for other in (2, 3, 4)))
+    member.handle(MemberAnswered(0, 1, Undecided("EXCHANGING", has_leader=True)))
+    member.handle(*(MemberAnswered(other, 1, promised(floor=1)) for other in (2, 3)))
+    assert member.lead is Lead.LEADING
+
+
+def test_a_member_that_promises_late_or_did_not_hear_the_floor_is_told_it():
+    member = Member(1, 5)
+    member.handle(MemberLost(0, "killed"), *(MemberAnswered(other, 1, None) for other in (0, 4)))
+    member.handle(*(MemberAnswered(other, 1, promised()) for other in (2, 3)))
+    for late in (MemberAnswered(4, 1, promised()), MemberAnswered(2, 1, None)):
+        (asked,) = member.handle(late)
+        assert isinstance(asked, AskForPromise)
+        assert (asked.members, asked.floor) == ((late.member,), 1)
+    assert member.lead is Lead.CANDIDATE
+
+
+def test_a_candidate_that_cannot_tell_its_floor_lets_others_stand():
+    member = Member(1, 3)
+    member.handle(MemberLost(0, "killed"), MemberAnswered(0, 1, None), MemberAnswered(2, 1, promised()))
+    assert member.core.deadline == STAND
+    assert StopLeading() in member.at(STAND).handle(TimePassed())
+    assert member.lead is Lead.LEADERLESS
+
+
+def test_a_member_keeps_a_floor_that_it_is_told():
+    member = Member(2, 4)
+    member.handle(MemberLost(0, "killed"), PromiseAsked(1, 1))
+    assert member.handle(PromiseAsked(1, 1, floor=1)) == [Reply(promised(floor=1))]
+    member.handle(MemberLost(1, "killed"))
+    assert reply(member.handle(PromiseAsked(3, 7))) == promised(floor=1)
 
 
 def test_a_new_leader_goes_on_without_the_old_one():
@@ -218,7 +282,7 @@ def test_what_followers_report_before_the_election_counts_after_it():
     member.handle(MemberLost(0, "killed"), MemberAnswered(0, 1, None))
     member.handle(MemberAnswered(2, 1, promised(Phase.EXCHANGING)))
     assert member.handle(MemberReported(2, Ready(1.0))) == []
-    assert proposal(member.handle(MemberAnswered(3, 1, promised()))).weights == (0.0, 1.0, 1.0, 1.0)
+    assert proposal(follow(member, 3)).weights == (0.0, 1.0, 1.0, 1.0)
 
 
 def test_a_follower_that_is_lost_before_the_election_is_lost_after_it():
@@ -226,7 +290,7 @@ def test_a_follower_that_is_lost_before_the_election_is_lost_after_it():
     member.handle(MemberLost(0, "killed"), MemberAnswered(0, 1, None))
     member.handle(MemberAnswered(2, 1, promised(Phase.EXCHANGING)), MemberAnswered(3, 1, promised()))
     member.handle(MemberLost(2, "killed"))
-    effects = member.handle(MemberAnswered(4, 1, promised()))
+    effects = follow(member, 4)
     assert [one.member for one in proposal(effects).excluded] == [0, 2]
 
 
@@ -241,7 +305,9 @@ def test_orders_that_a_member_knows_are_taken_over():
     core = AllReduce(roles)
     for event in (SnapshotTaken(1.0), MemberLost(0, "killed"), MemberAnswered(0, 1, None)):
         core.handle(event, 0.0)
-    effects = core.handle(MemberAnswered(2, 1, promised(Phase.EXCHANGING, orders=(order,))), 0.0)
+    for floor in (0, 1):
+        standing = promised(Phase.EXCHANGING, orders=(order,), floor=floor)
+        effects = core.handle(MemberAnswered(2, 1, standing), 0.0)
     assert AnnounceRepair(order) in effects
     assert [span.owner for span in core.ledger.assignment.spans] == [2]
 
@@ -339,13 +405,14 @@ def test_a_complaint_of_what_came_after_all_is_not_told_to_a_new_leader():
 
 def test_a_complaint_that_a_promise_overtook_makes_no_liar_of_a_ready_member():
     core = AllReduce(Roles(1, (1, 0, 0), (True,) * 3))
+    averaged = SpanAveraged(SpanId(0), (1.0,) * 3, None, None)
     for event in (
         SnapshotTaken(1.0),
         MemberLost(0, "killed"),
-        MemberAnswered(2, 1, promised(spans=(SpanAveraged(SpanId(0), (1.0,) * 3, None, None),))),
+        MemberAnswered(0, 1, None),
+        *(MemberAnswered(2, 1, promised(spans=(averaged,), floor=floor)) for floor in (0, 1)),
     ):
         core.handle(event, 0.0)
-    core.handle(TimePassed(), core.deadline)
     assert core.election.lead is Lead.LEADING
     report = OwnerFailed(SpanId(0), "slow", Loss.TIMED_OUT)
     assert core.handle(MemberReported(2, report), 5.0) == []

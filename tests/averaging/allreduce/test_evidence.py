@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import pytest
-from tests.averaging.allreduce.test_election import COMMITTED, FAILED, Member, promised, proposal, reply
+from tests.averaging.allreduce.aimed import Aimed, founder_proposes
+from tests.averaging.allreduce.test_election import (
+    COMMITTED,
+    FAILED,
+    Member,
+    follow,
+    promised,
+    proposal,
+    reply,
+)
 
 from shoal.averaging.allreduce.assignment import Epoch, Repair, SpanId
 from shoal.averaging.allreduce.core import AllReduce
-from shoal.averaging.allreduce.decision import GIVE_UP_AFTER
 from shoal.averaging.allreduce.effects import AskForOutcome, AskForPromise, Finish, StopLeading
 from shoal.averaging.allreduce.events import (
     AcceptanceAsked,
     AverageReceived,
     Event,
     ExclusionReceived,
+    JoinTimedOut,
     Lead,
     MemberAnswered,
     MemberLeft,
     MemberLost,
     MemberReported,
-    OutcomeReceived,
     Phase,
     PromiseAsked,
     RepairReceived,
@@ -39,6 +47,7 @@ from shoal.averaging.allreduce.messages import (
     SpanAveraged,
     Undecided,
 )
+from shoal.averaging.allreduce.patience import GIVE_UP_AFTER
 from shoal.sansio.core import TimePassed
 
 NO_NEWS = Undecided("READY", has_leader=False)
@@ -121,13 +130,52 @@ def test_a_leader_that_finds_all_others_dead_is_in_doubt():
     assert (member.core.phase, member.now) == (Phase.IN_DOUBT, GIVE_UP_AFTER)
 
 
-def test_a_ready_leader_that_cannot_have_the_round_failed_is_in_doubt():
-    """The former leader may have accepted its own proposal, and another candidate may have to adopt that."""
+def test_a_leader_that_cannot_have_the_round_failed_gives_up():
+    """Nobody counts it: a quorum knows that no former leader's proposal was decided, and it has told no later one."""
     member = Member(1, 5, min_size=5)
     member.handle(MemberLost(0, "cut"), MemberAnswered(0, 1, None), MemberAnswered(4, 1, None))
-    effects = member.handle(*(MemberAnswered(other, 1, promised()) for other in (2, 3)))
-    assert "fewer than min_group_size=5" in (proposal(effects).reason or "")
-    assert wait(member).core.phase is Phase.IN_DOUBT
+    member.handle(MemberAnswered(2, 1, promised()))
+    assert "fewer than min_group_size=5" in (proposal(follow(member, 3)).reason or "")
+    assert wait(member).core.phase is Phase.FAILED
+
+
+@pytest.mark.parametrize("other", [1, 2, 3])
+def test_half_of_a_group_without_its_founder_doubts_as_soon_as_one_that_is_alone(other: int):
+    """One of the two that are left stands in vain. The promise of the other one is no reason to hope for news."""
+    group = Aimed(5, sizes=(4,))
+    began: list[float] = []
+
+    def die(me: int) -> None:
+        began.append(group.now)
+        group.kill(0)
+        group.kill(other)
+
+    group.when(founder_proposes, die)
+    group.run()
+    assert group.check() == "in doubt"
+    assert [one.core.phase for one in group.living()] == [Phase.IN_DOUBT] * 2
+    assert group.now < began[0] + GIVE_UP_AFTER + 1.0
+
+
+def test_a_founder_that_nobody_has_heard_of_fails_at_once():
+    """It was stopped as its group formed: its followers left before they heard that it begins."""
+    member = Member(0, 4, ready=False, min_size=2)
+    member.handle(*(JoinTimedOut(other, "it left") for other in (1, 2, 3)))
+    for other in (1, 2):
+        member.handle(MemberAnswered(other, 0, NotKnown()))
+        assert member.core.phase is Phase.EXCHANGING
+    member.handle(MemberAnswered(3, 0, NotKnown()))
+    assert (member.core.phase, member.now) == (Phase.FAILED, 0.0)
+
+
+def test_a_founder_that_one_member_follows_waits_for_the_others():
+    """The one would have nobody else to follow."""
+    member = Member(0, 5, ready=False, min_size=3)
+    member.handle(*(JoinTimedOut(other, "it left") for other in (1, 2, 3)))
+    member.handle(
+        *(MemberAnswered(other, 0, NotKnown()) for other in (1, 2, 3)), MemberAnswered(4, 0, Accepted())
+    )
+    assert member.core.phase is Phase.EXCHANGING
 
 
 # left: what it proves
@@ -191,16 +239,16 @@ def test_a_promise_tells_that_this_member_is_ready():
     assert wait(member).core.phase is Phase.IN_DOUBT
 
 
-def test_a_leader_that_was_ready_before_it_led_is_bound():
-    """The founder may have accepted a proposal that counts it: it stops to lead, and waits for the outcome."""
+def test_a_leader_that_was_ready_before_it_led_may_give_up():
+    """What the founder may have proposed is void: a quorum knows that."""
     member = Member(1, 5)
     member.handle(MemberLost(0, "cut"), MemberAnswered(0, 1, None))
     for other in (2, 3, 4):
-        member.handle(MemberAnswered(other, 1, promised(Phase.EXCHANGING)))
+        follow(member, other, phase=Phase.EXCHANGING)
     assert member.lead is Lead.LEADING
     effects = member.handle(Withdrawn("cancelled"))
     assert StopLeading() in effects
-    assert (member.core.phase, member.lead) == (Phase.READY, Lead.LEADERLESS)
+    assert member.core.phase is Phase.FAILED
 
 
 def ready_with(*events: Event) -> AllReduce:
@@ -212,15 +260,13 @@ def ready_with(*events: Event) -> AllReduce:
     return core
 
 
-def test_a_member_that_averages_anew_may_be_counted_by_a_former_leader():
-    """The founder may have proposed what this member held when it was ready."""
+def test_a_member_that_averages_anew_is_counted_by_no_former_leader():
+    """The founder may have proposed what this member held when it was ready. A quorum knows that this is void."""
     repair = RepairReceived(Repair(Epoch(1, 1), (SpanId(0),), (1,)), 1)
     core = ready_with(MemberLost(0, "cut"), PromiseAsked(1, 1), repair)
     assert core.phase is Phase.EXCHANGING
     core.handle(Withdrawn("cancelled"), 0.0)
-    assert core.phase is Phase.IN_DOUBT
-    core.handle(OutcomeReceived(COMMITTED), 0.0)
-    assert core.phase is Phase.FAILED  # it does not hold these averages any more
+    assert core.phase is Phase.FAILED
 
 
 def test_a_leader_that_repairs_has_proposed_nothing():
@@ -267,7 +313,8 @@ def test_a_founder_that_has_proposed_keeps_its_vote():
 def test_the_heir_and_another_one_decide_for_four():
     heir = Member(1, 4)
     heir.handle(VoteHandedOn(), MemberLost(0, "it does not lead any more"), MemberLeft(0))
-    heir.handle(MemberAnswered(3, 1, None), MemberAnswered(2, 1, promised()))
+    heir.handle(MemberAnswered(3, 1, None))
+    follow(heir, 2)
     assert heir.lead is Lead.LEADING
     heir.handle(MemberAnswered(2, 1, Accepted()))
     assert heir.core.phase is Phase.COMMITTED
@@ -278,7 +325,7 @@ def test_a_candidate_hears_from_the_heir_that_it_has_the_casting_vote():
     member.handle(MemberLost(0, "it does not lead any more"), MemberLeft(0), MemberAnswered(3, None, None))
     effects = member.at(member.core.deadline).handle(TimePassed())
     (term,) = (one.term for one in effects if isinstance(one, AskForPromise))
-    member.handle(MemberAnswered(1, term, promised(casts=True)))
+    follow(member, 1, casts=True)
     assert member.lead is Lead.LEADING
     member.handle(MemberAnswered(1, term, Accepted(casts=True)))
     assert member.core.phase is Phase.COMMITTED

@@ -9,6 +9,7 @@ import pytest
 
 from shoal.averaging.allreduce.assignment import Epoch, Repair, SpanId
 from shoal.averaging.allreduce.commit import read_answer, to_event
+from shoal.averaging.allreduce.events import PromiseAsked
 from shoal.averaging.allreduce.message_checks import check_outcome, check_repair, check_report
 from shoal.averaging.allreduce.messages import (
     Answer,
@@ -138,6 +139,13 @@ def test_a_term_that_is_none_is_a_violation(term: int):
     for question in questions:
         with pytest.raises(ProtocolViolation, match="term"):
             to_event(question, 1)
+
+
+@pytest.mark.parametrize("floor", [-1, 8])
+def test_a_floor_above_its_term_is_a_violation(floor: int):
+    with pytest.raises(ProtocolViolation, match="the floor"):
+        to_event(Prepare("p", b"g" * 16, 7, floor), 1)
+    assert to_event(Prepare("p", b"g" * 16, 7, 7), 1) == PromiseAsked(1, 7, floor=7)
 
 
 @pytest.mark.parametrize(

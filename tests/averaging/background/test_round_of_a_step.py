@@ -358,7 +358,7 @@ def test_matchmaking_hears_whom_a_round_went_on_without(member: int):
             absent = [group.hosts[2].peer_id]
             matchmaker = cast("Mock", resources.matchmaker)
             matchmaker.hear_of_exclusions.assert_called_once_with(group.group.leader, absent)
-            matchmaker.round_committed.assert_called_once_with(group.group, absent)
+            matchmaker.round_committed.assert_called_once_with(group.group, set(absent))
 
     run(main)
 

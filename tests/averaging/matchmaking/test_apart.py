@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shoal.averaging.matchmaking.apart import is_apart, shunned
+from shoal.averaging.matchmaking.apart import are_apart, is_apart, owns_nothing, shunned, spared_routes
 from shoal.averaging.matchmaking.candidate import Candidate
 from shoal.averaging.matchmaking.grouping import EarlyBegin, cut_groups, may_begin_early
 from shoal.p2p.identity import Identity
@@ -45,10 +47,44 @@ def test_two_that_are_alone_try_again():
     assert len(cut_groups(candidates(2, (0, 1)), 2, 2).groups[0].members) == 2
 
 
-def test_a_pair_of_three_is_apart_and_the_others_average():
-    cut = cut_groups(candidates(3, (1, 2)), 3, 2)
-    assert [len(group.members) for group in cut.groups if group.is_complete] == [2]
-    assert len(cut.left_over) == 1
+class TestAPairInOneGroup:
+    """Where there is no other group, followers that are apart average together, and a leader's partner does not."""
+
+    def test_a_pair_of_followers_leaves_nobody_alone(self):
+        cut = cut_groups(candidates(3, (1, 2)), 3, 2)
+        assert [group.members for group in cut.groups] == [tuple(candidates(3, (1, 2)))]
+        assert cut.groups[0].is_complete
+        assert cut.left_over == ()
+
+    def test_it_begins_as_soon_as_it_is_full(self):
+        everybody = candidates(3, (1, 2))
+        members = [one.peer_id for one in everybody]
+        assert may_begin_early(everybody, members, PEERS[0], 3, 2).verdict is not EarlyBegin.NO
+
+    @pytest.mark.parametrize("pair", [(0, 2), (1, 0)])
+    def test_a_partner_of_the_leader_is_left_over(self, pair: tuple[int, int]):
+        cut = cut_groups(candidates(3, pair), 3, 2)
+        assert [len(group.members) for group in cut.groups if group.is_complete] == [2]
+        assert [one.peer_id for one in cut.left_over] == [PEERS[max(pair)]]
+
+    def test_a_minimum_of_all_is_met(self):
+        cut = cut_groups(candidates(4, (3, 2)), 4, 4)
+        assert [len(group.members) for group in cut.groups] == [4]
+
+    def test_another_group_without_its_partner_comes_first(self):
+        cut = cut_groups(candidates(6, (1, 2)), 3, 2)
+        assert [len(group.members) for group in cut.groups] == [3, 3]
+        assert not any(is_apart(one, group.members) for group in cut.groups for one in group.members)
+
+    def test_one_that_several_cannot_reach_is_left_over(self):
+        """Its round would go on without it."""
+        cut = cut_groups(candidates(4, (3, 1), (3, 2)), 4, 3)
+        assert [one.peer_id for one in cut.left_over] == [PEERS[3]]
+
+    def test_those_without_a_place_make_a_group_of_their_own(self):
+        cut = cut_groups(candidates(4, (1, 2), (1, 3)), 4, 2)
+        groups = [{one.peer_id for one in group.members} for group in cut.groups if group.is_complete]
+        assert groups == [{PEERS[0], PEERS[1]}, {PEERS[2], PEERS[3]}]
 
 
 def test_a_client_that_is_kept_apart_takes_one_leader_along_and_no_other_clients():
@@ -68,6 +104,16 @@ def test_a_liar_isolates_nobody_but_itself():
     cut = cut_groups(everybody, 4, 2)
     placed = {member.peer_id for group in cut.groups if group.is_complete for member in group.members}
     assert placed >= set(PEERS[1:8])
+
+
+def is_bearable(group: Sequence[Candidate]) -> bool:
+    """Nobody is apart from the leader, nor from several others."""
+    ordered = sorted(group)
+    leader = next(member for member in ordered if member.can_lead)
+    followers = [member for member in ordered if member is not leader]
+    return not is_apart(leader, followers) and all(
+        sum(are_apart(one, other) for other in followers if other is not one) < 2 for one in followers
+    )
 
 
 @given(
@@ -104,12 +150,16 @@ def test_plans_with_bad_routes_are_sound(
             assert minimum <= len(group) <= target
             assert group[0].can_lead
             assert all(group[0] < member for member in group[1:] if member.can_lead)
-        if any(is_apart(one, group) for group in complete for one in group):
+        plain = cut_groups(peers(), target, minimum, gone)
+        plans = [[one.peer_id for one in group.members] for group in plain.groups if group.is_complete]
+        if all(is_bearable(group) for group in complete):
+            with_room = [group for group in complete if len(group) < target]
+            placed = {peer for plan in plans for peer in plan} - cut.shunned
+            for one in cut.left_over:
+                assert one.peer_id not in placed or not any(is_bearable((*group, one)) for group in with_room)
+        else:
             # No group at all would be left: the plan is as if nobody had said anything.
-            plain = cut_groups(peers(), target, minimum, gone)
-            assert [[one.peer_id for one in group] for group in complete] == [
-                [one.peer_id for one in group.members] for group in plain.groups if group.is_complete
-            ]
+            assert [[one.peer_id for one in group] for group in complete] == plans
 
 
 def test_clients_need_no_route_to_each_other():
@@ -146,3 +196,65 @@ def test_where_no_group_would_be_left_nobody_is_shunned():
     cut = cut_groups(candidates(3, (1, 0), (2, 0)), 3, 3)
     assert [len(group.members) for group in cut.groups] == [3]
     assert cut.shunned == frozenset()
+
+
+class TestRoutesThatARoundSpares:
+    @pytest.mark.parametrize(
+        ("pairs", "idle"),
+        [
+            ((), set()),
+            (((1, 2),), {1, 2}),
+            (((2, 1),), {1, 2}),
+            (((1, 2), (2, 1)), {1, 2}),
+            (((1, 2), (3, 4)), {1, 2, 3, 4}),
+            (((1, 2), (1, 3)), {1}),  # itself at fault
+            (((1, 3), (2, 3)), {3}),
+            (((1, 2), (2, 3), (3, 4)), {1, 2, 3}),  # the last of the two that are in two pairs is at fault
+            (((0, 1),), set()),  # it has joined the leader, so that there is a route
+            (((1, 0), (2, 0), (3, 0)), set()),
+            (((1, 0), (1, 2)), {1, 2}),
+        ],
+    )
+    def test_who_owns_nothing(self, pairs: tuple[tuple[int, int], ...], idle: set[int]):
+        assert owns_nothing(candidates(5, *pairs)) == idle
+
+    def test_a_peer_that_is_no_member_does_not_count(self):
+        assert owns_nothing(candidates(5, (1, 4), (2, 4))[:4]) == set()
+
+    def test_clients_exchange_nothing_anyway(self):
+        leader, one, other = candidates(3, (1, 2))
+        clients = [leader, one._replace(can_lead=False), other._replace(can_lead=False)]
+        assert owns_nothing(clients) == set()
+        assert owns_nothing([leader, one, clients[2]]) == {1, 2}
+
+    def test_an_auxiliary_takes_nothing_from_owners(self):
+        leader, one, other = candidates(3, (1, 2))
+        helper = one._replace(contributes=False)
+        assert owns_nothing([leader, helper, other]) == {1}
+        assert owns_nothing([leader, helper, other._replace(contributes=False)]) == set()
+
+    @given(
+        pairs=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=12),
+        helpers=st.sets(st.integers(1, 7)),
+    )
+    def test_only_members_at_fault_would_use_a_bad_route(
+        self, pairs: list[tuple[int, int]], helpers: set[int]
+    ):
+        members = [
+            one._replace(contributes=number not in helpers)
+            for number, one in enumerate(candidates(8, *(pair for pair in pairs if pair[0] != pair[1])))
+        ]
+        idle = owns_nothing(members)
+        assert 0 not in idle
+        spared = spared_routes(members)
+        assert len({one for pair in spared for one in pair}) == 2 * len(spared)
+        for one, other in map(tuple, spared):
+            assert are_apart(members[one], members[other])
+            assert one in idle or not members[other].contributes
+            assert other in idle or not members[one].contributes
+        at_fault = idle - {one for pair in spared for one in pair}
+        for one in at_fault:
+            assert sum(are_apart(members[one], members[other]) for other in range(1, 8) if other != one) > 1
+        for owner in set(range(8)) - idle - at_fault - {0}:
+            for sender in set(range(1, 8)) - {owner} - at_fault:
+                assert not (members[sender].contributes and are_apart(members[owner], members[sender]))

@@ -125,7 +125,7 @@ def search(number: int, start: float = START) -> SearchId:
 
 
 def info(
-    number: int, *, schema=SCHEMA, key="swarm.0b", mode=PeerMode.FULL, start=START, leader=3
+    number: int, *, schema=SCHEMA, key="swarm.0b", mode=PeerMode.FULL, start=START, leader=3, lost=()
 ) -> MemberInfo:
     return MemberInfo(
         IDS[number].to_bytes(),
@@ -139,6 +139,7 @@ def info(
         start,
         100.0,
         bytes(16),
+        lost=tuple(IDS[other].to_bytes() for other in lost),
     )
 
 
@@ -199,6 +200,22 @@ def test_a_redirect_is_followed():
     driver.see(declared(1))
     driver.send(LeaderRedirected(1, IDS[0], ("elsewhere",)))
     assert driver.only(AskToJoin) == AskToJoin(2, IDS[0], ("elsewhere",), is_hearsay=True)
+
+
+@pytest.mark.parametrize(("partner", "is_taken_in"), [(4, True), (3, False)])
+def test_a_peer_without_a_place_joins_a_group_of_one_it_is_apart_from(partner: int, is_taken_in: bool):
+    """The round spares the route to a follower; to the leader there must be one."""
+    driver = Driver(target=3, minimum=3)
+    driver.see(declared(4), declared(5))
+    assert isinstance(driver.join(4, token=1), Accepted)
+    assert isinstance(driver.join(6, token=2, lost=(partner,)), Accepted) is is_taken_in
+
+
+def test_a_peer_that_has_another_place_does_not_join_one_it_is_apart_from():
+    driver = Driver(target=3)
+    driver.see(declared(4), declared(5), declared(6))
+    assert isinstance(driver.join(4, token=1), Accepted)
+    assert driver.join(6, token=2, lost=(4,)) == Redirect(IDS[5].to_bytes(), ("address 5",))
 
 
 def test_a_full_group_is_left_out_of_the_plan_as_a_whole():

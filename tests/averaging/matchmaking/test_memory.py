@@ -32,7 +32,7 @@ def avoided_for(known: FailureMemory, peer: PeerID, now: float) -> float:
     return next(float(later) for later in range(10_000) if peer not in known.avoided(now + later))
 
 
-@pytest.mark.parametrize("fault", sorted(set(Fault) - FORGIVEN_ONCE, key=str))
+@pytest.mark.parametrize("fault", sorted(set(Fault) - FORGIVEN_ONCE.keys(), key=str))
 def test_one_failure_is_over_after_the_time_that_it_is_worth(fault: Fault):
     known = memory()
     known.note(A, fault, 5.0)
@@ -52,12 +52,13 @@ def test_each_further_failure_doubles_the_time():
     assert lengths == [20.0, 40.0, 80.0, 160.0]
 
 
-def test_a_first_exclusion_is_forgiven_and_a_second_is_not():
-    known = memory()
-    known.note(A, Fault.EXCLUDED, 0.0)
-    assert known.avoided(0.0) == ()
-    known.note(A, Fault.EXCLUDED, 1.0)
-    assert avoided_for(known, A, 1.0) == AVOIDED_FOR[Fault.EXCLUDED]
+@pytest.mark.parametrize("fault", FORGIVEN_ONCE)
+def test_some_failures_are_forgiven_once(fault: Fault):
+    known, again = memory(), 1.0 + FORGIVEN_ONCE[fault]
+    known.note(A, fault, 0.0)
+    assert avoided_for(known, A, 0.0) == FORGIVEN_ONCE[fault] < AVOIDED_FOR[fault]
+    known.note(A, fault, again)
+    assert avoided_for(known, A, again) == AVOIDED_FOR[fault]
 
 
 def test_a_peer_that_fails_whenever_it_is_asked_costs_little_time_and_less():

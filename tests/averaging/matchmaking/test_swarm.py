@@ -9,8 +9,10 @@ from collections import Counter
 import pytest
 
 from shoal.averaging.group import PeerMode
+from shoal.averaging.matchmaking.messages import Declaration
 from shoal.averaging.matchmaking.sizes import plan_groups, plan_with_helpers
 from shoal.averaging.matchmaking_config import MatchmakingConfig
+from shoal.p2p.identity import PeerID
 from shoal.testing.matchmaking_cores import Peer, SwarmOfCores, core_peer_id
 
 PEER_IDS = [core_peer_id(number) for number in range(16)]
@@ -101,6 +103,41 @@ def test_many_more_swarms(first):
     for seed in range(first, first + 1000):
         check_same_instant(seed)
         check_jittered(seed)
+
+
+class LateRecords(SwarmOfCores):
+    """The DHT shows what one peer declares some seconds late to all others."""
+
+    late: PeerID
+    LATER = 2.9
+
+    def store(self, peer: Peer, key: str, record: Declaration) -> None:
+        store = super().store
+        if peer.peer_id == self.late:
+            self.at(self.now + self.LATER, lambda: store(peer, key, record))
+        else:
+            store(peer, key, record)
+
+
+def check_late_record(seed: int) -> None:
+    """A follower has found its leader. The third peer has not, for its DHT is slow, and asks the follower instead.
+
+    It would look at the DHT again only when the leader has begun.
+    """
+    rng = random.Random(f"late record {seed}")
+    swarm = LateRecords(seed, MatchmakingConfig(3, 2, 5.0))
+    swarm.late, follower, third = swarm.rng.sample(PEER_IDS, 3)
+    swarm.search(swarm.late)
+    swarm.search(follower, rng.uniform(0.5, 1.0))
+    swarm.search(third, rng.uniform(1.6, 2.0)).poll_time = rng.uniform(2.2, 2.6)
+    swarm.run()
+    check_groups(swarm)
+    assert not swarm.left_over(), f"seed {seed}"
+
+
+def test_a_peer_that_asks_a_follower_is_sent_to_a_leader_that_it_does_not_see():
+    for seed in range(BLOCK):
+        check_late_record(seed)
 
 
 def make_swarm_with_helpers(seed: int, *, jitter: bool) -> SwarmOfCores:

@@ -218,10 +218,10 @@ class Commitment:
         shared = self._shared
         await self._ask(member, AskOutcome(shared.prefix, shared.group_id), None, delay, burials)
 
-    async def ask_for_promise(self, member: int, term: int, delay: float, burials: int) -> None:
+    async def ask_for_promise(self, member: int, term: int, delay: float, burials: int, floor: int) -> None:
         """Ask a member for its promise to follow this one."""
         shared = self._shared
-        await self._ask(member, Prepare(shared.prefix, shared.group_id, term), term, delay, burials)
+        await self._ask(member, Prepare(shared.prefix, shared.group_id, term, floor), term, delay, burials)
 
     async def ask_for_acceptance(self, member: int, term: int, outcome: Outcome, delay: float) -> None:
         """Propose an outcome to a member."""
@@ -273,9 +273,11 @@ def to_event(question: Question, member: int) -> PromiseAsked | AcceptanceAsked 
     :raises ProtocolViolation: the question is not well-formed
     """
     match question:
-        case Prepare(_, _, term):
+        case Prepare(_, _, term, floor):
             _check_term(term)
-            return PromiseAsked(member, term)
+            if not 0 <= floor <= term:
+                raise ProtocolViolation(f"the floor {floor} of the term {term}")
+            return PromiseAsked(member, term, floor)
         case Propose(_, _, term, outcome):
             _check_term(term)
             return AcceptanceAsked(member, term, outcome)

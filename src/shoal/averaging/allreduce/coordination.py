@@ -1,17 +1,16 @@
-"""The leader's part of a round: who is ready, whom the round goes on without, which spans others take over. Pure.
+"""The leader's part of a round: what it hears of its group, what it announces, and what it proposes. Pure.
 
 The rules:
 
 - A member that reported *ready* holds every average. It is never excluded afterwards, and its loss changes nothing.
 - A member that is lost, gives up or stands aside before it was ready is excluded: the group goes on without it.
-- So is one that an owner calls late, by deadlines that adapt, if more than ``min_size`` contributors are left.
-- A span whose averages somebody still needs and whose owner is lost, or too slow, is *repaired*: it is void, and its
-  parts are cut among the members that are left, in a new epoch. Members that were ready exchange again.
-- When two members cannot reach each other, neither is at fault. After a short wait, by which the death of one of them
-  would be known, the spans of both go to others, so that they need not talk. A member that several others cannot reach
-  is at fault itself, and is excluded.
+- So is one of which others complain for good reason (:mod:`.complaints`).
+- A span whose averages somebody still needs and whose owner is lost, or too slow, is repaired in a new epoch
+  (:mod:`.repair`). Members that were ready exchange again.
+- When two members cannot reach each other, neither is at fault (:mod:`.pairs`). After a short wait, by which the death
+  of one of them would be known, the spans of both go to others, so that they need not talk.
 - When every span has been averaged, each member that is still not ready, and each owner that has not said so, is
-  *awaited*: the group goes on without it if it does nothing for too long.
+  awaited (:mod:`.awaited`): the group goes on without it if it does nothing for too long.
 - When everybody who is not excluded is ready, and it is known of every span what was averaged, the leader *proposes* to
   commit. It proposes to fail if fewer than ``min_size`` members are left, or nobody can take over a span. The round is
   decided when a quorum of the group, as it was formed, has accepted that (:mod:`.voter`).
@@ -21,11 +20,11 @@ The rules:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
-from shoal.averaging.allreduce.assignment import Assignment, Epoch, Repair, Span, SpanId
+from shoal.averaging.allreduce.assignment import Assignment, Epoch, Repair, SpanId
+from shoal.averaging.allreduce.awaited import Awaited
+from shoal.averaging.allreduce.complaints import Complaints
 from shoal.averaging.allreduce.effects import (
-    AnnounceExclusion,
     AnnounceOutcome,
     AnnounceRepair,
     AskForAcceptance,
@@ -42,9 +41,7 @@ from shoal.averaging.allreduce.events import (
 )
 from shoal.averaging.allreduce.messages import (
     AveragesReceived,
-    Excluded,
     GaveUp,
-    Loss,
     Outcome,
     OwnerFailed,
     Promised,
@@ -53,70 +50,54 @@ from shoal.averaging.allreduce.messages import (
     SenderExcluded,
     SpanAveraged,
     StandsAside,
-    exclusion_text,
     reason_text,
 )
-from shoal.averaging.allreduce.pairs import Pairs
-from shoal.averaging.allreduce.part_clocks import PartClocks
+from shoal.averaging.allreduce.pairs import Culprit
+from shoal.averaging.allreduce.repair import Irreparable, Spans
+from shoal.averaging.allreduce.roll import Roll
 from shoal.averaging.allreduce.summary import Weights, sum_up
 from shoal.averaging.allreduce.voter import is_quorum
 from shoal.errors import ProtocolViolation
 from shoal.sansio.core import NEVER, TimePassed
 
-PROGRESS_INTERVAL = 1.0
-"""Seconds between two words of a member to the leader about averages that it has taken."""
-MAX_REPAIRS = 3
-"""Repairs for each member of the group: more are somebody's mistake, or malice."""
-
 CoordinatorEvent = ExchangeBegan | MemberReported | MemberLost | JoinTimedOut | Withdrawn | TimePassed
 
 
-@dataclass
 class Coordinator:
-    """What the leader of one term knows of the group. Its announcements hold for the leader itself, too.
+    """What the leader of one term knows and wants of the group. Its announcements hold for the leader itself, too.
 
     :param timeout: seconds after which the group goes on without a member that is awaited; None: never
-    :param standings: what each member of its quorum said when it promised to follow; None: the founding leader, which
-      nobody had to promise anything
     """
 
-    roles: Roles
-    assignment: Assignment
-    timeout: float | None = None
-    term: int = 0
-    proposed: Outcome | None = None
-    """What this leader wants decided; nothing changes any more once there is such a proposal."""
-    outcome: Outcome | None = None
-    """The decision."""
-    _began: float | None = None
-    _clocks: PartClocks[int] = field(init=False)
-    """Of the members that are awaited."""
-    _pairs: Pairs = field(default_factory=Pairs)
-    _ready: dict[int, float] = field(default_factory=dict)
-    """Weights of the members that are ready."""
-    _excluded: dict[int, Excluded] = field(default_factory=dict)
-    _gone: set[int] = field(default_factory=set)
-    """Members that serve nobody any more."""
-    _slow: dict[int, str] = field(default_factory=dict)
-    """Owners that returned nothing for too long, and what was said of the first such span: they get no more."""
-    _reports: dict[SpanId, SpanAveraged] = field(default_factory=dict)
-    _undialable: set[int] = field(default_factory=set)
-    """Owners that members could not dial."""
-    _received: dict[int, int] = field(default_factory=dict)
-    """Averages that members said they have taken."""
-    _weights: Weights = field(default_factory=Weights)
-    _accepted_by: set[int] = field(default_factory=set)
-    _caster: int = 0
-    """The member that has the casting vote, as far as this leader heard."""
+    def __init__(
+        self, roles: Roles, assignment: Assignment, timeout: float | None = None, term: int = 0
+    ) -> None:
+        self.roles = roles
+        self.term = term
+        self.proposed: Outcome | None = None
+        """What this leader wants decided; nothing changes any more once there is such a proposal."""
+        self.outcome: Outcome | None = None
+        """The decision."""
+        self._roll = Roll(roles)
+        self._spans = Spans(assignment, term)
+        self._complaints = Complaints(self._roll, self._spans, term)
+        self._awaited = Awaited(self._roll, self._spans, timeout)
+        self._began: float | None = None
+        self._weights = Weights()
+        """What members told of theirs."""
+        self._accepted_by: set[int] = set()
+        self._caster = 0
+        """The member that has the casting vote, as far as this leader heard."""
 
-    def __post_init__(self) -> None:
-        limit = self.timeout
-        self._clocks = PartClocks(None if limit is None else limit + PROGRESS_INTERVAL)
+    @property
+    def assignment(self) -> Assignment:
+        """The spans that count."""
+        return self._spans.assignment
 
     @property
     def deadline(self) -> float:
         """When the patience with a member that is awaited ends, or two members are found unable to talk."""
-        return NEVER if self.proposed is not None else min(self._clocks.deadline, self._pairs.deadline)
+        return NEVER if self.proposed is not None else min(self._awaited.deadline, self._complaints.deadline)
 
     @property
     def is_bound(self) -> bool:
@@ -137,28 +118,27 @@ class Coordinator:
         effects: list[Effect] = []
         for member, standing in standings.items():
             for report in standing.spans:
-                if report.span in self.assignment.by_id:
-                    self._reports[report.span] = report
+                self._spans.note(report)
             if standing.phase in (Phase.FAILED.name, Phase.IN_DOUBT.name):
-                self._gone.add(member)
+                self._roll.gone.add(member)
             if standing.failure is not None:
-                effects += self._exclude(member, "exchange", 0.0, standing.failure)
+                effects += self._roll.exclude(member, "exchange", 0.0, standing.failure)
             elif (
                 standing.phase == Phase.READY.name
                 and standing.weight is not None
                 and standing.orders == self.assignment.orders
             ):
-                self._ready[member] = standing.weight
+                self._roll.ready[member] = standing.weight
         for member in range(self.roles.size):
             if member not in standings:
-                self._gone.add(member)
-                effects += self._exclude(
+                self._roll.gone.add(member)
+                effects += self._roll.exclude(
                     member, "exchange", 0.0, "lost together with the leader, or before it"
                 )
         # What a member has dropped by an order that this leader does not know is averaged again.
         void = {span for standing in standings.values() for order in standing.orders for span in order.void}
-        effects += self._settle(now, void & self.assignment.by_id.keys())
-        self._watch_awaited(now)
+        effects += self._settle(void & self.assignment.by_id.keys())
+        self._watch(now)
         return effects
 
     def handle(self, event: CoordinatorEvent, now: float) -> list[Effect]:
@@ -167,23 +147,21 @@ class Coordinator:
         :raises ProtocolViolation: no honest member would have reported that; nothing has changed
         """
         effects = self._take(event, 0.0 if self._began is None else now - self._began, now)
-        self._watch_awaited(now)
+        self._watch(now)
         return effects
 
-    def _watch_awaited(self, now: float) -> None:
-        awaited = self.awaited
-        for member in self.roles.others:
-            if member not in awaited:
-                self._clocks.stop(member)
-            elif not self._clocks.runs(member):
-                self._clocks.start(member, now)
+    def _watch(self, now: float) -> None:
+        if self.proposed is None:
+            self._awaited.watch(now)
+        else:
+            self._awaited.stop()
 
     def learn(self, report: SpanAveraged, now: float) -> list[Effect]:
         """The leader itself holds the averages of a span, and knows from its owner what they are made of."""
-        if report.span in self.assignment.by_id:
-            self._reports.setdefault(report.span, report)
-        effects = self._settle(now)
-        self._watch_awaited(now)
+        if report.span not in self._spans.reports:
+            self._spans.note(report)
+        effects = self._settle()
+        self._watch(now)
         return effects
 
     def accept(self, member: int, *, casts: bool = False) -> list[Effect]:
@@ -203,78 +181,45 @@ class Coordinator:
             return []
         match event:
             case MemberReported(member, report):
-                effects = self._on_report(member, report, seconds, now)
-                if isinstance(report, AveragesReceived):
-                    self._clocks.stop(member)  # it starts again below
-                return effects
+                return self._on_report(member, report, seconds, now)
             case MemberLost(member, reason):
-                return self._on_gone(member, "exchange", seconds, reason, now)
+                return self._on_gone(member, "exchange", seconds, reason)
             case JoinTimedOut(member, reason):
-                return self._on_gone(member, "join", seconds, reason, now)
+                return self._on_gone(member, "join", seconds, reason)
             case Withdrawn(reason):
                 return self.fail(f"the leader gave up: {reason}")
             case ExchangeBegan():
                 if self._began is None:
                     self._began = now
             case TimePassed(late):
-                self._clocks.shift(late)
-                self._pairs.shift(late)
+                self._awaited.shift(late)
+                self._complaints.shift(late)
                 return self._on_time(seconds, now)
         return []
 
     def _on_time(self, seconds: float, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        for member in self._clocks.expired(now):
-            self._clocks.stop(member)
-            reason = f"everything was averaged, but it said nothing for {self._clocks.timeout:g} s"
-            if member in self._committers() and member not in self._ready:
-                effects += self._exclude(member, "exchange", seconds, reason)
+        for member, reason in self._awaited.expire(now):
+            if member in self._roll.unready:
+                effects += self._roll.exclude(member, "exchange", seconds, reason)
             else:
-                self._gone.add(member)
-        slow = set(self._slow)
-        effects += self._separate(seconds, now)
-        void = [span.id for span in self.assignment.spans if span.owner in self._slow.keys() - slow]
-        return [*effects, *self._settle(now, void)]
+                self._roll.gone.add(member)
+        ruling = self._complaints.judge(seconds, now)
+        return [*effects, *ruling.exclusions, *self._settle(ruling.void)]
 
     def fail(self, reason: str) -> list[Effect]:
         """The leader wants the round to fail for everybody."""
         if self.proposed is not None:
             return []
-        undialable = tuple(sorted(self._undialable))
-        return self._propose(Outcome(reason_text(reason), self._exclusions(), undialable=undialable))
+        undialable = self._complaints.undialable
+        return self._propose(Outcome(reason_text(reason), self._roll.exclusions, undialable=undialable))
 
     @property
     def heir(self) -> int | None:
         """The member to which the founder of an even group hands on its casting vote: the first that may lead and seems
         to live.
         """
-        if self.term or self.roles.size % 2:
-            return None
-        out = self._gone | self._excluded.keys() | {self.roles.me}
-        return next(
-            (one for one in range(self.roles.size) if self.roles.serves(one) and one not in out), None
-        )
-
-    @property
-    def awaited(self) -> set[int]:
-        """Members that hold up the decision though every span has been averaged: all owners said so, or the leader
-        itself, which is ready, holds all averages. An excluded or auxiliary leader never does: then it counts that
-        somebody else is ready, or that everybody has sent what the leader averages, so that each living member says how
-        it gets on.
-        """
-        if self.proposed is not None:
-            return set()
-        unready = {member for member in self._committers() if member not in self._ready}
-        unreported = {span.owner for span in self._unreported()} - self._gone
-        leader = self.roles.me
-        takes_none = leader not in self._committers()
-        own = self.assignment.owned_by(leader)
-        is_under_way = takes_none and (
-            bool(self._ready) or (bool(own) and all(span.id in self._reports for span in own))
-        )
-        if unready and unreported and leader not in self._ready and not is_under_way:
-            return set()
-        return (unready | unreported) - {leader}
+        return None if self.term or self.roles.size % 2 else self._roll.heir
 
     # reports
 
@@ -282,235 +227,96 @@ class Coordinator:
         name = self.roles.name
         match report:
             case Ready(weight, epoch):
-                return self._on_ready(member, weight, epoch, now)
+                return self._on_ready(member, weight, epoch)
             case AveragesReceived(count):
-                return self._on_progress(member, count)
+                self._awaited.note_progress(member, count)
+                return []
             case SpanAveraged():
-                return self._on_span(member, report, now)
+                return self._on_span(member, report)
             case GaveUp(reason):
-                if member in self._ready:
+                if member in self._roll.ready:
                     raise ProtocolViolation(f"{name(member)} gave up after it had reported ready")
-                return self._on_gone(member, "exchange", seconds, reason, now)
+                return self._on_gone(member, "exchange", seconds, reason)
             case StandsAside(phase, reason):
-                if member in self._ready:
+                if member in self._roll.ready:
                     raise ProtocolViolation(f"{name(member)} stood aside after it had reported ready")
-                return [*self._exclude(member, phase, seconds, reason), *self._settle(now)]
+                return [*self._roll.exclude(member, phase, seconds, reason), *self._settle()]
             case SenderExcluded():
-                return self._on_sender_excluded(member, report, seconds, now)
+                ruling = self._complaints.hear_owner(member, report, seconds, now)
+                return [*ruling.exclusions, *self._settle(ruling.void)]
             case OwnerFailed():
-                return self._on_owner_failed(member, report, seconds, now)
+                self._complaints.hear_member(member, report, now)
+                return self._settle()
 
-    def _on_ready(self, member: int, weight: float, epoch: Epoch, now: float) -> list[Effect]:
-        if self.term and member in self._ready:
+    def _on_ready(self, member: int, weight: float, epoch: Epoch) -> list[Effect]:
+        if self.term and member in self._roll.ready:
             return []  # it has said so with its promise
-        if member in self._ready or not self.roles.contributes[member]:
+        if member in self._roll.ready or not self.roles.contributes[member]:
             raise ProtocolViolation(f"{self.roles.name(member)} reported ready, twice or without tensors")
-        if member in self._excluded or epoch != self.assignment.epoch:
+        if member in self._roll.excluded or epoch != self.assignment.epoch:
             return []  # its report and the leader's word crossed
-        self._ready[member] = weight
-        return self._hear_weight(member, member, weight) or self._settle(now)
+        self._roll.ready[member] = weight
+        return self._hear_weight(member, member, weight) or self._settle()
 
-    def _on_progress(self, member: int, count: int) -> list[Effect]:
-        # Of all repairs that there can be: it may have followed a leader that ordered others than this one knows.
-        parts = sum(self.roles.parts_owned) * (MAX_REPAIRS * self.roles.size + 1)
-        if not self._received.get(member, 0) < count <= parts:
-            raise ProtocolViolation(
-                f"{self.roles.name(member)} took {count} averages, out of turn or too many"
-            )
-        self._received[member] = count
-        return []
-
-    def _on_span(self, owner: int, report: SpanAveraged, now: float) -> list[Effect]:
+    def _on_span(self, owner: int, report: SpanAveraged) -> list[Effect]:
         span = self.assignment.by_id.get(report.span)
         if span is None:
             return []  # it was declared void meanwhile
         if span.owner != owner:
             raise ProtocolViolation(f"{self.roles.name(owner)} reported {report.span}, which it does not own")
-        self._reports[report.span] = report
+        self._spans.note(report)
         for member, weight in enumerate(report.weights):
             if weight is not None and self.roles.contributes[member]:
                 failed = self._hear_weight(owner, member, weight)
                 if failed:
                     return failed
-        return self._settle(now)
+        return self._settle()
 
     def _hear_weight(self, witness: int, member: int, weight: float) -> list[Effect]:
         """All that heard a member's weight must have heard the same one."""
         problem = self._weights.hear(witness, member, weight, self.roles)
         return [] if problem is None else self.fail(problem)
 
-    def _on_sender_excluded(
-        self, owner: int, report: SenderExcluded, seconds: float, now: float
-    ) -> list[Effect]:
-        sender, span = report.sender, self.assignment.by_id.get(report.span)
-        if span is None:
+    def _on_gone(self, member: int, phase: str, seconds: float, reason: str) -> list[Effect]:
+        if member in self._roll.gone:
             return []
-        if span.owner != owner or not self.roles.contributes[sender] or owner == sender:
-            raise ProtocolViolation(f"{self.roles.name(owner)} excluded a member from which it gets nothing")
-        if sender in self._ready or sender in self._excluded:
-            return []  # a ready one has everything, so nothing is missing from it either
-        reason = f"excluded by {self.roles.name(owner)}: {report.reason}"
-        if report.loss is Loss.LATE:
-            return self._on_late(sender, reason, seconds, now)
-        if report.loss in (Loss.BROKEN, Loss.UNDIALABLE):
-            return self._on_broken(owner, sender, reason, now)
-        return [*self._exclude(sender, "exchange", seconds, reason), *self._settle(now)]
+        self._roll.gone.add(member)
+        excluded = [] if member in self._roll.ready else self._roll.exclude(member, phase, seconds, reason)
+        return [*excluded, *self._settle()]
 
-    def _on_owner_failed(self, member: int, report: OwnerFailed, seconds: float, now: float) -> list[Effect]:
-        roles, span = self.roles, self.assignment.by_id.get(report.span)
-        if span is None:
-            return []
-        if span.owner == member or (member in self._ready and not self.term):
-            raise ProtocolViolation(
-                f"{roles.name(member)} misses averages that it has or that nobody owes it"
-            )
-        if member in self._excluded or member in self._ready:
-            # Ready in a later term: it complained to the former leader, and its promise overtook the complaint.
-            return []
-        story = f"it got no averages from {roles.name(span.owner)}: {report.reason}"
-        if report.loss is Loss.UNDIALABLE:
-            self._undialable.add(span.owner)
-        return self._on_broken(member, span.owner, story, now, is_slow=report.loss is Loss.TIMED_OUT)
+    # repair, or the decision
 
-    def _on_late(self, sender: int, reason: str, seconds: float, now: float) -> list[Effect]:
-        """Go on without a sender that is late, if enough others are left. What it owns would be late, too."""
-        if len(self._committers()) <= self.roles.min_size:
-            return []
-        effects = self._exclude(sender, "exchange", seconds, reason)
-        void: list[SpanId] = []
-        if any(member != sender for member in self._able()):
-            self._slow.setdefault(sender, reason)
-            void = [span.id for span in self._unreported() if span.owner == sender]
-        return [*effects, *self._settle(now, void)]
-
-    # members that are lost, and pairs that cannot talk
-
-    def _on_gone(self, member: int, phase: str, seconds: float, reason: str, now: float) -> list[Effect]:
-        if member in self._gone:
-            return []
-        self._gone.add(member)
-        excluded = [] if member in self._ready else self._exclude(member, phase, seconds, reason)
-        return [*excluded, *self._settle(now)]
-
-    def _on_broken(
-        self, member: int, other: int, reason: str, now: float, *, is_slow: bool = False
-    ) -> list[Effect]:
-        """``member`` says that it cannot talk with ``other``: one of them may be about to be lost."""
-        self._pairs.complain(member, other, reason, now, is_slow=is_slow)
-        return self._settle(now)
-
-    def _separate(self, seconds: float, now: float) -> list[Effect]:
-        """Judge the pairs of which it has been known for long enough that they cannot talk."""
-        out = self._gone | self._excluded.keys()
-        effects: list[Effect] = []
-        for fault in self._pairs.judge(now, out, self.roles):
-            if fault.is_slow:
-                self._slow[fault.member] = fault.reason
-            else:
-                effects += self._exclude(fault.member, "exchange", seconds, fault.reason)
-        return effects
-
-    def _exclude(self, member: int, phase: str, seconds: float, reason: str) -> list[Effect]:
-        if member in self._excluded:
-            return []
-        notice = Excluded(member, phase, max(0.0, seconds), exclusion_text(reason, self.roles.size))
-        self._excluded[member] = notice
-        return [AnnounceExclusion(notice)]
-
-    # repair
-
-    def _settle(self, now: float, void: Iterable[SpanId] = ()) -> list[Effect]:
-        """Repair what has to be, or propose how the round ends, if either is due."""
+    def _settle(self, void: Iterable[SpanId] = ()) -> list[Effect]:
+        """Repair what has to be, or propose how the round ends, if either is due. ``void``: spans that are broken,
+        whatever is known of their owners.
+        """
         if self.proposed is not None:
             return []
-        left = self._committers()
-        if not left:
-            first = next(iter(self._excluded.values()))
-            return self.fail(f"no member is left: {self.roles.name(first.member)}: {first.reason}")
-        helpers = [one for one in range(self.roles.size) if not self.roles.contributes[one]]
-        if len(left) + len([one for one in helpers if one not in self._gone]) < self.roles.min_size:
-            lost = "; ".join(f"{self.roles.name(one.member)}: {one.reason}" for one in self._exclusions())
-            return self.fail(f"fewer than min_group_size={self.roles.min_size} members are left: {lost}")
-        broken = self._broken_spans() | set(void)
+        shortage = self._roll.shortage
+        if shortage is not None:
+            return self.fail(shortage)
+        void = set(void)
+        broken = self._spans.broken(self._roll) | void
         if broken:
-            return self._repair(broken, now)
-        if any(member not in self._ready for member in left) or self._unreported():
+            return self._repair(broken, void)
+        if self._roll.unready or self._spans.unreported:
             return []
-        ready = {member: self._ready[member] for member in left}
+        ready = {member: self._roll.ready[member] for member in self._roll.committers}
         return self._propose(
-            sum_up(self.assignment, self._reports, ready, self._exclusions(), self.roles.size)
+            sum_up(self.assignment, self._spans.reports, ready, self._roll.exclusions, self.roles.size)
         )
 
-    def _broken_spans(self) -> set[SpanId]:
-        """Spans that somebody still needs, and that will not come as they are assigned."""
-        if all(member in self._ready for member in self._committers()) and not self._unreported():
-            return set()
-        out = self._excluded.keys() | self._gone
-        unready = [member for member in self._committers() if member not in self._ready]
-        return {
-            span.id
-            for span in self.assignment.spans
-            if span.owner in self._gone or self._pairs.separates(span.owner, unready, out)
-        }
-
-    def _unreported(self) -> list[Span]:
-        return [span for span in self.assignment.spans if span.id not in self._reports]
-
-    def _repair(self, broken: set[SpanId], now: float) -> list[Effect]:
-        out = self._excluded.keys() | self._gone
-        able = self._able()
-        owners = [member for member in able if not self._pairs.has(member, out)]
-        lost = ", ".join(sorted({self._owner_story(span) for span in broken}))
-        if not owners and able:  # each of them cannot talk with some other one: the last one has to go
-            last = max(member for member in range(self.roles.size) if self._pairs.has(member, out))
-            effects = self._exclude(
-                last, "exchange", 0.0, "it cannot talk with another member, nor can the rest"
-            )
-            return [*effects, *self._settle(now)]
-        if not owners:
-            return self.fail(f"nobody can take over the parts of {lost}")
-        if len(self.assignment.orders) >= MAX_REPAIRS * self.roles.size:
-            return self.fail(f"too many repairs; the last one was of the parts of {lost}")
-        epoch = Epoch(self.term, self.assignment.epoch.number + 1 if self._same_term() else 1)
-        void = sorted(broken, key=lambda span: self.assignment.by_id[span].first)
-        order = Repair(epoch, tuple(void), tuple(owners), self.assignment.epoch)
-        self.assignment = self.assignment.after(order)
-        self._ready.clear()
-        effects = [  # they were ready before, and will not be again
-            effect
-            for member in sorted(self._gone - self._excluded.keys())
-            if self.roles.contributes[member]
-            for effect in self._exclude(member, "exchange", 0.0, "lost before the parts were averaged again")
-        ]
-        for span in broken:
-            self._reports.pop(span, None)
-        return [*effects, AnnounceRepair(order)]
-
-    def _able(self) -> list[int]:
-        """Members that may own spans."""
-        out = self._excluded.keys() | self._gone | self._slow.keys()
-        return [one for one in range(self.roles.size) if self.roles.serves(one) and one not in out]
-
-    def _same_term(self) -> bool:
-        return self.assignment.epoch.term == self.term
-
-    def _owner_story(self, span: SpanId) -> str:
-        owner = self.assignment.by_id[span].owner
-        name, excluded = self.roles.name(owner), self._excluded.get(owner)
-        if excluded is not None:
-            return f"{name} ({excluded.reason})"
-        return f"{name} ({self._slow[owner]})" if owner in self._slow else name
-
-    # decision
-
-    def _committers(self) -> list[int]:
-        """Everybody who will apply the average if the round commits."""
-        members = range(self.roles.size)
-        return [one for one in members if self.roles.contributes[one] and one not in self._excluded]
+    def _repair(self, broken: set[SpanId], void: set[SpanId]) -> list[Effect]:
+        match self._spans.plan(broken, self._roll):
+            case Repair() as order:
+                self._spans.carry_out(order)
+                return [*self._roll.begin_anew(), AnnounceRepair(order)]
+            case Culprit(member, reason):
+                # Without that member, other spans may be sound again, but for those that are void anyway.
+                return [*self._roll.exclude(member, "exchange", 0.0, reason), *self._settle(void)]
+            case Irreparable(reason):
+                return self.fail(reason)
 
     def _propose(self, outcome: Outcome) -> list[Effect]:
         self.proposed = outcome
         return [AskForAcceptance(self.roles.others, self.term, outcome)]
-
-    def _exclusions(self) -> tuple[Excluded, ...]:
-        return tuple(self._excluded.values())

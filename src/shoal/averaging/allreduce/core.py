@@ -32,8 +32,8 @@ Why no two members end differently:
    are the same. A ready member fails only by such a decision, by the notice that it is excluded, or when no living
    member knows of a decision and too few live to take one.
 2. A decision to commit names its epoch, and the members that it excludes. It was proposed when all others had said that
-   they hold the averages of that epoch. One that has dropped them since, by the order of a later leader, fails: that
-   leader's quorum had accepted nothing, so that the decision can only be of a term that nobody in the quorum heard of.
+   they hold the averages of that epoch. A later leader has a member drop them only when a quorum knows that nothing
+   was decided before (:attr:`.Voter.floor`), so that no other leader adopts that proposal any more.
 3. A member that is not ready may fail at any time: nobody counts it as one that will commit. It goes on to vote.
 4. A member that is ready and cannot learn the decision is *in doubt*. Others may have committed, and it says so.
 
@@ -47,7 +47,7 @@ import math
 from collections.abc import Iterable
 
 from shoal.averaging.allreduce.assignment import Repair
-from shoal.averaging.allreduce.coordination import PROGRESS_INTERVAL
+from shoal.averaging.allreduce.awaited import PROGRESS_INTERVAL
 from shoal.averaging.allreduce.decision import Decision
 from shoal.averaging.allreduce.effects import (
     AnnounceExclusion,
@@ -313,7 +313,6 @@ class AllReduce:
             self._machine.move(Phase.EXCHANGING)
         if self.phase is not Phase.EXCLUDED:
             self.decision.work()
-        self.election.voter.raise_floor(order.epoch.term)
         return [*effects, *self._advance(now)]
 
     # exclusion

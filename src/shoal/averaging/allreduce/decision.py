@@ -1,13 +1,11 @@
 """A member's part in the decision of a round: as a follower, without a leader, as a candidate, or as the leader. Pure.
 
-:mod:`.election` knows who leads and what was promised, :mod:`.coordination` what a leader knows of its group. Here both
-meet the patience of a member: for how long it waits for a decision, and what it makes of silence. What becomes of the
-member itself is a verdict, which its core carries out.
+:mod:`.election` knows who leads and what was promised, :mod:`.coordination` what a leader knows of its group, and
+:mod:`.patience` for how long a member waits. Here they meet. What becomes of the member itself is a verdict, which its
+core carries out.
 """
 
 from __future__ import annotations
-
-import math
 
 from shoal.averaging.allreduce.assignment import Assignment
 from shoal.averaging.allreduce.coordination import Coordinator, CoordinatorEvent
@@ -50,16 +48,13 @@ from shoal.averaging.allreduce.messages import (
     SpanAveraged,
     Undecided,
 )
+from shoal.averaging.allreduce.patience import Patience
 from shoal.averaging.allreduce.verdicts import Concluded, Doubted, GivenUp, Member, Step, Verdict
 from shoal.errors import ProtocolViolation
 from shoal.sansio.core import NEVER, TimePassed
 
-SLOWER = 4
-"""The leader may wait for members whose links are so many times slower, before others look for another leader."""
 ASK_OTHERS_AGAIN = 1.0
 """Seconds after which a leader asks a member again that has voted."""
-GIVE_UP_AFTER = 15.0
-"""Seconds without a leader after which a member that is not ready gives up, and one that is ready and has no hope."""
 
 
 class Decision:
@@ -78,10 +73,7 @@ class Decision:
         """What a candidate heard of its followers, and in which term: it counts once the candidate leads."""
         self._refused_by: set[int] = set()
         """Members that do not accept what this leader proposes."""
-        self._began_at = math.inf
-        """When the exchange began here; infinity: it has not yet."""
-        self._waits_since = NEVER
-        """When this member had nothing left to do but to wait for the decision."""
+        self._patience = Patience(timeouts, self.election.evidence, len(roles.others))
 
     @property
     def is_bound(self) -> bool:
@@ -93,7 +85,7 @@ class Decision:
     @property
     def has_begun(self) -> bool:
         """Whether the exchange has begun here."""
-        return self._began_at != math.inf
+        return self._patience.has_begun
 
     @property
     def deadline(self) -> float:
@@ -132,16 +124,16 @@ class Decision:
 
     def begin(self, now: float) -> list[Step]:
         """The exchange begins."""
-        self._began_at = now
+        self._patience.begin(now)
         return [] if self.coordinator is None else list(self.coordinator.handle(ExchangeBegan(), now))
 
     def wait(self, now: float) -> None:
         """From now on this member waits for the decision, and for nothing else."""
-        self._waits_since = now
+        self._patience.wait(now)
 
     def work(self) -> None:
         """There is more to do than to wait."""
-        self._waits_since = NEVER
+        self._patience.work()
 
     # what is told to the leader
 
@@ -181,7 +173,7 @@ class Decision:
     def vote_for_own(self, ask: AskForAcceptance, now: float) -> list[Step]:
         """The leader accepts what it proposes. In a pair that decides: then nobody is asked."""
         assert self.coordinator is not None
-        self._waits_since = now
+        self._patience.wait(now)
         self.election.accept(self.roles.me, ask.term, ask.outcome)
         if ask.outcome.reason is None:
             self.election.evidence.tell(ask.term)
@@ -213,24 +205,28 @@ class Decision:
         """This leader cannot or will not go on. In a group of three or more the others find another one."""
         assert self.coordinator is not None
         if self.coordinator.proposed is None and self.roles.size > 2:
-            if self._member.phase is Phase.READY and self.election.evidence.may_be_counted():
-                # It was ready before it led, and is bound by its word.
-                return self._depose(f"gave up to lead: {event.reason}", now)
             heir = self.coordinator.heir if event.leaves else None
             hands_on = heir is not None and self.election.voter.hand_on()
             return [StopLeading(heir if hands_on else None), self.give_up(event.reason)]
         steps = self.coordinate(event, now)
-        evidence = self.election.evidence
-        others_live = any(one not in self.election.lost | evidence.dead for one in evidence.others)
         is_undecided = self.coordinator.outcome is None and not self.coordinator.is_bound
-        if is_undecided and not others_live and not self.election.evidence.may_be_counted():
+        if is_undecided and self._concerns_nobody:
             steps.append(GivenUp(event.reason))
         return steps
 
+    @property
+    def _concerns_nobody(self) -> bool:
+        """Whether no other member is in reach, and none counts this one: it may fail without a vote."""
+        evidence = self.election.evidence
+        out_of_reach = self.election.lost | evidence.dead
+        return all(one in out_of_reach for one in evidence.others) and not evidence.may_be_counted()
+
     def see_leave(self, member: int, now: float) -> list[Step]:
         """A member's process ends."""
+        burials = self.election.evidence.burials
         self.election.evidence.leave(member)
-        return [*self.election.consider(now), *self._try_to_lead(now), *self._despair(now)]
+        asked = self.election.ask_followers(self.election.promises, burials)
+        return [*asked, *self.election.consider(now), *self._try_to_lead(now), *self._despair(now)]
 
     def give_up(self, reason: str) -> Verdict:
         """What becomes of this member if it waits no longer."""
@@ -245,14 +241,14 @@ class Decision:
     def on_time(self, late: float, now: float) -> list[Step]:
         """Time has passed; ``late`` seconds of it do not count."""
         if late:
-            self._waits_since += late + CATCH_UP
+            self._patience.shift(late)
             self.election.shift(late + CATCH_UP)
         steps: list[Step] = []
         if self.coordinator is not None:
             had_proposed = self.coordinator.proposed is not None
             steps += self.coordinate(TimePassed(late + CATCH_UP if late else 0.0), now)
             if self.coordinator.proposed is not None and not had_proposed:
-                self._waits_since = now  # for votes, from now on; before, for a member that it has given up
+                self._patience.wait(now)  # for votes, from now on; before, for a member that it has given up
         if now >= self._patience_ends:
             return [*steps, *self._lose_patience(now)]
         return [*steps, *self.election.consider(now), *self._try_to_lead(now)]
@@ -260,23 +256,12 @@ class Decision:
     @property
     def _patience_ends(self) -> float:
         """Until when this member waits for a decision, or for a leader."""
-        evidence = self.election.evidence
         if self.coordinator is not None:
-            if self.coordinator.proposed is None:
-                return NEVER
-            return self._waits_since + self._patience(len(evidence.dead) < len(self.roles.others))
+            proposed = self.coordinator.proposed
+            return NEVER if proposed is None else self._patience.for_votes(is_bound=self.is_bound)
         if self.election.since != NEVER:
-            return self.election.since + self._patience(evidence.hope is not Hope.NONE)
-        took = max(0.0, self._waits_since - self._began_at)
-        return self._waits_since + self._timeouts.leader + SLOWER * took
-
-    def _patience(self, has_hope: bool) -> float:
-        """Seconds for which this member tries to learn the decision."""
-        if not self.is_bound:
-            return GIVE_UP_AFTER
-        if not self.election.evidence.others:
-            return 0.0  # nobody is left that could come back
-        return self._timeouts.doubt if has_hope else min(GIVE_UP_AFTER, self._timeouts.doubt)
+            return self._patience.without_leader(self.election.since, is_bound=self.is_bound)
+        return self._patience.with_leader
 
     def _lose_patience(self, now: float) -> list[Step]:
         story = self.election.story
@@ -284,7 +269,7 @@ class Decision:
             proposed = self.coordinator.proposed
             return [self.give_up((proposed and proposed.reason) or "too few members answered to decide")]
         if self.election.since == NEVER:
-            name, waited = self.roles.name(self.election.leader), now - self._waits_since
+            name, waited = self.roles.name(self.election.leader), now - self._patience.waits_since
             return self._lose_leader(f"{name} has led without a decision for {waited:.0f} s", now)
         if self._member.phase is Phase.READY:
             return [self.give_up(story)]
@@ -301,16 +286,17 @@ class Decision:
         return [*effects, *self._try_to_lead(now)]
 
     def _try_to_lead(self, now: float) -> list[Step]:
-        """Lead from now on, if a quorum has promised to follow."""
+        """Lead from now on, if a quorum has promised to follow, and knows what this one found out by that."""
         election = self.election
+        told = election.tell_floor(now)
         if not election.is_elected(now):
-            return []
+            return [*told]
         own = self.describe()
         adopted = election.win(own)
         longest = max(election.promises.values(), key=lambda one: [order.epoch for order in one.orders][-1:])
         assignment = Assignment.replay(self.roles.parts_owned, longest.orders)
         self.coordinator = Coordinator(self.roles, assignment, self._timeouts.reducer, election.term)
-        self._waits_since = now
+        self._patience.wait(now)
         orders = [AnnounceRepair(order) for order in assignment.orders]
         announced = self.coordinator.take_over(election.promises, adopted, now)
         early = self._hear_early(now)
@@ -340,8 +326,8 @@ class Decision:
     def on_vote(self, event: VoteEvent, now: float) -> list[Step]:
         """A question of another member, or an answer to one of this member's."""
         match event:
-            case PromiseAsked(member, term):
-                return self._on_promise_asked(member, term)
+            case PromiseAsked(member, term, floor):
+                return self._on_promise_asked(member, term, floor)
             case AcceptanceAsked(member, term, outcome):
                 return self._on_acceptance_asked(member, term, outcome, now)
             case MemberAnswered():
@@ -377,7 +363,7 @@ class Decision:
         self._refused_by.clear()
         return [*led, *self._lose_leader(story, now, others_first=True)]
 
-    def _on_promise_asked(self, member: int, term: int) -> list[Step]:
+    def _on_promise_asked(self, member: int, term: int, floor: int) -> list[Step]:
         election = self.election
         if self._member.outcome is not None:
             return [Reply(Knows(self._member.outcome))]
@@ -385,7 +371,7 @@ class Decision:
         if election.voter.is_closed or (election.has_leader and not self._is_over and not is_again):
             return [Reply(self.answer())]
         was_candidate = election.lead is Lead.CANDIDATE
-        if not election.promise(member, term):
+        if not election.promise(member, term, floor):
             return [Reply(Refused(election.voter.promised))]
         reply = Reply(self.describe())
         if self._is_over or is_again:
@@ -418,7 +404,7 @@ class Decision:
             steps += self._on_refused(member, now)
         if coordinator.outcome is not None or self.coordinator is None:
             return steps
-        if member in evidence.dead:
+        if member in evidence.dead | self.election.lost:
             steps += self._despair(now)
         if member in evidence.left:
             return steps
@@ -441,7 +427,11 @@ class Decision:
         evidence = self.election.evidence
         if self.coordinator is not None:
             proposed = self.coordinator.proposed
-            if proposed is None or evidence.may_decide_without(evidence.dead):
+            if proposed is None:
+                return []
+            if proposed.reason is not None and self._concerns_nobody:
+                return [GivenUp(proposed.reason)]
+            if evidence.may_decide_without(evidence.dead):
                 return []
             is_alone = len(evidence.dead) == len(self.roles.others)
             reason = proposed.reason or "too few members live to decide"

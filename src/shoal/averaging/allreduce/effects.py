@@ -133,13 +133,14 @@ class AskForOutcome:
 class AskForPromise:
     """Ask these members for their promise to follow this one, in ``term``, ``delay`` seconds from now.
 
-    ``burials``: as in :class:`AskForOutcome`.
+    ``burials``: as in :class:`AskForOutcome`. ``floor``: what they have to keep in mind, see :class:`.Voter`.
     """
 
     members: tuple[int, ...]
     term: int
     delay: float = 0.0
     burials: int = 0
+    floor: int = 0
 
 
 @dataclass(frozen=True)

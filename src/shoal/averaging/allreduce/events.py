@@ -42,8 +42,8 @@ TRANSITIONS: dict[Phase, tuple[Phase, ...]] = {
     Phase.IN_DOUBT: (Phase.COMMITTED, Phase.FAILED),
 }
 """A ready member exchanges again when a span was repaired. An auxiliary member commits without having been ready: it
-has nothing to be ready with. One that was ready for the leader of a lower term, and averages again or is excluded, may
-come to be in doubt. What a member in doubt learns later, from another one's answer, ends its doubt.
+has nothing to be ready with. So has an excluded leader: both come to be in doubt if they lead, and propose to commit.
+What a member in doubt learns later, from another one's answer, ends its doubt.
 """
 
 
@@ -340,10 +340,14 @@ class OutcomeReceived:
 
 @dataclass(frozen=True)
 class PromiseAsked:
-    """``member`` lost the leader and wants to lead, in ``term``; a :class:`Reply` is due."""
+    """``member`` lost the leader and wants to lead, in ``term``; a :class:`Reply` is due.
+
+    ``floor``: no decision of a lower term was made, or ever will be. 0: nothing is known.
+    """
 
     member: int
     term: int
+    floor: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ A member that lost the leader sees silence, refused connections, goodbyes and an
 be. Else it is in doubt. That is so in three cases:
 
 1. It has *told* nobody that it is ready: not the leader, not a candidate, and it has proposed nothing itself. Or the
-   leader that it told orders a repair, or excludes it: then that one has proposed nothing.
+   leader that it told, or a later one, orders a repair, or excludes it. Then that one has proposed nothing, and no
+   proposal of a lower term will be decided (:attr:`.Voter.floor`). The same holds if it leads itself by now.
 2. The members that may have accepted such a proposal, or still may, are no quorum. All may, but for this member, if it
    has accepted none, and those that had left before it first told that it is ready: the proposal came later.
 3. Every other member has left or has answered since the last one left. None that lives has accepted a proposal to
@@ -94,9 +95,9 @@ class Evidence:
 
     def retract(self, term: int) -> None:
         """The leader of a term has this member average again, or excludes it. It has proposed nothing yet, and will not
-        count what it was told before. A proposal of a lower term may still be adopted.
+        count what it was told before. Nor will what was proposed in a lower term be adopted: a quorum knows its floor.
         """
-        self._told.discard(term)
+        self._told = {told for told in self._told if told > term}
 
     def leave(self, member: int) -> None:
         """A member said that its process ends."""
@@ -164,7 +165,7 @@ class Evidence:
             return Hope.QUORUM
         answers = [self._answers.get(member) for member in self._roles.others if member not in self.dead]
         known = (
-            isinstance(one, NotKnown) or (isinstance(one, Undecided) and not one.has_leader)
+            isinstance(one, NotKnown | Promised) or (isinstance(one, Undecided) and not one.has_leader)
             for one in answers
         )
         return Hope.NONE if all(known) else Hope.NEWS

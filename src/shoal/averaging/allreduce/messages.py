@@ -185,11 +185,12 @@ class AskOutcome(Message, frozen=True):
 
 
 class Prepare(Message, frozen=True):
-    """A member that lost the leader wants to lead, in this term."""
+    """A member that lost the leader wants to lead, in this term. ``floor``: see :class:`~.voter.Voter`."""
 
     prefix: str
     group_id: GroupID
     term: int
+    floor: int = 0
 
 
 class Propose(Message, frozen=True):

@@ -7,11 +7,11 @@ that cannot talk with several others is at fault itself, and so is an owner that
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from shoal.averaging.allreduce.events import Roles
+from shoal.averaging.blame import Pair, worst_of
 from shoal.sansio.core import NEVER
 
 GRACE = 1.0
@@ -19,7 +19,7 @@ GRACE = 1.0
 
 
 @dataclass
-class _Pair:
+class _Complaint:
     reason: str
     since: float
     slow: int | None
@@ -39,9 +39,9 @@ class Culprit:
 class Pairs:
     """What members said of each other."""
 
-    _waiting: dict[frozenset[int], _Pair] = field(default_factory=dict)
+    _waiting: dict[Pair, _Complaint] = field(default_factory=dict)
     """Pairs that are not judged yet."""
-    _broken: dict[frozenset[int], _Pair] = field(default_factory=dict)
+    _broken: dict[Pair, _Complaint] = field(default_factory=dict)
     """Pairs that are to be kept apart."""
 
     @property
@@ -53,7 +53,7 @@ class Pairs:
         """``member`` says that it cannot talk with ``other``, or that ``other`` is too slow."""
         pair = frozenset((member, other))
         if pair not in self._broken:
-            self._waiting.setdefault(pair, _Pair(reason, now, other if is_slow else None))
+            self._waiting.setdefault(pair, _Complaint(reason, now, other if is_slow else None))
 
     def shift(self, seconds: float) -> None:
         """Time that does not count."""
@@ -73,9 +73,8 @@ class Pairs:
         faults: list[Culprit] = []
         gone = set(out)
         while True:
-            counts = Counter(member for pair in self._living(gone) for member in pair)
-            worst = max(counts, key=lambda member: (counts[member], member), default=None)
-            if worst is None or counts[worst] < 2:
+            worst = worst_of(self._living(gone))
+            if worst is None:
                 return faults
             found = self._describe(worst, gone, roles)
             faults.append(found)
@@ -102,7 +101,7 @@ class Pairs:
             owner in members and self.has(owner, out)
         )
 
-    def _living(self, out: Collection[int]) -> list[frozenset[int]]:
+    def _living(self, out: Collection[int]) -> list[Pair]:
         return [pair for pair in self._broken if not any(member in out for member in pair)]
 
     def _partners(self, member: int, out: Collection[int]) -> set[int]:

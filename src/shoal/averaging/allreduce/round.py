@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any
 
 from shoal.averaging.allreduce.assignment import SpanId
@@ -41,7 +39,6 @@ from shoal.averaging.allreduce.events import (
     JoinTimedOut,
     MemberLeft,
     MemberLost,
-    Phase,
     Roles,
     RoundTimeouts,
     SnapshotFailed,
@@ -50,13 +47,13 @@ from shoal.averaging.allreduce.events import (
 )
 from shoal.averaging.allreduce.exchange import Arena
 from shoal.averaging.allreduce.lateness import Waits
-from shoal.averaging.allreduce.messages import Answer, Outcome, Question, is_weight
+from shoal.averaging.allreduce.messages import Answer, Question, is_weight
 from shoal.averaging.allreduce.pace import Wait, find_slowest
 from shoal.averaging.allreduce.participants import RoundCore, learn_addresses
+from shoal.averaging.allreduce.result import RoundResult, result_of
 from shoal.averaging.allreduce.streams import Exchange, describe_failure
 from shoal.averaging.group import MAX_WEIGHT, GroupInfo, PeerMode
 from shoal.averaging.partition import Partition
-from shoal.averaging.report import Exclusion, Spread
 from shoal.errors import AllreduceException, InvalidValueError, ShoalError
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
@@ -72,39 +69,6 @@ JOIN_TIMEOUT = 15.0
 """Seconds, from the beginning of the round, within which each member has joined it at the leader; ``sender_timeout``
 if that is shorter.
 """
-
-
-@dataclass(frozen=True)
-class RoundResult:
-    """How a round ended for this member.
-
-    :param failure: None: committed, and the arena holds the average; else why not
-    :param applies: whether this member's tensors take the average; False for an auxiliary one
-    :param exclusions: members that the round went on without, as far as this member knows: the leader's list if
-      its decision is known
-    :param weights: of each member, as averaged; 0 for auxiliary and excluded ones (what these had delivered before is
-      in the average all the same); empty if the round failed
-    :param was_undialable: the round failed, and a member could not dial this one
-    :param in_doubt: this member was ready, and cannot learn whether the others committed; ``failure`` says why
-    :param partial: what is in the average of excluded members: of each one runs of parts, as (member, first part, the
-      part after the last)
-    :param repairs: how many times spans of lost owners were assigned anew
-    :param spread: how far apart the members were before; None: unknown
-    """
-
-    failure: str | None
-    applies: bool
-    bytes_sent: int
-    bytes_received: int
-    snapshot_seconds: float
-    allreduce_seconds: float
-    exclusions: tuple[Exclusion, ...] = ()
-    weights: tuple[float, ...] = ()
-    spread: Spread | None = None
-    was_undialable: bool = False
-    in_doubt: bool = False
-    partial: tuple[tuple[int, int, int], ...] = ()
-    repairs: int = 0
 
 
 class Round:
@@ -305,24 +269,13 @@ class Round:
         self._feed(SnapshotTaken(weight))
 
     def _result(self, snapshot_seconds: float, allreduce_seconds: float) -> RoundResult:
-        roles, outcome = self.core.roles, self.core.outcome
-        known = () if outcome is None else outcome.excluded
-        return RoundResult(
-            failure=self.core.failure,
-            applies=roles.contributes[roles.me],
+        return result_of(
+            self.core,
+            self._partition.layout.numel,
             bytes_sent=self._exchange.bytes_sent,
             bytes_received=self._exchange.bytes_received,
             snapshot_seconds=snapshot_seconds,
             allreduce_seconds=allreduce_seconds,
-            exclusions=tuple(
-                Exclusion(roles.name(one.member), one.phase, one.seconds, one.reason) for one in known
-            ),
-            weights=() if outcome is None else outcome.weights,
-            spread=None if outcome is None else _spread(outcome, self._partition.layout.numel),
-            was_undialable=outcome is not None and roles.me in outcome.undialable,
-            in_doubt=self.core.phase is Phase.IN_DOUBT,
-            partial=() if outcome is None else outcome.partial,
-            repairs=len(self.core.ledger.assignment.orders),
         )
 
     # core
@@ -420,8 +373,8 @@ class Round:
         match effect:
             case AskForOutcome(_, delay, burials):
                 return ask.ask_for_outcome(member, delay, burials)
-            case AskForPromise(_, term, delay, burials):
-                return ask.ask_for_promise(member, term, delay, burials)
+            case AskForPromise(_, term, delay, burials, floor):
+                return ask.ask_for_promise(member, term, delay, burials, floor)
             case AskForAcceptance(_, term, outcome, delay):
                 return ask.ask_for_acceptance(member, term, outcome, delay)
 
@@ -431,15 +384,6 @@ class Round:
             self._feed(MemberLeft(self._peers.index(peer)))
         if self._commitment.leads and peer in self._peers:
             self._feed(MemberLost(self._peers.index(peer), ending.reason))
-
-
-def _spread(outcome: Outcome, elements: int) -> Spread | None:
-    if outcome.square_distance is None or outcome.square_average is None or not elements:
-        return None
-    distance = math.sqrt(outcome.square_distance / elements)
-    average = math.sqrt(outcome.square_average / elements)
-    relative = distance / average if average else math.inf
-    return Spread(distance, relative if math.isfinite(relative) else None)
 
 
 def _roles(group: GroupInfo, partition: Partition, peer_id: PeerID, min_size: int) -> Roles:

@@ -46,8 +46,8 @@ class Voter:
     accepted: tuple[int, Outcome] | None = None
     """The last decision that it accepted, and in which term."""
     floor: int = 0
-    """A leader of this term has ordered a repair. Its quorum had accepted nothing, so that no decision of a lower term
-    was made or ever will be, whatever single members accepted then."""
+    """A candidate of this term has found that its quorum had accepted nothing: no decision of a lower term was made, or
+    ever will be, whatever single members accepted then. It leads once a quorum knows that."""
     casts: bool = False
     """Whether the founding leader has handed on its casting vote to this member."""
     is_closed: bool = False

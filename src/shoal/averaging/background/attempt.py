@@ -82,7 +82,8 @@ class Attempt:
         finally:
             rounds.end(self._round)
         self._note_result(result)
-        self._learn(result)
+        unreached = self._round.unreached
+        self._learn(result, unreached)
         self._note_doubt(result, was_cancelled=cancelled is not None)
         if result.in_doubt and cancelled is None:
             raise InDoubt(result.failure)
@@ -94,7 +95,7 @@ class Attempt:
                     # A cancellation from now on comes too late, and gets the outcome.
                     await run_to_the_end(self._apply(), lambda: None)
             finally:
-                matchmaker.round_committed(self._group, self._excluded(result))
+                matchmaker.round_committed(self._group, {*self._excluded(result), *unreached})
         if cancelled is not None:
             raise cancelled
 
@@ -175,14 +176,14 @@ class Attempt:
         elif was_cancelled and self._notices and result.applies:
             self._resources.doubts.tell(self._step.number, result.failure)
 
-    def _learn(self, result: RoundResult) -> None:
+    def _learn(self, result: RoundResult, unreached: list[PeerID]) -> None:
         """Remember how long others take, which are slow, and which could not reach this peer, or not be reached."""
         duration, now = result.allreduce_seconds, asyncio.get_running_loop().time()
         if self._resources.deadlines is not None:
             self._resources.deadlines.learn(self._round.waits, self._load)
         held_up = self._round.held_up(duration)
         self._resources.slow_peers.note(held_up, duration, now, self._group, self._partition)
-        self._resources.matchmaker.keep_apart(self._round.unreached)
+        self._resources.matchmaker.keep_apart(unreached)
         self._resources.matchmaker.hear_of_exclusions(self._group.leader, self._excluded(result))
         if result.was_undialable:
             self._resources.node.look_again(in_doubt=True)

@@ -22,7 +22,7 @@ from shoal.averaging.matchmaking.events import (
     LeaveLeader,
 )
 from shoal.averaging.matchmaking.latecomers import avoid_for
-from shoal.averaging.matchmaking.memory import AVOIDED_FOR, Fault
+from shoal.averaging.matchmaking.memory import AVOIDED_FOR, FORGIVEN_ONCE, Fault
 from shoal.averaging.matchmaking.messages import DismissReason, Redirect, RejectReason
 from shoal.averaging.matchmaking.patience import Patience
 from shoal.averaging.matchmaking.policy import BEGIN_GRACE, Situation, could_do_without
@@ -77,6 +77,8 @@ class Asking:
         self._is_shunned = False
         """Most others have seen the leader fail."""
         self._unanswered: Counter[PeerID] = Counter()
+        self._silent: set[PeerID] = set()
+        """Leaders that said nothing more when their start time had come."""
         self._patience = Patience(config)
 
     def ask(self, leader: NextLeader, now: float) -> Ask:
@@ -217,11 +219,19 @@ class Asking:
             return [LeaveLeader(ask.number)]
         if not self._is_beginning and now >= self._patience.ends_at(view.latency):
             self._patience.spend()
-            self.lost("kept this peer waiting, which would be in a group without it", view, now)
-        else:
-            self.lost("neither began nor postponed when its start time had come", view, now)
-        view.leave_out_stalled(ask.leader, now + AVOIDED_FOR[Fault.STALLED])
-        return [LeaveLeader(ask.number), DistrustLeader(ask.leader, Fault.STALLED)]
+        fault, avoid = self._how_it_held_this_peer(now)
+        self.lost(fault.words, view, now)
+        view.leave_out_stalled(ask.leader, now + avoid)
+        return [LeaveLeader(ask.number), DistrustLeader(ask.leader, fault)]
+
+    def _how_it_held_this_peer(self, now: float) -> tuple[Fault, float]:
+        """What the leader did, and for how many seconds this search does without it."""
+        leader = self._leader.leader
+        if now < self._begins_at:
+            return Fault.STALLED, AVOIDED_FOR[Fault.STALLED]
+        is_first = leader not in self._silent
+        self._silent.add(leader)
+        return Fault.SILENT, (FORGIVEN_ONCE if is_first else AVOIDED_FOR)[Fault.SILENT]
 
     @property
     def _leader(self) -> Ask:

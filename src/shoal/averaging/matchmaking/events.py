@@ -224,7 +224,7 @@ class LeaveLeader:
 
 @dataclass(frozen=True)
 class DistrustLeader:
-    """Remember that a leader failed this peer; one that has stalled it is planned apart from now on."""
+    """Remember that a leader failed this peer; one that has held it is planned apart from now on."""
 
     leader: PeerID
     fault: Fault

@@ -19,11 +19,13 @@ from shoal.averaging.group import (
     verify_member,
 )
 from shoal.averaging.lineage import NO_LINEAGE, after_round
+from shoal.averaging.matchmaking.apart import spared_routes
+from shoal.averaging.matchmaking.candidate import candidate_of
 from shoal.averaging.matchmaking.census import Census
 from shoal.averaging.matchmaking.events import Cancelled, Place
 from shoal.averaging.matchmaking.followers import WhenMemberGone
 from shoal.averaging.matchmaking.group_bits import LONELY_BELOW, SPLIT_ABOVE, GroupBits
-from shoal.averaging.matchmaking.memory import FailureMemory, Fault
+from shoal.averaging.matchmaking.memory import HELD_ITS_FOLLOWER, FailureMemory, Fault
 from shoal.averaging.matchmaking.messages import JOIN, JoinRequest, Rejected, RejectReason
 from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.schemas import OtherSchemas
@@ -45,8 +47,8 @@ WITHDRAWAL_TIMEOUT = 1.0
 EXPLORE_AFTER = 1.0
 """Seconds after which a new peer that has no group yet looks whether the swarm is under other keys."""
 REGROUP = 2.0
-"""Seconds for which a search that has left a stalling leader waits for the others that it held, at most. They leave at
-about the same time, and each would begin at once with the first one that comes: the start time of all is over."""
+"""Seconds for which a search that has left a leader for holding it waits for the others that it held, at most. They
+leave at about the same time, and each would begin with the first one that comes: the start time of all is over."""
 COUNT_EVERY = 10.0
 """Seconds between looks at the keys with a bit more and a bit less."""
 
@@ -129,15 +131,16 @@ class Matchmaker:
             # The search may have begun by another time than the clock shows now.
             search.move_to(self._place(start_time - self._peer.clock() + search.now()))
 
-    def round_committed(self, group: GroupInfo, excluded: Collection[PeerID] = ()) -> None:
+    def round_committed(self, group: GroupInfo, without: Collection[PeerID] = ()) -> None:
         """A round of ``group``, which this peer found, has been committed: choose the bits of the next one.
 
-        :param excluded: members that it went on without
+        :param without: members that it went on without, or that this peer could not reach in it
         :raises InvalidValueError: this peer is no member of it
         """
         if self._peer.peer_id not in group.peer_ids:
             raise InvalidValueError(f"group {group.group_id.hex()}: this peer is no member of it")
-        self._memory.forgive(set(group.peer_ids) - set(excluded), self._peer.clock())
+        proven = set(group.peer_ids) - set(without) - self._untried(group)
+        self._memory.forgive(proven, self._peer.clock())
         self._bits.round_committed(group, self._peer.config.target_group_size)
         if self._bits.are_given or self._bits.depth > 0:
             self._last_group = ()  # they look under different keys now
@@ -148,6 +151,13 @@ class Matchmaker:
         ]
         if averaged:
             self._lineage = after_round(group.group_id, averaged)
+
+    def _untried(self, group: GroupInfo) -> set[PeerID]:
+        """Members that this peer had nothing to do with in a round of ``group``: it shows nothing of the route."""
+        peers = group.peer_ids
+        me = peers.index(self._peer.peer_id)
+        spared = spared_routes([candidate_of(member) for member in group.members])
+        return {peers[one] for pair in spared if me in pair for one in pair}
 
     def keep_apart(self, peers: Iterable[PeerID], fault: Fault = Fault.UNREACHED) -> None:
         """This peer has seen these fail, in its last round for instance: others are to be in its next groups."""
@@ -174,7 +184,7 @@ class Matchmaker:
             self.keep_apart([leader], fault)
             logger.info("%s: leaves the leader %s, which %s", self._peer.prefix, leader, fault.words)
             start_time = search.place.start_time
-            if fault is Fault.STALLED:
+            if fault in HELD_ITS_FOLLOWER:
                 start_time = max(
                     start_time, search.soon(min(REGROUP, self._peer.config.min_matchmaking_time))
                 )

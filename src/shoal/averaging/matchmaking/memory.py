@@ -46,7 +46,9 @@ class Fault(enum.Enum):
     UNREACHED = enum.auto()
     """There was no route to it, or the connection was lost."""
     STALLED = enum.auto()
-    """It accepted this peer as a follower, and neither began nor let it go."""
+    """It accepted this peer as a follower, and put its group off again and again."""
+    SILENT = enum.auto()
+    """It accepted this peer as a follower, and neither began nor postponed when its start time had come."""
     UNANSWERED = enum.auto()
     """It gave no answer to a request to join."""
     EXCLUDED = enum.auto()
@@ -61,6 +63,7 @@ class Fault(enum.Enum):
 _WORDS = {
     Fault.UNREACHED: "could not be reached",
     Fault.STALLED: "kept this peer waiting and did not begin",
+    Fault.SILENT: "neither began nor postponed when its start time had come",
     Fault.UNANSWERED: "gave no answer",
     Fault.EXCLUDED: "was excluded from a round",
 }
@@ -68,11 +71,20 @@ _WORDS = {
 
 OF_THE_ROUTE = frozenset({Fault.UNREACHED, Fault.UNANSWERED})
 """Where there is no route there is no answer either: a connection that comes back makes up for both."""
-AVOIDED_FOR = {Fault.UNREACHED: 60.0, Fault.STALLED: 20.0, Fault.UNANSWERED: 5.0, Fault.EXCLUDED: 10.0}
+HELD_ITS_FOLLOWER = frozenset({Fault.STALLED, Fault.SILENT})
+"""What a leader does to all of its followers, each of which has to see it for itself."""
+AVOIDED_FOR = {
+    Fault.UNREACHED: 60.0,
+    Fault.STALLED: 20.0,
+    Fault.SILENT: 20.0,
+    Fault.UNANSWERED: 5.0,
+    Fault.EXCLUDED: 10.0,
+}
 """Seconds for which a peer is avoided after it failed for the first time that counts."""
 
-FORGIVEN_ONCE = frozenset({Fault.EXCLUDED})
-"""A peer that was stopped for a moment, or whose step was cancelled, is back at once. Only a second time counts."""
+FORGIVEN_ONCE = {Fault.EXCLUDED: 0.0, Fault.SILENT: 2.0}
+"""A peer that was stopped for a moment, or whose step was cancelled, is back at once: only a second time counts.
+Seconds for which it is avoided the first time. Those that a silent leader held need some to gather without it."""
 
 
 @dataclass
@@ -94,6 +106,7 @@ class _Seen:
         if fault in FORGIVEN_ONCE:
             times = before - 1.0
             if before < 0.5:
+                self.until = max(self.until, now + FORGIVEN_ONCE[fault])
                 return
         # Failures fade, but how fast they can come is not bounded, and so neither is the score.
         seconds = AVOIDED_FOR[fault] * math.pow(2.0, min(times, 16.0))

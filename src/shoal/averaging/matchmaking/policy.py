@@ -14,11 +14,12 @@ from functools import cached_property
 from typing import NamedTuple
 
 from shoal.averaging.group import MAX_GROUP_SIZE, MemberInfo
-from shoal.averaging.matchmaking.apart import is_apart
+from shoal.averaging.matchmaking.apart import are_apart, is_apart
 from shoal.averaging.matchmaking.candidate import Candidate
 from shoal.averaging.matchmaking.grouping import (
     Cut,
     EarlyBegin,
+    PlannedGroup,
     cut_groups,
     have_mixed,
     may_begin_early,
@@ -316,13 +317,21 @@ def offer_place(situation: Situation, asker: Candidate) -> Answer:
     is_wanted_elsewhere = (
         situation.is_needed_elsewhere(asker.peer_id, cut, view.members)
         or situation.belongs_elsewhere(asker.peer_id, cut)
-        or (mine is not theirs and is_apart(asker, situation.members))
+        or (mine is not theirs and _is_kept_away(situation, asker, theirs))
     )
     if has_room and not is_wanted_elsewhere:
         return Accepted(begins_in=max(0.0, situation.times.begins_at - situation.now))
     if theirs and theirs.leader not in (asker.peer_id, *view.members):
         return Redirect(theirs.leader.to_bytes(), view.addresses_of(theirs.leader))
     return Rejected(RejectReason.FULL, view.searches)
+
+
+def _is_kept_away(situation: Situation, asker: Candidate, planned: PlannedGroup | None) -> bool:
+    """Whether ``asker``, which is ``planned`` elsewhere, is apart from this peer, or from a member and need not be."""
+    if are_apart(asker, situation.me):
+        return True
+    has_place = planned is not None and planned.is_complete
+    return has_place and is_apart(asker, situation.members)
 
 
 def refuse(
