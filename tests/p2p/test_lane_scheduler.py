@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections import deque
 
@@ -145,6 +146,27 @@ def test_a_payload_whose_stream_has_failed_is_forgotten():
     is_wanted = False
     assert scheduler.next_piece("a", 0.0) is None
     assert scheduler.is_idle
+
+
+@pytest.mark.parametrize("ends", ["received", "failed"])
+def test_nothing_is_kept_of_payloads_that_are_done(ends: str):
+    """What is sent may be shared memory, which its owner wants to give back."""
+    is_wanted = True
+    memory = bytearray(5 * CHUNK_BYTES)
+    one = Outgoing(1, 1, 0, 0, memoryview(memory), lambda: is_wanted, lambda: None)
+    story = Story([1e6, 1e6], [one])
+    story.step()
+    if ends == "received":
+        story.run()
+    else:
+        is_wanted = False
+        assert story.scheduler.is_idle
+    for wire in story.wires.values():
+        wire.queue.clear()
+    del one
+    story.arrived.clear()
+    gc.collect()
+    memory.append(0)  # BufferError while anything refers to it
 
 
 def test_a_piece_has_few_copies():

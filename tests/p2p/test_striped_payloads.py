@@ -314,3 +314,45 @@ def test_the_end_of_the_home_fails_the_stream():
                 await send_for_ever()
 
     run(main)
+
+
+def test_a_piece_that_names_the_stream_of_another_peer_is_thrown_away():
+    async def main() -> None:
+        async with Swarm() as swarm:
+            a, b = await swarm.pair(HostConfig(lanes_per_peer=2))
+            c = await swarm.host("c")
+            c.add_addresses(a.peer_id, a.listen_addresses)
+            memory = bytearray(TOTAL)
+            asked: list[int] = []
+
+            def place(tag: int, length: int) -> memoryview:
+                asked.append(tag)
+                return memoryview(memory)[:length]
+
+            async def receive(stream: Stream) -> None:
+                stream.accept_payloads(place, WINDOW)
+                await stream.send(Number(0))
+                await stream.receive()
+                await stream.send(Number(1))
+
+            a.serve_stream(STREAM, receive)
+            async with (
+                b.open_stream(a.peer_id, STREAM, lane=Lane.BULK) as honest,
+                c.open_stream(a.peer_id, STREAM, lane=Lane.BULK) as other,
+            ):
+                await honest.receive()
+                await other.receive()
+                homes, lies = b._connections.to(a.peer_id), c._connections.to(a.peer_id)
+                assert homes is not None
+                assert lies is not None
+                forged = Piece(homes.bulk()[0].channel_id, 1, 0, 5, TOTAL, 0)
+                lies.bulk()[0].outlet.send_piece(forged, memoryview(bytes(CHUNK_BYTES)))
+                await asyncio.sleep(1.0)
+                assert asked == []
+                await honest.send_payload(5, DATA)
+                assert (await honest.receive()).value == 1
+                assert memory == DATA
+                await other.send_payload(5, b"x")  # its connection stands
+                assert (await other.receive()).value == 1
+
+    run(main)

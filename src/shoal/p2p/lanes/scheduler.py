@@ -151,6 +151,7 @@ class Scheduler:
         payload = self._unconfirmed.pop((home, stream_id, number), None)
         if payload is not None:
             payload.is_received = True
+            self._forget_if_idle()
 
     def note_progress(self, lane: object, rtt: float, written: int, acknowledged: int, now: float) -> None:
         """What a lane has written, and what the peer's machine has of it."""
@@ -243,9 +244,16 @@ class Scheduler:
         gone = [key for key, payload in self._unconfirmed.items() if payload.is_done]
         for key in gone:
             del self._unconfirmed[key]
-        if not self._unconfirmed:
-            self._copies.clear()
-            self._late.clear()
-            for book in self.lanes.values():
-                book.flying.clear()
-                book.landed.clear()
+        self._forget_if_idle()
+
+    def _forget_if_idle(self) -> None:
+        """Let go of what was sent: the memory is its sender's again."""
+        if self._unconfirmed:
+            return
+        self._waiting.clear()
+        self._again.clear()
+        self._copies.clear()
+        self._late.clear()
+        for book in self.lanes.values():
+            book.flying.clear()
+            book.landed.clear()
