@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.p2p.test_host import Swarm
 
-from shoal.errors import ConnectionLost, ProtocolViolation, RemoteError
+from shoal.errors import ConnectionLost, DeadlineExceeded, ProtocolViolation, RemoteError
 from shoal.p2p.config import INITIAL_WINDOW, HostConfig
 from shoal.p2p.protocol.frames import CHUNK_BYTES, FrameKind, Piece
 from shoal.p2p.protocol.pieces import Assembly, Numbers
@@ -181,6 +181,95 @@ def test_credit_is_taken_once_and_given_back_when_the_payload_is_taken():
     assert receiver.near.send_credit == before
 
 
+def test_a_sender_that_is_finished_stays_until_all_is_confirmed():
+    """Else it could not hear that nothing has to be sent again, and would give back the memory too early."""
+    receiver = Receiver()
+    numbers = [receiver.announce(5), receiver.announce(6)]
+    receiver.near.finish()
+    receiver.stream.finish()
+    receiver.give_back()
+    for number in numbers:
+        assert receiver.near.remote_finished
+        assert not receiver.near.is_closed
+        assert receiver.sender.open_streams == 1
+        for index in range(4):
+            receiver.bring(number, 5 + number, index)
+        receiver.give_back()
+    assert receiver.near.is_closed
+    assert receiver.sender.open_streams == receiver.streams.open_streams == 0
+
+
+def test_a_sender_that_is_finished_can_still_give_up():
+    receiver = Receiver()
+    number = receiver.announce(5)
+    receiver.bring(number, 5, 0)
+    receiver.near.finish()
+    receiver.stream.finish()
+    receiver.give_back()
+    receiver.near.reset("cancelled", "left", RemoteError("cancelled", ""))
+    assert isinstance(receiver.stream.failure, RemoteError)
+    assert not receiver.bring(number, 5, 1, bytes(TOTAL))
+
+
+def test_the_end_comes_after_the_places_of_all_payloads():
+    """Whatever waits to be taken: a reader would wait for ever for what has no place."""
+    receiver = Receiver()
+    number = receiver.announce(5)
+    for index in range(4):
+        receiver.bring(number, 5, index)
+    receiver.bring(number + 1, 6, 0)
+    with pytest.raises(ProtocolViolation, match="before a striped payload had its place"):
+        receiver.near.finish()
+
+
+def test_payloads_move_to_a_sink_that_comes_late():
+    receiver = Receiver()
+    receiver.stream.accept_payloads(None, WINDOW)
+    receiver.give_back()
+    numbers = [receiver.announce(tag) for tag in (5, 6)]
+    for index in range(4):
+        receiver.bring(numbers[0], 5, index)
+    receiver.bring(numbers[1], 6, 2)
+    receiver.bring(2, 7, 1)  # its place is not known yet
+    receiver.stream.accept_payloads(receiver.place, WINDOW)
+    assert receiver.announce(7) == 2
+    for number in (1, 2):
+        assert receiver.bring(number, 5 + number, 3 - number, bytes(TOTAL)) is False
+        for index in range(4):
+            receiver.bring(number, 5 + number, index)
+    for tag in (5, 6, 7):
+        item = receiver.stream.take()
+        assert isinstance(item, Payload)
+        assert item.tag == tag
+        assert receiver.memory[tag] == DATA
+        assert item.data.obj is receiver.memory[tag]
+
+
+def test_a_late_sink_may_end_the_stream():
+    receiver = Receiver()
+    receiver.stream.accept_payloads(None, WINDOW)
+    receiver.give_back()
+    for number in range(2):
+        receiver.bring(number, 5, 0)
+
+    def refuse(tag: int, length: int) -> memoryview:
+        receiver.stream.reset("cancelled", "", RemoteError("cancelled", ""))
+        return memoryview(bytearray(length))
+
+    receiver.stream.accept_payloads(refuse, WINDOW)
+    assert receiver.stream.failure is not None
+    assert not receiver.bring(0, 5, 1)
+
+
+def test_nothing_is_striped_when_all_numbers_are_used():
+    receiver = Receiver()
+    receiver.near._striped_sent = 2**32 - 1
+    assert receiver.near.may_stripe
+    receiver.held = []
+    assert receiver.announce(5) == 2**32 - 1
+    assert not receiver.near.may_stripe
+
+
 @pytest.mark.parametrize(
     ("piece", "reason"),
     [
@@ -312,6 +401,30 @@ def test_the_end_of_the_home_fails_the_stream():
 
             with pytest.raises(ConnectionLost, match="aborted"):
                 await send_for_ever()
+
+    run(main)
+
+
+def test_a_stream_is_left_at_its_deadline_whatever_is_unconfirmed(monkeypatch: pytest.MonkeyPatch):
+    async def main() -> None:
+        async with Swarm() as swarm:
+            a, b = await swarm.pair(HostConfig(lanes_per_peer=2))
+            monkeypatch.setattr(Multiplexer, "receive_piece", lambda self, piece: None)
+
+            async def receive(stream: Stream) -> None:
+                stream.accept_payloads(None, WINDOW)
+                await stream.send(Number(0))
+                await stream.receive()
+
+            a.serve_stream(STREAM, receive)
+            loop = asyncio.get_running_loop()
+            began = loop.time()
+            async with b.open_stream(a.peer_id, STREAM, timeout=5, lane=Lane.BULK) as stream:
+                await stream.receive()
+                await asyncio.sleep(1.0)  # the lanes are open
+                await stream.send_payload(0, DATA)
+            assert loop.time() - began == pytest.approx(5.0)
+            assert isinstance(stream.failure, DeadlineExceeded)
 
     run(main)
 
