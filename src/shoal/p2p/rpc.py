@@ -200,8 +200,8 @@ class Stream:
         self._state.finish()
 
     async def delivered(self) -> None:
-        """Wait until the other side has all striped payloads: what ends the stream would overtake them, and their memory
-        must stay as it is until then.
+        """Wait until the other side has all striped payloads: what ends the stream would overtake them, and until then
+        their memory must stay as it is.
 
         Gives up if it confirms none for :data:`DELIVERY_TIMEOUT` seconds.
         """

@@ -208,6 +208,9 @@ class StreamState:
             return
         self.local_finished = True
         self._send_frame(FrameKind.END, self.id, last_message)
+        self._close_if_over()
+
+    def _close_if_over(self) -> None:
         if self.is_closed:
             self.on_closed(self)
 
@@ -396,15 +399,13 @@ class StreamState:
 
     def _finish_receiving(self) -> None:
         self.remote_finished = True
-        if self.is_closed:
-            self.on_closed(self)
+        self._close_if_over()
         self.on_change()
 
     def receive_confirmation(self, number: int) -> None:
         """The peer has all of a striped payload."""
         self.unconfirmed.discard(number)
-        if self.is_closed:
-            self.on_closed(self)
+        self._close_if_over()
         self.on_change()
 
     def receive_credit(self, count: int) -> None:
