@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
+from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.p2p.test_host import Swarm
 
 from shoal.errors import ConnectionLost, DeadlineExceeded, ProtocolViolation, RemoteError
 from shoal.p2p.config import INITIAL_WINDOW, HostConfig
+from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.frames import CHUNK_BYTES, FrameKind, Piece
 from shoal.p2p.protocol.pieces import Assembly, Numbers
 from shoal.p2p.protocol.stream_state import ITEM_COST, Payload, StreamState
@@ -327,6 +330,82 @@ def test_an_assembly_of_one_byte_has_one_piece():
     assert assembly.note_written(Piece(1, 1, 0, 1, 1, 0))
 
 
+TOTALS = (1, CHUNK_BYTES, CHUNK_BYTES + 1, TOTAL)
+EVENTS = st.one_of(
+    st.tuples(
+        st.just("piece"), st.integers(0, 3), st.integers(0, 1), st.sampled_from(TOTALS), st.integers(0, 3)
+    ),
+    st.tuples(st.just("striped"), st.integers(0, 3), st.integers(0, 1), st.sampled_from(TOTALS)),
+    st.tuples(st.sampled_from(["take", "wait", "accept", "message", "END", "finish", "RESET", "leave"])),
+)
+
+
+class Attacked:
+    """A stream to which a peer says whatever it likes. Each piece that it brings is all ones."""
+
+    def __init__(self) -> None:
+        self.receiver = Receiver()
+        self.stream = self.receiver.stream
+        self.given: list[bytearray] = []
+        self.outstanding = 0
+        self.acts: dict[str, Callable[..., None]] = {
+            "piece": self.bring,
+            "striped": lambda *rest: self.hear(FrameKind.STRIPED, wire.encode_striped(*rest)),
+            "message": lambda: self.hear(FrameKind.MESSAGE, b"m"),
+            "END": lambda: self.hear(FrameKind.END, b""),
+            "RESET": lambda: self.hear(FrameKind.RESET, wire.encode_reset("left", "")),
+            "take": self.take,
+            "wait": self.stream.is_waiting,
+            "accept": lambda: self.stream.accept_payloads(self.place, WINDOW),
+            "finish": self.stream.finish,
+            "leave": lambda: self.stream.reset("cancelled", "", RemoteError("cancelled", "")),
+        }
+        self.acts["accept"]()
+
+    def place(self, tag: int, length: int) -> memoryview:
+        self.given.append(bytearray(length))
+        self.outstanding += length
+        return memoryview(self.given[-1])
+
+    def bring(self, number: int, tag: int, total: int, index: int) -> None:
+        piece = Piece(9, 1, number, tag, total, index * CHUNK_BYTES)
+        memory = self.receiver.streams.piece_memory(piece) if piece.offset < piece.total else None
+        if memory is not None:
+            assert not any(memory), "a place was written twice"
+            memory[:] = b"\1" * len(memory)
+            self.receiver.streams.receive_piece(piece)
+
+    def hear(self, kind: FrameKind, body: bytes) -> None:
+        self.receiver.streams.receive_frame(kind, 1, body)
+
+    def take(self) -> None:
+        item = self.stream.take()
+        if isinstance(item, Payload):
+            assert all(item.data)
+            self.outstanding -= len(item.data)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(EVENTS, max_size=40))
+def test_any_pieces_and_frames_in_any_order(events: list[tuple[str, *tuple[int, ...]]]):
+    """They break the protocol at most: no place is written twice or after the end, the window bounds the memory, and
+    what is taken is whole.
+    """
+    attacked = Attacked()
+    stream, frozen = attacked.stream, None
+    with contextlib.suppress(ProtocolViolation):
+        for event, *rest in events:
+            attacked.acts[event](*rest)
+            assert attacked.outstanding <= WINDOW
+            if stream.failure is not None:
+                frozen = frozen or list(map(bytes, attacked.given))
+                assert attacked.given == frozen
+            elif stream.remote_finished:
+                assert all(map(all, attacked.given))
+    confirmed = attacked.receiver.confirmed()
+    assert len(confirmed) == len(set(confirmed))
+
+
 # ---- whole hosts ----
 
 COUNT, SIZE = 20, 300_000
@@ -372,6 +451,43 @@ def test_a_lane_that_dies_in_the_middle_costs_nothing_but_time():
                 assert (await stream.receive()).value == 1
             cutting.cancel()
             assert cuts >= 3
+            assert got == data
+
+    run(main)
+
+
+def test_memory_is_its_senders_again_when_the_stream_was_left():
+    """The receiver had finished its own direction before; lanes are cut when the sender has left."""
+
+    async def main() -> None:
+        async with Swarm() as swarm:
+            a, b = await swarm.pair(HostConfig(lanes_per_peer=4))
+            swarm.network.set_bandwidth("a", "b", 1e6)
+            got, done = bytearray(4 * SIZE), asyncio.Event()
+
+            async def receive(stream: Stream) -> None:
+                stream.accept_payloads(lambda tag, n: memoryview(got)[tag * SIZE : tag * SIZE + n], 4 * SIZE)
+                await stream.send(Number(0))
+                await stream.finish()
+                for index in range(4):
+                    assert (await stream.receive()).tag == index
+                done.set()
+
+            a.serve_stream(STREAM, receive)
+            data = random.Random(3).randbytes(4 * SIZE)
+            memory = bytearray(data)
+            async with b.open_stream(a.peer_id, STREAM, lane=Lane.BULK) as stream:
+                await stream.receive()
+                await asyncio.sleep(0.5)  # the lanes are open
+                for index in range(4):
+                    await stream.send_payload(index, memoryview(memory)[index * SIZE : (index + 1) * SIZE])
+            memory[:] = bytes(len(memory))
+            connections = b._connections.to(a.peer_id)
+            assert connections is not None
+            for lane in connections.all():
+                if lane.lane is Lane.STRIPE:
+                    lane.abort("cut")
+            await asyncio.wait_for(done.wait(), 30)
             assert got == data
 
     run(main)
