@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.p2p.test_host import Swarm
 
-from shoal.errors import ConnectionLost, DeadlineExceeded, ProtocolViolation, RemoteError
+from shoal.errors import ConnectionLost, DeadlineExceeded, InvalidValueError, ProtocolViolation, RemoteError
 from shoal.p2p.config import INITIAL_WINDOW, HostConfig
 from shoal.p2p.protocol import wire
-from shoal.p2p.protocol.frames import CHUNK_BYTES, FrameKind, Piece
+from shoal.p2p.protocol.frames import CHUNK_BYTES, DEFAULT_LIMITS, FrameKind, Piece
 from shoal.p2p.protocol.pieces import Assembly, Numbers
 from shoal.p2p.protocol.stream_state import ITEM_COST, Payload, StreamState
 from shoal.p2p.protocol.streams import Multiplexer
@@ -489,6 +489,34 @@ def test_memory_is_its_senders_again_when_the_stream_was_left():
                     lane.abort("cut")
             await asyncio.wait_for(done.wait(), 30)
             assert got == data
+
+    run(main)
+
+
+def test_a_payload_that_is_too_long_is_refused_before_anything_is_said_of_it():
+    async def main() -> None:
+        async with Swarm() as swarm:
+            a, b = await swarm.pair(HostConfig(lanes_per_peer=4))
+            longest = DEFAULT_LIMITS.max_payload
+            asked: list[int] = []
+
+            def place(tag: int, length: int) -> memoryview:
+                asked.append(tag)
+                return memoryview(bytearray(length))
+
+            async def receive(stream: Stream) -> None:
+                stream.accept_payloads(place, 2 * longest)
+                await stream.send(Number(0))
+                await stream.receive()
+
+            a.serve_stream(STREAM, receive)
+            async with b.open_stream(a.peer_id, STREAM, lane=Lane.BULK) as stream:
+                await stream.receive()
+                await asyncio.sleep(0.5)  # the lanes are open
+                with pytest.raises(InvalidValueError, match="longer than the limit"):
+                    await stream.send_payload(1, bytes(longest + 1))
+                await stream.send_payload(2, DATA)
+            assert asked == [2]
 
     run(main)
 

@@ -8,7 +8,7 @@ may overdraw it, so that the receiver's memory is bounded by its window plus one
 for all of it: it may be large, and it must not arrive before its receiver has given it a place. The receiver gives
 credit back when the application has taken items, once that makes half a window.
 
-Windows bound one stream; :class:`UnreadBytes` bounds what all streams that the peer opened make this side hold:
+Windows bound one stream; :class:`.unread.UnreadBytes` bounds what all streams that the peer opened make this side hold:
 messages that nobody has taken, requests that are being answered, and payloads that nobody has asked for. What would
 exceed it is not kept: its stream is reset as ``busy``. The answers to what this side asked are bounded by what it asks.
 
@@ -32,6 +32,7 @@ from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.protocol.frames import FrameKind, Piece
 from shoal.p2p.protocol.pieces import Assembly, Numbers
+from shoal.p2p.protocol.unread import UnreadBytes
 
 ITEM_COST = 64
 MAX_CREDIT = 1 << 40
@@ -69,32 +70,6 @@ Item = wire.Body | Payload
 
 def _nobody_listens() -> None:
     """Stands for the observer of a stream that has none."""
-
-
-class UnreadBytes:
-    """What the streams that a peer opened on one connection make this side hold, and how much that may be."""
-
-    __slots__ = ("_limit", "_used")
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._used = 0
-
-    def take(self, count: int) -> bool:
-        """Note ``count`` more bytes, or nothing and False if they are too many."""
-        if self._used + count > self._limit:
-            return False
-        self._used += count
-        return True
-
-    def give_back(self, count: int) -> None:
-        """``count`` bytes are held no more."""
-        self._used -= count
-
-    @property
-    def refusal(self) -> str:
-        """Why nothing more is taken."""
-        return f"more than {self._limit} bytes of messages on this connection wait to be read"
 
 
 class StreamState:
