@@ -14,6 +14,7 @@ import secrets
 from typing import Protocol, cast
 
 from shoal.errors import ConnectionLost, DeadlineExceeded, ProtocolViolation, ShoalError
+from shoal.p2p import tcp_info
 from shoal.p2p.calls import Calls, Served
 from shoal.p2p.config import KIB, HostConfig
 from shoal.p2p.identity import Identity, PeerID
@@ -309,7 +310,8 @@ class Connection(asyncio.BufferedProtocol):
                 home.receive_piece(event.piece)
         elif isinstance(event, HandshakeCompleted):
             self.remote = event.remote
-            self.vigil.end_handshake()
+            info = tcp_info.read(self._transport)
+            self.vigil.end_handshake(None if info is None else info.rtt)
             if self.role is Role.INITIATOR:
                 self._send_hello()
 
