@@ -296,7 +296,9 @@ def test_a_handshake_that_took_long_does_not_make_a_peer_long_dead(monkeypatch, 
         b.add_addresses(a.peer_id, a.listen_addresses)
 
         a.serve_stream(STREAM, wait_for_ever)
-        asyncio.get_running_loop().call_later(0.0025, network.hold, "a", "b", 1.0)  # connected, and nothing more
+        asyncio.get_running_loop().call_later(
+            0.0025, network.hold, "a", "b", 1.0
+        )  # connected, and nothing more
         async with b.open_stream(a.peer_id, STREAM) as stream:
             begin = now()
             network.kill("a", silently=True)

@@ -182,6 +182,13 @@ class Connections:
         """``peer`` asks for so many lanes for pieces, because it cannot dial this host."""
         self._stripes.dial(peer, count)
 
+    @property
+    def upload_rate(self) -> float | None:
+        """Bytes of bulk data a second that this host can send; None: neither measured nor limited."""
+        measured = self._stripes.uplink.peak(asyncio.get_running_loop().time())
+        known = [rate for rate in (measured, self.config.max_upload_rate) if rate]
+        return min(known, default=None)
+
     def bundle_of(self, connection: Connection) -> Bundle:
         """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
         return self._stripes.bundle(connection.peer, connection.incarnation)
