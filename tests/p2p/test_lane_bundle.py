@@ -172,6 +172,54 @@ def test_all_paths_share_the_limit(kernel: Kernel):
     run(main)
 
 
+def test_whoever_sends_watches_the_path(kernel: Kernel):
+    """Of a download the donor sends, on a stream that the other side has opened."""
+
+    async def main() -> None:
+        kernel.loss = 0.001
+        async with Swarm() as swarm:
+            a, b = await swarm.pair(HostConfig(max_lanes=8))
+            swarm.network.set_bandwidth("a", "b", 3e6)
+
+            async def donate(stream: Stream) -> None:
+                await stream.receive()
+                while True:
+                    await stream.send_payload(0, bytes(SIZE))
+
+            a.serve_stream(STREAM, donate)
+            async with b.open_stream(a.peer_id, STREAM, lane=Lane.BULK) as stream:
+                stream.accept_payloads(None, 20 * SIZE)
+                await stream.send(Number(0))
+                async with asyncio.timeout(8.0):
+                    await stream.receive()
+                    while lanes(a, b) < 8:
+                        await stream.receive()
+                stream.reset()
+            await asyncio.sleep(1.0)
+            assert not next(iter(a._connections._stripes._bundles)).is_busy
+
+    run(main)
+
+
+def test_a_full_queue_is_heeded_also_where_lanes_are_missing(kernel: Kernel):
+    """The other side takes fewer than are wanted."""
+
+    async def main() -> None:
+        kernel.loss = 0.001
+        async with Swarm() as swarm:
+            a, b, task = await sending(swarm, HostConfig(max_lanes=24, max_connections_per_peer=12))
+            await asyncio.sleep(8.0)
+            connections = b._connections.to(a.peer_id)
+            assert connections is not None
+            assert next(iter(connections.bundles.values())).wanted > lanes(b, a) > 4
+            kernel.rtt = 0.3
+            await asyncio.sleep(20.0)
+            assert lanes(b, a) == 1
+            task.cancel()
+
+    run(main)
+
+
 @pytest.mark.parametrize("name", ["bbr", ""])
 def test_bulk_connections_over_long_paths_ask_for_a_congestion_control(kernel: Kernel, name: str):
     async def main() -> None:

@@ -169,6 +169,24 @@ def test_nothing_is_kept_of_payloads_that_are_done(ends: str):
     memory.append(0)  # BufferError while anything refers to it
 
 
+@pytest.mark.parametrize("ends", ["received", "failed"])
+def test_nothing_is_kept_of_payloads_that_are_done_while_others_are_not(ends: str):
+    """One after the other without a pause, as in a download: the memory of each is given back in its turn."""
+    is_wanted = True
+    memory = bytearray(2 * CHUNK_BYTES)
+    one = Outgoing(1, 1, 0, 0, memoryview(memory), lambda: is_wanted, lambda: None)
+    other = payload(1, 400)
+    story = Story([1e6, 1e6], [one, other])
+    for _ in range(4):
+        story.step()
+        if ends == "failed":
+            is_wanted = False
+    assert not story.scheduler.is_idle
+    memory.append(0)  # BufferError while anything refers to it
+    story.run()
+    assert len(story.arrived[other]) == 400
+
+
 def test_a_piece_has_few_copies():
     """Lanes that all stall are not filled with copies of what they hold."""
     one = payload(0, 4)

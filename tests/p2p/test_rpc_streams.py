@@ -377,6 +377,10 @@ BODIES = st.one_of(
     ),
     st.builds(wire.encode_reset, st.text(max_size=5), st.text(max_size=5)),
     st.builds(wire.encode_credit, st.integers(0, 2**64 - 1)),
+    st.builds(
+        wire.encode_striped, st.integers(0, 2), st.integers(0, 1), st.sampled_from([1, 1000, 2**32 - 1])
+    ),
+    st.builds(wire.encode_received, st.integers(0, 2)),
     st.just(b"x" * 100_000),
 )
 FRAMES = st.tuples(
@@ -387,6 +391,8 @@ FRAMES = st.tuples(
             FrameKind.END,
             FrameKind.RESET,
             FrameKind.CREDIT,
+            FrameKind.STRIPED,
+            FrameKind.RECEIVED,
             FrameKind.PAYLOAD,
         ]
     ),
@@ -436,6 +442,8 @@ def test_any_bytes_as_a_body_break_the_protocol_at_most(body):
         wire.decode_hello,
         wire.decode_goodbye,
         wire.decode_credit,
+        wire.decode_striped,
+        wire.decode_received,
     ):
         with contextlib.suppress(ProtocolViolation):
             decode(body)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
+from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.p2p.test_host import Swarm
 
-from shoal.errors import ConnectionLost, ProtocolViolation, RemoteError
+from shoal.errors import ConnectionLost, DeadlineExceeded, InvalidValueError, ProtocolViolation, RemoteError
 from shoal.p2p.config import INITIAL_WINDOW, HostConfig
-from shoal.p2p.protocol.frames import CHUNK_BYTES, FrameKind, Piece
+from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.frames import CHUNK_BYTES, DEFAULT_LIMITS, FrameKind, Piece
 from shoal.p2p.protocol.pieces import Assembly, Numbers
 from shoal.p2p.protocol.stream_state import ITEM_COST, Payload, StreamState
 from shoal.p2p.protocol.streams import Multiplexer
@@ -181,6 +184,95 @@ def test_credit_is_taken_once_and_given_back_when_the_payload_is_taken():
     assert receiver.near.send_credit == before
 
 
+def test_a_sender_that_is_finished_stays_until_all_is_confirmed():
+    """Else it could not hear that nothing has to be sent again, and would give back the memory too early."""
+    receiver = Receiver()
+    numbers = [receiver.announce(5), receiver.announce(6)]
+    receiver.near.finish()
+    receiver.stream.finish()
+    receiver.give_back()
+    for number in numbers:
+        assert receiver.near.remote_finished
+        assert not receiver.near.is_closed
+        assert receiver.sender.open_streams == 1
+        for index in range(4):
+            receiver.bring(number, 5 + number, index)
+        receiver.give_back()
+    assert receiver.near.is_closed
+    assert receiver.sender.open_streams == receiver.streams.open_streams == 0
+
+
+def test_a_sender_that_is_finished_can_still_give_up():
+    receiver = Receiver()
+    number = receiver.announce(5)
+    receiver.bring(number, 5, 0)
+    receiver.near.finish()
+    receiver.stream.finish()
+    receiver.give_back()
+    receiver.near.reset("cancelled", "left", RemoteError("cancelled", ""))
+    assert isinstance(receiver.stream.failure, RemoteError)
+    assert not receiver.bring(number, 5, 1, bytes(TOTAL))
+
+
+def test_the_end_comes_after_the_places_of_all_payloads():
+    """Whatever waits to be taken: a reader would wait for ever for what has no place."""
+    receiver = Receiver()
+    number = receiver.announce(5)
+    for index in range(4):
+        receiver.bring(number, 5, index)
+    receiver.bring(number + 1, 6, 0)
+    with pytest.raises(ProtocolViolation, match="before a striped payload had its place"):
+        receiver.near.finish()
+
+
+def test_payloads_move_to_a_sink_that_comes_late():
+    receiver = Receiver()
+    receiver.stream.accept_payloads(None, WINDOW)
+    receiver.give_back()
+    numbers = [receiver.announce(tag) for tag in (5, 6)]
+    for index in range(4):
+        receiver.bring(numbers[0], 5, index)
+    receiver.bring(numbers[1], 6, 2)
+    receiver.bring(2, 7, 1)  # its place is not known yet
+    receiver.stream.accept_payloads(receiver.place, WINDOW)
+    assert receiver.announce(7) == 2
+    for number in (1, 2):
+        assert receiver.bring(number, 5 + number, 3 - number, bytes(TOTAL)) is False
+        for index in range(4):
+            receiver.bring(number, 5 + number, index)
+    for tag in (5, 6, 7):
+        item = receiver.stream.take()
+        assert isinstance(item, Payload)
+        assert item.tag == tag
+        assert receiver.memory[tag] == DATA
+        assert item.data.obj is receiver.memory[tag]
+
+
+def test_a_late_sink_may_end_the_stream():
+    receiver = Receiver()
+    receiver.stream.accept_payloads(None, WINDOW)
+    receiver.give_back()
+    for number in range(2):
+        receiver.bring(number, 5, 0)
+
+    def refuse(tag: int, length: int) -> memoryview:
+        receiver.stream.reset("cancelled", "", RemoteError("cancelled", ""))
+        return memoryview(bytearray(length))
+
+    receiver.stream.accept_payloads(refuse, WINDOW)
+    assert receiver.stream.failure is not None
+    assert not receiver.bring(0, 5, 1)
+
+
+def test_nothing_is_striped_when_all_numbers_are_used():
+    receiver = Receiver()
+    receiver.near._striped_sent = 2**32 - 1
+    assert receiver.near.may_stripe
+    receiver.held = []
+    assert receiver.announce(5) == 2**32 - 1
+    assert not receiver.near.may_stripe
+
+
 @pytest.mark.parametrize(
     ("piece", "reason"),
     [
@@ -238,6 +330,82 @@ def test_an_assembly_of_one_byte_has_one_piece():
     assert assembly.note_written(Piece(1, 1, 0, 1, 1, 0))
 
 
+TOTALS = (1, CHUNK_BYTES, CHUNK_BYTES + 1, TOTAL)
+EVENTS = st.one_of(
+    st.tuples(
+        st.just("piece"), st.integers(0, 3), st.integers(0, 1), st.sampled_from(TOTALS), st.integers(0, 3)
+    ),
+    st.tuples(st.just("striped"), st.integers(0, 3), st.integers(0, 1), st.sampled_from(TOTALS)),
+    st.tuples(st.sampled_from(["take", "wait", "accept", "message", "END", "finish", "RESET", "leave"])),
+)
+
+
+class Attacked:
+    """A stream to which a peer says whatever it likes. Each piece that it brings is all ones."""
+
+    def __init__(self) -> None:
+        self.receiver = Receiver()
+        self.stream = self.receiver.stream
+        self.given: list[bytearray] = []
+        self.outstanding = 0
+        self.acts: dict[str, Callable[..., None]] = {
+            "piece": self.bring,
+            "striped": lambda *rest: self.hear(FrameKind.STRIPED, wire.encode_striped(*rest)),
+            "message": lambda: self.hear(FrameKind.MESSAGE, b"m"),
+            "END": lambda: self.hear(FrameKind.END, b""),
+            "RESET": lambda: self.hear(FrameKind.RESET, wire.encode_reset("left", "")),
+            "take": self.take,
+            "wait": self.stream.is_waiting,
+            "accept": lambda: self.stream.accept_payloads(self.place, WINDOW),
+            "finish": self.stream.finish,
+            "leave": lambda: self.stream.reset("cancelled", "", RemoteError("cancelled", "")),
+        }
+        self.acts["accept"]()
+
+    def place(self, tag: int, length: int) -> memoryview:
+        self.given.append(bytearray(length))
+        self.outstanding += length
+        return memoryview(self.given[-1])
+
+    def bring(self, number: int, tag: int, total: int, index: int) -> None:
+        piece = Piece(9, 1, number, tag, total, index * CHUNK_BYTES)
+        memory = self.receiver.streams.piece_memory(piece) if piece.offset < piece.total else None
+        if memory is not None:
+            assert not any(memory), "a place was written twice"
+            memory[:] = b"\1" * len(memory)
+            self.receiver.streams.receive_piece(piece)
+
+    def hear(self, kind: FrameKind, body: bytes) -> None:
+        self.receiver.streams.receive_frame(kind, 1, body)
+
+    def take(self) -> None:
+        item = self.stream.take()
+        if isinstance(item, Payload):
+            assert all(item.data)
+            self.outstanding -= len(item.data)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(EVENTS, max_size=40))
+def test_any_pieces_and_frames_in_any_order(events: list[tuple[str, *tuple[int, ...]]]):
+    """They break the protocol at most: no place is written twice or after the end, the window bounds the memory, and
+    what is taken is whole.
+    """
+    attacked = Attacked()
+    stream, frozen = attacked.stream, None
+    with contextlib.suppress(ProtocolViolation):
+        for event, *rest in events:
+            attacked.acts[event](*rest)
+            assert attacked.outstanding <= WINDOW
+            if stream.failure is not None:
+                frozen = frozen or list(map(bytes, attacked.given))
+                assert attacked.given == frozen
+            elif stream.remote_finished:
+                assert all(map(all, attacked.given))
+    confirmed = attacked.receiver.confirmed()
+    assert len(confirmed) == len(set(confirmed))
+
+
 # ---- whole hosts ----
 
 COUNT, SIZE = 20, 300_000
@@ -288,6 +456,71 @@ def test_a_lane_that_dies_in_the_middle_costs_nothing_but_time():
     run(main)
 
 
+def test_memory_is_its_senders_again_when_the_stream_was_left():
+    """The receiver had finished its own direction before; lanes are cut when the sender has left."""
+
+    async def main() -> None:
+        async with Swarm() as swarm:
+            a, b = await swarm.pair(HostConfig(lanes_per_peer=4))
+            swarm.network.set_bandwidth("a", "b", 1e6)
+            got, done = bytearray(4 * SIZE), asyncio.Event()
+
+            async def receive(stream: Stream) -> None:
+                stream.accept_payloads(lambda tag, n: memoryview(got)[tag * SIZE : tag * SIZE + n], 4 * SIZE)
+                await stream.send(Number(0))
+                await stream.finish()
+                for index in range(4):
+                    assert (await stream.receive()).tag == index
+                done.set()
+
+            a.serve_stream(STREAM, receive)
+            data = random.Random(3).randbytes(4 * SIZE)
+            memory = bytearray(data)
+            async with b.open_stream(a.peer_id, STREAM, lane=Lane.BULK) as stream:
+                await stream.receive()
+                await asyncio.sleep(0.5)  # the lanes are open
+                for index in range(4):
+                    await stream.send_payload(index, memoryview(memory)[index * SIZE : (index + 1) * SIZE])
+            memory[:] = bytes(len(memory))
+            connections = b._connections.to(a.peer_id)
+            assert connections is not None
+            for lane in connections.all():
+                if lane.lane is Lane.STRIPE:
+                    lane.abort("cut")
+            await asyncio.wait_for(done.wait(), 30)
+            assert got == data
+
+    run(main)
+
+
+def test_a_payload_that_is_too_long_is_refused_before_anything_is_said_of_it():
+    async def main() -> None:
+        async with Swarm() as swarm:
+            a, b = await swarm.pair(HostConfig(lanes_per_peer=4))
+            longest = DEFAULT_LIMITS.max_payload
+            asked: list[int] = []
+
+            def place(tag: int, length: int) -> memoryview:
+                asked.append(tag)
+                return memoryview(bytearray(length))
+
+            async def receive(stream: Stream) -> None:
+                stream.accept_payloads(place, 2 * longest)
+                await stream.send(Number(0))
+                await stream.receive()
+
+            a.serve_stream(STREAM, receive)
+            async with b.open_stream(a.peer_id, STREAM, lane=Lane.BULK) as stream:
+                await stream.receive()
+                await asyncio.sleep(0.5)  # the lanes are open
+                with pytest.raises(InvalidValueError, match="longer than the limit"):
+                    await stream.send_payload(1, bytes(longest + 1))
+                await stream.send_payload(2, DATA)
+            assert asked == [2]
+
+    run(main)
+
+
 def test_the_end_of_the_home_fails_the_stream():
     async def main() -> None:
         swarm = Swarm()
@@ -312,6 +545,30 @@ def test_the_end_of_the_home_fails_the_stream():
 
             with pytest.raises(ConnectionLost, match="aborted"):
                 await send_for_ever()
+
+    run(main)
+
+
+def test_a_stream_is_left_at_its_deadline_whatever_is_unconfirmed(monkeypatch: pytest.MonkeyPatch):
+    async def main() -> None:
+        async with Swarm() as swarm:
+            a, b = await swarm.pair(HostConfig(lanes_per_peer=2))
+            monkeypatch.setattr(Multiplexer, "receive_piece", lambda self, piece: None)
+
+            async def receive(stream: Stream) -> None:
+                stream.accept_payloads(None, WINDOW)
+                await stream.send(Number(0))
+                await stream.receive()
+
+            a.serve_stream(STREAM, receive)
+            loop = asyncio.get_running_loop()
+            began = loop.time()
+            async with b.open_stream(a.peer_id, STREAM, timeout=5, lane=Lane.BULK) as stream:
+                await stream.receive()
+                await asyncio.sleep(1.0)  # the lanes are open
+                await stream.send_payload(0, DATA)
+            assert loop.time() - began == pytest.approx(5.0)
+            assert isinstance(stream.failure, DeadlineExceeded)
 
     run(main)
 

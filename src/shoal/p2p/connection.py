@@ -350,7 +350,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def stripe(self, state: StreamState, tag: int, data: memoryview) -> Outgoing | None:
         """Begin to send a payload over several connections; None: it goes out on this one."""
-        if self.lane is not Lane.BULK or self.ending is not None:
+        is_too_long = len(data) > self._session.limits.max_payload  # as is said where it would go out whole
+        if self.lane is not Lane.BULK or self.ending is not None or is_too_long:
             return None
         return self._owner.bundle_of(self).stripe(self.channel_id, state, tag, data)
 

@@ -178,9 +178,9 @@ class Connections:
                 return False
         return True
 
-    def open_stripes_to(self, peer: PeerID, count: int) -> None:
-        """``peer`` asks for so many lanes for pieces, because it cannot dial this host."""
-        self._stripes.dial(peer, count)
+    def open_stripes_to(self, peer: PeerID, count: int) -> bool:
+        """``peer`` asks for so many lanes for pieces, because it cannot dial this host; whether any is dialed."""
+        return self._stripes.open_for(peer, count)
 
     @property
     def upload_rate(self) -> float | None:
@@ -230,7 +230,7 @@ class Connections:
             logger.debug("%s opens no lane: %s", peer, error)
             return False
         finally:
-            self._forget_arrival(peer, Lane.BULK, arrival)
+            self.forget_arrival(peer, Lane.BULK, arrival)
 
     async def _arrives(self, arrival: asyncio.Future[None], deadline: float) -> bool:
         timeout = min(deadline - asyncio.get_running_loop().time(), self.config.dial_timeout)
@@ -262,7 +262,7 @@ class Connections:
                 return None
             raise DeadlineExceeded(f"{peer} could not be connected in time")
         finally:
-            self._forget_arrival(peer, lane, arrival)
+            self.forget_arrival(peer, lane, arrival)
 
     def _dial_done(self, peer: PeerID, lane: Lane, task: asyncio.Task[Connection | PeerUnreachable]) -> None:
         if self._dials.get((peer, lane)) is task:
@@ -353,6 +353,7 @@ class Connections:
         self._drop_if_empty(peer)
         # A new process of the peer may be connected already: that the old one is gone is told all the same.
         if all(other.incarnation != connection.incarnation for other in connections.all()):
+            connections.forget_process(connection.incarnation)
             self._peer_lost(peer, connection.ending)
 
     def connection_closed(self, connection: Connection) -> None:
@@ -362,7 +363,7 @@ class Connections:
     def may_close_idle(self, connection: Connection) -> bool:
         """See :class:`~shoal.p2p.connection_owner.ConnectionOwner`."""
         assert connection.remote is not None
-        idle = asyncio.get_running_loop().time() - connection.last_used
+        idle = asyncio.get_running_loop().time() - max(connection.last_used, connection.last_piece)
         if connection.lane is not Lane.CONTROL:
             return idle >= self.config.idle_lane_timeout
         connections = self._peers.get(connection.remote)
@@ -409,7 +410,8 @@ class Connections:
             connections = self._peers[peer] = PeerConnections(self.identity.peer_id, peer)
         return connections
 
-    def _forget_arrival(self, peer: PeerID, lane: Lane, arrival: asyncio.Future[None]) -> None:
+    def forget_arrival(self, peer: PeerID, lane: Lane, arrival: asyncio.Future[None]) -> None:
+        """Nobody waits for ``arrival`` any more."""
         self.entry(peer).forget_arrival(lane, arrival)
         self._drop_if_empty(peer)
 

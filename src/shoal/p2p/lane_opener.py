@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from shoal.errors import PeerUnreachable, ShoalError
@@ -40,6 +40,9 @@ class LaneOwner(Protocol):
     def routes_to(self, peer: PeerID) -> list[Route]:
         """The routes to a peer that may lead there."""
 
+    def forget_arrival(self, peer: PeerID, lane: Lane, arrival: asyncio.Future[None]) -> None:
+        """Nobody waits for ``arrival`` any more."""
+
     def ask_for_stripes(self, peer: PeerID, deadline: float, count: int) -> Awaitable[bool]:
         """Ask a peer that cannot be dialed to dial."""
 
@@ -65,7 +68,7 @@ class StripeOpener:
         if bundle is None:
             bundle = Bundle(
                 self._path(peer),
-                homes=connections.bulk,
+                homes=lambda: connections.bulk(incarnation),
                 lanes=lambda: connections.stripes(incarnation),
                 open_more=lambda count: self._open(peer, count),
                 limit=self._limit,
@@ -94,54 +97,77 @@ class StripeOpener:
 
     def _open(self, peer: PeerID, count: int) -> None:
         """Open lanes to ``peer``, as far as they are not being opened."""
-        loop = asyncio.get_running_loop()
         missing = count - self._owner.entry(peer).opening
-        if missing <= 0 or loop.time() < self._pauses.get(peer, 0.0):
+        if missing <= 0 or self._is_paused(peer):
             return
         if self._owner.routes_to(peer):
-            self.dial(peer, missing)
+            self._dial_often(peer, missing)
         else:
-            self._begin(peer, missing, self._ask(peer, missing))
+            self._begin(peer, missing, lambda: self._ask(peer, missing))
 
-    def dial(self, peer: PeerID, count: int) -> None:
-        """Begin to dial ``peer`` so many times."""
+    def open_for(self, peer: PeerID, count: int) -> bool:
+        """Begin to dial so many lanes for ``peer``, which asks for them; False if there may be none.
+
+        Whoever asks says where it can be dialed. So that it cannot turn many connections on somebody else, a connection
+        must stand that this host dialed; and however often it asks, all lanes to it are within the limit.
+        """
+        entry = self._owner.entry(peer)
+        room = min(count, self._most() - entry.opening - entry.stripe_count)
+        if room <= 0 or self._is_paused(peer) or not entry.was_dialed or not self._owner.routes_to(peer):
+            return False
+        self._dial_often(peer, room)
+        return True
+
+    def _is_paused(self, peer: PeerID) -> bool:
+        return asyncio.get_running_loop().time() < self._pauses.get(peer, 0.0)
+
+    def _dial_often(self, peer: PeerID, count: int) -> None:
         for _ in range(min(count, self._most())):
-            self._begin(peer, 1, self._dial(peer))
+            self._begin(peer, 1, lambda: self._dial(peer))
 
-    def _begin(self, peer: PeerID, count: int, work: Awaitable[bool]) -> None:
+    def _begin(self, peer: PeerID, count: int, work: Callable[[], Awaitable[bool]]) -> None:
+        """Work in a task of its own, while so many lanes count as being opened."""
         entry = self._owner.entry(peer)
         entry.opening += count
 
         async def run() -> None:
             try:
-                is_open = await work
+                is_open = await work()
             except ShoalError as error:
                 logger.debug("%s opens no lanes: %s", peer, error)
                 is_open = False
-            finally:
-                entry.opening -= count
             if not is_open:
                 self._pauses = {one: when for one, when in self._pauses.items() if when > loop.time()}
                 self._pauses[peer] = loop.time() + RETRY_PAUSE
 
+        def done(task: asyncio.Task[None]) -> None:
+            entry.opening -= count
+            self.dials.pop(task, None)
+
         loop = asyncio.get_running_loop()
         task = loop.create_task(run())
         self.dials[task] = None
-        task.add_done_callback(lambda done: self.dials.pop(done, None))
+        task.add_done_callback(done)
 
     async def _dial(self, peer: PeerID) -> bool:
         outcome = await self._dialer.dial(self._owner.routes_to(peer), peer, Lane.STRIPE)
         return not isinstance(outcome, PeerUnreachable)
 
     async def _ask(self, peer: PeerID, count: int) -> bool:
-        timeout = self._owner.config.dial_timeout
-        deadline = asyncio.get_running_loop().time() + timeout
-        if not await self._owner.ask_for_stripes(peer, deadline, min(count, MAX_STRIPES)):
-            return False
-        before = len(self._owner.entry(peer).all())
-        arrival = self._owner.entry(peer).next_arrival(Lane.STRIPE)
-        await asyncio.wait((arrival,), timeout=timeout)
-        return len(self._owner.entry(peer).all()) > before or arrival.done()
+        """Ask for lanes, and wait until all of them have come, or it is too late."""
+        loop, entry = asyncio.get_running_loop(), self._owner.entry(peer)
+        deadline, before = loop.time() + self._owner.config.dial_timeout, entry.stripe_count
+        arrival = entry.next_arrival(Lane.STRIPE)  # the first one may come before the answer
+        try:
+            if not await self._owner.ask_for_stripes(peer, deadline, min(count, MAX_STRIPES)):
+                return False
+            while entry.stripe_count < before + count and loop.time() < deadline:
+                await asyncio.wait((arrival,), timeout=deadline - loop.time())
+                if arrival.done():
+                    arrival = entry.next_arrival(Lane.STRIPE)
+        finally:
+            self._owner.forget_arrival(peer, Lane.STRIPE, arrival)
+        return entry.stripe_count > before
 
 
 def open_files_limit() -> int:

@@ -1,4 +1,4 @@
-"""Asking a peer for one more bulk lane, where only that peer can dial."""
+"""Asking a peer for more bulk lanes, where only that peer can dial."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class OpenLane(CompactStruct, frozen=True):
 
 
 class LaneOpened(CompactStruct, frozen=True):
-    """Whether the lane was opened."""
+    """Whether the lane was opened, or lanes for pieces are being dialed."""
 
     opened: bool
 
@@ -39,7 +39,7 @@ class LaneRequests:
         ask: Ask,
         can_be_dialed: Callable[[], bool],
         open_lane_to: Callable[[PeerID], Awaitable[bool]],
-        open_stripes_to: Callable[[PeerID, int], None],
+        open_stripes_to: Callable[[PeerID, int], bool],
     ) -> None:
         self._ask = ask
         self._can_be_dialed = can_be_dialed
@@ -58,6 +58,5 @@ class LaneRequests:
     async def answer(self, peer: PeerID, request: OpenLane) -> LaneOpened:
         """Answers :data:`OPEN_LANE`."""
         if request.stripes:
-            self._open_stripes_to(peer, request.stripes)
-            return LaneOpened(True)
+            return LaneOpened(self._open_stripes_to(peer, request.stripes))
         return LaneOpened(await self._open_lane_to(peer))

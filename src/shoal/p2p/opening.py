@@ -54,11 +54,11 @@ class OpenedStream(AbstractAsyncContextManager[Stream]):
     ) -> None:
         assert self._stream is not None
         assert self._state is not None
-        if self._timer is not None:
-            self._timer.cancel()
         try:
             if kind is None:
                 self._state.finish()
                 await self._stream.delivered()
         finally:
+            if self._timer is not None:
+                self._timer.cancel()
             self._stream.reset(ResetCode.CANCELLED, "the opener has left the stream")

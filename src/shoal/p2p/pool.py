@@ -40,6 +40,16 @@ class PeerConnections:
         return any(connection.is_open for connection in self.all())
 
     @property
+    def stripe_count(self) -> int:
+        """Lanes for pieces that stand, to whichever process of the peer."""
+        return sum(lane.is_open for lane in self._lanes[Lane.STRIPE])
+
+    @property
+    def was_dialed(self) -> bool:
+        """Whether a connection stands that this host dialed: the peer really is at one of its addresses."""
+        return any(one.is_open and one.role is Role.INITIATOR for one in self.all())
+
+    @property
     def last_sign(self) -> float:
         """When the peer last showed life on a connection that stands, in seconds of the loop; -inf: none stands."""
         return max(
@@ -75,11 +85,12 @@ class PeerConnections:
                 return connection
         return None
 
-    def bulk(self) -> list[Connection]:
-        """The bulk lanes, the least loaded one first."""
-        return sorted(
-            (lane for lane in self._lanes[Lane.BULK] if lane.is_open), key=lambda connection: connection.load
-        )
+    def bulk(self, incarnation: int | None = None) -> list[Connection]:
+        """The bulk lanes, the least loaded one first: those to one process of the peer, or all."""
+        lanes = [lane for lane in self._lanes[Lane.BULK] if lane.is_open]
+        if incarnation is not None:
+            lanes = [lane for lane in lanes if lane.incarnation == incarnation]
+        return sorted(lanes, key=lambda connection: connection.load)
 
     def stripes(self, incarnation: int) -> list[Connection]:
         """The lanes for pieces to one process of the peer, the oldest first."""
@@ -92,6 +103,10 @@ class PeerConnections:
             if connection.channel_id == channel_id and connection.incarnation == incarnation:
                 return connection.streams
         return None
+
+    def forget_process(self, incarnation: int) -> None:
+        """The last connection to that process of the peer has ended."""
+        self.bundles.pop(incarnation, None)
 
     def lane_report(self, incarnation: int | None) -> LaneReport | None:
         """How payloads to one process of the peer travel; None if none have."""

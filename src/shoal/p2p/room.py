@@ -12,6 +12,7 @@ from shoal.p2p.connection import Connection
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.session import Role
 from shoal.p2p.protocol.violations import EndKind
+from shoal.p2p.rpc import Lane
 
 NO_ROOM = "too many connections"
 
@@ -81,8 +82,13 @@ def _no_room(reason: str) -> wire.Refusal:
 
 
 def _close_oldest(connections: Iterable[Connection], new: Connection) -> bool:
-    """Close the one that was not used for longest; False if all are in use."""
+    """Close the one that was not used for longest, a lane for pieces before any other; False if all are in use."""
     idle = [one for one in connections if one.is_idle and one is not new]
+    if new.lane is Lane.STRIPE:
+        idle = [
+            one for one in idle if one.lane is Lane.STRIPE
+        ]  # the other kinds are of more use than one lane more
     if idle:
-        min(idle, key=lambda one: one.last_used).close(NO_ROOM, EndKind.NO_ROOM)
+        oldest = min(idle, key=lambda one: (one.lane is not Lane.STRIPE, one.last_used))
+        oldest.close(NO_ROOM, EndKind.NO_ROOM)
     return bool(idle)

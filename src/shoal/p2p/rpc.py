@@ -200,12 +200,13 @@ class Stream:
         self._state.finish()
 
     async def delivered(self) -> None:
-        """Wait until the other side has all striped payloads: what ends the stream would overtake them.
+        """Wait until the other side has all striped payloads: what ends the stream would overtake them, and until then
+        their memory must stay as it is.
 
         Gives up if it confirms none for :data:`DELIVERY_TIMEOUT` seconds.
         """
         try:
-            while self._state.unconfirmed and self._state.failure is None and not self._state.remote_finished:
+            while self._state.unconfirmed and self._state.failure is None:
                 async with asyncio.timeout(DELIVERY_TIMEOUT):
                     await self._wait()
         except TimeoutError:

@@ -12,13 +12,14 @@ _TCP_CONGESTION = 13
 _TCP_NOTSENT_LOWAT = 25
 _RTT, _CWND, _TOTAL_RETRANS = 15, 18, 23
 """Places among the 32-bit numbers behind the first eight bytes."""
+_UNKNOWN = 2**32 - 1
 _WORDS = struct.Struct("=8x24I")
 _LATER = struct.Struct("=4Q2I4IQ")
 """Pacing rates, bytes, segments, then the smallest round-trip time and the segments with data."""
 
 
 class TcpInfo(NamedTuple):
-    """Of one connection since it was made; times in seconds."""
+    """Of one connection since it was made; times in seconds, 0 until measured."""
 
     rtt: float
     min_rtt: float
@@ -47,7 +48,7 @@ def read(transport: Any) -> TcpInfo | None:
     later = _LATER.unpack_from(raw, _WORDS.size)
     return TcpInfo(
         rtt=words[_RTT] / 1e6,
-        min_rtt=later[7] / 1e6,
+        min_rtt=0.0 if later[7] == _UNKNOWN else later[7] / 1e6,
         cwnd=words[_CWND],
         segments_sent=later[9],
         retransmitted=words[_TOTAL_RETRANS],

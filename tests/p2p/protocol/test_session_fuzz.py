@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shoal.errors import ProtocolViolation
 from shoal.p2p.identity import Identity
-from shoal.p2p.protocol.frames import CHUNK_BYTES, FrameKind, Limits
+from shoal.p2p.protocol.frames import CHUNK_BYTES, FrameKind, Limits, Piece, PieceReceived
 from shoal.p2p.protocol.preamble import Versions
 from shoal.p2p.protocol.sealing import seal_message
 from shoal.p2p.protocol.session import Role, Session
@@ -130,7 +130,25 @@ bodies = st.one_of(
         bytes
     ),
 )
-plaintexts = st.one_of(st.binary(max_size=60), headers, st.tuples(headers, bodies).map(b"".join), bodies)
+piece_headers = st.builds(
+    lambda length, home, number, tag, total, offset: struct.pack(
+        ">BBIIQIQII", FrameKind.PIECE, 0, 1, length, home, number, tag, total, offset
+    ),
+    lengths,
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**64 - 1),
+    lengths,
+    st.one_of(lengths, st.integers(0, 3).map(lambda index: index * CHUNK_BYTES)),
+)
+plaintexts = st.one_of(
+    st.binary(max_size=60),
+    headers,
+    st.tuples(headers, bodies).map(b"".join),
+    bodies,
+    piece_headers,
+    st.tuples(piece_headers, bodies).map(b"".join),
+)
 
 
 @given(
@@ -142,6 +160,47 @@ def test_any_plaintext_that_is_well_encrypted(role: Role, texts: list[bytes], pi
     cipher = peer._sender
     assert cipher is not None
     assert_harmless(victim, b"".join(seal_message(cipher, text) for text in texts), pieces)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 3),
+            st.sampled_from([1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 200_000]),
+            st.sampled_from(["piece", "message", "payload"]),
+        ),
+        max_size=6,
+    ),
+    st.lists(st.integers(1, 70_000), max_size=30),
+)
+@settings(max_examples=50)
+def test_pieces_pass_between_frames_in_any_split(
+    frames: list[tuple[int, int, str]], pieces: list[int]
+) -> None:
+    victim, peer = connected(Role.RESPONDER)
+    written: list[tuple[Piece, bytearray]] = []
+
+    def place(piece: Piece) -> memoryview:
+        written.append((piece, bytearray(piece.size)))
+        return memoryview(written[-1][1])
+
+    victim.piece_sink = place
+    sent: list[Piece] = []
+    for index, total, kind in frames:
+        if kind == "piece" and index * CHUNK_BYTES < total:
+            sent.append(Piece(2**64 - 1, 1, 2**32 - 1, 2**64 - 1, total, index * CHUNK_BYTES))
+            peer.send_piece(sent[-1], memoryview(bytes([len(sent)]) * sent[-1].size))
+        elif kind == "message":
+            peer.send_frame(FrameKind.MESSAGE, 1, b"x" * min(total, 100_000))
+        else:
+            peer.send_payload(1, 0, bytes(total))
+    events = deliver(victim, take(peer), pieces)
+    assert len(events) == len(frames)
+    assert [event.piece for event in events if isinstance(event, PieceReceived)] == sent
+    assert [(one, bytes(data)) for one, data in written] == [
+        (one, bytes([number + 1]) * one.size) for number, one in enumerate(sent)
+    ]
+    victim.receive_eof()
 
 
 @given(

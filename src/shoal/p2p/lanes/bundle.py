@@ -183,7 +183,7 @@ class Bundle:
     # From the connections.
 
     def prepare(self) -> None:
-        """A bulk stream is about to be opened: open what lanes are missing, and watch the path."""
+        """Bulk data is about to be sent: open what lanes are missing, and watch the path."""
         home = next(iter(self._homes()), None)
         if self._memory.choice is None and home is not None:
             # The kernel's own figures: what this process measures is long where it is busy.
@@ -214,7 +214,11 @@ class Bundle:
 
     def stripe(self, home: int, state: StreamState, tag: int, data: memoryview) -> Outgoing | None:
         """Begin to send a payload over all lanes; None if it is to go out on its stream's connection, ``home``."""
-        if len(data) <= CHUNK_BYTES or not state.may_stripe or len(self._active()) < 2:
+        if len(data) <= CHUNK_BYTES or not state.may_stripe:
+            return None
+        if self._timer is None:
+            self.prepare()  # the peer has opened the stream
+        if len(self._active()) < 2:
             return None
         number = state.begin_striped(tag, len(data))
         payload = Outgoing(
@@ -354,12 +358,13 @@ class Bundle:
     def _choose(self, lanes: list[BulkLane], rtt: float, counted: _Count) -> None:
         memory = self._memory
         count = len(lanes) if self._active() else 1
-        if count < self.wanted:
-            return  # some are still being opened
+        is_growing = count < self.wanted
         is_full = counted.full >= MOSTLY * counted.looks
-        if memory.min_rtt >= SHORT_RTT:
-            self._uplink.note(self, self._rate, self._loop.time(), is_full=is_full)
-        peak = memory.peaks[count] = max(self._rate, memory.peaks.get(count, 0.0) * PEAK_DECAY)
+        peak = max(self._rate, memory.peaks.get(count, 0.0) * PEAK_DECAY)
+        if not is_growing:
+            memory.peaks[count] = peak
+            if memory.min_rtt >= SHORT_RTT:
+                self._uplink.note(self, self._rate, self._loop.time(), is_full=is_full)
         path = Path(
             min_rtt=memory.min_rtt,
             rtt=rtt,
@@ -373,6 +378,8 @@ class Bundle:
         if memory.fewer is not None and memory.seconds >= SETTLED_SECONDS:
             before = memory.fewer, memory.peaks.get(memory.fewer, 0.0)
         choice = choose(count, path, self._limit(), before)
+        if is_growing and choice.count >= count:
+            return  # some are still being opened, or cannot be
         if choice.count > count:
             memory.fewer = count
         if choice.count != count:

@@ -44,11 +44,18 @@ class Outgoing:
     next_offset: int = 0
     """From here on nothing has been sent."""
     is_received: bool = False
+    total: int = field(init=False)
+    """Bytes of all of it."""
+    copies: dict[int, int] = field(default_factory=dict)
+    """How often each piece was sent on lanes that live, by the byte at which it begins."""
+
+    def __post_init__(self) -> None:
+        self.total = len(self.data)
 
     @property
     def is_taken(self) -> bool:
         """Whether every piece was sent once."""
-        return self.next_offset >= len(self.data)
+        return self.next_offset >= self.total
 
     @property
     def is_done(self) -> bool:
@@ -57,7 +64,12 @@ class Outgoing:
 
     def piece(self, offset: int) -> Piece:
         """The piece that begins at a byte."""
-        return Piece(self.home, self.stream_id, self.number, self.tag, len(self.data), offset)
+        return Piece(self.home, self.stream_id, self.number, self.tag, self.total, offset)
+
+    def let_go(self) -> None:
+        """It is done: its memory is its sender's again."""
+        self.data = memoryview(b"")
+        self.copies.clear()
 
 
 @dataclass(eq=False)
@@ -122,7 +134,6 @@ class Scheduler:
         self._again: deque[tuple[Outgoing, int]] = deque()
         """Pieces of lanes that died."""
         self._unconfirmed: dict[tuple[int, int, int], Outgoing] = {}
-        self._copies: dict[tuple[Outgoing, int], int] = {}
         self._late: deque[tuple[float, _Sent]] = deque()
         """Pieces that may be worth sending again, and the seconds that they are likely to take where they are."""
         self.lanes: dict[object, LaneBook] = {}
@@ -132,9 +143,11 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is under way."""
+        if not all(payload.is_done for payload in self._unconfirmed.values()):
+            return False  # as a rule the first one says so
         if self._unconfirmed:
             self._forget_unwanted()
-        return not self._unconfirmed
+        return True
 
     @property
     def is_starved(self) -> bool:
@@ -151,6 +164,7 @@ class Scheduler:
         payload = self._unconfirmed.pop((home, stream_id, number), None)
         if payload is not None:
             payload.is_received = True
+            payload.let_go()
             self._forget_if_idle()
 
     def note_progress(self, lane: object, rtt: float, written: int, acknowledged: int, now: float) -> None:
@@ -188,8 +202,8 @@ class Scheduler:
             book.noted_at = now  # it was idle until now
         book.flying.append(_Sent(payload, offset, written, now))
         book.written = written
-        copies = self._copies.get((payload, offset), 0)
-        self._copies[payload, offset] = copies + 1
+        copies = payload.copies.get(offset, 0)
+        payload.copies[offset] = copies + 1
         if copies:
             self.resent += payload.piece(offset).size
 
@@ -200,11 +214,12 @@ class Scheduler:
             return
         for sent in (*book.landed, *book.flying):
             if not sent.payload.is_done:
-                self._copies.pop((sent.payload, sent.offset), None)
+                sent.payload.copies.pop(sent.offset, None)
                 self._again.append((sent.payload, sent.offset))
 
     def look_for_late(self, now: float) -> None:
         """Find the pieces that would take longest where they are, if there is nothing else to send."""
+        self._forget_unwanted()
         self._late.clear()
         if not self.is_starved:
             return
@@ -218,7 +233,7 @@ class Scheduler:
     def _old(self, book: LaneBook, now: float) -> Iterator[_Sent]:
         """Pieces that have been under way for a while, and may be sent again."""
         for sent in book.flying:
-            copies = self._copies.get((sent.payload, sent.offset), 0)
+            copies = sent.payload.copies.get(sent.offset, 0)
             if now - sent.at < max(LEAST_AGE, 2 * book.rtt) * copies:
                 break  # so are those behind it
             if copies < MAX_COPIES and not sent.payload.is_done:
@@ -243,16 +258,14 @@ class Scheduler:
     def _forget_unwanted(self) -> None:
         gone = [key for key, payload in self._unconfirmed.items() if payload.is_done]
         for key in gone:
-            del self._unconfirmed[key]
+            self._unconfirmed.pop(key).let_go()
         self._forget_if_idle()
 
     def _forget_if_idle(self) -> None:
-        """Let go of what was sent: the memory is its sender's again."""
         if self._unconfirmed:
             return
         self._waiting.clear()
         self._again.clear()
-        self._copies.clear()
         self._late.clear()
         for book in self.lanes.values():
             book.flying.clear()

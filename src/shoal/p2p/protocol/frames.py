@@ -307,7 +307,7 @@ class FrameDecoder:
         self._piece: Piece | None = None
         self._header = _Header(FrameKind.PING, 0, 0, 0, 0)
         self._received = 0
-        self._pieces: list[bytes] = []
+        self._chunks: list[bytes] = []
 
     @property
     def awaits_data(self) -> bool:
@@ -329,13 +329,13 @@ class FrameDecoder:
     def release(self) -> None:
         """Let go of the frame under way: the rest of it will not come."""
         self.payload = self._piece = None
-        self._pieces = []
+        self._chunks = []
         self._received = self._header.length
 
     def receive_message(self, message: bytes) -> FrameReceived | PayloadReceived | None:
         """Take a message that is no part of a payload; return the frame that it completes."""
         if self._received < self._header.length:
-            return self._receive_piece(message)
+            return self._receive_chunk(message)
         header = _decode_header(message, self._rules, self._remote_is_initiator)
         kind, stream_id, length, tag, begin = header
         if kind is FrameKind.PIECE:
@@ -382,14 +382,14 @@ class FrameDecoder:
         data, self.payload = self.payload, None
         return PayloadReceived(self._header.stream_id, self._header.tag, data)
 
-    def _receive_piece(self, message: bytes) -> FrameReceived | None:
+    def _receive_chunk(self, message: bytes) -> FrameReceived | None:
         self._check_chunk(len(message))
-        self._pieces.append(message)
+        self._chunks.append(message)
         self._received += len(message)
         if self._received < self._header.length:
             return None
-        body = b"".join(self._pieces)
-        self._pieces = []
+        body = b"".join(self._chunks)
+        self._chunks = []
         return FrameReceived(self._header.kind, self._header.stream_id, body)
 
     def _check_chunk(self, size: int) -> None:

@@ -11,13 +11,14 @@ from shoal.p2p.protocol.frames import CHUNK_BYTES, Piece
 
 
 class Assembly:
-    """One payload. ``memory`` is where its receiver wants it."""
+    """One payload, in ``memory``; ``is_placed``: whether its receiver has chosen that, and it stays there."""
 
-    __slots__ = ("_is_written", "_missing", "memory", "tag")
+    __slots__ = ("_is_written", "_missing", "is_placed", "memory", "tag")
 
-    def __init__(self, tag: int, memory: memoryview) -> None:
+    def __init__(self, tag: int, memory: memoryview, *, is_placed: bool = True) -> None:
         self.tag = tag
         self.memory = memory
+        self.is_placed = is_placed
         self._missing = -(-len(memory) // CHUNK_BYTES)
         self._is_written = bytearray(self._missing)
 
@@ -38,6 +39,11 @@ class Assembly:
         if self._is_written[piece.offset // CHUNK_BYTES]:
             return None
         return self.memory[piece.offset : piece.offset + piece.size]
+
+    def move_to(self, memory: memoryview) -> None:
+        """Its receiver wants it here instead: what has come of it is copied, the rest goes here."""
+        memory[:] = self.memory
+        self.memory, self.is_placed = memory, True
 
     def note_written(self, piece: Piece) -> bool:
         """The piece was verified, and is in its place. Returns whether the payload is complete now."""

@@ -8,7 +8,7 @@ may overdraw it, so that the receiver's memory is bounded by its window plus one
 for all of it: it may be large, and it must not arrive before its receiver has given it a place. The receiver gives
 credit back when the application has taken items, once that makes half a window.
 
-Windows bound one stream; :class:`UnreadBytes` bounds what all streams that the peer opened make this side hold:
+Windows bound one stream; :class:`.unread.UnreadBytes` bounds what all streams that the peer opened make this side hold:
 messages that nobody has taken, requests that are being answered, and payloads that nobody has asked for. What would
 exceed it is not kept: its stream is reset as ``busy``. The answers to what this side asked are bounded by what it asks.
 
@@ -32,6 +32,7 @@ from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.protocol.frames import FrameKind, Piece
 from shoal.p2p.protocol.pieces import Assembly, Numbers
+from shoal.p2p.protocol.unread import UnreadBytes
 
 ITEM_COST = 64
 MAX_CREDIT = 1 << 40
@@ -58,8 +59,8 @@ class _Awaited(_Unsunk):
 
 
 @dataclass(frozen=True)
-class _Striped(Payload):
-    """A payload that arrives in pieces."""
+class _Striped:
+    """The place of a payload that arrives in pieces."""
 
     assembly: Assembly
 
@@ -69,32 +70,6 @@ Item = wire.Body | Payload
 
 def _nobody_listens() -> None:
     """Stands for the observer of a stream that has none."""
-
-
-class UnreadBytes:
-    """What the streams that a peer opened on one connection make this side hold, and how much that may be."""
-
-    __slots__ = ("_limit", "_used")
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._used = 0
-
-    def take(self, count: int) -> bool:
-        """Note ``count`` more bytes, or nothing and False if they are too many."""
-        if self._used + count > self._limit:
-            return False
-        self._used += count
-        return True
-
-    def give_back(self, count: int) -> None:
-        """``count`` bytes are held no more."""
-        self._used -= count
-
-    @property
-    def refusal(self) -> str:
-        """Why nothing more is taken."""
-        return f"more than {self._limit} bytes of messages on this connection wait to be read"
 
 
 class StreamState:
@@ -141,7 +116,7 @@ class StreamState:
         self.local_finished = False
         self.remote_finished = False
         self.failure: ShoalError | None = None
-        self.received: deque[Item] = deque()
+        self.received: deque[Item | _Striped] = deque()
         self.on_change: Callable[[], None] = _nobody_listens
         """Called after everything that somebody may wait for: items, credit, the end."""
         self.on_closed = on_closed
@@ -165,8 +140,9 @@ class StreamState:
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing more can happen on this stream."""
-        return self.failure is not None or (self.local_finished and self.remote_finished)
+        """Whether nothing more can happen on this stream: of striped payloads, too, none may have to be sent again."""
+        is_over = self.local_finished and self.remote_finished and not self.unconfirmed
+        return self.failure is not None or is_over
 
     # Sending. The caller has made sure that the stream has not failed and that there is credit.
 
@@ -184,8 +160,8 @@ class StreamState:
 
     @property
     def may_stripe(self) -> bool:
-        """Whether the receiver has given a window for payloads, and so knows the stream."""
-        return self.send_window > INITIAL_WINDOW
+        """Whether the receiver has given a window for payloads, and so knows the stream, and there is a number left."""
+        return self.send_window > INITIAL_WINDOW and self._striped_sent <= wire.MAX_NUMBER
 
     def begin_striped(self, tag: int, length: int) -> int:
         """Say that the next item is a striped payload, and take the credit for it. Returns its number."""
@@ -207,7 +183,10 @@ class StreamState:
             return
         self.local_finished = True
         self._send_frame(FrameKind.END, self.id, last_message)
-        if self.remote_finished:
+        self._close_if_over()
+
+    def _close_if_over(self) -> None:
+        if self.is_closed:
             self.on_closed(self)
 
     def reset(self, code: str, message: str, failure: ShoalError) -> None:
@@ -233,8 +212,9 @@ class StreamState:
         """The next item, whose credit goes back to the sender; None if there is none."""
         if not self.received or not _is_whole(self.received[0]):
             return None
-        item = self.received.popleft()
-        self._give_back(_held_for(item))
+        taken = self.received.popleft()
+        self._give_back(_held_for(taken))
+        item = Payload(taken.assembly.tag, taken.assembly.memory) if isinstance(taken, _Striped) else taken
         self._pending_grant += ITEM_COST + (len(item.data) if isinstance(item, Payload) else len(item))
         # So early that a payload of half a window passes, whatever is still to be given back.
         if (self._pending_grant + ITEM_COST) * 2 >= self._window:
@@ -243,7 +223,8 @@ class StreamState:
 
     def take_request(self) -> Item | None:
         """The one message of a unary call; it counts as unread until the call is answered (:meth:`release`)."""
-        return self.received.popleft() if self.received else None
+        item = self.received.popleft() if self.received else None
+        return None if isinstance(item, _Striped) else item
 
     def release(self) -> None:
         """Nobody serves the stream any more, so nobody holds what came on it."""
@@ -269,8 +250,8 @@ class StreamState:
             self._grant()
 
     def _place_early(self, sink: Sink) -> None:
-        """Move payloads that have arrived to where the sink says; it may end the stream, which drops them."""
-        placed: deque[Item] = deque()
+        """Move what has arrived to where the sink says; it may end the stream, which drops all of it."""
+        placed: deque[Item | _Striped] = deque()
         before = sum(map(_held_for, self.received))
         for item in list(self.received):
             placed.append(_placed(item, sink))
@@ -278,6 +259,11 @@ class StreamState:
                 return
         self.received = placed
         self._give_back(before - sum(map(_held_for, placed)))
+        for assembly in list(self._arriving.values()):
+            if not assembly.is_placed:
+                assembly.move_to(sink(assembly.tag, len(assembly.memory)))
+            if self.is_closed:
+                return
 
     def _grant(self) -> None:
         count, self._pending_grant = self._pending_grant, 0
@@ -319,7 +305,7 @@ class StreamState:
             raise ProtocolViolation(f"STRIPED with number {number}, not {self._markers}, on stream {self.id}")
         self._markers += 1
         assembly = self._assembly(number, tag, length)
-        if self.is_closed or not self._keep(_Striped(tag, assembly.memory, assembly)):
+        if self.is_closed or not self._keep(_Striped(assembly)):
             return
         self._forget_complete(number, assembly)
 
@@ -347,7 +333,8 @@ class StreamState:
             return assembly
         if number in self._complete or self._ended_by_peer or not self._blocked_grant:
             raise ProtocolViolation(f"a striped payload on stream {self.id} where there can be none")
-        assembly = Assembly(tag, self._take_memory(tag, total))
+        has_sink = self.has_sink
+        assembly = Assembly(tag, self._take_memory(tag, total), is_placed=has_sink)
         if not self.is_closed:  # the sink may have ended the stream
             self._arriving[number] = assembly
         return assembly
@@ -380,20 +367,20 @@ class StreamState:
             if not self._keep(last_message):
                 return
         self._ended_by_peer = True
-        if len(self._arriving) > sum(isinstance(item, _Striped) for item in self.received):
+        if any(number >= self._markers for number in self._arriving):
             raise ProtocolViolation(f"END of stream {self.id} before a striped payload had its place")
         if not self._arriving:
             self._finish_receiving()
 
     def _finish_receiving(self) -> None:
         self.remote_finished = True
-        if self.local_finished:
-            self.on_closed(self)
+        self._close_if_over()
         self.on_change()
 
     def receive_confirmation(self, number: int) -> None:
         """The peer has all of a striped payload."""
         self.unconfirmed.discard(number)
+        self._close_if_over()
         self.on_change()
 
     def receive_credit(self, count: int) -> None:
@@ -409,7 +396,7 @@ class StreamState:
         """Whether payloads go to memory that the application gives."""
         return self._sink is not None
 
-    def _keep(self, item: Item) -> bool:
+    def _keep(self, item: Item | _Striped) -> bool:
         """Put what has arrived where it will be taken; False if the stream was reset instead."""
         count = _held_for(item)
         if self._unread is not None:
@@ -431,18 +418,20 @@ class StreamState:
             raise ProtocolViolation(f"{what} on stream {self.id} after its END")
 
 
-def _is_whole(item: Item) -> bool:
+def _is_whole(item: Item | _Striped) -> bool:
     return not isinstance(item, _Striped) or item.assembly.is_complete
 
 
-def _held_for(item: Item) -> int:
+def _held_for(item: Item | _Striped) -> int:
     """The bytes for which nobody but the peer is responsible; a message without any costs memory too."""
-    if isinstance(item, Payload):
+    if isinstance(item, Payload | _Striped):
         return len(item.data) + ITEM_COST if type(item) is _Unsunk else 0
     return len(item) + ITEM_COST
 
 
-def _placed(item: Item, sink: Sink) -> Item:
+def _placed(item: Item | _Striped, sink: Sink) -> Item | _Striped:
+    if isinstance(item, _Striped) and not item.assembly.is_placed:
+        item.assembly.move_to(sink(item.assembly.tag, len(item.assembly.memory)))
     if not isinstance(item, _Unsunk):
         return item
     memory = sink(item.tag, len(item.data))

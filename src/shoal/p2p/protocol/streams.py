@@ -14,7 +14,8 @@ from shoal.errors import ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.protocol.frames import MAX_STREAM_ID, FrameKind, Piece, is_opened_by
-from shoal.p2p.protocol.stream_state import SendFrame, StreamState, UnreadBytes
+from shoal.p2p.protocol.stream_state import SendFrame, StreamState
+from shoal.p2p.protocol.unread import UnreadBytes
 
 
 def _keep_payload() -> None:

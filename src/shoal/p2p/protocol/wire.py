@@ -37,6 +37,8 @@ MAX_ADDRESSES = MAX_ANNOUNCED
 MAX_ADDRESS = 512
 MAX_PROOF = 256
 PING_BYTES = 8
+MAX_NUMBER = 2**32 - 1
+"""Of a striped payload of one stream."""
 
 Body = bytes | bytearray | memoryview
 
