@@ -230,3 +230,22 @@ def test_bulk_connections_over_long_paths_ask_for_a_congestion_control(kernel: K
             task.cancel()
 
     run(main)
+
+
+def test_a_peer_that_has_moved_is_at_the_end_of_another_path(kernel: Kernel):
+    async def main() -> None:
+        kernel.rtt = 0.0005
+        async with Swarm() as swarm:
+            a, b, task = await sending(swarm)
+            await asyncio.sleep(2.0)
+            assert lanes(b, a) == 1
+            task.cancel()
+            kernel.rtt = 0.1
+            swarm.network.move("b", "10.9.9.9")
+            await asyncio.sleep(60.0)
+            async with b.open_stream(a.peer_id, STREAM, lane=Lane.BULK) as stream:
+                await stream.receive()
+                await asyncio.sleep(1.0)
+                assert b.count_connections(a.peer_id)[Lane.STRIPE] == 4
+
+    run(main)

@@ -203,3 +203,24 @@ def test_a_lane_that_is_used_now_and_then_stays():
             assert stripe_of(b, a) is kept
 
     run(main)
+
+
+def test_lanes_leave_half_of_the_connections_to_others():
+    async def main() -> None:
+        async with Swarm() as swarm:
+            server = await swarm.host("server", HostConfig(max_connections=20))
+            server.serve_stream(STREAM, take_all)
+            clients = [await swarm.host(f"c{number}", HostConfig(lanes_per_peer=6)) for number in range(4)]
+            tasks = []
+            for client in clients:
+                client.add_addresses(server.peer_id, server.listen_addresses)
+                await client.connect(server.peer_id, timeout=10)
+                tasks.append(asyncio.ensure_future(send_without_end(client, server)))
+            await asyncio.sleep(8.0)
+            assert sum(lanes(server, client) for client in clients) == 10
+            assert all(server.is_connected(client.peer_id) for client in clients)
+            assert all(not task.done() for task in tasks)
+            for task in tasks:
+                task.cancel()
+
+    run(main)

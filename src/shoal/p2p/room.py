@@ -50,6 +50,11 @@ class Room:
         """Close one that can be spared if there are too many with ``new``; why it is refused if there is none."""
         config = self._config
         opened = [connection for connection in self._connections if connection.is_open]
+        if (
+            new.lane is Lane.STRIPE
+            and sum(one.lane is Lane.STRIPE for one in opened) > config.max_connections // 2
+        ):
+            return _no_room("too many lanes")  # what carries calls and streams has the other half
         of_peer = [connection for connection in opened if connection.remote == new.remote]
         if len(of_peer) > config.max_connections_per_peer and not _close_oldest(of_peer, new):
             return _no_room(f"{NO_ROOM} to one peer")

@@ -39,6 +39,8 @@ MOSTLY = 0.6
 class BulkLane(Protocol):
     """What a bundle needs of a connection."""
 
+    local_ip: str | None
+    remote_ip: str | None
     last_piece: float
     """When it last carried a piece, in seconds of the loop."""
 
@@ -71,6 +73,8 @@ class PathMemory:
     seconds: float = 0.0
     """For how long data was under way since the number of lanes last changed."""
     min_rtt: float = field(default=float("inf"))
+    ends: tuple[str | None, str | None] = (None, None)
+    """The addresses of this host and the peer: a path between others is another one."""
 
 
 class LaneReport(NamedTuple):
@@ -185,6 +189,8 @@ class Bundle:
     def prepare(self) -> None:
         """Bulk data is about to be sent: open what lanes are missing, and watch the path."""
         home = next(iter(self._homes()), None)
+        if home is not None and self._memory.ends != (ends := (home.local_ip, home.remote_ip)):
+            vars(self._memory).update(vars(PathMemory(ends=ends)))
         if self._memory.choice is None and home is not None:
             # The kernel's own figures: what this process measures is long where it is busy.
             info = tcp_info.read(home.outlet.transport)
