@@ -192,11 +192,14 @@ class Cores(Votes):
             self.later(late, lambda: self._begin(me))
             return
         one.has_begun = True
+        early, one.inbox = one.inbox, []
         self.do(me, lambda: self._open(me, one.core.ledger.assignment.spans))
         if me != 0:
             self.do(me, lambda: self._follow(me, 0, 0))
         else:
             self.later(JOIN_TIMEOUT, lambda: self.do(0, lambda: self._expect(0, 0)))
+        for what in early:
+            self.do(me, what)
         self.later(self.snapshot_after(me), lambda: self.do(me, lambda: self._take_snapshot(me)))
 
     def _take_snapshot(self, me: int) -> None:

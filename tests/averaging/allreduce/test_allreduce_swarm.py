@@ -141,6 +141,17 @@ def test_two_followers_that_cannot_hear_each_other_both_commit(one_way: bool):
     run_with(range(100), strike, all_commit(), **EVERYBODY_SERVES)
 
 
+def test_what_waits_for_a_late_leader_comes_in_its_order():
+    """Else it would take a member for a liar that says twice how many averages it has taken."""
+
+    def strike(swarm: Swarm) -> None:
+        swarm.come_late(0, 6.0)
+        swarm.come_late(swarm.size - 1, 3.0)
+
+    few = {"sizes": (6, 7, 8), "auxiliaries": 0.5, "clients": 0.0}
+    run_with(range(20), strike, all_commit(), **few)
+
+
 def test_a_group_in_halves_never_commits_in_both():
     """Founder and half of the others decide; the rest is excluded, or in doubt until it hears of it."""
 
