@@ -328,6 +328,15 @@ def test_a_new_leader_that_is_lost_before_it_led_fails_nobody():
     assert member.lead is Lead.CANDIDATE  # it is its turn
 
 
+def test_clients_do_not_take_each_other_for_lost():
+    """They cannot ask each other. A second leader that is lost would fail the round for them, though all others live."""
+    member = Member(3, 5, can_serve=(True, True, True, False, False), ready=False)
+    member.handle(MemberLost(0, "killed"), MemberAnswered(4, None, None))
+    member.handle(PromiseAsked(1, 1), ExclusionReceived(LOST, 1))
+    assert AskForOutcome((0, 1, 2, 4)) in member.handle(MemberLost(1, "killed"))
+    assert member.core.phase is Phase.EXCHANGING
+
+
 # the outcome
 
 

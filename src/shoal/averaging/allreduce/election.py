@@ -264,6 +264,8 @@ class Election:
     def weigh(self, event: MemberAnswered, now: float) -> None:
         """Take an answer, or the lack of one, as a sign of life or death."""
         member, answer = event.member, event.answer
+        if answer is None and not self.roles.can_talk(self.roles.me, member):
+            return
         if answer is None or isinstance(answer, NotKnown):
             self.lost.add(member)
         else:
