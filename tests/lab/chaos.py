@@ -18,11 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lab_namespaces
 from lab_fault_plan import CELLS, Trial, all_trials
 from lab_faulty_swarm import Laboratory, NotFired, Verdict
 from lab_internet import Internet
 from lab_peers import Template
+
+from shoal.testing import namespaces
 
 ROOT = Path(__file__).parents[2]
 JOURNAL = ROOT / "build" / "chaos.jsonl"
@@ -94,7 +95,7 @@ def run_one(runs: Runs, trial: Trial) -> tuple[Verdict | None, str]:
 def run_all(trials: Sequence[Trial], journal: Journal, stories: Path) -> None:
     """Run what the journal does not have yet."""
     to_do = [trial for trial in trials if trial.name not in journal.entries]
-    why_not = lab_namespaces.why_not()
+    why_not = namespaces.why_not()
     print(f"{len(trials)} faults, {len(trials) - len(to_do)} done before")
     with contextlib.closing(Template()) as template, contextlib.closing(Runs(template)) as runs:
         for number, trial in enumerate(to_do, len(trials) - len(to_do) + 1):

@@ -14,15 +14,16 @@ FOLDER = str(Path(__file__).parent)
 if FOLDER not in sys.path:
     sys.path.insert(0, FOLDER)
 
-import lab_namespaces  # noqa: E402 - beside this file
-from lab_internet import Internet  # noqa: E402
+from lab_internet import Internet  # noqa: E402 - beside this file
 from lab_peers import Swarm, Template  # noqa: E402
+
+from shoal.testing.namespaces import why_not  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def namespaces() -> None:
     """Skip what needs namespaces where there can be none."""
-    reason = lab_namespaces.why_not()
+    reason = why_not()
     if reason is not None:
         pytest.skip(reason)
 

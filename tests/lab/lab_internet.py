@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lab_namespaces import Namespace
+from shoal.testing.namespaces import Namespace
 
 # Nobody's any more (RFC 7526, RFC 7535). Python calls those of the documentation private, these it calls global.
 PUBLIC_IP4 = "192.88.99.{}"

@@ -23,13 +23,13 @@ from functools import partial
 from typing import Any, NoReturn
 
 import lab_fault_program
-import lab_namespaces
 import lab_peer_program
 
 import shoal.averaging.background.service
 import shoal.dht.service
 import shoal.runtime.process_link
 import shoal.runtime.server
+from shoal.testing import namespaces
 
 STANDARD = 3
 """Descriptors below are the standard ones."""
@@ -107,7 +107,7 @@ PROGRAMS: dict[str, Callable[[dict[str, Any]], None]] = {
 def start_peer(program: dict[str, Any], stdin: int, stdout: int, namespace: int | None = None) -> None:
     """In a forked child: be a peer, in the namespace of the template by default."""
     if namespace is not None:
-        lab_namespaces.enter(namespace)
+        namespaces.enter(namespace)
     redirect(stdin, stdout)
     PROGRAMS[program.get("program", "peer")](program)
 

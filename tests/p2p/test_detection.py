@@ -11,12 +11,15 @@ import msgspec
 import pytest
 import uvloop
 
+from shoal.errors import ConnectionLost
+from shoal.p2p import tcp_info
 from shoal.p2p.config import HostConfig
 from shoal.p2p.host import Host
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import TcpNetwork
 from shoal.p2p.protocol.violations import EndKind
 from shoal.p2p.rpc import Lane, Method
+from shoal.p2p.tcp_info import TcpInfo
 from shoal.testing import clock
 from shoal.testing.network import SimulatedNetwork
 from shoal.testing.peers import make_host, make_identity
@@ -276,3 +279,34 @@ def test_a_machine_that_stood_still_gives_nobody_up(run):
                 await host.close()
 
     run(main())
+
+
+@pytest.mark.parametrize(("kernels_rtt", "limit"), [(0.002, 5.0), (None, 15.0)])
+def test_a_handshake_that_took_long_does_not_make_a_peer_long_dead(monkeypatch, kernels_rtt, limit):
+    """A busy machine takes a second for a handshake over a short path, and is gone before it has answered anything."""
+
+    def read(transport):
+        return None if kernels_rtt is None else TcpInfo(kernels_rtt, kernels_rtt, 10, 1, 0, 1)
+
+    monkeypatch.setattr(tcp_info, "read", read)
+
+    async def main():
+        network = SimulatedNetwork(random.Random(1), latency=(0.001, 0.001))
+        a, b = await make_host(network, "a"), await make_host(network, "b")
+        b.add_addresses(a.peer_id, a.listen_addresses)
+
+        a.serve_stream(STREAM, wait_for_ever)
+        asyncio.get_running_loop().call_later(
+            0.0025, network.hold, "a", "b", 1.0
+        )  # connected, and nothing more
+        async with b.open_stream(a.peer_id, STREAM) as stream:
+            begin = now()
+            network.kill("a", silently=True)
+            with pytest.raises(ConnectionLost, match="no sign of life"):
+                await stream.receive()
+            assert now() - begin <= limit
+            if kernels_rtt is None:
+                assert now() - begin > 5.0  # else the other case shows nothing
+        await b.close()
+
+    clock.run(main)

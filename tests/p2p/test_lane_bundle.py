@@ -94,6 +94,11 @@ def test_lanes_follow_loss_without_a_queue_and_leave_when_it_is_full(kernel: Ker
             report = b.lane_report(a.peer_id)
             assert report is not None
             assert "lost without a queue" in report.reason or "carried no more" in report.reason
+            measured = b.upload_rate
+            assert measured == pytest.approx(
+                24 * 100 * 1400 / 0.05, rel=0.2
+            )  # what the kernel said of all lanes
+            assert a.upload_rate is None
             kernel.rtt = 0.3
             await asyncio.sleep(30.0)
             assert lanes(b, a) == 1
@@ -110,6 +115,7 @@ def test_a_short_path_has_one_lane(kernel: Kernel):
             await asyncio.sleep(3.0)
             assert b.count_connections(a.peer_id)[Lane.STRIPE] == 0
             assert kernel.asked_for == []
+            assert b.upload_rate is None
             task.cancel()
 
     run(main)

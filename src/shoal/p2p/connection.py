@@ -11,20 +11,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from typing import Protocol, cast
+from typing import cast
 
 from shoal.errors import ConnectionLost, DeadlineExceeded, ProtocolViolation, ShoalError
-from shoal.p2p.calls import Calls, Served
-from shoal.p2p.config import KIB, HostConfig
-from shoal.p2p.identity import Identity, PeerID
-from shoal.p2p.lanes.bundle import Bundle
+from shoal.p2p import tcp_info
+from shoal.p2p.calls import Calls
+from shoal.p2p.config import KIB
+from shoal.p2p.connection_owner import ConnectionOwner
+from shoal.p2p.identity import PeerID
 from shoal.p2p.lanes.scheduler import Outgoing
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.outlet import Outlet
+from shoal.p2p.pacing import ReadingPace
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.claims import UNKNOWN
 from shoal.p2p.protocol.frames import FrameKind, Piece, discard_piece
-from shoal.p2p.protocol.rate_limit import RateLimit
 from shoal.p2p.protocol.session import (
     FrameReceived,
     HandshakeCompleted,
@@ -48,63 +49,12 @@ STRIPE_IDLE = 2.0
 CONNECTION_FRAMES = frozenset({FrameKind.HELLO, FrameKind.GOODBYE, FrameKind.PING, FrameKind.PONG})
 
 
-class ConnectionOwner(Protocol):
-    """What a connection needs of the host."""
-
-    identity: Identity
-    config: HostConfig
-    upload_limit: RateLimit
-    download_limit: RateLimit
-
-    def make_hello(self, connection: Connection) -> wire.Hello:
-        """What this host says of itself."""
-
-    def find_served(self, method: str) -> Served | None:
-        """What answers calls of ``method``."""
-
-    def connection_made(self, connection: Connection) -> wire.Refusal | None:
-        """The transport is connected; what is returned refuses the connection."""
-
-    def contest(self, connection: Connection) -> asyncio.Task[wire.Refusal | None] | None:
-        """The verdict that a connection has to wait for before it is opened, if another one proves its identity."""
-
-    def hear_refusal(self, reason: str, proof: bytes) -> None:
-        """A peer has refused this host because another one holds its identity."""
-
-    def connection_opened(self, connection: Connection) -> wire.Refusal | None:
-        """A peer is known and has said HELLO; what is returned refuses the connection."""
-
-    def connection_ended(self, connection: Connection) -> None:
-        """It carries nothing more; called once for every connection."""
-
-    def connection_closed(self, connection: Connection) -> None:
-        """The transport is closed; called once for every connection that was made."""
-
-    def may_close_idle(self, connection: Connection) -> bool:
-        """Whether an unused connection can be spared."""
-
-    def peer_left(self, connection: Connection) -> None:
-        """The peer has said on it that its process ends."""
-
-    def ask_others(self, connection: Connection) -> None:
-        """Its peer is silent: ask it for a sign of life on its unused connections too."""
-
-    def seen_elsewhere(self, connection: Connection) -> float:
-        """When its peer last showed life on another connection, in seconds of the loop; -inf: on none."""
-
-    def bundle_of(self, connection: Connection) -> Bundle:
-        """The bulk lanes to its peer's process."""
-
-    def home_of(self, connection: Connection, piece: Piece) -> Multiplexer | None:
-        """The streams to which a piece belongs that has come on ``connection``; None if they are gone."""
-
-
 class Connection(asyncio.BufferedProtocol):
     """See the module. ``lane`` is what the dialing side wants it to be; the other side learns it from HELLO."""
 
     def __init__(
         self,
-        owner: ConnectionOwner,
+        owner: ConnectionOwner[Connection],
         role: Role,
         *,
         expected_peer: PeerID | None = None,
@@ -143,6 +93,7 @@ class Connection(asyncio.BufferedProtocol):
         self._session.piece_sink = self._place_piece
         self.outlet = Outlet(self._session, owner.upload_limit, self._peer_does_not_read)
         """What goes out."""
+        self._pace = ReadingPace(owner.download_limit)
         self.vigil = Vigil(self, self.outlet, owner.config)
         """Its time, and the peer's signs of life."""
         self.streams = Multiplexer(
@@ -156,8 +107,6 @@ class Connection(asyncio.BufferedProtocol):
         self.calls = Calls(self, self.streams, owner.find_served, owner.config.max_stream_timeout)
         """Opens streams on this connection, and serves those of the peer."""
         self._transport: asyncio.Transport | None = None
-        self._reads_later = False
-        """Whether reading is paused, to keep the host's rate."""
 
     # Who, and in which state.
 
@@ -214,6 +163,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         self.outlet.connect(self._transport)
+        self._pace.connect(self._transport)
         peername = transport.get_extra_info("peername")
         self.remote_ip = ip_of(peername)
         if self.remote_ip is not None:
@@ -233,8 +183,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         buffer = self._session.get_buffer(sizehint)
-        quantum = self._owner.download_limit.quantum
-        return buffer if quantum is None or self.lane is Lane.CONTROL else buffer[:quantum]
+        return buffer if self.lane is Lane.CONTROL else buffer[: self._pace.quantum]
 
     def buffer_updated(self, nbytes: int) -> None:
         if self.ending is not None:
@@ -246,27 +195,8 @@ class Connection(asyncio.BufferedProtocol):
                     self._receive_event(event)
             except ProtocolViolation as error:
                 self.violate(error)
-        if self._owner.download_limit.is_limited and self.lane is not Lane.CONTROL:
-            self._pause_for_rate(nbytes)
-
-    def _pause_for_rate(self, nbytes: int) -> None:
-        """Read no more for as long as what was read takes at the rate that the host may receive."""
-        now = self._loop.time()
-        self._owner.download_limit.spend(nbytes, now)
-        wait = self._owner.download_limit.wait(now)
-        if wait > 0 and not self._reads_later and self._transport is not None:
-            self._reads_later = True
-            self._transport.pause_reading()
-            self._loop.call_later(wait, self._read_again)
-
-    def _read_again(self) -> None:
-        wait = self._owner.download_limit.wait(self._loop.time())  # other connections have read meanwhile
-        if wait > 0 and self.ending is None:
-            self._loop.call_later(wait, self._read_again)
-            return
-        self._reads_later = False
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.resume_reading()
+        if self.lane is not Lane.CONTROL and self.ending is None:
+            self._pace.note(nbytes)
 
     def eof_received(self) -> bool:
         if self.ending is None:
@@ -309,7 +239,8 @@ class Connection(asyncio.BufferedProtocol):
                 home.receive_piece(event.piece)
         elif isinstance(event, HandshakeCompleted):
             self.remote = event.remote
-            self.vigil.end_handshake()
+            info = tcp_info.read(self._transport)
+            self.vigil.end_handshake(None if info is None else info.rtt)
             if self.role is Role.INITIATOR:
                 self._send_hello()
 

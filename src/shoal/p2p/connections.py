@@ -182,12 +182,19 @@ class Connections:
         """``peer`` asks for so many lanes for pieces, because it cannot dial this host."""
         self._stripes.dial(peer, count)
 
+    @property
+    def upload_rate(self) -> float | None:
+        """Bytes of bulk data a second that this host can send; None: neither measured nor limited."""
+        measured = self._stripes.uplink.peak(asyncio.get_running_loop().time())
+        known = [rate for rate in (measured, self.config.max_upload_rate) if rate]
+        return min(known, default=None)
+
     def bundle_of(self, connection: Connection) -> Bundle:
-        """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
+        """See :class:`~shoal.p2p.connection_owner.ConnectionOwner`."""
         return self._stripes.bundle(connection.peer, connection.incarnation)
 
     def home_of(self, connection: Connection, piece: Piece) -> Multiplexer | None:
-        """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
+        """See :class:`~shoal.p2p.connection_owner.ConnectionOwner`."""
         connections = self._peers.get(connection.peer)
         return None if connections is None else connections.streams_of(piece.home, connection.incarnation)
 
@@ -282,14 +289,14 @@ class Connections:
         return Connection(self, Role.INITIATOR, expected_peer=expected, lane=lane)
 
     def connection_made(self, connection: Connection) -> wire.Refusal | None:
-        """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
+        """See :class:`~shoal.p2p.connection_owner.ConnectionOwner`."""
         self._connections[connection] = None
         if self._is_closing:
             return wire.Refusal("the host is closed")
         return self._room.refuse_dialer(connection)
 
     def connection_opened(self, connection: Connection) -> wire.Refusal | None:
-        """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
+        """See :class:`~shoal.p2p.connection_owner.ConnectionOwner`."""
         peer, hello = connection.peer, connection.hello
         assert hello is not None
         if peer == self.identity.peer_id:
@@ -332,7 +339,7 @@ class Connections:
                 )
 
     def connection_ended(self, connection: Connection) -> None:
-        """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
+        """See :class:`~shoal.p2p.connection_owner.ConnectionOwner`."""
         assert connection.ending is not None
         peer = connection.remote
         connections = None if peer is None else self._peers.get(peer)
@@ -349,11 +356,11 @@ class Connections:
             self._peer_lost(peer, connection.ending)
 
     def connection_closed(self, connection: Connection) -> None:
-        """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
+        """See :class:`~shoal.p2p.connection_owner.ConnectionOwner`."""
         self._connections.pop(connection, None)
 
     def may_close_idle(self, connection: Connection) -> bool:
-        """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
+        """See :class:`~shoal.p2p.connection_owner.ConnectionOwner`."""
         assert connection.remote is not None
         idle = asyncio.get_running_loop().time() - connection.last_used
         if connection.lane is not Lane.CONTROL:
@@ -364,14 +371,14 @@ class Connections:
         return idle >= self.config.idle_timeout and self._can_be_had_again(connection)
 
     def peer_left(self, connection: Connection) -> None:
-        """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
+        """See :class:`~shoal.p2p.connection_owner.ConnectionOwner`."""
         assert connection.ending is not None
         for other in self._all_to(connection.peer):
             if other.incarnation == connection.incarnation:
                 other.drop(connection.ending)
 
     def ask_others(self, connection: Connection) -> None:
-        """See :class:`~shoal.p2p.connection.ConnectionOwner`."""
+        """See :class:`~shoal.p2p.connection_owner.ConnectionOwner`."""
         for other in self._all_to(connection.peer):
             if other is not connection and other.is_open:
                 other.vigil.ask()

@@ -294,6 +294,13 @@ class Host:
         lanes = [] if connections is None else [one.lane for one in connections.all() if one.is_open]
         return {lane: lanes.count(lane) for lane in KEPT}
 
+    @property
+    def upload_rate(self) -> float | None:
+        """Bytes of bulk data a second that this host can send to all peers together; None: neither measured nor
+        limited. It is measured over long paths while they are full.
+        """
+        return self._connections.upload_rate
+
     def lane_report(self, peer: PeerID) -> LaneReport | None:
         """How the payloads to ``peer`` travel; None if none have."""
         connections = self._connections.to(peer)

@@ -13,6 +13,7 @@ from shoal.p2p.config import MAX_STRIPES, HostConfig
 from shoal.p2p.dialing import Dialer
 from shoal.p2p.identity import PeerID
 from shoal.p2p.lanes.bundle import Bundle, PathMemory
+from shoal.p2p.lanes.upload_rate import UploadRate
 from shoal.p2p.pool import PeerConnections
 from shoal.p2p.protocol.rate_limit import RateLimit
 from shoal.p2p.reach.routes import Route
@@ -52,6 +53,8 @@ class StripeOpener:
         self._paths: dict[PeerID, PathMemory] = {}
         self._pauses: dict[PeerID, float] = {}
         self._bundles: weakref.WeakSet[Bundle] = weakref.WeakSet()
+        self.uplink = UploadRate()
+        """What the host's uplink takes."""
         self.dials: dict[asyncio.Task[None], None] = {}
         """What is being dialed or asked for."""
 
@@ -67,6 +70,7 @@ class StripeOpener:
                 open_more=lambda count: self._open(peer, count),
                 limit=self._limit,
                 rate=self._owner.upload_limit,
+                uplink=self.uplink,
                 fixed=self._owner.config.lanes_per_peer or None,
             )
             connections.bundles[incarnation] = bundle

@@ -76,10 +76,14 @@ class Vigil:
         if speaks_first:
             self._began = now
 
-    def end_handshake(self) -> None:
-        """The peer is known. Between our first handshake message and this one lies one round trip, at either side."""
+    def end_handshake(self, kernels_rtt: float | None) -> None:
+        """The peer is known. Between our first handshake message and this one lies one round trip, at either side. It
+        holds the work of both, which takes long where a machine is busy: what the kernel measured, in seconds, counts
+        if it is less.
+        """
         now = self._loop.time()
-        self._keepalive.measure(now - (now if self._began is None else self._began))
+        took = now - (now if self._began is None else self._began)
+        self._keepalive.measure(took if kernels_rtt is None else min(took, kernels_rtt))
 
     def begin_watch(self) -> None:
         """The peer has said HELLO and is let in: look for signs of life from now on."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from shoal.averaging.allreduce import exchange
 from shoal.averaging.allreduce.assignment import Assignment, Span
 from shoal.averaging.allreduce.exchange import (
     NOT_FINITE,
@@ -17,6 +20,8 @@ from shoal.averaging.allreduce.exchange import (
 from shoal.averaging.load_balancing import load_balance_peers
 from shoal.averaging.partition import Layout, Partition
 from shoal.compression import BFloat16Compression, CompressionBase, Float16Compression, NoCompression
+from shoal.compression.base import tensor_bytes
+from shoal.compression.registry import CODECS
 from shoal.errors import AllreduceException, ProtocolViolation
 
 SHAPES = [(300, 7), (), (0,), (1000,)]
@@ -55,13 +60,12 @@ class Group:
             self.layout.tensor_view(arena.snapshot, index).copy_(tensor.reshape(-1))
         return arena
 
+    def foreign(self, me: int, owner: int) -> ForeignSpan:
+        return ForeignSpan(self.partition, self.spans[owner], self.arenas[me])
+
     def exchange(self) -> None:
         members = range(len(self.own))
-        foreign = {
-            (me, owner): ForeignSpan(self.partition, self.spans[owner], self.arenas[me])
-            for me in members
-            for owner in members
-        }
+        foreign = {(me, owner): self.foreign(me, owner) for me in members for owner in members}
         for owner in members:
             for index in range(len(self.own[owner].parts)):
                 for sender in reversed(members):  # the order of arrival must not matter
@@ -134,6 +138,63 @@ def test_values_that_are_not_finite_are_left_out_and_name_their_sender():
     assert group.own[0].average(0) == {1: Offence(NOT_FINITE, 0)}
     own = group.layout.part_view(group.arenas[0].snapshot, part)
     assert torch.equal(group.layout.part_view(group.arenas[0].average, part), own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bad", [[math.nan], [math.inf], [-math.inf], [math.inf, -math.inf]], ids=str)
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [1e9, 5e-324, 5e-324], [1.0, 0.3, 0.3]], ids=str)
+def test_no_average_hides_an_element_that_is_not_finite(dtype: torch.dtype, bad: list[float], weights):
+    """A single element is enough, also of senders whose weights hardly count."""
+    group = Group(3, NoCompression(), dtype, weights=weights)
+    part = group.own[0].parts[0]
+    for sender, value in enumerate(bad, start=1):
+        values = torch.ones(part.count, dtype=dtype)
+        values[part.count // 2] = value
+        group.send(tensor_bytes(values), owner=0, sender=sender, index=0)
+    assert group.own[0].average(0) == dict.fromkeys(range(1, len(bad) + 1), Offence(NOT_FINITE, 0))
+    own = group.layout.part_view(group.arenas[0].snapshot, part)
+    assert torch.equal(group.layout.part_view(group.arenas[0].average, part), own)
+
+
+def test_a_sender_without_weight_is_looked_at_all_the_same():
+    group = Group(2, NoCompression(), weights=[1.0, 0.0])
+    bad = torch.full((group.own[0].parts[0].count,), math.nan)
+    group.send(tensor_bytes(bad), owner=0, sender=1, index=0)
+    assert group.own[0].average(0) == {1: Offence(NOT_FINITE, 0)}
+
+
+def test_a_healthy_part_is_looked_at_once_at_its_owner(monkeypatch: pytest.MonkeyPatch):
+    """Each look is a pass over memory, and there would be one for each sender."""
+    looks: list[torch.Tensor] = []
+    monkeypatch.setattr(exchange, "is_finite", lambda values: looks.append(values) or True)
+    group = Group(4, NoCompression())
+    for sender in (1, 2, 3):
+        group.send(group.foreign(sender, 0).to_send(0), owner=0, sender=sender, index=0)
+    group.own[0].average(0)
+    assert len(looks) == 1
+
+
+def test_plain_parts_leave_from_the_memory_where_they_lie():
+    group = Group(2, NoCompression())
+    sent = group.foreign(0, 1).to_send(1)
+    part = group.own[1].parts[1]
+    sent[:4] = bytes(4)
+    assert group.layout.part_view(group.arenas[0].snapshot, part)[0] == 0
+
+
+def test_a_codec_of_the_users_own_is_asked_although_it_inherits(monkeypatch: pytest.MonkeyPatch):
+    class Doubling(NoCompression):
+        compression_type = 77
+
+        def encode(self, part: torch.Tensor) -> memoryview:
+            return super().encode(part * 2)
+
+    codec = Doubling()
+    monkeypatch.setitem(CODECS._codecs, codec.compression_type, codec)
+    group = Group(2, codec)
+    part = group.own[1].parts[0]
+    sent = torch.frombuffer(group.foreign(0, 1).to_send(0), dtype=torch.float32)
+    assert torch.equal(sent, 2 * group.layout.part_view(group.arenas[0].snapshot, part))
 
 
 def test_values_whose_sum_overflows_have_an_average():

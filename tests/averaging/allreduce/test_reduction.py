@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.averaging.allreduce.reduction import (
-    CHUNK,
+    CHUNK_NBYTES,
     OutOfRangeError,
     apply_difference,
     encode_difference,
@@ -19,6 +19,9 @@ from shoal.compression import Float16Compression, ScaledFloat16Compression
 from shoal.compression.base import FLOATING_DTYPES, tensor_bytes
 from shoal.compression.finite import is_finite
 from shoal.errors import InvalidValueError
+
+CHUNK = CHUNK_NBYTES // 4
+"""Elements of a sum in float32 that are worked on at a time."""
 
 DTYPES = list(FLOATING_DTYPES.values())
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -101,7 +104,7 @@ def test_operations_round_once_so_that_every_machine_gets_the_same_bits():
     wide = [part.double().numpy() for part in parts]
     total = (wide[0] + wide[1] * (1.7 / 4)) + wide[2] * (0.3 / 4)
     divisor = math.fsum([1.0, 1.7 / 4, 0.3 / 4])
-    assert torch.equal(reduced(parts, weights), torch.from_numpy(total / divisor).float())
+    assert torch.equal(reduced(parts, weights), torch.from_numpy(total * (1 / divisor)).float())
 
 
 @dtypes

@@ -140,3 +140,14 @@ def test_all_members_compute_the_same_lineage_and_it_is_small():
 )
 def test_a_lineage_out_of_bounds_is_refused(lineage):
     assert "lineage" in (lineage_problem(lineage) or "")
+
+
+def test_helpers_alone_are_cut_too():
+    """They may be all that is left of the candidates when the other groups are intact."""
+    candidates = swarm(4)
+    rng = random.Random(1)
+    for _ in range(2):
+        candidates, _ = one_round(candidates, 2, rng)
+    helpers = tuple(candidate._replace(contributes=False) for candidate in candidates)
+    groups = mix(helpers, (2, 2))
+    assert sorted(member for group in groups for member in group) == sorted(helpers)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shoal.averaging.partition import Layout
 from shoal.averaging.trainer import tensors as tensors_module
-from shoal.averaging.trainer.tensors import CHUNK_NBYTES, TensorStore, first_non_finite
+from shoal.averaging.trainer.tensors import CHUNK_NBYTES, TensorStore
 from shoal.compression.base import FLOATING_DTYPES, tensor_bytes
 from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidValueError
 
@@ -322,24 +322,6 @@ def test_wrong_areas(area):
     store = store_of(torch.zeros(3))
     with pytest.raises(InvalidValueError, match="64 bytes"):
         store.snapshot(area)
-
-
-def test_first_non_finite():
-    tensors = [torch.zeros(3), torch.zeros(2, dtype=torch.float64), torch.zeros(100_000), torch.zeros(0)]
-    store = store_of(*tensors)
-    assert first_non_finite(store.layout, snapshot_of(store)) is None
-    tensors[2][99_999] = math.nan
-    assert first_non_finite(store.layout, snapshot_of(store)) == 2
-    tensors[1][0] = -math.inf
-    assert first_non_finite(store.layout, bytearray(snapshot_of(store).numpy().tobytes())) == 1
-
-
-def test_first_non_finite_of_many_small_ones():
-    tensors = [torch.zeros(size) for size in (0, 2, 0, 1, 3, 0)]
-    store = store_of(*tensors)
-    for index in (4, 3, 1):
-        tensors[index][-1] = math.nan
-        assert first_non_finite(store.layout, snapshot_of(store)) == index
 
 
 def test_thread_pool_of_torch_is_left_alone(monkeypatch):

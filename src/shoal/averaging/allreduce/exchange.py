@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,21 @@ class Arena:
 
     snapshot: torch.Tensor
     average: torch.Tensor
+
+    @cached_property
+    def snapshot_bytes(self) -> memoryview:
+        return tensor_bytes(self.snapshot)
+
+    @cached_property
+    def average_bytes(self) -> memoryview:
+        return tensor_bytes(self.average)
+
+
+def _bytes_of(memory: memoryview, part: Part) -> memoryview:
+    """A part of an area. A slice of memory costs a tenth of a slice of a tensor, whose code the cache has lost by the
+    time when the next part comes.
+    """
+    return memory[part.offset : part.offset + part.memory_nbytes]
 
 
 NOBODY_CONTRIBUTED = "nobody contributes: each member's weight is 0, or it was excluded"
@@ -124,21 +140,15 @@ class OwnSpan:
         codec, dtype = self._layout.codec_of(part), self._layout.dtype_of(part)
         arrived = self._arrived.pop(index, {})
         received, left_out = self._decode(part, arrived)
-        offenders = {sender: Offence(reason, index) for sender, reason in left_out.items()}
-        inputs = dict(received)
-        if self._me in self._weights:
-            inputs[self._me] = self._layout.part_view(self._arena.snapshot, part)
-        senders = sorted(sender for sender in inputs if self._weights.get(sender, 0) > 0)
-        if not senders:
-            raise AllreduceException(NOBODY_CONTRIBUTED)
-        out = self._layout.part_view(self._arena.average, part)
-        values = [inputs[sender] for sender in senders]
-        weights = [self._weights[sender] for sender in senders]
+        out = self._layout.part_in(self._arena.average_bytes, part)
+        values, weights = self._contributions(part, received)
         reduce_part(values, weights, out)
+        # A finite average has only finite terms: as a rule nobody looks at these.
         if not is_finite(out):
-            if not all(map(is_finite, values)):
-                raise AllreduceException("this member's own values are not finite")
-            reduce_wide(values, weights, out)
+            left_out |= _take_not_finite(received)
+            values, weights = self._contributions(part, received)
+            _reduce_carefully(values, weights, out)
+        offenders = {sender: Offence(reason, index) for sender, reason in left_out.items()}
         if self._sample.wants(index):
             self._sample.add(index, values, out)
         if not codec.lossless(dtype):
@@ -149,6 +159,21 @@ class OwnSpan:
                 waiting.pop(sender, None)
         self._recycle(part, arrived.values())
         return offenders
+
+    def _contributions(
+        self, part: Part, received: Mapping[int, torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[float]]:
+        """The versions that count, in the members' order, and their weights.
+
+        :raises AllreduceException: there is none
+        """
+        inputs = dict(received)
+        if self._me in self._weights:
+            inputs[self._me] = self._layout.part_in(self._arena.snapshot_bytes, part)
+        senders = sorted(sender for sender in inputs if self._weights.get(sender, 0) > 0)
+        if not senders:
+            raise AllreduceException(NOBODY_CONTRIBUTED)
+        return [inputs[sender] for sender in senders], [self._weights[sender] for sender in senders]
 
     def _encode_differences(
         self, index: int, codec: CompressionBase, average: torch.Tensor, received: Mapping[int, torch.Tensor]
@@ -164,21 +189,26 @@ class OwnSpan:
     def _decode(
         self, part: Part, arrived: Mapping[int, memoryview]
     ) -> tuple[dict[int, torch.Tensor], dict[int, str]]:
+        """What has come of a part, and why the rest of it is no such part. Nothing is said of NaN in what counts."""
         codec, dtype = self._layout.codec_of(part), self._layout.dtype_of(part)
         decoded: dict[int, torch.Tensor] = {}
         offenders: dict[int, str] = {}
+        is_plain = self._layout.is_plain(part)
         for sender, data in arrived.items():
             try:
-                values = codec.decode(data, dtype, part.count)
+                values = (
+                    torch.frombuffer(data, dtype=dtype) if is_plain else codec.decode(data, dtype, part.count)
+                )
             except ProtocolViolation as e:
                 offenders[sender] = str(e)
                 continue
             except UsageError as e:
                 raise AllreduceException(str(e)) from e  # a mistake in this member's own codec
-            if is_finite(values):
-                decoded[sender] = values
-            else:
-                offenders[sender] = NOT_FINITE
+            decoded[sender] = values
+        weightless = {sender: decoded[sender] for sender in decoded if not self._weights.get(sender, 0) > 0}
+        for sender, reason in _take_not_finite(weightless).items():  # no average would show it
+            del decoded[sender]
+            offenders[sender] = reason
         return decoded, offenders
 
     def _recycle(self, part: Part, memory: Iterable[memoryview]) -> None:
@@ -202,7 +232,29 @@ class OwnSpan:
         difference = self._differences.pop((member, index), None)
         if difference is not None:
             return difference
-        return encode_part(self._layout.codec_of(part), self._layout.part_view(self._arena.average, part))
+        if self._layout.is_plain(part):
+            return _bytes_of(self._arena.average_bytes, part)
+        return encode_part(self._layout.codec_of(part), self._layout.part_in(self._arena.average_bytes, part))
+
+
+def _take_not_finite(received: dict[int, torch.Tensor]) -> dict[int, str]:
+    """Take the versions with NaN or infinity out of ``received``; returns their senders, with the reason."""
+    senders = [sender for sender, values in received.items() if not is_finite(values)]
+    for sender in senders:
+        del received[sender]
+    return dict.fromkeys(senders, NOT_FINITE)
+
+
+def _reduce_carefully(values: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor) -> None:
+    """Average versions of which all but this member's own are finite, and whose sum may overflow.
+
+    :raises AllreduceException: this member's own is not finite
+    """
+    if not all(map(is_finite, values)):
+        raise AllreduceException("this member's own values are not finite")
+    reduce_part(values, weights, out)
+    if not is_finite(out):
+        reduce_wide(values, weights, out)
 
 
 class ForeignSpan:
@@ -220,13 +272,17 @@ class ForeignSpan:
     def to_send(self, index: int) -> Bytes:
         """This member's version of one part, encoded."""
         part = self.parts[index]
-        return encode_part(self._layout.codec_of(part), self._layout.part_view(self._arena.snapshot, part))
+        if self._layout.is_plain(part):
+            return _bytes_of(self._arena.snapshot_bytes, part)
+        return encode_part(
+            self._layout.codec_of(part), self._layout.part_in(self._arena.snapshot_bytes, part)
+        )
 
     def receive_into(self, tag: int, length: int) -> memoryview:
         """Memory for an average: its place in the arena, if it travels as it is."""
         part = self._places.take(tag, length)
         if self._layout.codec_of(part).is_raw(self._layout.dtype_of(part)):
-            return tensor_bytes(self._layout.part_view(self._arena.average, part))
+            return _bytes_of(self._arena.average_bytes, part)
         return memoryview(bytearray(length))
 
     def deliver(self, index: int, data: memoryview) -> None:
@@ -236,11 +292,13 @@ class ForeignSpan:
         """
         part = self.parts[index]
         codec, dtype = self._layout.codec_of(part), self._layout.dtype_of(part)
-        out = self._layout.part_view(self._arena.average, part)
-        if codec.lossless(dtype) or not self.sends:
+        out = self._layout.part_in(self._arena.average_bytes, part)
+        if self._layout.is_plain(part):
+            assert data.obj is self._arena.average_bytes.obj  # it has come to where receive_into() said
+        elif codec.lossless(dtype) or not self.sends:
             codec.decode(data, dtype, part.count, out)
         else:
             difference = codec.decode(data, dtype, part.count)
-            apply_difference(self._layout.part_view(self._arena.snapshot, part), difference, out)
+            apply_difference(self._layout.part_in(self._arena.snapshot_bytes, part), difference, out)
         if not is_finite(out):
             raise NotFiniteError(self._owner)

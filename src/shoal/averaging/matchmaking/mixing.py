@@ -107,6 +107,8 @@ def _deviations(candidates: Sequence[Candidate]) -> IntArray:
         if candidate.lineage.groups and candidate.contributes
     ]
     vectors = np.zeros((len(candidates), DIMENSIONS), dtype=np.int64)
+    if not known:  # helpers alone
+        return vectors
     vectors[known] = [sketch_of(candidates[index].lineage) for index in known]
     vectors[known] -= vectors[known].sum(axis=0) // len(known)
     return vectors

@@ -26,6 +26,17 @@ MAX_SHOWN = 3
 logger = logging.getLogger(__name__)
 
 
+def declared_bandwidth(given: float | None, upload_rate: float | None) -> float | None:
+    """What a peer says of its bandwidth, in Mbit/s: what its user gave, else what it measured, to two digits, so that
+    shares do not change in every round.
+
+    :param upload_rate: bytes a second; None: not known
+    """
+    if given is not None or upload_rate is None:
+        return given
+    return float(f"{8e-6 * upload_rate:.2g}")
+
+
 @dataclass
 class LocalPeer:
     """This peer as a matchmaker sees it; times are those of ``clock``, DHT seconds."""
@@ -119,7 +130,7 @@ class LocalPeer:
             key=place.key,
             schema_hash=self.schema_hash,
             mode=self.mode,
-            bandwidth=self.bandwidth,
+            bandwidth=declared_bandwidth(self.bandwidth, self.node.host.upload_rate),
             addresses=self.addresses(),
             gather=gather,
             start_time=place.order_time,

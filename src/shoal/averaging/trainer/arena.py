@@ -7,7 +7,7 @@ import logging
 import torch
 
 from shoal.averaging.trainer.control import StepControl
-from shoal.averaging.trainer.tensors import TensorStore, first_non_finite
+from shoal.averaging.trainer.tensors import TensorStore
 from shoal.errors import AllreduceException, DeadlineExceeded, InvalidStateError, InvalidValueError
 from shoal.runtime.memory import SharedMemory
 
@@ -62,17 +62,22 @@ class TensorArena:
         weight = control.begin_allreduce()
         if self._auxiliary:
             return weight
-        area = self._area(0)
         try:
             # The next step's request waits behind this one, on the same thread.
-            self.store.snapshot(
-                area, timeout=LOCK_TIMEOUT, abandoned=lambda: control.done() or self._is_ending
+            not_finite = self.store.snapshot(
+                self._area(0),
+                # Else nothing is sent: a peer whose training has diverged may ask for the average.
+                checks_finite=weight > 0,
+                timeout=LOCK_TIMEOUT,
+                abandoned=lambda: control.done() or self._is_ending,
             )
         except DeadlineExceeded as e:
             logger.warning("withdrawing from a round, whose other members wait: %s", e)
             raise AllreduceException(f"withdrawn from the round: {e}") from e
-        if weight > 0:  # else nothing is sent: a peer whose training has diverged may ask for the average
-            self._check_finite(area)
+        if not_finite is not None:
+            raise InvalidValueError(
+                f"{self.store.labels[not_finite]} has NaN or infinite elements; nothing was sent"
+            )
         return weight
 
     def write_average(self) -> None:
@@ -96,10 +101,3 @@ class TensorArena:
             raise InvalidStateError("the averager was shut down")
         size = self.store.layout.nbytes
         return self._memory.buffer[number * size : (number + 1) * size]
-
-    def _check_finite(self, area: memoryview) -> None:
-        index = first_non_finite(self.store.layout, area)
-        if index is not None:
-            raise InvalidValueError(
-                f"{self.store.labels[index]} has NaN or infinite elements; nothing was sent"
-            )

@@ -104,8 +104,8 @@ class DecentralizedAverager(AveragerBase):
     :param state_compression: the codec of the state that others download from this peer
     :param tensor_infos: what each tensor is for, one :class:`~shoal.compression.CompressionInfo` for each; for codecs
       that choose by it
-    :param bandwidth: of this peer, in Mbit/s; faster peers average a larger share. None: as the mean of those
-      that gave theirs; 0: averages nothing, unless all say so.
+    :param bandwidth: of this peer, in Mbit/s; faster peers average a larger share. None: what it measured over
+      long paths, if it has sent enough; else the mean of the others' figures. 0: averages nothing, unless all say so.
     :param min_vector_size: a member whose share would have fewer elements than this averages nothing; the same at all
       peers
     :param auxiliary: help others with averaging without tensors of one's own: nothing is sent of them and they do not

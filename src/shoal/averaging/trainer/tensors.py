@@ -13,7 +13,6 @@ written when the user calls, and tells autograd.)
 from __future__ import annotations
 
 import logging
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -25,11 +24,11 @@ import torch
 
 from shoal.averaging.partition import Layout
 from shoal.averaging.trainer.current import CurrentTensors, Unchanged
+from shoal.averaging.trainer.finite_scan import SINGLE_THREADED_ELEMENTS, FiniteScan
 from shoal.averaging.trainer.locks import MemoryGuard
 from shoal.averaging.trainer.lost_updates import UpdateWatch
 from shoal.averaging.trainer.sources import HeldTensors, TensorSource
 from shoal.compression.base import UINT8, tensor_array
-from shoal.compression.finite import is_finite
 from shoal.errors import InvalidStateError, InvalidValueError
 
 logger = logging.getLogger(__name__)
@@ -37,9 +36,10 @@ logger = logging.getLogger(__name__)
 Area: TypeAlias = torch.Tensor | memoryview | bytearray
 """An arena of ``layout.nbytes`` bytes: a one-dimensional uint8 CPU tensor, or writable memory."""
 
-CHUNK_NBYTES = 1 << 20
-MERGE_ELEMENTS = 1 << 15
-"""What is computed on at a time: the most elements for which torch does not wake its intra-op threads."""
+CHUNK_NBYTES = 1 << 18
+"""What is copied at a time, so that what follows on a look at it finds it in the cache."""
+MERGE_ELEMENTS = SINGLE_THREADED_ELEMENTS
+"""What is computed on at a time."""
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BITS = {size: np.dtype(f"i{size}") for size in _INTEGERS}
@@ -136,27 +136,49 @@ class TensorStore:
             copier.mark_stream()
 
     def snapshot(
-        self, area: Area, *, timeout: float | None = None, abandoned: Callable[[], bool] | None = None
-    ) -> None:
+        self,
+        area: Area,
+        *,
+        checks_finite: bool = False,
+        timeout: float | None = None,
+        abandoned: Callable[[], bool] | None = None,
+    ) -> int | None:
         """Copy every tensor into the arena under the lock.
 
         Raises :class:`DeadlineExceeded` if the lock is not free in time, :class:`InvalidStateError` if the wait for it
         was ``abandoned``, or naming the tensor if one has changed its shape or dtype, has lost its memory, or shares
-        it with another one now. Says nothing of NaN: see :func:`first_non_finite`.
+        it with another one now.
+
+        :param checks_finite: look for NaN and infinity in what was copied
+        :returns: the index of the first tensor that has any, if they are looked for
         """
-        targets = self._slots(area)  # before the lock: whoever waits for it, waits for copies alone
+        # Before the lock: whoever waits for it, waits for copies alone, and a look at them while they are in the cache.
+        targets = self._slots(area)
+        scan = FiniteScan(self.layout, self._area(area)) if checks_finite else None
         watch = self._watch
         with self._hold_unchanged(timeout, abandoned) as now:
             self._guard.begin_round()
             for index, (tensor, target) in enumerate(zip(now.data, targets, strict=True)):
-                if _is_plain(tensor):
-                    np.copyto(target, tensor_array(tensor, target.dtype))
-                elif tensor.is_cuda:
-                    self._cuda_copier(tensor.device).read(tensor, _elements(target, tensor.dtype))
-                else:
-                    _elements(target, tensor.dtype).view(tensor.shape).copy_(tensor)
+                self._copy(tensor, target, self.layout.slots[index].offset, scan)
                 if watch.checks_copies:
                     watch.check_copy(index, tensor, _elements(target, tensor.dtype))
+        return None if scan is None else scan.finish()
+
+    def _copy(self, tensor: torch.Tensor, target: Bits, offset: int, scan: FiniteScan | None) -> None:
+        """Copy one tensor to where it lies in the arena, ``offset`` bytes from its beginning."""
+        if _is_plain(tensor):
+            source = tensor_array(tensor, target.dtype)
+            for piece in _slices(len(target), CHUNK_NBYTES // target.itemsize):
+                np.copyto(target[piece], source[piece])
+                if scan is not None:
+                    scan.follow(offset + piece.stop * target.itemsize)
+            return
+        if tensor.is_cuda:
+            self._cuda_copier(tensor.device).read(tensor, _elements(target, tensor.dtype))
+        else:
+            _elements(target, tensor.dtype).view(tensor.shape).copy_(tensor)
+        if scan is not None:
+            scan.follow(offset + target.nbytes)
 
     def apply(
         self,
@@ -316,19 +338,6 @@ class CudaCopier:
             event, staged, goal = arrived
             event.synchronize()
             np.copyto(_bytes(goal), _bytes(staged))
-
-
-def first_non_finite(layout: Layout, area: Area) -> int | None:
-    """Index of the first tensor of a snapshot that has NaN or infinite elements; needs no lock."""
-    source = area if isinstance(area, torch.Tensor) else _as_tensor(area)
-    for section in layout.sections:
-        view = source[section.offset : section.offset + section.nbytes].view(section.dtype)
-        for number, piece in enumerate(_pieces(view, MERGE_ELEMENTS)):
-            if not is_finite(piece):
-                element = number * MERGE_ELEMENTS + int(piece.isfinite().logical_not().nonzero()[0])
-                place = section.offset + element * section.dtype.itemsize
-                return bisect_right(layout.slots, place, key=lambda slot: slot.offset) - 1
-    return None
 
 
 class _Merge:

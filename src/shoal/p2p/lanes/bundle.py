@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 from shoal.p2p import tcp_info
 from shoal.p2p.lanes.count import SHORT_RTT, Choice, Path, choose, first_choice
 from shoal.p2p.lanes.scheduler import Outgoing, Scheduler
+from shoal.p2p.lanes.upload_rate import UploadRate
 from shoal.p2p.outlet import Outlet
 from shoal.p2p.protocol.frames import CHUNK_BYTES
 from shoal.p2p.protocol.rate_limit import RateLimit
@@ -116,6 +117,7 @@ class Bundle:
     :param open_more: begins to open so many lanes
     :param limit: the most that there may be now
     :param rate: of all payloads that the host sends
+    :param uplink: what all paths of the host take together
     :param fixed: how many there are, if that is not to be chosen
     """
 
@@ -128,6 +130,7 @@ class Bundle:
         open_more: Callable[[int], None],
         limit: Callable[[], int],
         rate: RateLimit,
+        uplink: UploadRate,
         fixed: int | None,
     ) -> None:
         self._memory = memory
@@ -136,6 +139,7 @@ class Bundle:
         self._open_more = open_more
         self._limit = limit
         self._rate_limit = rate
+        self._uplink = uplink
         self._waits_for_rate = False
         self._fixed = fixed
         self._loop = asyncio.get_running_loop()
@@ -352,6 +356,9 @@ class Bundle:
         count = len(lanes) if self._active() else 1
         if count < self.wanted:
             return  # some are still being opened
+        is_full = counted.full >= MOSTLY * counted.looks
+        if memory.min_rtt >= SHORT_RTT:
+            self._uplink.note(self, self._rate, self._loop.time(), is_full=is_full)
         peak = memory.peaks[count] = max(self._rate, memory.peaks.get(count, 0.0) * PEAK_DECAY)
         path = Path(
             min_rtt=memory.min_rtt,
@@ -359,7 +366,7 @@ class Bundle:
             sent=counted.sent,
             retransmitted=counted.retransmitted,
             rate=peak,
-            is_full=counted.full >= MOSTLY * counted.looks,
+            is_full=is_full,
             congestion_control=tcp_info.congestion_control(lanes[0].outlet.transport),
         )
         before = None

@@ -25,25 +25,28 @@ TOOL_LIMIT = 60.0
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def why_not() -> str | None:
-    """Why there can be no namespaces here, or None if there can."""
+def why_not(tools: Sequence[str] = ("ip", "nft")) -> str | None:
+    """Why there can be no namespaces here, or None if there can.
+
+    :param tools: programs that have to be installed
+    """
     if os.name != "posix" or not hasattr(_libc, "setns"):
         return "network namespaces need Linux"
     if os.geteuid() != 0:
         return "network namespaces need root"
-    missing = [tool for tool in ("ip", "nft") if shutil.which(tool) is None]
+    missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
         return f"not installed: {', '.join(missing)} (packages iproute2 and nftables)"
     try:
-        with_namespace = Namespace("probe")
+        probe = Namespace("probe")
     except PermissionError:
         return "this root may not make network namespaces (a container without CAP_SYS_ADMIN)"
-    with_namespace.close()
+    probe.close()
     return None
 
 
 class Namespace:
-    """One machine of the laboratory. Close it when nothing has to run in it any more."""
+    """The network of one machine. Close it when nothing has to run in it any more."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -71,7 +74,7 @@ class Namespace:
         """Load rules of ``nft`` inside."""
         self._tool(["nft", "-f", "-"], rules)
 
-    def sysctl(self, **values: int) -> None:
+    def sysctl(self, **values: int | str) -> None:
         """Set ``net`` settings inside; ``__`` stands for a slash."""
 
         def write() -> None:
@@ -87,7 +90,7 @@ class Namespace:
 
     def start(self, arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         """Start a program inside."""
-        return self.do(lambda: subprocess.Popen(arguments, text=True, **options))
+        return self.do(lambda: subprocess.Popen(arguments, text=True, **options))  # noqa: S603 - the caller's own
 
     def close(self) -> None:
         """Give it up; it goes when the last process in it has ended."""
@@ -95,7 +98,9 @@ class Namespace:
 
     def _tool(self, arguments: Sequence[str], text: str) -> None:
         def run() -> subprocess.CompletedProcess[str]:
-            return subprocess.run(arguments, input=text, capture_output=True, text=True, timeout=TOOL_LIMIT)
+            return subprocess.run(  # noqa: S603 - ip and nft
+                arguments, input=text, capture_output=True, text=True, timeout=TOOL_LIMIT
+            )
 
         done = self.do(run)
         if done.returncode != 0:
@@ -128,7 +133,7 @@ def _on_a_thread(function: Callable[[], T]) -> T:
         except BaseException as error:  # noqa: BLE001 - raised again below, on the thread that waits
             errors.append(error)
 
-    thread = threading.Thread(target=run, name="lab-namespace")
+    thread = threading.Thread(target=run, name="namespace")
     thread.start()
     thread.join()
     if errors:

@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+from benchmarks.command import app
+
+app(prog_name="python -m benchmarks")
