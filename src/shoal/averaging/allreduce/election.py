@@ -55,7 +55,8 @@ class Election:
         """When the leader was lost; NEVER while there is one that has shown that it leads."""
         self.evidence = Evidence(roles, self.voter)
         self.lost: set[int] = set()
-        """Members that could not be reached last: a hint for the order of candidates, no more."""
+        """Members that could not be reached last. A hint: for the order of candidates, and for a member that is not
+        ready, which gives up at once if a quorum seems to be lost."""
         self.promises: dict[int, Promised] = {}
         """Of the members that follow this candidate."""
         self._machine = Machine(Lead.LEADING if roles.me == 0 else Lead.FOLLOWING, LEAD_TRANSITIONS)
