@@ -138,7 +138,7 @@ AIMED: dict[Callable[[Patch], None], Callable[[int], Swarm]] = {
     no_terms: speak_after_the_election,
 }
 """Safeguards that matter where rare things meet: their faults are aimed."""
-FIRST_SEEDS = {no_adoption: 650, no_terms: 90}
+FIRST_SEEDS = {no_adoption: 650, any_goodbye: 3300, no_terms: 90}
 """Where to begin, to save time: without these, hundreds of seeds in a row, or dozens, show nothing."""
 STORIES = [pytest.param(one, id=one.__name__) for one in dict.fromkeys(AIMED.values())]
 SLOW = (no_epoch_of_ready, any_goodbye)
