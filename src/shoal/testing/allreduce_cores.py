@@ -192,11 +192,14 @@ class Cores(Votes):
             self.later(late, lambda: self._begin(me))
             return
         one.has_begun = True
+        early, one.inbox = one.inbox, []
         self.do(me, lambda: self._open(me, one.core.ledger.assignment.spans))
         if me != 0:
             self.do(me, lambda: self._follow(me, 0, 0))
         else:
             self.later(JOIN_TIMEOUT, lambda: self.do(0, lambda: self._expect(0, 0)))
+        for what in early:
+            self.do(me, what)
         self.later(self.snapshot_after(me), lambda: self.do(me, lambda: self._take_snapshot(me)))
 
     def _take_snapshot(self, me: int) -> None:
@@ -535,11 +538,12 @@ class Cores(Votes):
                 raise Violation(f"{me} failed, though it counts: {self.describe()}; {self.log}")
 
     def _check_kept(self, outcome: Outcome) -> None:
-        """Nobody who promised to follow the leader that decided has averaged anew since what was committed."""
+        """Nobody who promised to follow the leader that decided, and counts, has averaged anew what was committed."""
         for one in self.members:
             leader, epoch = one.core.decision.coordinator, outcome.epoch
             if leader is not None and leader.outcome is not None and outcome.reason is None:
-                voters = [self.members[member].core.ledger for member in one.core.election.promises]
+                counted = filter(outcome.counts, one.core.election.promises)
+                voters = [self.members[member].core.ledger for member in counted]
                 if any(voter.assignment.epoch > epoch for voter in voters):
                     raise Violation(f"a voter has dropped what it decided: {self.describe()}; {self.log}")
 

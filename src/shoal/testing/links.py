@@ -52,7 +52,7 @@ class Node:
         self.is_back = False
         """It is dead, and another process has its identity."""
         self.inbox: list[Callable[[], None]] = []
-        """What came while it was frozen."""
+        """What came while it was frozen, or did not know of the group."""
 
 
 N = TypeVar("N", bound=Node)
@@ -268,10 +268,8 @@ class Links(ABC, Generic[N]):
         one = self.members[member]
         if not one.is_alive:
             return
-        if one.frozen_until > self.now:
+        if one.frozen_until > self.now or not one.has_begun:
             one.inbox.append(what)
-        elif not one.has_begun:
-            self.later(0.01, lambda: self.do(member, what))
         else:
             what()
 

@@ -22,7 +22,7 @@ from shoal.averaging.allreduce.effects import (
     StopLeading,
     TellLeader,
 )
-from shoal.averaging.allreduce.election import STAND, TURN
+from shoal.averaging.allreduce.election import GATHER, STAND, TURN
 from shoal.averaging.allreduce.events import (
     AcceptanceAsked,
     AverageReceived,
@@ -312,6 +312,21 @@ def test_orders_that_a_member_knows_are_taken_over():
     assert [span.owner for span in core.ledger.assignment.spans] == [2]
 
 
+def test_what_may_have_been_decided_is_dropped_by_no_order():
+    """The founder was cut off, excluded the others and ordered a repair. It comes back, and accepts what they decide in
+    a term of their own. The next leader meets the founder alone.
+    """
+    order, decided = Repair(Epoch(0, 1), (SpanId(2),), (0,)), Outcome(None, (LOST,), (0.0, 1.0, 1.0))
+    core = AllReduce(Roles(2, (1, 0, 1), (True,) * 3))
+    for event in (SnapshotTaken(1.0), MemberLost(0, "silent"), MemberAnswered(1, None, None)):
+        core.handle(event, 0.0)
+    standing = promised(orders=(order,), accepted=(1, decided))
+    effects = core.handle(MemberAnswered(0, 2, standing), GATHER)
+    assert proposal(effects) == decided
+    assert not any(isinstance(effect, AnnounceRepair) for effect in effects)
+    assert core.ledger.assignment.orders == ()
+
+
 def test_the_word_of_a_leader_that_was_replaced_is_not_heard():
     member = Member(2, 4)
     member.handle(MemberLost(0, "killed"), PromiseAsked(1, 1))
@@ -326,6 +341,15 @@ def test_a_new_leader_that_is_lost_before_it_led_fails_nobody():
     member.handle(MemberLost(0, "killed"), PromiseAsked(1, 1), MemberLost(1, "it does not lead any more"))
     assert member.core.phase is Phase.EXCHANGING
     assert member.lead is Lead.CANDIDATE  # it is its turn
+
+
+def test_clients_do_not_take_each_other_for_lost():
+    """They cannot ask each other. A second leader that is lost would fail the round for them, though a quorum lives."""
+    member = Member(3, 5, can_serve=(True, True, True, False, False), ready=False)
+    member.handle(MemberLost(0, "killed"), MemberAnswered(4, None, None))
+    member.handle(PromiseAsked(1, 1), ExclusionReceived(LOST, 1))
+    assert AskForOutcome((0, 1, 2, 4)) in member.handle(MemberLost(1, "killed"))
+    assert member.core.phase is Phase.EXCHANGING
 
 
 # the outcome

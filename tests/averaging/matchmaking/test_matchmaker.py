@@ -480,8 +480,10 @@ def test_the_word_of_one_leader_keeps_nobody_apart():
 
 
 def test_a_peer_that_leaders_exclude_does_not_avoid_itself():
+    """A leader that was replaced hears that it was excluded itself, as do those that it led."""
+
     async def story(sim: SimulatedMatchmaking) -> None:
-        for leader in (1, 2, 1, 2):
+        for leader in (0, 0, 1, 2, 1, 2):
             sim.matchmakers[0].hear_of_exclusions(peer_id(sim, leader), [peer_id(sim, 0), peer_id(sim, 3)])
         sim.search(0)
         await settle()

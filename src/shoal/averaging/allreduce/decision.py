@@ -297,7 +297,8 @@ class Decision:
         assignment = Assignment.replay(self.roles.parts_owned, longest.orders)
         self.coordinator = Coordinator(self.roles, assignment, self._timeouts.reducer, election.term)
         self._patience.wait(now)
-        orders = [AnnounceRepair(order) for order in assignment.orders]
+        # What may have been decided is not dropped any more, by whatever order a follower of the old leader knows.
+        orders = [AnnounceRepair(order) for order in assignment.orders] if adopted is None else []
         announced = self.coordinator.take_over(election.promises, adopted, now)
         early = self._hear_early(now)
         return [

@@ -55,7 +55,8 @@ class Election:
         """When the leader was lost; NEVER while there is one that has shown that it leads."""
         self.evidence = Evidence(roles, self.voter)
         self.lost: set[int] = set()
-        """Members that could not be reached last: a hint for the order of candidates, no more."""
+        """Members that could not be reached last. A hint: for the order of candidates, and for a member that is not
+        ready, which gives up at once if a quorum seems to be lost."""
         self.promises: dict[int, Promised] = {}
         """Of the members that follow this candidate."""
         self._machine = Machine(Lead.LEADING if roles.me == 0 else Lead.FOLLOWING, LEAD_TRANSITIONS)
@@ -264,6 +265,8 @@ class Election:
     def weigh(self, event: MemberAnswered, now: float) -> None:
         """Take an answer, or the lack of one, as a sign of life or death."""
         member, answer = event.member, event.answer
+        if answer is None and not self.roles.can_talk(self.roles.me, member):
+            return
         if answer is None or isinstance(answer, NotKnown):
             self.lost.add(member)
         else:

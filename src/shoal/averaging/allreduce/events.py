@@ -145,6 +145,10 @@ class Roles:
         """Whether a member may own spans and lead."""
         return not self.can_serve or self.can_serve[member]
 
+    def can_talk(self, one: int, other: int) -> bool:
+        """Whether there can be a way between two members. Between two clients there never is, though both live."""
+        return self.serves(one) or self.serves(other)
+
     def name(self, member: int) -> str:
         """How a member is called in reasons."""
         return self.names[member] if self.names else f"member {member}"

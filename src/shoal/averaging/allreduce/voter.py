@@ -80,6 +80,7 @@ class Voter:
         return True
 
     def raise_floor(self, term: int) -> None:
+        """A candidate says that nothing was decided in a lower term."""
         self.floor = max(self.floor, term)
 
 

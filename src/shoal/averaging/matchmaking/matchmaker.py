@@ -169,9 +169,11 @@ class Matchmaker:
         """The ``leader`` of this peer's last round says that it went on without these."""
         now = self._peer.clock()
         for peer in excluded:
+            if peer == self._peer.peer_id:
+                continue  # a leader that was replaced has been excluded itself
             if leader == self._peer.peer_id:
                 self._memory.note(peer, Fault.EXCLUDED, now)
-            elif peer != self._peer.peer_id:
+            else:
                 self._memory.hear(peer, Fault.EXCLUDED, now, told_by=leader)
 
     def _leader_failed(self, leader: PeerID, fault: Fault) -> None:
