@@ -24,6 +24,8 @@ from shoal.p2p.protocol.stream_state import StreamState
 
 TICK = 0.05
 """Seconds between two looks at the lanes while data is under way."""
+QUIET_TICK = 0.5
+"""Seconds between two looks while streams are open, and nothing moves."""
 CHOICE_SECONDS = 0.25
 """The number of lanes is chosen anew after this time at the earliest,"""
 CHOICE_ROUND_TRIPS = 4
@@ -150,6 +152,9 @@ class Bundle:
         self._scheduler = Scheduler()
         self._prepared: dict[BulkLane, None] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._looks_at = 0.0
+        self._written = 0
+        """What the carriers had written at the last look."""
         self._counted: _Count | None = None
         self._last: dict[BulkLane, tcp_info.TcpInfo] = {}
         self._totals = _Count(0.0)
@@ -191,20 +196,16 @@ class Bundle:
         home = next(iter(self._homes()), None)
         if home is not None and self._memory.ends != (ends := (home.local_ip, home.remote_ip)):
             vars(self._memory).update(vars(PathMemory(ends=ends)))
+        # The kernel's own figures: what this process measures is long where it is busy.
+        info = None if home is None else tcp_info.read(home.outlet.transport)
         if self._memory.choice is None and home is not None:
-            # The kernel's own figures: what this process measures is long where it is busy.
-            info = tcp_info.read(home.outlet.transport)
             self._memory.choice = first_choice(info and (info.min_rtt or info.rtt), self._limit())
         self._open_missing()
-        if self._timer is None:
+        if self._timer is None and (info is not None or self._fixed):
             self._counted, self._totals = None, _Count(0.0)
             self._last.clear()
-            now = self._loop.time()
-            for lane in self._lanes():
-                if lane in self._scheduler.lanes:
-                    outlet = lane.outlet
-                    self._scheduler.resume(lane, outlet.written, outlet.written - outlet.unsent, now)
-            self._timer = self._loop.call_later(TICK, self._look)
+            self._skip_pause()
+            self._look_after(TICK)
 
     def lane_ended(self, lane: BulkLane) -> None:
         """A lane is gone: what it carried goes out on others."""
@@ -238,6 +239,8 @@ class Bundle:
         )
         self._scheduler.add(payload)
         self.pump()
+        if self._timer is not None and self._looks_at > self._loop.time() + TICK:
+            self._look_after(TICK)
         return payload
 
     def pump(self) -> None:
@@ -314,8 +317,16 @@ class Bundle:
     def _look(self) -> None:
         now = self._loop.time()
         is_used = any(not home.is_idle for home in self._homes()) or not self._scheduler.is_idle
-        self._timer = self._loop.call_later(TICK, self._look) if is_used else None
+        self._timer = None
         if not is_used:
+            return
+        written = sum(lane.outlet.written for lane in self._carriers())
+        is_moving = written != self._written or not self._scheduler.is_idle
+        self._written = written
+        self._look_after(TICK if is_moving else QUIET_TICK)
+        if not is_moving:
+            self._counted = None  # what is counted is of the time in which data moves
+            self._skip_pause()
             return
         for lane in self._lanes():
             if lane in self._scheduler.lanes:
@@ -324,6 +335,20 @@ class Bundle:
         self._scheduler.look_for_late(now)
         self._open_missing()
         self.pump()
+
+    def _skip_pause(self) -> None:
+        """What lanes did until now says nothing of their rates: nothing moved."""
+        now = self._loop.time()
+        for lane in self._lanes():
+            if lane in self._scheduler.lanes:
+                outlet = lane.outlet
+                self._scheduler.resume(lane, outlet.written, outlet.written - outlet.unsent, now)
+
+    def _look_after(self, seconds: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._looks_at = self._loop.time() + seconds
+        self._timer = self._loop.call_at(self._looks_at, self._look)
 
     def _open_missing(self) -> None:
         missing = self.wanted - len(self._lanes())
