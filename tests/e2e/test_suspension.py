@@ -132,6 +132,7 @@ def test_a_stopped_user_is_left_behind_and_comes_back(swarm: Swarm, third: Stopp
     assert float(value) == pytest.approx(4.0 / 3.0)
 
 
+@pytest.mark.sweep
 def test_the_own_background_process_stopped_keeps_no_timeout_waiting(shared_dhts: list[shoal.DHT]):
     dht = new_dht(shared_dhts)
     averager = shoal.DecentralizedAverager([torch.ones(10)], dht, prefix="own_stopped", start=True)

@@ -23,6 +23,7 @@ def accuracy_in(line: str) -> float:
     return float(found[1])
 
 
+@pytest.mark.sweep
 def test_two_machines_that_know_half_of_the_digits_each_know_all_of_them_together(scripts):
     script = EXAMPLES / "two_machines.py"
     first = scripts.start(script, "first", "--rounds", 2)

@@ -26,6 +26,7 @@ def _low_thresholds(monkeypatch):
     monkeypatch.setattr(group_bits, "UNITE_UP_TO", 6)
 
 
+@pytest.mark.sweep
 def test_a_swarm_that_grows_spreads_over_more_keys_and_a_newcomer_finds_it_and_one_that_shrinks_comes_together():
     async def story() -> None:
         sim = SimulatedMatchmaking(5, MatchmakingConfig(2, min_matchmaking_time=3.0), latency=(0.001, 0.01))
