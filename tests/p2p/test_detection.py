@@ -286,7 +286,7 @@ def test_a_handshake_that_took_long_does_not_make_a_peer_long_dead(monkeypatch, 
     """A busy machine takes a second for a handshake over a short path, and is gone before it has answered anything."""
 
     def read(transport):
-        return None if kernels_rtt is None else TcpInfo(kernels_rtt, kernels_rtt, 10, 1, 0, 1)
+        return None if kernels_rtt is None else TcpInfo(kernels_rtt, kernels_rtt, 1, 0, 1)
 
     monkeypatch.setattr(tcp_info, "read", read)
 

@@ -37,7 +37,7 @@ class Kernel:
         counts[0] += sent
         counts[1] += sent * self.loss
         counts[2] += sent * 1400
-        return TcpInfo(self.rtt, min(self.rtt, 0.1), 10, int(counts[0]), int(counts[1]), int(counts[2]))
+        return TcpInfo(self.rtt, min(self.rtt, 0.1), int(counts[0]), int(counts[1]), int(counts[2]))
 
     def congestion_control(self, transport: Any) -> str:
         return self.algorithm
@@ -247,5 +247,34 @@ def test_a_peer_that_has_moved_is_at_the_end_of_another_path(kernel: Kernel):
                 await stream.receive()
                 await asyncio.sleep(1.0)
                 assert b.count_connections(a.peer_id)[Lane.STRIPE] == 4
+
+    run(main)
+
+
+def test_a_path_on_which_little_moves_is_measured_too(kernel: Kernel):
+    """A payload now and then, and a link on which the socket takes nothing for a while."""
+
+    async def main() -> None:
+        kernel.rtt = 0.0005
+        async with Swarm() as swarm:
+            a, b = await swarm.pair()
+            swarm.network.set_bandwidth("a", "b", 5e5)
+
+            async def receive(stream: Stream) -> None:
+                stream.accept_payloads(None, 4 * SIZE)
+                await stream.send(Number(0))
+                while True:
+                    await stream.receive()
+
+            a.serve_stream(STREAM, receive)
+            async with b.open_stream(a.peer_id, STREAM, lane=Lane.BULK) as stream:
+                await stream.receive()
+                for _ in range(6):
+                    await stream.send_payload(0, bytes(SIZE))
+                    await asyncio.sleep(0.3)
+                report = b.lane_report(a.peer_id)
+                assert report is not None
+                assert report.rate > 0
+                assert report.segments_sent > 0
 
     run(main)

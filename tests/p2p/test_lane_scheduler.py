@@ -187,6 +187,21 @@ def test_nothing_is_kept_of_payloads_that_are_done_while_others_are_not(ends: st
     assert len(story.arrived[other]) == 400
 
 
+def test_a_lane_that_stalls_is_not_given_its_own_pieces_again():
+    one = payload(0, 4)
+    scheduler = Scheduler()
+    scheduler.add(one)
+    for lane in ("a", "b"):
+        scheduler.note_progress(lane, 0.05, 0, 0, 0.0)
+    for index in range(4):
+        found = scheduler.next_piece("a", 0.0)
+        assert found is not None
+        scheduler.note_sent("a", *found, (index + 1) * CHUNK_BYTES, 0.0)
+    scheduler.look_for_late(2.0)
+    assert scheduler.next_piece("a", 2.0) is None
+    assert scheduler.next_piece("b", 2.0) is not None
+
+
 def test_a_piece_has_few_copies():
     """Lanes that all stall are not filled with copies of what they hold."""
     one = payload(0, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import weakref
 from collections.abc import Awaitable, Callable
 from typing import Protocol
@@ -108,8 +109,8 @@ class StripeOpener:
     def open_for(self, peer: PeerID, count: int) -> bool:
         """Begin to dial so many lanes for ``peer``, which asks for them; False if there may be none.
 
-        Whoever asks says where it can be dialed. So that it cannot turn many connections on somebody else, a connection
-        must stand that this host dialed; and however often it asks, all lanes to it are within the limit.
+        The peer itself says where it can be dialed. So that it cannot turn many connections on another one, a
+        connection must stand that this host dialed; and however often it asks, all lanes to it are within the limit.
         """
         entry = self._owner.entry(peer)
         room = min(count, self._most() - entry.opening - entry.stripe_count)
@@ -172,9 +173,5 @@ class StripeOpener:
 
 def open_files_limit() -> int:
     """How many files this process may have open."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 512
     soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 1 << 20 if soft == resource.RLIM_INFINITY else soft

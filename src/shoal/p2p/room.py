@@ -90,9 +90,8 @@ def _close_oldest(connections: Iterable[Connection], new: Connection) -> bool:
     """Close the one that was not used for longest, a lane for pieces before any other; False if all are in use."""
     idle = [one for one in connections if one.is_idle and one is not new]
     if new.lane is Lane.STRIPE:
-        idle = [
-            one for one in idle if one.lane is Lane.STRIPE
-        ]  # the other kinds are of more use than one lane more
+        # The other kinds are of more use than one lane more.
+        idle = [one for one in idle if one.lane is Lane.STRIPE]
     if idle:
         oldest = min(idle, key=lambda one: (one.lane is not Lane.STRIPE, one.last_used))
         oldest.close(NO_ROOM, EndKind.NO_ROOM)

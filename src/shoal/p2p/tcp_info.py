@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 _TCP_INFO = 11
 _TCP_CONGESTION = 13
 _TCP_NOTSENT_LOWAT = 25
-_RTT, _CWND, _TOTAL_RETRANS = 15, 18, 23
+_RTT, _TOTAL_RETRANS = 15, 23
 """Places among the 32-bit numbers behind the first eight bytes."""
 _UNKNOWN = 2**32 - 1
 _WORDS = struct.Struct("=8x24I")
@@ -23,8 +23,6 @@ class TcpInfo(NamedTuple):
 
     rtt: float
     min_rtt: float
-    cwnd: int
-    """Segments."""
     segments_sent: int
     """Those with data."""
     retransmitted: int
@@ -49,7 +47,6 @@ def read(transport: Any) -> TcpInfo | None:
     return TcpInfo(
         rtt=words[_RTT] / 1e6,
         min_rtt=0.0 if later[7] == _UNKNOWN else later[7] / 1e6,
-        cwnd=words[_CWND],
         segments_sent=later[9],
         retransmitted=words[_TOTAL_RETRANS],
         delivered=later[2],

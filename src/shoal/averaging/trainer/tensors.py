@@ -152,7 +152,7 @@ class TensorStore:
         :param checks_finite: look for NaN and infinity in what was copied
         :returns: the index of the first tensor that has any, if they are looked for
         """
-        # Before the lock: whoever waits for it, waits for copies alone, and a look at them while they are in the cache.
+        # Before the lock: others wait for it only while tensors are copied, and looked at in the cache.
         targets = self._slots(area)
         scan = FiniteScan(self.layout, self._area(area)) if checks_finite else None
         watch = self._watch

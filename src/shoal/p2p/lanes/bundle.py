@@ -25,7 +25,7 @@ from shoal.p2p.protocol.stream_state import StreamState
 TICK = 0.05
 """Seconds between two looks at the lanes while data is under way."""
 QUIET_TICK = 0.5
-"""Seconds between two looks while streams are open, and nothing moves."""
+"""Seconds between two looks while streams are open, and nothing has moved for as long."""
 CHOICE_SECONDS = 0.25
 """The number of lanes is chosen anew after this time at the earliest,"""
 CHOICE_ROUND_TRIPS = 4
@@ -150,11 +150,12 @@ class Bundle:
         self._fixed = fixed
         self._loop = asyncio.get_running_loop()
         self._scheduler = Scheduler()
-        self._prepared: dict[BulkLane, None] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._looks_at = 0.0
         self._written = 0
         """What the carriers had written at the last look."""
+        self._moved_at = 0.0
+        """When data was last under way."""
         self._counted: _Count | None = None
         self._last: dict[BulkLane, tcp_info.TcpInfo] = {}
         self._totals = _Count(0.0)
@@ -209,7 +210,6 @@ class Bundle:
 
     def lane_ended(self, lane: BulkLane) -> None:
         """A lane is gone: what it carried goes out on others."""
-        self._prepared.pop(lane, None)
         self._last.pop(lane, None)
         self._carrying.pop(lane, None)
         self._scheduler.remove_lane(lane)
@@ -273,10 +273,8 @@ class Bundle:
 
     def _fill(self, lane: BulkLane, now: float) -> None:
         outlet, scheduler = lane.outlet, self._scheduler
-        if lane not in self._prepared:
-            self._prepared[lane] = None
-            outlet.stripe(lambda: self._refill(lane))
         if lane not in scheduler.lanes:
+            outlet.stripe(lambda: self._refill(lane))
             self._note_progress(lane, now)
         while outlet.is_writable and not self._must_wait(now):
             found = scheduler.next_piece(lane, now)
@@ -320,18 +318,20 @@ class Bundle:
         self._timer = None
         if not is_used:
             return
-        written = sum(lane.outlet.written for lane in self._carriers())
-        is_moving = written != self._written or not self._scheduler.is_idle
-        self._written = written
-        self._look_after(TICK if is_moving else QUIET_TICK)
-        if not is_moving:
+        carriers = self._carriers()
+        written = sum(lane.outlet.written for lane in carriers)
+        if written != self._written or any(lane.outlet.unsent for lane in carriers):
+            self._written, self._moved_at = written, now
+        is_quiet = self._scheduler.is_idle and now - self._moved_at >= QUIET_TICK
+        self._look_after(QUIET_TICK if is_quiet else TICK)
+        if is_quiet:
             self._counted = None  # what is counted is of the time in which data moves
             self._skip_pause()
             return
         for lane in self._lanes():
             if lane in self._scheduler.lanes:
                 self._note_progress(lane, now)
-        self._measure(self._carriers(), now)
+        self._measure(carriers, now)
         self._scheduler.look_for_late(now)
         self._open_missing()
         self.pump()

@@ -116,9 +116,7 @@ class LaneBook:
     def seconds_until(self, end: int) -> float:
         """How long it is likely to take until the peer's machine has the first ``end`` bytes."""
         missing = max(0, end - self.acknowledged)
-        if self.rate <= 0.0:
-            return self.rtt if self.noted_at == 0.0 else float("inf")
-        return missing / self.rate
+        return missing / self.rate if self.rate > 0.0 else float("inf")
 
     def seconds_for(self, size: int) -> float:
         """How long a piece is likely to take that it is given now."""
@@ -134,8 +132,9 @@ class Scheduler:
         self._again: deque[tuple[Outgoing, int]] = deque()
         """Pieces of lanes that died."""
         self._unconfirmed: dict[tuple[int, int, int], Outgoing] = {}
-        self._late: deque[tuple[float, _Sent]] = deque()
-        """Pieces that may be worth sending again, and the seconds that they are likely to take where they are."""
+        self._late: list[tuple[float, object, _Sent]] = []
+        """Pieces that may be worth sending again, with the seconds that they are likely to take where they are, and the
+        lanes that carry them; the slowest first."""
         self.lanes: dict[object, LaneBook] = {}
         self.resent = 0
         """Bytes that were sent more than once."""
@@ -223,12 +222,12 @@ class Scheduler:
         self._late.clear()
         if not self.is_starved:
             return
-        late = [
-            (book.seconds_until(sent.end), sent)
-            for book in self.lanes.values()
+        self._late = [
+            (book.seconds_until(sent.end), lane, sent)
+            for lane, book in self.lanes.items()
             for sent in self._old(book, now)
         ]
-        self._late.extend(sorted(late, key=lambda one: -one[0]))
+        self._late.sort(key=lambda one: -one[0])
 
     def _old(self, book: LaneBook, now: float) -> Iterator[_Sent]:
         """Pieces that have been under way for a while, and may be sent again."""
@@ -241,18 +240,13 @@ class Scheduler:
 
     def _find_late(self, lane: object) -> tuple[Outgoing, int] | None:
         """The piece that would take longest where it is, if this lane is much faster."""
-        own = self.lanes[lane]
-        while self._late:
-            seconds, sent = self._late[0]
-            if sent.payload.is_done:
-                self._late.popleft()
-                continue
-            if seconds <= max(PATIENCE * own.seconds_for(CHUNK_BYTES), LEAST_GAIN) or (
-                own.flying and own.flying[0] is sent
-            ):
-                return None
-            self._late.popleft()
-            return sent.payload, sent.offset
+        enough = max(PATIENCE * self.lanes[lane].seconds_for(CHUNK_BYTES), LEAST_GAIN)
+        for index, (seconds, holder, sent) in enumerate(self._late):
+            if seconds <= enough:
+                break
+            if holder is not lane and not sent.payload.is_done:
+                del self._late[index]
+                return sent.payload, sent.offset
         return None
 
     def _forget_unwanted(self) -> None:
