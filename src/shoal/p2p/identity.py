@@ -13,6 +13,7 @@ import contextlib
 import os
 import secrets
 import stat
+from functools import lru_cache
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
@@ -35,6 +36,13 @@ _BASE58_VALUES = {digit: value for value, digit in enumerate(_BASE58_ALPHABET)}
 _PEER_ID_DIGITS = 52
 
 
+_REMEMBERED = 4096
+"""Results of pure functions that are kept, of each kind: peers meet the same peers and signatures again and again."""
+_REMEMBERED_BYTES = 2048
+"""Longer messages are not kept."""
+
+
+@lru_cache(_REMEMBERED)
 def _base58_encode(raw: bytes) -> str:
     """Base58 of ``raw``; each leading zero byte becomes one leading "1"."""
     number = int.from_bytes(raw, "big")
@@ -109,7 +117,7 @@ class PeerID:
     @classmethod
     def from_bytes(cls, raw: bytes) -> PeerID:
         """The PeerID of these 38 multihash bytes; :class:`InvalidValueError` if they are none."""
-        return cls(bytes(raw))
+        return cls(bytes(raw)) if cls is not PeerID else _peer_id(bytes(raw))
 
     def to_bytes(self) -> bytes:
         """The 38 multihash bytes."""
@@ -269,12 +277,24 @@ class Identity:
 
 def verify(peer_id: PeerID, domain: bytes, message: bytes, signature: bytes) -> bool:
     """Whether ``signature`` is ``peer_id``'s, made by :meth:`Identity.sign` for this domain and message."""
-    key = Ed25519PublicKey.from_public_bytes(peer_id.public_key)
+    signed = _signed_bytes(domain, message)
+    # The same record comes from each node that stores it: looking at its signature once is enough.
+    check = _is_signed if len(signed) <= _REMEMBERED_BYTES else _is_signed.__wrapped__
+    return check(peer_id.public_key, bytes(signature), signed)
+
+
+@lru_cache(_REMEMBERED)
+def _is_signed(public_key: bytes, signature: bytes, signed: bytes) -> bool:
     try:
-        key.verify(signature, _signed_bytes(domain, message))
+        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, signed)
     except InvalidSignature:
         return False
     return True
+
+
+@lru_cache(_REMEMBERED)
+def _peer_id(raw: bytes) -> PeerID:
+    return PeerID(raw)
 
 
 def _create_key_file(path: Path, identity: Identity) -> None:
