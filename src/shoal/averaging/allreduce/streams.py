@@ -204,11 +204,11 @@ class Exchange:
 
     def close(self, failure: str | None) -> None:
         """The round is decided: a member that has not got its averages gets none any more. A peer that neither takes
-        them nor leaves would keep the round in memory otherwise.
+        them nor leaves would keep the round in memory otherwise, and the arena, of which pieces may be sent again.
         """
         for serving in self._serving.values():
             for member, stream in serving.streams.items():
-                if not serving.is_done(member):
+                if not (serving.is_done(member) and stream.is_delivered):
                     stream.reset(AveragingCode.ROUND_FAILED, failure or "the round is over")
             serving.own.clear()
         self.wake()
@@ -351,6 +351,7 @@ class Exchange:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._receive_parts(serving, stream, member, took))
                 group.create_task(self._return_averages(serving, stream, member))
+            await stream.delivered()  # until then the arena is read
         except* (ShoalError, EOFError) as errors:
             reason = str(errors.exceptions[0])
             raise errors.exceptions[0] from None
