@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.p2p.test_host import Swarm
 
-from shoal.p2p import tcp_info
+from shoal.p2p import outlet, tcp_info
 from shoal.p2p.config import HostConfig
 from shoal.p2p.host import Host
 from shoal.p2p.lanes import bundle
@@ -29,6 +29,7 @@ class Kernel:
         self.loss = 0.0
         self.algorithm = "cubic"
         self.asked_for: list[str] = []
+        self.bounds: list[int] = []
         self._counts: defaultdict[Any, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
 
     def read(self, transport: Any) -> TcpInfo:
@@ -45,6 +46,9 @@ class Kernel:
     def choose(self, transport: Any, name: str) -> None:
         self.asked_for.append(name)
 
+    def keep_little_unsent(self, transport: Any, nbytes: int) -> None:
+        self.bounds.append(nbytes)
+
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
@@ -52,6 +56,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(tcp_info, "read", made.read)
     monkeypatch.setattr(tcp_info, "congestion_control", made.congestion_control)
     monkeypatch.setattr(tcp_info, "choose_congestion_control", made.choose)
+    monkeypatch.setattr(tcp_info, "keep_little_unsent", made.keep_little_unsent)
     return made
 
 
@@ -276,5 +281,22 @@ def test_a_path_on_which_little_moves_is_measured_too(kernel: Kernel):
                 assert report is not None
                 assert report.rate > 0
                 assert report.segments_sent > 0
+
+    run(main)
+
+
+@pytest.mark.parametrize(("bandwidth", "least", "most"), [(3e5, 1.0, 1.0), (4e7, 8.0, 64.0)])
+def test_a_lane_holds_unsent_what_it_sends_soon(kernel: Kernel, bandwidth: float, least: float, most: float):
+    """A slow one would sit on more; a fast one would run dry."""
+
+    async def main() -> None:
+        async with Swarm() as swarm:
+            a, b, task = await sending(swarm)
+            swarm.network.set_bandwidth("a", "b", bandwidth)
+            await asyncio.sleep(6.0)
+            assert lanes(b, a) == 4
+            assert min(kernel.bounds) == outlet.LEAST_UNSENT
+            assert least <= max(kernel.bounds) / outlet.LEAST_UNSENT <= most
+            task.cancel()
 
     run(main)

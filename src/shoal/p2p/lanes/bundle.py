@@ -311,6 +311,7 @@ class Bundle:
         outlet = lane.outlet
         rtt = self._last[lane].rtt if lane in self._last else lane.rtt
         self._scheduler.note_progress(lane, rtt or 0.0, outlet.written, outlet.written - outlet.unsent, now)
+        outlet.fit_to(self._scheduler.lanes[lane].rate)
 
     def _look(self) -> None:
         now = self._loop.time()
