@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from shoal.averaging.allreduce.flow_window import FlowWindow, first_size
 from shoal.p2p.lanes.bundle import TICK
+from shoal.p2p.lanes.forecast import Flow
 from shoal.p2p.lanes.scheduler import Outgoing, Scheduler
 from shoal.p2p.outlet import unsent_bound
 
@@ -94,15 +95,15 @@ class Connection:
         """Bytes that were cut into segments."""
         self.arrived: dict[int, int] = {}
         self.arrived_all = 0
-        self.last_heard = 0.0
-        self.backoff = 1
+        self.timer_from = self.last_heard = 0.0
+        self.timeouts = 0
         self.may_hold = unsent_bound(0.0)
         self.is_dead = self.is_armed = self.timed_out = False
         self.sent = self.again = 0
 
     @property
     def rtt(self) -> float:
-        return 2 * self.link.delay
+        return 2 * self.link.delay + max(0.0, self.link.free_at - self.world.now)
 
     @property
     def unsent_in_kernel(self) -> int:
@@ -159,14 +160,14 @@ class Connection:
         segment.order = order = self.orders
         self.flying += 1
         if self.flying == 1:
-            self.last_heard = self.world.now
+            self.timer_from = self.world.now
         if not self.is_dead:
             self.link.send(lambda: self._arrive(segment, order))
         self._arm()
 
     @property
-    def _timeout(self) -> float:
-        return (self.rtt + LEAST_TIMEOUT) * self.backoff
+    def timeout(self) -> float:
+        return (self.rtt + LEAST_TIMEOUT) * 2.0**self.timeouts
 
     def _arrive(self, segment: _Segment, order: int) -> None:
         """At the other side; what comes behind a gap waits there."""
@@ -181,7 +182,8 @@ class Connection:
         self.world.at(self.world.now + self.link.delay, lambda: self._hear(segment, order))
 
     def _hear(self, segment: _Segment, order: int) -> None:
-        self.last_heard, self.backoff = self.world.now, 1
+        self.timer_from = self.last_heard = self.world.now
+        self.timeouts = 0
         if not segment.is_acked:
             segment.is_acked = True
             if not segment.is_lost:
@@ -227,13 +229,13 @@ class Connection:
     def _arm(self) -> None:
         if not self.is_armed:
             self.is_armed = True
-            self.world.at(self.last_heard + self._timeout, self._look_at_timer)
+            self.world.at(self.timer_from + self.timeout, self._look_at_timer)
 
     def _look_at_timer(self) -> None:
         self.is_armed = False
         if self.flying == 0:
             return
-        if self.world.now < self.last_heard + self._timeout - 1e-9:
+        if self.world.now < self.timer_from + self.timeout - 1e-9:
             self._arm()
         else:
             self._time_out()
@@ -251,8 +253,8 @@ class Connection:
         self.highest = max(self.window, 2.0)
         self.threshold, self.window = max(2.0, 0.7 * self.window), 1.0
         self.epoch = -1.0
-        self.backoff = min(64, 2 * self.backoff)
-        self.last_heard = self.world.now
+        self.timeouts += 1
+        self.timer_from = self.world.now
         self._send()
 
 
@@ -327,7 +329,17 @@ class Sender:
         self.world.at(now + TICK, self.look)
 
     def note(self, index: int, lane: Connection) -> None:
-        self.scheduler.note_progress(index, lane.rtt, lane.written, lane.acked, self.world.now)
+        now = self.world.now
+        flow = Flow(
+            lane.rtt,
+            int(lane.window) * SEGMENT,
+            int(min(lane.threshold, 1e6)) * SEGMENT,
+            lane.timeout,
+            lane.timeouts,
+        )
+        self.scheduler.note_progress(
+            index, lane.rtt, lane.written, lane.acked, now, flow, now - lane.last_heard
+        )
         lane.may_hold = unsent_bound(self.scheduler.lanes[index].rate)
 
     def pump_streams(self) -> None:

@@ -13,6 +13,7 @@ from shoal.p2p import outlet, tcp_info
 from shoal.p2p.config import HostConfig
 from shoal.p2p.host import Host
 from shoal.p2p.lanes import bundle
+from shoal.p2p.outlet import Outlet
 from shoal.p2p.rpc import Lane, Stream
 from shoal.p2p.tcp_info import TcpInfo
 from shoal.testing.clock import run
@@ -30,15 +31,35 @@ class Kernel:
         self.algorithm = "cubic"
         self.asked_for: list[str] = []
         self.bounds: list[int] = []
+        self.capacity = 1000
+        """More lanes carry no more than so many."""
+        self._read: dict[Any, float] = {}
+        self.vanishing: dict[Any, int] = {}
+        """Connections of which all packets vanish, and how many bytes each had confirmed before."""
         self._counts: defaultdict[Any, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
 
     def read(self, transport: Any) -> TcpInfo:
         counts = self._counts[transport]
-        sent = 100 * bundle.TICK / 0.05
+        sent = 100 * bundle.TICK / 0.05 * min(1.0, self.capacity / max(1, len(self._read)))
+        now = asyncio.get_running_loop().time()
+        self._read = {one: at for one, at in self._read.items() if now - at < 0.1} | {transport: now}
         counts[0] += sent
         counts[1] += sent * self.loss
         counts[2] += sent * 1400
-        return TcpInfo(self.rtt, min(self.rtt, 0.1), int(counts[0]), int(counts[1]), int(counts[2]))
+        is_mute = transport in self.vanishing
+        return TcpInfo(
+            self.rtt,
+            min(self.rtt, 0.1),
+            *(int(count) for count in counts),
+            window=100 * 1448,
+            threshold=50 * 1448,
+            timeout=0.3,
+            timeouts=4 if is_mute else 0,
+            silence=9.0 if is_mute else 0.0,
+        )
+
+    def unsent(self, transport: asyncio.Transport, written: int) -> int:
+        return written - self.vanishing.get(transport, written)
 
     def congestion_control(self, transport: Any) -> str:
         return self.algorithm
@@ -298,5 +319,72 @@ def test_a_lane_holds_unsent_what_it_sends_soon(kernel: Kernel, bandwidth: float
             assert min(kernel.bounds) == outlet.LEAST_UNSENT
             assert least <= max(kernel.bounds) / outlet.LEAST_UNSENT <= most
             task.cancel()
+
+    run(main)
+
+
+def test_a_lane_whose_packets_vanish_is_replaced_within_seconds(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+):
+    async def main() -> None:
+        async with Swarm() as swarm:
+            a, b, task = await sending(swarm)
+            await asyncio.sleep(3.0)
+            connections = b._connections.to(a.peer_id)
+            incarnation = b.incarnation(a.peer_id)
+            assert connections is not None
+            assert incarnation is not None
+            before = connections.stripes(incarnation)
+            assert len(before) == 4
+            unsent = Outlet.unsent.fget  # type: ignore[attr-defined]
+            monkeypatch.setattr(
+                Outlet,
+                "unsent",
+                property(lambda one: kernel.unsent(one.transport, one.written) or unsent(one)),
+            )
+            lost = before[1]
+            kernel.vanishing[lost.outlet.transport] = lost.outlet.written
+            await asyncio.sleep(5.0)
+            assert lost.ending is not None
+            assert "vanish" in lost.ending.reason
+            after = connections.stripes(incarnation)
+            assert len(after) == 4
+            assert len(set(after) & set(before)) == 3
+            task.cancel()
+
+    run(main)
+
+
+def test_lanes_that_carried_no_more_do_not_come_back(kernel: Kernel):
+    """Eight carry as much as sixteen. It is tried once a minute, and not all the time."""
+
+    async def main() -> None:
+        kernel.loss, kernel.capacity = 0.001, 8
+        async with Swarm() as swarm:
+            a, b, task = await sending(swarm, HostConfig(max_lanes=32))
+            seen = []
+            for _ in range(60):
+                await asyncio.sleep(0.5)
+                seen.append(lanes(b, a))
+            assert max(seen) >= 16
+            settled = seen[next(i for i, count in enumerate(seen) if count >= 16) :]
+            assert settled.count(8) >= 40
+            task.cancel()
+
+    run(main)
+
+
+def test_what_is_remembered_of_the_uplink_holds_no_bundle(kernel: Kernel):
+    """It is kept until the next path is measured, and a bundle holds payloads of its streams."""
+
+    async def main() -> None:
+        async with Swarm() as swarm:
+            a, b, task = await sending(swarm)
+            await asyncio.sleep(3.0)
+            await a.close()
+            await asyncio.gather(task, return_exceptions=True)
+            latest = b._connections._stripes.uplink._latest
+            assert len(latest) == 1
+            assert not any(isinstance(path, bundle.Bundle) for path in latest)
 
     run(main)

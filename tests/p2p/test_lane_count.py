@@ -50,6 +50,30 @@ def test_choices(
 
 
 @pytest.mark.parametrize(
+    ("count", "measured", "limit", "enough", "expected", "why"),
+    [
+        (32, path(lost=3), 64, 32, 32, "carried no more"),  # it was tried, and is not tried again for a while
+        (8, path(lost=3), 64, 32, 16, "lost without a queue"),
+        (24, path(lost=3), 64, 32, 32, "lost without a queue"),
+        (32, path(lost=3), 16, 32, 16, "there may be 16"),
+        (32, path(0.2, lost=3), 64, 32, 24, "queue is full"),
+        (32, path(lost=3), 64, None, 64, "lost without a queue"),
+    ],
+)
+def test_more_than_enough_are_not_tried_again(
+    count: int, measured: Path, limit: int, enough: int | None, expected: int, why: str
+):
+    choice = choose(count, measured, limit, None, enough)
+    assert choice.count == expected
+    assert why in choice.reason
+    assert not choice.is_tried
+
+
+def test_it_is_said_that_more_were_tried():
+    assert choose(8, path(lost=3, rate=1.02 * MB), 64, (4, 1 * MB)).is_tried
+
+
+@pytest.mark.parametrize(
     ("rtt", "limit", "expected"), [(None, 64, 1), (0.001, 64, 1), (0.05, 64, FEW), (0.05, 2, 2)]
 )
 def test_first_choices(rtt: float | None, limit: int, expected: int):

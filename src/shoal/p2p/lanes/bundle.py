@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 from shoal.p2p import tcp_info
 from shoal.p2p.lanes.count import SHORT_RTT, Choice, Path, choose, first_choice
+from shoal.p2p.lanes.forecast import Flow
 from shoal.p2p.lanes.scheduler import Outgoing, Scheduler
 from shoal.p2p.lanes.upload_rate import UploadRate
 from shoal.p2p.outlet import Outlet
@@ -29,11 +30,15 @@ QUIET_TICK = 0.5
 CHOICE_SECONDS = 0.25
 """The number of lanes is chosen anew after this time at the earliest,"""
 CHOICE_ROUND_TRIPS = 4
-"""and after so many round trips."""
+"""and after so many round trips,"""
+WHILES = 2
+"""and after so many measured whiles with all the lanes that there should be, if there are to be more."""
 SETTLED_SECONDS = 2.0
 """So long after there came to be more lanes it is looked whether they carry more."""
-PEAK_DECAY = 0.98
-"""What is left of a highest rate when the number of lanes is next chosen."""
+TRIED_SECONDS = 60.0
+"""After so long with data under way it is tried again whether more lanes carry more, if they did not."""
+PEAK_DECAY = 0.99
+"""What is left of all highest rates when the number of lanes is next chosen: links change."""
 MOSTLY = 0.6
 """A path is full if in this part of the looks data waited."""
 
@@ -62,6 +67,9 @@ class BulkLane(Protocol):
     def rtt(self) -> float | None:
         """Smoothed round-trip time in seconds, once measured."""
 
+    def abort(self, reason: str) -> None:
+        """Close it at once; what is queued is lost."""
+
 
 @dataclass
 class PathMemory:
@@ -70,6 +78,12 @@ class PathMemory:
     choice: Choice | None = None
     fewer: int | None = None
     """How many lanes there were before there came to be more."""
+    enough: int | None = None
+    """So many carried as much as more did,"""
+    whiles: int = 0
+    """How often the rate was measured with as many lanes as are wanted."""
+    tried_for: float = 0.0
+    """seconds of data under way ago."""
     peaks: dict[int, float] = field(default_factory=dict)
     """The highest rate that was measured with so many lanes: slow starts and the end of a round say little."""
     seconds: float = 0.0
@@ -146,6 +160,8 @@ class Bundle:
         self._limit = limit
         self._rate_limit = rate
         self._uplink = uplink
+        self._key = object()
+        """What the uplink knows this by: it remembers it for longer than this may live."""
         self._waits_for_rate = False
         self._fixed = fixed
         self._loop = asyncio.get_running_loop()
@@ -160,6 +176,8 @@ class Bundle:
         self._last: dict[BulkLane, tcp_info.TcpInfo] = {}
         self._totals = _Count(0.0)
         self._rate = 0.0
+        self._resent = 0
+        """What had been sent again when streams were opened after a pause."""
         self._is_pumping = False
         self._carrying: dict[BulkLane, None] = {}
         """The lanes that carry pieces, as of the last look."""
@@ -187,7 +205,7 @@ class Bundle:
             rate=self._rate,
             segments_sent=self._totals.sent,
             retransmitted=self._totals.retransmitted,
-            resent=self._scheduler.resent,
+            resent=self._scheduler.resent - self._resent,
         )
 
     # From the connections.
@@ -203,7 +221,7 @@ class Bundle:
             self._memory.choice = first_choice(info and (info.min_rtt or info.rtt), self._limit())
         self._open_missing()
         if self._timer is None and (info is not None or self._fixed):
-            self._counted, self._totals = None, _Count(0.0)
+            self._counted, self._totals, self._resent = None, _Count(0.0), self._scheduler.resent
             self._last.clear()
             self._skip_pause()
             self._look_after(TICK)
@@ -308,9 +326,13 @@ class Bundle:
             self._fill(lane, self._loop.time())
 
     def _note_progress(self, lane: BulkLane, now: float) -> None:
-        outlet = lane.outlet
-        rtt = self._last[lane].rtt if lane in self._last else lane.rtt
-        self._scheduler.note_progress(lane, rtt or 0.0, outlet.written, outlet.written - outlet.unsent, now)
+        outlet, info = lane.outlet, self._last.get(lane)
+        flow, silence = None, 0.0
+        if info is not None and info.window:
+            flow = Flow(info.rtt, info.window, info.threshold, info.timeout, info.timeouts)
+            silence = info.silence
+        rtt, acknowledged = lane.rtt if info is None else info.rtt, outlet.written - outlet.unsent
+        self._scheduler.note_progress(lane, rtt or 0.0, outlet.written, acknowledged, now, flow, silence)
         outlet.fit_to(self._scheduler.lanes[lane].rate)
 
     def _look(self) -> None:
@@ -329,10 +351,17 @@ class Bundle:
             self._counted = None  # what is counted is of the time in which data moves
             self._skip_pause()
             return
-        for lane in self._lanes():
+        self._measure(carriers, now)
+        lanes = self._lanes()
+        for lane in lanes:
+            if lane not in carriers:
+                self._last.pop(lane, None)  # it is read no more
             if lane in self._scheduler.lanes:
                 self._note_progress(lane, now)
-        self._measure(carriers, now)
+        dead = self._scheduler.dead_lanes(now)
+        for lane in lanes:
+            if lane in dead:
+                lane.abort("its packets vanish, and those of other lanes do not")
         self._scheduler.look_for_late(now)
         self._open_missing()
         self.pump()
@@ -385,6 +414,7 @@ class Bundle:
         self._totals.retransmitted += counted.retransmitted
         self._counted = _Count(now)
         self._memory.seconds += seconds
+        self._memory.tried_for += seconds
         self._choose(lanes, statistics.median(rtts), counted)
 
     def _choose(self, lanes: list[BulkLane], rtt: float, counted: _Count) -> None:
@@ -392,11 +422,12 @@ class Bundle:
         count = len(lanes) if self._active() else 1
         is_growing = count < self.wanted
         is_full = counted.full >= MOSTLY * counted.looks
-        peak = max(self._rate, memory.peaks.get(count, 0.0) * PEAK_DECAY)
+        memory.peaks = {one: PEAK_DECAY * rate for one, rate in memory.peaks.items()}
+        peak = max(self._rate, memory.peaks.get(count, 0.0))
         if not is_growing:
             memory.peaks[count] = peak
             if memory.min_rtt >= SHORT_RTT:
-                self._uplink.note(self, self._rate, self._loop.time(), is_full=is_full)
+                self._uplink.note(self._key, self._rate, self._loop.time(), is_full=is_full)
         path = Path(
             min_rtt=memory.min_rtt,
             rtt=rtt,
@@ -409,11 +440,16 @@ class Bundle:
         before = None
         if memory.fewer is not None and memory.seconds >= SETTLED_SECONDS:
             before = memory.fewer, memory.peaks.get(memory.fewer, 0.0)
-        choice = choose(count, path, self._limit(), before)
-        if is_growing and choice.count >= count:
-            return  # some are still being opened, or cannot be
+        enough = memory.enough if memory.tried_for < TRIED_SECONDS else None
+        choice = choose(count, path, self._limit(), before, enough)
+        memory.whiles = 0 if is_growing else memory.whiles + 1
+        if choice.count >= count and (is_growing or (choice.count > count and memory.whiles < WHILES)):
+            return  # some are still being opened, or cannot be, or their windows still open
+        if choice.is_tried:
+            memory.enough, memory.tried_for = choice.count, 0.0
+            memory.fewer = max((one for one in memory.peaks if one < choice.count), default=None)
         if choice.count > count:
             memory.fewer = count
         if choice.count != count:
-            memory.seconds = 0.0
+            memory.seconds, memory.whiles = 0.0, 0
         memory.choice = choice
