@@ -32,7 +32,7 @@ class Kernel:
         self.asked_for: list[str] = []
         self.bounds: list[int] = []
         self.capacity = 1000
-        """More lanes carry no more than so many."""
+        """More lanes carry less than so many."""
         self._read: dict[Any, float] = {}
         self.vanishing: dict[Any, int] = {}
         """Connections of which all packets vanish, and how many bytes each had confirmed before."""
@@ -40,7 +40,7 @@ class Kernel:
 
     def read(self, transport: Any) -> TcpInfo:
         counts = self._counts[transport]
-        sent = 100 * bundle.TICK / 0.05 * min(1.0, self.capacity / max(1, len(self._read)))
+        sent = 100 * bundle.TICK / 0.05 * min(1.0, (self.capacity / max(1, len(self._read))) ** 1.3)
         now = asyncio.get_running_loop().time()
         self._read = {one: at for one, at in self._read.items() if now - at < 0.1} | {transport: now}
         counts[0] += sent
@@ -356,19 +356,19 @@ def test_a_lane_whose_packets_vanish_is_replaced_within_seconds(
 
 
 def test_lanes_that_carried_no_more_do_not_come_back(kernel: Kernel):
-    """Eight carry as much as sixteen. It is tried once a minute, and not all the time."""
+    """Sixteen carry more than thirty-two. It is tried now and then, and not all the time."""
 
     async def main() -> None:
         kernel.loss, kernel.capacity = 0.001, 8
         async with Swarm() as swarm:
             a, b, task = await sending(swarm, HostConfig(max_lanes=32))
             seen = []
-            for _ in range(60):
+            for _ in range(50):
                 await asyncio.sleep(0.5)
                 seen.append(lanes(b, a))
-            assert max(seen) >= 16
-            settled = seen[next(i for i, count in enumerate(seen) if count >= 16) :]
-            assert settled.count(8) >= 40
+            assert max(seen) == 32
+            settled = seen[seen.index(32) :]
+            assert settled.count(16) >= 0.8 * len(settled)
             task.cancel()
 
     run(main)

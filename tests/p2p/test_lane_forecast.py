@@ -27,13 +27,13 @@ def flow(
         (10, flow(10, threshold=5), 0.0, 0.1),
         (
             1,
-            flow(40, timeout=0.3),
-            0.2,
+            flow(40, timeout=0.35),
+            0.25,
             0.1 + 0.1 + 0.1,
         ),  # it waits for its time-out, and begins with one segment
-        (7, flow(40, threshold=20, timeout=0.3), 0.2, 0.1 + 0.1 + 0.3),
+        (7, flow(40, threshold=20, timeout=0.35), 0.25, 0.1 + 0.1 + 0.3),
         (1, flow(1, timeout=1.2, timeouts=2), 0.4, 0.8 + 0.1 + 0.1),
-        (10, flow(10), 0.14, 0.1),  # not silent yet
+        (10, flow(10), 0.19, 0.1),  # not silent yet
     ],
 )
 def test_how_long_it_takes(segments: int, measured: Flow, silence: float, expected: float):

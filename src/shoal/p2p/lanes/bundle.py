@@ -30,15 +30,15 @@ QUIET_TICK = 0.5
 CHOICE_SECONDS = 0.25
 """The number of lanes is chosen anew after this time at the earliest,"""
 CHOICE_ROUND_TRIPS = 4
-"""and after so many round trips,"""
-WHILES = 2
-"""and after so many measured whiles with all the lanes that there should be, if there are to be more."""
+"""and after so many round trips."""
 SETTLED_SECONDS = 2.0
 """So long after there came to be more lanes it is looked whether they carry more."""
-TRIED_SECONDS = 60.0
-"""After so long with data under way it is tried again whether more lanes carry more, if they did not."""
-PEAK_DECAY = 0.99
-"""What is left of all highest rates when the number of lanes is next chosen: links change."""
+TRIED_SECONDS = 30.0
+"""After so long with data under way it is tried again whether more lanes carry more, if they did not;"""
+TRIED_RATE = 0.8
+"""and at once if those that are left carry less than this part of it."""
+PEAK_DECAY = 0.98
+"""What is left of a highest rate when the number of lanes is next chosen."""
 MOSTLY = 0.6
 """A path is full if in this part of the looks data waited."""
 
@@ -80,8 +80,8 @@ class PathMemory:
     """How many lanes there were before there came to be more."""
     enough: int | None = None
     """So many carried as much as more did,"""
-    whiles: int = 0
-    """How often the rate was measured with as many lanes as are wanted."""
+    tried_rate: float = 0.0
+    """which was so much,"""
     tried_for: float = 0.0
     """seconds of data under way ago."""
     peaks: dict[int, float] = field(default_factory=dict)
@@ -91,6 +91,11 @@ class PathMemory:
     min_rtt: float = field(default=float("inf"))
     ends: tuple[str | None, str | None] = (None, None)
     """The addresses of this host and the peer: a path between others is another one."""
+
+    def enough_for(self, peak: float) -> int | None:
+        """How many lanes need not be exceeded, now that ``peak`` is the highest rate of late."""
+        is_known = self.tried_for < TRIED_SECONDS and peak >= TRIED_RATE * self.tried_rate
+        return self.enough if is_known else None
 
 
 class LaneReport(NamedTuple):
@@ -422,8 +427,7 @@ class Bundle:
         count = len(lanes) if self._active() else 1
         is_growing = count < self.wanted
         is_full = counted.full >= MOSTLY * counted.looks
-        memory.peaks = {one: PEAK_DECAY * rate for one, rate in memory.peaks.items()}
-        peak = max(self._rate, memory.peaks.get(count, 0.0))
+        peak = max(self._rate, memory.peaks.get(count, 0.0) * PEAK_DECAY)
         if not is_growing:
             memory.peaks[count] = peak
             if memory.min_rtt >= SHORT_RTT:
@@ -440,16 +444,13 @@ class Bundle:
         before = None
         if memory.fewer is not None and memory.seconds >= SETTLED_SECONDS:
             before = memory.fewer, memory.peaks.get(memory.fewer, 0.0)
-        enough = memory.enough if memory.tried_for < TRIED_SECONDS else None
-        choice = choose(count, path, self._limit(), before, enough)
-        memory.whiles = 0 if is_growing else memory.whiles + 1
-        if choice.count >= count and (is_growing or (choice.count > count and memory.whiles < WHILES)):
-            return  # some are still being opened, or cannot be, or their windows still open
+        choice = choose(count, path, self._limit(), before, memory.enough_for(peak))
+        if is_growing and choice.count >= count:
+            return  # some are still being opened, or cannot be
         if choice.is_tried:
-            memory.enough, memory.tried_for = choice.count, 0.0
-            memory.fewer = max((one for one in memory.peaks if one < choice.count), default=None)
+            memory.enough, memory.tried_for, memory.tried_rate = choice.count, 0.0, peak
         if choice.count > count:
             memory.fewer = count
         if choice.count != count:
-            memory.seconds, memory.whiles = 0.0, 0
+            memory.seconds = 0.0
         memory.choice = choice

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 SEGMENT = 1448
 """Bytes that a connection begins with again after a time-out."""
-SILENT = 1.5
+SILENT = 2.0
 """A connection stalls if it hears nothing for so many round trips while something is under way."""
 DEAD_TIMEOUTS = 3
 """A connection may be dead after so many time-outs in a row: the packets that it sent again were lost, too,"""
@@ -37,13 +37,18 @@ class Flow(NamedTuple):
     """How many there were in a row."""
 
 
+def is_stalled(flow: Flow, silence: float) -> bool:
+    """Whether a connection waits for a time-out, for all that is known."""
+    return silence > SILENT * flow.rtt
+
+
 def seconds_to_land(nbytes: int, flow: Flow, silence: float) -> float:
     """How long it is likely to take until the peer's machine has so many more bytes.
 
     :param silence: seconds for which nothing was heard though something is under way
     """
     window, wait = max(flow.window, SEGMENT), 0.0
-    if silence > SILENT * flow.rtt:
+    if is_stalled(flow, silence):
         window, wait = SEGMENT, max(0.0, flow.timeout - silence) + flow.rtt
     round_trips = 0.0
     if window < flow.threshold:

@@ -13,17 +13,21 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from shoal.p2p.lanes.forecast import Flow, is_dead, seconds_to_land
+from shoal.p2p.lanes.forecast import Flow, is_dead, is_stalled, seconds_to_land
 from shoal.p2p.protocol.frames import CHUNK_BYTES, Piece
 
 MAX_COPIES = 4
 """So often one piece is sent at most, as long as the lanes that carry it live."""
-PATIENCE = 2.0
-"""A piece is sent again if it is expected to take so many times as long where it is as on the lane that has room."""
+PATIENCE = 5.0
+"""A piece is sent again if it is expected to take so many times as long where it is as on the lane that has room;"""
+PATIENCE_WITH_STALLED = 2.0
+"""so many times where that lane stalls: what is expected of one that moves is off by as much as a factor of two,"""
+PATIENCE_WITHOUT_FORECAST = 3.0
+"""and so many times where the kernel says nothing."""
 RATE_SECONDS = 1.0
 """The rate of a lane is a mean over about this time."""
-LEAST_GAIN = 0.2
-"""Seconds by which it has to be sooner at least."""
+LEAST_SECONDS = 0.1
+"""On a lane that has room a piece counts as taking this long at least: there is little to gain."""
 LEAST_AGE = 0.05
 """Seconds for which a piece is left alone after it was sent."""
 
@@ -134,6 +138,13 @@ class LaneBook:
             return seconds_to_land(missing, self.flow, self.silence)
         return missing / self.rate if self.rate > 0.0 else float("inf")
 
+    @property
+    def patience(self) -> float:
+        """How many times as long as elsewhere a piece may take here, until it is sent again there."""
+        if self.flow is None:
+            return PATIENCE_WITHOUT_FORECAST
+        return PATIENCE_WITH_STALLED if is_stalled(self.flow, self.silence) else PATIENCE
+
     def seconds_for(self, size: int) -> float:
         """How long a piece is likely to take that it is given now."""
         queued = self.written - self.acknowledged + size
@@ -151,8 +162,8 @@ class Scheduler:
         """Pieces of lanes that died."""
         self._unconfirmed: dict[tuple[int, int, int], Outgoing] = {}
         self._late: list[tuple[float, object, _Sent]] = []
-        """Pieces that may be worth sending again, with the seconds that they are likely to take where they are, and the
-        lanes that carry them; the slowest first."""
+        """Pieces that may be worth sending again: the seconds that one may take elsewhere to be worth it, the lane that
+        carries it, and the piece; the most urgent first."""
         self.lanes: dict[object, LaneBook] = {}
         self.resent = 0
         """Bytes that were sent more than once."""
@@ -279,7 +290,11 @@ class Scheduler:
                 seconds, key = book.seconds_until(sent.end), (sent.payload, sent.offset)
                 if key not in soonest or seconds < soonest[key][0]:
                     soonest[key] = seconds, lane, sent
-        self._late = [one for one in soonest.values() if self._may_be_late(one[1], one[2], now)]
+        self._late = [
+            (seconds / self.lanes[lane].patience, lane, sent)
+            for seconds, lane, sent in soonest.values()
+            if self._may_be_late(lane, sent, now)
+        ]
         self._late.sort(key=lambda one: -one[0])
 
     def _may_be_late(self, lane: object, sent: _Sent, now: float) -> bool:
@@ -288,9 +303,9 @@ class Scheduler:
 
     def _find_late(self, lane: object) -> tuple[Outgoing, int] | None:
         """The piece that would take longest where it is, if this lane is much faster."""
-        enough = max(PATIENCE * self.lanes[lane].seconds_for(CHUNK_BYTES), LEAST_GAIN)
+        needs = max(self.lanes[lane].seconds_for(CHUNK_BYTES), LEAST_SECONDS)
         for index, (seconds, holder, sent) in enumerate(self._late):
-            if seconds <= enough:
+            if seconds <= needs:
                 break
             if holder is not lane and not sent.payload.is_done:
                 del self._late[index]
