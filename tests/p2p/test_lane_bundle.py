@@ -128,6 +128,11 @@ def test_lanes_follow_loss_without_a_queue_and_leave_when_it_is_full(kernel: Ker
             kernel.rtt = 0.3
             await asyncio.sleep(30.0)
             assert lanes(b, a) == 1
+            connections, incarnation = b._connections.to(a.peer_id), b.incarnation(a.peer_id)
+            assert connections is not None
+            assert incarnation is not None
+            last = [one.last_piece for one in connections.stripes(incarnation)]
+            assert asyncio.get_running_loop().time() - max(last) < 1.0  # it is one whose window is open
             task.cancel()
 
     run(main)

@@ -248,7 +248,7 @@ class Bundle:
             return None
         if self._timer is None:
             self.prepare()  # the peer has opened the stream
-        if len(self._active()) < 2:
+        if not self._active():
             return None
         number = state.begin_striped(tag, len(data))
         payload = Outgoing(
@@ -282,10 +282,11 @@ class Bundle:
     # Inside.
 
     def _active(self) -> list[BulkLane]:
-        """The lanes over which a payload is striped that begins now: none, or several."""
-        wanted = self.wanted
-        lanes = [lane for lane in self._lanes() if lane.is_open][:wanted] if wanted > 1 else []
-        return lanes if len(lanes) > 1 else []
+        """The lanes over which a payload is striped that begins now: none, or several. One if the path is long, and
+        more were too many: its window is open, and that of the home is not.
+        """
+        lanes = [lane for lane in self._lanes() if lane.is_open][: self.wanted]
+        return lanes if len(lanes) > 1 or SHORT_RTT <= self._memory.min_rtt < float("inf") else []
 
     def _carriers(self) -> list[BulkLane]:
         """What carries payloads now. Those that were begun are ended on any lane that is left, or on their home."""
