@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from shoal.p2p import tcp_info
-from shoal.p2p.lanes.count import SHORT_RTT, Choice, Path, choose, first_choice
+from shoal.p2p.lanes.count import SHORT_RTT, Path, choose, first_choice
 from shoal.p2p.lanes.forecast import Flow
+from shoal.p2p.lanes.memory import PathMemory
 from shoal.p2p.lanes.scheduler import Outgoing, Scheduler
 from shoal.p2p.lanes.upload_rate import UploadRate
 from shoal.p2p.outlet import Outlet
@@ -33,10 +34,6 @@ CHOICE_ROUND_TRIPS = 4
 """and after so many round trips."""
 SETTLED_SECONDS = 2.0
 """So long after there came to be more lanes it is looked whether they carry more."""
-TRIED_SECONDS = 30.0
-"""After so long with data under way it is tried again whether more lanes carry more, if they did not;"""
-TRIED_RATE = 0.8
-"""and at once if those that are left carry less than this part of it."""
 PEAK_DECAY = 0.98
 """What is left of a highest rate when the number of lanes is next chosen."""
 MOSTLY = 0.6
@@ -69,33 +66,6 @@ class BulkLane(Protocol):
 
     def abort(self, reason: str) -> None:
         """Close it at once; what is queued is lost."""
-
-
-@dataclass
-class PathMemory:
-    """What was learnt of the path to a peer, for the next round too."""
-
-    choice: Choice | None = None
-    fewer: int | None = None
-    """How many lanes there were before there came to be more."""
-    enough: int | None = None
-    """So many carried as much as more did,"""
-    tried_rate: float = 0.0
-    """which was so much,"""
-    tried_for: float = 0.0
-    """seconds of data under way ago."""
-    peaks: dict[int, float] = field(default_factory=dict)
-    """The highest rate that was measured with so many lanes: slow starts and the end of a round say little."""
-    seconds: float = 0.0
-    """For how long data was under way since the number of lanes last changed."""
-    min_rtt: float = field(default=float("inf"))
-    ends: tuple[str | None, str | None] = (None, None)
-    """The addresses of this host and the peer: a path between others is another one."""
-
-    def enough_for(self, peak: float) -> int | None:
-        """How many lanes need not be exceeded, now that ``peak`` is the highest rate of late."""
-        is_known = self.tried_for < TRIED_SECONDS and peak >= TRIED_RATE * self.tried_rate
-        return self.enough if is_known else None
 
 
 class LaneReport(NamedTuple):
