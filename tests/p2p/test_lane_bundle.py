@@ -393,3 +393,20 @@ def test_what_is_remembered_of_the_uplink_holds_no_bundle(kernel: Kernel):
             assert not any(isinstance(path, bundle.Bundle) for path in latest)
 
     run(main)
+
+
+def test_the_least_round_trip_time_is_the_kernels_where_it_tells(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+):
+    async def main() -> None:
+        kernel.rtt = 0.3
+        async with Swarm() as swarm:
+            a, b = await swarm.pair()
+            assert b.least_rtt(a.peer_id) == 0.1
+            monkeypatch.setattr(tcp_info, "read", lambda _: None)
+            assert b.rtt(a.peer_id) is not None
+            assert b.least_rtt(a.peer_id) == b.rtt(a.peer_id)
+            await swarm.host("c")
+            assert b.least_rtt(swarm.hosts[2].peer_id) is None
+
+    run(main)
