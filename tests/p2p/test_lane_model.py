@@ -13,8 +13,8 @@ from tests.p2p.lane_model import Sender, World, average
 
 
 def test_little_is_sent_twice_and_the_link_is_used():
-    outcomes = average(1, lanes=16, megabytes=8.0, rounds=2)
-    assert max(one.seconds for one in outcomes) < 8e6 / 25e6 + 1.5
+    outcomes = average(1, lanes=16, megabytes=5.0, rounds=2)
+    assert max(one.seconds for one in outcomes) < 5e6 / 25e6 + 1.5
     assert statistics.mean(one.again for one in outcomes) < 0.06
 
 
@@ -22,8 +22,8 @@ def test_a_lane_whose_packets_vanish_delays_a_round_by_little():
     def strike(_: World, peers: list[Sender]) -> None:
         peers[0].lanes[3].is_dead = True
 
-    (undisturbed,) = average(2, lanes=8, megabytes=16.0, rounds=1)
-    (outcome,) = average(2, lanes=8, megabytes=16.0, rounds=1, disturb=strike)
+    (undisturbed,) = average(2, lanes=8, megabytes=6.0, rounds=1)
+    (outcome,) = average(2, lanes=8, megabytes=6.0, rounds=1, disturb=strike)
     assert outcome.seconds < undisturbed.seconds + 1.5
 
 

@@ -328,15 +328,14 @@ class Bundle:
             self._skip_pause()
             return
         self._measure(carriers, now)
-        lanes = self._lanes()
-        for lane in lanes:
+        for lane in dict.fromkeys([*self._lanes(), *carriers]):
             if lane not in carriers:
                 self._last.pop(lane, None)  # it is read no more
             if lane in self._scheduler.lanes:
                 self._note_progress(lane, now)
         dead = self._scheduler.dead_lanes(now)
-        for lane in lanes:
-            if lane in dead:
+        for lane in self._lanes():
+            if lane in dead:  # a home is never ended here: streams live on it
                 lane.abort("its packets vanish, and those of other lanes do not")
         self._scheduler.look_for_late(now)
         self._open_missing()
