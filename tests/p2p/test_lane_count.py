@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shoal.p2p.lanes.count import FEW, Path, choose, first_choice
+from shoal.p2p.lanes.memory import PathMemory
 
 MB = 1e6
 
@@ -78,3 +79,13 @@ def test_it_is_said_that_more_were_tried():
 )
 def test_first_choices(rtt: float | None, limit: int, expected: int):
     assert first_choice(rtt, limit).count == expected
+
+
+@pytest.mark.parametrize(
+    ("rate", "seconds", "expected"), [(1.0, 1.0, 8), (0.85, 29.0, 8), (0.7, 1.0, None), (1.0, 31.0, None)]
+)
+def test_what_was_enough_is_so_for_a_while_and_while_as_much_is_carried(
+    rate: float, seconds: float, expected: int | None
+):
+    memory = PathMemory(enough=8, tried_rate=MB, tried_for=seconds)
+    assert memory.enough_for(rate * MB) == expected

@@ -9,7 +9,7 @@ from shoal.p2p.lanes.count import Choice
 TRIED_SECONDS = 30.0
 """After so long with data under way it is tried again whether more lanes carry more, if they did not;"""
 TRIED_RATE = 0.8
-"""and at once if those that are left carry less than this part of it."""
+"""and as soon as those that are left carry less than this part of it."""
 
 
 @dataclass
@@ -33,7 +33,9 @@ class PathMemory:
     ends: tuple[str | None, str | None] = (None, None)
     """The addresses of this host and the peer: a path between others is another one."""
 
-    def enough_for(self, peak: float) -> int | None:
-        """How many lanes need not be exceeded, now that ``peak`` is the highest rate of late."""
-        is_known = self.tried_for < TRIED_SECONDS and peak >= TRIED_RATE * self.tried_rate
+    def enough_for(self, rate: float) -> int | None:
+        """How many lanes need not be exceeded, now that they carry ``rate``: not the highest one of late, since a slow
+        start carries for a while what its lanes never do again.
+        """
+        is_known = self.tried_for < TRIED_SECONDS and rate >= TRIED_RATE * self.tried_rate
         return self.enough if is_known else None
