@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from shoal.p2p import tcp_info
 from shoal.p2p.config import KIB, MIB
@@ -21,8 +20,9 @@ from shoal.p2p.sockets import unsent_bytes
 
 WRITE_HIGH = 1 * MIB
 WRITE_LOW = 256 * KIB
-PAYLOAD_CHUNK = 1 * MIB
-"""A longer payload is encrypted in pieces of this size, each when the transport has room."""
+PAYLOAD_CHUNK = 512 * KIB
+"""A longer payload is encrypted in pieces of this size, each when the transport has room. The cache holds one until the
+kernel has copied it; larger ones cost twice as much."""
 UNSENT_SECONDS = 0.04
 """With several lanes the kernel of each holds what it sends in this time beyond what is on its way. A slow one would
 sit on more, and with less a fast one would stand still until this process comes to fill it again;"""
@@ -129,14 +129,13 @@ class Outlet:
                 self.written += sum(map(len, pieces))
                 self._transport.writelines(pieces)
 
-    @contextmanager
-    def batch(self) -> Iterator[None]:
-        """Frames that are sent inside the block leave in one write, when it ends."""
+    def hold(self) -> None:
+        """Frames leave in one write, at :meth:`let_go`."""
         self._is_batching = True
-        try:
-            yield
-        finally:
-            self._is_batching = False
+
+    def let_go(self) -> None:
+        """Frames leave at once again, and those that were held leave now."""
+        self._is_batching = False
         self.flush()
 
     # Room.
