@@ -44,6 +44,12 @@ class StepRunner:
             return await self._wait_and_run(step)
         finally:
             del self._steps[command.step]
+            step.ended.set()
+
+    async def ended(self, number: int) -> None:
+        """Wait until this step has ended, whatever became of it."""
+        if number in self._steps:
+            await self._steps[number].ended.wait()
 
     def trigger(self, number: int) -> None:
         """All-reduce of this step may begin, if it has not ended in the meantime."""
