@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from shoal.averaging.commands import DoubtSettled, StepOutcome, TakeSnapshot
 from shoal.averaging.matchmaking_config import matchmaking_config
 from shoal.averaging.partition import Layout
 from shoal.averaging.report import DoubtOutcome, StepReport
+from shoal.averaging.trainer import link
 from shoal.averaging.trainer.arena import TensorArena
 from shoal.averaging.trainer.control import Steering, StepControl
 from shoal.averaging.trainer.in_place import InPlaceTransfer
@@ -90,9 +92,13 @@ class Peer(UserSide):
         super().__init__(torch.zeros(3) if tensors is None else tensors, apply_when, **options)
         self.tensor = self.store.tensors[0]
         self.make_average()
+        self.commands: list[object] = []
         self.calls: list[MPFuture[Any]] = []
+        handle: Any = self
+        self.steps.when_over = partial(link._let_go, self.arena.transfer, handle)
 
     def call(self, command: object, timeout: float | None = None) -> MPFuture[Any]:
+        self.commands.append(command)
         self.calls.append(MPFuture())
         return self.calls[-1]
 

@@ -1,0 +1,86 @@
+"""Tensors that are handed over, on real processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from real_swarm import STEP_TIMEOUT, Swarm, step_all, wait_for_stage, wait_until
+
+from shoal import compression
+from shoal.averaging import SharedBuffers
+from shoal.averaging.commands import AveragingStage
+from shoal.errors import AllreduceException, InvalidStateError, InvalidValueError
+
+pytestmark = pytest.mark.xdist_group("averaging")
+
+SPECS = [((300, 7), torch.float32), ((), torch.float64), ((0, 3), torch.float32), (501, torch.float32)]
+
+
+def test_buffers_average_with_copied_tensors_round_after_round(swarm: Swarm):
+    """Some travel by another codec than their neighbours of the same dtype."""
+    buffers = SharedBuffers(SPECS, debug=True)
+    copied = [torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in buffers.tensors]
+    codecs = compression.SizeAdaptiveCompression(
+        threshold=1000, less=compression.NoCompression(), greater_equal=compression.Float16Compression()
+    )
+    averagers = [swarm.peer(tensors, 2, compression=codecs) for tensors in (buffers, copied)]
+    addresses = [tensor.data_ptr() for tensor in buffers.tensors]
+    for number in range(3):
+        for tensors, value in ((buffers.tensors, 2.0), (copied, 4.0)):
+            for tensor in tensors:
+                tensor.fill_(value + number)
+        assert all(step_all(averagers))
+        for one, other in zip(buffers.tensors, copied, strict=True):
+            assert torch.equal(one, torch.full_like(one, 3.0 + number))
+            assert torch.equal(one, other)
+    assert [tensor.data_ptr() for tensor in buffers.tensors] == addresses
+    assert not buffers.in_use
+
+
+def test_buffers_outlive_their_averager_and_serve_another_one(swarm: Swarm):
+    buffers = SharedBuffers(SPECS[:1])
+    first = swarm.peer(buffers, 2)
+    with pytest.raises(InvalidStateError, match=f"the averager '{swarm.prefix}' has these"):
+        swarm.peer(buffers, 2, prefix="other")
+    with pytest.raises(InvalidValueError, match="detect_lost_updates must be False for SharedBuffers"):
+        swarm.peer(buffers, 2, prefix="other", detect_lost_updates=True)
+    first.shutdown()
+    buffers.tensors[0].fill_(1)
+    tensor = torch.full((300, 7), 3.0)
+    averagers = [swarm.peer(given, 2, averaging_alpha=0.5) for given in (buffers, [tensor])]
+    assert all(step_all(averagers))
+    assert torch.equal(buffers.tensors[0], torch.full((300, 7), 1.5))
+    assert torch.equal(tensor, torch.full((300, 7), 2.5))
+
+
+def test_a_cancelled_round_lets_go_of_the_buffers(swarm: Swarm):
+    buffers = SharedBuffers([(1000, torch.float32)])
+    tensor = torch.zeros(1000)
+    averagers = [swarm.peer(given, 2) for given in (buffers, [tensor])]
+    steps = [averager.step(wait=False, timeout=STEP_TIMEOUT, require_trigger=True) for averager in averagers]
+    wait_for_stage(steps, AveragingStage.AWAITING_TRIGGER)
+    steps[0].allow_allreduce()
+    wait_until(lambda: buffers.in_use)
+    assert steps[0].cancel()  # its groupmate has not begun
+    buffers.wait_until_free(STEP_TIMEOUT)
+    buffers.tensors[0].fill_(1)
+    steps[1].cancel()
+    assert torch.equal(buffers.tensors[0], torch.ones(1000))
+
+
+def test_a_write_while_a_round_runs_fails_the_step_and_names_the_tensor(swarm: Swarm):
+    buffers = SharedBuffers([("head", (1000, torch.float32))], debug=True)
+    averagers = [swarm.peer(given, 2) for given in (buffers, {"head": torch.zeros(1000)})]
+    steps = [averager.step(wait=False, timeout=STEP_TIMEOUT, require_trigger=True) for averager in averagers]
+    wait_for_stage(steps, AveragingStage.AWAITING_TRIGGER)
+    steps[0].allow_allreduce()
+    wait_until(lambda: buffers.in_use)
+    with averagers[0].get_tensors() as tensors:  # waits for the digests, which are taken under this lock
+        tensors[0].numpy()[3] = 7
+    steps[1].allow_allreduce()
+    with pytest.raises(
+        AllreduceException, match=r"averaged_tensors\['head'\] was written between the trigger"
+    ):
+        steps[0].result(STEP_TIMEOUT)
+    assert buffers.tensors[0].sum() == 7
+    assert steps[1].result(STEP_TIMEOUT)
