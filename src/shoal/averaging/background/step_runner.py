@@ -16,11 +16,15 @@ from shoal.averaging.commands import RunStep, StepOutcome
 from shoal.averaging.config import retry_pause
 from shoal.averaging.matchmaking.story import SearchStory
 from shoal.errors import AllreduceException, InDoubt, MatchmakingException
+from shoal.runtime.memory import trim
 
 logger = logging.getLogger(__name__)
 
 WARN_AFTER_ATTEMPTS = 3
 """From as many failed groups in one step on, each failure is a warning."""
+
+LARGE_ROUND = 32 << 20
+"""Bytes that a round has received from which on its buffers, when they are freed, are worth giving back."""
 
 _NOT_RUN = "found no group: until the deadline an earlier step still ran"
 _NOT_APPLIED = (
@@ -45,6 +49,8 @@ class StepRunner:
         finally:
             del self._steps[command.step]
             step.ended.set()
+            if step.report.bytes_received >= LARGE_ROUND:
+                asyncio.get_running_loop().call_soon(trim)  # when the user process has its answer
 
     async def ended(self, number: int) -> None:
         """Wait until this step has ended, whatever became of it."""
