@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from real_swarm import STEP_TIMEOUT, Swarm, step_all, wait_for_stage, wait_until
 
+import shoal
 from shoal import compression
 from shoal.averaging import SharedBuffers
 from shoal.averaging.commands import AveragingStage
@@ -13,6 +19,8 @@ from shoal.errors import AllreduceException, InvalidStateError, InvalidValueErro
 
 pytestmark = pytest.mark.xdist_group("averaging")
 
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "shared-buffers.md").read_text()
+PROGRAMS = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE)
 SPECS = [((300, 7), torch.float32), ((), torch.float64), ((0, 3), torch.float32), (501, torch.float32)]
 
 
@@ -84,3 +92,41 @@ def test_a_write_while_a_round_runs_fails_the_step_and_names_the_tensor(swarm: S
         steps[0].result(STEP_TIMEOUT)
     assert buffers.tensors[0].sum() == 7
     assert steps[1].result(STEP_TIMEOUT)
+
+
+def gradient(inputs: torch.Tensor) -> torch.Tensor:
+    """Of the mean of a model with one output, by its weights."""
+    return inputs.mean(dim=0, keepdim=True)
+
+
+@pytest.mark.parametrize("program", [0, 1], ids=["gradients", "differences"])
+def test_the_programs_of_the_page_keep_two_models_alike(program: int, swarm: Swarm):
+    rounds = 2
+    models = [torch.nn.Linear(3, 1) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    start = models[0].weight.detach().clone()
+    inputs = torch.randn(2, rounds, 4, 3)
+    failures: list[BaseException] = []
+
+    def run(peer: int) -> None:
+        optimizer = torch.optim.SGD(models[peer].parameters(), lr=1.0)
+        names: dict[str, Any] = {"shoal": shoal, "torch": torch, "model": models[peer], "dht": dhts[peer]}
+        names |= {"optimizer": optimizer, "batches": inputs[peer], "outer_rounds": inputs[peer].unsqueeze(1)}
+        try:
+            exec(PROGRAMS[program].replace('prefix="run"', f"prefix={swarm.prefix!r}"), names)
+        except BaseException as e:  # noqa: BLE001 - the test raises it
+            failures.append(e)
+        finally:
+            if "averager" in names:
+                names["averager"].shutdown()
+
+    dhts = [swarm.dht(), swarm.dht()]
+    threads = [threading.Thread(target=run, args=(peer,)) for peer in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures, failures
+    moved = sum(gradient(inputs[:, number].flatten(0, 1)) for number in range(rounds))
+    for model in models:
+        torch.testing.assert_close(model.weight.detach(), start - moved)

@@ -67,6 +67,11 @@ def test_tensors_have_the_shapes_and_dtypes_of_the_specs_and_are_zero():
     assert not buffers.in_use
 
 
+def test_they_take_two_sizes_of_the_tensors():
+    buffers = SharedBuffers([((1 << 16,), F32), ((1 << 16,), BF16)])
+    assert buffers.nbytes == 2 * ((1 << 18) + (1 << 17)) == buffers._memory.nbytes
+
+
 @pytest.mark.parametrize("given", [list, dict, lambda named: torch.nn.ParameterDict(dict(named))])
 def test_like_takes_whatever_holds_tensors(given: Any):
     named = [
@@ -88,6 +93,7 @@ def test_like_takes_whatever_holds_tensors(given: Any):
         ([((2,), torch.int64)], InvalidTypeError, r"the dtype of specs\[0\]"),
         ([((2, -1), F32)], InvalidValueError, r"a size in the shape of specs\[0\]"),
         ([((2, 0.5), F32)], InvalidTypeError, "whole number"),
+        ([((1 << 40, 1 << 40), F32)], InvalidValueError, "must fit into memory"),
         ([("a", ((2,), F32)), ("a", ((2,), F32))], InvalidValueError, "each name once"),
         ([torch.zeros(2)], InvalidTypeError, r"SharedBuffers.like\(tensors\)"),
         (torch.zeros(2), InvalidTypeError, r"SharedBuffers.like\(tensors\)"),

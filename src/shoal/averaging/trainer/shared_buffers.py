@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -64,7 +65,7 @@ class SharedBuffers:
     :param specs: shape and dtype of each tensor, or these by name; dtypes as of an averager's tensors
     :param debug: compare a digest (SHA-256) of each tensor, taken at the trigger, before the average is written. Costs
       about 1.5 s for each GB of tensors and round.
-    :raises InvalidValueError: (a ValueError) no tensors, a negative size, or a name twice
+    :raises InvalidValueError: (a ValueError) no tensors, a negative size, far too many elements, or a name twice
     :raises InvalidTypeError: (a TypeError) no shapes and dtypes, or a dtype that can't be averaged
     :raises OSError: the system has no room for the memory
     """
@@ -83,11 +84,14 @@ class SharedBuffers:
           name
         :param debug: as of the class
         """
-        named, source = take_tensors(examples)
+        try:
+            named, source = take_tensors(examples)
+            for label, tensor in zip(named.labels, named.tensors, strict=True):
+                check_kind(label, tensor)
+        except (InvalidTypeError, InvalidValueError) as e:
+            raise type(e)(f"examples: {e}") from None
         if source is not None and source.runs_users_code:
             raise InvalidTypeError(f"examples must be tensors or a module, got {examples!r}")
-        for label, tensor in zip(named.labels, named.tensors, strict=True):
-            check_kind(label, tensor)
         buffers = cls.__new__(cls)
         buffers._make(
             named.labels, [TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in named.tensors], debug
@@ -95,14 +99,20 @@ class SharedBuffers:
         return buffers
 
     def _make(self, labels: tuple[str, ...], specs: Sequence[TensorSpec], debug: bool) -> None:
-        self.debug = check_flag("debug", debug)
-        """As given."""
+        self._debug = check_flag("debug", debug)
         self._labels = labels
         self._layout = Layout.from_schema(TensorSchema(tuple(specs)))
         self._pid = os.getpid()
+        if self.nbytes > sys.maxsize:
+            raise InvalidValueError(f"specs must fit into memory, got tensors of {self.nbytes // 2:,} bytes")
         self._memory = SharedMemory.create(max(1, 2 * self._layout.nbytes))
         self._tensors = HeldTensors(_tensors_in(self._memory, self._layout))
         self._occupancy = Occupancy()
+
+    @property
+    def debug(self) -> bool:
+        """As given."""
+        return self._debug
 
     @property
     def tensors(self) -> HeldTensors:
