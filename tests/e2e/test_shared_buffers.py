@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from shoal import compression
 from shoal.averaging import SharedBuffers
 from shoal.averaging.commands import AveragingStage
 from shoal.errors import AllreduceException, InvalidStateError, InvalidValueError
+from shoal.testing import plant
 
 pytestmark = pytest.mark.xdist_group("averaging")
 
@@ -92,6 +96,49 @@ def test_a_write_while_a_round_runs_fails_the_step_and_names_the_tensor(swarm: S
         steps[0].result(STEP_TIMEOUT)
     assert buffers.tensors[0].sum() == 7
     assert steps[1].result(STEP_TIMEOUT)
+
+
+@pytest.mark.sweep
+def test_a_process_that_stops_after_its_vote_keeps_the_buffers_until_it_goes_on(swarm: Swarm, tmp_path: Path):
+    """The others have committed; the average comes too late to be written."""
+    buffers = SharedBuffers([(1000, torch.float32)])
+    others = [swarm.peer([torch.full((1000,), number)], 3, min_group_size=2) for number in (1.0, 2.0)]
+    dht = swarm.own_dht()
+    stopped = swarm.peer(buffers, 3, dht=dht, min_group_size=2)
+    record = tmp_path / "fault.json"
+    dht.run_coroutine(partial(plant, phase="announcing", action="stop", record=str(record)))
+    steps = [averager.step(wait=False, timeout=STEP_TIMEOUT) for averager in others]
+    step = stopped.step(wait=False, timeout=10.0)
+    try:
+        assert isinstance(step.exception(2 * STEP_TIMEOUT), shoal.InDoubt)
+        assert record.exists()
+        assert all(len(one.result(STEP_TIMEOUT)) == 3 for one in steps)
+        assert buffers.in_use
+    finally:
+        os.kill(dht.background.pid, signal.SIGCONT)
+    buffers.wait_until_free(STEP_TIMEOUT)
+    wait_until(lambda: stopped.last_doubt.outcome is not shoal.DoubtOutcome.OPEN, STEP_TIMEOUT)
+    assert stopped.last_doubt is not None
+    assert stopped.last_doubt.outcome is shoal.DoubtOutcome.DROPPED, stopped.last_doubt
+    assert not stopped.apply_late_average()
+    assert not buffers.tensors[0].any()
+
+
+@pytest.mark.sweep
+def test_a_process_that_is_killed_lets_go_of_the_buffers(swarm: Swarm):
+    buffers = SharedBuffers([(1000, torch.float32)])
+    dht = swarm.own_dht()
+    averagers = [swarm.peer(buffers, 2, dht=dht), swarm.peer([torch.zeros(1000)], 2)]
+    steps = [averager.step(wait=False, timeout=STEP_TIMEOUT, require_trigger=True) for averager in averagers]
+    wait_for_stage(steps, AveragingStage.AWAITING_TRIGGER)
+    steps[0].allow_allreduce()
+    wait_until(lambda: buffers.in_use)
+    os.kill(dht.background.pid, signal.SIGKILL)
+    assert isinstance(steps[0].exception(STEP_TIMEOUT), shoal.PeerProcessDied)
+    assert not buffers.in_use
+    steps[1].cancel()
+    averagers[0].shutdown()
+    swarm.peer(buffers, 2, prefix="another")
 
 
 def gradient(inputs: torch.Tensor) -> torch.Tensor:
