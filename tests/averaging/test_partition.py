@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.averaging.load_balancing import load_balance_peers
-from shoal.averaging.partition import ALIGNMENT, MAX_PARTS, Layout, Partition
+from shoal.averaging.partition import ALIGNMENT, MAX_JOINED, MAX_PARTS, Layout, Partition
 from shoal.averaging.schema import TensorSchema, TensorSpec
 from shoal.compression import (
     BlockwiseQuantization,
@@ -199,7 +199,29 @@ def test_nothing_to_average():
 def test_a_model_of_4_gb():
     layout = Layout.from_schema(TensorSchema((TensorSpec((1 << 30,), torch.float32),)))
     partition = Partition.create(layout, load_balance_peers(layout.data_nbytes, [None] * 4), 1 << 19)
-    assert len(partition.parts) == 8192
+    assert len(partition.parts) == 8192 / MAX_JOINED
+
+
+@pytest.mark.parametrize(
+    ("span", "expected"),
+    [
+        (1000, [1000]),  # too small to cut
+        (1 << 20, [1 << 17] * 8),  # few parts: smaller ones
+        (12 << 19, [1 << 19] * 12),
+        (24 << 19, [1 << 20] * 12),  # many parts: larger ones
+        (100 << 19, [1 << 21] * 25),
+    ],
+)
+def test_uncompressed_parts_follow_the_size_of_the_span(span, expected):
+    partition = Partition.create(layout_of(torch.zeros(2 * span // 4)), [span, span], 1 << 19)
+    for owner in range(2):
+        assert [part.nbytes for part in partition.parts_of(owner)] == expected
+
+
+def test_compressed_parts_are_of_the_size_that_is_asked_for():
+    layout = layout_of(torch.zeros(1 << 23), codecs=[Float16Compression()])
+    partition = Partition.create(layout, [layout.data_nbytes], 1 << 19)
+    assert [part.nbytes for part in partition.parts] == [1 << 19] * 32
 
 
 def test_too_many_parts_are_refused_before_they_are_made():

@@ -5,6 +5,7 @@ event loop.
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ async def create_averager_service(setup: bytes, dht_service: str, context: Servi
     # gains, and far more where the trainer keeps every core busy.
     torch = importlib.import_module("torch")
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays: the collector need not look at it in each of its long runs
     codecs, config, schema = await asyncio.to_thread(pickling.loads, setup)
     registry = importlib.import_module("shoal.compression.registry")
     for codec in codecs:

@@ -11,6 +11,10 @@ section or a span.
 Codecs that fit levels to the values they see must not see two tensors at once. Under such a codec a part is a row
 of *segments*, one for each tensor that it reaches into.
 
+A part is what members send, await and average in one go. Many small ones cost time for each, and a few large ones
+keep owners waiting for the first of them. So uncompressed tensors are cut by the size of the span, within the limits
+of :func:`_plain_part_nbytes`.
+
 All of this follows from the schema, the members' sizes and ``part_size_bytes`` alone, so that every member computes
 the same.
 """
@@ -34,6 +38,14 @@ from shoal.errors import InvalidValueError
 
 ALIGNMENT = 64
 MAX_PARTS = 1 << 20
+ENOUGH_PARTS = 12
+"""Of a span with more parts than this, uncompressed ones are joined,"""
+MAX_JOINED = 4
+"""so many at most."""
+FEW_PARTS = 8
+"""A span with fewer parts than this has smaller ones, if they are uncompressed,"""
+LEAST_PART_NBYTES = 1 << 16
+"""of so many bytes at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +153,10 @@ class Layout:
         """Whether a part travels as the memory that it is, so that no codec need be asked."""
         return self._plain_sections[part.section]
 
+    def is_uncompressed(self, section: Section) -> bool:
+        """As :meth:`is_plain`, of all parts of a section."""
+        return self._plain_sections[section.index]
+
     @cached_property
     def _plain_sections(self) -> tuple[bool, ...]:
         # Not of subclasses: users' codecs may do more than what they inherit.
@@ -222,8 +238,8 @@ class Partition:
 
         :param owned_nbytes: for each member, the bytes that it owns: ``load_balance_peers(layout.data_nbytes,
           ...)``; borders are moved to the beginning of an element
-        :param part_size_bytes: largest size of a part on the wire (a part has at least one element all the
-          same)
+        :param part_size_bytes: largest size of a part on the wire, but for uncompressed ones that are joined (a part
+          has at least one element all the same)
         :raises InvalidValueError: the sizes do not sum to the vector's, or there would be more than 2^20
           parts
         """
@@ -252,22 +268,34 @@ class Partition:
 
 
 def _cut(layout: Layout, spans: Sequence[Span], part_size_bytes: int) -> tuple[Part, ...]:
-    largest = [max(1, section.codec.max_count(section.dtype, part_size_bytes)) for section in layout.sections]
     parts: list[Part] = []
     for span in spans:
         for section in layout.sections:
             start, stop = max(span.start, section.first_element), min(span.stop, section.end_element)
             if start >= stop:
                 continue
+            nbytes = part_size_bytes
+            if layout.is_uncompressed(section):
+                nbytes = _plain_part_nbytes((stop - start) * section.dtype.itemsize, part_size_bytes)
+            largest = max(1, section.codec.max_count(section.dtype, nbytes))
             cut = _whole if section.codec.elementwise else _segmented
-            if len(parts) + (stop - start) // largest[section.index] > MAX_PARTS:
+            if len(parts) + (stop - start) // largest > MAX_PARTS:
                 raise _too_many_parts(layout, part_size_bytes)
-            for segments in cut(layout, section, (start, stop), part_size_bytes, largest[section.index]):
+            for segments in cut(layout, section, (start, stop), part_size_bytes, largest):
                 if len(parts) == MAX_PARTS:
                     raise _too_many_parts(layout, part_size_bytes)
                 parts.append(_part(section, span.owner, len(parts), start, segments))
                 start = parts[-1].start + parts[-1].count
     return tuple(parts)
+
+
+def _plain_part_nbytes(span_nbytes: int, limit: int) -> int:
+    """How large parts of an uncompressed stretch are: ``limit``, larger if there are many, smaller if there are few."""
+    joined = min(span_nbytes // (ENOUGH_PARTS * limit), MAX_JOINED)
+    if joined > 1:
+        return joined * limit
+    shared = -(-span_nbytes // (FEW_PARTS * ALIGNMENT)) * ALIGNMENT
+    return min(limit, max(LEAST_PART_NBYTES, shared))
 
 
 def _too_many_parts(layout: Layout, part_size_bytes: int) -> InvalidValueError:

@@ -189,12 +189,14 @@ class Connection(asyncio.BufferedProtocol):
         if self.ending is not None:
             return
         self.vigil.receive_bytes()
-        with self.outlet.batch():
-            try:
-                for event in self._session.buffer_updated(nbytes):
-                    self._receive_event(event)
-            except ProtocolViolation as error:
-                self.violate(error)
+        self.outlet.hold()  # what is answered leaves in one write
+        try:
+            for event in self._session.buffer_updated(nbytes):
+                self._receive_event(event)
+        except ProtocolViolation as error:
+            self.violate(error)
+        finally:
+            self.outlet.let_go()
         if self.lane is not Lane.CONTROL and self.ending is None:
             self._pace.note(nbytes)
 

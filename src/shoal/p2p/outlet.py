@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from shoal.p2p import tcp_info
 from shoal.p2p.config import KIB, MIB
@@ -21,8 +20,9 @@ from shoal.p2p.sockets import unsent_bytes
 
 WRITE_HIGH = 1 * MIB
 WRITE_LOW = 256 * KIB
-PAYLOAD_CHUNK = 1 * MIB
-"""A longer payload is encrypted in pieces of this size, each when the transport has room."""
+PAYLOAD_CHUNK = 512 * KIB
+"""A longer payload is encrypted in pieces of this size, each when the transport has room. The cache holds one until the
+kernel has copied it; larger ones cost twice as much."""
 UNSENT_WHEN_STRIPED = 64 * KIB
 """With several lanes the kernel of each holds no more than this beyond what is on its way: a slow one would sit on
 it."""
@@ -112,14 +112,13 @@ class Outlet:
                 self.written += sum(map(len, pieces))
                 self._transport.writelines(pieces)
 
-    @contextmanager
-    def batch(self) -> Iterator[None]:
-        """Frames that are sent inside the block leave in one write, when it ends."""
+    def hold(self) -> None:
+        """Frames leave in one write, at :meth:`let_go`."""
         self._is_batching = True
-        try:
-            yield
-        finally:
-            self._is_batching = False
+
+    def let_go(self) -> None:
+        """Frames leave at once again, and those that were held leave now."""
+        self._is_batching = False
         self.flush()
 
     # Room.

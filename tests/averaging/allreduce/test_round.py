@@ -446,7 +446,7 @@ def test_a_failed_round_holds_nothing_for_a_member_that_keeps_its_streams_open(
     monkeypatch: pytest.MonkeyPatch,
 ):
     async def main() -> None:
-        async with SimulatedGroup(seed=3, size=3, clients=1, shapes=[(200_000,)]) as group:
+        async with SimulatedGroup(seed=3, size=3, clients=1, shapes=[(800_000,)]) as group:
             monkeypatch.setattr(streams, "WINDOW_BYTES", 4096)
             monkeypatch.setattr(streams, "MAX_WINDOW_BYTES", 4096)
             rounds = [group.round(member) for member in range(3)]

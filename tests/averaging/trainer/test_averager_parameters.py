@@ -375,7 +375,7 @@ def test_more_parts_than_there_may_be_are_found_out_when_the_averager_is_made():
     huge = torch.zeros(1).expand(3 << 30)
     with pytest.raises(ValueError, match="memory"):
         make(averaged_tensors=[huge])
-    layout = torch.empty(300 << 20, dtype=torch.float32)  # never touched: takes no memory
+    layout = torch.empty(1200 << 20, dtype=torch.float32)  # never touched: takes no memory
     with pytest.raises(ValueError, match=r"part_size_bytes must be .*, got 1024"):
         make(averaged_tensors=[layout], part_size_bytes=1024)
 

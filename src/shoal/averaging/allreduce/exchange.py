@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from shoal.averaging.allreduce.assignment import Span
@@ -111,7 +113,7 @@ class OwnSpan:
         self._arena = arena
         self._arrived: dict[int, dict[int, memoryview]] = {}
         self._places: dict[int, _Places] = {}
-        self._spare: dict[int, list[bytearray]] = {}
+        self._spare: dict[int, list[npt.NDArray[np.uint8]]] = {}
         self._differences: dict[tuple[int, int], memoryview] = {}
         self._sample = SpreadSample(len(self.parts))
 
@@ -123,7 +125,8 @@ class OwnSpan:
         """Memory for a part of a sender; :class:`ProtocolViolation` if it is none, or has come before."""
         part = self._places.setdefault(sender, _Places(self.parts)).take(tag, length)
         spare = self._spare.get(part.nbytes)
-        return memoryview(spare.pop() if spare else bytearray(part.nbytes))
+        # Not a bytearray: that is filled with zeros first.
+        return (spare.pop() if spare else np.empty(part.nbytes, np.uint8)).data
 
     def deliver(self, sender: int, index: int, data: memoryview) -> None:
         """The part that was received is complete."""
@@ -213,7 +216,7 @@ class OwnSpan:
 
     def _recycle(self, part: Part, memory: Iterable[memoryview]) -> None:
         for data in memory:
-            if isinstance(data.obj, bytearray):
+            if isinstance(data.obj, np.ndarray):
                 self._spare.setdefault(part.nbytes, []).append(data.obj)
 
     def clear(self) -> None:

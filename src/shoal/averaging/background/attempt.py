@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 from shoal.averaging.allreduce.deadlines import load
 from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
@@ -78,26 +78,33 @@ class Attempt:
         rounds.begin(self._round)
         matchmaker.watch_members(partial(rounds.lose_member, self._group.group_id))
         try:
-            result, cancelled = await run_to_the_end(self._take_part(), self._give_up)
+            result, cancelled = await run_to_the_end(self._round.run(), self._give_up)
         finally:
             rounds.end(self._round)
-        self._note_result(result)
         unreached = self._round.unreached
-        self._learn(result, unreached)
-        self._note_doubt(result, was_cancelled=cancelled is not None)
-        if result.in_doubt and cancelled is None:
-            raise InDoubt(result.failure)
-        if result.failure is not None and cancelled is None:
-            raise (StepFailed if self._is_own_fault else AllreduceException)(result.failure)
-        if result.failure is None:
-            try:  # the others apply the average, whatever matchmaking makes of this group
-                if result.applies and cancelled is None:
-                    # A cancellation from now on comes too late, and gets the outcome.
-                    await run_to_the_end(self._apply(), lambda: None)
-            finally:
-                matchmaker.round_committed(self._group, {*self._excluded(result), *unreached})
+        note = partial(self._note, result, unreached, was_cancelled=cancelled is not None)
+        if result.failure is not None:
+            note()
+            await self._settle_notices()
+            self._raise_failure(result, cancelled)
+        try:  # the others apply the average, whatever matchmaking makes of this group
+            if result.applies and cancelled is None:
+                # A cancellation from now on comes too late, and gets the outcome.
+                await run_to_the_end(self._apply(meanwhile=note), lambda: None)
+            else:
+                note()
+            await self._settle_notices()
+        finally:
+            matchmaker.round_committed(self._group, {*self._excluded(result), *unreached})
         if cancelled is not None:
             raise cancelled
+
+    def _raise_failure(self, result: RoundResult, cancelled: asyncio.CancelledError | None) -> NoReturn:
+        if cancelled is not None:
+            raise cancelled
+        if result.in_doubt:
+            raise InDoubt(result.failure)
+        raise (StepFailed if self._is_own_fault else AllreduceException)(result.failure)
 
     def _give_up(self) -> None:
         if self._context.is_closing:
@@ -105,11 +112,9 @@ class Attempt:
         else:
             self._round.withdraw("its user cancelled the step")
 
-    async def _take_part(self) -> RoundResult:
-        try:
-            return await self._round.run()
-        finally:
-            await asyncio.gather(*self._notices)
+    async def _settle_notices(self) -> None:
+        """Wait until the user process has taken what it was told; it has, where it has answered anything since."""
+        await run_to_the_end(_all(self._notices), lambda: None)
 
     def _on_bound(self) -> None:
         self._notices.append(asyncio.ensure_future(self._context.call_user(BoundByWord(self._step.number))))
@@ -150,14 +155,18 @@ class Attempt:
         finally:  # the round may fail meanwhile
             self._waited = loop.time() - began
 
-    async def _apply(self) -> None:
+    async def _apply(self, meanwhile: Callable[[], None]) -> None:
+        """Have the user process write the average; ``meanwhile`` is called when it was asked to."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         arena_is_free = self._resources.arena.is_free
         arena_is_free.clear()  # before the user process is asked: AverageWritten may overtake its answer
         waits_for_user = False
+        asking = asyncio.ensure_future(self._context.call_user(ApplyAverage(self._step.number)))
+        await asyncio.sleep(0)  # it leaves
+        meanwhile()
         try:
-            waits_for_user = not await self._context.call_user(ApplyAverage(self._step.number))
+            waits_for_user = not await asking
         except Exception as e:  # of the user's tensors and their devices: may be anything
             raise StepFailed(
                 f"the group has averaged, but the average could not be written to this peer's tensors: {e}"
@@ -166,6 +175,12 @@ class Attempt:
             if not waits_for_user:
                 arena_is_free.set()
             self._step.spend(apply=loop.time() - began)
+
+    def _note(self, result: RoundResult, unreached: list[PeerID], *, was_cancelled: bool) -> None:
+        """Remember what the round has shown."""
+        self._note_result(result)
+        self._learn(result, unreached)
+        self._note_doubt(result, was_cancelled=was_cancelled)
 
     def _note_doubt(self, result: RoundResult, *, was_cancelled: bool) -> None:
         """Learn later how the round ended, or tell the user process, which may have given the step up in doubt itself:
@@ -240,6 +255,10 @@ class Attempt:
                     lanes.retransmitted / lanes.segments_sent if lanes.segments_sent else None,
                     lanes.resent,
                 )
+
+
+async def _all(futures: Iterable[asyncio.Future[object]]) -> None:
+    await asyncio.gather(*futures)
 
 
 async def run_to_the_end(

@@ -129,5 +129,6 @@ class StepRunner:
         step.note(failure=failure)
         # The user process warns of failures, or hands them out.
         level = logging.INFO if failure is None else logging.DEBUG
-        logger.log(level, "%s: %s", self._resources.prefix, step.report)
+        # Soon: the user, who waits for the outcome, gets it before the log does.
+        asyncio.get_running_loop().call_soon(logger.log, level, "%s: %s", self._resources.prefix, step.report)
         return StepOutcome(step.report, found_group)

@@ -24,6 +24,8 @@ from shoal.p2p.protocol.stream_state import StreamState
 
 TICK = 0.05
 """Seconds between two looks at the lanes while data is under way."""
+SHORT_PATH_TICK = 0.25
+"""The same over a short path, where one lane is enough: many peers in one room would cost much otherwise."""
 QUIET_TICK = 0.5
 """Seconds between two looks while streams are open, and nothing has moved for as long."""
 CHOICE_SECONDS = 0.25
@@ -173,7 +175,9 @@ class Bundle:
     def wanted(self) -> int:
         """How many lanes are to carry data."""
         choice = self._memory.choice
-        return self._fixed or (1 if choice is None else max(1, min(choice.count, self._limit())))
+        if self._fixed or choice is None or choice.count <= 1:
+            return self._fixed or 1
+        return max(1, min(choice.count, self._limit()))
 
     def report(self) -> LaneReport:
         """What it has come to."""
@@ -323,7 +327,8 @@ class Bundle:
         if written != self._written or any(lane.outlet.unsent for lane in carriers):
             self._written, self._moved_at = written, now
         is_quiet = self._scheduler.is_idle and now - self._moved_at >= QUIET_TICK
-        self._look_after(QUIET_TICK if is_quiet else TICK)
+        is_short = self._memory.min_rtt < SHORT_RTT and self._fixed is None
+        self._look_after(QUIET_TICK if is_quiet else SHORT_PATH_TICK if is_short else TICK)
         if is_quiet:
             self._counted = None  # what is counted is of the time in which data moves
             self._skip_pause()
