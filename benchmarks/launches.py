@@ -65,6 +65,7 @@ def _averaging(work: Averaging, side: Side) -> list[Launch]:
         "library": side.library,
         "group": work.peers,
         "floats": work.floats,
+        "handed_over": work.handed_over,
         # A long link's round trips take a part of these times.
         "matchmaking_s": 2.0 if work.network is None else 5.0,
         "request_s": 1.0 if work.network is None else 2.0,

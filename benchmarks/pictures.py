@@ -69,10 +69,12 @@ def over_loss(rows: Sequence[RowResult]) -> Iterator[Point]:
 
 
 def over_peers(rows: Sequence[RowResult]) -> Iterator[Point]:
-    """What averaging on loopback costs."""
+    """What averaging on loopback costs, where tensors are copied."""
     for row in rows:
         work = row.row.work
-        if isinstance(work, Averaging) and work.network is None and work.megabytes >= 1:
+        if not isinstance(work, Averaging) or work.handed_over:
+            continue
+        if work.network is None and work.megabytes >= 1:
             yield work.peers, sides_of(row, "cpu_s_per_gb")
 
 

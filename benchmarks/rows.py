@@ -166,6 +166,14 @@ ON_ONE_MACHINE = (
         quick=Averaging(2, 32),
     ),
     Row(
+        "handed-over",
+        "loopback, 2 peers, 256 MB fp32, buffers handed over (shoal.averaging.SharedBuffers)",
+        Averaging(2, 256, handed_over=True),
+        (SHOAL,),
+        LOOPBACK,
+        (at_most("pss_mb", 800),),
+    ),
+    Row(
         "loopback-4",
         "loopback, 4 peers, 64 MB fp32",
         Averaging(4, 64),

@@ -41,6 +41,8 @@ class Averaging:
     """Other programs keep every core of the machine busy."""
     training: bool = False
     """The first peer has one core, and calculates on it while rounds run."""
+    handed_over: bool = False
+    """The averagers' tensors lie in shared memory, so that no copy of them is made."""
     foreign: bool = False
     """Somebody else's connection and ping share the links of the first two machines."""
 

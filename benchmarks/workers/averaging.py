@@ -111,7 +111,7 @@ def make_peers(library: Any, spec: dict[str, Any]) -> tuple[list[Any], list[floa
     averager_class = library.averaging.DecentralizedAverager  # imported before the time is taken
     averagers, seconds = [], []
     for node in nodes:
-        tensors = [torch.randn(spec["floats"] // 4) for _ in range(4)]
+        tensors = make_tensors(library, spec)
         began = time.perf_counter()
         averagers.append(
             averager_class(
@@ -128,6 +128,17 @@ def make_peers(library: Any, spec: dict[str, Any]) -> tuple[list[Any], list[floa
         )
         seconds.append(time.perf_counter() - began)
     return averagers, seconds
+
+
+def make_tensors(library: Any, spec: dict[str, Any]) -> Any:
+    """Four tensors with random values, in memory that the library shares if it is to have them handed over."""
+    count = spec["floats"] // 4
+    if not spec["handed_over"]:
+        return [torch.randn(count) for _ in range(4)]
+    buffers = library.averaging.SharedBuffers([(count, torch.float32)] * 4)
+    for tensor in buffers.tensors:
+        tensor.normal_()
+    return buffers
 
 
 def run(spec: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import shoal.compression
-from shoal.averaging import DecentralizedAverager, StepControl, StepReport
+from shoal.averaging import DecentralizedAverager, SharedBuffers, StepControl, StepReport
 from shoal.dht import DHT
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +67,7 @@ def test_every_table_has_the_same_columns(section: str):
         ("step()", parameters(DecentralizedAverager.step)),
         ("StepControl", public(StepControl) - OF_THE_AVERAGER | OF_FUTURES),
         ("StepReport", public(StepReport) | {field.name for field in dataclasses.fields(StepReport)}),
+        ("SharedBuffers", public(SharedBuffers) | parameters(SharedBuffers)),
         ("DHT", public(DHT)),
         ("Compression", set(shoal.compression.__all__)),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 
 import shoal
 from shoal.averaging.commands import AveragingStage
+from shoal.averaging.trainer.shared_buffers import SharedBuffers
 from shoal.averaging.trainer.sources import AveragedTensors
 
 STEP_TIMEOUT = 30.0
@@ -40,7 +41,12 @@ class Swarm:
         return self.own[-1]
 
     def peer(
-        self, tensors: AveragedTensors, size: int, *, dht: shoal.DHT | None = None, **options: Any
+        self,
+        tensors: AveragedTensors | SharedBuffers,
+        size: int,
+        *,
+        dht: shoal.DHT | None = None,
+        **options: Any,
     ) -> shoal.DecentralizedAverager:
         settings: dict[str, Any] = {
             "prefix": self.prefix,

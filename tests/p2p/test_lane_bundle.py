@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from tests.p2p.test_host import Swarm
 
-from shoal.p2p import tcp_info
+from shoal.p2p import outlet, tcp_info
 from shoal.p2p.config import HostConfig
 from shoal.p2p.host import Host
 from shoal.p2p.lanes import bundle
+from shoal.p2p.outlet import Outlet
 from shoal.p2p.rpc import Lane, Stream
 from shoal.p2p.tcp_info import TcpInfo
 from shoal.testing.clock import run
@@ -29,21 +30,45 @@ class Kernel:
         self.loss = 0.0
         self.algorithm = "cubic"
         self.asked_for: list[str] = []
+        self.bounds: list[int] = []
+        self.capacity = 1000
+        """More lanes carry less than so many."""
+        self._read: dict[Any, float] = {}
+        self.vanishing: dict[Any, int] = {}
+        """Connections of which all packets vanish, and how many bytes each had confirmed before."""
         self._counts: defaultdict[Any, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
 
     def read(self, transport: Any) -> TcpInfo:
         counts = self._counts[transport]
-        sent = 100 * bundle.TICK / 0.05
+        sent = 100 * bundle.TICK / 0.05 * min(1.0, (self.capacity / max(1, len(self._read))) ** 1.3)
+        now = asyncio.get_running_loop().time()
+        self._read = {one: at for one, at in self._read.items() if now - at < 0.1} | {transport: now}
         counts[0] += sent
         counts[1] += sent * self.loss
         counts[2] += sent * 1400
-        return TcpInfo(self.rtt, min(self.rtt, 0.1), int(counts[0]), int(counts[1]), int(counts[2]))
+        is_mute = transport in self.vanishing
+        return TcpInfo(
+            self.rtt,
+            min(self.rtt, 0.1),
+            *(int(count) for count in counts),
+            window=100 * 1448,
+            threshold=50 * 1448,
+            timeout=0.3,
+            timeouts=4 if is_mute else 0,
+            silence=9.0 if is_mute else 0.0,
+        )
+
+    def unsent(self, transport: asyncio.Transport, written: int) -> int:
+        return written - self.vanishing.get(transport, written)
 
     def congestion_control(self, transport: Any) -> str:
         return self.algorithm
 
     def choose(self, transport: Any, name: str) -> None:
         self.asked_for.append(name)
+
+    def keep_little_unsent(self, transport: Any, nbytes: int) -> None:
+        self.bounds.append(nbytes)
 
 
 @pytest.fixture
@@ -52,6 +77,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(tcp_info, "read", made.read)
     monkeypatch.setattr(tcp_info, "congestion_control", made.congestion_control)
     monkeypatch.setattr(tcp_info, "choose_congestion_control", made.choose)
+    monkeypatch.setattr(tcp_info, "keep_little_unsent", made.keep_little_unsent)
     return made
 
 
@@ -102,6 +128,11 @@ def test_lanes_follow_loss_without_a_queue_and_leave_when_it_is_full(kernel: Ker
             kernel.rtt = 0.3
             await asyncio.sleep(30.0)
             assert lanes(b, a) == 1
+            connections, incarnation = b._connections.to(a.peer_id), b.incarnation(a.peer_id)
+            assert connections is not None
+            assert incarnation is not None
+            last = [one.last_piece for one in connections.stripes(incarnation)]
+            assert asyncio.get_running_loop().time() - max(last) < 1.0  # it is one whose window is open
             task.cancel()
 
     run(main)
@@ -276,5 +307,106 @@ def test_a_path_on_which_little_moves_is_measured_too(kernel: Kernel):
                 assert report is not None
                 assert report.rate > 0
                 assert report.segments_sent > 0
+
+    run(main)
+
+
+@pytest.mark.parametrize(("bandwidth", "least", "most"), [(3e5, 1.0, 1.0), (4e7, 8.0, 64.0)])
+def test_a_lane_holds_unsent_what_it_sends_soon(kernel: Kernel, bandwidth: float, least: float, most: float):
+    """A slow one would sit on more; a fast one would run dry."""
+
+    async def main() -> None:
+        async with Swarm() as swarm:
+            a, b, task = await sending(swarm)
+            swarm.network.set_bandwidth("a", "b", bandwidth)
+            await asyncio.sleep(6.0)
+            assert lanes(b, a) == 4
+            assert min(kernel.bounds) == outlet.LEAST_UNSENT
+            assert least <= max(kernel.bounds) / outlet.LEAST_UNSENT <= most
+            task.cancel()
+
+    run(main)
+
+
+def test_a_lane_whose_packets_vanish_is_replaced_within_seconds(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+):
+    async def main() -> None:
+        async with Swarm() as swarm:
+            a, b, task = await sending(swarm)
+            await asyncio.sleep(3.0)
+            connections = b._connections.to(a.peer_id)
+            incarnation = b.incarnation(a.peer_id)
+            assert connections is not None
+            assert incarnation is not None
+            before = connections.stripes(incarnation)
+            assert len(before) == 4
+            unsent = Outlet.unsent.fget  # type: ignore[attr-defined]
+            monkeypatch.setattr(
+                Outlet,
+                "unsent",
+                property(lambda one: kernel.unsent(one.transport, one.written) or unsent(one)),
+            )
+            lost = before[1]
+            kernel.vanishing[lost.outlet.transport] = lost.outlet.written
+            await asyncio.sleep(5.0)
+            assert lost.ending is not None
+            assert "vanish" in lost.ending.reason
+            after = connections.stripes(incarnation)
+            assert len(after) == 4
+            assert len(set(after) & set(before)) == 3
+            task.cancel()
+
+    run(main)
+
+
+def test_lanes_that_carried_no_more_do_not_come_back(kernel: Kernel):
+    """Sixteen carry more than thirty-two. It is tried now and then, and not all the time."""
+
+    async def main() -> None:
+        kernel.loss, kernel.capacity = 0.001, 8
+        async with Swarm() as swarm:
+            a, b, task = await sending(swarm, HostConfig(max_lanes=32))
+            seen = []
+            for _ in range(30):
+                await asyncio.sleep(0.5)
+                seen.append(lanes(b, a))
+            assert max(seen) == 32
+            settled = seen[seen.index(32) :]
+            assert settled.count(16) >= 0.8 * len(settled)
+            task.cancel()
+
+    run(main)
+
+
+def test_what_is_remembered_of_the_uplink_holds_no_bundle(kernel: Kernel):
+    """It is kept until the next path is measured, and a bundle holds payloads of its streams."""
+
+    async def main() -> None:
+        async with Swarm() as swarm:
+            a, b, task = await sending(swarm)
+            await asyncio.sleep(3.0)
+            await a.close()
+            await asyncio.gather(task, return_exceptions=True)
+            latest = b._connections._stripes.uplink._latest
+            assert len(latest) == 1
+            assert not any(isinstance(path, bundle.Bundle) for path in latest)
+
+    run(main)
+
+
+def test_the_least_round_trip_time_is_the_kernels_where_it_tells(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+):
+    async def main() -> None:
+        kernel.rtt = 0.3
+        async with Swarm() as swarm:
+            a, b = await swarm.pair()
+            assert b.least_rtt(a.peer_id) == 0.1
+            monkeypatch.setattr(tcp_info, "read", lambda _: None)
+            assert b.rtt(a.peer_id) is not None
+            assert b.least_rtt(a.peer_id) == b.rtt(a.peer_id)
+            await swarm.host("c")
+            assert b.least_rtt(swarm.hosts[2].peer_id) is None
 
     run(main)

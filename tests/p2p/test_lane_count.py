@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shoal.p2p.lanes.count import FEW, Path, choose, first_choice
+from shoal.p2p.lanes.memory import PathMemory
 
 MB = 1e6
 
@@ -50,7 +51,41 @@ def test_choices(
 
 
 @pytest.mark.parametrize(
+    ("count", "measured", "limit", "enough", "expected", "why"),
+    [
+        (32, path(lost=3), 64, 32, 32, "carried no more"),  # it was tried, and is not tried again for a while
+        (8, path(lost=3), 64, 32, 16, "lost without a queue"),
+        (24, path(lost=3), 64, 32, 32, "lost without a queue"),
+        (32, path(lost=3), 16, 32, 16, "there may be 16"),
+        (32, path(0.2, lost=3), 64, 32, 24, "queue is full"),
+        (32, path(lost=3), 64, None, 64, "lost without a queue"),
+    ],
+)
+def test_more_than_enough_are_not_tried_again(
+    count: int, measured: Path, limit: int, enough: int | None, expected: int, why: str
+):
+    choice = choose(count, measured, limit, None, enough)
+    assert choice.count == expected
+    assert why in choice.reason
+    assert not choice.is_tried
+
+
+def test_it_is_said_that_more_were_tried():
+    assert choose(8, path(lost=3, rate=1.02 * MB), 64, (4, 1 * MB)).is_tried
+
+
+@pytest.mark.parametrize(
     ("rtt", "limit", "expected"), [(None, 64, 1), (0.001, 64, 1), (0.05, 64, FEW), (0.05, 2, 2)]
 )
 def test_first_choices(rtt: float | None, limit: int, expected: int):
     assert first_choice(rtt, limit).count == expected
+
+
+@pytest.mark.parametrize(
+    ("rate", "seconds", "expected"), [(1.0, 1.0, 8), (0.85, 29.0, 8), (0.7, 1.0, None), (1.0, 31.0, None)]
+)
+def test_what_was_enough_is_so_for_a_while_and_while_as_much_is_carried(
+    rate: float, seconds: float, expected: int | None
+):
+    memory = PathMemory(enough=8, tried_rate=MB, tried_for=seconds)
+    assert memory.enough_for(rate * MB) == expected

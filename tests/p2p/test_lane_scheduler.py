@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.p2p.lanes.forecast import Flow
 from shoal.p2p.lanes.scheduler import MAX_COPIES, Outgoing, Scheduler
 from shoal.p2p.protocol.frames import CHUNK_BYTES
 
@@ -247,3 +248,87 @@ def test_a_lane_that_opens_late_is_used(lanes: int):
     story.look()
     story.run()
     assert story.wires[99].written > 0
+
+
+def sent_by(scheduler: Scheduler, lane: str, pieces: int, written: int = 0) -> int:
+    """Give a lane so many pieces; returns what it has written."""
+    for _ in range(pieces):
+        found = scheduler.next_piece(lane, 0.0)
+        assert found is not None
+        written += found[0].piece(found[1]).size
+        scheduler.note_sent(lane, *found, written, 0.0)
+    return written
+
+
+FAST, STALLED = Flow(0.05, 1 << 20, 1 << 18, 0.25, 0), Flow(0.05, 1448, 1 << 15, 2.0, 3)
+
+
+def test_a_piece_that_one_lane_has_brought_is_not_sent_again_for_another_that_has_it_too():
+    scheduler = Scheduler()
+    scheduler.add(payload(0, 4))
+    for lane in ("a", "b"):
+        scheduler.note_progress(lane, 0.05, 0, 0, 0.0, FAST)
+    held = sent_by(scheduler, "a", 1)
+    written = sent_by(scheduler, "b", 3)
+    scheduler.note_progress("a", 0.05, held, 0, 1.0, STALLED, 1.0)
+    scheduler.note_progress("b", 0.05, written, written, 1.0, FAST)
+    scheduler.look_for_late(1.0)
+    found = scheduler.next_piece("b", 1.0)
+    assert found is not None
+    assert found[1] == 0
+    written += CHUNK_BYTES
+    scheduler.note_sent("b", *found, written, 1.0)
+    scheduler.note_progress("b", 0.05, written, written, 3.0, FAST)
+    scheduler.look_for_late(3.0)
+    assert scheduler.next_piece("b", 3.0) is None  # until the peer says that it has all, or the lane dies
+    scheduler.remove_lane("b")
+    scheduler.note_progress("c", 0.05, 0, 0, 3.0, FAST)
+    again = [scheduler.next_piece("c", 3.0) for _ in range(5)]
+    assert sorted(one[1] // CHUNK_BYTES for one in again if one is not None) == [0, 1, 2, 3]
+
+
+def test_a_slow_start_is_no_reason_to_send_a_piece_twice():
+    """Its window doubles. What it has carried until now would say that it takes seconds."""
+    scheduler = Scheduler()
+    scheduler.add(payload(0, 2))
+    slow = Flow(0.1, 20 * 1448, 1 << 30, 0.3, 0)
+    for lane in ("a", "b"):
+        scheduler.note_progress(lane, 0.1, 0, 0, 0.0, slow)
+    held = sent_by(scheduler, "a", 2)
+    scheduler.note_progress("a", 0.1, held, 10 * 1448, 0.25, slow)
+    scheduler.note_progress("b", 0.1, 0, 0, 0.25, slow)
+    scheduler.look_for_late(0.25)
+    assert scheduler.next_piece("b", 0.25) is None
+
+
+@pytest.mark.parametrize("others_move", [True, False])
+def test_a_lane_whose_packets_vanish_is_dead_only_if_others_move(others_move: bool):
+    scheduler = Scheduler()
+    scheduler.add(payload(0, 100))
+    written = {}
+    for lane in ("a", "b", "c"):
+        scheduler.note_progress(lane, 0.05, 0, 0, 0.0, FAST)
+        written[lane] = sent_by(scheduler, lane, 2)
+    for step in range(1, 60):
+        now = step * 0.05
+        scheduler.note_progress("a", 0.05, written["a"], 0, now, STALLED, 9.0)
+        for lane in ("b", "c"):
+            moved = min(written[lane], 2000 * step) if others_move else 0
+            scheduler.note_progress(lane, 0.05, written[lane], moved, now, FAST, 0.0 if others_move else 9.0)
+        if now < 2.0:
+            assert scheduler.dead_lanes(now) == []
+    assert scheduler.dead_lanes(now) == (["a"] if others_move else [])
+
+
+def test_little_is_kept_of_payloads_that_were_confirmed_behind_one_that_never_is():
+    scheduler = Scheduler()
+    scheduler.note_progress("a", 0.05, 0, 0, 0.0)
+    written = 0
+    for number in range(50):
+        scheduler.add(payload(number, 2))
+        written = sent_by(scheduler, "a", 2, written)
+        scheduler.note_progress("a", 0.05, written, written, 0.1)
+        if number:
+            scheduler.receive_confirmation(1, 1, number)
+    assert len(scheduler.lanes["a"].landed) == 1
+    assert not scheduler.lanes["a"].flying

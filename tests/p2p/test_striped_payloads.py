@@ -126,6 +126,21 @@ def test_items_keep_their_order_whatever_comes_first(rng: random.Random):
     assert receiver.stream.remote_finished
 
 
+@pytest.mark.parametrize("total", [1, CHUNK_BYTES])
+@pytest.mark.parametrize("what", ["STRIPED", "PIECE"])
+def test_a_payload_of_one_piece_is_not_striped(what: str, total: int):
+    """What the receiver keeps of each would be more than the credit that it costs."""
+    receiver = Receiver()
+    if what == "STRIPED":
+        frame = FrameKind.STRIPED, receiver.near.id, wire.encode_striped(0, 5, total)
+        with pytest.raises(ProtocolViolation, match="one piece"):
+            receiver.streams.receive_frame(*frame)
+    else:
+        piece = Piece(9, receiver.near.id, 0, 5, total, 0)
+        with pytest.raises(ProtocolViolation, match="one piece"):
+            receiver.streams.piece_memory(piece)
+
+
 def test_a_place_is_written_once():
     receiver = Receiver()
     number = receiver.announce(5)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 import pytest
 
 from shoal.errors import InvalidStateError, InvalidValueError
+from shoal.runtime import memory as memory_module
 from shoal.runtime.memory import SharedMemory
 
 
@@ -64,3 +66,29 @@ def test_a_descriptor_of_less_memory_is_refused_and_closed():
 def test_no_memory_is_refused(nbytes):
     with pytest.raises(InvalidValueError, match=str(nbytes)):
         SharedMemory.create(nbytes)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_trim_gives_freed_pages_back():
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        pytest.skip("needs glibc")
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
+    blocks = [libc.malloc(64_000) for _ in range(500)]
+    for block in blocks:
+        ctypes.memset(block, 1, 64_000)
+    full = resident()
+    for block in blocks[:-1]:  # the last one keeps the heap from shrinking by itself
+        libc.free(block)
+    memory_module.trim()
+    assert resident() < full - 16_000_000
+    libc.free(blocks[-1])
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from shoal.averaging.report import Phases, RoundReport, StepReport
     from shoal.averaging.trainer.averager import DecentralizedAverager
     from shoal.averaging.trainer.control import StepControl
+    from shoal.averaging.trainer.shared_buffers import SharedBuffers
     from shoal.errors import AllreduceException, InDoubt, MatchmakingException
 
 __all__ = [
     "DecentralizedAverager",
+    "SharedBuffers",
     "StepControl",
     "AveragingStage",
     "AveragingMode",
@@ -34,6 +36,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "DecentralizedAverager": "shoal.averaging.trainer.averager",
+        "SharedBuffers": "shoal.averaging.trainer.shared_buffers",
         "StepControl": "shoal.averaging.trainer.control",
         "AveragingStage": "shoal.averaging.commands",
         "AveragingMode": "shoal.averaging.group",

@@ -24,9 +24,13 @@ class AveragingStage(Enum):
 
 @dataclass(frozen=True)
 class AttachArena:
-    """The shared memory of snapshot and average follows as a descriptor; ``nbytes`` is its size."""
+    """The shared memory of snapshot and average follows as a descriptor; ``nbytes`` is its size.
+
+    ``holds_values``: the user's tensors are the first area, which is never to be written here.
+    """
 
     nbytes: int
+    holds_values: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,13 @@ class RunStep:
 @dataclass(frozen=True)
 class AllowAllreduce:
     """All-reduce of this step may begin as soon as its group is complete."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class AwaitEnd:
+    """Answered when this step has ended here: nothing reads its arena any more."""
 
     step: int
 

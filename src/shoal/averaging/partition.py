@@ -2,7 +2,9 @@
 
 The arena is a stretch of bytes that holds all tensors one after another. Consecutive tensors with the same
 dtype and codec form a *section*, within which there are no gaps, so that a part may reach over the border of
-two tensors; each section begins at a multiple of 64 bytes. Elements are numbered through all sections. Each
+two tensors; where the dtype changes, the next tensor begins at a multiple of 64 bytes. So a tensor's place does not
+depend on codecs: memory can be laid out before it is known how tensors travel. Elements are numbered through all
+sections. Each
 member owns one contiguous *span* of elements (possibly none), and a *part* never crosses the border of a
 section or a span.
 
@@ -99,7 +101,9 @@ class Layout:
         element = data_offset = end = 0
         groups = itertools.groupby(schema.specs, key=lambda spec: (spec.dtype, spec.codec))
         for (dtype, wire_id), specs in groups:
-            start = end = -(-end // ALIGNMENT) * ALIGNMENT
+            if not sections or sections[-1].dtype != dtype:
+                end = -(-end // ALIGNMENT) * ALIGNMENT
+            start = end
             for spec in specs:
                 slots.append(TensorSlot(spec.shape, dtype, math.prod(spec.shape), end))
                 end += slots[-1].nbytes

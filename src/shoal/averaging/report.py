@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from enum import Enum
-from html import escape
 from typing import Any
 
 from shoal.utils import figures
@@ -224,6 +223,8 @@ class StepReport:
 
     def _repr_html_(self) -> str:
         """A small table, for notebooks."""
+        from html import escape  # half a megabyte, which other programs never need
+
         rows = [("outcome", "averaged" if self.failure is None else f"failed: {self.failure}")]
         rows += [("group", figures.count(len(self.members), "peer"))] if self.members else []
         rows += [("attempts", f"{self.attempts:,}")] if self.attempts > 1 else []

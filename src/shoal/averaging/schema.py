@@ -85,6 +85,16 @@ def check_tensors(tensors: Sequence[torch.Tensor], labels: Sequence[str]) -> Non
 
 def check_tensor(label: str, tensor: object) -> None:
     """As :func:`check_tensors` for one of them, by itself."""
+    check_kind(label, tensor)
+    assert isinstance(tensor, torch.Tensor)
+    _check_memory(label, tensor)
+
+
+def check_kind(label: str, tensor: object) -> None:
+    """Whether a tensor's type, layout and dtype can be averaged, wherever its elements lie.
+
+    :raises InvalidTypeError: they cannot, or it is no tensor
+    """
     if not isinstance(tensor, torch.Tensor):
         raise InvalidTypeError(f"{label} {_ALLOWED}, got {type(tensor).__name__}{_advice_for(tensor)}")
     if is_lazy(tensor):
@@ -92,7 +102,6 @@ def check_tensor(label: str, tensor: object) -> None:
             f"{label} is {type(tensor).__name__} and has no shape yet; run the model once before, so that it is made"
         )
     _check_kind(label, tensor)
-    _check_memory(label, tensor)
 
 
 def _advice_for(given: object) -> str:

@@ -16,6 +16,7 @@ from shoal.errors import (
     InvalidValueError,
     PeerUnreachable,
 )
+from shoal.p2p import tcp_info
 from shoal.p2p.announcing import Announcer
 from shoal.p2p.calls import Served
 from shoal.p2p.config import HostConfig
@@ -311,6 +312,15 @@ class Host:
         connections = self._connections.to(peer)
         connection = None if connections is None else connections.control()
         return None if connection is None else connection.rtt
+
+    def least_rtt(self, peer: PeerID) -> float | None:
+        """The smallest round-trip time to ``peer`` in seconds, where the system measures it: of the path alone, and not
+        of processes that are busy. Else as :meth:`rtt`.
+        """
+        connections = self._connections.to(peer)
+        connection = None if connections is None else connections.control()
+        info = None if connection is None else tcp_info.read(connection.outlet.transport)
+        return (info and info.min_rtt) or self.rtt(peer)
 
     def serve(
         self, method: Method[RequestT, ResponseT], handler: Callable[[PeerID, RequestT], Awaitable[ResponseT]]

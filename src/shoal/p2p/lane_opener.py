@@ -13,7 +13,8 @@ from shoal.errors import PeerUnreachable, ShoalError
 from shoal.p2p.config import MAX_STRIPES, HostConfig
 from shoal.p2p.dialing import Dialer
 from shoal.p2p.identity import PeerID
-from shoal.p2p.lanes.bundle import Bundle, PathMemory
+from shoal.p2p.lanes.bundle import Bundle
+from shoal.p2p.lanes.memory import PathMemory
 from shoal.p2p.lanes.upload_rate import UploadRate
 from shoal.p2p.pool import PeerConnections
 from shoal.p2p.protocol.rate_limit import RateLimit

@@ -23,13 +23,22 @@ WRITE_LOW = 256 * KIB
 PAYLOAD_CHUNK = 512 * KIB
 """A longer payload is encrypted in pieces of this size, each when the transport has room. The cache holds one until the
 kernel has copied it; larger ones cost twice as much."""
-UNSENT_WHEN_STRIPED = 64 * KIB
-"""With several lanes the kernel of each holds no more than this beyond what is on its way: a slow one would sit on
-it."""
+UNSENT_SECONDS = 0.04
+"""With several lanes the kernel of each holds what it sends in this time beyond what is on its way. A slow one would
+sit on more, and with less a fast one would stand still until this process comes to fill it again;"""
+LEAST_UNSENT = 16 * KIB
+"""but not less than this,"""
+MOST_UNSENT = 1 * MIB
+"""and not more than this."""
 MAX_UNREAD_ANSWERS = 4096
 """Answers that may be queued for a peer that does not read; more is an attempt to make us hold memory."""
 
 ANSWERS = frozenset({FrameKind.PONG, FrameKind.RESET})
+
+
+def unsent_bound(rate: float) -> int:
+    """Bytes that the kernel of a lane holds unsent, which carries so many bytes a second."""
+    return max(LEAST_UNSENT, min(int(rate * UNSENT_SECONDS), MOST_UNSENT))
 
 
 class Outlet:
@@ -53,6 +62,7 @@ class Outlet:
         self._held_frames: deque[tuple[FrameKind, int, bytes]] = deque()
         self._unread_answers = 0
         self._on_room: Callable[[], None] | None = None
+        self._may_hold = 0
         self._write_waiters: dict[asyncio.Future[None], None] = {}  # ordered, as a set is not
 
     def connect(self, transport: asyncio.Transport) -> None:
@@ -70,7 +80,14 @@ class Outlet:
         self._on_room = on_room
         if self._transport is not None:
             self._transport.set_write_buffer_limits(high=0)
-            tcp_info.keep_little_unsent(self._transport, UNSENT_WHEN_STRIPED)
+            self.fit_to(0.0)
+
+    def fit_to(self, rate: float) -> None:
+        """As one of several lanes: hold no more than so many bytes a second call for."""
+        nbytes = unsent_bound(rate)
+        if self._transport is not None and not nbytes // 2 < self._may_hold < nbytes * 2:
+            self._may_hold = nbytes
+            tcp_info.keep_little_unsent(self._transport, nbytes)
 
     def end(self) -> None:
         """Take nothing more; what was written is still sent. Those that wait look again."""

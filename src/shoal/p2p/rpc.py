@@ -199,11 +199,16 @@ class Stream:
             raise self._state.failure
         self._state.finish()
 
+    @property
+    def is_delivered(self) -> bool:
+        """Whether the other side has all striped payloads."""
+        return not self._state.unconfirmed
+
     async def delivered(self) -> None:
         """Wait until the other side has all striped payloads: what ends the stream would overtake them, and until then
         their memory must stay as it is.
 
-        Gives up if it confirms none for :data:`DELIVERY_TIMEOUT` seconds.
+        If it confirms none for :data:`DELIVERY_TIMEOUT` seconds the stream is reset.
         """
         try:
             while self._state.unconfirmed and self._state.failure is None:
@@ -211,6 +216,7 @@ class Stream:
                     await self._wait()
         except TimeoutError:
             logger.debug("%s does not confirm what was sent", self.remote)
+            self.reset(ResetCode.CANCELLED, "what was sent is not confirmed")
 
     def reset(self, code: str = ResetCode.CANCELLED, message: str = "") -> None:
         """End the stream in both directions at once; the other side gets ``RemoteError(code, message)``."""

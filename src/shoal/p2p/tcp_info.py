@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 _TCP_INFO = 11
 _TCP_CONGESTION = 13
 _TCP_NOTSENT_LOWAT = 25
-_RTT, _TOTAL_RETRANS = 15, 23
-"""Places among the 32-bit numbers behind the first eight bytes."""
+_BACKOFF = 4
+"""Its place among the first eight bytes."""
+_RTO, _MSS, _LAST_ACK, _RTT, _SSTHRESH, _CWND, _TOTAL_RETRANS = 0, 2, 12, 15, 17, 18, 23
+"""Places among the 32-bit numbers behind them."""
 _UNKNOWN = 2**32 - 1
 _WORDS = struct.Struct("=8x24I")
 _LATER = struct.Struct("=4Q2I4IQ")
@@ -29,6 +31,16 @@ class TcpInfo(NamedTuple):
     """Segments."""
     delivered: int
     """Bytes that the peer's machine has confirmed."""
+    window: int = 0
+    """Bytes that it may have on the way."""
+    threshold: int = 0
+    """Bytes up to which the window doubles with each round trip."""
+    timeout: float = 0.0
+    """After so long without an answer it sends again; longer after each time-out."""
+    timeouts: int = 0
+    """How many there were in a row."""
+    silence: float = 0.0
+    """How long ago the peer's machine last confirmed anything."""
 
 
 def read(transport: Any) -> TcpInfo | None:
@@ -50,6 +62,11 @@ def read(transport: Any) -> TcpInfo | None:
         segments_sent=later[9],
         retransmitted=words[_TOTAL_RETRANS],
         delivered=later[2],
+        window=words[_CWND] * words[_MSS],
+        threshold=words[_SSTHRESH] * words[_MSS],
+        timeout=words[_RTO] / 1e6,
+        timeouts=raw[_BACKOFF],
+        silence=words[_LAST_ACK] / 1e3,
     )
 
 

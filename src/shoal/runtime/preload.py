@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import linecache
 import logging
 import threading
 
@@ -36,4 +37,5 @@ class Preload:
                 importlib.import_module(name)
             except Exception:  # what needs the module will raise it again
                 logger.exception("could not import %s ahead of need", name)
+            linecache.clearcache()  # torch looks at its own sources, which then stay in memory: 2 MB
         self._loop.call_soon_threadsafe(done.set_result, None)

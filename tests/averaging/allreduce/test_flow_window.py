@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shoal.averaging.allreduce.flow_window import FlowWindow
+from shoal.averaging.allreduce.flow_window import FlowWindow, first_size
 
 MIB = 1 << 20
 
@@ -45,3 +45,20 @@ def test_it_says_when_it_has_changed():
     assert window.receive(MIB // 2, 0.1, 0.1)
     assert window.size == 2 * MIB
     assert not window.receive(MIB // 4, 0.2, 0.1)
+
+
+def test_it_grows_where_what_is_late_holds_up_what_has_come():
+    """All that the window allows comes within a round trip, and is taken when a late piece is there."""
+    window, now = FlowWindow(4 * MIB, 4 * MIB, 64 * MIB), 0.0
+    for _ in range(4):
+        now += 0.6
+        for _ in range(window.size // 65536):
+            window.receive(65536, now, 0.1)
+    assert window.size >= 16 * MIB
+
+
+@pytest.mark.parametrize(
+    ("rtt", "expected"), [(0.0, 4 * MIB), (0.0002, 4 * MIB), (0.1, 16_000_000), (0.5, 64 * MIB)]
+)
+def test_it_is_larger_at_first_where_the_round_trip_is_longer(rtt: float, expected: int):
+    assert first_size(rtt, 4 * MIB, 64 * MIB) == expected

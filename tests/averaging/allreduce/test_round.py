@@ -20,6 +20,8 @@ from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
 from shoal.averaging.allreduce.rounds import MAX_WAITING_STREAMS_PER_PEER
 from shoal.averaging.group import GROUP_ID_BYTES
 from shoal.errors import AllreduceException, ProtocolViolation, RemoteError
+from shoal.p2p.outlet import Outlet
+from shoal.p2p.protocol.frames import FrameKind
 from shoal.p2p.protocol.wire import decode, encode
 from shoal.testing.clock import run
 from shoal.testing.network import HostNetwork
@@ -474,6 +476,50 @@ def test_a_failed_round_holds_nothing_for_a_member_that_keeps_its_streams_open(
                     assert not serving.own._arrived
                     assert not serving.own._spare
                 assert not any(one.calls.handlers for one in host._connections._connections)
+            tasks[2].cancel()
+            await asyncio.gather(tasks[2], return_exceptions=True)
+
+    run(main)
+
+
+def test_a_round_that_is_over_keeps_nothing_for_a_member_that_confirms_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Everything was sent to it over several lanes. Until it confirms that, pieces may be sent again."""
+
+    async def main() -> None:
+        async with SimulatedGroup(
+            seed=3, size=3, clients=1, shapes=[(200_000,)], lanes=3, part_bytes=1 << 17
+        ) as group:
+            send_frame = Outlet.send_frame
+
+            def withhold(outlet: Outlet, kind: FrameKind, stream_id: int, body: bytes) -> None:
+                is_silent = any(one.outlet is outlet for one in group.hosts[2]._connections._connections)
+                if kind is not FrameKind.RECEIVED or not is_silent:
+                    send_frame(outlet, kind, stream_id, body)
+
+            monkeypatch.setattr(Outlet, "send_frame", withhold)
+            rounds = [
+                group.round(member, timeouts=RoundTimeouts(sender=4.0, reducer=4.0)) for member in range(3)
+            ]
+            never = asyncio.Event()
+            monkeypatch.setattr(rounds[2]._exchange, "_receive_averages", lambda *_: never.wait())
+            monkeypatch.setattr(rounds[2]._commitment, "_hear_leader", lambda *_: never.wait())
+            for method in ("stop_contributing", "close"):  # it does not leave when it hears the end
+                monkeypatch.setattr(rounds[2]._exchange, method, lambda *_: None)
+            tasks = [
+                asyncio.ensure_future(group.run_round(member, current))
+                for member, current in enumerate(rounds)
+            ]
+            results = await asyncio.gather(*tasks[:2])
+            assert [result.failure for result in results] == [None, None]
+            assert [one.member for one in results[0].exclusions] == [group.peer(2)]
+            assert rounds[0]._exchange._serving[SpanId(0)].is_done(2)
+            await asyncio.sleep(1.0)
+            for host in group.hosts[:2]:
+                assert not any(one.calls.handlers for one in host._connections._connections)
+                for bundle in host._connections._stripes._bundles:
+                    assert bundle._scheduler.is_idle
             tasks[2].cancel()
             await asyncio.gather(tasks[2], return_exceptions=True)
 

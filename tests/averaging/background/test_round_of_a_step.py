@@ -457,3 +457,72 @@ def test_the_user_process_says_that_the_arena_is_free():
         assert arena.is_free.is_set()
 
     run(main)
+
+
+# the memory of a round
+
+
+class CopiesForever(UserProcess):
+    """Never answers that the tensors are there."""
+
+    def __init__(self) -> None:
+        super().__init__(fails=False)
+        self.copies = asyncio.Event()
+
+    async def call_user(self, command: object) -> object:
+        if isinstance(command, TakeSnapshot):
+            self.copies.set()
+            await asyncio.Event().wait()
+        return await super().call_user(command)
+
+
+class Found:
+    """A search that finds a group at once."""
+
+    def __init__(self, group: GroupInfo) -> None:
+        self._group = group
+
+    async def find(self, step: Step) -> GroupInfo:
+        return self._group
+
+
+def test_a_cancelled_step_has_ended_when_its_round_has():
+    """Until then it may read tensors of the user's, who asks by AwaitEnd when they may be written."""
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=1, size=2) as group:
+            user = CopiesForever()
+            runner = StepRunner(make_resources(user, group=group))
+            vars(runner)["_search"] = Found(group.group)
+            await runner.ended(0)  # it has not come yet: nothing reads
+            running = asyncio.ensure_future(runner.run(make_step()))
+            await user.copies.wait()
+            ended = asyncio.ensure_future(runner.ended(0))
+            await asyncio.sleep(1.0)
+            assert not ended.done()
+            running.cancel()
+            await asyncio.wait({running})
+            await ended
+            assert running.cancelled()
+
+    run(main)
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_freed_memory_is_given_back_after_a_large_round(is_large: bool, monkeypatch: pytest.MonkeyPatch):
+    story: list[str] = []
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=1, size=2) as group:
+            nbytes = group.layout.data_nbytes
+            monkeypatch.setattr(step_runner, "LARGE_ROUND", nbytes if is_large else 2 * nbytes)
+            monkeypatch.setattr(step_runner, "trim", lambda: story.append("trimmed"))
+            runner = StepRunner(make_resources(UserProcess(fails=False), group=group))
+            vars(runner)["_search"] = Found(group.group)
+            other = asyncio.ensure_future(group.run(1))
+            assert (await runner.run(make_step())).report.failure is None
+            assert not story  # the answer goes first
+            await other
+
+    run(main)
+    assert story == ["trimmed"] * is_large

@@ -3,67 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import pytest
 import torch
-from user_side import AVERAGE, UserSide
+from user_side import AVERAGE, LIMIT, Peer
 
-from shoal.averaging.commands import ApplyAverage, DoubtSettled, StepOutcome, TakeSnapshot
-from shoal.averaging.report import DoubtOutcome, DoubtReport, StepReport
-from shoal.averaging.trainer.control import StepControl
+from shoal.averaging.commands import ApplyAverage
+from shoal.averaging.report import DoubtOutcome, DoubtReport
 from shoal.averaging.trainer.pending import ApplyWhen
 from shoal.errors import DeadlineExceeded, InDoubt, InvalidStateError, PeerProcessUnresponsive
-from shoal.runtime.futures import MPFuture
-from shoal.utils.serializer import MSGPackSerializer
-
-LIMIT = 20  # seconds, against hanging only
-
-
-class Peer(UserSide):
-    """Its steps end as the test says."""
-
-    def __init__(self, apply_when: ApplyWhen = "ready") -> None:
-        self.tensor = torch.zeros(3)
-        super().__init__(self.tensor, apply_when)
-        self.make_average()
-        self.calls: list[MPFuture[Any]] = []
-
-    def call(self, command: object, timeout: float | None = None) -> MPFuture[Any]:
-        self.calls.append(MPFuture())
-        return self.calls[-1]
-
-    def begin_step(self, *, wait: bool = False) -> StepControl:
-        wishes: dict[str, Any] = dict.fromkeys(("gather", "scheduled_time", "weight", "timeout"))
-        handle: Any = self
-        options = {"allow_retries": True, "require_trigger": False, "when_busy": "queue", "wait": wait}
-        control, _ = self.steps.submit(handle, MSGPackSerializer, **wishes, **options)
-        return control
-
-    def take_snapshot(self, step: int) -> None:
-        self.link.carry_out(TakeSnapshot(step))
-
-    def end_step(self, step: int, failure: str | None = None, *, in_doubt: bool = False) -> None:
-        report = StepReport(step, failure=failure, in_doubt=in_doubt)
-        self.calls[step].set_result(StepOutcome(report, found_group=True))
-
-    def settle(self, step: int, outcome: DoubtOutcome = DoubtOutcome.COMMITTED) -> None:
-        self.link.carry_out(DoubtSettled(step, outcome))
-
-    def run_into_doubt(self) -> StepControl:
-        """Step 0."""
-        control = self.begin_step()
-        self.take_snapshot(0)
-        self.end_step(0, "others may have decided", in_doubt=True)
-        with pytest.raises(InDoubt):
-            control.result(LIMIT)
-        assert self.late.last is not None
-        assert self.late.last.outcome is DoubtOutcome.OPEN
-        return control
-
-    @property
-    def outcome(self) -> DoubtOutcome | None:
-        return None if self.late.last is None else self.late.last.outcome
 
 
 def test_a_late_average_waits_for_the_next_step_and_keeps_what_was_trained():

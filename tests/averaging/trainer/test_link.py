@@ -16,6 +16,7 @@ from user_side import UserSide
 import shoal
 from shoal.averaging.commands import AttachArena
 from shoal.averaging.trainer.life import LifeState
+from shoal.averaging.trainer.shared_buffers import SharedBuffers
 from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidValueError, PeerProcessUnresponsive
 from shoal.runtime.futures import MPFuture
 
@@ -29,27 +30,32 @@ class Handle:
         self.attaching: MPFuture[Any] = MPFuture()
         self.was_called = threading.Event()
         self.closed = 0
+        self.closing: MPFuture[None] = MPFuture()
+        self.closing.set_result(None)
+        self.attached: AttachArena | None = None
 
     def call(self, command: object, *, descriptors: Any = ()) -> MPFuture[Any]:
         assert isinstance(command, AttachArena)
         assert len(descriptors) == 1
+        self.attached = command
         self.was_called.set()
         return self.attaching
 
     def close(self) -> MPFuture[None]:
         self.closed += 1
-        done: MPFuture[None] = MPFuture()
-        done.set_result(None)
-        return done
+        return self.closing
 
 
 class Start:
     """An averager's start: its calls, each of which the test ends."""
 
-    def __init__(self, explain: Callable[[], Exception | None] | None = None) -> None:
+    def __init__(
+        self,
+        explain: Callable[[], Exception | None] | None = None,
+        tensors: torch.Tensor | SharedBuffers | None = None,
+    ) -> None:
         config: Any = SimpleNamespace(prefix="run", client_mode=None, auxiliary=False, mode=None)
-        self.tensor = torch.zeros(3)
-        self.link = UserSide(self.tensor, config=config).link
+        self.link = UserSide(torch.zeros(3) if tensors is None else tensors, config=config).link
         self.describing: MPFuture[Any] = MPFuture(explain=explain)
         self.creating: MPFuture[Any] = MPFuture(explain=explain)
         self.handle = Handle()
@@ -203,6 +209,51 @@ def test_nothing_of_a_start_keeps_the_tensors_alive_after_the_end():
         assert gone() is None
     finally:
         gc.enable()
+
+
+# buffers that were handed over
+
+
+@pytest.mark.parametrize("state", [*ON_THE_WAY, LifeState.RUNNING])
+def test_buffers_are_taken_at_the_start_and_free_after_the_end(state: LifeState):
+    buffers = SharedBuffers([((3,), torch.float32)])
+    start, other = Start(tensors=buffers), Start(tensors=buffers)
+    start.come_to(state)
+    with pytest.raises(InvalidStateError, match="the averager 'run' has these"):
+        other.begin()
+    start.link.end(LIMIT)
+    other.come_to(LifeState.RUNNING)
+    other.link.end(LIMIT)
+
+
+@pytest.mark.parametrize("handed_over", [False, True])
+def test_the_service_hears_whether_the_first_area_has_values(handed_over: bool):
+    start = Start(tensors=SharedBuffers([((3,), torch.float32)]) if handed_over else None)
+    start.come_to(LifeState.RUNNING)
+    assert start.handle.attached == AttachArena(128, holds_values=handed_over)
+    start.link.end(LIMIT)
+
+
+def test_buffers_are_not_taken_by_a_start_that_cannot_begin():
+    buffers = SharedBuffers([((3,), torch.float32)])
+    start = Start(tensors=buffers)
+    start.dht._describe_later = None  # it is no DHT that was started
+    with pytest.raises(TypeError):
+        start.begin()
+    Start(tensors=buffers).come_to(LifeState.WAITING_FOR_DHT)
+
+
+def test_a_service_that_does_not_end_in_time_keeps_the_buffers():
+    """Its process is stopped, say, and would go on with a round when it runs again."""
+    buffers = SharedBuffers([((3,), torch.float32)])
+    start = Start(tensors=buffers)
+    start.come_to(LifeState.RUNNING)
+    start.handle.closing = MPFuture()
+    start.link.end(0)
+    with pytest.raises(InvalidStateError, match="its background process has not answered since"):
+        Start(tensors=buffers).begin()
+    start.handle.closing.set_result(None)
+    Start(tensors=buffers).come_to(LifeState.WAITING_FOR_DHT)
 
 
 def test_an_averager_that_nobody_refers_to_is_gone_at_once():

@@ -11,7 +11,7 @@ import torch
 
 from shoal.averaging.partition import Layout
 from shoal.averaging.trainer import lost_updates as watch_module
-from shoal.averaging.trainer import tensors as tensors_module
+from shoal.averaging.trainer import merging
 from shoal.averaging.trainer.lost_updates import UpdateWatch
 from shoal.averaging.trainer.tensors import TensorStore
 
@@ -54,7 +54,7 @@ def test_an_update_between_reading_and_writing_is_lost(
     snapshot, average = areas_of(store)
     store.snapshot(snapshot)
     updated = tensor.data if through_data else tensor
-    call_after(monkeypatch, tensors_module, "_equal", lambda: updated.add_(1))  # the elements have been read
+    call_after(monkeypatch, merging, "_equal", lambda: updated.add_(1))  # the elements have been read
     with caplog.at_level(logging.WARNING):
         store.apply(snapshot, average)
     assert tensor.tolist() == [AVERAGE] * 4
@@ -76,7 +76,7 @@ def test_a_lost_update_is_noticed_with_the_tensor_named(
     store = store_of(*tensors)
     snapshot, average = areas_of(store)
     store.snapshot(snapshot)
-    merge = tensors_module._Merge.__call__
+    merge = merging.Merge.__call__
     seen: list[int] = []
 
     def merge_and_update(self: Any, bits: Any, *rest: Any) -> None:
@@ -85,7 +85,7 @@ def test_a_lost_update_is_noticed_with_the_tensor_named(
         if len(bits) == 4:
             tensors[1].data[:3] += 1  # past torch's own count
 
-    monkeypatch.setattr(tensors_module._Merge, "__call__", merge_and_update)
+    monkeypatch.setattr(merging.Merge, "__call__", merge_and_update)
     with caplog.at_level(logging.WARNING):
         store.apply(snapshot, average)
         store.apply(snapshot, average)
@@ -122,7 +122,7 @@ def test_an_update_during_the_copy_is_noticed(
 ):
     tensor = torch.zeros(4)
     store = store_of(tensor)
-    call_after(monkeypatch, tensors_module.np, "copyto", lambda: tensor[1].fill_(7))
+    call_after(monkeypatch, merging.np, "copyto", lambda: tensor[1].fill_(7))
     with caplog.at_level(logging.WARNING):
         store.snapshot(areas_of(store)[0])
     assert "averaged_tensors[0] was updated while it was copied, in 1 of 4 elements" in caplog.text
@@ -134,7 +134,7 @@ def test_an_update_during_the_copy_is_fine_if_averages_wait_for_a_call(
     tensor = torch.zeros(4)
     store = store_of(tensor, updates_while_copying=True)
     snapshot, average = areas_of(store)
-    call_after(monkeypatch, tensors_module.np, "copyto", lambda: tensor.add_(1))
+    call_after(monkeypatch, merging.np, "copyto", lambda: tensor.add_(1))
     with caplog.at_level(logging.WARNING):
         store.snapshot(snapshot)
         store.apply(snapshot, average)

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.averaging.partition import Layout
-from shoal.averaging.trainer import tensors as tensors_module
-from shoal.averaging.trainer.tensors import CHUNK_NBYTES, TensorStore
+from shoal.averaging.trainer import merging
+from shoal.averaging.trainer.merging import CHUNK_NBYTES
+from shoal.averaging.trainer.tensors import TensorStore
 from shoal.compression.base import FLOATING_DTYPES, tensor_bytes
 from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidValueError
 
@@ -327,10 +328,10 @@ def test_wrong_areas(area):
 def test_thread_pool_of_torch_is_left_alone(monkeypatch):
     # What is computed at a time is never more than the largest piece that torch works on in the calling thread.
     sizes = []
-    original = tensors_module._merge
+    original = merging.merge
     monkeypatch.setattr(
-        tensors_module,
-        "_merge",
+        merging,
+        "merge",
         lambda current, *rest: (sizes.append(len(current)), original(current, *rest)),
     )
     tensor = torch.zeros(200_000, dtype=torch.bfloat16)

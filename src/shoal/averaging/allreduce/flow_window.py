@@ -2,6 +2,10 @@
 
 A window must be twice what arrives in one round trip: credit for what was taken is a round trip old when it is used.
 It doubles while as much as half of it comes in a round trip, and halves when it is far larger than what comes.
+
+Where packets are lost, the next payload waits for a piece that is late, and those behind it take credit meanwhile. They
+are taken all at once, so that it is the busiest round trips that count, and not the mean. On a long path a window is
+larger at first: what waits is as much as the path carries in some round trips, and there is no time to learn it.
 """
 
 from __future__ import annotations
@@ -13,6 +17,13 @@ SHRINKS_AT = 0.05
 QUIET_SPELLS = 8
 LEAST_SPELL = 0.01
 """Seconds that are looked at together at least, where the round trip is shorter."""
+FIRST_RATE = 160e6
+"""Bytes a second: a window at first is what comes at this rate in a round trip."""
+
+
+def first_size(rtt: float, least: int, most: int) -> int:
+    """The window of a path with this round-trip time, in seconds."""
+    return max(least, min(int(FIRST_RATE * rtt), most))
 
 
 class FlowWindow:
@@ -35,11 +46,12 @@ class FlowWindow:
         """So much was taken; returns whether :attr:`size` has changed. ``now`` and ``rtt`` in seconds."""
         if self._began is None:
             self._began = now
-        self._came += nbytes
-        if now - self._began < max(rtt, LEAST_SPELL):
+        spell = max(rtt, LEAST_SPELL)
+        if now - self._began < spell:
+            self._came += nbytes
             return False
-        before, came = self.size, self._came * rtt / (now - self._began)
-        self._began, self._came = now, 0
+        before, came = self.size, self._came * rtt / spell
+        self._began, self._came = now, nbytes
         self._quiet = self._quiet + 1 if came < SHRINKS_AT * self.size else 0
         if came >= GROWS_AT * self.size:
             self.size = min(2 * self.size, self._most)

@@ -32,7 +32,7 @@ from shoal.averaging.allreduce.exchange import (
     NotFiniteError,
     OwnSpan,
 )
-from shoal.averaging.allreduce.flow_window import FlowWindow
+from shoal.averaging.allreduce.flow_window import FlowWindow, first_size
 from shoal.averaging.allreduce.message_checks import check_span_averaged, check_span_id
 from shoal.averaging.allreduce.messages import (
     EXCHANGE,
@@ -54,7 +54,7 @@ from shoal.p2p.rpc import Lane, Payload, Stream
 logger = logging.getLogger(__name__)
 
 WINDOW_BYTES = 4 << 20
-"""Credit of each stream of parts or averages at first; at least two parts, whatever their size."""
+"""Credit of each stream of parts or averages at least; and two parts, whatever their size. More on a long path."""
 MAX_WINDOW_BYTES = 64 << 20
 """The same at most, where the path holds as much: 1 Gbit/s with a round trip of 200 ms needs 50 MB."""
 ORDER_TIMEOUT = 10.0
@@ -204,11 +204,11 @@ class Exchange:
 
     def close(self, failure: str | None) -> None:
         """The round is decided: a member that has not got its averages gets none any more. A peer that neither takes
-        them nor leaves would keep the round in memory otherwise.
+        them nor leaves would keep the round in memory otherwise, and the arena, of which pieces may be sent again.
         """
         for serving in self._serving.values():
             for member, stream in serving.streams.items():
-                if not serving.is_done(member):
+                if not (serving.is_done(member) and stream.is_delivered):
                     stream.reset(AveragingCode.ROUND_FAILED, failure or "the round is over")
             serving.own.clear()
         self.wake()
@@ -229,8 +229,9 @@ class Exchange:
         """Let payloads pass. What is returned is to be called with the bytes of each that was taken: it fits the window
         to the path.
         """
-        window = FlowWindow(self._window(), self._window(), MAX_WINDOW_BYTES)
-        host, loop = self._shared.host, asyncio.get_running_loop()
+        host, loop, least = self._shared.host, asyncio.get_running_loop(), self._window()
+        first = first_size(host.least_rtt(stream.remote) or 0.0, least, MAX_WINDOW_BYTES)
+        window = FlowWindow(first, least, MAX_WINDOW_BYTES)
         stream.accept_payloads(sink, window.size)
 
         def took(nbytes: int) -> None:
@@ -351,6 +352,7 @@ class Exchange:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._receive_parts(serving, stream, member, took))
                 group.create_task(self._return_averages(serving, stream, member))
+            await stream.delivered()  # until then the arena is read
         except* (ShoalError, EOFError) as errors:
             reason = str(errors.exceptions[0])
             raise errors.exceptions[0] from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import torch
 
@@ -26,11 +27,15 @@ class SharedArena:
         self.is_free = asyncio.Event()
         self.is_free.set()
 
-    def attach(self, nbytes: int, descriptor: int) -> None:
-        """Map the memory, and begin to get its pages; owns ``descriptor`` from now on."""
+    def attach(self, nbytes: int, descriptor: int, *, holds_values: bool = False) -> None:
+        """Map the memory, and begin to get its pages; owns ``descriptor`` from now on.
+
+        :param holds_values: the user's tensors are the first area, and have their pages
+        """
         self._memory = SharedMemory.from_descriptor(descriptor, nbytes)
         self._areas = areas = map_areas(self._memory, self._layout)
-        self._populating = asyncio.ensure_future(asyncio.to_thread(populate, areas))
+        empty = [areas.average] if holds_values else [areas.snapshot, areas.average]
+        self._populating = asyncio.ensure_future(asyncio.to_thread(populate, empty))
 
     @property
     def areas(self) -> Arena:
@@ -53,10 +58,10 @@ class SharedArena:
             self._memory.close()
 
 
-def populate(areas: Arena) -> None:
-    """Have the system give the arena its pages now: the first round would take ten times as long to get them."""
-    areas.snapshot.zero_()
-    areas.average.zero_()
+def populate(areas: Sequence[torch.Tensor]) -> None:
+    """Have the system give empty areas their pages now: the first round would take ten times as long to get them."""
+    for area in areas:
+        area.zero_()
 
 
 def map_areas(memory: SharedMemory, layout: Layout) -> Arena:

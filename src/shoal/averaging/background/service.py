@@ -19,6 +19,7 @@ from shoal.averaging.commands import (
     AllowAllreduce,
     AttachArena,
     AverageWritten,
+    AwaitEnd,
     GetGroupBits,
     Reschedule,
     RunStep,
@@ -90,6 +91,8 @@ class AveragerService:
                 return await self._steps.run(command)
             case AllowAllreduce(step):
                 self._steps.trigger(step)
+            case AwaitEnd(step):
+                await self._steps.ended(step)
             case Reschedule(step, scheduled_time):
                 self._steps.reschedule(step, scheduled_time)
             case AverageWritten():
@@ -100,9 +103,9 @@ class AveragerService:
                 self._matchmaker.set_bits(bits)
             case StateCommand():
                 return await self._states.carry_out(command)
-            case AttachArena(nbytes):
+            case AttachArena(nbytes, holds_values):
                 (descriptor,) = descriptors
-                self._arena.attach(nbytes, descriptor)
+                self._arena.attach(nbytes, descriptor, holds_values=holds_values)
                 self._states.start()
             case _:
                 raise InvalidStateError(f"an averager has no command {type(command).__name__}")

@@ -29,6 +29,7 @@ class Step:
     start_time: float = field(init=False)
     is_searching: bool = False
     triggered: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
     report: StepReport = field(init=False)
 
     def __post_init__(self) -> None:

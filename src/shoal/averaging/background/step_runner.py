@@ -16,11 +16,15 @@ from shoal.averaging.commands import RunStep, StepOutcome
 from shoal.averaging.config import retry_pause
 from shoal.averaging.matchmaking.story import SearchStory
 from shoal.errors import AllreduceException, InDoubt, MatchmakingException
+from shoal.runtime.memory import trim
 
 logger = logging.getLogger(__name__)
 
 WARN_AFTER_ATTEMPTS = 3
 """From as many failed groups in one step on, each failure is a warning."""
+
+LARGE_ROUND = 32 << 20
+"""Bytes that a round has received from which on its buffers, when they are freed, are worth giving back."""
 
 _NOT_RUN = "found no group: until the deadline an earlier step still ran"
 _NOT_APPLIED = (
@@ -44,6 +48,14 @@ class StepRunner:
             return await self._wait_and_run(step)
         finally:
             del self._steps[command.step]
+            step.ended.set()
+            if step.report.bytes_received >= LARGE_ROUND:
+                asyncio.get_running_loop().call_soon(trim)  # when the user process has its answer
+
+    async def ended(self, number: int) -> None:
+        """Wait until this step has ended, whatever became of it."""
+        if number in self._steps:
+            await self._steps[number].ended.wait()
 
     def trigger(self, number: int) -> None:
         """All-reduce of this step may begin, if it has not ended in the meantime."""

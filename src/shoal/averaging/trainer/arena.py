@@ -1,4 +1,6 @@
-"""The user process's end of the arena: copies the user's tensors to the one area, and the average from the other."""
+"""The user process's end of the arena: has the values of the tensors there when a round begins, and the average written
+when it has committed. How, :mod:`.transfer` says.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import torch
 
 from shoal.averaging.trainer.control import StepControl
 from shoal.averaging.trainer.tensors import TensorStore
+from shoal.averaging.trainer.transfer import CopyingTransfer, Transfer
 from shoal.errors import AllreduceException, DeadlineExceeded, InvalidStateError, InvalidValueError
 from shoal.runtime.memory import SharedMemory
 
@@ -18,25 +21,32 @@ LOCK_TIMEOUT = 30.0
 
 
 class TensorArena:
-    """The shared memory of the snapshot and the average behind it, and what is copied there and back.
+    """The shared memory of the snapshot and the average behind it, and when values come there and back.
 
     :param alpha: the fraction of the way to the average that tensors move
-    :param auxiliary: the tensors are this peer's own, and nothing is copied of them
+    :param auxiliary: the tensors are this peer's own, and nothing is read of them
+    :param transfer: how values come there and back; default: by copies
     """
 
-    def __init__(self, store: TensorStore, *, alpha: float = 1.0, auxiliary: bool = False) -> None:
+    def __init__(
+        self,
+        store: TensorStore,
+        transfer: Transfer | None = None,
+        *,
+        alpha: float = 1.0,
+        auxiliary: bool = False,
+    ) -> None:
         self.store = store
+        self.transfer: Transfer = CopyingTransfer(store) if transfer is None else transfer
         self._alpha = alpha
         self._auxiliary = auxiliary
-        self._memory: SharedMemory | None = None
         self._is_ending = False
 
     def create_memory(self) -> SharedMemory:
         """The memory of both areas, to be attached in the background process."""
         if self._is_ending:
             raise InvalidStateError("the averager was shut down")
-        self._memory = SharedMemory.create(max(1, 2 * self.store.layout.nbytes))
-        return self._memory
+        return self.transfer.open()
 
     def stop_waiting(self) -> None:
         """From now on nothing waits for the lock of the tensors: the thread that ends the averager may hold it."""
@@ -49,12 +59,10 @@ class TensorArena:
     def close(self) -> None:
         """Give the memory back."""
         self._is_ending = True
-        memory, self._memory = self._memory, None
-        if memory is not None:
-            memory.close()
+        self.transfer.close()
 
-    def take_snapshot(self, control: StepControl) -> float:
-        """All-reduce of a step begins: settle its weight, which is returned, and copy the tensors.
+    def take_snapshot(self, step: int, control: StepControl) -> float:
+        """All-reduce of a step begins: settle its weight, which is returned, and take the tensors.
 
         :raises AllreduceException: the lock was not free in time
         :raises UsageError: the tensors cannot be averaged as they are now
@@ -64,8 +72,8 @@ class TensorArena:
             return weight
         try:
             # The next step's request waits behind this one, on the same thread.
-            not_finite = self.store.snapshot(
-                self._area(0),
+            not_finite = self.transfer.snapshot(
+                step,
                 # Else nothing is sent: a peer whose training has diverged may ask for the average.
                 checks_finite=weight > 0,
                 timeout=LOCK_TIMEOUT,
@@ -85,7 +93,7 @@ class TensorArena:
 
         :raises UsageError: they are not what they were
         """
-        self.store.apply(self._area(0), self._area(1), self._alpha, abandoned=lambda: self._is_ending)
+        self.transfer.apply(self._alpha, lambda: self._is_ending)
 
     def write_visibly(self) -> None:
         """As :meth:`write_average`, on the user's thread: a backward pass whose forward pass used the old values is an
@@ -95,9 +103,3 @@ class TensorArena:
         for tensor in self.store.tensors:
             if not tensor.is_inference():
                 torch.autograd.graph.increment_version(tensor)
-
-    def _area(self, number: int) -> memoryview:
-        if self._memory is None:
-            raise InvalidStateError("the averager was shut down")
-        size = self.store.layout.nbytes
-        return self._memory.buffer[number * size : (number + 1) * size]

@@ -22,6 +22,7 @@ from shoal.averaging.trainer.block import TensorsBlock
 from shoal.averaging.trainer.control import StepControl
 from shoal.averaging.trainer.parts import make_parts
 from shoal.averaging.trainer.pending import ApplyWhen
+from shoal.averaging.trainer.shared_buffers import SharedBuffers
 from shoal.averaging.trainer.sources import AveragedTensors, HeldTensors
 from shoal.averaging.trainer.state_pieces import DownloadData, state_pieces
 from shoal.averaging.trainer.state_sharing import DownloadedState
@@ -70,6 +71,8 @@ class DecentralizedAverager(AveragerBase):
         the lock of :meth:`get_tensors` held and without grad; it must return the same shapes, dtypes and names each
         time, and the tensors themselves or views of them: what is written to copies is lost, which is a warning.
         For tensors that are replaced: ``lambda: [p.grad for p in model.parameters()]``.
+      - :class:`~shoal.averaging.SharedBuffers`: tensors that are averaged where they are, without a copy. Nothing may
+        write to them from a step's trigger to its outcome.
     :param dht: a started :class:`~shoal.dht.DHT`, through which peers find each other
     :param start: start at once; otherwise call :meth:`run_in_background`
     :param prefix: peers with the same prefix average together. An averager's prefix is its own on its ``dht``.
@@ -140,7 +143,7 @@ class DecentralizedAverager(AveragerBase):
 
     def __init__(
         self,
-        averaged_tensors: AveragedTensors,
+        averaged_tensors: AveragedTensors | SharedBuffers,
         dht: DHT,
         *,
         start: bool,

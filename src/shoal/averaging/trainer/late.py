@@ -1,6 +1,7 @@
 """The average of a step that ended in doubt, and turns out to have been committed by the others.
 
-It stays in the arena, where the next snapshot overwrites it. So at most one average waits, and it takes no memory.
+It stays in the arena, where the next snapshot overwrites it. So at most one average waits, and it takes no memory. Of
+tensors that are their own snapshot (:mod:`.in_place`) none waits: their owner may write to them when a step has ended.
 """
 
 from __future__ import annotations
@@ -124,6 +125,8 @@ class LateAverage:
 
     def _lacks_snapshot_of(self, step: int) -> str:
         """Why the average of ``step`` can't be merged with what its round began with; empty: it can be."""
+        if self._arena.transfer.why_not_late:
+            return self._arena.transfer.why_not_late
         return self._dropped_for if self._snapshot_of == step else "a later round has taken the tensors"
 
     def _drop(self, reason: str) -> None:

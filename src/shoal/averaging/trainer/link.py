@@ -21,6 +21,7 @@ from shoal.averaging.commands import (
     ApplyAverage,
     AttachArena,
     AverageWritten,
+    AwaitEnd,
     BoundByWord,
     DoubtSettled,
     ReachStage,
@@ -34,6 +35,7 @@ from shoal.averaging.trainer.life import Life, LifeState
 from shoal.averaging.trainer.pending import AverageWriter
 from shoal.averaging.trainer.state_sharing import StateSharing
 from shoal.averaging.trainer.steps import Steps
+from shoal.averaging.trainer.transfer import Transfer
 from shoal.errors import DeadlineExceeded, InvalidStateError, PeerProcessDied, PeerProcessUnresponsive
 from shoal.runtime.futures import MPFuture
 from shoal.runtime.startable import result_of_start
@@ -79,11 +81,16 @@ class Link:
     def start(self, dht: DHT, factory: ServiceFactory) -> None:
         """Have the service made as soon as the DHT is ready; returns at once.
 
-        :raises InvalidStateError: it was started before, or the DHT is not running
+        :raises InvalidStateError: it was started before, another averager has its buffers, or the DHT is not running
         """
         self.life.check_new()
         create = partial(self._create, dht.background, factory)
-        self._proceed(LifeState.WAITING_FOR_DHT, dht._describe_later(), create)
+        self._arena.transfer.claim(self._config.prefix)
+        try:
+            self._proceed(LifeState.WAITING_FOR_DHT, dht._describe_later(), create)
+        except BaseException:
+            self._arena.transfer.give_back()
+            raise
 
     def _create(self, process: BackgroundProcess, factory: ServiceFactory, dht: NodeDescription) -> None:
         """The DHT is ready: what depends on it is settled, and the service can be made."""
@@ -108,7 +115,9 @@ class Link:
         memory = self._arena.create_memory()
         self._states.attach(handle)
         self._writer.notify_written = partial(_notify_written, handle)
-        attaching = handle.call(AttachArena(memory.nbytes), descriptors=[memory.fd])
+        self._steps.when_over = partial(_let_go, self._arena.transfer, handle)
+        attach = AttachArena(memory.nbytes, self._arena.transfer.holds_values)
+        attaching = handle.call(attach, descriptors=[memory.fd])
         with self._lock:
             self._call = attaching if self.life.state is LifeState.ATTACHING else None
         self._follow(attaching, lambda _: self._run(handle))
@@ -221,7 +230,7 @@ class Link:
             case TakeSnapshot(step):
                 control = self._steps.under_way(step)
                 self._steps.late.note_snapshot(step)
-                return self._arena.take_snapshot(control)
+                return self._arena.take_snapshot(step, control)
             case BoundByWord(step):
                 self._steps.bind(step)
             case DoubtSettled():
@@ -275,14 +284,23 @@ class Link:
         self, before: LifeState, call: MPFuture[Any] | None, handle: ServiceHandle | None, timeout: float
     ) -> None:
         """:param before: the state in which the averager was ended, when ``call`` was what its start waited for"""
-        if call is not None:
-            if call.why_late() is not None:
-                timeout = min(timeout, UNRESPONSIVE_TIMEOUT)
-            # A service that was being made may be there in the moment when that is cancelled.
-            if not call.cancel() and before is LifeState.CREATING and call.exception(timeout) is None:
-                handle = call.result()
-        if handle is not None:
-            handle.close().result(timeout)
+        closing: MPFuture[None] | None = None
+        try:
+            if call is not None:
+                if call.why_late() is not None:
+                    timeout = min(timeout, UNRESPONSIVE_TIMEOUT)
+                # A service that was being made may be there in the moment when that is cancelled.
+                if not call.cancel() and before is LifeState.CREATING and call.exception(timeout) is None:
+                    handle = call.result()
+            if handle is not None:
+                closing = handle.close()
+                closing.result(timeout)
+        finally:
+            give_back = self._arena.transfer.give_back
+            if closing is None:
+                give_back()
+            else:  # and no earlier: a process that is stopped goes on with its round when it runs again
+                closing.when_done(partial(_ignore_result, give_back))
 
     def end_in_background(self) -> None:
         """As :meth:`end`, for the garbage collector: it may run on the very thread that would receive the answer."""
@@ -300,11 +318,31 @@ def _why_late(link: weakref.ref[Link]) -> Exception | None:
     return None if call is None else call.why_late()
 
 
+def _let_go(transfer: Transfer, handle: ServiceHandle, step: int, is_sure: bool) -> None:
+    """A step has ended here without an average: its tensors are free again, as soon as its round has ended."""
+    if is_sure:
+        transfer.release(step)
+    elif transfer.is_read_by(step):
+        # Cancelled, or given up since the process did not answer: there it may still be read for a moment.
+        with contextlib.suppress(PeerProcessDied, InvalidStateError):
+            handle.call(AwaitEnd(step)).when_done(partial(_release, transfer, step))
+
+
+def _release(transfer: Transfer, step: int, ended: Future[Any]) -> None:
+    # A service that is closing may not answer: its end frees the tensors then.
+    if not ended.cancelled() and isinstance(ended.exception(), PeerProcessDied | None):
+        transfer.release(step)
+
+
 def check_timeout(timeout: float | None) -> float | None:
     """:raises InvalidValueError: not a number of seconds for which a thread can wait"""
     if timeout is None:
         return None
     return check_number("timeout", timeout, minimum=0, maximum=threading.TIMEOUT_MAX)
+
+
+def _ignore_result(call: Callable[[], None], _: object) -> None:
+    call()
 
 
 def _close_unused(creating: Future[ServiceHandle]) -> None:

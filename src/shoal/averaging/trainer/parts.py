@@ -18,10 +18,12 @@ from shoal.averaging.timeouts import RECORD_TIME, times_in_order
 from shoal.averaging.trainer.arena import TensorArena
 from shoal.averaging.trainer.config import TrainerConfig
 from shoal.averaging.trainer.holders import UsageWatch
+from shoal.averaging.trainer.in_place import InPlaceTransfer
 from shoal.averaging.trainer.late import LateAverage
 from shoal.averaging.trainer.link import Link
 from shoal.averaging.trainer.lost_updates import UpdateWatch
 from shoal.averaging.trainer.pending import WATCH_ADVICE, AverageWriter
+from shoal.averaging.trainer.shared_buffers import SharedBuffers
 from shoal.averaging.trainer.sources import NamedTensors, TensorSource, take_tensors, warn_of_frozen
 from shoal.averaging.trainer.state_sharing import HasState, StateSharing
 from shoal.averaging.trainer.steps import Steps
@@ -62,7 +64,11 @@ def make_parts(averager: HasState, averaged_tensors: Any, dht: Any, given: Mappi
     :raises InvalidValueError: a value out of range, or arguments that contradict each other
     """
     own, config = _configure(dht, given)
-    named, source = take_tensors(averaged_tensors)
+    buffers = averaged_tensors if isinstance(averaged_tensors, SharedBuffers) else None
+    if buffers is None:
+        named, source = take_tensors(averaged_tensors)
+    else:
+        named, source = _take_buffers(buffers, own), None
     check_tensors(named.tensors, named.labels)
     infos = check_infos(named.tensors, given["tensor_infos"])
     schema = TensorSchema.from_tensors(
@@ -81,13 +87,25 @@ def make_parts(averager: HasState, averaged_tensors: Any, dht: Any, given: Mappi
     )
     order = OrderOfTimes(config.prefix, times_in_order(given))
     order.check(RECORD_TIME, dht._setup.config.max_expiration / 2)
-    arena = TensorArena(store, alpha=float(own.averaging_alpha), auxiliary=config.auxiliary)
+    transfer = None if buffers is None else InPlaceTransfer(buffers, store)
+    arena = TensorArena(store, transfer, alpha=float(own.averaging_alpha), auxiliary=config.auxiliary)
     late = LateAverage(arena, config.prefix)
     states.when_loaded = partial(late.drop, "a state was loaded, which may hold it already")
     steps = Steps(store, config.matchmaking, config.prefix, late, order)
     writer = AverageWriter(arena, on_call=own.apply_when == "called", name=config.prefix)
     link = Link(config, writer, steps, states)
     return Parts(own, config, schema, infos, source, store, usage, states, order, steps, writer, late, link)
+
+
+def _take_buffers(buffers: SharedBuffers, own: TrainerConfig) -> NamedTensors:
+    """:raises InvalidValueError: an option that is for tensors which are copied"""
+    buffers._check_process()
+    if own.detect_lost_updates:
+        raise InvalidValueError(
+            "detect_lost_updates must be False for SharedBuffers, got True: no copy shows what they should hold; make "
+            "them with debug=True, which notices writes while a round runs"
+        )
+    return NamedTensors(buffers.tensors, buffers._labels)
 
 
 def _configure(dht: Any, given: Mapping[str, Any]) -> tuple[TrainerConfig, AveragerConfig]:

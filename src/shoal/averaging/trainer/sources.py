@@ -114,13 +114,13 @@ class ModuleSource:
         missing = [name for name in self._names if name not in present]
         if missing:
             raise InvalidStateError(
-                f"{_label(missing[0])} is no longer a parameter of the {type(self._module).__name__}"
+                f"{label_of(missing[0])} is no longer a parameter of the {type(self._module).__name__}"
                 f"{_more(missing)}; make a new averager"
             )
         found = HeldTensors(present[name] for name in self._names)
         if not self._warned:
             self._warn_of_strays(present, found)
-        return NamedTensors(found, tuple(map(_label, self._names)))
+        return NamedTensors(found, tuple(map(label_of, self._names)))
 
     def _warn_of_strays(
         self, present: Mapping[str, torch.nn.Parameter], found: Iterable[torch.Tensor]
@@ -137,7 +137,7 @@ class ModuleSource:
             logger.warning(
                 "%s requires grad and is not averaged, since it did not when the averager was made, was not there, "
                 "or was tied to another parameter%s; make a new averager, at all peers",
-                _label(strays[0]),
+                label_of(strays[0]),
                 _more(strays),
             )
 
@@ -222,7 +222,7 @@ def _collect(given: Any) -> NamedTensors:
         raise InvalidValueError(f"{_NAME} must hold at least one tensor, got none{hint}")
     if all(isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) for item in items):
         return _named(items)
-    return NamedTensors(HeldTensors(map(_local_part, items)), tuple(map(_label, range(len(items)))))
+    return NamedTensors(HeldTensors(map(_local_part, items)), tuple(map(label_of, range(len(items)))))
 
 
 def _refuse_wrong_kinds(given: Any) -> None:
@@ -260,7 +260,7 @@ def _named(items: list[tuple[Any, Any]]) -> NamedTensors:
         if elements not in seen:
             seen.add(elements)
             kept[name] = tensor
-    return NamedTensors(HeldTensors(map(_local_part, kept.values())), tuple(map(_label, kept)))
+    return NamedTensors(HeldTensors(map(_local_part, kept.values())), tuple(map(label_of, kept)))
 
 
 def _local_part(tensor: Any) -> Any:
@@ -274,7 +274,8 @@ def _local_part(tensor: Any) -> Any:
     return tensor
 
 
-def _label(name: Any) -> str:
+def label_of(name: Any) -> str:
+    """What errors call the averaged tensor with this name or number."""
     return f"{_NAME}[{name!r}]"
 
 

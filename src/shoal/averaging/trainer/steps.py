@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -84,6 +85,8 @@ class Steps:
         """Steps that a caller waits for inside ``step(wait=True)``."""
         self._has_warned_of_queue = False
         self.failures_in_a_row = 0
+        self.when_over: Callable[[int, bool], object] = lambda step, is_sure: None
+        """Hears that a step ends here without an average, and whether its round is sure to have ended, too."""
 
     def submit(
         self,
@@ -224,6 +227,7 @@ class Steps:
 
     def _hand_on(self, control: StepControl, step: int, serializer: Any, wait: bool, call: Any) -> None:
         if call.cancelled():
+            self.when_over(step, False)
             if not control.cancelled():
                 reason = "the averager was shut down during the step"
                 if wait:
@@ -232,6 +236,7 @@ class Steps:
             return
         error = call.exception()
         if error is not None:
+            self.when_over(step, not isinstance(error, DeadlineExceeded))
             # Once the tensors were taken, only the background process knows whether this peer has voted since.
             if isinstance(error, DeadlineExceeded) and (control.is_bound or control.began_allreduce):
                 self._give_up_in_doubt(control, step, wait, error)
@@ -247,6 +252,7 @@ class Steps:
                 report, {peer: _decode(serializer, peer, data) for peer, data in gathered.items()}
             )
             return
+        self.when_over(step, True)
         kind = AllreduceException if outcome.found_group else MatchmakingException
         self._fail(control, report, wait, (InDoubt if report.in_doubt else kind)(report.failure))
 

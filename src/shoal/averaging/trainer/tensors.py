@@ -24,9 +24,10 @@ import torch
 
 from shoal.averaging.partition import Layout
 from shoal.averaging.trainer.current import CurrentTensors, Unchanged
-from shoal.averaging.trainer.finite_scan import SINGLE_THREADED_ELEMENTS, FiniteScan
+from shoal.averaging.trainer.finite_scan import FiniteScan
 from shoal.averaging.trainer.locks import MemoryGuard
 from shoal.averaging.trainer.lost_updates import UpdateWatch
+from shoal.averaging.trainer.merging import BITS, CHUNK_NBYTES, Bits, Merge, elements, merge, pieces, slices
 from shoal.averaging.trainer.sources import HeldTensors, TensorSource
 from shoal.compression.base import UINT8, tensor_array
 from shoal.errors import InvalidStateError, InvalidValueError
@@ -36,17 +37,7 @@ logger = logging.getLogger(__name__)
 Area: TypeAlias = torch.Tensor | memoryview | bytearray
 """An arena of ``layout.nbytes`` bytes: a one-dimensional uint8 CPU tensor, or writable memory."""
 
-CHUNK_NBYTES = 1 << 18
-"""What is copied at a time, so that what follows on a look at it finds it in the cache."""
-MERGE_ELEMENTS = SINGLE_THREADED_ELEMENTS
-"""What is computed on at a time."""
-
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_BITS = {size: np.dtype(f"i{size}") for size in _INTEGERS}
 _CPU = torch.device("cpu")
-
-Bits: TypeAlias = npt.NDArray[Any]
-"""The elements of a tensor in the CPU's memory, as integers of their size: a flat view that can be written."""
 
 
 class TensorStore:
@@ -161,22 +152,22 @@ class TensorStore:
             for index, (tensor, target) in enumerate(zip(now.data, targets, strict=True)):
                 self._copy(tensor, target, self.layout.slots[index].offset, scan)
                 if watch.checks_copies:
-                    watch.check_copy(index, tensor, _elements(target, tensor.dtype))
+                    watch.check_copy(index, tensor, elements(target, tensor.dtype))
         return None if scan is None else scan.finish()
 
     def _copy(self, tensor: torch.Tensor, target: Bits, offset: int, scan: FiniteScan | None) -> None:
         """Copy one tensor to where it lies in the arena, ``offset`` bytes from its beginning."""
         if _is_plain(tensor):
             source = tensor_array(tensor, target.dtype)
-            for piece in _slices(len(target), CHUNK_NBYTES // target.itemsize):
+            for piece in slices(len(target), CHUNK_NBYTES // target.itemsize):
                 np.copyto(target[piece], source[piece])
                 if scan is not None:
                     scan.follow(offset + piece.stop * target.itemsize)
             return
         if tensor.is_cuda:
-            self._cuda_copier(tensor.device).read(tensor, _elements(target, tensor.dtype))
+            self._cuda_copier(tensor.device).read(tensor, elements(target, tensor.dtype))
         else:
-            _elements(target, tensor.dtype).view(tensor.shape).copy_(tensor)
+            elements(target, tensor.dtype).view(tensor.shape).copy_(tensor)
         if scan is not None:
             scan.follow(offset + target.nbytes)
 
@@ -197,7 +188,7 @@ class TensorStore:
         itself is written, unless the trainer has put a finite value there since, which stays. Raises as
         :meth:`snapshot` does, but for the time, before anything was written.
         """
-        merge = _Merge(alpha)
+        merge = Merge(alpha)
         before, after = self._slots(snapshot), self._slots(average)
         watch = self._watch
         # The trainer's own infinities are not ours to report.
@@ -219,12 +210,12 @@ class TensorStore:
                 self._name,
             )
 
-    def _move(self, tensor: torch.Tensor, old: Bits, new: Bits, merge: _Merge) -> None:
+    def _move(self, tensor: torch.Tensor, old: Bits, new: Bits, merge: Merge) -> None:
         """Apply an average to one tensor."""
         if _is_plain(tensor):
             merge(tensor_array(tensor, old.dtype), old, new, tensor.dtype)
         elif tensor.is_cuda:
-            old_elements, new_elements = _elements(old, tensor.dtype), _elements(new, tensor.dtype)
+            old_elements, new_elements = elements(old, tensor.dtype), elements(new, tensor.dtype)
             self._cuda_copier(tensor.device).merge(tensor, old_elements, new_elements, merge.alpha)
         else:
             flat = tensor.to("cpu", copy=True).reshape(-1).contiguous()
@@ -248,7 +239,7 @@ class TensorStore:
         """Where in an arena each tensor's elements lie."""
         memory = tensor_array(self._area(area), UINT8)
         return [
-            memory[slot.offset : slot.offset + slot.nbytes].view(_BITS[slot.dtype.itemsize])
+            memory[slot.offset : slot.offset + slot.nbytes].view(BITS[slot.dtype.itemsize])
             for slot in self.layout.slots
         ]
 
@@ -300,14 +291,14 @@ class CudaCopier:
             self._unload(arrived)
 
     def merge(self, tensor: torch.Tensor, old: torch.Tensor, new: torch.Tensor, alpha: float) -> None:
-        """As :func:`_merge` for the whole tensor; back when it is done."""
+        """As :func:`.merging.merge` for the whole tensor; back when it is done."""
         # On the trainer's own stream: each element is read and written between two of the trainer's kernels.
         stream = self._trainer_stream
         used: list[torch.cuda.Event | None] = [None, None]
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             flat = tensor.contiguous().view(-1)
-            pieces = zip(self._split(flat), self._split(old), self._split(new), strict=True)
-            for number, (piece, old_piece, new_piece) in enumerate(pieces):
+            triples = zip(self._split(flat), self._split(old), self._split(new), strict=True)
+            for number, (piece, old_piece, new_piece) in enumerate(triples):
                 turn = number % 2
                 previous = used[turn]
                 if previous is not None:
@@ -319,13 +310,13 @@ class CudaCopier:
                     moved.append(staged.to(self._device, non_blocking=True))
                 event = used[turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record(stream)
-                _merge(piece, moved[0], moved[1], alpha)
+                merge(piece, moved[0], moved[1], alpha)
             if flat.data_ptr() != tensor.data_ptr():
                 tensor.copy_(flat.view(tensor.shape))
             stream.synchronize()
 
     def _split(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
-        return _pieces(flat, self.CHUNK_NBYTES // flat.itemsize)
+        return pieces(flat, self.CHUNK_NBYTES // flat.itemsize)
 
     def _staging(self, slot: int, like: torch.Tensor) -> torch.Tensor:
         while len(self._pinned) <= slot:
@@ -340,84 +331,9 @@ class CudaCopier:
             np.copyto(_bytes(goal), _bytes(staged))
 
 
-class _Merge:
-    """:func:`_merge` on the CPU, in chunks; those that the trainer did not touch are only copied."""
-
-    def __init__(self, alpha: float) -> None:
-        self.alpha = alpha
-        self._scratch = {size: np.empty(MERGE_ELEMENTS, dtype=f"f{size}") for size in (4, 8)}
-
-    def __call__(self, bits: Bits, old: Bits, new: Bits, dtype: torch.dtype) -> None:
-        for chunk in _slices(len(bits), CHUNK_NBYTES // bits.itemsize):
-            if self.alpha == 1 and _equal(bits[chunk], old[chunk]):
-                np.copyto(bits[chunk], new[chunk])
-                continue
-            for piece in _slices(chunk.stop, MERGE_ELEMENTS, chunk.start):
-                if bits.itemsize == 2:
-                    current, before, after = (_elements(array[piece], dtype) for array in (bits, old, new))
-                    _merge(current, before, after, self.alpha)
-                else:
-                    self._merge_wide(bits[piece], old[piece], new[piece])
-
-    def _merge_wide(self, bits: Bits, old_bits: Bits, new_bits: Bits) -> None:
-        """For float32 and float64, where numpy takes half the time."""
-        alpha, moved = self.alpha, self._scratch[bits.itemsize][: len(bits)]
-        current, old, new = (array.view(moved.dtype) for array in (bits, old_bits, new_bits))
-        np.subtract(new, old, out=moved)
-        if alpha != 1:
-            np.multiply(moved, alpha, out=moved)
-        np.add(moved, current, out=moved)
-        finite = np.isfinite(moved)
-        if not finite.all():
-            half = old.dtype.type(0.5)  # of finite values: differences of halves stay in range
-            carefully = 2 * (current * half + alpha * (new * half - old * half))
-            rescued = np.where(np.isfinite(current), current, new)
-            np.copyto(moved, np.where(np.isfinite(old), carefully, rescued), where=~finite)
-        if alpha == 1:
-            np.copyto(moved, new, where=np.equal(bits, old_bits))
-        np.copyto(current, moved)
-
-
-def _equal(first: Bits, second: Bits) -> bool:
-    head = 256  # an optimizer's step changes nearly every element: seldom is more than this looked at in vain
-    if first[:head].tobytes() != second[:head].tobytes():
-        return False
-    return len(first) <= head or np.array_equal(first, second)
-
-
-def _merge(current: torch.Tensor, old: torch.Tensor, new: torch.Tensor, alpha: float) -> None:
-    """The rule of :meth:`TensorStore.apply` for flat tensors on one device; writes to ``current``."""
-    wide = torch.float64 if current.dtype == torch.float64 else torch.float32
-    moved = torch.sub(new.to(wide), old.to(wide)).mul_(alpha).add_(current)
-    finite = moved.isfinite()
-    if current.is_cuda or not bool(finite.all()):  # to look at CUDA's would hold up its stream
-        now, before, after = current.to(wide) / 2, old.to(wide) / 2, new.to(wide) / 2
-        carefully = 2 * (now + alpha * (after - before))
-        rescued = torch.where(current.isfinite(), current, new).to(wide)
-        moved = torch.where(finite, moved, torch.where(old.isfinite(), carefully, rescued))
-    if alpha != 1:
-        current.copy_(moved)
-        return
-    integers = _INTEGERS[current.itemsize]
-    untouched = torch.eq(current.view(integers), old.view(integers))
-    current.copy_(torch.where(untouched, new, moved.to(current.dtype)))
-
-
-def _slices(stop: int, step: int, start: int = 0) -> Iterator[slice]:
-    return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
-
-
-def _pieces(flat: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
-    return (flat[piece] for piece in _slices(flat.numel(), size))
-
-
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor's memory is its elements in order, readable by the CPU."""
     return tensor.device == _CPU and tensor.is_contiguous() and not tensor.is_neg()
-
-
-def _elements(bits: Bits, dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(bits).view(dtype)
 
 
 def _as_tensor(area: memoryview | bytearray) -> torch.Tensor:

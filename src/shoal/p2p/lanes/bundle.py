@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from shoal.p2p import tcp_info
-from shoal.p2p.lanes.count import SHORT_RTT, Choice, Path, choose, first_choice
+from shoal.p2p.lanes.count import SHORT_RTT, Path, choose, first_choice
+from shoal.p2p.lanes.forecast import Flow
+from shoal.p2p.lanes.memory import PathMemory
 from shoal.p2p.lanes.scheduler import Outgoing, Scheduler
 from shoal.p2p.lanes.upload_rate import UploadRate
 from shoal.p2p.outlet import Outlet
@@ -64,21 +66,8 @@ class BulkLane(Protocol):
     def rtt(self) -> float | None:
         """Smoothed round-trip time in seconds, once measured."""
 
-
-@dataclass
-class PathMemory:
-    """What was learnt of the path to a peer, for the next round too."""
-
-    choice: Choice | None = None
-    fewer: int | None = None
-    """How many lanes there were before there came to be more."""
-    peaks: dict[int, float] = field(default_factory=dict)
-    """The highest rate that was measured with so many lanes: slow starts and the end of a round say little."""
-    seconds: float = 0.0
-    """For how long data was under way since the number of lanes last changed."""
-    min_rtt: float = field(default=float("inf"))
-    ends: tuple[str | None, str | None] = (None, None)
-    """The addresses of this host and the peer: a path between others is another one."""
+    def abort(self, reason: str) -> None:
+        """Close it at once; what is queued is lost."""
 
 
 class LaneReport(NamedTuple):
@@ -148,6 +137,8 @@ class Bundle:
         self._limit = limit
         self._rate_limit = rate
         self._uplink = uplink
+        self._key = object()
+        """What the uplink knows this by: it remembers it for longer than this may live."""
         self._waits_for_rate = False
         self._fixed = fixed
         self._loop = asyncio.get_running_loop()
@@ -162,6 +153,8 @@ class Bundle:
         self._last: dict[BulkLane, tcp_info.TcpInfo] = {}
         self._totals = _Count(0.0)
         self._rate = 0.0
+        self._resent = 0
+        """What had been sent again when streams were opened after a pause."""
         self._is_pumping = False
         self._carrying: dict[BulkLane, None] = {}
         """The lanes that carry pieces, as of the last look."""
@@ -191,7 +184,7 @@ class Bundle:
             rate=self._rate,
             segments_sent=self._totals.sent,
             retransmitted=self._totals.retransmitted,
-            resent=self._scheduler.resent,
+            resent=self._scheduler.resent - self._resent,
         )
 
     # From the connections.
@@ -207,7 +200,7 @@ class Bundle:
             self._memory.choice = first_choice(info and (info.min_rtt or info.rtt), self._limit())
         self._open_missing()
         if self._timer is None and (info is not None or self._fixed):
-            self._counted, self._totals = None, _Count(0.0)
+            self._counted, self._totals, self._resent = None, _Count(0.0), self._scheduler.resent
             self._last.clear()
             self._skip_pause()
             self._look_after(TICK)
@@ -229,7 +222,7 @@ class Bundle:
             return None
         if self._timer is None:
             self.prepare()  # the peer has opened the stream
-        if len(self._active()) < 2:
+        if not self._active():
             return None
         number = state.begin_striped(tag, len(data))
         payload = Outgoing(
@@ -263,10 +256,11 @@ class Bundle:
     # Inside.
 
     def _active(self) -> list[BulkLane]:
-        """The lanes over which a payload is striped that begins now: none, or several."""
-        wanted = self.wanted
-        lanes = [lane for lane in self._lanes() if lane.is_open][:wanted] if wanted > 1 else []
-        return lanes if len(lanes) > 1 else []
+        """The lanes over which a payload is striped that begins now: none, or several. One if the path is long, and
+        more were too many: its window is open, and that of the home is not.
+        """
+        lanes = [lane for lane in self._lanes() if lane.is_open][: self.wanted]
+        return lanes if len(lanes) > 1 or SHORT_RTT <= self._memory.min_rtt < float("inf") else []
 
     def _carriers(self) -> list[BulkLane]:
         """What carries payloads now. Those that were begun are ended on any lane that is left, or on their home."""
@@ -312,9 +306,14 @@ class Bundle:
             self._fill(lane, self._loop.time())
 
     def _note_progress(self, lane: BulkLane, now: float) -> None:
-        outlet = lane.outlet
-        rtt = self._last[lane].rtt if lane in self._last else lane.rtt
-        self._scheduler.note_progress(lane, rtt or 0.0, outlet.written, outlet.written - outlet.unsent, now)
+        outlet, info = lane.outlet, self._last.get(lane)
+        flow, silence = None, 0.0
+        if info is not None and info.window:
+            flow = Flow(info.rtt, info.window, info.threshold, info.timeout, info.timeouts)
+            silence = info.silence
+        rtt, acknowledged = lane.rtt if info is None else info.rtt, outlet.written - outlet.unsent
+        self._scheduler.note_progress(lane, rtt or 0.0, outlet.written, acknowledged, now, flow, silence)
+        outlet.fit_to(self._scheduler.lanes[lane].rate)
 
     def _look(self) -> None:
         now = self._loop.time()
@@ -333,10 +332,16 @@ class Bundle:
             self._counted = None  # what is counted is of the time in which data moves
             self._skip_pause()
             return
-        for lane in self._lanes():
+        self._measure(carriers, now)
+        for lane in dict.fromkeys([*self._lanes(), *carriers]):
+            if lane not in carriers:
+                self._last.pop(lane, None)  # it is read no more
             if lane in self._scheduler.lanes:
                 self._note_progress(lane, now)
-        self._measure(carriers, now)
+        dead = self._scheduler.dead_lanes(now)
+        for lane in self._lanes():
+            if lane in dead:  # a home is never ended here: streams live on it
+                lane.abort("its packets vanish, and those of other lanes do not")
         self._scheduler.look_for_late(now)
         self._open_missing()
         self.pump()
@@ -389,6 +394,7 @@ class Bundle:
         self._totals.retransmitted += counted.retransmitted
         self._counted = _Count(now)
         self._memory.seconds += seconds
+        self._memory.tried_for += seconds
         self._choose(lanes, statistics.median(rtts), counted)
 
     def _choose(self, lanes: list[BulkLane], rtt: float, counted: _Count) -> None:
@@ -400,7 +406,7 @@ class Bundle:
         if not is_growing:
             memory.peaks[count] = peak
             if memory.min_rtt >= SHORT_RTT:
-                self._uplink.note(self, self._rate, self._loop.time(), is_full=is_full)
+                self._uplink.note(self._key, self._rate, self._loop.time(), is_full=is_full)
         path = Path(
             min_rtt=memory.min_rtt,
             rtt=rtt,
@@ -413,9 +419,11 @@ class Bundle:
         before = None
         if memory.fewer is not None and memory.seconds >= SETTLED_SECONDS:
             before = memory.fewer, memory.peaks.get(memory.fewer, 0.0)
-        choice = choose(count, path, self._limit(), before)
+        choice = choose(count, path, self._limit(), before, memory.enough_for(self._rate))
         if is_growing and choice.count >= count:
             return  # some are still being opened, or cannot be
+        if choice.is_tried:
+            memory.enough, memory.tried_for, memory.tried_rate = choice.count, 0.0, peak
         if choice.count > count:
             memory.fewer = count
         if choice.count != count:

@@ -19,6 +19,7 @@ QUEUEING = 1.35
 QUEUEING_SECONDS = 0.008
 GAIN = 1.08
 """More lanes have to raise the rate at least by this factor, or they are taken away again."""
+TRIED = "more lanes carried no more"
 BBR = frozenset({"bbr", "bbr2", "bbr3"})
 
 
@@ -47,6 +48,8 @@ class Choice:
 
     count: int
     reason: str
+    is_tried: bool = False
+    """Whether there were more, and they carried no more."""
 
 
 def first_choice(rtt: float | None, limit: int) -> Choice:
@@ -60,12 +63,19 @@ def first_choice(rtt: float | None, limit: int) -> Choice:
     return Choice(min(FEW, limit), f"the round trip takes {1e3 * rtt:.0f} ms")
 
 
-def choose(count: int, path: Path, limit: int, before: tuple[int, float] | None = None) -> Choice:
+def choose(
+    count: int,
+    path: Path,
+    limit: int,
+    before: tuple[int, float] | None = None,
+    enough: int | None = None,
+) -> Choice:
     """How many lanes there should be next.
 
     :param count: how many carried the data of ``path``
     :param limit: the most that there may be
     :param before: the number before the last time that there came to be more, and the rate at that time
+    :param enough: so many carried as much as more did, when that was last tried
     """
     if path.min_rtt < SHORT_RTT:
         return Choice(1, "the path is short")
@@ -82,7 +92,11 @@ def choose(count: int, path: Path, limit: int, before: tuple[int, float] | None 
     if not path.is_full:
         return Choice(count, "less was sent than the path takes")
     if before is not None and count > before[0] and path.rate < GAIN * before[1]:
-        return Choice(before[0], "more lanes carried no more")
+        return Choice(before[0], TRIED, is_tried=True)
     if path.retransmitted == 0:
         return Choice(count, "nothing was lost")
-    return Choice(min(2 * count, limit), f"{100 * loss:.2g} % of the packets were lost without a queue")
+    if enough is not None and count >= enough:
+        return Choice(count, TRIED)
+    return Choice(
+        min(2 * count, limit, enough or limit), f"{100 * loss:.2g} % of the packets were lost without a queue"
+    )

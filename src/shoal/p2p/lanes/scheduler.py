@@ -2,26 +2,32 @@
 
 A lane takes the next piece whenever its socket has room, so that each carries what it can. Payloads of several streams
 take turns. Once nothing waits, a lane with room sends a piece again that another one holds, if that one would need much
-longer: a connection in its back-off would hold up the last bytes of all for seconds. What a dead lane carried is sent
-again, unless its payload is known to have arrived whole.
+longer: a connection in its back-off would hold up the last bytes of all for seconds. How long a lane needs follows
+from its kernel's figures (:mod:`.forecast`), or from what it carried where the kernel does not tell. What a dead lane
+carried is sent again, unless its payload is known to have arrived whole.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from shoal.p2p.lanes.forecast import Flow, is_dead, is_stalled, seconds_to_land
 from shoal.p2p.protocol.frames import CHUNK_BYTES, Piece
 
 MAX_COPIES = 4
 """So often one piece is sent at most, as long as the lanes that carry it live."""
-PATIENCE = 3.0
-"""A piece is sent again if it is expected to take so many times as long where it is as on the lane that has room."""
+PATIENCE = 5.0
+"""A piece is sent again if it is expected to take so many times as long where it is as on the lane that has room;"""
+PATIENCE_WITH_STALLED = 2.0
+"""so many times where that lane stalls: what is expected of one that moves is off by as much as a factor of two,"""
+PATIENCE_WITHOUT_FORECAST = 3.0
+"""and so many times where the kernel says nothing."""
 RATE_SECONDS = 1.0
 """The rate of a lane is a mean over about this time."""
-LEAST_GAIN = 0.3
-"""Seconds by which it has to be sooner at least."""
+LEAST_SECONDS = 0.1
+"""On a lane that has room a piece counts as taking this long at least: there is little to gain."""
 LEAST_AGE = 0.05
 """Seconds for which a piece is left alone after it was sent."""
 
@@ -48,6 +54,8 @@ class Outgoing:
     """Bytes of all of it."""
     copies: dict[int, int] = field(default_factory=dict)
     """How often each piece was sent on lanes that live, by the byte at which it begins."""
+    landed: set[int] = field(default_factory=set)
+    """The pieces that the peer's machine has."""
 
     def __post_init__(self) -> None:
         self.total = len(self.data)
@@ -70,6 +78,7 @@ class Outgoing:
         """It is done: its memory is its sender's again."""
         self.data = memoryview(b"")
         self.copies.clear()
+        self.landed.clear()
 
 
 @dataclass(eq=False)
@@ -91,17 +100,25 @@ class LaneBook:
     """Seconds; as far as it is known."""
     flying: deque[_Sent] = field(default_factory=deque)
     """Pieces that the peer's machine does not have yet, the oldest first."""
-    landed: deque[_Sent] = field(default_factory=deque)
-    """Those that it has: the peer itself may not have read them yet."""
+    landed: dict[Outgoing, list[int]] = field(default_factory=dict)
+    """Those that it has of payloads that are not confirmed: the peer itself may not have read them yet."""
+    flow: Flow | None = None
+    """What the kernel says, where it does."""
+    silence: float = 0.0
+    """Seconds for which nothing was heard, though something is under way."""
     written: int = 0
     acknowledged: int = 0
     """Bytes that the peer's machine has."""
     noted_at: float = 0.0
+    moved_at: float = 0.0
+    """When the peer's machine last confirmed something, or there was nothing to confirm."""
     rate: float = 0.0
     """Bytes a second, while it had something to carry."""
 
     def note_progress(self, written: int, acknowledged: int, now: float) -> None:
         """So many bytes were written in all, and so many of them has the peer's machine."""
+        if acknowledged > self.acknowledged or self.written <= self.acknowledged:
+            self.moved_at = now
         seconds, count = now - self.noted_at, acknowledged - self.acknowledged
         if self.written > self.acknowledged and seconds > 0:
             weight = min(1.0, seconds / RATE_SECONDS)
@@ -109,18 +126,30 @@ class LaneBook:
             self.rate = rate if self.rate == 0.0 else (1 - weight) * self.rate + weight * rate
         self.written, self.acknowledged, self.noted_at = written, acknowledged, now
         while self.flying and self.flying[0].end <= acknowledged:
-            self.landed.append(self.flying.popleft())
-        while self.landed and self.landed[0].payload.is_done:
-            self.landed.popleft()
+            sent = self.flying.popleft()
+            if not sent.payload.is_done:
+                sent.payload.landed.add(sent.offset)
+                self.landed.setdefault(sent.payload, []).append(sent.offset)
 
     def seconds_until(self, end: int) -> float:
         """How long it is likely to take until the peer's machine has the first ``end`` bytes."""
         missing = max(0, end - self.acknowledged)
+        if self.flow is not None:
+            return seconds_to_land(missing, self.flow, self.silence)
         return missing / self.rate if self.rate > 0.0 else float("inf")
+
+    @property
+    def patience(self) -> float:
+        """How many times as long as elsewhere a piece may take here, until it is sent again there."""
+        if self.flow is None:
+            return PATIENCE_WITHOUT_FORECAST
+        return PATIENCE_WITH_STALLED if is_stalled(self.flow, self.silence) else PATIENCE
 
     def seconds_for(self, size: int) -> float:
         """How long a piece is likely to take that it is given now."""
         queued = self.written - self.acknowledged + size
+        if self.flow is not None:
+            return seconds_to_land(queued, self.flow, self.silence)
         return self.rtt + (queued / self.rate if self.rate > 0.0 else 0.0)
 
 
@@ -133,8 +162,8 @@ class Scheduler:
         """Pieces of lanes that died."""
         self._unconfirmed: dict[tuple[int, int, int], Outgoing] = {}
         self._late: list[tuple[float, object, _Sent]] = []
-        """Pieces that may be worth sending again, with the seconds that they are likely to take where they are, and the
-        lanes that carry them; the slowest first."""
+        """Pieces that may be worth sending again: the seconds that one may take elsewhere to be worth it, the lane that
+        carries it, and the piece; the most urgent first."""
         self.lanes: dict[object, LaneBook] = {}
         self.resent = 0
         """Bytes that were sent more than once."""
@@ -163,19 +192,34 @@ class Scheduler:
         payload = self._unconfirmed.pop((home, stream_id, number), None)
         if payload is not None:
             payload.is_received = True
-            payload.let_go()
+            self._let_go(payload)
             self._forget_if_idle()
 
-    def note_progress(self, lane: object, rtt: float, written: int, acknowledged: int, now: float) -> None:
-        """What a lane has written, and what the peer's machine has of it."""
-        book = self.lanes.setdefault(lane, LaneBook(rtt))
-        book.rtt = rtt
+    def note_progress(
+        self,
+        lane: object,
+        rtt: float,
+        written: int,
+        acknowledged: int,
+        now: float,
+        flow: Flow | None = None,
+        silence: float = 0.0,
+    ) -> None:
+        """What a lane has written, what the peer's machine has of it, and what the kernel says of its connection.
+
+        :param silence: seconds since it last heard anything
+        """
+        book = self.lanes.get(lane)
+        if book is None:
+            book = self.lanes[lane] = LaneBook(rtt, noted_at=now, moved_at=now)
+        book.rtt, book.flow = rtt, flow
         book.note_progress(written, acknowledged, now)
+        book.silence = min(silence, now - book.moved_at)
 
     def resume(self, lane: object, written: int, acknowledged: int, now: float) -> None:
         """The lane was not looked at for a while: what it did meanwhile says nothing of its rate."""
         book = self.lanes[lane]
-        book.written, book.acknowledged, book.noted_at = written, acknowledged, now
+        book.written, book.acknowledged, book.noted_at, book.moved_at = written, acknowledged, now, now
 
     def next_piece(self, lane: object, now: float) -> tuple[Outgoing, int] | None:
         """What this lane, which has room, sends next: a payload, and the first byte of the piece."""
@@ -198,7 +242,8 @@ class Scheduler:
         """The piece is the last one of the first ``written`` bytes of the lane."""
         book = self.lanes[lane]
         if book.written <= book.acknowledged:
-            book.noted_at = now  # it was idle until now
+            book.noted_at = book.moved_at = now  # it was idle until now
+            book.silence = 0.0
         book.flying.append(_Sent(payload, offset, written, now))
         book.written = written
         copies = payload.copies.get(offset, 0)
@@ -211,38 +256,56 @@ class Scheduler:
         book = self.lanes.pop(lane, None)
         if book is None:
             return
-        for sent in (*book.landed, *book.flying):
-            if not sent.payload.is_done:
-                sent.payload.copies.pop(sent.offset, None)
-                self._again.append((sent.payload, sent.offset))
+        flying = [(sent.payload, sent.offset) for sent in book.flying]
+        landed = [(payload, offset) for payload, offsets in book.landed.items() for offset in offsets]
+        for payload, offset in landed + flying:
+            if not payload.is_done:
+                payload.copies.pop(offset, None)
+                payload.landed.discard(offset)
+                self._again.append((payload, offset))
+
+    def dead_lanes(self, now: float) -> list[object]:
+        """Lanes of which all packets vanish while others move."""
+        if len(self.lanes) < 2:
+            return []
+        latest, second = sorted((book.moved_at for book in self.lanes.values()), reverse=True)[:2]
+        return [
+            lane
+            for lane, book in self.lanes.items()
+            if book.flow is not None
+            and is_dead(book.flow, book.silence, now - (second if book.moved_at == latest else latest))
+        ]
 
     def look_for_late(self, now: float) -> None:
-        """Find the pieces that would take longest where they are, if there is nothing else to send."""
+        """Find the pieces that would take longest where they are soonest, if there is nothing else to send."""
         self._forget_unwanted()
         self._late.clear()
         if not self.is_starved:
             return
+        soonest: dict[tuple[Outgoing, int], tuple[float, object, _Sent]] = {}
+        for lane, book in self.lanes.items():
+            for sent in book.flying:
+                if sent.payload.is_done or sent.offset in sent.payload.landed:
+                    continue
+                seconds, key = book.seconds_until(sent.end), (sent.payload, sent.offset)
+                if key not in soonest or seconds < soonest[key][0]:
+                    soonest[key] = seconds, lane, sent
         self._late = [
-            (book.seconds_until(sent.end), lane, sent)
-            for lane, book in self.lanes.items()
-            for sent in self._old(book, now)
+            (seconds / self.lanes[lane].patience, lane, sent)
+            for seconds, lane, sent in soonest.values()
+            if self._may_be_late(lane, sent, now)
         ]
         self._late.sort(key=lambda one: -one[0])
 
-    def _old(self, book: LaneBook, now: float) -> Iterator[_Sent]:
-        """Pieces that have been under way for a while, and may be sent again."""
-        for sent in book.flying:
-            copies = sent.payload.copies.get(sent.offset, 0)
-            if now - sent.at < max(LEAST_AGE, 2 * book.rtt) * copies:
-                break  # so are those behind it
-            if copies < MAX_COPIES and not sent.payload.is_done:
-                yield sent
+    def _may_be_late(self, lane: object, sent: _Sent, now: float) -> bool:
+        copies = sent.payload.copies.get(sent.offset, 0)
+        return copies < MAX_COPIES and now - sent.at >= max(LEAST_AGE, 2 * self.lanes[lane].rtt) * copies
 
     def _find_late(self, lane: object) -> tuple[Outgoing, int] | None:
         """The piece that would take longest where it is, if this lane is much faster."""
-        enough = max(PATIENCE * self.lanes[lane].seconds_for(CHUNK_BYTES), LEAST_GAIN)
+        needs = max(self.lanes[lane].seconds_for(CHUNK_BYTES), LEAST_SECONDS)
         for index, (seconds, holder, sent) in enumerate(self._late):
-            if seconds <= enough:
+            if seconds <= needs:
                 break
             if holder is not lane and not sent.payload.is_done:
                 del self._late[index]
@@ -252,8 +315,13 @@ class Scheduler:
     def _forget_unwanted(self) -> None:
         gone = [key for key, payload in self._unconfirmed.items() if payload.is_done]
         for key in gone:
-            self._unconfirmed.pop(key).let_go()
+            self._let_go(self._unconfirmed.pop(key))
         self._forget_if_idle()
+
+    def _let_go(self, payload: Outgoing) -> None:
+        payload.let_go()
+        for book in self.lanes.values():
+            book.landed.pop(payload, None)
 
     def _forget_if_idle(self) -> None:
         if self._unconfirmed:

@@ -15,7 +15,8 @@ exceed it is not kept: its stream is reset as ``busy``. The answers to what this
 Striped payloads. The bytes of a payload may travel as pieces over any connection between the two processes, while
 STRIPED keeps its place among the items of the stream. Pieces and STRIPED overtake each other; whichever comes first
 takes the credit and asks for memory. So a sink may be asked for payloads out of order. A payload is striped only after
-the receiver has given a window: before that, it might not know the stream yet. END counts when all pieces are there.
+the receiver has given a window: before that, it might not know the stream yet. It has at least two pieces. END counts
+when all pieces are there.
 
 Everything that a peer can do wrong raises :class:`ProtocolViolation` here, which ends the connection.
 """
@@ -30,7 +31,7 @@ from shoal.errors import ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.config import INITIAL_WINDOW
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.codes import ResetCode
-from shoal.p2p.protocol.frames import FrameKind, Piece
+from shoal.p2p.protocol.frames import CHUNK_BYTES, FrameKind, Piece
 from shoal.p2p.protocol.pieces import Assembly, Numbers
 from shoal.p2p.protocol.unread import UnreadBytes
 
@@ -333,6 +334,10 @@ class StreamState:
             return assembly
         if number in self._complete or self._ended_by_peer or not self._blocked_grant:
             raise ProtocolViolation(f"a striped payload on stream {self.id} where there can be none")
+        if total <= CHUNK_BYTES:  # what is kept of it would be more than its credit
+            raise ProtocolViolation(
+                f"a striped payload of {total} bytes on stream {self.id}: it is one piece"
+            )
         has_sink = self.has_sink
         assembly = Assembly(tag, self._take_memory(tag, total), is_placed=has_sink)
         if not self.is_closed:  # the sink may have ended the stream

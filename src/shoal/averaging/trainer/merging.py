@@ -1,0 +1,102 @@
+"""How an average changes the elements of a tensor: the rule, in numpy and in torch. Reads and writes memory, and knows
+neither locks nor where the memory comes from.
+
+Never uses torch's intra-op thread pool on the CPU, which the trainer needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from shoal.averaging.trainer.finite_scan import SINGLE_THREADED_ELEMENTS
+
+CHUNK_NBYTES = 1 << 18
+"""What is copied at a time, so that what follows on a look at it finds it in the cache."""
+MERGE_ELEMENTS = SINGLE_THREADED_ELEMENTS
+"""What is computed on at a time."""
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {size: np.dtype(f"i{size}") for size in _INTEGERS}
+
+Bits: TypeAlias = npt.NDArray[Any]
+"""The elements of a tensor in the CPU's memory, as integers of their size: a flat view that can be written."""
+
+
+class Merge:
+    """:func:`merge` on the CPU, in chunks; those that the trainer did not touch are only copied."""
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+        self._scratch = {size: np.empty(MERGE_ELEMENTS, dtype=f"f{size}") for size in (4, 8)}
+
+    def __call__(self, bits: Bits, old: Bits, new: Bits, dtype: torch.dtype) -> None:
+        for chunk in slices(len(bits), CHUNK_NBYTES // bits.itemsize):
+            if self.alpha == 1 and _equal(bits[chunk], old[chunk]):
+                np.copyto(bits[chunk], new[chunk])
+                continue
+            for piece in slices(chunk.stop, MERGE_ELEMENTS, chunk.start):
+                if bits.itemsize == 2:
+                    current, before, after = (elements(array[piece], dtype) for array in (bits, old, new))
+                    merge(current, before, after, self.alpha)
+                else:
+                    self._merge_wide(bits[piece], old[piece], new[piece])
+
+    def _merge_wide(self, bits: Bits, old_bits: Bits, new_bits: Bits) -> None:
+        """For float32 and float64, where numpy takes half the time."""
+        alpha, moved = self.alpha, self._scratch[bits.itemsize][: len(bits)]
+        current, old, new = (array.view(moved.dtype) for array in (bits, old_bits, new_bits))
+        np.subtract(new, old, out=moved)
+        if alpha != 1:
+            np.multiply(moved, alpha, out=moved)
+        np.add(moved, current, out=moved)
+        finite = np.isfinite(moved)
+        if not finite.all():
+            half = old.dtype.type(0.5)  # of finite values: differences of halves stay in range
+            carefully = 2 * (current * half + alpha * (new * half - old * half))
+            rescued = np.where(np.isfinite(current), current, new)
+            np.copyto(moved, np.where(np.isfinite(old), carefully, rescued), where=~finite)
+        if alpha == 1:
+            np.copyto(moved, new, where=np.equal(bits, old_bits))
+        np.copyto(current, moved)
+
+
+def _equal(first: Bits, second: Bits) -> bool:
+    head = 256  # an optimizer's step changes nearly every element: seldom is more than this looked at in vain
+    if first[:head].tobytes() != second[:head].tobytes():
+        return False
+    return len(first) <= head or np.array_equal(first, second)
+
+
+def merge(current: torch.Tensor, old: torch.Tensor, new: torch.Tensor, alpha: float) -> None:
+    """The rule of :meth:`TensorStore.apply` for flat tensors on one device; writes to ``current``."""
+    wide = torch.float64 if current.dtype == torch.float64 else torch.float32
+    moved = torch.sub(new.to(wide), old.to(wide)).mul_(alpha).add_(current)
+    finite = moved.isfinite()
+    if current.is_cuda or not bool(finite.all()):  # to look at CUDA's would hold up its stream
+        now, before, after = current.to(wide) / 2, old.to(wide) / 2, new.to(wide) / 2
+        carefully = 2 * (now + alpha * (after - before))
+        rescued = torch.where(current.isfinite(), current, new).to(wide)
+        moved = torch.where(finite, moved, torch.where(old.isfinite(), carefully, rescued))
+    if alpha != 1:
+        current.copy_(moved)
+        return
+    integers = _INTEGERS[current.itemsize]
+    untouched = torch.eq(current.view(integers), old.view(integers))
+    current.copy_(torch.where(untouched, new, moved.to(current.dtype)))
+
+
+def slices(stop: int, step: int, start: int = 0) -> Iterator[slice]:
+    return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
+
+
+def pieces(flat: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+    return (flat[piece] for piece in slices(flat.numel(), size))
+
+
+def elements(bits: Bits, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(bits).view(dtype)
