@@ -56,15 +56,28 @@ def address_from_first(spec: dict[str, Any], mine: Callable[[], list[str]]) -> l
     return list(order["join"])
 
 
-def usage() -> tuple[float, float]:
-    """CPU seconds and proportional memory (MB) of this process and all below it."""
-    me, cpu, pss = psutil.Process(), 0.0, 0
-    for process in [me, *me.children(recursive=True)]:
+def cpu_seconds() -> float:
+    """Of this process and all below it."""
+    seconds = 0.0
+    for process in processes():
         with contextlib.suppress(psutil.Error):
             times = process.cpu_times()
-            cpu += times.user + times.system
-            pss += process.memory_full_info().pss
-    return cpu, pss / 1e6
+            seconds += times.user + times.system
+    return seconds
+
+
+def memory_mb() -> float:
+    """Proportional memory of this process and all below it. To read it costs this process much CPU time."""
+    nbytes = 0
+    for process in processes():
+        with contextlib.suppress(psutil.Error):
+            nbytes += process.memory_full_info().pss
+    return nbytes / 1e6
+
+
+def processes() -> list[psutil.Process]:
+    me = psutil.Process()
+    return [me, *me.children(recursive=True)]
 
 
 def serve(task: Task, **facts: Any) -> None:
@@ -73,7 +86,7 @@ def serve(task: Task, **facts: Any) -> None:
     cpu_before = prepared_s = 0.0
     for order in hear():
         if order["do"] == "prepare":
-            cpu_before, _ = usage()
+            cpu_before = cpu_seconds()
             began = time.monotonic()
             task.prepare()
             prepared_s = time.monotonic() - began
@@ -81,8 +94,8 @@ def serve(task: Task, **facts: Any) -> None:
         else:
             answer = {"began": time.monotonic()} | task.go()
             answer.setdefault("ended", time.monotonic())
-            cpu, pss = usage()
-            say(event="done", cpu_s=cpu - cpu_before, pss_mb=pss, prepared_s=prepared_s, **answer)
+            cpu_s = cpu_seconds() - cpu_before
+            say(event="done", cpu_s=cpu_s, pss_mb=memory_mb(), prepared_s=prepared_s, **answer)
     task.close()
 
 
