@@ -360,6 +360,37 @@ def test_a_lane_whose_packets_vanish_is_replaced_within_seconds(
     run(main)
 
 
+def test_a_spare_lane_carries_what_the_only_one_holds_up_and_nothing_else(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+):
+    async def main() -> None:
+        async with Swarm() as swarm:
+            a, b, task = await sending(swarm)
+            kernel.rtt = 0.3
+            await asyncio.sleep(20.0)
+            assert lanes(b, a) == 1
+            connections, incarnation = b._connections.to(a.peer_id), b.incarnation(a.peer_id)
+            assert connections is not None
+            assert incarnation is not None
+            used, spare = connections.stripes(incarnation)[:2]
+            loop = asyncio.get_running_loop()
+            assert loop.time() - used.last_piece < 1.0
+            assert loop.time() - spare.last_piece > 10.0
+            unsent = Outlet.unsent.fget  # type: ignore[attr-defined]
+            monkeypatch.setattr(
+                Outlet,
+                "unsent",
+                property(lambda one: kernel.unsent(one.transport, one.written) or unsent(one)),
+            )
+            now = loop.time()
+            kernel.vanishing[used.outlet.transport] = used.outlet.written
+            await asyncio.sleep(1.5)
+            assert spare.last_piece > now
+            task.cancel()
+
+    run(main)
+
+
 def test_lanes_that_carried_no_more_do_not_come_back(kernel: Kernel):
     """Sixteen carry more than thirty-two. It is tried now and then, and not all the time."""
 

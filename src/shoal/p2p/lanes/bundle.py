@@ -38,6 +38,8 @@ SETTLED_SECONDS = 2.0
 """So long after there came to be more lanes it is looked whether they carry more."""
 PEAK_DECAY = 0.98
 """What is left of a highest rate when the number of lanes is next chosen."""
+WITH_SPARES = 2
+"""A long path has so many lanes open at least. Those that are too many for the path carry only what is late."""
 MOSTLY = 0.6
 """A path is full if in this part of the looks data waited."""
 
@@ -156,8 +158,10 @@ class Bundle:
         self._resent = 0
         """What had been sent again when streams were opened after a pause."""
         self._is_pumping = False
-        self._carrying: dict[BulkLane, None] = {}
-        """The lanes that carry pieces, as of the last look."""
+        self._carrying: dict[BulkLane, bool] = {}
+        """The lanes that carry pieces, as of the last look, and whether each is a spare one."""
+        self._is_stuck = False
+        """Whether those that are not spare waited for time-outs."""
 
     @property
     def is_busy(self) -> bool:
@@ -247,8 +251,12 @@ class Bundle:
         self._is_pumping = True
         try:
             now = self._loop.time()
-            self._carrying = dict.fromkeys(() if self._scheduler.is_idle else self._carriers())
-            for lane in self._carrying:
+            self._carrying = {}
+            if not self._scheduler.is_idle:
+                carriers, spares = self._carriers(), self._spares()
+                self._carrying = dict.fromkeys(carriers, False) | dict.fromkeys(spares, True)
+                self._is_stuck = bool(spares) and self._scheduler.is_stuck(carriers)
+            for lane in list(self._carrying):
                 self._fill(lane, now)
         finally:
             self._is_pumping = False
@@ -260,7 +268,12 @@ class Bundle:
         more were too many: its window is open, and that of the home is not.
         """
         lanes = [lane for lane in self._lanes() if lane.is_open][: self.wanted]
-        return lanes if len(lanes) > 1 or SHORT_RTT <= self._memory.min_rtt < float("inf") else []
+        return lanes if len(lanes) > 1 or self._is_long else []
+
+    @property
+    def _is_long(self) -> bool:
+        """Whether the path is known, and not short."""
+        return SHORT_RTT <= self._memory.min_rtt < float("inf")
 
     def _carriers(self) -> list[BulkLane]:
         """What carries payloads now. Those that were begun are ended on any lane that is left, or on their home."""
@@ -269,12 +282,22 @@ class Bundle:
             lanes = [lane for lane in self._lanes() if lane.is_open]
         return lanes or [home for home in self._homes() if home.is_open]
 
+    def _spares(self) -> list[BulkLane]:
+        """Lanes for what others hold up, and nothing else: a single one that has lost much would hold up the last bytes
+        of all, and all of a small payload.
+        """
+        active = self._active()
+        spare = [lane for lane in self._lanes() if lane.is_open and lane not in active]
+        return spare[: max(0, WITH_SPARES - len(active))] if active else []
+
     def _fill(self, lane: BulkLane, now: float) -> None:
         outlet, scheduler = lane.outlet, self._scheduler
         if lane not in scheduler.lanes:
             outlet.stripe(lambda: self._refill(lane))
             self._note_progress(lane, now)
         while outlet.is_writable and not self._must_wait(now):
+            if self._carrying.get(lane) and not (scheduler.is_starved or self._is_stuck):
+                return
             found = scheduler.next_piece(lane, now)
             if found is None:
                 return
@@ -361,8 +384,11 @@ class Bundle:
         self._timer = self._loop.call_at(self._looks_at, self._look)
 
     def _open_missing(self) -> None:
-        missing = self.wanted - len(self._lanes())
-        if missing > 0 and self.wanted > 1:
+        wanted = self.wanted
+        if wanted == 1 and self._is_long and self._fixed is None:
+            wanted = min(WITH_SPARES, self._limit())
+        missing = wanted - len(self._lanes())
+        if missing > 0 and wanted > 1:
             self._open_more(missing)
 
     def _measure(self, lanes: list[BulkLane], now: float) -> None:

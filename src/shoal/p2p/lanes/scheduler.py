@@ -10,7 +10,7 @@ carried is sent again, unless its payload is known to have arrived whole.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from shoal.p2p.lanes.forecast import Flow, is_dead, is_stalled, seconds_to_land
@@ -139,11 +139,16 @@ class LaneBook:
         return missing / self.rate if self.rate > 0.0 else float("inf")
 
     @property
+    def is_stalled(self) -> bool:
+        """Whether it waits for a time-out, as far as is known."""
+        return self.flow is not None and is_stalled(self.flow, self.silence)
+
+    @property
     def patience(self) -> float:
         """How many times as long as elsewhere a piece may take here, until it is sent again there."""
         if self.flow is None:
             return PATIENCE_WITHOUT_FORECAST
-        return PATIENCE_WITH_STALLED if is_stalled(self.flow, self.silence) else PATIENCE
+        return PATIENCE_WITH_STALLED if self.is_stalled else PATIENCE
 
     def seconds_for(self, size: int) -> float:
         """How long a piece is likely to take that it is given now."""
@@ -181,6 +186,10 @@ class Scheduler:
     def is_starved(self) -> bool:
         """Whether there is nothing that was not sent yet."""
         return not self._waiting and not self._again
+
+    def is_stuck(self, lanes: Iterable[object]) -> bool:
+        """Whether all of these lanes wait for time-outs."""
+        return all(lane in self.lanes and self.lanes[lane].is_stalled for lane in lanes)
 
     def add(self, payload: Outgoing) -> None:
         """Send this too."""
