@@ -234,6 +234,7 @@ def test_a_member_that_takes_no_averages_is_excluded(
 ):
     monkeypatch.setattr(streams, "HELD_BYTES", 2048)
     monkeypatch.setattr(streams, "WINDOW_BYTES", 2048)
+    monkeypatch.setattr(streams, "MAX_WINDOW_BYTES", 2048)
 
     async def main() -> None:
         async with SimulatedGroup(seed=3, size=4, clients=1, shapes=[(shape,)]) as group:
