@@ -51,6 +51,34 @@ def test_choices(
 
 
 @pytest.mark.parametrize(
+    ("measured", "best", "expected", "why"),
+    [
+        (path(rate=1 * MB), (4, 2 * MB), 4, "4 lanes carried more"),
+        (path(rate=1 * MB), (64, 2 * MB), 16, "64 lanes carried more"),
+        (path(rate=1.9 * MB), (4, 2 * MB), 1, "nothing was lost"),
+        (path(0.2, rate=1 * MB), (4, 2 * MB), 1, "queue is full"),  # others use the path, too
+        (path(rate=1 * MB, full=False), (4, 2 * MB), 1, "less was sent"),
+    ],
+)
+def test_lanes_that_were_taken_away_come_back_if_they_carried_more(
+    measured: Path, best: tuple[int, float], expected: int, why: str
+):
+    choice = choose(1, measured, 16, best=best)
+    assert choice.count == expected
+    assert why in choice.reason
+
+
+def test_what_was_carried_best_is_forgotten_in_time():
+    memory = PathMemory()
+    memory.note_rate(4, 2 * MB)
+    memory.note_rate(1, 1 * MB)
+    assert memory.best == (4, pytest.approx(0.98 * 2 * MB))
+    for _ in range(40):
+        memory.note_rate(1, 1 * MB)
+    assert memory.best == (1, 1 * MB)
+
+
+@pytest.mark.parametrize(
     ("count", "measured", "limit", "enough", "expected", "why"),
     [
         (32, path(lost=3), 64, 32, 32, "carried no more"),  # it was tried, and is not tried again for a while

@@ -445,7 +445,8 @@ class Bundle:
         before = None
         if memory.fewer is not None and memory.seconds >= SETTLED_SECONDS:
             before = memory.fewer, memory.peaks.get(memory.fewer, 0.0)
-        choice = choose(count, path, self._limit(), before, memory.enough_for(self._rate))
+        memory.note_rate(count, self._rate)
+        choice = choose(count, path, self._limit(), before, memory.enough_for(self._rate), memory.best)
         if is_growing and choice.count >= count:
             return  # some are still being opened, or cannot be
         if choice.is_tried:

@@ -20,6 +20,9 @@ QUEUEING_SECONDS = 0.008
 GAIN = 1.08
 """More lanes have to raise the rate at least by this factor, or they are taken away again."""
 TRIED = "more lanes carried no more"
+REGAIN = 1.25
+"""Lanes that were taken away come back if they carried more by this factor. Those that are left have small windows,
+which grow for many seconds where nothing is lost."""
 BBR = frozenset({"bbr", "bbr2", "bbr3"})
 
 
@@ -69,6 +72,7 @@ def choose(
     limit: int,
     before: tuple[int, float] | None = None,
     enough: int | None = None,
+    best: tuple[int, float] | None = None,
 ) -> Choice:
     """How many lanes there should be next.
 
@@ -76,6 +80,7 @@ def choose(
     :param limit: the most that there may be
     :param before: the number before the last time that there came to be more, and the rate at that time
     :param enough: so many carried as much as more did, when that was last tried
+    :param best: the number that has carried most of late, and how much
     """
     if path.min_rtt < SHORT_RTT:
         return Choice(1, "the path is short")
@@ -93,6 +98,8 @@ def choose(
         return Choice(count, "less was sent than the path takes")
     if before is not None and count > before[0] and path.rate < GAIN * before[1]:
         return Choice(before[0], TRIED, is_tried=True)
+    if best is not None and count < best[0] and path.rate < best[1] / REGAIN:
+        return Choice(min(best[0], limit), f"{best[0]} lanes carried more, and the queue is empty again")
     if path.retransmitted == 0:
         return Choice(count, "nothing was lost")
     if enough is not None and count >= enough:
