@@ -261,6 +261,35 @@ def test_a_step_in_doubt_is_looked_into_when_it_has_ended():
     run(main)
 
 
+def test_a_failed_step_that_is_cancelled_in_its_last_moment_is_cancelled():
+    """It is not tried again, however late its user said so: here while a notice has not been taken."""
+
+    class UserThatTakesItsTime(UserProcess):
+        async def call_user(self, command: object) -> object:
+            if isinstance(command, BoundByWord):
+                await asyncio.sleep(60.0)
+            return await super().call_user(command)
+
+    async def main() -> None:
+        async with SimulatedGroup(seed=1, size=3) as group:
+            leader = group.round(0)
+            cut_off_as_the_leader_decides(group, leader, 2)
+            others = [asyncio.ensure_future(group.run_round(0, leader)), asyncio.ensure_future(group.run(1))]
+            user = UserThatTakesItsTime(fails=False)
+            resources = make_resources(user, group=group, member=2, timeouts=RoundTimeouts(doubt=5.0))
+            step = Step(make_step(7))
+            attempt = asyncio.ensure_future(run_attempt(resources, group, step))
+            await asyncio.gather(*others)
+            await asyncio.sleep(30.0)
+            assert step.report.in_doubt
+            attempt.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await attempt
+            await resources.doubts.close()
+
+    run(main)
+
+
 def test_a_step_that_was_given_up_after_its_vote_is_told_of_later():
     """The user's side gives up, in doubt, when its time is up and this process does not answer."""
 

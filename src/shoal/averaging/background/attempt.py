@@ -85,8 +85,8 @@ class Attempt:
         note = partial(self._note, result, unreached, was_cancelled=cancelled is not None)
         if result.failure is not None:
             note()
-            await self._settle_notices()
-            self._raise_failure(result, cancelled)
+            late = await self._settle_notices()
+            self._raise_failure(result, cancelled or late)
         try:  # the others apply the average, whatever matchmaking makes of this group
             if result.applies and cancelled is None:
                 # A cancellation from now on comes too late, and gets the outcome.
@@ -112,9 +112,12 @@ class Attempt:
         else:
             self._round.withdraw("its user cancelled the step")
 
-    async def _settle_notices(self) -> None:
-        """Wait until the user process has taken what it was told; it has, where it has answered anything since."""
-        await run_to_the_end(_all(self._notices), lambda: None)
+    async def _settle_notices(self) -> asyncio.CancelledError | None:
+        """Wait until the user process has taken what it was told; it has, where it has answered anything since.
+
+        :returns: that the step was cancelled meanwhile
+        """
+        return (await run_to_the_end(_all(self._notices), lambda: None))[1]
 
     def _on_bound(self) -> None:
         self._notices.append(asyncio.ensure_future(self._context.call_user(BoundByWord(self._step.number))))
