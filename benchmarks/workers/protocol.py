@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import select
 import sys
 import threading
@@ -21,6 +22,8 @@ from typing import Any, NoReturn, Protocol
 
 import psutil
 
+CPUCLOCK_SCHED = 2
+"""The kind of clock that clock_getcpuclockid() of the C library asks for, which Python lacks."""
 STOPS_AFTER = 10.0
 """Seconds that a worker has to stop once its input has ended."""
 
@@ -60,10 +63,17 @@ def cpu_seconds() -> float:
     """Of this process and all below it."""
     seconds = 0.0
     for process in processes():
-        with contextlib.suppress(psutil.Error):
-            times = process.cpu_times()
-            seconds += times.user + times.system
+        with contextlib.suppress(psutil.Error, OSError):
+            seconds += cpu_seconds_of(process)
     return seconds
+
+
+def cpu_seconds_of(process: psutil.Process) -> float:
+    """All that a process has used. On Linux by its CPU clock: other figures are in hundredths of a second."""
+    if platform.system() == "Linux":
+        return time.clock_gettime((~process.pid << 3) | CPUCLOCK_SCHED)
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def memory_mb() -> float:

@@ -218,6 +218,16 @@ def test_uncompressed_parts_follow_the_size_of_the_span(span, expected):
         assert [part.nbytes for part in partition.parts_of(owner)] == expected
 
 
+@pytest.mark.parametrize(
+    ("part_size", "expected"),
+    [(1 << 20, 1 << 21), (3 << 19, 3 << 19), (1 << 21, 1 << 21), (1 << 26, 1 << 26)],
+)
+def test_large_parts_are_not_joined_beyond_what_a_payload_may_have(part_size, expected):
+    layout = Layout.from_schema(TensorSchema((TensorSpec((1 << 30,), torch.float32),)))
+    partition = Partition.create(layout, [layout.data_nbytes], part_size)
+    assert max(part.nbytes for part in partition.parts) == expected
+
+
 def test_compressed_parts_are_of_the_size_that_is_asked_for():
     layout = layout_of(torch.zeros(1 << 23), codecs=[Float16Compression()])
     partition = Partition.create(layout, [layout.data_nbytes], 1 << 19)

@@ -38,7 +38,7 @@ def path(
         (8, path(lost=3, rate=1.02 * MB), 64, (4, 1 * MB), 4, "carried no more"),
         (8, path(lost=3, rate=1.5 * MB), 64, (4, 1 * MB), 16, "lost without a queue"),
         (16, path(lost=3), 6, None, 6, "there may be 6"),
-        (1, path(lost=3, control="bbr"), 64, None, FEW, "bbr"),
+        (1, path(lost=3, control="bbr"), 64, None, 1, "bbr"),
         (8, path(0.3, lost=3, control="bbr"), 64, None, 6, "queue is full"),
     ],
 )

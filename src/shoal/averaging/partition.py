@@ -39,9 +39,12 @@ from shoal.errors import InvalidValueError
 ALIGNMENT = 64
 MAX_PARTS = 1 << 20
 ENOUGH_PARTS = 12
-"""Of a span with more parts than this, uncompressed ones are joined,"""
+"""Uncompressed parts are joined as long as a span has so many left:"""
 MAX_JOINED = 4
-"""so many at most."""
+"""so many at most,"""
+MAX_JOINED_NBYTES = 1 << 21
+"""and no more than so many bytes. Parts that are larger by themselves stay as they are, since peers take no payload
+that is longer than the largest part."""
 FEW_PARTS = 8
 """A span with fewer parts than this has smaller ones, if they are uncompressed,"""
 LEAST_PART_NBYTES = 1 << 16
@@ -291,7 +294,7 @@ def _cut(layout: Layout, spans: Sequence[Span], part_size_bytes: int) -> tuple[P
 
 def _plain_part_nbytes(span_nbytes: int, limit: int) -> int:
     """How large parts of an uncompressed stretch are: ``limit``, larger if there are many, smaller if there are few."""
-    joined = min(span_nbytes // (ENOUGH_PARTS * limit), MAX_JOINED)
+    joined = min(span_nbytes // (ENOUGH_PARTS * limit), MAX_JOINED, MAX_JOINED_NBYTES // limit)
     if joined > 1:
         return joined * limit
     shared = -(-span_nbytes // (FEW_PARTS * ALIGNMENT)) * ALIGNMENT

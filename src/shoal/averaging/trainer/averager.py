@@ -89,7 +89,7 @@ class DecentralizedAverager(AveragerBase):
     :param averaging_alpha: tensors move by this fraction of the way to the average; 1: they become the average; above 1
       they go beyond it, and by 2 at most, where they end as far from it as they were
     :param part_size_bytes: tensors travel in parts of at most this many bytes, after compression (1 KiB to 64
-      MiB); the same at all peers. Of large tensors that are not compressed up to four parts travel as one
+      MiB); the same at all peers. Of large tensors that are not compressed up to four travel as one, of 2 MiB at most
     :param allreduce_timeout: time for the exchange of tensors once a group has begun, after which this peer leaves the
       round; None: no limit but those for each member
     :param next_chunk_timeout: default of ``sender_timeout``; also the longest time between two whole pieces (2^18

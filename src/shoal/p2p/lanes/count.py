@@ -2,8 +2,9 @@
 
 One connection fills a path that loses nothing. Where packets are lost at random, the usual congestion control of one
 connection (Reno, Cubic) takes each loss for a full queue, and gets no more than about ``mss / (rtt * sqrt(loss))``:
-several share the path's loss among them. BBR does not mind such a loss. Where the queue is really full, the round-trip
-time shows it, and more connections would only push others off the line: then there are fewer.
+several share the path's loss among them. BBR does not mind such a loss: one lane fills the path, and four carry a tenth
+less. Where the queue is really full, the round-trip time shows it, and more connections would only push others off the
+line: then there are fewer.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def choose(
             min(fewer, limit), f"the queue is full: {1e3 * path.rtt:.0f} ms of {1e3 * path.min_rtt:.0f} ms"
         )
     if path.congestion_control in BBR:
-        return Choice(min(max(count, FEW), limit), f"{path.congestion_control} fills the path with few lanes")
+        return Choice(1, f"{path.congestion_control} fills the path with one lane")
     if count > limit:
         return Choice(limit, f"there may be {limit}")
     if not path.is_full:
