@@ -184,7 +184,9 @@ class Matchmaker:
                 start_time = max(
                     start_time, search.soon(min(REGROUP, self._peer.config.min_matchmaking_time))
                 )
-            if fault is not Fault.UNANSWERED:
+            # A search that names the leader already would only lose its place and its followers.
+            is_named = fault is Fault.UNREACHED and leader.to_bytes() in search.place.lost
+            if fault is not Fault.UNANSWERED and not is_named:
                 search.move_to(self._place(start_time))
 
     def watch_members(self, when_gone: WhenMemberGone) -> None:

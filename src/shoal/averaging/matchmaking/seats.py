@@ -29,8 +29,10 @@ from shoal.averaging.grid import NO_GRID, ONE_GROUP, Grid, Layout
 from shoal.averaging.group import GroupInfo, PeerMode, group_key, seat_key, seat_of_key
 
 LEARN_PEERS = 96
-"""A group's own number of peers counts in its estimate of all like its members among so many: the number of a small
-group varies much by chance."""
+"""A group's own number of peers counts in its estimate of all like its members among so many others, or among all
+others if they are fewer: the number of a small group varies much by chance."""
+FAR_FEWER = 0.75
+"""That it has less than this part of the peers that it should have is no chance: then its own number counts half."""
 MAX_CHANGE = 0.5
 """Any one word changes the estimate by this part of it at most: a member, or the leader, may lie."""
 LEFT_OVER_PART = 0.75
@@ -169,7 +171,12 @@ def _estimate(group: GroupInfo, known: Sequence[Grid], layout: Layout, *, is_sea
     if not is_seated:
         return LEFT_OVER_PART * before
     own = max(group.seen, len(group)) * layout.groups
-    return before + (middle + change(own) - before) * len(group) / (len(group) + LEARN_PEERS)
+    if own < FAR_FEWER * before:
+        weight = 0.5
+    else:
+        others = before - len(group) if own < before else math.inf
+        weight = len(group) / (len(group) + max(0.0, min(LEARN_PEERS, others)))
+    return before + (middle + change(own) - before) * weight
 
 
 def _plan(grid: Grid, known: Sequence[Grid], target: int, minimum: int) -> Grid:
