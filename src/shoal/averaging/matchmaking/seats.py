@@ -31,8 +31,9 @@ from shoal.averaging.group import GroupInfo, PeerMode, group_key, seat_key, seat
 LEARN_PEERS = 96
 """A group's own number of peers counts in its estimate of all like its members among so many others, or among all
 others if they are fewer: the number of a small group varies much by chance."""
-FAR_FEWER = 0.75
-"""That it has less than this part of the peers that it should have is no chance: then its own number counts half."""
+MANY_MISSING = 1 / 8
+"""That it lacks more than this part of the peers that it should have, and more than one, is no chance: then its own
+number counts half."""
 MAX_CHANGE = 0.5
 """Any one word changes the estimate by this part of it at most: a member, or the leader, may lie."""
 LEFT_OVER_PART = 0.75
@@ -171,12 +172,20 @@ def _estimate(group: GroupInfo, known: Sequence[Grid], layout: Layout, *, is_sea
     if not is_seated:
         return LEFT_OVER_PART * before
     own = max(group.seen, len(group)) * layout.groups
-    if own < FAR_FEWER * before:
-        weight = 0.5
-    else:
-        others = before - len(group) if own < before else math.inf
-        weight = len(group) / (len(group) + max(0.0, min(LEARN_PEERS, others)))
-    return before + (middle + change(own) - before) * weight
+    return before + (middle + change(own) - before) * _weight(len(group), own, before, layout)
+
+
+def _weight(members: int, own: float, before: float, layout: Layout) -> float:
+    """How much it counts that a group saw ``own`` peers for all groups, where ``before`` were expected.
+
+    That there are more than expected is believed slowly: a larger layout leaves some peers over at once if it is wrong.
+    """
+    if own >= before:
+        return members / (members + LEARN_PEERS)
+    missing, expected = (before - own) / layout.groups, before / layout.groups
+    if missing > max(1.0, MANY_MISSING * expected):
+        return 0.5
+    return members / (members + max(0.0, min(LEARN_PEERS, before - members)))
 
 
 def _plan(grid: Grid, known: Sequence[Grid], target: int, minimum: int) -> Grid:
