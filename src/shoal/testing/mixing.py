@@ -157,8 +157,8 @@ class MixingSwarm:
             target = self.configs[number % len(self.configs)].target_group_size
             keys = self.keys[number]
             keys.round_committed(group, target)
-            if keys.is_seated and leaves_signpost(group, core_peer_id(number)):
-                self.swarm.signpost = keys.grid
+            if keys.news is not None and leaves_signpost(group, core_peer_id(number)):
+                self.swarm.signpost = keys.news if keys.news.layout.groups > 1 else None
 
     @property
     def _numbers(self) -> dict[PeerID, int]:

@@ -76,6 +76,25 @@ def test_clients_auxiliaries_and_several_target_sizes_mix(modes, targets):
     assert sum(one.alone for one in rounds) <= 5
 
 
+@pytest.mark.parametrize(
+    ("count", "left", "target", "most"),
+    [
+        (8, 4, 4, 12),
+        pytest.param(12, 4, 4, 16, marks=pytest.mark.sweep),
+        pytest.param(64, 32, 32, 16, marks=pytest.mark.sweep),
+        pytest.param(64, 16, 16, 20, marks=pytest.mark.sweep),
+    ],
+)
+def test_peers_that_fit_into_one_group_unite_when_others_are_gone(count, left, target, most):
+    swarm = MixingSwarm(0, count, target)
+    for _ in range(2):
+        swarm.round()
+    for number in sorted(swarm.values)[: count - left]:
+        swarm.leave(number)
+    sizes = [swarm.round().sizes for _ in range(most)]
+    assert sizes[-3:] == [(left,)] * 3, sizes
+
+
 @pytest.mark.sweep
 def test_a_swarm_that_grows_and_shrinks_changes_its_layout():
     swarm = MixingSwarm(4, 48, 8)

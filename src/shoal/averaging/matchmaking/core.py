@@ -108,6 +108,11 @@ class SearchCore:
         return self._view.count_seen
 
     @property
+    def has_followers(self) -> bool:
+        """Whether others wait for this peer to begin."""
+        return bool(self._view.followers)
+
+    @property
     def known(self) -> Known:
         """What the next search of this peer is to know."""
         return self._view.known

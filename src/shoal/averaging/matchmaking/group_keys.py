@@ -6,7 +6,7 @@ its seat: all meet there who were left over.
 
 from __future__ import annotations
 
-from shoal.averaging.grid import NO_GRID, Grid
+from shoal.averaging.grid import NO_GRID, ONE_GROUP, Grid
 from shoal.averaging.group import GroupInfo, bits_of_key, group_key
 from shoal.averaging.matchmaking.group_bits import GroupBits
 from shoal.averaging.matchmaking.seats import NO_SEAT, Seat, first_seat, next_seat
@@ -22,6 +22,7 @@ class GroupKeys:
         self._bits = GroupBits(peer_id, initial_bits)
         self._seat = NO_SEAT
         self._is_left_over = False
+        self._news: Grid | None = None
 
     def set_bits(self, bits: str) -> None:
         """From now on use ``bits``; none: choose automatically.
@@ -49,6 +50,13 @@ class GroupKeys:
     def grid(self) -> Grid:
         """What this peer knows of the automatic grid."""
         return NO_GRID if self.are_bits_given else self._seat.grid
+
+    @property
+    def news(self) -> Grid | None:
+        """What newcomers are to know after the latest round: the grid that is made now, or that there is none any more.
+        None: there was none before either.
+        """
+        return None if self.are_bits_given else self._news
 
     @property
     def is_seated(self) -> bool:
@@ -92,7 +100,13 @@ class GroupKeys:
         if bits_of_key(group.key):
             return  # the bits were taken back while the round ran
         index = [member.peer_id for member in group.members].index(self._peer_id)
+        before = self._seat
         self._seat = next_seat(group, index, target_group_size, minimum)
+        self._news = None
+        if self._seat.is_dealt:
+            self._news = self._seat.grid
+        elif before.is_dealt:
+            self._news = Grid(ONE_GROUP, before.grid.round + 1, before.grid.swarm)
 
     def spread(self, peers: int, rank: int, target: int | None, minimum: int = 2) -> bool:
         """So many peers know of no grid, and make one, in which this one has that rank. False: one group holds all."""

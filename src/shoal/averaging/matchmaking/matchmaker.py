@@ -184,10 +184,16 @@ class Matchmaker:
                 start_time = max(
                     start_time, search.soon(min(REGROUP, self._peer.config.min_matchmaking_time))
                 )
-            # A search that names the leader already would only lose its place and its followers.
-            is_named = fault is Fault.UNREACHED and leader.to_bytes() in search.place.lost
-            if fault is not Fault.UNANSWERED and not is_named:
+            if fault is not Fault.UNANSWERED and not (
+                fault is Fault.UNREACHED and self._may_stay(search, leader)
+            ):
                 search.move_to(self._place(start_time))
+
+    def _may_stay(self, search: Search, leader: PeerID) -> bool:
+        """Whether a ``search`` goes on where it is, though no route leads to ``leader``: it names that one already, or
+        leads others, and is sent to nobody. To begin anew would cost it its place in the order and its followers.
+        """
+        return leader.to_bytes() in search.place.lost or search.has_followers
 
     def watch_members(self, when_gone: WhenMemberGone) -> None:
         """If this peer leads the group that it found last, call ``when_gone`` for each member that leaves before it has

@@ -148,6 +148,11 @@ class Search:
         return self._core.count_seen
 
     @property
+    def has_followers(self) -> bool:
+        """Whether others wait for this peer to begin."""
+        return self._core.has_followers
+
+    @property
     def known(self) -> Known:
         """What the next search of this peer is to know."""
         return self._core.known

@@ -31,9 +31,9 @@ from shoal.averaging.group import GroupInfo, PeerMode, group_key, seat_key, seat
 LEARN_PEERS = 96
 """A group's own number of peers counts in its estimate of all like its members among so many others, or among all
 others if they are fewer: the number of a small group varies much by chance."""
-MANY_MISSING = 1 / 8
-"""That it lacks more than this part of the peers that it should have, and more than one, is no chance: then its own
-number counts half."""
+NO_CHANCE = 1 / 8
+"""That it has more or fewer peers than it should have, by more than this part and more than one, is no chance: then its
+own number counts half."""
 MAX_CHANGE = 0.5
 """Any one word changes the estimate by this part of it at most: a member, or the leader, may lie."""
 LEFT_OVER_PART = 0.75
@@ -178,14 +178,13 @@ def _estimate(group: GroupInfo, known: Sequence[Grid], layout: Layout, *, is_sea
 def _weight(members: int, own: float, before: float, layout: Layout) -> float:
     """How much it counts that a group saw ``own`` peers for all groups, where ``before`` were expected.
 
-    That there are more than expected is believed slowly: a larger layout leaves some peers over at once if it is wrong.
+    If there are a few more than expected, it is believed slowly: a larger layout leaves peers over if it is wrong.
     """
-    if own >= before:
-        return members / (members + LEARN_PEERS)
-    missing, expected = (before - own) / layout.groups, before / layout.groups
-    if missing > max(1.0, MANY_MISSING * expected):
+    surplus, expected = (own - before) / layout.groups, before / layout.groups
+    if abs(surplus) > max(1.0, NO_CHANCE * expected):
         return 0.5
-    return members / (members + max(0.0, min(LEARN_PEERS, before - members)))
+    others = LEARN_PEERS if surplus > 0 else min(LEARN_PEERS, before - members)
+    return members / (members + max(0.0, others))
 
 
 def _plan(grid: Grid, known: Sequence[Grid], target: int, minimum: int) -> Grid:

@@ -1,22 +1,26 @@
 """Where newcomers learn of the grid of a large swarm: a few leaders say in the DHT how it is laid out.
 
 A newcomer looks there once it has been without a group for a second, since the swarms that it finds at once have no
-grid. Whoever has lost the others looks there, too.
+grid. Whoever has lost the others looks there, too. When all fit into one group again, the last signposts say so: those
+of earlier rounds stand for minutes.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Collection
 
 import msgspec
 
-from shoal.averaging.grid import Grid, grid_problem
+from shoal.averaging.grid import NO_GRID, Grid, grid_problem
 from shoal.averaging.group import GroupInfo, seat_of_key
 from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.dht.declaration_kind import DeclarationKind
 from shoal.dht.declarations import Declarations
 from shoal.errors import InvalidValueError, ShoalError
 from shoal.p2p.identity import PeerID
+from shoal.utils.structs import CompactStruct
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +28,16 @@ LIFETIME = 600.0
 """Seconds for which a signpost stands: rounds may be minutes apart."""
 SIGNERS = 2
 """The leaders of the first groups, so many, leave one after each round."""
+RECENT = 10.0
+"""Signposts that are older than the latest one by more seconds are of earlier rounds."""
+
+
+class Signpost(CompactStruct, frozen=True):
+    """What one peer said of the grid, and when."""
+
+    grid: Grid
+    left_at: float
+    """Seconds, by the time of the DHT."""
 
 
 def leaves_signpost(group: GroupInfo, peer_id: PeerID) -> bool:
@@ -34,26 +48,33 @@ def leaves_signpost(group: GroupInfo, peer_id: PeerID) -> bool:
     return number is None or number < SIGNERS
 
 
-def choose_signpost(grids: list[Grid]) -> Grid | None:
-    """Which grid to join: that with most peers; of one grid the latest word."""
-    grids = [grid for grid in grids if grid.layout.groups > 1]
-    return max(
-        grids,
-        key=lambda grid: (round(grid.swarm, -1), grid.round, grid.layout.groups, grid.layout.size),
-        default=None,
+def choose_signpost(signposts: Collection[Signpost], now: float) -> Grid | None:
+    """Which grid to join: of the latest words that of the latest round, and of equal ones that with most peers.
+
+    None: there is no grid.
+    """
+    times = [min(one.left_at, now) for one in signposts]  # a wrong clock, or a liar, is not later than all
+    latest = max(times, default=0.0)
+    recent = [one.grid for one, at in zip(signposts, times, strict=True) if at >= latest - RECENT]
+    grid = max(
+        recent,
+        key=lambda grid: (grid.round, round(grid.swarm, -1), grid.layout.groups, grid.layout.size),
+        default=NO_GRID,
     )
+    return grid if grid.layout.groups > 1 else None
 
 
 class Signposts:
     """Those of one averager's prefix."""
 
     def __init__(self, peer: LocalPeer) -> None:
+        self._clock = peer.clock
         self._key = f"{peer.prefix}.grid"
         self._declarations = Declarations(peer.node, _SIGNPOSTS, peer.tasks, peer.clock, lifetime=LIFETIME)
 
     def leave(self, grid: Grid) -> None:
         """Say how the grid is laid out."""
-        self._declarations.declare(self._key, grid, _note_failure)
+        self._declarations.declare(self._key, Signpost(grid, self._clock()), _note_failure)
 
     async def read(self) -> Grid | None:
         """The grid that there is; None: none that is known."""
@@ -62,7 +83,7 @@ class Signposts:
         except ShoalError as e:
             logger.debug("could not read %r: %s", self._key, e)
             return None
-        return choose_signpost([grid for _, grid in declared])
+        return choose_signpost([signpost for _, signpost in declared], self._clock())
 
 
 def _note_failure(seconds: float, failure: str | None) -> None:
@@ -71,20 +92,22 @@ def _note_failure(seconds: float, failure: str | None) -> None:
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Grid)
+_decoder = msgspec.msgpack.Decoder(Signpost)
 
 
-def _decode(raw: object) -> Grid:
+def _decode(raw: object) -> Signpost:
     if not isinstance(raw, bytes):
-        raise InvalidValueError(f"a signpost is bytes, not {type(raw).__name__}")
+        raise InvalidValueError(f"a signpost must be bytes, got {type(raw).__name__}")
     try:
-        grid = _decoder.decode(raw)
+        signpost = _decoder.decode(raw)
     except msgspec.DecodeError as e:
         raise InvalidValueError(f"not a signpost: {e}") from e
-    problem = grid_problem(grid)
+    problem = grid_problem(signpost.grid)
+    if problem is None and not math.isfinite(signpost.left_at):
+        problem = f"time of {signpost.left_at}"
     if problem is not None:
         raise InvalidValueError(f"a signpost with a {problem}")
-    return grid
+    return signpost
 
 
-_SIGNPOSTS = DeclarationKind[Grid]("a signpost", _encoder.encode, _decode)
+_SIGNPOSTS = DeclarationKind[Signpost]("a signpost", _encoder.encode, _decode)
