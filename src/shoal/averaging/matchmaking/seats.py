@@ -32,8 +32,10 @@ LEARN_PEERS = 96
 """A group's own number of peers counts in its estimate of all like its members among so many others, or among all
 others if they are fewer: the number of a small group varies much by chance."""
 NO_CHANCE = 1 / 8
-"""That it has more or fewer peers than it should have, by more than this part and more than one, is no chance: then its
-own number counts half."""
+"""That it has more or fewer peers than it should have, by more than this part and more than one, is no chance."""
+LEARN_GROWTH = 32
+"""If it has so many more, its own number counts like its members among so many others. If it lacks so many, it counts
+half: how many have come is the leader's word, and who is there has signed."""
 MAX_CHANGE = 0.5
 """Any one word changes the estimate by this part of it at most: a member, or the leader, may lie."""
 LEFT_OVER_PART = 0.75
@@ -176,15 +178,13 @@ def _estimate(group: GroupInfo, known: Sequence[Grid], layout: Layout, *, is_sea
 
 
 def _weight(members: int, own: float, before: float, layout: Layout) -> float:
-    """How much it counts that a group saw ``own`` peers for all groups, where ``before`` were expected.
-
-    If there are a few more than expected, it is believed slowly: a larger layout leaves peers over if it is wrong.
-    """
+    """How much it counts that a group saw ``own`` peers for all groups, where ``before`` were expected."""
     surplus, expected = (own - before) / layout.groups, before / layout.groups
-    if abs(surplus) > max(1.0, NO_CHANCE * expected):
-        return 0.5
-    others = LEARN_PEERS if surplus > 0 else min(LEARN_PEERS, before - members)
-    return members / (members + max(0.0, others))
+    is_chance = abs(surplus) <= max(1.0, NO_CHANCE * expected)
+    if surplus > 0:
+        return members / (members + (LEARN_PEERS if is_chance else LEARN_GROWTH))
+    others = max(0.0, min(LEARN_PEERS, before - members))
+    return members / (members + others) if is_chance else 0.5
 
 
 def _plan(grid: Grid, known: Sequence[Grid], target: int, minimum: int) -> Grid:
