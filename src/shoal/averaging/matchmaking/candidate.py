@@ -5,12 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from shoal.averaging.group import MemberInfo
+from shoal.averaging.lineage import NO_LINEAGE, Lineage
 from shoal.p2p.identity import PeerID
-
-
-def in_order(candidate: Candidate) -> tuple[float, bytes]:
-    """The key by which candidates are sorted; their own order, and faster."""
-    return candidate.start_time, candidate.peer_id.to_bytes()
 
 
 class Candidate(NamedTuple):
@@ -20,8 +16,7 @@ class Candidate(NamedTuple):
     peer_id: PeerID
     can_lead: bool
     grid_round: int = 0
-    swarm_round: int = 0
-    """In which round of the automatic grid it is."""
+    lineage: Lineage = NO_LINEAGE
     contributes: bool = True
     """Has something to average; False for auxiliaries, which only help."""
     lost: tuple[bytes, ...] = ()
@@ -35,7 +30,7 @@ def candidate_of(info: MemberInfo) -> Candidate:
         PeerID.from_bytes(info.peer_id),
         info.mode.can_lead,
         info.grid_round,
-        info.grid.round,
+        info.lineage,
         info.mode.contributes,
         info.lost,
     )

@@ -18,7 +18,6 @@ from shoal.averaging.group import (
 )
 from shoal.averaging.matchmaking.events import (
     AnswerRequest,
-    BeginGroup,
     DismissFollower,
     Event,
     FollowerLost,
@@ -116,23 +115,20 @@ class Followers:
             case DismissFollower(_, message):
                 follower.send(message, last=True)
 
-    def form_group(self, key: str, effect: BeginGroup, own: SignedMemberInfo) -> GroupInfo:
+    def form_group(self, key: str, tokens: tuple[int, ...], own: SignedMemberInfo) -> GroupInfo:
         """The group of this peer and these followers, which are told of it."""
-        followers = [self._followers[token] for token in effect.tokens]
+        followers = [self._followers[token] for token in tokens]
         signed = [own, *(follower.signed for follower in followers)]
         infos = [verify_member(own, now=self._peer.clock()), *(follower.info for follower in followers)]
-        members = order_members(self._peer.peer_id, infos)
-        places = {info.peer_id: rank for info, rank in zip(infos, effect.ranks, strict=True)}
-        ranks = tuple(places[member.peer_id] for member in members)
         group_id = self._peer.rng.randbytes(GROUP_ID_BYTES)
         messages: list[LeaderMessage] = [
-            Begin(group_id, len(signed), effect.seen, ranks),
+            Begin(group_id, len(signed)),
             *(GroupMember(member) for member in signed),
         ]
         for follower in followers:
             follower.has_begun = True
             follower.send(*messages, last=True)
-        return GroupInfo(group_id, key, members, effect.seen, ranks)
+        return GroupInfo(group_id, key, order_members(self._peer.peer_id, infos))
 
     # ---- after the beginning
 

@@ -118,7 +118,7 @@ class LocalPeer:
             addresses=self.addresses(),
             group=group,
             grid_round=place.grid_round,
-            swarm_round=place.grid.round,
+            lineage=place.lineage,
             lost=place.lost,
         )
 
@@ -138,7 +138,7 @@ class LocalPeer:
             nonce=self.rng.randbytes(NONCE_BYTES),
             weight=weight,
             grid_round=place.grid_round,
-            grid=place.grid,
+            lineage=place.lineage,
             lost=place.lost,
         )
         return sign_member(self.node.host.identity, info)
