@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from shoal.utils.lazy import lazy_names
 
-_MODULE_OF: dict[str, str] = {}
+if TYPE_CHECKING:
+    from shoal.optim.performance_ema import PerformanceEMA as PerformanceEMA
+    from shoal.optim.progress.tracker import ProgressTracker as ProgressTracker
+    from shoal.optim.progress.values import GlobalTrainingProgress as GlobalTrainingProgress
+    from shoal.optim.progress.values import LocalTrainingProgress as LocalTrainingProgress
+
+_MODULE_OF: dict[str, str] = {
+    "GlobalTrainingProgress": "shoal.optim.progress.values",
+    "LocalTrainingProgress": "shoal.optim.progress.values",
+    "PerformanceEMA": "shoal.optim.performance_ema",
+    "ProgressTracker": "shoal.optim.progress.tracker",
+}
 
 __all__ = [*_MODULE_OF]
 
