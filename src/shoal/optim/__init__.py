@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from shoal.utils.lazy import lazy_names
 
-_MODULE_OF: dict[str, str] = {}
+if TYPE_CHECKING:
+    from shoal.optim.gradients import GradientAverager as GradientAverager
+    from shoal.optim.gradients import GradientAveragerFactory as GradientAveragerFactory
+
+_MODULE_OF: dict[str, str] = {
+    "GradientAverager": "shoal.optim.gradients",
+    "GradientAveragerFactory": "shoal.optim.gradients",
+}
 
 __all__ = [*_MODULE_OF]
 
