@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from shoal.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from shoal.optim.gradients import GradientAverager as GradientAverager
+    from shoal.optim.gradients import GradientAveragerFactory as GradientAveragerFactory
     from shoal.optim.performance_ema import PerformanceEMA as PerformanceEMA
     from shoal.optim.progress.tracker import ProgressTracker as ProgressTracker
     from shoal.optim.progress.values import GlobalTrainingProgress as GlobalTrainingProgress
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 _MODULE_OF: dict[str, str] = {
     "GlobalTrainingProgress": "shoal.optim.progress.values",
+    "GradientAverager": "shoal.optim.gradients",
+    "GradientAveragerFactory": "shoal.optim.gradients",
     "LocalTrainingProgress": "shoal.optim.progress.values",
     "PerformanceEMA": "shoal.optim.performance_ema",
     "ProgressTracker": "shoal.optim.progress.tracker",
