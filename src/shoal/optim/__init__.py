@@ -9,10 +9,12 @@ from shoal.utils.lazy import lazy_names
 if TYPE_CHECKING:
     from shoal.optim.gradients import GradientAverager as GradientAverager
     from shoal.optim.gradients import GradientAveragerFactory as GradientAveragerFactory
+    from shoal.optim.state.averager import TrainingStateAverager as TrainingStateAverager
 
 _MODULE_OF: dict[str, str] = {
     "GradientAverager": "shoal.optim.gradients",
     "GradientAveragerFactory": "shoal.optim.gradients",
+    "TrainingStateAverager": "shoal.optim.state.averager",
 }
 
 __all__ = [*_MODULE_OF]
