@@ -70,6 +70,12 @@ if TYPE_CHECKING:
     from shoal.errors import RemoteError as RemoteError
     from shoal.errors import ShoalError as ShoalError
     from shoal.errors import UsageError as UsageError
+    from shoal.optim.gradients import GradientAverager as GradientAverager
+    from shoal.optim.optimizer import Optimizer as Optimizer
+    from shoal.optim.performance_ema import PerformanceEMA as PerformanceEMA
+    from shoal.optim.progress.tracker import ProgressTracker as ProgressTracker
+    from shoal.optim.report import EpochReport as EpochReport
+    from shoal.optim.state.averager import TrainingStateAverager as TrainingStateAverager
     from shoal.p2p.identity import PeerID as PeerID
     from shoal.p2p.multiaddr import Multiaddr as Multiaddr
     from shoal.runtime.futures import MPFuture as MPFuture
@@ -95,6 +101,13 @@ _MODULE_OF = {
     "DoubtReport": "shoal.averaging.report",
     "RoundReport": "shoal.averaging.report",
     "load_balance_peers": "shoal.averaging.load_balancing",
+    # training
+    "Optimizer": "shoal.optim.optimizer",
+    "EpochReport": "shoal.optim.report",
+    "GradientAverager": "shoal.optim.gradients",
+    "TrainingStateAverager": "shoal.optim.state.averager",
+    "ProgressTracker": "shoal.optim.progress.tracker",
+    "PerformanceEMA": "shoal.optim.performance_ema",
     # compression
     "CompressionBase": "shoal.compression",
     "CompressionInfo": "shoal.compression",
@@ -152,7 +165,7 @@ _MODULE_OF = {
     "PeerProcessUnresponsive": "shoal.errors",
 }
 
-_SUBMODULES = ("averaging", "compression", "dht", "errors", "p2p", "utils")
+_SUBMODULES = ("averaging", "compression", "dht", "errors", "optim", "p2p", "utils")
 
 __all__ = [*_MODULE_OF, "__version__"]
 

@@ -32,15 +32,13 @@ _INTERNALS = "rounds run in the background process; step() runs one, and its rep
 
 ABSENT: Mapping[str, Mapping[str, str]] = {
     "shoal": {
-        "Optimizer": _TRAINING,
         "GradScaler": f"use torch.amp.GradScaler; {_TRAINING}",
         "TrainingAverager": _TRAINING,
-        "TrainingStateAverager": _TRAINING,
-        "CollaborativeOptimizer": _TRAINING,
-        "DecentralizedOptimizer": _TRAINING,
-        "GradientAverager": _GRADIENTS,
-        "PowerSGDGradientAverager": f"{_GRADIENTS}; for fewer bytes use a codec of shoal.compression",
-        "optim": _TRAINING,
+        "CollaborativeOptimizer": "use shoal.Optimizer",
+        "DecentralizedOptimizer": "use shoal.Optimizer",
+        "PowerSGDGradientAverager": (
+            "use shoal.Optimizer(grad_compression=shoal.Uniform8BitQuantization()), a quarter of the bytes"
+        ),
         "moe": _EXPERTS,
         "Server": _EXPERTS,
         "ModuleBackend": _EXPERTS,
@@ -109,8 +107,8 @@ ABSENT: Mapping[str, Mapping[str, str]] = {
         "nested_pack": _NESTED,
         "nested_map": _NESTED,
         "nested": _NESTED,
-        "PerformanceEMA": "Shoal has no training loop to measure; keep an average of your own",
-        "performance_ema": "Shoal has no training loop to measure; keep an average of your own",
+        "PerformanceEMA": "use shoal.optim.PerformanceEMA",
+        "performance_ema": "use shoal.optim.PerformanceEMA",
         "TensorDescriptor": "shoal.compression.CompressionInfo holds shape and dtype itself",
         "BatchTensorDescriptor": "shoal.compression.CompressionInfo holds shape and dtype itself",
         "tensor_descr": "shoal.compression.CompressionInfo holds shape and dtype itself",
