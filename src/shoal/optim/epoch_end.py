@@ -82,7 +82,7 @@ class EpochEnd:
         with optimizer.tracker.pause_updates():
             began, epoch = steady_time(), optimizer.local_epoch
             progress, local = optimizer.tracker.global_progress, optimizer.local_progress.samples_accumulated
-            gradients = self._average_gradients(epoch)
+            gradients = self._average_gradients(epoch, progress.epoch)
             if gradients is None:
                 return False
             averaged = steady_time()
@@ -111,7 +111,7 @@ class EpochEnd:
 
     # gradients
 
-    def _average_gradients(self, epoch: int) -> _Gradients | None:
+    def _average_gradients(self, epoch: int, global_epoch: int) -> _Gradients | None:
         """None: they were not averaged, and the epoch must not end without."""
         rounds, wait = self._rounds, self._options.after_failed_round == "wait"
         if rounds is None:
@@ -122,6 +122,10 @@ class EpochEnd:
         if alone and not wait:
             rounds.alone()
             return self._used(Outcome(None), "own")
+        if global_epoch > epoch and not rounds.has_group():
+            rounds.alone()
+            outcome = Outcome("the others have ended the epoch without this peer")
+            return None if wait else self._judge_and_load(outcome, epoch)
         control = rounds.begin(epoch, self.digest)
         if self._options.delay_grad_averaging:
             rounds.keep_own_mean()
@@ -140,6 +144,9 @@ class EpochEnd:
                 self._optimizer.run_id, epoch, outcome.failure,
             )  # fmt: skip
             return None
+        return self._judge_and_load(outcome, epoch)
+
+    def _judge_and_load(self, outcome: Outcome, epoch: int) -> _Gradients:
         gradients = self._judge(outcome, epoch)
         if gradients.kind != "skipped":
             self._load_offloaded()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from shoal.averaging.commands import AveragingStage
 from shoal.averaging.report import StepReport
 from shoal.averaging.trainer.control import StepControl
 from shoal.errors import InDoubt, ShoalError
@@ -48,6 +49,11 @@ class GradientRounds:
             self.scheduled = self.averager.schedule_step(
                 scheduled_time, timeout=self._timeout, gather={"epoch": epoch, "digest": digest}
             )
+
+    def has_group(self) -> bool:
+        """Whether the prepared round has found members, so that they are waited for, and wait."""
+        control = self.scheduled
+        return control is not None and not control.done() and control.stage is AveragingStage.AWAITING_TRIGGER
 
     def begin(self, epoch: int, digest: Callable[[], bytes | None]) -> StepControl:
         """Let the prepared round average what is accumulated, weighted by samples; or a new one.
