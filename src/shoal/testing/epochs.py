@@ -57,8 +57,8 @@ class EpochSwarm:
     periods: Periods = Periods()
     stored: dict[int, _Stored] = field(default_factory=dict)
     samples: dict[int, int] = field(default_factory=dict)
-    """By epoch: what all peers together processed in it. Those that failed are included, as their records still are.
-    Those that left before it was complete have taken their samples with them.
+    """By epoch: what all peers together processed in it. Peers that left before it was complete have
+    taken their samples with them; those that failed did so when their records expired.
     """
     begun: dict[int, list[float]] = field(default_factory=dict)
     """By epoch: when each peer began it."""
@@ -119,11 +119,14 @@ class _Peer:
             async with asyncio.timeout(max(0.0, end)):
                 await self._train()
         watch.cancel()
-        if self.plan.leaves_at <= self.plan.fails_at:
-            self.swarm.stored.pop(self.number, None)
-            total = self.swarm.samples.get(self.epoch, 0)
-            if total < self.swarm.target and self.now() < seconds:
-                self.swarm.samples[self.epoch] = total - self.samples
+        if self.now() >= seconds:
+            return
+        if self.plan.fails_at < self.plan.leaves_at:
+            await asyncio.sleep(self.swarm.lifetime)  # so long its samples count
+        self.swarm.stored.pop(self.number, None)
+        total = self.swarm.samples.get(self.epoch, 0)
+        if total < self.swarm.target:
+            self.swarm.samples[self.epoch] = total - self.samples
 
     # What an optimizer does
 

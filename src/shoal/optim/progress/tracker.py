@@ -6,6 +6,7 @@ process (:mod:`.records`), from which a few numbers come back. Reports only chan
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import secrets
@@ -31,6 +32,7 @@ from shoal.optim.progress.values import (
     LocalTrainingProgress,
     ProgressRecord,
 )
+from shoal.runtime.futures import MPFuture
 from shoal.utils.checks import Count, Text, check_flag, check_number
 from shoal.utils.timed import get_dht_time, steady_time
 
@@ -124,7 +126,7 @@ class ProgressTracker:
         self._forecast_at = self._reported_at = steady_time()
         self._epoch = self._samples = self._samples_before = 0
         self._rate = 0.0
-        self._epochs_begun = self._pauses = 0
+        self._epochs_begun = self._pauses = self._failures = 0
         self._ended = False
         self._thread: threading.Thread | None = None
         self._daemon = check_flag("daemon", daemon)
@@ -142,7 +144,15 @@ class ProgressTracker:
             if self._thread is not None or self._ended:
                 raise InvalidStateError("a tracker can be started once: make another one")
             self._thread = threading.Thread(
-                target=_run, args=(weakref.ref(self), self._state), name="shoal-progress", daemon=self._daemon
+                target=_run,
+                args=(
+                    weakref.ref(self),
+                    self._state,
+                    weakref.ref(self.dht),
+                    Withdraw(self.prefix, self._name),
+                ),
+                name="shoal-progress",
+                daemon=self._daemon,
             )
             self._thread.start()
 
@@ -156,14 +166,18 @@ class ProgressTracker:
         :param timeout: seconds to wait at most; None: 5. What is open then expires by itself
         """
         limit = END_TIMEOUT if timeout is None else check_number("timeout", timeout, minimum=0)
+        deadline = steady_time() + limit
         with self._state:
-            was_running = self._thread is not None and not self._ended
+            thread = None if self._ended else self._thread
             self._ended = True
             self._state.notify_all()
-        if not was_running or not self.dht.is_alive():
+        if thread is None:
             return
+        thread.join(limit)  # an exchange under way would bring the record back
         try:
-            self.dht.run_coroutine(Withdraw(self.prefix, self._name), return_future=True).result(limit)
+            future = _withdraw(self.dht, Withdraw(self.prefix, self._name))
+            if future is not None:
+                future.result(max(0.0, deadline - steady_time()))
         except (ShoalError, TimeoutError, CancelledError) as error:
             logger.debug("the progress of %s was not withdrawn, and will expire: %s", self.prefix, error)
 
@@ -329,9 +343,11 @@ class ProgressTracker:
             was_over = self._is_over()
             self._forecast, self._forecast_at = found, now
             self._agenda.looked(now, found)
+            self._failures = 0
             if self._is_over() and not was_over:
                 self._agenda.report(urgent=True)
-        self.fetched_global_progress_this_epoch.set()
+            self.fetched_global_progress_this_epoch.set()
+            self._state.notify_all()
         logger.log(self.status_loglevel, "%s: %s", self.prefix, found)
 
     def _failed(self, error: Exception, *, tell: bool) -> None:
@@ -339,19 +355,29 @@ class ProgressTracker:
             self._agenda.failed(steady_time(), self._periods.default)
             if tell:
                 self._agenda.report(urgent=False)
+            self._ended = self._ended or not self.dht.is_alive()
+            self._failures += 1
+            is_news = self._failures == 1 and not self._ended
         logger.log(
-            logging.DEBUG if self._ended else logging.WARNING,
+            logging.WARNING if is_news else logging.DEBUG,
             "the progress of %s could not be exchanged, it is tried again: %s: %s",
             self.prefix, type(error).__name__, error,
         )  # fmt: skip
 
 
-def _run(owner: weakref.ref[ProgressTracker], state: threading.Condition) -> None:
+def _run(
+    owner: weakref.ref[ProgressTracker],
+    state: threading.Condition,
+    dht: weakref.ref[DHT],
+    withdraw: Withdraw,
+) -> None:
     """The thread: holds no reference to the tracker while it sleeps, so that one that is dropped ends."""
     while True:
         with state:
             tracker = owner()
-            if tracker is None or tracker._ended:
+            if tracker is None:
+                break
+            if tracker._ended:
                 return
             call, pause = tracker._next_call()
             if call is None:
@@ -360,6 +386,15 @@ def _run(owner: weakref.ref[ProgressTracker], state: threading.Condition) -> Non
                 continue
         call()
         del call, tracker
+    node = dht()
+    if node is not None:
+        with contextlib.suppress(ShoalError):
+            _withdraw(node, withdraw)
+
+
+def _withdraw(dht: DHT, withdraw: Withdraw) -> MPFuture[None] | None:
+    """Returns at once; None if the DHT has ended, and the record with it."""
+    return dht.run_coroutine(withdraw, return_future=True) if dht.is_alive() else None
 
 
 def _check_not_empty(name: str, value: str) -> None:
