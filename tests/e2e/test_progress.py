@@ -9,9 +9,11 @@ from collections.abc import Iterator
 import pytest
 
 import shoal
+from shoal.dht.node import DHTNode
 from shoal.dht.validation import protected_key
 from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError
 from shoal.optim import ProgressTracker
+from shoal.optim.progress.records import records_of
 
 TARGET = 100
 
@@ -24,6 +26,10 @@ def dhts() -> Iterator[tuple[shoal.DHT, shoal.DHT]]:
 
 def make(dht: shoal.DHT, run: str) -> ProgressTracker:
     return ProgressTracker(dht, run, TARGET, min_refresh_period=0.05, default_refresh_period=0.1, start=True)
+
+
+async def count_trackers(_: object, node: DHTNode) -> int:
+    return len(records_of(node))
 
 
 def wait_until_over(tracker: ProgressTracker) -> None:
@@ -82,12 +88,17 @@ def test_a_shutdown_withdraws_the_record_and_may_be_repeated(dhts: tuple[shoal.D
 
 
 def test_a_tracker_that_is_dropped_ends_its_thread(dhts: tuple[shoal.DHT, shoal.DHT]):
+    before = dhts[0].run_coroutine(count_trackers)
     tracker = make(dhts[0], "dropped")
+    tracker.report_local_progress(0, 60)
+    assert tracker.fetched_global_progress_this_epoch.wait(20)
+    assert dhts[0].run_coroutine(count_trackers) == before + 1
     thread = tracker._thread
     assert isinstance(thread, threading.Thread)
     del tracker
     thread.join(20)
     assert not thread.is_alive()
+    assert dhts[0].run_coroutine(count_trackers) == before
 
 
 def test_an_epoch_changes_only_while_updates_are_paused(dhts: tuple[shoal.DHT, shoal.DHT]):
