@@ -34,7 +34,7 @@ async def count_trackers(_: object, node: DHTNode) -> int:
 
 def wait_until_over(tracker: ProgressTracker) -> None:
     with tracker._state:
-        while not tracker._is_over():
+        while not tracker._ledger.is_over():
             assert tracker._state.wait(20)
 
 

@@ -13,8 +13,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from shoal.optim.progress.agenda import Agenda
-from shoal.optim.progress.forecast import Forecast, Periods, Sighting, forecast
+from shoal.optim.progress.forecast import Periods, Sighting, forecast
+from shoal.optim.progress.ledger import Ledger
 from shoal.optim.progress.values import ProgressRecord
 from shoal.utils.tasks import TaskSet
 
@@ -98,11 +98,7 @@ class EpochSwarm:
 class _Peer:
     def __init__(self, swarm: EpochSwarm, number: int, plan: PeerPlan, tasks: TaskSet) -> None:
         self.swarm, self.number, self.plan, self._tasks = swarm, number, plan, tasks
-        self.epoch = self.samples = self.samples_before = 0
-        self.reported_at = 0.0
-        self.rate = 0.0
-        self.agenda = Agenda(swarm.periods.minimum)
-        self.known = Forecast(0, 0, 1, 0, math.inf, swarm.periods.default, swarm.periods.minimum)
+        self.ledger = Ledger(swarm.target, swarm.periods, self.clock())
         self._seen: dict[int, Sighting] = {}
         self._changed = asyncio.Event()
         self._is_paused = False
@@ -124,9 +120,9 @@ class _Peer:
         if self.plan.fails_at < self.plan.leaves_at:
             await asyncio.sleep(self.swarm.lifetime)  # so long its samples count
         self.swarm.stored.pop(self.number, None)
-        total = self.swarm.samples.get(self.epoch, 0)
+        total = self.swarm.samples.get(self.ledger.epoch, 0)
         if total < self.swarm.target:
-            self.swarm.samples[self.epoch] = total - self.samples
+            self.swarm.samples[self.ledger.epoch] = total - self.ledger.samples
 
     # What an optimizer does
 
@@ -134,31 +130,31 @@ class _Peer:
         while not self._has_looked:
             self._changed.clear()
             await self._changed.wait()
-        if self.epoch < self.known.epoch:
+        if self.ledger.epoch < self.ledger.forecast.epoch:
             await self._load()  # a newcomer begins where the others are
         while True:
-            if self.epoch < self.known.epoch - 1:
+            if self.ledger.epoch < self.ledger.forecast.epoch - 1:
                 await self._load()
             began = self.clock()
             await asyncio.sleep(self.plan.step_time * self.swarm.rng.uniform(0.9, 1.1))
             self._report(self.plan.batch_size, self.clock() - began)
-            if self._is_over():
+            if self.ledger.is_over():
                 await self._end_epoch()
 
     async def _load(self) -> None:
         with self._paused():
             await asyncio.sleep(self.swarm.delay(self.swarm.round_time))
             self.swarm.loads += 1
-            self._begin(self.known.epoch)
+            self._begin(self.ledger.forecast.epoch)
 
     async def _end_epoch(self) -> None:
         with self._paused():
             await asyncio.sleep(self.swarm.delay(self.swarm.round_time))
-            epoch = max(self.epoch + 1, self.known.epoch)
+            epoch = max(self.ledger.epoch + 1, self.ledger.forecast.epoch)
             self.swarm.longest_behind_epochs = max(
-                self.swarm.longest_behind_epochs, self.swarm.highest_epoch() - self.epoch
+                self.swarm.longest_behind_epochs, self.swarm.highest_epoch() - self.ledger.epoch
             )
-            since = max(min(self.swarm.begun.get(self.epoch + 1, [self.now()])), self.plan.joins_at)
+            since = max(min(self.swarm.begun.get(self.ledger.epoch + 1, [self.now()])), self.plan.joins_at)
             self.swarm.longest_behind = max(self.swarm.longest_behind, self.now() - since)
             self._begin(epoch)
 
@@ -168,29 +164,15 @@ class _Peer:
         return asyncio.get_running_loop().time()
 
     def _report(self, count: int, interval: float) -> None:
-        was_over = self._is_over()
-        self.samples += count
-        self.swarm.samples[self.epoch] = self.swarm.samples.get(self.epoch, 0) + count
-        self.rate = count / interval
-        self.reported_at = self.clock()
-        self.agenda.report(urgent=self._is_over() and not was_over)
+        epoch = self.ledger.epoch
+        self.swarm.samples[epoch] = self.swarm.samples.get(epoch, 0) + count
+        self.ledger.report(self.ledger.samples + count, count / interval, self.clock())
         self._changed.set()
 
     def _begin(self, epoch: int) -> None:
-        self.samples_before = self.samples if epoch == self.epoch + 1 else 0
-        self.epoch, self.samples, self.reported_at = epoch, 0, self.clock()
+        self.ledger.begin(epoch, self.clock())
         self.swarm.begun.setdefault(epoch, []).append(self.now())
-        if epoch > self.known.epoch:
-            known = self.known
-            self.known = Forecast(
-                epoch, 0, known.num_peers, known.num_clients, math.inf, known.pace, known.pace
-            )
-        self.agenda.report(urgent=True)
-        self.agenda.look_soon()
         self._changed.set()
-
-    def _is_over(self) -> bool:
-        return self.known.is_over(self.epoch, self.samples, self.swarm.target)
 
     @contextlib.contextmanager
     def _paused(self) -> Iterator[None]:
@@ -203,7 +185,7 @@ class _Peer:
 
     async def _watch(self) -> None:
         while True:
-            wakes_at = self.agenda.tells_at() if self._is_paused else self.agenda.wakes_at()
+            wakes_at = self.ledger.agenda.tells_at() if self._is_paused else self.ledger.agenda.wakes_at()
             if wakes_at > self.clock():
                 self._changed.clear()
                 with contextlib.suppress(TimeoutError):
@@ -212,21 +194,15 @@ class _Peer:
                     ):
                         await self._changed.wait()
                 continue
-            if self.agenda.tells_at() <= self.clock():
-                self.agenda.told(self.clock())
+            if self.ledger.agenda.tells_at() <= self.clock():
+                self.ledger.agenda.told(self.clock())
                 self._tasks.start(self._store(self._record()), f"store {self.number}")
-            if not self._is_paused and self.agenda.next_look <= self.clock():
+            if not self._is_paused and self.ledger.agenda.next_look <= self.clock():
                 await self._look()
 
     def _record(self) -> ProgressRecord:
-        return ProgressRecord(
-            self.epoch,
-            self.samples,
-            self.samples_before,
-            self.rate,
-            self.clock() - self.reported_at,
-            self.plan.client_mode,
-        )
+        age = self.clock() - self.ledger.reported_at
+        return self.ledger.record(client_mode=self.plan.client_mode, age=age)
 
     async def _store(self, record: ProgressRecord) -> None:
         self.swarm.stores += 1
@@ -240,7 +216,7 @@ class _Peer:
 
     async def _look(self) -> None:
         self.swarm.looks += 1
-        begun = self.epoch
+        begun = self.ledger.epochs_begun
         await asyncio.sleep(self.swarm.delay(self.swarm.latency))
         found = {
             number: stored.record
@@ -252,19 +228,14 @@ class _Peer:
         await asyncio.sleep(self.swarm.delay(self.swarm.latency))
         now = self.clock()
         self._seen = {number: self._sighting(number, record, now) for number, record in found.items()}
-        if begun != self.epoch:
-            return
-        was_over = self._is_over()
-        self.known = forecast(
+        found_now = forecast(
             self._record(),
             self._seen.values(),
             target=self.swarm.target,
             now=now,
             periods=self.swarm.periods,
         )
-        self.agenda.looked(now, self.known)
-        if self._is_over() and not was_over:
-            self.agenda.report(urgent=True)
+        self.ledger.found(found_now, begun, now)
         self._has_looked = True
         self._changed.set()
 
