@@ -35,11 +35,11 @@ def make_plans(seed: int) -> list[PeerPlan]:
     return plans
 
 
-def check(seed: int) -> None:
+def check(seed: int, seconds: float) -> None:
     plans = make_plans(seed)
     target = round(LENGTH * sum(plan.batch_size / plan.step_time for plan in plans))
     swarm = EpochSwarm(seed, target)
-    run(swarm.run(plans, 240.0))
+    run(swarm.run(plans, seconds))
     epochs = swarm.complete_epochs()
     assert len(epochs) >= 2
     for epoch in epochs:
@@ -50,10 +50,10 @@ def check(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(7))
 def test_peers_end_an_epoch_together(seed: int):
-    check(seed)
+    check(seed, 150.0 if seed == 6 else 240.0)  # that of 64 peers takes longest
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("seed", range(7, 147))
 def test_peers_end_an_epoch_together_in_many_swarms(seed: int):
-    check(seed)
+    check(seed, 240.0)
