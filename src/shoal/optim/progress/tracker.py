@@ -6,6 +6,7 @@ process (:mod:`.records`), from which a few numbers come back. Reports only chan
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import secrets
@@ -14,14 +15,15 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from shoal.dht.dht import DHT
 from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError, ShoalError
 from shoal.optim.performance_ema import PerformanceEMA
-from shoal.optim.progress.agenda import Agenda
 from shoal.optim.progress.calls import Exchange, Withdraw
 from shoal.optim.progress.forecast import Forecast, Periods
+from shoal.optim.progress.ledger import Ledger
 from shoal.optim.progress.values import (
     MAX_AGE,
     MAX_EPOCH,
@@ -31,6 +33,7 @@ from shoal.optim.progress.values import (
     LocalTrainingProgress,
     ProgressRecord,
 )
+from shoal.runtime.futures import MPFuture
 from shoal.utils.checks import Count, Text, check_flag, check_number
 from shoal.utils.timed import get_dht_time, steady_time
 
@@ -119,12 +122,8 @@ class ProgressTracker:
         """Set when others' progress was read after this epoch began."""
         self._name = secrets.token_hex(8)
         self._state = threading.Condition()
-        self._agenda = Agenda(minimum)
-        self._forecast = Forecast(0, 0, 1, 0, math.inf, self._periods.default, minimum)
-        self._forecast_at = self._reported_at = steady_time()
-        self._epoch = self._samples = self._samples_before = 0
-        self._rate = 0.0
-        self._epochs_begun = self._pauses = 0
+        self._ledger = Ledger(self.target_batch_size, self._periods, steady_time())
+        self._pauses = self._failures = 0
         self._ended = False
         self._thread: threading.Thread | None = None
         self._daemon = check_flag("daemon", daemon)
@@ -142,7 +141,15 @@ class ProgressTracker:
             if self._thread is not None or self._ended:
                 raise InvalidStateError("a tracker can be started once: make another one")
             self._thread = threading.Thread(
-                target=_run, args=(weakref.ref(self), self._state), name="shoal-progress", daemon=self._daemon
+                target=_run,
+                args=(
+                    weakref.ref(self),
+                    self._state,
+                    weakref.ref(self.dht),
+                    Withdraw(self.prefix, self._name),
+                ),
+                name="shoal-progress",
+                daemon=self._daemon,
             )
             self._thread.start()
 
@@ -156,14 +163,18 @@ class ProgressTracker:
         :param timeout: seconds to wait at most; None: 5. What is open then expires by itself
         """
         limit = END_TIMEOUT if timeout is None else check_number("timeout", timeout, minimum=0)
+        deadline = steady_time() + limit
         with self._state:
-            was_running = self._thread is not None and not self._ended
+            thread = None if self._ended else self._thread
             self._ended = True
             self._state.notify_all()
-        if not was_running or not self.dht.is_alive():
+        if thread is None:
             return
+        thread.join(limit)  # an exchange under way would bring the record back
         try:
-            self.dht.run_coroutine(Withdraw(self.prefix, self._name), return_future=True).result(limit)
+            future = _withdraw(self.dht, Withdraw(self.prefix, self._name))
+            if future is not None:
+                future.result(max(0.0, deadline - steady_time()))
         except (ShoalError, TimeoutError, CancelledError) as error:
             logger.debug("the progress of %s was not withdrawn, and will expire: %s", self.prefix, error)
 
@@ -178,23 +189,23 @@ class ProgressTracker:
     def local_progress(self) -> LocalTrainingProgress:
         """What this peer has reported."""
         with self._state:
-            time = get_dht_time() - (steady_time() - self._reported_at)
-            values = (self._epoch, self._samples, self._rate, time)
+            time = get_dht_time() - (steady_time() - self._ledger.reported_at)
+            values = (self._ledger.epoch, self._ledger.samples, self._ledger.rate, time)
         return LocalTrainingProgress(self.dht.peer_id.to_bytes(), *values, client_mode=self.client_mode)
 
     @property
     def global_progress(self) -> GlobalTrainingProgress:
         """What all peers have reported, as far as it is known here. Before the first look: the own progress."""
         with self._state:
-            now, forecast = get_dht_time() - steady_time(), self._forecast
+            now, ledger, forecast = get_dht_time() - steady_time(), self._ledger, self._ledger.forecast
             return GlobalTrainingProgress(
                 epoch=forecast.epoch,
-                samples_accumulated=forecast.samples(self._epoch, self._samples),
+                samples_accumulated=forecast.samples(ledger.epoch, ledger.samples),
                 target_batch_size=self.target_batch_size,
                 num_peers=forecast.num_peers,
                 num_clients=forecast.num_clients,
-                eta_next_epoch=now + self._forecast_at + forecast.eta,
-                next_fetch_time=now + max(self._agenda.next_look, self._forecast_at),
+                eta_next_epoch=now + ledger.forecast_at + forecast.eta,
+                next_fetch_time=now + max(ledger.agenda.next_look, ledger.forecast_at),
             )
 
     @property
@@ -206,7 +217,7 @@ class ProgressTracker:
     def ready_to_update_epoch(self) -> bool:
         """Whether this peer is to end its epoch now: its samples are complete, or others are ahead."""
         with self._state:
-            return self._is_over()
+            return self._ledger.is_over()
 
     @property
     def estimated_next_update_time(self) -> float:
@@ -228,16 +239,14 @@ class ProgressTracker:
         epoch = Count(0, MAX_EPOCH).check("local_epoch", local_epoch)
         samples = Count(0, MAX_SAMPLES).check("samples_accumulated", samples_accumulated)
         with self._state:
-            was_over = self._is_over()
-            if epoch != self._epoch:
+            if epoch != self._ledger.epoch:
                 self._begin(epoch)
-            extra = samples - self._samples
+            extra, rate = samples - self._ledger.samples, self._ledger.rate
             if extra > 0 and not self.performance_ema.paused:
-                self._rate = min(self.performance_ema.update(extra), MAX_RATE)
+                rate = min(self.performance_ema.update(extra), MAX_RATE)
             elif extra < 0 and not self.performance_ema.paused:
                 self.performance_ema.reset_timer()
-            self._samples, self._reported_at = samples, steady_time()
-            self._agenda.report(urgent=self._is_over() and not was_over)
+            self._ledger.report(samples, rate, steady_time())
             self._state.notify_all()
 
     @contextmanager
@@ -262,43 +271,27 @@ class ProgressTracker:
         with self._state:
             if not self._pauses:
                 raise InvalidStateError("update_epoch() must be called inside `with tracker.pause_updates()`")
-            epoch = self._epoch + 1 if new_epoch is None else new_epoch
+            epoch = self._ledger.epoch + 1 if new_epoch is None else new_epoch
             self._begin(Count(0, MAX_EPOCH).check("new_epoch", epoch))
-            return self._epoch
+            return self._ledger.epoch
 
     # Inside; with the lock
 
     def _begin(self, epoch: int) -> None:
-        self._samples_before = self._samples if epoch == self._epoch + 1 else 0
-        self._epoch, self._samples, self._reported_at = epoch, 0, steady_time()
-        self._epochs_begun += 1
+        self._ledger.begin(epoch, steady_time())
         self.fetched_global_progress_this_epoch.clear()
-        if epoch > self._forecast.epoch:
-            known = self._forecast
-            eta = self.target_batch_size / self._rate if self._rate else math.inf
-            self._forecast = Forecast(
-                epoch, 0, known.num_peers, known.num_clients, eta, known.pace, known.pace
-            )
-            self._forecast_at = steady_time()
-        self._agenda.report(urgent=True)
-        self._agenda.look_soon()
-
-    def _is_over(self) -> bool:
-        return self._forecast.is_over(self._epoch, self._samples, self.target_batch_size)
 
     def _next_call(self) -> tuple[Callable[[], None] | None, float | None]:
         """What the thread does next outside of the lock, or for how many seconds it sleeps."""
-        now = steady_time()
-        wakes_at = self._agenda.tells_at() if self._pauses else self._agenda.wakes_at()
+        now, ledger, agenda = steady_time(), self._ledger, self._ledger.agenda
+        wakes_at = agenda.tells_at() if self._pauses else agenda.wakes_at()
         if wakes_at > now:
             return None, None if math.isinf(wakes_at) else wakes_at - now
-        tell, look = self._agenda.tells_at() <= now, not self._pauses and self._agenda.next_look <= now
+        tell, look = agenda.tells_at() <= now, not self._pauses and agenda.next_look <= now
         if tell:
-            self._agenda.told(now)
-        own = ProgressRecord(
-            self._epoch, self._samples, self._samples_before, self._rate, 0.0, client_mode=False
-        )
-        begun, reported_at = self._epochs_begun, self._reported_at
+            agenda.told(now)
+        own = ledger.record(client_mode=False, age=0.0)
+        begun, reported_at = ledger.epochs_begun, ledger.reported_at
         return (lambda: self._exchange(own, reported_at, begun, tell=tell, look=look)), None
 
     # Inside; on the thread, without the lock
@@ -307,9 +300,7 @@ class ProgressTracker:
         self, own: ProgressRecord, reported_at: float, begun: int, *, tell: bool, look: bool
     ) -> None:
         try:
-            own = ProgressRecord(
-                own.epoch, own.samples, own.samples_before, own.samples_per_second, 0.0, self.client_mode
-            )
+            own = replace(own, client_mode=self.client_mode)
             exchange = Exchange(
                 self.prefix, self._name, own, reported_at, self.target_batch_size, self._lifetime,
                 self._periods, tell, look,
@@ -323,35 +314,41 @@ class ProgressTracker:
 
     def _found(self, found: Forecast, begun: int) -> None:
         with self._state:
-            now = steady_time()
-            if begun != self._epochs_begun:
-                return  # it is of an epoch that has ended meanwhile; the next look is due already
-            was_over = self._is_over()
-            self._forecast, self._forecast_at = found, now
-            self._agenda.looked(now, found)
-            if self._is_over() and not was_over:
-                self._agenda.report(urgent=True)
-        self.fetched_global_progress_this_epoch.set()
+            if not self._ledger.found(found, begun, steady_time()):
+                return
+            self._failures = 0
+            self.fetched_global_progress_this_epoch.set()
+            self._state.notify_all()
         logger.log(self.status_loglevel, "%s: %s", self.prefix, found)
 
     def _failed(self, error: Exception, *, tell: bool) -> None:
         with self._state:
-            self._agenda.failed(steady_time(), self._periods.default)
+            self._ledger.agenda.failed(steady_time(), self._periods.default)
             if tell:
-                self._agenda.report(urgent=False)
+                self._ledger.agenda.report(urgent=False)
+            self._ended = self._ended or not self.dht.is_alive()
+            self._failures += 1
+            is_news = self._failures == 1 and not self._ended
         logger.log(
-            logging.DEBUG if self._ended else logging.WARNING,
+            logging.WARNING if is_news else logging.DEBUG,
             "the progress of %s could not be exchanged, it is tried again: %s: %s",
             self.prefix, type(error).__name__, error,
         )  # fmt: skip
 
 
-def _run(owner: weakref.ref[ProgressTracker], state: threading.Condition) -> None:
+def _run(
+    owner: weakref.ref[ProgressTracker],
+    state: threading.Condition,
+    dht: weakref.ref[DHT],
+    withdraw: Withdraw,
+) -> None:
     """The thread: holds no reference to the tracker while it sleeps, so that one that is dropped ends."""
     while True:
         with state:
             tracker = owner()
-            if tracker is None or tracker._ended:
+            if tracker is None:
+                break
+            if tracker._ended:
                 return
             call, pause = tracker._next_call()
             if call is None:
@@ -360,6 +357,15 @@ def _run(owner: weakref.ref[ProgressTracker], state: threading.Condition) -> Non
                 continue
         call()
         del call, tracker
+    node = dht()
+    if node is not None:
+        with contextlib.suppress(ShoalError):
+            _withdraw(node, withdraw)
+
+
+def _withdraw(dht: DHT, withdraw: Withdraw) -> MPFuture[None] | None:
+    """Returns at once; None if the DHT has ended, and the record with it."""
+    return dht.run_coroutine(withdraw, return_future=True) if dht.is_alive() else None
 
 
 def _check_not_empty(name: str, value: str) -> None:
