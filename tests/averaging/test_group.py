@@ -12,9 +12,10 @@ from shoal.averaging.group import (
     MemberInfo,
     PeerMode,
     SignedMemberInfo,
-    automatic_key,
     bits_of_key,
     group_key,
+    seat_key,
+    seat_of_key,
     sign_member,
     verify_group,
     verify_member,
@@ -62,9 +63,10 @@ def test_group_keys():
         group_key("")
 
 
-def test_automatic_bits_have_keys_of_their_own_and_without_bits_there_is_one():
-    assert automatic_key("swarm", "") == group_key("swarm")
-    assert automatic_key("swarm", "0110") != group_key("swarm", "0110")
+def test_seats_have_keys_of_their_own():
+    assert seat_key("swarm", 16, 7) != seat_key("swarm", 17, 7) != seat_key("swarm", 17, 6)
+    assert seat_of_key(seat_key("swarm", 16, 7)) == 7
+    assert seat_of_key(group_key("swarm", "0110")) is seat_of_key(group_key("swarm")) is None
 
 
 PREFIXES = ["Qwen2.5-0.5B", "a", "a.0b", "a.0b1", "a.0b1.0b", "a.auto", "a.auto1", "a.0bx", ".", ".0b"]
@@ -72,18 +74,20 @@ PREFIXES = ["Qwen2.5-0.5B", "a", "a.0b", "a.0b1", "a.0b1.0b", "a.auto", "a.auto1
 
 def test_prefixes_with_dots_have_keys_of_their_own():
     keys = [group_key(prefix, bits) for prefix in PREFIXES for bits in ("", "0", "1", "01")]
-    keys += [automatic_key(prefix, bits) for prefix in PREFIXES for bits in ("0", "1", "01")]
+    keys += [seat_key(prefix, 2, number) for prefix in PREFIXES for number in range(2)]
     assert len(set(keys)) == len(keys)
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_the_bits_of_a_key_come_back_whatever_the_prefix(prefix):
     assert [bits_of_key(group_key(prefix, bits)) for bits in ("", "0", "01")] == ["", "0", "01"]
-    assert bits_of_key(automatic_key(prefix, "01")) == ""
+    assert bits_of_key(seat_key(prefix, 10, 1)) == ""
+    assert seat_of_key(seat_key(prefix, 10, 1)) == 1
+    assert seat_of_key(group_key(prefix)) is None
     assert bits_of_key(group_key("swarm", "0110")) == "0110"
-    assert bits_of_key(automatic_key("swarm", "0110")) == bits_of_key(group_key("swarm")) == ""
+    assert bits_of_key(group_key("swarm")) == ""
     with pytest.raises(InvalidValueError, match="prefix must be 1 to 256 characters, got ''"):
-        automatic_key("", "0")
+        seat_key("", 2, 0)
 
 
 def test_an_info_survives_its_way():

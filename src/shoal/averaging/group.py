@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 import msgspec
 
-from shoal.averaging.lineage import NO_LINEAGE, Lineage, lineage_problem
+from shoal.averaging.grid import NO_GRID, Grid, grid_problem
 from shoal.errors import InvalidValueError, ProtocolViolation
 from shoal.p2p.identity import Identity, PeerID, verify
 from shoal.utils import figures
-from shoal.utils.structs import NamedStruct
+from shoal.utils.structs import CompactStruct, NamedStruct
 
-MEMBER_DOMAIN = b"shoal.averaging.member.v1"
+MEMBER_DOMAIN = b"shoal.averaging.member.v2"
 SCHEMA_HASH_BYTES = 32
 NONCE_BYTES = 16
 GROUP_ID_BYTES = 16
@@ -36,6 +36,8 @@ MAX_GROUP_SIZE = 4096
 MAX_ADDRESSES = 32
 MAX_ADDRESS_CHARS = 300
 MAX_GRID_ROUND = 1 << 48
+MAX_SEEN = 1 << 20
+"""Peers that a leader may say it has seen under one key."""
 MAX_LOST = 8
 """Peers that a member may say it could not reach."""
 MAX_MEMBER_AGE = 3600.0
@@ -73,7 +75,7 @@ AveragingMode = PeerMode
 """The name that users of hivemind know."""
 
 
-class MemberInfo(NamedStruct, frozen=True):
+class MemberInfo(CompactStruct, frozen=True):
     """What one member says of itself to one leader."""
 
     peer_id: bytes
@@ -95,8 +97,8 @@ class MemberInfo(NamedStruct, frozen=True):
     """Of its tensors in the average: here, so that every owner counts the member alike."""
     grid_round: int = 0
     """Rounds that it has been through with the bits that it was given; see :mod:`.matchmaking.group_bits`."""
-    lineage: Lineage = NO_LINEAGE
-    """With whom it has mixed lately; see :mod:`.lineage`."""
+    grid: Grid = NO_GRID
+    """What it knows of the grid of a large swarm; see :mod:`.matchmaking.seats`."""
     lost: tuple[bytes, ...] = ()
     """Ids of peers that it could not reach lately; see :mod:`.matchmaking.apart`."""
 
@@ -118,6 +120,10 @@ class GroupInfo:
     group_id: bytes
     key: str
     members: tuple[MemberInfo, ...]
+    seen: int = 0
+    """How many peers its leader has seen look for a group under the key, members of others included."""
+    ranks: tuple[int, ...] = ()
+    """For each member, how many of them come before it in the order; empty: that is not known."""
 
     @property
     def leader(self) -> PeerID:
@@ -141,7 +147,7 @@ def group_key(prefix: str, bits: str = "") -> str:
     """The name under which the peers of ``prefix`` whose group bits are ``bits`` declare themselves.
 
     The prefix may have dots: what follows the last one says what kind of key it is, so that no two pairs of prefix
-    and bits have one key, nor one that :func:`automatic_key` makes.
+    and bits have one key, nor one that :func:`seat_key` makes.
     """
     if not prefix or len(prefix) > 256:
         raise InvalidValueError(f"prefix must be 1 to 256 characters, got {prefix!r}")
@@ -150,13 +156,20 @@ def group_key(prefix: str, bits: str = "") -> str:
     return f"{prefix}.0b{bits}"
 
 
-def automatic_key(prefix: str, bits: str) -> str:
-    """As :func:`group_key`, for peers that were given no bits and use ``bits`` because they are many.
+def seat_key(prefix: str, groups: int, number: int) -> str:
+    """As :func:`group_key`, for peers that were given no bits, and make so many ``groups`` because they are many: the
+    key of group ``number``.
 
-    Another name, so that they never meet those to whom these very bits were given, nor count them as their own.
+    Another kind of name, so that they never meet those to whom bits were given, nor count them as their own.
     """
-    without_bits = group_key(prefix)  # checks the prefix, too
-    return f"{prefix}.auto{bits}" if bits else without_bits
+    group_key(prefix)  # checks the prefix
+    return f"{prefix}.auto{groups}-{number}"
+
+
+def seat_of_key(key: str) -> int | None:
+    """The number in what :func:`seat_key` has made; None in other keys."""
+    _, _, last = key.rpartition(".")
+    return int(last.rpartition("-")[2]) if last.startswith("auto") else None
 
 
 def bits_of_key(key: str) -> str:
@@ -210,7 +223,14 @@ def order_members(leader: PeerID, infos: Sequence[MemberInfo]) -> tuple[MemberIn
 
 
 def verify_group(
-    group_id: bytes, members: Sequence[SignedMemberInfo], *, leader: PeerID, own: SignedMemberInfo, now: float
+    group_id: bytes,
+    members: Sequence[SignedMemberInfo],
+    *,
+    leader: PeerID,
+    own: SignedMemberInfo,
+    now: float,
+    seen: int = 0,
+    ranks: tuple[int, ...] = (),
 ) -> GroupInfo:
     """Check what a leader sent when it began a group, as seen by the member that had sent it ``own``.
 
@@ -223,11 +243,15 @@ def verify_group(
         raise ProtocolViolation(f"a group of {len(members)} members; 1 to {MAX_GROUP_SIZE} are allowed")
     if own not in members:
         raise ProtocolViolation("the leader does not include this member as it sent itself")
+    if not 0 <= seen <= MAX_SEEN or not all(0 <= rank <= seen for rank in ranks):
+        raise ProtocolViolation(f"the leader has seen {seen} peers, and these members in places {ranks[:8]}")
+    if len(ranks) not in (0, len(members)):
+        raise ProtocolViolation(f"the leader gives {len(ranks)} places to {len(members)} members")
     mine = _decoder.decode(own.info)
     # Each was fresh when its member joined the leader; since then they may have waited for long.
     infos = [verify_member(signed, now=now, max_age=math.inf) for signed in members]
     _check_agreement(infos, mine, leader)
-    return GroupInfo(group_id, mine.key, order_members(leader, infos))
+    return GroupInfo(group_id, mine.key, order_members(leader, infos), seen, ranks)
 
 
 def _check_agreement(infos: Sequence[MemberInfo], mine: MemberInfo, leader: PeerID) -> None:
@@ -268,4 +292,4 @@ def _field_problem(info: MemberInfo) -> str | None:
         (0 <= info.grid_round <= MAX_GRID_ROUND, f"grid_round={info.grid_round}"),
         (math.isfinite(info.start_time) and math.isfinite(info.signed_at), "a time is not finite"),
     )
-    return next((problem for holds, problem in checks if not holds), None) or lineage_problem(info.lineage)
+    return next((problem for holds, problem in checks if not holds), None) or grid_problem(info.grid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import math
@@ -10,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode, order_members
-from shoal.averaging.lineage import NO_LINEAGE, Lineage
+from shoal.averaging.grid import NO_GRID, Grid
+from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode, group_key, order_members
 from shoal.averaging.matchmaking.candidate import Candidate
 from shoal.averaging.matchmaking.core import SearchCore
 from shoal.averaging.matchmaking.declarations import DECLARATION_LIFETIME
@@ -46,8 +47,9 @@ from shoal.averaging.matchmaking.events import (
     Restarted,
     SearchStarted,
     TooFew,
+    TooMany,
 )
-from shoal.averaging.matchmaking.group_bits import GroupBits
+from shoal.averaging.matchmaking.group_keys import GroupKeys
 from shoal.averaging.matchmaking.matchmaker import REGROUP
 from shoal.averaging.matchmaking.memory import HELD_ITS_FOLLOWER, FailureMemory
 from shoal.averaging.matchmaking.messages import Accepted, Declaration, DeclaredState, Redirect, Rejected
@@ -59,9 +61,11 @@ from shoal.sansio.core import NEVER, TimePassed
 __all__ = ["StallingCore", "SwarmOfCores", "core_peer_id"]
 
 SCHEMA = bytes(32)
-KEY = "swarm.0b"
+PREFIX = "swarm"
+KEY = group_key(PREFIX)
 
 
+@functools.cache
 def core_peer_id(number: int) -> PeerID:
     """The id of the peer with this number, below 2^32."""
     return Identity.generate(number.to_bytes(4, "big") * 8).peer_id
@@ -110,7 +114,9 @@ class Peer:
     store_time: float
     poll_time: float
     key: str = KEY
-    bits: GroupBits | None = None
+    keys: GroupKeys | None = None
+    swarm_round: int = 0
+    order_time: float = 0.0
     alive: bool = True
     group: tuple[bytes, ...] | None = None
     group_id: int | None = None
@@ -134,6 +140,10 @@ class SwarmOfCores:
         self.count = itertools.count()
         self.records: dict[str, dict[PeerID, tuple[Declaration, float]]] = defaultdict(dict)
         """Under each key: what each peer stored last, and when it expires."""
+        self.polls = 0
+        """How often the DHT was read."""
+        self.signpost: Grid | None = None
+        """What a newcomer learns of the grid of a large swarm."""
         self.peers: dict[PeerID, Peer] = {}
         self.memories: dict[PeerID, FailureMemory] = defaultdict(
             lambda: FailureMemory(lambda peer: True, lambda peer: 1)
@@ -145,33 +155,34 @@ class SwarmOfCores:
         starts_in: float = 0.0,
         mode: PeerMode = PeerMode.FULL,
         *,
-        lineage: Lineage = NO_LINEAGE,
         known: Known = NOTHING_KNOWN,
-        bits: GroupBits | None = None,
+        keys: GroupKeys | None = None,
+        config: MatchmakingConfig | None = None,
         waits: int = 6,
     ) -> Peer:
         """Let a peer begin a search in ``starts_in`` seconds; its searches before must be over.
 
-        ``bits``: what chooses its keys, and is told when it found too few. ``waits``: how often the search can wait
-        for ``min_matchmaking_time`` until its deadline.
+        ``keys``: what chooses its keys, and is told when it found too few. ``config``: another one than the others'.
+        ``waits``: how often the search can wait for ``min_matchmaking_time`` until its deadline.
         """
         start_at = self.now + starts_in
-        key = KEY
-        if bits is not None:
-            key += bits.bits
+        config = self.config if config is None else config
+        key = KEY if keys is None else keys.key(PREFIX)
         core = SearchCore(
-            self.config,
+            config,
             peer_id=peer_id,
             mode=mode,
             schema_hash=SCHEMA,
             key=key,
-            start_time=start_at + self.config.min_matchmaking_time,
-            deadline=start_at + waits * self.config.min_matchmaking_time,
-            lineage=lineage,
+            start_time=start_at + config.min_matchmaking_time,
+            deadline=start_at + waits * config.min_matchmaking_time,
+            swarm_round=0 if keys is None else keys.grid.round,
+            expects=0 if keys is None else keys.expects,
+            may_spread=keys is not None and keys.may_spread,
             known=known,
             lost=self.lost_of(peer_id),
         )
-        return self._add(peer_id, mode, core, start_at, key, bits)
+        return self._add(peer_id, mode, core, start_at, key, keys)
 
     def stall(self, peer_id: PeerID, starts_in: float = 0.0) -> StallingCore:
         """Let a peer hold whoever asks it, from its place in the order on."""
@@ -191,13 +202,14 @@ class SwarmOfCores:
         core: SearchCore | StallingCore,
         start_at: float,
         key: str,
-        bits: GroupBits | None,
+        keys: GroupKeys | None,
     ) -> Peer:
         one_way = self.rng.uniform(0.001, 0.1) / 2
         lookup = 2 * (one_way + 0.05) * self.rng.uniform(1.0, 2.0)
         peer = self.peers[peer_id] = Peer(
-            peer_id, mode, core, one_way, start_at, 2 * lookup, lookup, key, bits
+            peer_id, mode, core, one_way, start_at, 2 * lookup, lookup, key, keys
         )
+        peer.swarm_round, peer.order_time = core.me.swarm_round, core.me.start_time
         self.at(start_at, lambda: self.send(peer_id, SearchStarted()))
         return peer
 
@@ -237,7 +249,14 @@ class SwarmOfCores:
             case Declare(state, group):
                 me, key = peer.core.me, peer.key
                 record = Declaration(
-                    me.start_time, state, SCHEMA, peer.mode, (), group, lineage=me.lineage, lost=me.lost
+                    peer.order_time,
+                    state,
+                    SCHEMA,
+                    peer.mode,
+                    (),
+                    group,
+                    swarm_round=peer.swarm_round,
+                    lost=me.lost,
                 )
                 seconds = peer.store_time
                 self.at(
@@ -246,16 +265,19 @@ class SwarmOfCores:
                 self.at(self.now + seconds, lambda: self.send(peer.peer_id, Declared(seconds)))
             case Poll():
                 began = self.now
+                self.polls += 1
                 self.at(began + peer.poll_time * self.rng.uniform(0.4, 0.9), lambda: self.read(peer, began))
             case MoveTo(place):
-                peer.key = place.key
+                peer.key, peer.swarm_round = place.key, place.grid.round
+                peer.order_time = place.order_time
             case DistrustLeader(leader, fault):
                 self.memories[peer.peer_id].note(leader, fault, self.now)
                 if fault in HELD_ITS_FOLLOWER:
                     self.at(self.now, lambda: self.regroup(peer))
-            case TooFew(seen):
-                if peer.bits is not None and peer.bits.found_too_few(seen):
-                    self.at(self.now, lambda: self.move(peer))
+            case TooMany(seen, rank):
+                self.at(self.now, lambda: self.spread(peer, seen, rank))
+            case TooFew():
+                self.at(self.now, lambda: self.look_elsewhere(peer))
             case FinishWithGroup(group):
                 peer.group = tuple(member.peer_id for member in group.members)
                 peer.formed = group
@@ -292,8 +314,8 @@ class SwarmOfCores:
             case DismissFollower(token, message):
                 asker, ask = peer.token_owner[token]
                 self.deliver(peer, asker, LeaderDismissed(ask, message))
-            case BeginGroup(tokens):
-                self.begin(peer, tokens)
+            case BeginGroup():
+                self.begin(peer, effect)
             case Log():
                 pass
 
@@ -302,26 +324,55 @@ class SwarmOfCores:
             self.send(peer.peer_id, TimePassed())
 
     def move(self, peer: Peer) -> None:
-        """Begin the search anew under the key that the peer's bits name now."""
-        if peer.bits is not None and peer.finished_at == math.inf:
-            start_time = self.now + self.config.min_matchmaking_time
-            place = Place(KEY + peer.bits.bits, start_time, start_time, 0, peer.core.me.lineage)
-            self.send(peer.peer_id, Restarted(place, peer.mode))
+        """Begin the search anew under the key that is the peer's now."""
+        if peer.keys is not None and peer.finished_at == math.inf:
+            self.send(peer.peer_id, Restarted(self.place(peer, self.config.min_matchmaking_time), peer.mode))
 
     def regroup(self, peer: Peer) -> None:
         """Begin the search anew, apart from a leader that stalled it; as the matchmaker does."""
         if peer.finished_at == math.inf:
-            start_time = self.now + min(REGROUP, self.config.min_matchmaking_time)
-            me = peer.core.me
-            place = Place(peer.key, start_time, start_time, 0, me.lineage, self.lost_of(peer.peer_id))
+            place = self.place(peer, min(REGROUP, self.config.min_matchmaking_time))
             self.send(peer.peer_id, Restarted(place, peer.mode))
 
-    def population(self, bits: str, since: float, but: PeerID) -> int:
-        """How many peers, ``but`` one, wanted to start a group under these bits after ``since``."""
-        return sum(
-            peer_id != but and record.start_time > since and until > self.now
-            for peer_id, (record, until) in self.records[KEY + bits].items()
+    def place(self, peer: Peer, starts_in: float) -> Place:
+        """Where and when a peer's search goes on."""
+        start_time, lost = self.now + starts_in, self.lost_of(peer.peer_id)
+        if peer.keys is None:
+            return Place(peer.key, start_time, start_time, lost=lost)
+        keys = peer.keys
+        return Place(
+            keys.key(PREFIX), start_time, start_time, 0, keys.grid, keys.expects, lost, keys.may_spread
         )
+
+    def look_elsewhere(self, peer: Peer) -> None:
+        """Too few were under a peer's key at its start time."""
+        if peer.keys is None or peer.finished_at < math.inf:
+            return
+        moves = peer.keys.found_too_few()
+        if self.signpost is not None and not peer.keys.is_seated:
+            moves = peer.keys.join_grid(self.signpost, self.rng.getrandbits(32)) or moves
+        if moves:
+            self.move(peer)
+
+    def spread(self, peer: Peer, seen: int, rank: int) -> None:
+        """Peers that know of no grid are too many for one group."""
+        keys, target = peer.keys, self.config.target_group_size
+        if keys is None or keys.is_seated or peer.finished_at < math.inf:
+            return
+        if self.signpost is not None:
+            moves = keys.join_grid(self.signpost, self.rng.getrandbits(32))
+        else:
+            moves = keys.spread(seen, rank, target)
+        if moves:
+            self.move(peer)
+
+    def explore(self, peer: Peer) -> None:
+        """A peer without a seat looks whether the swarm makes a grid."""
+        keys = peer.keys
+        if keys is None or self.signpost is None or keys.is_seated or peer.finished_at < math.inf:
+            return
+        if keys.join_grid(self.signpost, self.rng.getrandbits(32)):
+            self.move(peer)
 
     def store(self, peer: Peer, key: str, record: Declaration) -> None:
         # Stores of one peer are in order, as its expiration times grow.
@@ -359,16 +410,19 @@ class SwarmOfCores:
             start_time=peer.core.me.start_time,
             signed_at=self.now,
             nonce=bytes(16),
-            lineage=peer.core.me.lineage,
+            grid=NO_GRID if peer.keys is None else peer.keys.grid,
             lost=peer.core.me.lost,
         )
 
-    def begin(self, leader: Peer, tokens: tuple[int, ...]) -> None:
-        owners = [leader.token_owner[token] for token in tokens]
+    def begin(self, leader: Peer, effect: BeginGroup) -> None:
+        owners = [leader.token_owner[token] for token in effect.tokens]
         infos = [self.info(self.peers[peer_id], leader.peer_id) for peer_id, _ in owners]
-        infos.append(self.info(leader, leader.peer_id))
+        infos.insert(0, self.info(leader, leader.peer_id))
+        places = {info.peer_id: rank for info, rank in zip(infos, effect.ranks, strict=True)}
         number = next(self.count)
-        group = GroupInfo(number.to_bytes(16, "big"), leader.core.key, order_members(leader.peer_id, infos))
+        members = order_members(leader.peer_id, infos)
+        ranks = tuple(places[member.peer_id] for member in members)
+        group = GroupInfo(number.to_bytes(16, "big"), leader.core.key, members, effect.seen, ranks)
         for peer_id, ask in owners:
             self.deliver(leader, peer_id, LeaderBegan(ask, group))
         self.apply(leader, FinishWithGroup(group))

@@ -31,10 +31,9 @@ def candidates(count: int, *pairs: tuple[int, int]) -> list[Candidate]:
 
 @pytest.mark.parametrize("pair", [(0, 1), (1, 2), (3, 0), (2, 3)])
 @pytest.mark.parametrize("count", [4, 8, 16])
-@pytest.mark.parametrize("gone", [None, ()], ids=["slices", "mixed"])
-def test_one_bad_route_keeps_nobody_from_a_group(count: int, pair: tuple[int, int], gone: tuple[()] | None):
+def test_one_bad_route_keeps_nobody_from_a_group(count: int, pair: tuple[int, int]):
     everybody = candidates(count, pair)
-    cut = cut_groups(everybody, 4, 2, gone)
+    cut = cut_groups(everybody, 4, 2)
     assert cut.left_over == ()
     assert sum(len(group.members) for group in cut.groups) == count
     for group in cut.groups:
@@ -140,26 +139,25 @@ def test_plans_with_bad_routes_are_sound(
 
     minimum, target = bounds
     everybody = peers(*(pair for pair in pairs if pair[0] != pair[1]))
-    for gone in (None, ()):
-        cut = cut_groups(everybody, target, minimum, gone)
-        complete = [group.members for group in cut.groups if group.is_complete]
-        members = [member for group in complete for member in group]
-        assert len(members) == len(set(members))
-        assert set(members) | set(cut.left_over) == set(everybody)
-        for group in complete:
-            assert minimum <= len(group) <= target
-            assert group[0].can_lead
-            assert all(group[0] < member for member in group[1:] if member.can_lead)
-        plain = cut_groups(peers(), target, minimum, gone)
-        plans = [[one.peer_id for one in group.members] for group in plain.groups if group.is_complete]
-        if all(is_bearable(group) for group in complete):
-            with_room = [group for group in complete if len(group) < target]
-            placed = {peer for plan in plans for peer in plan} - cut.shunned
-            for one in cut.left_over:
-                assert one.peer_id not in placed or not any(is_bearable((*group, one)) for group in with_room)
-        else:
-            # No group at all would be left: the plan is as if nobody had said anything.
-            assert [[one.peer_id for one in group] for group in complete] == plans
+    cut = cut_groups(everybody, target, minimum)
+    complete = [group.members for group in cut.groups if group.is_complete]
+    members = [member for group in complete for member in group]
+    assert len(members) == len(set(members))
+    assert set(members) | set(cut.left_over) == set(everybody)
+    for group in complete:
+        assert minimum <= len(group) <= target
+        assert group[0].can_lead
+        assert all(group[0] < member for member in group[1:] if member.can_lead)
+    plain = cut_groups(peers(), target, minimum)
+    plans = [[one.peer_id for one in group.members] for group in plain.groups if group.is_complete]
+    if all(is_bearable(group) for group in complete):
+        with_room = [group for group in complete if len(group) < target]
+        placed = {peer for plan in plans for peer in plan} - cut.shunned
+        for one in cut.left_over:
+            assert one.peer_id not in placed or not any(is_bearable((*group, one)) for group in with_room)
+    else:
+        # No group at all would be left: the plan is as if nobody had said anything.
+        assert [[one.peer_id for one in group] for group in complete] == plans
 
 
 def test_clients_need_no_route_to_each_other():
@@ -169,11 +167,10 @@ def test_clients_need_no_route_to_each_other():
     assert is_apart(one, [other._replace(can_lead=True)])
 
 
-@pytest.mark.parametrize("gone", [None, ()], ids=["slices", "mixed"])
-def test_a_peer_that_most_name_is_planned_with_nobody(gone: tuple[()] | None):
+def test_a_peer_that_most_name_is_planned_with_nobody():
     """Newcomers, which name nobody, are not sent to it either."""
     everybody = candidates(6, (1, 0), (2, 0), (3, 0))
-    cut = cut_groups(everybody, 5, 2, gone)
+    cut = cut_groups(everybody, 5, 2)
     assert [len(group.members) for group in cut.groups] == [5]
     assert [one.peer_id for one in cut.left_over] == [PEERS[0]]
     assert cut.shunned == {PEERS[0]}

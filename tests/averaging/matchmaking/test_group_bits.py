@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
-from dataclasses import replace
+from collections import defaultdict
 from fractions import Fraction
 
 import pytest
@@ -20,10 +19,7 @@ from shoal.averaging.group import (
     order_members,
 )
 from shoal.averaging.matchmaking.group_bits import (
-    LONELY_BELOW,
     MAX_CATCH_UP,
-    MAX_DEPTH,
-    SPLIT_ABOVE,
     GroupBits,
     deal_digits,
 )
@@ -149,112 +145,7 @@ def test_a_member_that_lies_about_its_rounds_does_not_take_the_others_to_the_end
     assert bits.grid_round == MAX_GRID_ROUND  # what a peer may say of itself
 
 
-def test_without_bits_a_small_swarm_stays_under_one_key():
-    bits = GroupBits(PEERS[0])
-    bits.round_committed(group(PEERS[:2], bytes(16)), 2)
-    assert bits.bits == ""
-    assert not bits.are_given
-
-
 @pytest.mark.parametrize("bits", ["2", "0 1", "x", "0" * 65])
 def test_bits_are_bits(bits):
     with pytest.raises(InvalidValueError, match="group_bits must be at most 64"):
         GroupBits(PEERS[0], bits)
-
-
-# ---- where no bits are given
-
-
-def settled(count: int, start: list[int], rounds: int = 20) -> tuple[list[int], int]:
-    """The depths of ``count`` peers that begin at ``start`` depths, and how many were alone in the last round.
-
-    Each sees who is under its key, and counts the neighbouring depths, as :class:`.census.Census` does.
-    """
-    rng = random.Random(count)
-    peers = [Identity.generate(number.to_bytes(32, "little")).peer_id for number in range(count)]
-    bits = [GroupBits(peer) for peer in peers]
-    for one, depth in zip(bits, start, strict=True):
-        one.depth = depth
-    lonely = 0
-    for _ in range(rounds):
-        populations = Counter(one.bits for one in bits)
-        lonely = sum(populations[one.bits] == 1 for one in bits)
-        for one in bits:
-            own = populations[one.bits]
-            depths = one.depths_to_count(own)
-            others = {depth: populations[one.bits_at(depth)] - (depth == one.depth) for depth in depths}
-            one.counted(own, others)
-        order = rng.sample(range(count), count)
-        for first in range(0, count - 1, 2):
-            pair = [order[first], order[first + 1]]
-            formed = group([peers[number] for number in pair], rng.randbytes(16))
-            for number in pair:
-                bits[number].round_committed(formed, 2)
-    return [one.depth for one in bits], lonely
-
-
-@pytest.mark.parametrize(("count", "depth"), [(40, 0), (128, 0), (300, 2), (1000, 3)])
-@pytest.mark.parametrize("start", ["together", "scattered", "deep"])
-def test_all_peers_come_to_one_depth_that_holds_neither_too_many_nor_too_few(count, depth, start):
-    rng = random.Random(start)
-    begin = {
-        "together": [0] * count,
-        "scattered": [rng.randrange(MAX_DEPTH + 1) for _ in range(count)],
-        "deep": [MAX_DEPTH] * count,
-    }[start]
-    depths, lonely = settled(count, begin)
-    assert len(set(depths)) == 1, Counter(depths)
-    assert abs(depths[0] - depth) <= 1
-    assert LONELY_BELOW < count / 2 ** depths[0] <= SPLIT_ABOVE
-    assert lonely == 0
-
-
-def test_a_few_that_were_left_behind_follow_the_others():
-    depths, _ = settled(400, [2] * 390 + [0] * 5 + [5] * 5)
-    assert set(depths) == {2}
-
-
-def test_who_finds_too_few_looks_where_all_meet_who_do_and_then_at_home_again():
-    bits = GroupBits(PEERS[0])
-    assert not bits.found_too_few(1)
-    bits.depth = 3
-    assert bits.bits == bits.bits_at(3)
-    assert bits.found_too_few(60)
-    assert bits.bits == ""
-    assert bits.found_too_few(1)
-    assert bits.bits == bits.bits_at(3)
-    assert bits.found_too_few(1)  # alone at home: there are fewer peers than this depth is for
-    assert bits.depth == 2
-    bits.search_ended()
-    assert bits.bits == bits.bits_at(2)
-
-
-def test_who_was_given_the_bits_that_others_have_by_their_number_is_under_another_key():
-    bits = GroupBits(PEERS[0])
-    bits.depth = 3
-    given = GroupBits(PEERS[1], bits.bits)
-    assert given.bits == bits.bits
-    assert (
-        given.key("swarm") == group_key("swarm", given.bits) != bits.key("swarm") == bits.key_at("swarm", 3)
-    )
-    bits.found_too_few(60)
-    given.set("")
-    assert bits.key("swarm") == given.key("swarm") == group_key("swarm")
-
-
-def test_bits_that_are_given_while_a_round_of_all_runs_are_not_taken_for_those_of_its_key():
-    bits = GroupBits(PEERS[0])
-    bits.depth = 2
-    begun = replace(group(PEERS[:2], bytes(16)), key=bits.key("swarm"))
-    bits.set(bits.bits)
-    before = bits.bits
-    bits.round_committed(begun, 2)
-    assert (bits.bits, bits.grid_round) == (before, 0)
-
-
-def test_given_bits_do_not_follow_the_number_of_peers():
-    bits = GroupBits(PEERS[0], "01")
-    bits.counted(1000, {1: 1000})
-    assert not bits.explored({5: 1000})
-    assert not bits.found_too_few(1)
-    assert bits.bits == "01"

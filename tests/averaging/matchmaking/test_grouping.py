@@ -145,25 +145,24 @@ def test_sizes_where_some_only_help(kinds, target, minimum, expected):
 def test_helpers_take_nobodys_place_and_make_no_group_alone(modes, bounds):
     minimum, target = bounds
     everybody = candidates(modes)
-    for gone in (None, ()):
-        cut = cut_groups(everybody, target, minimum, gone)
-        complete = [group.members for group in cut.groups if group.is_complete]
-        planned = [member for members in complete for member in members]
-        assert len(planned) == len(set(planned))
-        assert set(planned) | set(cut.left_over) == set(everybody)
-        for members in complete:
-            assert minimum <= len(members) <= target
-            assert members[0].can_lead
-            assert all(members[0] < member for member in members[1:] if member.can_lead)
-            assert any(member.contributes for member in members)
-        if "a" not in modes:
-            continue
-        contribute = sum(member.contributes for member in planned)
-        # With every helper that can be had, and without any: helpers only add places.
-        assert contribute >= sum(plan_groups(len(modes.replace("a", "")), target, minimum, modes.count("F")))
-        alone = sum(sum(member.contributes for member in members) == 1 for members in complete)
-        if target > 2 and minimum > 1 and modes.count("F") >= len(complete):
-            assert alone <= max(1, 2 * len(complete) - contribute)
+    cut = cut_groups(everybody, target, minimum)
+    complete = [group.members for group in cut.groups if group.is_complete]
+    planned = [member for members in complete for member in members]
+    assert len(planned) == len(set(planned))
+    assert set(planned) | set(cut.left_over) == set(everybody)
+    for members in complete:
+        assert minimum <= len(members) <= target
+        assert members[0].can_lead
+        assert all(members[0] < member for member in members[1:] if member.can_lead)
+        assert any(member.contributes for member in members)
+    if "a" not in modes:
+        return
+    contribute = sum(member.contributes for member in planned)
+    # With every helper that can be had, and without any: helpers only add places.
+    assert contribute >= sum(plan_groups(len(modes.replace("a", "")), target, minimum, modes.count("F")))
+    alone = sum(sum(member.contributes for member in members) == 1 for members in complete)
+    if target > 2 and minimum > 1 and modes.count("F") >= len(complete):
+        assert alone <= max(1, 2 * len(complete) - contribute)
 
 
 def test_a_leader_waits_for_the_contributor_that_is_planned_in_a_helpers_place():

@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from shoal.averaging.group import MemberInfo
-from shoal.averaging.lineage import NO_LINEAGE, Lineage
 from shoal.p2p.identity import PeerID
+
+
+def in_order(candidate: Candidate) -> tuple[float, bytes]:
+    """The key by which candidates are sorted; their own order, and faster."""
+    return candidate.start_time, candidate.peer_id.to_bytes()
 
 
 class Candidate(NamedTuple):
@@ -16,7 +20,8 @@ class Candidate(NamedTuple):
     peer_id: PeerID
     can_lead: bool
     grid_round: int = 0
-    lineage: Lineage = NO_LINEAGE
+    swarm_round: int = 0
+    """In which round of the automatic grid it is."""
     contributes: bool = True
     """Has something to average; False for auxiliaries, which only help."""
     lost: tuple[bytes, ...] = ()
@@ -30,7 +35,7 @@ def candidate_of(info: MemberInfo) -> Candidate:
         PeerID.from_bytes(info.peer_id),
         info.mode.can_lead,
         info.grid_round,
-        info.lineage,
+        info.grid.round,
         info.mode.contributes,
         info.lost,
     )

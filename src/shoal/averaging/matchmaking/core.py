@@ -26,11 +26,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import ClassVar
 
 from shoal.averaging.group import MemberInfo, PeerMode
-from shoal.averaging.lineage import NO_LINEAGE, Lineage
 from shoal.averaging.matchmaking import events as ev
 from shoal.averaging.matchmaking import messages as msg
 from shoal.averaging.matchmaking import policy, states
@@ -39,6 +37,7 @@ from shoal.averaging.matchmaking.candidate import Candidate, candidate_of
 from shoal.averaging.matchmaking.events import Effect, Event, brief
 from shoal.averaging.matchmaking.helping import why_no_average
 from shoal.averaging.matchmaking.policy import Dismissal, Situation, Verdict
+from shoal.averaging.matchmaking.spreading import Spreading
 from shoal.averaging.matchmaking.states import SearchState, Times
 from shoal.averaging.matchmaking.story import StoryTeller
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN, Known, View
@@ -64,21 +63,27 @@ class SearchCore:
         order_time: float | None = None,
         deadline: float | None,
         grid_round: int = 0,
-        lineage: Lineage = NO_LINEAGE,
+        swarm_round: int = 0,
+        expects: int = 0,
+        may_spread: bool = False,
         known: Known = NOTHING_KNOWN,
         is_first: bool = False,
         expected: Iterable[PeerID] = (),
         lost: tuple[bytes, ...] = (),
     ) -> None:
         """``start_time``: when to begin if not full; ``order_time``: the place in the order, if not the same;
-        ``known``: what the search before has left; ``is_first``: there was none before; ``expected``: who is
-        likely to look for a group now, too; ``lost``: whom this peer could not reach lately.
+        ``swarm_round``: of the automatic grid; ``expects``: how many peers were dealt to its key, this one included;
+        ``may_spread``: whether peers that are too many for one group make a grid; ``known``: what the search before
+        has left; ``is_first``: there was none before; ``expected``: who is likely to look for a group now, too;
+        ``lost``: whom this peer could not reach lately.
         """
         self._machine = Machine(SearchState.NEW, states.TRANSITIONS)
         self.config = config
         self.key = key
         order_time = start_time if order_time is None else order_time
-        self.me = Candidate(order_time, peer_id, mode.can_lead, grid_round, lineage, mode.contributes, lost)
+        self.me = Candidate(
+            order_time, peer_id, mode.can_lead, grid_round, swarm_round, mode.contributes, lost
+        )
         self.story = StoryTeller(key, config.target_group_size, config.min_group_size, is_first=is_first)
         self._schema_hash = schema_hash
         self._view = View(self.me, schema_hash, opens_at=start_time, known=known)
@@ -86,8 +91,8 @@ class SearchCore:
         self._times = Times(begins_at=start_time, deadline=ends_at, expected_at=start_time)
         self._asking = Asking(config, self.story)
         self._group: tuple[msg.SearchId, ...] = ()
-        self._has_mixed_peers = False
-        """Whether plans of this search were mixed ones, even if they are not any more."""
+        self._expects = expects
+        self._spreading = Spreading(may_spread)
         self._expected = set(expected)
         self._is_put_off = False
         """Whether the start was put off for expected peers that are missing; once in a search."""
@@ -101,6 +106,11 @@ class SearchCore:
     def count_seen(self) -> int:
         """How many peers have looked for a group under the key during this search, this one included."""
         return self._view.count_seen
+
+    @property
+    def has_followers(self) -> bool:
+        """Whether others wait for this peer to begin."""
+        return bool(self._view.followers)
 
     @property
     def known(self) -> Known:
@@ -122,7 +132,8 @@ class SearchCore:
             self._machine.refuse(f"{kind.__name__} cannot happen now")
         self._act(now)
         if self.state is SearchState.GROUPED and not was_over:
-            self._log(self.story.found(now, len(self._group)))
+            line = self.story.found(now, len(self._group))
+            self._effects += [line] if line else []
         effects, self._effects = self._effects, []
         return effects
 
@@ -132,7 +143,7 @@ class SearchCore:
         self._move(SearchState.LOOKING)
         self.story.search_began(now)
         self._view.start(now)
-        self._times.mix(now)
+        self._times.search_begins(now)
         self._declare(now)
         self._poll()
 
@@ -150,8 +161,7 @@ class SearchCore:
             if self.story.saw_other_schema(peer_id):
                 other = declared[peer_id]
                 self._effects.append(ev.AskSchema(peer_id, other.addresses, other.schema_hash))
-        others = len(declared.keys() - {self.me.peer_id})
-        self.story.saw(others, self._view.others_looking, len(other_schema))
+        self.story.saw(len(declared.keys() - {self.me.peer_id}), self._view.others_looking, len(other_schema))
         why = why_no_average(self._view.everybody(now)) if self._view.shows_start else None
         if why is not None and why != self._said:
             self._said = why
@@ -171,8 +181,10 @@ class SearchCore:
             return
         if now >= self.story.next_status:
             candidates, is_late = self._view.candidates(now), now >= time.expected_at
-            me = self.me.peer_id
-            self._log(self.story.status(now, candidates, me, begins_at=time.begins_at, is_late=is_late))
+            line = self.story.status(
+                now, candidates, self.me.peer_id, begins_at=time.begins_at, is_late=is_late
+            )
+            self._effects += [line] if line else []
         if now >= time.declare_again:
             self._declare(now)
         if now >= self._view.next_poll:
@@ -188,20 +200,15 @@ class SearchCore:
         if place.key != self.key:
             self._effects.append(ev.Declare(msg.DeclaredState.TAKEN))
         self.key = self.story.key = place.key
-        self.me = self.me._replace(
-            start_time=place.order_time,
-            can_lead=event.mode.can_lead,
-            grid_round=place.grid_round,
-            lineage=place.lineage,
-            lost=place.lost,
-        )
+        self._expects, self._spreading = place.expects, Spreading(place.may_spread)
+        self.me = policy.moved(self.me, place, event.mode)
         self._effects.append(ev.MoveTo(place))
         self._view = View(self.me, self._schema_hash, opens_at=place.start_time, before=self._view)
         self._view.start(now)
         if now < self._times.expected_at:
             self._times.expected_at = place.start_time
         self._times.begins_at = place.start_time
-        self._times.mix(now)
+        self._times.search_begins(now)
         self.story.note(
             now, f"began anew under {place.key!r}, to start in {figures.duration(place.start_time - now)}"
         )
@@ -226,9 +233,6 @@ class SearchCore:
                 for token in self._view.drop_followers(asker.peer_id)
             ]
             self._view.followers[event.token] = asker
-            if self._has_mixed_peers:
-                # Groups come together in another order than the plan's: who is still there counts, not who was.
-                self._view.outdate(now)
             self.story.note(now, f"{asker.peer_id} joined")
 
     def _answer(self, asker: Candidate, info: MemberInfo, now: float) -> msg.Answer:
@@ -283,34 +287,37 @@ class SearchCore:
             return
         self._group = tuple(msg.SearchId(member.peer_id, member.start_time) for member in event.group.members)
         self._move(SearchState.GROUPED)
-        self._effects.append(ev.Declare(msg.DeclaredState.TAKEN, self._group))
+        self._effects.append(ev.Declare(msg.DeclaredState.TAKEN))
         self._effects.append(ev.FinishWithGroup(event.group))
-
-    def _log(self, line: ev.Log | None) -> None:
-        if line is not None:
-            self._effects.append(line)
 
     # ---- decisions
 
     def _act(self, now: float) -> None:
         """After every event: do what the view and the time now ask for, and say when to look at them again."""
+        situation = self._situation(now)
+        if self.state is SearchState.LOOKING and situation.crowd and self._view.counts_all:
+            begun = self._spreading.begin(self.me, list(situation.crowd))
+            self._effects += [begun] if begun else []
         if self.state in (SearchState.LOOKING, SearchState.ASKING):
-            self._follow_plan(now)
+            situation = self._follow_plan(situation, now)
         if self.state in (SearchState.LOOKING, SearchState.ASKING) and self.me.can_lead:
-            self._consider_beginning(now)
+            self._consider_beginning(situation, now)
+        is_free = self.state in (SearchState.LOOKING, SearchState.ASKING)
+        if is_free and not self.me.can_lead and now >= self._times.begins_at:
+            # A client that follows nobody at its start time may do better where others are left over.
+            self._times.begins_at = now + self.config.min_matchmaking_time
+            self._effects += [ev.TooFew(self._view.count_seen)] if self.state is SearchState.LOOKING else []
         if self.state is SearchState.FOLLOWING:
             self._asking.watch(self._situation(now))
         self.deadline = NEVER if self._machine.is_final else self._next_deadline(now)
 
     def _situation(self, now: float) -> Situation:
-        situation = Situation(self.me, self.config, self._view, self._times, now, self._has_mixed_peers)
-        if situation.is_mixing and not self._has_mixed_peers:
-            self._has_mixed_peers = True
-            return replace(situation, has_mixed=True)
-        return situation
+        crowd = self._spreading.crowd(self.me, self._view, self.config) if now < self._times.begins_at else []
+        return Situation(self.me, self.config, self._view, self._times, now, self._expects, tuple(crowd))
 
-    def _follow_plan(self, now: float) -> None:
-        decision = policy.follow_plan(self._situation(now))
+    def _follow_plan(self, situation: Situation, now: float) -> Situation:
+        """Carry out what the plan asks for; return the situation after that."""
+        decision = policy.follow_plan(situation)
         self.story.plan = decision.reason
         if self.state is SearchState.LOOKING:
             self._view.look(decision.look, now)
@@ -319,20 +326,14 @@ class SearchCore:
                 self._ask_to_join(NextLeader(decision.leader, addresses), now)
         for dismissal in decision.dismissals:
             self._dismiss_to_plan(dismissal)
+        return self._situation(now) if decision.dismissals else situation
 
     def _dismiss_to_plan(self, dismissal: Dismissal) -> None:
         del self._view.followers[dismissal.token]
-        suggested = dismissal.suggested
-        message = msg.Dismissed(
-            msg.DismissReason.BETTER_CUT,
-            suggested.to_bytes() if suggested else None,
-            self._view.addresses_of(suggested) if suggested else (),
-            self._view.searches,
-        )
-        self._effects.append(ev.DismissFollower(dismissal.token, message))
+        farewell = policy.farewell(dismissal, self._view)
+        self._effects.append(ev.DismissFollower(dismissal.token, farewell))
 
-    def _consider_beginning(self, now: float) -> None:
-        situation = self._situation(now)
+    def _consider_beginning(self, situation: Situation, now: float) -> None:
         has_come = self._is_put_off and not self._view.missing_of(self._expected)
         if now >= self._times.begins_at or has_come:
             decision = policy.begin_at_start_time(situation, self._expected, is_put_off=self._is_put_off)
@@ -370,12 +371,14 @@ class SearchCore:
         self._leave(self._asking.end())
         self._group = self._view.searches
         self._move(SearchState.GROUPED)
-        self._effects.append(ev.BeginGroup(tuple(self._view.followers)))
+        ranks = self._view.ranks_of((self.me, *self._view.followers.values()))
+        self._effects.append(ev.BeginGroup(tuple(self._view.followers), self._view.count_seen, ranks))
         self._effects.append(ev.Declare(msg.DeclaredState.TAKEN, self._group))
 
     def _end(self, now: float) -> None:
         self._leave(self._asking.end())
         self._dismiss_all(msg.Dismissed(msg.DismissReason.SEARCH_ENDED))
+        self.story.plan = self._said or self.story.plan
         explanation = self.story.explain(now, self._view.candidates(now), self.me.peer_id)
         self._move(SearchState.ENDED)
         self._effects.append(ev.Declare(msg.DeclaredState.TAKEN))

@@ -9,15 +9,14 @@ for its start time (:func:`may_begin_early`).
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from shoal.averaging.matchmaking.apart import separate, shunned
 from shoal.averaging.matchmaking.candidate import Candidate
 from shoal.averaging.matchmaking.helping import count_contributors, lack_contributors, slice_with_helpers
-from shoal.averaging.matchmaking.mixing import mix
 from shoal.averaging.matchmaking.sizes import plan_groups, plan_with_helpers, stays_full
 from shoal.p2p.identity import PeerID
 
@@ -49,31 +48,26 @@ class Cut:
 
     def group_of(self, peer_id: PeerID) -> PlannedGroup | None:
         """The group that ``peer_id`` is planned for; None if nobody can lead it."""
-        for group in self.groups:
-            if any(member.peer_id == peer_id for member in group.members):
-                return group
-        return None
+        return self._places.get(peer_id)
+
+    @cached_property
+    def _places(self) -> dict[PeerID, PlannedGroup]:
+        return {member.peer_id: group for group in self.groups for member in group.members}
 
 
 def cut_groups(
     candidates: Sequence[Candidate],
     target: int | None,
     minimum: int,
-    gone: Sequence[Candidate] | None = None,
 ) -> Cut:
     """Cut ``candidates`` (sorted, each peer once) into groups, each led by the first of its members that can.
 
     So a peer that can lead only ever follows one that is earlier in the order: no two peers wait for each
     other. What is left over gathers in one incomplete group, if anybody there can lead.
-
-    The groups are slices of the candidates; if ``gone`` is given, peers that have not mixed yet (:func:`.mixing.mix`).
-    ``gone``: who was there and has a group by now; the others' places are as if these were still there, as far as that
-    leaves over nobody, so that the plan does not change while group after group begins.
     """
-    before = None if gone is None else tuple(gone)
     out = shunned(candidates)
     if out:
-        cut = _cut(tuple(one for one in candidates if one not in out), target, minimum, before)
+        cut = _cut(tuple(one for one in candidates if one not in out), target, minimum)
         if any(group.is_complete for group in cut.groups):
             reason = f"{cut.reason}; most have seen {', '.join(str(one.peer_id) for one in out)} fail"
             return replace(
@@ -82,13 +76,11 @@ def cut_groups(
                 reason=reason,
                 shunned=frozenset(one.peer_id for one in out),
             )
-    return _cut(tuple(candidates), target, minimum, before)
+    return _cut(tuple(candidates), target, minimum)
 
 
 @lru_cache(maxsize=64)
-def _cut(
-    candidates: tuple[Candidate, ...], target: int | None, minimum: int, gone: tuple[Candidate, ...] | None
-) -> Cut:
+def _cut(candidates: tuple[Candidate, ...], target: int | None, minimum: int) -> Cut:
     leaders = sum(candidate.can_lead for candidate in candidates)
     contributors = count_contributors(candidates)
     all_contribute = contributors == len(candidates)
@@ -101,8 +93,6 @@ def _cut(
         ]
     else:
         slices = slice_with_helpers(waiting, sizes)
-    if gone is not None and len(slices) > 1:
-        slices = _mixed(slices, sizes, gone, target, minimum)
     has_lost = any(candidate.lost for candidate in candidates)
     if has_lost:
         slices = separate(slices, target, minimum)
@@ -111,8 +101,7 @@ def _cut(
         sizes = tuple(map(len, slices))
     groups = []
     for index, members in enumerate(slices):
-        # One newcomer changes who is with whom, and so who leads, in all mixed groups.
-        is_simple = gone is None and all_contribute and not has_lost
+        is_simple = all_contribute and not has_lost
         fixed = is_simple and stays_full(index, len(candidates), target, minimum)
         groups.append(PlannedGroup(members, is_complete=True, newcomers_cannot_change_it=fixed))
     left_over = tuple(waiting)
@@ -127,49 +116,6 @@ def _cut(
     else:
         reason += f"make no group of {minimum} or more"
     return Cut(tuple(groups), left_over, reason)
-
-
-def _mixed(
-    slices: Sequence[tuple[Candidate, ...]],
-    sizes: tuple[int, ...],
-    gone: tuple[Candidate, ...],
-    target: int | None,
-    minimum: int,
-) -> list[tuple[Candidate, ...]]:
-    """The members of ``slices`` in groups of peers that have not mixed yet; leaders first."""
-    placed = sorted(member for members in slices for member in members)
-    groups = _intact_groups(placed, gone, target, minimum) if gone else []
-    taken = {member.peer_id for members in groups for member in members}
-    rest = [member for member in placed if member.peer_id not in taken]
-    rest_sizes = _sizes_for(rest, target, minimum)
-    if sum(rest_sizes) < len(rest):
-        groups, rest, rest_sizes = [], placed, sizes
-    if rest:
-        groups += mix(tuple(rest), rest_sizes)
-    if not all(_can_average(members) for members in groups):
-        return list(slices)
-    result = []
-    for members in groups:
-        leader = next(member for member in members if member.can_lead)
-        result.append((leader, *(member for member in members if member is not leader)))
-    return sorted(result, key=lambda members: (-len(members), members[0]))
-
-
-def _intact_groups(
-    placed: Sequence[Candidate], gone: tuple[Candidate, ...], target: int | None, minimum: int
-) -> list[tuple[Candidate, ...]]:
-    """The groups of the plan of all, those who are gone included, of which nobody is gone."""
-    everybody = tuple(sorted((*placed, *gone)))
-    sizes = _sizes_for(everybody, target, minimum)
-    if sum(sizes) < len(everybody):
-        return []
-    missing = {candidate.peer_id for candidate in gone}
-    groups = mix(everybody, sizes)
-    return [members for members in groups if not any(member.peer_id in missing for member in members)]
-
-
-def _can_average(members: Sequence[Candidate]) -> bool:
-    return any(member.can_lead for member in members) and any(member.contributes for member in members)
 
 
 def _sizes_for(candidates: Sequence[Candidate], target: int | None, minimum: int) -> tuple[int, ...]:
@@ -201,12 +147,6 @@ def _take_slice(waiting: list[Candidate], size: int, *, later_groups: int) -> tu
 def count_left_over(candidates: Sequence[Candidate], target: int | None, minimum: int) -> int:
     """How many of ``candidates`` are in no complete group, however they are cut."""
     return len(candidates) - sum(_sizes_for(candidates, target, minimum))
-
-
-def have_mixed(peers: Iterable[Candidate]) -> bool:
-    """Whether two of ``peers`` were in one group in their last round."""
-    last = [peer.lineage.groups[0] for peer in peers if peer.lineage.groups]
-    return len(set(last)) < len(last)
 
 
 def takes_too_many_leaders(
@@ -255,7 +195,7 @@ def may_begin_early(
     plan.
     """
     if target is None or len(members) < target:
-        return EarlyBeginDecision(EarlyBegin.NO, _missing(len(members), target))
+        return EarlyBeginDecision(EarlyBegin.NO, why_not_full(len(members), target))
     cut = cut_groups(candidates, target, minimum) if cut is None else cut
     group = cut.group_of(leader)
     if group is None or group.leader != leader:
@@ -279,7 +219,8 @@ def may_begin_early(
     return EarlyBeginDecision(EarlyBegin.IF_SETTLED, f"full: {cut.reason}")
 
 
-def _missing(members: int, target: int | None) -> str:
+def why_not_full(members: int, target: int | None) -> str:
+    """What a group of so many lacks to be full, in words."""
     if target is None:
         return f"members: {members}, and a group without target_group_size begins at its start time"
     return f"members: {members} of {target}"

@@ -7,7 +7,6 @@ import logging
 import math
 import random
 from collections.abc import Collection, Iterable
-from dataclasses import replace
 
 from shoal.averaging.agreement import Agreement
 from shoal.averaging.group import (
@@ -18,25 +17,25 @@ from shoal.averaging.group import (
     group_key,
     verify_member,
 )
-from shoal.averaging.lineage import NO_LINEAGE, after_round
 from shoal.averaging.matchmaking.apart import spared_routes
 from shoal.averaging.matchmaking.candidate import candidate_of
-from shoal.averaging.matchmaking.census import Census
 from shoal.averaging.matchmaking.events import Cancelled, Place
 from shoal.averaging.matchmaking.followers import WhenMemberGone
-from shoal.averaging.matchmaking.group_bits import LONELY_BELOW, SPLIT_ABOVE, GroupBits
+from shoal.averaging.matchmaking.group_keys import GroupKeys
 from shoal.averaging.matchmaking.memory import HELD_ITS_FOLLOWER, FailureMemory, Fault
 from shoal.averaging.matchmaking.messages import JOIN, JoinRequest, Rejected, RejectReason
 from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.schemas import OtherSchemas
 from shoal.averaging.matchmaking.search import Search
-from shoal.averaging.matchmaking.view import NOTHING_KNOWN
+from shoal.averaging.matchmaking.signposts import Signposts, leaves_signpost
+from shoal.averaging.matchmaking.view import NOTHING_KNOWN, Known
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.router import Router
 from shoal.dht.node import DHTNode
 from shoal.errors import InvalidStateError, InvalidValueError, ProtocolViolation
 from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Stream
+from shoal.utils import figures
 from shoal.utils.checks import check_number
 from shoal.utils.timed import DHTClock, dht_clock
 
@@ -45,12 +44,12 @@ logger = logging.getLogger(__name__)
 WITHDRAWAL_TIMEOUT = 1.0
 """Seconds that :meth:`Matchmaker.close` gives the DHT to learn that this peer looks for no group any more."""
 EXPLORE_AFTER = 1.0
-"""Seconds after which a new peer that has no group yet looks whether the swarm is under other keys."""
+"""Seconds after which a peer that has no seat and no group yet looks whether the swarm makes a grid."""
 REGROUP = 2.0
 """Seconds for which a search that has left a leader for holding it waits for the others that it held, at most. They
 leave at about the same time, and each would begin with the first one that comes: the start time of all is over."""
-COUNT_EVERY = 10.0
-"""Seconds between looks at the keys with a bit more and a bit less."""
+EXPLORE_EVERY = 20.0
+"""Seconds between such looks: in a small swarm nobody has a seat."""
 
 
 class Matchmaker:
@@ -84,10 +83,9 @@ class Matchmaker:
         rng = random.SystemRandom() if rng is None else rng
         others = OtherSchemas(node, router, prefix, agreement)
         self._peer = LocalPeer(node, prefix, schema_hash, config, mode, bandwidth, clock, rng, others)
-        self._bits = GroupBits(node.peer_id, initial_bits)
-        self._census = Census(self._peer, self._bits)
-        self._next_count = -math.inf
-        self._lineage = NO_LINEAGE
+        self._keys = GroupKeys(node.peer_id, initial_bits)
+        self._signposts = Signposts(self._peer)
+        self._next_look = -math.inf
         self._router = router
         self._turn = asyncio.Lock()
         self._search: Search | None = None
@@ -106,8 +104,8 @@ class Matchmaker:
 
     @property
     def bits(self) -> str:
-        """The group bits of the next search, or of the one that goes on; without the prefix."""
-        return self._bits.bits
+        """The group bits of the next search, or of the one that goes on; empty: they are automatic."""
+        return self._keys.bits
 
     def set_bits(self, bits: str) -> None:
         """Look for groups under these bits, which change with every committed round; "": choose them automatically.
@@ -116,7 +114,7 @@ class Matchmaker:
 
         :raises InvalidValueError: no string of bits, or too long
         """
-        self._bits.set(bits)
+        self._keys.set_bits(bits)
         if self._search is not None and not self._search.is_over:
             self._search.move_to(self._place(self._search.place.start_time))
 
@@ -132,7 +130,7 @@ class Matchmaker:
             search.move_to(self._place(start_time - self._peer.clock() + search.now()))
 
     def round_committed(self, group: GroupInfo, without: Collection[PeerID] = ()) -> None:
-        """A round of ``group``, which this peer found, has been committed: choose the bits of the next one.
+        """A round of ``group``, which this peer found, has been committed: choose where to look for the next one.
 
         :param without: members that it went on without, or that this peer could not reach in it
         :raises InvalidValueError: this peer is no member of it
@@ -141,16 +139,12 @@ class Matchmaker:
             raise InvalidValueError(f"group {group.group_id.hex()}: this peer is no member of it")
         proven = set(group.peer_ids) - set(without) - self._untried(group)
         self._memory.forgive(proven, self._peer.clock())
-        self._bits.round_committed(group, self._peer.config.target_group_size)
-        if self._bits.are_given or self._bits.depth > 0:
+        config = self._peer.config
+        self._keys.round_committed(group, config.target_group_size, config.min_group_size)
+        if self._keys.are_bits_given or self._keys.is_seated:
             self._last_group = ()  # they look under different keys now
-        averaged = [
-            (member.peer_id, member.lineage)
-            for member in group.members
-            if member.mode is not PeerMode.AUXILIARY and member.weight > 0
-        ]
-        if averaged:
-            self._lineage = after_round(group.group_id, averaged)
+        if self._keys.is_seated and leaves_signpost(group, self._peer.peer_id):
+            self._signposts.leave(self._keys.grid)
 
     def _untried(self, group: GroupInfo) -> set[PeerID]:
         """Members that this peer had nothing to do with in a round of ``group``: it shows nothing of the route."""
@@ -190,8 +184,16 @@ class Matchmaker:
                 start_time = max(
                     start_time, search.soon(min(REGROUP, self._peer.config.min_matchmaking_time))
                 )
-            if fault is not Fault.UNANSWERED:
+            if fault is not Fault.UNANSWERED and not (
+                fault is Fault.UNREACHED and self._may_stay(search, leader)
+            ):
                 search.move_to(self._place(start_time))
+
+    def _may_stay(self, search: Search, leader: PeerID) -> bool:
+        """Whether a ``search`` goes on where it is, though no route leads to ``leader``: it names that one already, or
+        leads others, and is sent to nobody. To begin anew would cost it its place in the order and its followers.
+        """
+        return leader.to_bytes() in search.place.lost or search.has_followers
 
     def watch_members(self, when_gone: WhenMemberGone) -> None:
         """If this peer leads the group that it found last, call ``when_gone`` for each member that leaves before it has
@@ -238,25 +240,24 @@ class Matchmaker:
                 weight,
                 self._known,
                 when_too_few=self._found_too_few,
+                when_too_many=self._found_too_many,
                 last_group=self._last_group,
                 when_mode_changed=self._mode_changed,
                 when_leader_failed=self._leader_failed,
                 is_first=self._search is None,
             )
             self._last_group = ()  # one search waits for them; if they do not come to it, they have gone elsewhere
-            if not self._known.start_times:
-                self._peer.tasks.start(self._explore(search, EXPLORE_AFTER), "explore depths")
+            if self._may_explore():
+                self._peer.tasks.start(self._explore(search, EXPLORE_AFTER), "explore")
             try:
                 group = await search.run()
                 self._last_group = tuple(peer for peer in group.peer_ids if peer != self._peer.peer_id)
                 return group
             finally:
                 self._last_order_time = self._peer.after_search(self._last_order_time)
-                known = search.known
-                times = {peer: self._peer.after_search(time) for peer, time in known.start_times.items()}
-                self._known = replace(known, start_times=times)
-                self._count_neighbours(search)
-                self._bits.search_ended()
+                times = search.known.start_times.items()
+                self._known = Known({peer: self._peer.after_search(time) for peer, time in times})
+                self._keys.search_ended()
 
     def leave_search(self) -> None:
         """End a search that goes on: it raises, and frees followers and leader. A group that stands already is kept."""
@@ -279,9 +280,18 @@ class Matchmaker:
         # Others tell a peer's searches apart by their times, so each must be later than what the one before has
         # left behind.
         self._last_order_time = max(start_time, self._last_order_time + 0.001)
-        key = self._bits.key(self._peer.prefix)
+        keys = self._keys
         lost = tuple(peer.to_bytes() for peer in self._memory.avoided(self._peer.clock()))
-        return Place(key, start_time, self._last_order_time, self._bits.grid_round, self._lineage, lost)
+        return Place(
+            keys.key(self._peer.prefix),
+            start_time,
+            self._last_order_time,
+            keys.grid_round,
+            keys.grid,
+            keys.expects,
+            lost,
+            keys.may_spread,
+        )
 
     def _mode_changed(self) -> None:
         """The search that goes on has declared another mode than this peer has now: it begins anew."""
@@ -292,34 +302,61 @@ class Matchmaker:
 
     def _found_too_few(self, seen: int) -> None:
         search = self._search
-        if search is None or search.is_over or self._bits.are_given:
+        if search is None or search.is_over or self._keys.are_bits_given:
             return
-        if self._bits.found_too_few(seen):
+        if self._keys.found_too_few():
             self._restart(search)
-        elif seen == 1:
-            self._peer.tasks.start(self._explore(search, 0.0), "explore depths")
+        if not self._keys.is_seated:
+            self._peer.tasks.start(self._explore(search, 0.0), "explore")
+
+    def _found_too_many(self, seen: int, rank: int) -> None:
+        if self._search is not None:
+            self._peer.tasks.start(self._spread(self._search, seen, rank), "spread")
+
+    async def _spread(self, search: Search, seen: int, rank: int) -> None:
+        """Take part in the grid that there is, or make one with all the others that know of none."""
+        grid = await self._signposts.read()
+        if not self._is_lost(search):
+            return
+        if grid is not None:
+            moves = self._keys.join_grid(grid, self._peer.rng.getrandbits(32))
+        else:
+            config = self._peer.config
+            moves = self._keys.spread(seen, rank, config.target_group_size, config.min_group_size)
+        if moves:
+            self._restart(search)
+
+    def _may_explore(self) -> bool:
+        has_seat = self._keys.are_bits_given or self._keys.is_seated
+        return not has_seat and self._peer.clock() >= self._next_look
+
+    def _is_lost(self, search: Search) -> bool:
+        """Whether a search goes on where those are who have no seat."""
+        is_lost = not (self._keys.are_bits_given or self._keys.is_seated)
+        return is_lost and not (search.is_over or self._is_closed)
 
     async def _explore(self, search: Search, delay: float) -> None:
         """Look where others are, unless the search is over after ``delay`` seconds."""
         await asyncio.sleep(delay)
-        if search.is_over or self._bits.are_given:
+        if not self._is_lost(search):
             return
-        if await self._census.explore() and not search.is_over:
-            self._restart(search)
+        self._next_look = self._peer.clock() + EXPLORE_EVERY
+        grid = await self._signposts.read()
+        if (
+            grid is None
+            or not self._is_lost(search)
+            or not self._keys.join_grid(grid, self._peer.rng.getrandbits(32))
+        ):
+            return
+        groups = figures.count(grid.layout.groups, "group")
+        logger.info(
+            "%s: joins about %.0f peers that make %s in a round", self._peer.prefix, grid.swarm, groups
+        )
+        self._restart(search)
 
     def _restart(self, search: Search) -> None:
         start_time = search.now() + self._peer.config.min_matchmaking_time
         search.move_to(self._place(max(start_time, search.place.start_time)))
-
-    def _count_neighbours(self, search: Search) -> None:
-        """Choose the number of bits for the next search, by what this one has seen; at a leisurely pace."""
-        now = self._peer.clock()
-        if self._is_closed or self._bits.are_given or not self._bits.is_at_home or now < self._next_count:
-            return
-        own = search.count_seen
-        self._next_count = now if own > SPLIT_ABOVE else now + COUNT_EVERY * (3 if own < LONELY_BELOW else 1)
-        work = self._census.count_neighbours(own, self._peer.after_search(search.place.order_time))
-        self._peer.tasks.start(work, "count neighbours")
 
     async def _serve_join(self, stream: Stream, request: JoinRequest) -> None:
         info = verify_member(request.member, now=self._peer.clock())

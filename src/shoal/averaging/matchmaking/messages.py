@@ -12,6 +12,7 @@ import math
 
 import msgspec
 
+from shoal.averaging.grid import MAX_ROUND
 from shoal.averaging.group import (
     MAX_ADDRESSES,
     MAX_GRID_ROUND,
@@ -21,11 +22,10 @@ from shoal.averaging.group import (
     PeerMode,
     SignedMemberInfo,
 )
-from shoal.averaging.lineage import NO_LINEAGE, Lineage, lineage_problem
 from shoal.errors import InvalidValueError, ProtocolViolation
 from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Method
-from shoal.utils.structs import CompactStruct, Message, NamedStruct
+from shoal.utils.structs import CompactStruct, Message
 
 
 class RejectReason(enum.StrEnum):
@@ -134,6 +134,9 @@ class Begin(Message, frozen=True):
 
     group_id: bytes
     size: int
+    seen: int = 0
+    """As in :class:`~shoal.averaging.group.GroupInfo`, like the next one."""
+    ranks: tuple[int, ...] = ()
 
 
 class GroupMember(Message, frozen=True):
@@ -162,7 +165,7 @@ class DeclaredState(enum.StrEnum):
     TAKEN = "taken"
 
 
-class Declaration(NamedStruct, frozen=True):
+class Declaration(CompactStruct, frozen=True):
     """A peer under its group key; stored with the peer's id as sub-key, so that the DHT checks its signature."""
 
     start_time: float
@@ -176,7 +179,8 @@ class Declaration(NamedStruct, frozen=True):
     """If taken: who is in its group. One record that is seen takes all of them out of a plan at once."""
     grid_round: int = 0
     """As in :class:`~shoal.averaging.group.MemberInfo`, like the next two."""
-    lineage: Lineage = NO_LINEAGE
+    swarm_round: int = 0
+    """In which round of the automatic grid it is; see :mod:`.seats`."""
     lost: tuple[bytes, ...] = ()
 
 
@@ -201,12 +205,10 @@ def decode_declaration(raw: object) -> Declaration:
         and len(declaration.schema_hash) == SCHEMA_HASH_BYTES
         and len(declaration.addresses) <= MAX_ADDRESSES
         and 0 <= declaration.grid_round <= MAX_GRID_ROUND
+        and 0 <= declaration.swarm_round <= MAX_ROUND
         and len(declaration.lost) <= MAX_LOST
     ):
         raise InvalidValueError("a declaration with a field out of bounds")
-    problem = lineage_problem(declaration.lineage)
-    if problem:
-        raise InvalidValueError(f"a declaration with a {problem}")
     try:
         check_searches(declaration.group, MAX_DECLARED_MEMBERS)
     except ProtocolViolation as e:

@@ -118,7 +118,7 @@ class LocalPeer:
             addresses=self.addresses(),
             group=group,
             grid_round=place.grid_round,
-            lineage=place.lineage,
+            swarm_round=place.grid.round,
             lost=place.lost,
         )
 
@@ -138,7 +138,7 @@ class LocalPeer:
             nonce=self.rng.randbytes(NONCE_BYTES),
             weight=weight,
             grid_round=place.grid_round,
-            lineage=place.lineage,
+            grid=place.grid,
             lost=place.lost,
         )
         return sign_member(self.node.host.identity, info)

@@ -13,21 +13,31 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from shoal.averaging.group import MAX_GROUP_SIZE, MemberInfo
+from shoal.averaging.group import MAX_GROUP_SIZE, MemberInfo, PeerMode
 from shoal.averaging.matchmaking.apart import are_apart, is_apart
 from shoal.averaging.matchmaking.candidate import Candidate
+from shoal.averaging.matchmaking.events import Place
 from shoal.averaging.matchmaking.grouping import (
     Cut,
     EarlyBegin,
     PlannedGroup,
     cut_groups,
-    have_mixed,
     may_begin_early,
     takes_too_many_leaders,
+    why_not_full,
 )
 from shoal.averaging.matchmaking.helping import count_contributors, makes_room, why_no_average
 from shoal.averaging.matchmaking.latecomers import STALE_AFTER, longer_wait
-from shoal.averaging.matchmaking.messages import Accepted, Answer, Redirect, Rejected, RejectReason, SearchId
+from shoal.averaging.matchmaking.messages import (
+    Accepted,
+    Answer,
+    Dismissed,
+    DismissReason,
+    Redirect,
+    Rejected,
+    RejectReason,
+    SearchId,
+)
 from shoal.averaging.matchmaking.states import Times
 from shoal.averaging.matchmaking.view import Look, View
 from shoal.averaging.matchmaking_config import MatchmakingConfig
@@ -35,8 +45,6 @@ from shoal.p2p.identity import PeerID
 
 BEGIN_GRACE = 3.0
 """A leader waits this many declaration times longer at its start time, if peers may be on the way to it."""
-MANY_MISSING = 2
-"""As many are missing as were seen, divided by this: a group waits rather than be the last one again."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +56,10 @@ class Situation:
     view: View
     times: Times
     now: float
-    has_mixed: bool
-    """Whether plans of this search were mixed ones, even if they are not any more."""
+    expects: int = 0
+    """How many peers are expected here, this one included; 0: that is not known."""
+    crowd: tuple[Candidate, ...] = ()
+    """Peers that are about to make a grid, since one group does not hold them; as soon as it is sure who they are."""
 
     @cached_property
     def candidates(self) -> list[Candidate]:
@@ -69,22 +79,16 @@ class Situation:
     def cut_with(self, asker: Candidate | None) -> Cut:
         """The plan if ``asker`` is counted, too."""
         candidates = self.view.candidates(self.now, asker)
-        gone = self.view.gone(candidates, self.now) if self.is_mixing else None
-        return cut_groups(candidates, self.config.target_group_size, self.config.min_group_size, gone)
+        return cut_groups(candidates, self._size_for(len(candidates)), self.config.min_group_size)
 
-    @cached_property
-    def is_mixing(self) -> bool:
-        """Whether to mix peers: there are more of them than one group holds, and some have mixed already.
-
-        Views that stay different can keep mixed groups from becoming full. So in the last of the time only the number
-        of peers counts, as it does in a swarm that begins.
+    def _size_for(self, peers: int) -> int | None:
+        """The size of full groups. Peers that were dealt to one group and are too many for it make even ones: one that
+        is much smaller than the others would hardly mix.
         """
         target = self.config.target_group_size
-        if target is None or self.now >= self.times.mixes_until:
-            return False
-        if len(self.candidates) + self.view.yet_to_come <= target:
-            return False
-        return any(candidate.lineage.groups for candidate in self.candidates)
+        if target is None or not self.expects or peers <= target:
+            return target
+        return -(-peers // -(-peers // target))
 
     @property
     def begins_at_latest(self) -> float:
@@ -110,14 +114,6 @@ class Situation:
             room = min(room, len(planned.members))
         return room
 
-    def belongs_elsewhere(self, peer_id: PeerID, cut: Cut) -> bool:
-        """Whether the plan has another leader for ``peer_id``, for the sake of mixing, and is to be relied on."""
-        group, mine = cut.group_of(peer_id), cut.group_of(self.me.peer_id)
-        if group is None or mine is None or group is mine or not group.is_complete:
-            return False
-        is_leader = mine.leader == self.me.peer_id and group.leader != peer_id
-        return is_leader and self.view.is_settled and self.is_mixing
-
     def is_needed_elsewhere(self, peer_id: PeerID, cut: Cut, members: Collection[PeerID]) -> bool:
         """Whether ``peer_id`` has to lead another group than the one of these ``members``, since too few others could.
 
@@ -129,6 +125,17 @@ class Situation:
         if planned is None or planned.leader != self.me.peer_id:
             return False
         return takes_too_many_leaders(self.candidates, {*members, peer_id}, planned)
+
+
+def moved(me: Candidate, place: Place, mode: PeerMode) -> Candidate:
+    """What this peer is to others when its search goes on at another place."""
+    return me._replace(
+        start_time=place.order_time,
+        can_lead=mode.can_lead,
+        grid_round=place.grid_round,
+        swarm_round=place.grid.round,
+        lost=place.lost,
+    )
 
 
 # ---- whom to follow, and which followers to let go
@@ -154,14 +161,12 @@ def follow_plan(situation: Situation) -> Following:
     """Whom this peer asks to lead it by the plan, or which of its followers belong elsewhere."""
     view, cut, me = situation.view, situation.cut, situation.me.peer_id
     reason = why_no_average(situation.candidates) or cut.reason
+    if situation.crowd:
+        return Following(None, (), Look.WHEN_ALL_VISIBLE, f"{view.count_seen} peers are about to make a grid")
     planned = cut.group_of(me)
     if planned is None:
         return Following(None, (), Look.AS_PLANNED, reason)
     if planned.leader != me:
-        # It would find a group without that, too, but one of peers that happen to be near, which may well be those of
-        # its last group.
-        if situation.is_mixing and not view.shows_start:
-            return Following(None, (), Look.WHEN_STARTERS_VISIBLE, reason)
         return Following(planned.leader, (), Look.AS_PLANNED, reason)
     places = {member.peer_id for member in planned.members}
     outside = sorted(
@@ -173,11 +178,7 @@ def follow_plan(situation: Situation) -> Following:
     dismissals, staying = [], set(view.members)
     for token in outside:
         peer_id = view.followers[token].peer_id
-        if (
-            token in surplus
-            or situation.belongs_elsewhere(peer_id, cut)
-            or situation.is_needed_elsewhere(peer_id, cut, staying)
-        ):
+        if token in surplus or situation.is_needed_elsewhere(peer_id, cut, staying):
             dismissals.append(_dismissal(situation, token))
             staying.discard(peer_id)
     return Following(None, tuple(dismissals), Look.AS_PLANNED, reason)
@@ -188,6 +189,14 @@ def _dismissal(situation: Situation, token: int) -> Dismissal:
     group = situation.cut.group_of(follower)
     mine = situation.me.peer_id
     return Dismissal(token, group.leader if group and group.leader not in (follower, mine) else None)
+
+
+def farewell(dismissal: Dismissal, view: View) -> Dismissed:
+    """What a leader says to a follower that has a place elsewhere by the plan."""
+    suggested = dismissal.suggested
+    addresses = view.addresses_of(suggested) if suggested else ()
+    leader = suggested.to_bytes() if suggested else None
+    return Dismissed(DismissReason.BETTER_CUT, leader, addresses, view.searches)
 
 
 def could_do_without(situation: Situation, leader: PeerID) -> bool:
@@ -224,6 +233,12 @@ class Beginning(NamedTuple):
 def begin_early(situation: Situation) -> Beginning:
     """Whether a leader's group begins before its start time."""
     view, config = situation.view, situation.config
+    if situation.crowd:
+        return Beginning(
+            Verdict.WAIT, f"{view.count_seen} peers are about to make a grid", Look.WHEN_ALL_VISIBLE
+        )
+    if config.target_group_size is None or len(view.members) < config.target_group_size:
+        return _begin_as_expected(situation)
     decision = may_begin_early(
         situation.candidates,
         view.members,
@@ -235,25 +250,29 @@ def begin_early(situation: Situation) -> Beginning:
     )
     if decision.verdict is EarlyBegin.NO:
         return Beginning(Verdict.WAIT, decision.reason)
-    if _is_last_group_again(situation):
-        reason = f"the last group again, and {view.yet_to_come} others are yet to come"
-        return Beginning(Verdict.WAIT, reason)
     # Newcomers may come without end, but those that started in the same instant as this peer do not.
-    if decision.verdict is EarlyBegin.YES and not situation.has_mixed:
+    if decision.verdict is EarlyBegin.YES:
         is_sure, look = view.shows_start, Look.WHEN_STARTERS_VISIBLE
     else:
         is_sure, look = view.is_settled, Look.WHEN_SETTLED
     return Beginning(Verdict.BEGIN if is_sure else Verdict.WAIT, decision.reason, look)
 
 
-def _is_last_group_again(situation: Situation) -> bool:
-    """Whether two members were in one group last time, though many others are not back yet.
-
-    Peers whose round was one are back in the same instant, and would be by themselves for ever. Few that are missing
-    may have died.
+def _begin_as_expected(situation: Situation) -> Beginning:
+    """A group that is not full begins once as many peers as were dealt to its key have come, and those that the plan
+    gives to this leader have joined it.
     """
-    many_missing = MANY_MISSING * situation.view.yet_to_come >= situation.view.count_seen
-    return many_missing and situation.is_mixing and have_mixed(situation.members)
+    view, expects = situation.view, situation.expects
+    if not expects or view.count_seen < expects:
+        missing = why_not_full(len(view.members), situation.config.target_group_size)
+        return Beginning(Verdict.WAIT, why_no_average(situation.candidates) or missing)
+    planned = situation.cut.group_of(situation.me.peer_id)
+    if planned is None or not planned.is_complete or planned.leader != situation.me.peer_id:
+        return Beginning(Verdict.WAIT, f"the plan has this peer follow another: {situation.cut.reason}")
+    if {member.peer_id for member in planned.members} != set(view.members):
+        return Beginning(Verdict.WAIT, f"planned members are still to come: {situation.cut.reason}")
+    verdict = Verdict.BEGIN if view.counts_all else Verdict.WAIT
+    return Beginning(verdict, f"all {expects} that were expected have come", Look.WHEN_ALL_VISIBLE)
 
 
 def begin_at_start_time(situation: Situation, expected: Collection[PeerID], *, is_put_off: bool) -> Beginning:
@@ -314,10 +333,8 @@ def offer_place(situation: Situation, asker: Candidate) -> Answer:
     has_room = members <= room or (
         mine is not None and makes_room(asker, view.followers.values(), mine.members, members, room)
     )
-    is_wanted_elsewhere = (
-        situation.is_needed_elsewhere(asker.peer_id, cut, view.members)
-        or situation.belongs_elsewhere(asker.peer_id, cut)
-        or (mine is not theirs and _is_kept_away(situation, asker, theirs))
+    is_wanted_elsewhere = situation.is_needed_elsewhere(asker.peer_id, cut, view.members) or (
+        mine is not theirs and _is_kept_away(situation, asker, theirs)
     )
     if has_room and not is_wanted_elsewhere:
         return Accepted(begins_in=max(0.0, situation.times.begins_at - situation.now))
@@ -367,15 +384,14 @@ def next_deadline(situation: Situation, due: Sequence[float], *, follows: bool) 
     """
     times, now = situation.times, situation.now
     later = [*due, times.deadline, times.declare_again]
-    if times.mixes_until > now:
-        later.append(times.mixes_until)
     if follows:
+        if times.look_once > now:
+            later.append(times.look_once)
         # Up to then its leader has every right to keep it waiting, and need not be watched.
         later.append(max(situation.view.next_poll, times.own_turn(situation.me.start_time)))
     else:
         later.append(situation.view.next_poll)
-        if situation.me.can_lead:
-            later.append(_begins_next(situation))
+        later.append(_begins_next(situation) if situation.me.can_lead else max(now, times.begins_at))
     return max(now, min(later))
 
 

@@ -11,10 +11,11 @@ from shoal.sansio.core import TimePassed
 
 DECLARATION_PERIOD = 10.0
 """Seconds after which a declaration is renewed; the shell lets it expire after three of these."""
+LOOK_ONCE_AFTER = 0.6
+"""The part of the time until the start after which a follower polls once, though it need not watch its leader yet:
+what this peer can do in groups may have changed."""
 DECLARE_RETRY = 0.5
 """Seconds after which a declaration that failed is tried again."""
-MIX_FOR = 0.6
-"""The part of the time until the start in which peers are mixed; see ``policy.Situation.is_mixing``."""
 
 
 class SearchState(enum.Enum):
@@ -88,13 +89,14 @@ class Times:
     deadline: float
     expected_at: float
     """When a group was expected at first: the start time before it was postponed."""
-    mixes_until: float = -math.inf
     declare_again: float = math.inf
+    look_once: float = -math.inf
+    """When a follower polls once."""
 
     def own_turn(self, order_time: float) -> float:
         """When a leader before this peer in the order should have begun: that one's start time is no later."""
         return max(self.expected_at, order_time)
 
-    def mix(self, now: float) -> None:
-        """Mix peers for the first part of the time until the start."""
-        self.mixes_until = now + MIX_FOR * (self.begins_at - now)
+    def search_begins(self, now: float) -> None:
+        """A search begins, or begins anew."""
+        self.look_once = now + LOOK_ONCE_AFTER * (self.begins_at - now)

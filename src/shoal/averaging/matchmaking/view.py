@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import enum
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from shoal.averaging.matchmaking.candidate import Candidate
+from shoal.averaging.matchmaking.candidate import Candidate, in_order
 from shoal.averaging.matchmaking.latecomers import is_stale, still_missing
 from shoal.averaging.matchmaking.messages import Declaration, DeclaredState, SearchId
 from shoal.p2p.identity import PeerID
@@ -19,6 +20,8 @@ SLOWEST_POLL = 0.5
 SETTLE_AFTER_START = 2.5
 """A view is not settled before this many declaration times after this search started: peers that start in one
 instant are all visible then, unless the DHT takes several times longer for them than for this peer."""
+MANY_VISIBLE_AFTER = 1.0
+"""The number of all is not known before this many seconds: the DHT is slower for some."""
 SETTLE_AFTER_NEWCOMER = 1.0
 """... nor before this many declaration times after somebody appeared: peers seldom come alone."""
 LATENCY_DECAY = 0.8
@@ -40,10 +43,6 @@ class Known:
 
     start_times: Mapping[PeerID, float]
     """Of the last search of every peer that was declared at the latest poll, over or not."""
-    absent: frozenset[PeerID] = frozenset()
-    """Those of them that did not search again while this search went on. They may have died, or be far slower. So
-    later searches do not wait for them: the record of a killed peer stays for a minute, and would slow down each
-    round of the others for so long."""
 
 
 NOTHING_KNOWN = Known(MappingProxyType({}))
@@ -58,6 +57,8 @@ class Look(enum.Enum):
     """As soon as a poll shows every peer that started in the same instant."""
     WHEN_SETTLED = enum.auto()
     """As soon as a poll can show that nobody else has come."""
+    WHEN_ALL_VISIBLE = enum.auto()
+    """As soon as a poll can show how many peers there are, though the DHT is slow for some."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,6 @@ class View:
         self._started_at = -math.inf
         self._last_newcomer = -math.inf
         self._last_poll_began = -math.inf
-        self._outdated_at = -math.inf
         self._looked_at = -math.inf
 
     def start(self, now: float) -> None:
@@ -147,7 +147,7 @@ class View:
                 candidate = _candidate(peer_id, declaration)
                 self._busy.append(candidate)
                 if self._was_here(peer_id, declaration):
-                    self._ever[peer_id] = candidate
+                    self._ever.setdefault(peer_id, candidate)
             else:
                 candidate = _candidate(peer_id, declaration)
                 self._declared[peer_id] = (candidate, declaration)
@@ -159,6 +159,8 @@ class View:
     def _was_here(self, peer_id: PeerID, taken: Declaration) -> bool:
         """Whether a peer that has a group looked for it beside this one, although that was over too soon to be seen."""
         is_recent = taken.start_time > self._me.start_time - GONE_WITHIN
+        if taken.swarm_round != self._me.swarm_round:
+            return False  # the key was that of another group of the grid then
         return is_recent and taken.start_time > self._known.start_times.get(peer_id, -math.inf)
 
     def note_seen(self, candidate: Candidate, now: float) -> None:
@@ -174,18 +176,9 @@ class View:
         return len(self._declared)
 
     @property
-    def yet_to_come(self) -> int:
-        """How many of the peers that were there before have not begun another search yet, but are likely to."""
-        return len(self._not_back() - self._known.absent)
-
-    @property
     def known(self) -> Known:
         """For the next search."""
-        return Known(dict(self.records), frozenset(self._not_back()))
-
-    def _not_back(self) -> set[PeerID]:
-        before = self._known.start_times
-        return {peer_id for peer_id, time in before.items() if self.records.get(peer_id, math.inf) <= time}
+        return Known(dict(self.records))
 
     def missing_of(self, expected: Collection[PeerID]) -> list[PeerID]:
         """Who of these has not been seen in a search since this peer's last one."""
@@ -229,14 +222,16 @@ class View:
         for peer_id, (candidate, _) in self._declared.items():
             if not self.is_open_to(candidate, now):
                 continue
-            left_out = self._is_left_out(peer_id, candidate.start_time, now)
+            left_out = None
+            if peer_id in self._left_out or self._hearsay or self._stalled:
+                left_out = self._is_left_out(peer_id, candidate.start_time, now)
             if left_out is None or (with_full_groups and left_out.is_looking):
                 found[peer_id] = candidate
         found.update((follower.peer_id, follower) for follower in self.followers.values())
         if asker is not None:
             found[asker.peer_id] = asker
         found[self._me.peer_id] = self._me
-        return sorted(found.values())
+        return sorted(found.values(), key=in_order)
 
     def everybody(self, now: float) -> list[Candidate]:
         """The candidates, and who is busy now and may look for a group again."""
@@ -244,14 +239,16 @@ class View:
             {candidate.peer_id: candidate for candidate in (*self._busy, *self.candidates(now))}.values()
         )
 
-    def gone(self, candidates: Sequence[Candidate], now: float) -> list[Candidate]:
-        """Who was seen looking for a group and is not among these ``candidates`` any more, in order."""
-        present = {candidate.peer_id for candidate in candidates}
-        return sorted(
-            candidate
-            for candidate in self._ever.values()
-            if candidate.peer_id not in present and self.is_open_to(candidate, now)
-        )
+    def all_seen(self) -> list[Candidate]:
+        """Everybody who has looked for a group since this search began, this peer included, in order."""
+        return sorted((self._me, *self._ever.values()), key=in_order)
+
+    def ranks_of(self, members: Iterable[Candidate]) -> tuple[int, ...]:
+        """For each of these, how many of the peers that have looked for a group since this search began come before it
+        in the order.
+        """
+        order = [in_order(candidate) for candidate in self.all_seen()]
+        return tuple(bisect.bisect_left(order, in_order(member)) for member in members)
 
     def is_open_to(self, other: Candidate, now: float) -> bool:
         """Whether ``other`` may be in this peer's group already: they are in the same round of the grid, or one of them
@@ -344,13 +341,14 @@ class View:
     def _starters_visible_at(self) -> float:
         return self._started_at + SETTLE_AFTER_START * self.latency
 
+    @property
+    def counts_all(self) -> bool:
+        """Whether the last poll showed how many peers there are, as surely as a grid for them needs it."""
+        return self.is_settled and self._last_poll_began >= self._started_at + MANY_VISIBLE_AFTER
+
     def _settles_at(self) -> float:
         newcomers_visible_at = self._last_newcomer + SETTLE_AFTER_NEWCOMER * self.latency
-        return max(self._starters_visible_at(), newcomers_visible_at, self._outdated_at)
-
-    def outdate(self, now: float) -> None:
-        """The view is not settled before a poll that begins from now on."""
-        self._outdated_at = now
+        return max(self._starters_visible_at(), newcomers_visible_at)
 
     def is_stale(self, now: float) -> bool:
         """Whether no poll has ended for long: what has changed since then is not known."""
@@ -367,6 +365,8 @@ class View:
                 self.poll_when_starters_visible(now)
             case Look.WHEN_SETTLED:
                 self.poll_when_settled(now)
+            case Look.WHEN_ALL_VISIBLE:
+                self.poll_when_all_visible(now)
 
     def look_again(self, now: float) -> None:
         if not self.is_polling:
@@ -384,6 +384,11 @@ class View:
         if not self.is_polling:
             self.next_poll = max(now, self._settles_at())
 
+    def poll_when_all_visible(self, now: float) -> None:
+        """The next poll is to be one that can show how many peers there are."""
+        if not self.is_polling:
+            self.next_poll = max(now, self._settles_at(), self._started_at + MANY_VISIBLE_AFTER)
+
     def poll_when_starters_visible(self, now: float) -> None:
         if not self.is_polling:
             self.next_poll = max(now, self._starters_visible_at())
@@ -395,7 +400,7 @@ def _candidate(peer_id: PeerID, declaration: Declaration) -> Candidate:
         peer_id,
         declaration.mode.can_lead,
         declaration.grid_round,
-        declaration.lineage,
+        declaration.swarm_round,
         declaration.mode.contributes,
         declaration.lost,
     )
