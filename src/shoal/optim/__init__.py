@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING
 from shoal.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from shoal.optim.grad_scaler import GradScaler as GradScaler
     from shoal.optim.gradients import GradientAverager as GradientAverager
     from shoal.optim.gradients import GradientAveragerFactory as GradientAveragerFactory
     from shoal.optim.state.averager import TrainingStateAverager as TrainingStateAverager
+    from shoal.optim.training_averager import TrainingAverager as TrainingAverager
 
 _MODULE_OF: dict[str, str] = {
+    "GradScaler": "shoal.optim.grad_scaler",
     "GradientAverager": "shoal.optim.gradients",
     "GradientAveragerFactory": "shoal.optim.gradients",
+    "TrainingAverager": "shoal.optim.training_averager",
     "TrainingStateAverager": "shoal.optim.state.averager",
 }
 
