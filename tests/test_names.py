@@ -107,8 +107,8 @@ def test_the_log_handler_of_hivemind_is_a_warning():
 @pytest.mark.parametrize(
     "module",
     [
-        "shoal.optim",
         "shoal.optim.optimizer",
+        "shoal.optim.power_sgd_averager",
         "shoal.moe.server",
         "shoal.averaging.group_info",
         "shoal.averaging.key_manager",
