@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from real_swarm import STEP_TIMEOUT, Swarm
 
 from shoal.errors import InvalidValueError
-from shoal.optim import TrainingStateAverager
+from shoal.optim import GradScaler, TrainingStateAverager
 
 pytestmark = pytest.mark.xdist_group("averaging")
 
@@ -181,6 +182,18 @@ def test_a_trigger_that_raises_drops_the_step_and_keeps_the_epoch(
     assert averager.local_epoch == 1
     assert torch.equal(module.weight, torch.ones(1, 3))
     assert "no step and no round in this epoch: no gradients in 3 s" in caplog.text
+
+
+def test_scalers_of_shoal_and_of_torch_step_the_optimizer(swarm: Swarm):
+    module = model(1.0)
+    averager = state_averager(swarm, optimizer=torch.optim.SGD(module.parameters(), lr=0.5), start=False)
+    for scaler in (GradScaler("cpu", init_scale=8.0), torch.amp.GradScaler("cpu", init_scale=8.0)):
+        averager.optimizer.zero_grad()
+        scaler.scale(sum(param.sum() for param in module.parameters())).backward()  # type: ignore[union-attr]
+        with scaler.running_global_step() if isinstance(scaler, GradScaler) else contextlib.nullcontext():
+            scaler.unscale_(averager.optimizer)
+        averager.step(optimizer_step=True, grad_scaler=scaler)
+    assert torch.equal(module.weight, torch.zeros(1, 3))
 
 
 def test_frozen_parameters_are_neither_averaged_nor_sent(swarm: Swarm):
