@@ -121,6 +121,7 @@ def test_a_round_that_finds_nobody_ends_in_time_and_changes_nothing(swarm: Swarm
     module = model(1.0)
     averager = state_averager(swarm, optimizer=torch.optim.SGD(module.parameters(), lr=0.5))
     averager.step(increment_epoch=True, averaging_round=True, averaging_opts={"timeout": 0.3})
+    assert averager.load_state_from_peers(timeout=2) is None
     assert averager.local_epoch == 1
     assert torch.equal(module.weight, torch.ones(1, 3))
 
