@@ -70,12 +70,9 @@ if TYPE_CHECKING:
     from shoal.errors import RemoteError as RemoteError
     from shoal.errors import ShoalError as ShoalError
     from shoal.errors import UsageError as UsageError
-    from shoal.optim.gradients import GradientAverager as GradientAverager
+    from shoal.optim.grad_scaler import GradScaler as GradScaler
     from shoal.optim.optimizer import Optimizer as Optimizer
-    from shoal.optim.performance_ema import PerformanceEMA as PerformanceEMA
-    from shoal.optim.progress.tracker import ProgressTracker as ProgressTracker
-    from shoal.optim.report import EpochReport as EpochReport
-    from shoal.optim.state.averager import TrainingStateAverager as TrainingStateAverager
+    from shoal.optim.training_averager import TrainingAverager as TrainingAverager
     from shoal.p2p.identity import PeerID as PeerID
     from shoal.p2p.multiaddr import Multiaddr as Multiaddr
     from shoal.runtime.futures import MPFuture as MPFuture
@@ -103,11 +100,8 @@ _MODULE_OF = {
     "load_balance_peers": "shoal.averaging.load_balancing",
     # training
     "Optimizer": "shoal.optim.optimizer",
-    "EpochReport": "shoal.optim.report",
-    "GradientAverager": "shoal.optim.gradients",
-    "TrainingStateAverager": "shoal.optim.state.averager",
-    "ProgressTracker": "shoal.optim.progress.tracker",
-    "PerformanceEMA": "shoal.optim.performance_ema",
+    "TrainingAverager": "shoal.optim.training_averager",
+    "GradScaler": "shoal.optim.grad_scaler",
     # compression
     "CompressionBase": "shoal.compression",
     "CompressionInfo": "shoal.compression",

@@ -130,6 +130,17 @@ def test_reused_buffers_survive_a_gradient_that_was_set_to_none(swarm: Swarm):
     assert not param.grad.any()
 
 
+def test_a_late_average_is_dropped_before_other_gradients_come(swarm: Swarm, monkeypatch: pytest.MonkeyPatch):
+    averaged = torch.zeros(3)
+    averager = gradient_averager(swarm, [parameter()], start=False, averaged_grads=[averaged])
+    found: list[float] = []
+    monkeypatch.setattr(averager, "drop_late_average", lambda: found.append(averaged[0].item()))
+    accumulate(averager, 2.0, 3)
+    averager.load_accumulators_into_averager_()
+    assert found == [0.0]
+    assert torch.equal(averaged, torch.full((3,), 2.0))
+
+
 def test_wrong_arguments_are_named(swarm: Swarm):
     dht = swarm.dht()
     with pytest.raises(

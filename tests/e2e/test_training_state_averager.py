@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from real_swarm import STEP_TIMEOUT, Swarm
 
 from shoal.errors import InvalidValueError
-from shoal.optim import TrainingStateAverager
+from shoal.optim import GradScaler, TrainingStateAverager
 
 pytestmark = pytest.mark.xdist_group("averaging")
 
@@ -94,6 +95,56 @@ def test_parameters_named_statistics_and_extras_are_averaged_and_nothing_else(sw
         assert extra[0].item() == 0.5
         assert extra[1].item() == 7  # the larger count
         assert averager.local_epoch == (2, 2 if "synchronised" in mode else 1)[index]
+
+
+def test_steps_beside_a_delayed_round_are_kept(swarm: Swarm):
+    models = [model(1.0), model(3.0)]
+    averagers = [
+        state_averager(
+            swarm, optimizer=torch.optim.SGD(module.parameters(), lr=0.5), delta_rule_averaging=True, size=2
+        )
+        for module in models
+    ]
+    for averager in averagers:
+        averager.step(averaging_round=True, delay_averaging=True, averaging_opts={"timeout": STEP_TIMEOUT})
+    set_grads(models[0], 1.0)
+    averagers[0].step(optimizer_step=True)
+    for averager in averagers:
+        averager.step(wait_for_delayed_updates=True)
+        assert not averager.averaging_in_progress
+    total = models[0].weight + models[1].weight  # the update may have come before the round or after it
+    torch.testing.assert_close(total.detach(), torch.full((1, 3), 3.5))
+    assert abs(models[0].weight[0, 0] - models[1].weight[0, 0]) < 1
+
+
+def test_a_round_that_finds_nobody_ends_in_time_and_changes_nothing(swarm: Swarm):
+    module = model(1.0)
+    averager = state_averager(swarm, optimizer=torch.optim.SGD(module.parameters(), lr=0.5))
+    averager.step(increment_epoch=True, averaging_round=True, averaging_opts={"timeout": 0.3})
+    assert averager.load_state_from_peers(timeout=2) is None
+    assert averager.local_epoch == 1
+    assert torch.equal(module.weight, torch.ones(1, 3))
+
+
+def test_a_late_average_reaches_the_model_by_the_callers_hand(swarm: Swarm, monkeypatch: pytest.MonkeyPatch):
+    module = model(1.0)
+    averager = state_averager(
+        swarm,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        params=module.parameters(),
+        offload_optimizer=True,
+    )
+    writers = []
+
+    def write_late() -> bool:
+        writers.append(threading.current_thread())
+        averager.holder.parameters[0].data.fill_(7.0)
+        return True
+
+    monkeypatch.setattr(averager, "apply_late_average", write_late)
+    averager.step()
+    assert set(writers) == {threading.current_thread()}
+    assert torch.equal(module.weight, torch.full((1, 3), 7.0))
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -181,6 +232,18 @@ def test_a_trigger_that_raises_drops_the_step_and_keeps_the_epoch(
     assert averager.local_epoch == 1
     assert torch.equal(module.weight, torch.ones(1, 3))
     assert "no step and no round in this epoch: no gradients in 3 s" in caplog.text
+
+
+def test_scalers_of_shoal_and_of_torch_step_the_optimizer(swarm: Swarm):
+    module = model(1.0)
+    averager = state_averager(swarm, optimizer=torch.optim.SGD(module.parameters(), lr=0.5), start=False)
+    for scaler in (GradScaler("cpu", init_scale=8.0), torch.amp.GradScaler("cpu", init_scale=8.0)):
+        averager.optimizer.zero_grad()
+        scaler.scale(sum(param.sum() for param in module.parameters())).backward()  # type: ignore[union-attr]
+        with scaler.running_global_step() if isinstance(scaler, GradScaler) else contextlib.nullcontext():
+            scaler.unscale_(averager.optimizer)
+        averager.step(optimizer_step=True, grad_scaler=scaler)
+    assert torch.equal(module.weight, torch.zeros(1, 3))
 
 
 def test_frozen_parameters_are_neither_averaged_nor_sent(swarm: Swarm):

@@ -8,6 +8,7 @@ from shoal.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from shoal.optim.epoch import AfterFailedRound as AfterFailedRound
+    from shoal.optim.grad_scaler import GradScaler as GradScaler
     from shoal.optim.gradients import GradientAverager as GradientAverager
     from shoal.optim.gradients import GradientAveragerFactory as GradientAveragerFactory
     from shoal.optim.optimizer import Optimizer as Optimizer
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from shoal.optim.progress.values import LocalTrainingProgress as LocalTrainingProgress
     from shoal.optim.report import EpochReport as EpochReport
     from shoal.optim.state.averager import TrainingStateAverager as TrainingStateAverager
+    from shoal.optim.training_averager import TrainingAverager as TrainingAverager
 
 _MODULE_OF: dict[str, str] = {
     "AfterFailedRound": "shoal.optim.epoch",
@@ -24,10 +26,12 @@ _MODULE_OF: dict[str, str] = {
     "GlobalTrainingProgress": "shoal.optim.progress.values",
     "GradientAverager": "shoal.optim.gradients",
     "GradientAveragerFactory": "shoal.optim.gradients",
+    "GradScaler": "shoal.optim.grad_scaler",
     "LocalTrainingProgress": "shoal.optim.progress.values",
     "Optimizer": "shoal.optim.optimizer",
     "PerformanceEMA": "shoal.optim.performance_ema",
     "ProgressTracker": "shoal.optim.progress.tracker",
+    "TrainingAverager": "shoal.optim.training_averager",
     "TrainingStateAverager": "shoal.optim.state.averager",
 }
 

@@ -148,5 +148,5 @@ def digest_of(tensors: Sequence[torch.Tensor]) -> bytes:
     for tensor in tensors:
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)
         sha.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        sha.update(memoryview(flat.view(torch.uint8).numpy()))
+        sha.update(flat.view(torch.uint8).numpy().data)
     return sha.digest()[:16]

@@ -7,7 +7,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -25,7 +25,7 @@ from shoal.optim.progress.tracker import ProgressTracker
 from shoal.optim.progress.values import LocalTrainingProgress
 from shoal.optim.report import EpochReport
 from shoal.optim.state.averager import Scheduler, SchedulerFactory, TrainingStateAverager
-from shoal.optim.state.holder import OptimizerFactory, Params
+from shoal.optim.state.holder import OptimizerFactory, Params, as_groups
 from shoal.utils.checks import check_number
 from shoal.utils.logging import get_logger
 from shoal.utils.timed import get_dht_time
@@ -109,7 +109,7 @@ class Optimizer(torch.optim.Optimizer):
         after_failed_round: AfterFailedRound = "local",
         max_grad_norm: float | None = None,
     ) -> None:
-        params = None if params is None else list(params)  # type: ignore[arg-type] # an iterator serves once
+        params = None if params is None else as_groups(params)  # an iterator serves once
         given = locals().copy()
         self.options = options = checked(given)
         self._owner_pid = os.getpid()
@@ -182,7 +182,7 @@ class Optimizer(torch.optim.Optimizer):
     def _make_gradient_averager(self, given: Mapping[str, Any]) -> GradientAverager:
         factory = given["grad_averager_factory"] or GradientAverager
         made: GradientAverager = factory(
-            self.state_averager.main_parameters,
+            cast("tuple[torch.nn.Parameter, ...]", self.state_averager.main_parameters),
             dht=self.dht,
             prefix=f"{self.options.prefix}_grad_averager",
             reuse_grad_buffers=self.options.reuse_grad_buffers,
@@ -203,7 +203,7 @@ class Optimizer(torch.optim.Optimizer):
 
     # the step
 
-    def step(  # type: ignore[override] # hivemind's parameters
+    def step(
         self,
         closure: Callable[[], Any] | None = None,
         batch_size: int | None = None,
@@ -355,7 +355,7 @@ class Optimizer(torch.optim.Optimizer):
             raise InvalidStateError("param_groups must be changed in place: set values in its dictionaries")
 
     @property
-    def state(self) -> dict[Any, Any]:  # type: ignore[override]
+    def state(self) -> Any:
         """The inner optimizer's, with "local_epoch"."""
         return {**self.state_averager.optimizer.state, "local_epoch": self.local_epoch}
 

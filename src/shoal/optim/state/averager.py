@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -15,6 +16,7 @@ from shoal.averaging.trainer.control import StepControl
 from shoal.compression import CompressionInfo, TensorRole
 from shoal.dht.dht import DHT
 from shoal.errors import InvalidTypeError, InvalidValueError, ShoalError
+from shoal.optim.grad_scaler import GradScaler
 from shoal.optim.state.carried import Carried
 from shoal.optim.state.holder import OptimizerFactory, OptimizerHolder, Params
 from shoal.optim.state.packing import pack, unpack
@@ -215,10 +217,11 @@ class TrainingStateAverager(DecentralizedAverager):
             if optimizer_step:
                 self.holder.hyperparameters_from_model()
                 self.holder.load_gradients(self.custom_gradients)
-                if grad_scaler is None:
-                    self.optimizer.step()
-                else:
-                    grad_scaler.step(self.optimizer)
+                scaled = (
+                    grad_scaler.running_global_step if isinstance(grad_scaler, GradScaler) else nullcontext
+                )
+                with scaled():
+                    self.optimizer.step() if grad_scaler is None else grad_scaler.step(self.optimizer)
             if zero_grad:
                 self.optimizer.zero_grad(set_to_none=set_to_none)
             self._update_scheduler()
@@ -291,6 +294,8 @@ class TrainingStateAverager(DecentralizedAverager):
             pending.result()  # raises what went wrong
 
     def _apply_round(self) -> None:
+        if self.is_alive() and self.apply_late_average():  # of a round in doubt, which others have committed
+            self.holder.parameters_to_model()
         if self._round_is_to_be_applied:
             self._round_is_to_be_applied = False
             self.apply_average()
