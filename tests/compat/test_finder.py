@@ -22,6 +22,7 @@ MADE_OF_NAMES = {
     "shoal.averaging.averager": shoal.StepControl,
     "shoal.averaging.control": shoal.StepControl,
     "shoal.optim.grad_averager": shoal.optim.GradientAverager,
+    "shoal.optim.progress_tracker": shoal.optim.ProgressTracker,
     "shoal.optim.state_averager": shoal.optim.TrainingStateAverager,
 }
 """Each with something that is in it."""

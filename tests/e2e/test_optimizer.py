@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ from shoal.errors import InvalidStateError, InvalidValueError
 
 pytestmark = pytest.mark.xdist_group("averaging")
 
+PAGE = (Path(__file__).parents[2] / "docs" / "optimizer.md").read_text()
 TARGET, EPOCHS = 32, 3
 
 
@@ -159,3 +164,13 @@ def test_peers_end_three_epochs_together(made: list[Any], swarm: Swarm, modes: d
         thread.join(90)
     assert [opt.local_epoch for opt in opts] == [EPOCHS, EPOCHS]
     assert [opt.tracker.global_epoch for opt in opts] == [EPOCHS, EPOCHS]
+
+
+@pytest.mark.sweep
+def test_the_program_of_the_page_runs(tmp_path: Path):
+    [program] = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE)
+    script = tmp_path / "train.py"
+    script.write_text(program)
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=90)
+    assert ended.returncode == 0, ended.stderr
+    assert "epoch 4: 1 peers, 256 samples" in ended.stdout

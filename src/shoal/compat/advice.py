@@ -8,10 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_TRAINING = (
-    "Shoal averages tensors and leaves training to you: step your own torch optimizer, and average the parameters "
-    "every few steps with shoal.DecentralizedAverager (docs/migration.md shows the loop)"
-)
 _POWER_SGD = "use shoal.optim.GradientAverager(compression=shoal.Uniform8BitQuantization()), for fewer bytes"
 _EXPERTS = (
     "Shoal averages tensors and has no mixture of experts; hivemind's servers and experts stay with hivemind"
