@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from real_swarm import Swarm
+from real_swarm import Swarm, wait_until
 
 import shoal as hivemind
 from shoal.errors import InvalidStateError, InvalidValueError
@@ -101,6 +101,82 @@ def test_state_dict_round_trips_and_stays_as_given(made: list[Any], dht: hivemin
     assert not opt.is_alive()
     with pytest.raises(InvalidStateError, match="shut down"):
         opt.step()
+
+
+@pytest.mark.parametrize(
+    ("after", "update"), [("local", 2.0), ("skip", 0.0), ("delayed", 2.0)], ids=["local", "skip", "delayed"]
+)
+def test_a_failed_round_never_updates_by_zeros(
+    made: list[Any], swarm: Swarm, after: str, update: float, caplog: pytest.LogCaptureFixture
+):
+    """The other peer tells its progress, and never comes to a round."""
+    dht, other = swarm.dht(), swarm.dht()
+    model = torch.nn.Linear(1, 1, bias=False)
+    before = model.weight.item()
+    modes: dict[str, Any] = {"after_failed_round": after}
+    if after == "delayed":
+        modes = {
+            "optimizer": lambda p: torch.optim.SGD(p, lr=0.1),
+            "params": model.parameters(),
+            "delay_grad_averaging": True,
+        }
+    modes |= {"target_batch_size": 8, "averaging_timeout": 0.5, "average_state_every": 2}
+    opt = make(made, dht, model, swarm.prefix, **modes)
+    options: dict[str, Any] = {"start": True, "min_refresh_period": 0.1}
+    tracker = hivemind.optim.ProgressTracker(other, opt.tracker.prefix, 8, **options)
+    tracker.report_local_progress(0, 1)
+    try:
+        wait_until(lambda: opt.tracker.global_progress.num_peers == 2)
+        for value in (1.0, 3.0):
+            model.weight.grad = torch.full((1, 1), value)
+            opt.step()
+        opt.state_averager.step(wait_for_delayed_updates=True)
+    finally:
+        tracker.shutdown()
+    assert opt.local_epoch == 1
+    assert model.weight.item() == pytest.approx(before - 0.1 * update)
+    said = [r for r in caplog.records if "the gradients of epoch 0 were not averaged" in r.getMessage()]
+    assert [record.levelname for record in said] == ["WARNING"]
+
+
+def test_a_client_ends_epochs_and_a_load_without_donors_ends(
+    made: list[Any], dht: hivemind.DHT, swarm: Swarm
+):
+    model = torch.nn.Linear(1, 1, bias=False)
+    opt = make(made, dht, model, swarm.prefix, target_batch_size=4, client_mode=True)
+    assert opt.grad_averager.client_mode
+    assert opt.state_averager.client_mode
+    assert not opt.load_state_from_peers(timeout=5.0)
+    model.weight.grad = torch.ones(1, 1)
+    opt.step()
+    assert opt.local_epoch == 1
+
+
+def test_what_averager_opts_set_reaches_both_averagers(made: list[Any], dht: hivemind.DHT, swarm: Swarm):
+    """A time that follows from another one may be set, too."""
+    opts = {"bandwidth": 7.0, "next_chunk_timeout": 3.5}
+    opt = make(made, dht, torch.nn.Linear(1, 1), swarm.prefix, averager_opts=opts)
+    for averager in (opt.grad_averager, opt.state_averager):
+        assert averager.bandwidth == 7.0
+        assert averager.next_chunk_timeout == 3.5
+
+
+def test_a_scheduler_and_a_scaler_of_torch_work_as_they_are(made: list[Any], dht: hivemind.DHT, swarm: Swarm):
+    """The scaler leaves out a step with overflow: no sample counts."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    opt = make(made, dht, model, swarm.prefix, target_batch_size=4)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda epoch: 0.5**epoch)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = model.weight.item()
+    for value in (float("inf"), 8.0):
+        scaler.scale(value * model.weight.sum()).backward()  # the gradient is four times the value
+        scaler.step(opt)
+        opt.zero_grad()
+        scaler.update(4.0)
+    scheduler.step()
+    assert opt.local_epoch == 1
+    assert model.weight.item() == pytest.approx(before - 0.1 * 8.0)
+    assert opt.opt.param_groups[0]["lr"] == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize(

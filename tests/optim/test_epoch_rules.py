@@ -35,3 +35,9 @@ def test_parameters_agree_if_all_who_have_some_tell_the_same_digest():
     assert not rules.parameters_agree([{"digest": b"x"}, "hostile"])
     assert not rules.parameters_agree([{"digest": b"x"}, {}])
     assert not rules.parameters_agree([{"digest": None}])
+
+
+def test_a_peer_that_meets_the_next_epoch_ends_that_one_and_no_later():
+    assert rules.ended_epoch([{"epoch": 3}, {"epoch": 4}, "hostile"], 3) == 4
+    assert rules.ended_epoch([{"epoch": 3}, {"epoch": 10**9}], 3) == 3
+    assert rules.ended_epoch([{"epoch": 4}, {"epoch": 3}], 4) == 4

@@ -45,6 +45,16 @@ def mixed_epochs(gathered: Mapping[Any, Any], weights: Mapping[Any, float], epoc
     ]
 
 
+def ended_epoch(told: Collection[Any], epoch: int) -> int:
+    """The latest epoch that a round has ended: that of the members, but at most the one after this peer's.
+
+    A peer that is one behind, and comes to a round of the next epoch, would stay one behind for good if it went on by
+    one: that round ends the epoch of the others. The bound keeps a peer that lies from moving the others.
+    """
+    ahead = any(isinstance(entry, Mapping) and entry.get("epoch") == epoch + 1 for entry in told)
+    return epoch + 1 if ahead else epoch
+
+
 def parameters_agree(told: Collection[Any]) -> bool:
     """Whether all members of a group that have parameters of their own had the same before the update.
 

@@ -34,6 +34,7 @@ class _Gradients:
     agree: bool = False
     report: StepReport | None = None
     before_step: Callable[[], None] | None = None
+    ended: int | None = None
 
 
 class EpochEnd:
@@ -167,7 +168,7 @@ class EpochEnd:
                 self._optimizer.run_id, epoch,
                 "this peer makes no update" if skip else "this peer uses its own", outcome.failure,
             )  # fmt: skip
-        return _Gradients(kind, outcome.failure, outcome.agree, outcome.report)
+        return _Gradients(kind, outcome.failure, outcome.agree, outcome.report, ended=outcome.ended)
 
     @torch.no_grad()
     def _load_offloaded(self) -> None:
@@ -198,7 +199,8 @@ class EpochEnd:
         self, epoch: int, global_epoch: int, gradients: _Gradients
     ) -> tuple[Literal["averaged", "failed", "delayed", "equal", "none"], StepReport | None]:
         state, options = self._optimizer.state_averager, self._options
-        new_epoch = rules.next_epoch(epoch, global_epoch)
+        ended = epoch if gradients.ended is None else gradients.ended
+        new_epoch = rules.next_epoch(ended, global_epoch)
         due = self.state_round_due(new_epoch)
         equal = due and gradients.agree
         state.local_epoch = new_epoch - 1

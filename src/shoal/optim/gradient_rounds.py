@@ -14,7 +14,7 @@ from shoal.averaging.commands import AveragingStage
 from shoal.averaging.report import StepReport
 from shoal.averaging.trainer.control import StepControl
 from shoal.errors import InDoubt, ShoalError
-from shoal.optim.epoch import mixed_epochs, parameters_agree
+from shoal.optim.epoch import ended_epoch, mixed_epochs, parameters_agree
 from shoal.optim.gradients import GradientAverager
 
 
@@ -24,11 +24,13 @@ class Outcome:
 
     :param failure: why the averaged gradients are this peer's own mean; None: they are the group's
     :param agree: whether all members of the group had the same parameters before the update
+    :param ended: the epoch that the round has ended; None: that of this peer
     """
 
     failure: str | None
     agree: bool = False
     report: StepReport | None = None
+    ended: int | None = None
 
 
 class GradientRounds:
@@ -91,7 +93,7 @@ class GradientRounds:
                     failure = f"members of another epoch were in its group: {', '.join(strangers)}"
             if failure is not None:
                 self._restore_own_mean()
-                return Outcome(failure, report=report)
+                return Outcome(failure, report=report, ended=ended_epoch(list(gathered.values()), epoch))
             return Outcome(None, parameters_agree(list(gathered.values())), report)
         finally:
             self.averager.notify_used_averaged_gradients()
