@@ -85,6 +85,40 @@ def test_a_learning_rate_that_is_set_from_outside_counts(made: list[Any], dht: h
     assert model.weight.item() == pytest.approx(before - 0.5)
 
 
+def test_the_averaged_gradient_is_clipped_and_a_closure_gives_its_loss(
+    made: list[Any], dht: hivemind.DHT, swarm: Swarm
+):
+    """The norm is that of the mean over the epoch, not that of a batch."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    opt = make(made, dht, model, swarm.prefix, target_batch_size=8, max_grad_norm=0.5)
+    before = model.weight.detach().clone()
+
+    def closure() -> torch.Tensor:
+        opt.zero_grad()
+        loss = model(torch.tensor([[3.0, 4.0]])).sum()
+        loss.backward()
+        return loss
+
+    losses = [opt.step(closure).item() for _ in range(2)]
+    assert losses[0] == losses[1] == pytest.approx(float((before @ torch.tensor([3.0, 4.0])).item()))
+    assert opt.local_epoch == 1
+    assert torch.allclose(model.weight, before - 0.1 * torch.tensor([[0.3, 0.4]]), atol=1e-6)
+    assert opt.report.loss == pytest.approx(losses[0])
+
+
+def test_an_auxiliary_peer_takes_no_batches_and_changes_nothing(
+    made: list[Any], dht: hivemind.DHT, swarm: Swarm
+):
+    model = torch.nn.Linear(1, 1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    opt = make(made, dht, model, swarm.prefix, auxiliary=True, batch_size_per_step=None)
+    with pytest.raises(InvalidValueError, match="step\\(\\) must have no arguments"):
+        opt.step(batch_size=4)
+    opt.step()
+    assert opt.tracker.local_progress.samples_accumulated == 0
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), before, strict=True))
+
+
 def test_state_dict_round_trips_and_stays_as_given(made: list[Any], dht: hivemind.DHT, swarm: Swarm):
     model = torch.nn.Linear(1, 1, bias=False)
     opt = make(made, dht, model, swarm.prefix, target_batch_size=4)

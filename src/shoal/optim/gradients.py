@@ -13,7 +13,8 @@ from shoal.averaging.trainer.averager import DecentralizedAverager
 from shoal.averaging.trainer.control import StepControl
 from shoal.averaging.trainer.shared_buffers import SharedBuffers
 from shoal.dht.dht import DHT
-from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError, ShoalError
+from shoal.errors import InvalidStateError, InvalidValueError, ShoalError
+from shoal.optim.parameters import trained_parameters
 from shoal.p2p.identity import PeerID
 from shoal.utils.checks import check_flag, check_number
 from shoal.utils.logging import get_logger
@@ -301,22 +302,6 @@ class GradientAverager(DecentralizedAverager):
         if shapes != wanted:
             raise InvalidValueError(f"averaged_grads must have the parameters' shapes {wanted}, got {shapes}")
         return given
-
-
-def trained_parameters(parameters: Iterable[torch.nn.Parameter]) -> tuple[torch.nn.Parameter, ...]:
-    """Those that require grad, each once.
-
-    :raises InvalidTypeError: something else than tensors; :raises InvalidValueError: none
-    """
-    found: dict[int, torch.nn.Parameter] = {}
-    for parameter in parameters:
-        if not isinstance(parameter, torch.Tensor):
-            raise InvalidTypeError(f"parameters must be tensors, got {type(parameter).__name__}")
-        if parameter.requires_grad:
-            found.setdefault(id(parameter), parameter)
-    if not found:
-        raise InvalidValueError("parameters must have at least one that requires grad, got none")
-    return tuple(found.values())
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

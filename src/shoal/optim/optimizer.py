@@ -18,6 +18,7 @@ from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError
 from shoal.optim import epoch as rules
 from shoal.optim.epoch import AfterFailedRound
 from shoal.optim.epoch_end import EpochEnd
+from shoal.optim.face import TorchFace
 from shoal.optim.gradient_rounds import GradientRounds
 from shoal.optim.gradients import GradientAverager, GradientAveragerFactory
 from shoal.optim.options import checked
@@ -33,7 +34,7 @@ from shoal.utils.timed import get_dht_time
 logger = get_logger(__name__)
 
 
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(TorchFace):
     """Trains one model with all peers of a run: together they process ``target_batch_size`` samples, then all update.
 
     >>> opt = shoal.Optimizer(dht=dht, run_id="my_run", target_batch_size=4096, batch_size_per_step=32,
@@ -323,11 +324,7 @@ class Optimizer(torch.optim.Optimizer):
             global_epoch = self.tracker.global_epoch
             if loaded and self.local_epoch == global_epoch - 1:
                 self.state_averager.local_epoch = global_epoch
-            if self.grad_averager is not None:
-                self.grad_averager.reset_accumulated_grads_()
-            self._samples = 0
-            self.tracker.update_epoch(self.local_epoch)
-            self._set_priority()
+            self._begin_anew()
         logger.log(
             self.status_loglevel if loaded else logging.WARNING,
             "%s: %s at epoch %d",
@@ -335,87 +332,8 @@ class Optimizer(torch.optim.Optimizer):
         )  # fmt: skip
         return loaded
 
-    def _set_priority(self) -> None:
-        if not (self.auxiliary or self.state_averager.client_mode):
-            self.state_averager.state_sharing_priority = self.local_epoch
-
     def _is_alone(self) -> bool:
         return self.tracker.global_progress.num_peers <= 1
-
-    # torch's face
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Groups with the model's parameters; hyperparameters that are set in them count in the next update."""
-        return self.state_averager.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: Any) -> None:
-        if self._made:
-            raise InvalidStateError("param_groups must be changed in place: set values in its dictionaries")
-
-    @property
-    def state(self) -> Any:
-        """The inner optimizer's, with "local_epoch"."""
-        return {**self.state_averager.optimizer.state, "local_epoch": self.local_epoch}
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        if self._made:
-            raise InvalidStateError("state must be loaded with load_state_dict()")
-
-    def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's, with "local_epoch" and, if there is one, "scheduler" in its "state"."""
-        inner = self.state_averager.optimizer.state_dict()
-        extra: dict[str, Any] = {"local_epoch": self.local_epoch}
-        if self.state_averager.scheduler is not None:
-            extra["scheduler"] = self.state_averager.scheduler.state_dict()
-        return {**inner, "state": {**inner["state"], **extra}}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave; of hivemind's, too. The given dictionary stays as it is."""
-        self.state_averager.step(wait_for_delayed_updates=True)
-        state = dict(state_dict["state"])
-        if "local_epoch" not in state:
-            raise InvalidValueError(
-                "state_dict must have 'local_epoch' in its 'state': it is of another optimizer"
-            )
-        epoch, scheduler_state = int(state.pop("local_epoch")), state.pop("scheduler", None)
-        holder, scheduler = self.state_averager.holder, self.state_averager.scheduler
-        with self.state_averager.get_tensors():
-            holder.load_state_dict({**state_dict, "state": state})
-            holder.parameters_from_model()
-        if scheduler is not None:
-            if scheduler_state is not None:
-                scheduler.load_state_dict(dict(scheduler_state))
-            else:
-                scheduler.last_epoch = epoch  # the groups that were loaded have its learning rate
-        with self.tracker.pause_updates():
-            self.state_averager.local_epoch = epoch
-            if self.grad_averager is not None:
-                self.grad_averager.reset_accumulated_grads_()
-            self._samples = 0
-            self.tracker.update_epoch(epoch)
-        self._set_priority()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of the model."""
-        if self.options.reuse_grad_buffers:
-            raise InvalidStateError(
-                "zero_grad() must not be called with reuse_grad_buffers=True: gradients are accumulated in param.grad"
-            )
-        for parameter in (p for group in self.param_groups for p in group["params"]):
-            if parameter.grad is None:
-                continue
-            if set_to_none:
-                parameter.grad = None
-            else:
-                parameter.grad.detach_().zero_()
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """An error: what is averaged is the same for life."""
-        if self._made:
-            raise InvalidStateError("parameter groups must be given when the optimizer is made")
 
     # others
 
@@ -423,11 +341,6 @@ class Optimizer(torch.optim.Optimizer):
     def opt(self) -> torch.optim.Optimizer:
         """The inner optimizer."""
         return self.state_averager.optimizer
-
-    @property
-    def local_epoch(self) -> int:
-        """The epoch of this peer."""
-        return self.state_averager.local_epoch
 
     @property
     def local_progress(self) -> LocalTrainingProgress:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 
 from shoal.errors import InvalidTypeError, InvalidValueError
-from shoal.optim.gradients import trained_parameters
+from shoal.optim.parameters import trained_parameters
 
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[Mapping[str, Any]]
 OptimizerFactory: TypeAlias = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
