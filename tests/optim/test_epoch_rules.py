@@ -41,3 +41,8 @@ def test_a_peer_that_meets_the_next_epoch_ends_that_one_and_no_later():
     assert rules.ended_epoch([{"epoch": 3}, {"epoch": 4}, "hostile"], 3) == 4
     assert rules.ended_epoch([{"epoch": 3}, {"epoch": 10**9}], 3) == 3
     assert rules.ended_epoch([{"epoch": 4}, {"epoch": 3}], 4) == 4
+
+
+def test_epochs_that_are_under_way_together_have_bits_of_their_own():
+    assert rules.group_bits(9) == "0000000000001001"
+    assert len({rules.group_bits(epoch) for epoch in range(65_530, 65_545)}) == 15

@@ -9,6 +9,9 @@ AfterFailedRound: TypeAlias = Literal["local", "skip", "wait"]
 """What a peer does whose gradients were not averaged: use its own mean, make no update, or try until a group has."""
 
 
+EPOCH_BITS = 16
+
+
 def lags(local_epoch: int, global_epoch: int, exact: bool) -> bool:
     """Whether a peer must load the state of another one.
 
@@ -30,6 +33,11 @@ def is_near(end: float, now: float, lead: float) -> bool:
 def state_round_due(epoch: int, every: int, num_peers: int, in_progress: bool) -> bool:
     """Whether the parameters are averaged at the beginning of ``epoch``."""
     return num_peers > 1 and epoch % every == 0 and not in_progress
+
+
+def group_bits(epoch: int) -> str:
+    """The bits under which peers of an epoch look for a group; few epochs are under way at a time."""
+    return format(epoch % (1 << EPOCH_BITS), f"0{EPOCH_BITS}b")
 
 
 def mixed_epochs(gathered: Mapping[Any, Any], weights: Mapping[Any, float], epoch: int) -> list[Any]:

@@ -81,6 +81,8 @@ class EpochEnd:
         """End the epoch; False: its gradients were not averaged, and must be before it ends."""
         optimizer = self._optimizer
         with optimizer.tracker.pause_updates():
+            if self._options.delay_optimizer_step:  # that of the last epoch uses the same buffers
+                optimizer.state_averager.step(wait_for_delayed_updates=True)
             began, epoch = steady_time(), optimizer.local_epoch
             progress, local = optimizer.tracker.global_progress, optimizer.local_progress.samples_accumulated
             gradients = self._average_gradients(epoch, progress.epoch)

@@ -14,7 +14,7 @@ from shoal.averaging.commands import AveragingStage
 from shoal.averaging.report import StepReport
 from shoal.averaging.trainer.control import StepControl
 from shoal.errors import InDoubt, ShoalError
-from shoal.optim.epoch import ended_epoch, mixed_epochs, parameters_agree
+from shoal.optim.epoch import ended_epoch, group_bits, mixed_epochs, parameters_agree
 from shoal.optim.gradients import GradientAverager
 
 
@@ -44,13 +44,21 @@ class GradientRounds:
         self.scheduled: StepControl | None = None
         self._timeout, self._auxiliary = timeout, auxiliary
         self._own_mean: list[torch.Tensor] = []
+        self._begun: StepControl | None = None
 
     def prepare(self, scheduled_time: float, epoch: int, digest: bytes | None) -> None:
-        """Begin to look for a group, unless one is looked for already."""
+        """Begin to look for a group, unless one is looked for already, or a round of the last epoch still goes on."""
+        if self._begun is not None and not self._begun.done():
+            return
         if self.scheduled is None or self.scheduled.done():
+            self._look_among_peers_of(epoch)
             self.scheduled = self.averager.schedule_step(
                 scheduled_time, timeout=self._timeout, gather={"epoch": epoch, "digest": digest}
             )
+
+    def _look_among_peers_of(self, epoch: int) -> None:
+        """Peers of other epochs look under other bits: their gradients are of other parameters."""
+        self.averager.set_group_bits(group_bits(epoch))
 
     def has_group(self) -> bool:
         """Whether the prepared round has found members, so that they are waited for, and wait."""
@@ -67,11 +75,13 @@ class GradientRounds:
         if self._auxiliary:
             options["weight"] = 0.0
         if control is None or control.done():
+            self._look_among_peers_of(epoch)
             told = {"epoch": epoch, "digest": digest()}
             begun = self.averager.step(timeout=self._timeout, gather=told, **options)
         else:
             begun = self.averager.step(control=control, **options)
         assert isinstance(begun, StepControl)
+        self._begun = begun
         return begun
 
     def keep_own_mean(self) -> None:
@@ -112,6 +122,7 @@ class GradientRounds:
         if not others:
             control.cancel()
             return
+        self._begun = control
         self.averager.step(control=control, weight=0.0, reset_accumulators=False, wait=False)
         self.averager.notify_used_averaged_gradients()
 

@@ -17,7 +17,7 @@ _OWN_PARAMETERS = {
     "dht": "dht", "prefix": "run_id", "start": "nothing, the averagers are started", "client_mode": "client_mode",
     "auxiliary": "auxiliary", "compression": "grad_compression and state_averaging_compression",
     "state_compression": "load_state_compression", "apply_when": "delay_state_averaging",
-    "averaged_tensors": "params", "tensor_infos": "params",
+    "averaged_tensors": "params", "tensor_infos": "params", "initial_group_bits": "the epoch",
 }  # fmt: skip
 """Arguments of averagers that must not be in ``averager_opts``, and what decides them."""
 _NAMES = {"dht", "prefix", "target_batch_size", "start", "client_mode", "performance_ema_alpha"}
