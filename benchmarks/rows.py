@@ -116,8 +116,8 @@ LONG_LINKS = (
     ),
     Row(
         "small-model",
-        "50 Mbit/s, 100 ms, cubic, 4 peers, 4 MB each",
-        Averaging(4, 4, Network("cubic", rtt_ms=100, rate=50)),
+        "50 Mbit/s, 100 ms, bbr, 4 peers, 4 MB each",
+        Averaging(4, 4, Network("bbr", rtt_ms=100, rate=50)),
         (*BOTH, *SEVERAL),
         RATE,
         (at_least("mbit_per_s", 20, aim=25),),

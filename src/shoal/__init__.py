@@ -70,6 +70,9 @@ if TYPE_CHECKING:
     from shoal.errors import RemoteError as RemoteError
     from shoal.errors import ShoalError as ShoalError
     from shoal.errors import UsageError as UsageError
+    from shoal.optim.grad_scaler import GradScaler as GradScaler
+    from shoal.optim.optimizer import Optimizer as Optimizer
+    from shoal.optim.training_averager import TrainingAverager as TrainingAverager
     from shoal.p2p.identity import PeerID as PeerID
     from shoal.p2p.multiaddr import Multiaddr as Multiaddr
     from shoal.runtime.futures import MPFuture as MPFuture
@@ -95,6 +98,10 @@ _MODULE_OF = {
     "DoubtReport": "shoal.averaging.report",
     "RoundReport": "shoal.averaging.report",
     "load_balance_peers": "shoal.averaging.load_balancing",
+    # training
+    "Optimizer": "shoal.optim.optimizer",
+    "TrainingAverager": "shoal.optim.training_averager",
+    "GradScaler": "shoal.optim.grad_scaler",
     # compression
     "CompressionBase": "shoal.compression",
     "CompressionInfo": "shoal.compression",
@@ -152,7 +159,7 @@ _MODULE_OF = {
     "PeerProcessUnresponsive": "shoal.errors",
 }
 
-_SUBMODULES = ("averaging", "compression", "dht", "errors", "p2p", "utils")
+_SUBMODULES = ("averaging", "compression", "dht", "errors", "optim", "p2p", "utils")
 
 __all__ = [*_MODULE_OF, "__version__"]
 

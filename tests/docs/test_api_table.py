@@ -14,6 +14,7 @@ import pytest
 import shoal.compression
 from shoal.averaging import DecentralizedAverager, SharedBuffers, StepControl, StepReport
 from shoal.dht import DHT
+from shoal.optim import PerformanceEMA, ProgressTracker
 
 ROOT = Path(__file__).parents[2]
 HEADER = ["name", "what it does here", "differs from hivemind: how and why", "test"]
@@ -68,6 +69,8 @@ def test_every_table_has_the_same_columns(section: str):
         ("StepControl", public(StepControl) - OF_THE_AVERAGER | OF_FUTURES),
         ("StepReport", public(StepReport) | {field.name for field in dataclasses.fields(StepReport)}),
         ("SharedBuffers", public(SharedBuffers) | parameters(SharedBuffers)),
+        ("ProgressTracker", public(ProgressTracker) | parameters(ProgressTracker)),
+        ("PerformanceEMA", public(PerformanceEMA) | parameters(PerformanceEMA)),
         ("DHT", public(DHT)),
         ("Compression", set(shoal.compression.__all__)),
     ],

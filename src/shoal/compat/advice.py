@@ -8,14 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_TRAINING = (
-    "Shoal averages tensors and leaves training to you: step your own torch optimizer, and average the parameters "
-    "every few steps with shoal.DecentralizedAverager (docs/migration.md shows the loop)"
-)
-_GRADIENTS = (
-    "average gradients with shoal.DecentralizedAverager(lambda: [p.grad for p in model.parameters()], ...): "
-    "step(weight=batch_size) between backward() and your optimizer's step (docs/migration.md shows the loop)"
-)
+_POWER_SGD = "use shoal.optim.GradientAverager(compression=shoal.Uniform8BitQuantization()), for fewer bytes"
 _EXPERTS = (
     "Shoal averages tensors and has no mixture of experts; hivemind's servers and experts stay with hivemind"
 )
@@ -32,15 +25,11 @@ _INTERNALS = "rounds run in the background process; step() runs one, and its rep
 
 ABSENT: Mapping[str, Mapping[str, str]] = {
     "shoal": {
-        "Optimizer": _TRAINING,
-        "GradScaler": f"use torch.amp.GradScaler; {_TRAINING}",
-        "TrainingAverager": _TRAINING,
-        "TrainingStateAverager": _TRAINING,
-        "CollaborativeOptimizer": _TRAINING,
-        "DecentralizedOptimizer": _TRAINING,
-        "GradientAverager": _GRADIENTS,
-        "PowerSGDGradientAverager": f"{_GRADIENTS}; for fewer bytes use a codec of shoal.compression",
-        "optim": _TRAINING,
+        "TrainingStateAverager": "use shoal.optim.TrainingStateAverager",
+        "CollaborativeOptimizer": "use shoal.Optimizer",
+        "DecentralizedOptimizer": "use shoal.Optimizer",
+        "GradientAverager": "use shoal.optim.GradientAverager",
+        "PowerSGDGradientAverager": _POWER_SGD,
         "moe": _EXPERTS,
         "Server": _EXPERTS,
         "ModuleBackend": _EXPERTS,
@@ -55,8 +44,8 @@ ABSENT: Mapping[str, Mapping[str, str]] = {
         "LOCALHOST": "write '127.0.0.1'",
     },
     "shoal.averaging": {
-        "TrainingAverager": _TRAINING,
-        "GradientAverager": _GRADIENTS,
+        "TrainingAverager": "use shoal.TrainingAverager",
+        "GradientAverager": "use shoal.optim.GradientAverager",
         "group_info": "GroupInfo is shoal.averaging.GroupInfo",
         "key_manager": "see get_group_bits() and set_group_bits() of shoal.DecentralizedAverager",
         "GroupKeyManager": "see get_group_bits() and set_group_bits() of shoal.DecentralizedAverager",
@@ -87,6 +76,10 @@ ABSENT: Mapping[str, Mapping[str, str]] = {
         "serialization": "use shoal.compression.serialize_tensor and deserialize_tensor",
         "BASE_COMPRESSION_TYPES": "codecs are registered by number: shoal.compression.get_codec(number)",
     },
+    "shoal.optim": {
+        "PowerSGDGradientAverager": _POWER_SGD,
+        "power_sgd_averager": _POWER_SGD,
+    },
     "shoal.p2p": {
         "P2P": _SERVICER,
         "P2PContext": _SERVICER,
@@ -109,8 +102,8 @@ ABSENT: Mapping[str, Mapping[str, str]] = {
         "nested_pack": _NESTED,
         "nested_map": _NESTED,
         "nested": _NESTED,
-        "PerformanceEMA": "Shoal has no training loop to measure; keep an average of your own",
-        "performance_ema": "Shoal has no training loop to measure; keep an average of your own",
+        "PerformanceEMA": "use shoal.optim.PerformanceEMA",
+        "performance_ema": "use shoal.optim.PerformanceEMA",
         "TensorDescriptor": "shoal.compression.CompressionInfo holds shape and dtype itself",
         "BatchTensorDescriptor": "shoal.compression.CompressionInfo holds shape and dtype itself",
         "tensor_descr": "shoal.compression.CompressionInfo holds shape and dtype itself",

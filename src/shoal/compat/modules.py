@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-PACKAGES = ("shoal", "shoal.averaging", "shoal.compression", "shoal.dht", "shoal.p2p", "shoal.utils")
+PACKAGES = (
+    "shoal",
+    "shoal.averaging",
+    "shoal.compression",
+    "shoal.dht",
+    "shoal.optim",
+    "shoal.p2p",
+    "shoal.utils",
+)
 """The public names of Shoal are those in the ``__all__`` of these."""
 
 _ASYNC = (
@@ -51,6 +59,11 @@ MODULES: Mapping[str, str] = {
     "shoal.dht.storage": """BinaryDHTValue DHTExpiration DHTID DHTLocalStorage DictionaryDHTValue KeyType
         MSGPackSerializer Subkey TimedStorage ValueType ValueWithExpiration""",
     "shoal.dht.validation": "CompositeValidator DHTRecord RecordValidatorBase",
+    "shoal.optim.grad_averager": "GradientAverager GradientAveragerFactory",
+    "shoal.optim.grad_scaler": "GradScaler",
+    "shoal.optim.progress_tracker": "GlobalTrainingProgress LocalTrainingProgress ProgressTracker",
+    "shoal.optim.state_averager": "TrainingStateAverager",
+    "shoal.optim.training_averager": "TrainingAverager",
     "shoal.utils": "MPFuture ValueWithExpiration use_hivemind_log_handler",
     "shoal.utils.logging": """CustomFormatter HandlerMode TRUE_CONSTANTS TextStyle always_log_caller get_logger
         golog_level_to_python in_ipython loglevel python_level_to_golog use_hivemind_log_handler""",

@@ -1,0 +1,174 @@
+"""What :class:`~shoal.optim.optimizer.Optimizer` was told, checked before any process starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shoal.dht.dht import DHT
+from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.optim.epoch import AfterFailedRound
+from shoal.utils.checks import check_choice, check_flag, check_number
+
+_OWN_PARAMETERS = {
+    "dht": "dht", "prefix": "run_id", "start": "nothing, the averagers are started", "client_mode": "client_mode",
+    "auxiliary": "auxiliary", "compression": "grad_compression and state_averaging_compression",
+    "state_compression": "load_state_compression", "apply_when": "delay_state_averaging",
+    "averaged_tensors": "params", "tensor_infos": "params", "initial_group_bits": "the epoch",
+}  # fmt: skip
+"""Arguments of averagers that must not be in ``averager_opts``, and what decides them."""
+_NAMES = {"dht", "prefix", "target_batch_size", "start", "client_mode", "performance_ema_alpha"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings that do not change; those that were not given are filled in."""
+
+    run_id: str
+    target_batch_size: int
+    batch_size_per_step: int | None
+    matchmaking_time: float
+    averaging_timeout: float
+    allreduce_timeout: float
+    next_chunk_timeout: float
+    load_state_timeout: float
+    reuse_grad_buffers: bool
+    offload_optimizer: bool
+    delay_optimizer_step: bool
+    delay_grad_averaging: bool
+    delay_state_averaging: bool
+    average_state_every: int
+    use_local_updates: bool
+    auxiliary: bool
+    after_failed_round: AfterFailedRound
+    max_grad_norm: float | None
+    shutdown_timeout: float
+    verbose: bool
+
+    @property
+    def prefix(self) -> str:
+        """Averagers' names have no dots; those of runs that are named after a model may."""
+        return self.run_id.replace(".", "_")
+
+
+def checked(given: Mapping[str, Any]) -> Options:
+    """The options out of all arguments of the constructor.
+
+    :raises InvalidValueError: an argument is out of range, or does not go with another one
+    :raises InvalidTypeError: an argument is of the wrong type
+    """
+    _check_objects(given)
+    flags = {
+        name: check_flag(name, given[name])
+        for name in (
+            "reuse_grad_buffers", "delay_grad_averaging", "delay_state_averaging", "use_local_updates", "auxiliary",
+            "verbose",
+        )
+    }  # fmt: skip
+    check_choice("after_failed_round", given["after_failed_round"], ("local", "skip", "wait"))
+    is_factory = not isinstance(given["optimizer"], torch.optim.Optimizer)
+    offload, delay_step = given["offload_optimizer"], given["delay_optimizer_step"]
+    matchmaking_time = check_number("matchmaking_time", given["matchmaking_time"], above=0)
+    averaging_timeout = check_number("averaging_timeout", given["averaging_timeout"], above=0)
+    options = Options(
+        run_id=given["run_id"],
+        target_batch_size=_count("target_batch_size", given["target_batch_size"]),
+        batch_size_per_step=_optional(_count, "batch_size_per_step", given["batch_size_per_step"]),
+        matchmaking_time=matchmaking_time,
+        averaging_timeout=averaging_timeout,
+        allreduce_timeout=_seconds("allreduce_timeout", given["allreduce_timeout"], averaging_timeout),
+        next_chunk_timeout=_seconds("next_chunk_timeout", given["next_chunk_timeout"], matchmaking_time),
+        load_state_timeout=check_number("load_state_timeout", given["load_state_timeout"], above=0),
+        offload_optimizer=(
+            given["params"] is not None and is_factory and not flags["use_local_updates"]
+            if offload is None
+            else check_flag("offload_optimizer", offload)
+        ),
+        delay_optimizer_step=(
+            flags["delay_grad_averaging"]
+            if delay_step is None
+            else check_flag("delay_optimizer_step", delay_step)
+        ),
+        average_state_every=_count("average_state_every", given["average_state_every"]),
+        after_failed_round=given["after_failed_round"],
+        max_grad_norm=_optional(_seconds, "max_grad_norm", given["max_grad_norm"]),
+        shutdown_timeout=check_number("shutdown_timeout", given["shutdown_timeout"], minimum=0),
+        **flags,
+    )
+    _check_modes(options, given, is_factory)
+    return options
+
+
+def _check_objects(given: Mapping[str, Any]) -> None:
+    if not isinstance(given["dht"], DHT):
+        raise InvalidTypeError(f"dht must be a shoal.DHT, got {given['dht']!r}")
+    if not given["dht"].is_alive():
+        raise InvalidValueError("dht must be running: start it with DHT(start=True)")
+    run_id, optimizer, scheduler = given["run_id"], given["optimizer"], given["scheduler"]
+    if not isinstance(run_id, str) or not run_id:
+        raise InvalidTypeError(f"run_id must be a text that is not empty, got {run_id!r}")
+    is_instance = isinstance(optimizer, torch.optim.Optimizer)
+    if not is_instance and not callable(optimizer):
+        raise InvalidTypeError(f"optimizer must be a torch optimizer or a callable, got {optimizer!r}")
+    if not is_instance and given["params"] is None:
+        raise InvalidValueError("params must be given if optimizer is a callable, got None")
+    if not is_instance and scheduler is not None and not callable(scheduler):
+        raise InvalidValueError(
+            f"scheduler must be a callable if optimizer is one, got {type(scheduler).__name__}"
+        )
+    for name, taken in (
+        ("averager_opts", _OWN_PARAMETERS),
+        ("tracker_opts", dict.fromkeys(_NAMES, "the optimizer")),
+    ):
+        opts = given[name]
+        if opts is not None and not isinstance(opts, Mapping):
+            raise InvalidTypeError(f"{name} must be a dictionary, got {opts!r}")
+        for key in sorted(taken.keys() & (opts or {}).keys()):
+            raise InvalidValueError(f"{name} must not have {key!r}, which follows from {taken[key]}")
+
+
+def _check_modes(options: Options, given: Mapping[str, Any], is_factory: bool) -> None:
+    delayed = options.delay_optimizer_step or options.delay_grad_averaging
+    rules = (
+        (not is_factory and options.offload_optimizer, ("offload_optimizer must be False with an optimizer instance: "
+         "give a callable and params")),
+        (not is_factory and delayed, ("delay_optimizer_step and delay_grad_averaging must be False with an optimizer "
+         "instance: give a callable and params")),
+        (options.use_local_updates and options.reuse_grad_buffers, ("reuse_grad_buffers must be False with "
+         "use_local_updates, which accumulates no gradients")),
+        (options.use_local_updates and delayed, ("delay_grad_averaging and delay_optimizer_step must be False with "
+         "use_local_updates, where gradients are not averaged")),
+        (options.use_local_updates and given["grad_averager_factory"] is not None, ("grad_averager_factory must be "
+         "None with use_local_updates, where gradients are not averaged")),
+        (options.delay_grad_averaging and not options.delay_optimizer_step, ("delay_optimizer_step must be True with "
+         "delay_grad_averaging: the step waits for the gradients")),
+        (options.delay_optimizer_step and not options.offload_optimizer, ("offload_optimizer must be True with "
+         "delay_optimizer_step: the step works on copies meanwhile")),
+        (delayed and options.after_failed_round == "wait", ("after_failed_round must be 'local' or 'skip' with "
+         "delay_optimizer_step or delay_grad_averaging, which go on meanwhile")),
+        (options.auxiliary and options.batch_size_per_step is not None, ("batch_size_per_step must be None with "
+         "auxiliary: it processes no batches")),
+        (options.auxiliary and bool(given["client_mode"]), ("client_mode must be False with auxiliary: a helper must "
+         "accept connections")),
+    )  # fmt: skip
+    for broken, message in rules:
+        if broken:
+            raise InvalidValueError(message)
+
+
+def _count(name: str, value: Any) -> int:
+    number = check_number(name, value, minimum=1)
+    if number != int(number):
+        raise InvalidValueError(f"{name} must be a whole number, got {value!r}")
+    return int(number)
+
+
+def _seconds(name: str, value: Any, default: float | None = None) -> float:
+    return default if value is None and default is not None else check_number(name, value, above=0)
+
+
+def _optional(check: Any, name: str, value: Any) -> Any:
+    return None if value is None else check(name, value)

@@ -1,0 +1,53 @@
+"""What happened in one epoch of an optimizer, for people and for programs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from shoal.utils import figures
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """One epoch of this peer.
+
+    :param epoch: the one that has ended
+    :param peers: of the swarm, this one included
+    :param samples: of the swarm, as far as this peer knows
+    :param local_samples: of this peer
+    :param loss: mean of what the closures returned, weighted by samples; None: there was no closure
+    :param gradients: "averaged"; "own": this peer's own mean; "skipped": no update; "delayed": under way in the
+      background; "none": with local updates, and for auxiliaries whose round failed
+    :param failure: why gradients were not averaged; None: they were, or there was nobody else
+    :param state: "averaged" or "failed"; "delayed"; "equal": all members had the same parameters; "none": not due
+    :param seconds: "epoch": since the end of the one before; "gradients": its round, search included; "update":
+      optimizer's step and what of the round of parameters was waited for
+    """
+
+    epoch: int
+    peers: int
+    samples: int
+    local_samples: int
+    loss: float | None = None
+    gradients: Literal["averaged", "own", "skipped", "delayed", "none"] = "none"
+    failure: str | None = None
+    state: Literal["averaged", "failed", "delayed", "equal", "none"] = "none"
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values under flat names such as "seconds/gradients", for wandb, TensorBoard or MLflow."""
+        values = asdict(self)
+        seconds = values.pop("seconds")
+        return values | {f"seconds/{phase}": value for phase, value in seconds.items()}
+
+    def __str__(self) -> str:
+        loss = "" if self.loss is None else f", loss {self.loss:.4g}"
+        times = ", ".join(f"{phase} {figures.duration(value)}" for phase, value in self.seconds.items())
+        return (
+            f"epoch {self.epoch}: {self.peers} peers, {self.samples} samples ({self.local_samples} own){loss}; "
+            f"gradients {self.gradients}, state {self.state}; {times}; "
+            f"{self.bytes_sent} bytes sent, {self.bytes_received} received"
+        )

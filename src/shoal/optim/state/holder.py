@@ -1,0 +1,219 @@
+"""An optimizer with the tensors that it works on: the model's own, or copies in float32 on the CPU (*offloaded*)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+
+from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.optim.parameters import trained_parameters
+
+Params: TypeAlias = Iterable[torch.Tensor] | Iterable[Mapping[str, Any]]
+OptimizerFactory: TypeAlias = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+Group: TypeAlias = dict[str, Any]
+
+_REWOUND = {"step": 0, "mu_product": 1}
+"""State that counts steps, with what it is before the first one."""
+
+
+class OptimizerHolder:
+    """The inner optimizer, the model's parameters, and what passes between the two.
+
+    :param optimizer: an instance, or a callable that takes parameter groups
+    :param params: the model's parameters or groups; needed with a callable
+    :param offload: let the optimizer work on copies; needs a callable
+    :param initialize: make the optimizer's state without a step; None: if it has no tensor yet
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer | OptimizerFactory,
+        params: Params | None,
+        offload: bool,
+        initialize: bool | None,
+    ) -> None:
+        self.offloaded = offload
+        if isinstance(optimizer, torch.optim.Optimizer):
+            if offload:
+                raise InvalidValueError(
+                    "optimizer must be a callable with offload_optimizer, got an instance, "
+                    "which works on the model's own parameters; give lambda params: Optimizer(params, ...)"
+                )
+            self.optimizer = optimizer
+            self._model_groups: list[Group] | None = None
+        elif callable(optimizer):
+            if params is None:
+                raise InvalidValueError("params must be given if optimizer is a callable, got None")
+            groups = as_groups(params)
+            inner = (
+                [{**g, "params": [_copy_of(p) for p in g["params"]]} for g in groups] if offload else groups
+            )
+            self.optimizer = optimizer(inner)
+            self._model_groups = groups if offload else None
+        else:
+            raise InvalidTypeError(
+                f"optimizer must be a torch optimizer or a callable, got {type(optimizer).__name__}"
+            )
+        inner_parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
+        model_parameters = [p for g in self._model_groups or self.optimizer.param_groups for p in g["params"]]
+        trained = {id(p) for p in trained_parameters(model_parameters)}
+        pairs = [
+            pair for pair in zip(model_parameters, inner_parameters, strict=True) if id(pair[0]) in trained
+        ]
+        self.model_parameters = tuple(model for model, _ in pairs)
+        self.parameters = tuple(inner for _, inner in pairs)
+        if self._model_groups is not None:
+            self.hyperparameters_to_model()
+        self.gradients = tuple(torch.zeros_like(p) for p in self.parameters) if offload else ()
+        if initialize or (initialize is None and not has_tensors(self.optimizer)):
+            initialize_state(self.optimizer)
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """The groups of the model: hyperparameters that are set in them count in the next step."""
+        return self.optimizer.param_groups if self._model_groups is None else self._model_groups
+
+    def hyperparameters_to_model(self) -> None:
+        """The scheduler, or a state that was loaded, has set those of the inner optimizer."""
+        if self._model_groups is not None:
+            _copy_hyperparameters(self.optimizer.param_groups, self._model_groups)
+
+    def hyperparameters_from_model(self) -> None:
+        """The user may have set those of the model."""
+        if self._model_groups is not None:
+            _copy_hyperparameters(self._model_groups, self.optimizer.param_groups)
+
+    @torch.no_grad()
+    def load_gradients(self, custom: bool) -> None:
+        """Give the copies their gradients: those of the model, unless others fill ``gradients``."""
+        if not self.offloaded:
+            return
+        for inner, model, grad in zip(self.parameters, self.model_parameters, self.gradients, strict=True):
+            if not custom:
+                grad.zero_() if model.grad is None else grad.copy_(model.grad)
+            inner.grad = grad  # the optimizer's zero_grad() may have taken it away
+
+    @torch.no_grad()
+    def parameters_to_model(self) -> None:
+        """Write what the optimizer works on into the model."""
+        if self.offloaded:
+            for inner, model in zip(self.parameters, self.model_parameters, strict=True):
+                model.copy_(inner)
+
+    @torch.no_grad()
+    def parameters_from_model(self) -> None:
+        """Take the model's values, which somebody has set."""
+        if self.offloaded:
+            for inner, model in zip(self.parameters, self.model_parameters, strict=True):
+                inner.copy_(model)
+
+    def statistics(self, names: Iterable[str]) -> list[tuple[str, torch.Tensor]]:
+        """Those of each name, for all parameters, in their order.
+
+        :raises InvalidValueError: the optimizer has no such tensors
+        """
+        found = []
+        for name in names:
+            for index, parameter in enumerate(self.parameters):
+                value = self.optimizer.state.get(parameter, {}).get(name)
+                if not isinstance(value, torch.Tensor):
+                    raise InvalidValueError(
+                        f"average_opt_statistics must name tensors of the optimizer's state, got {name!r}; "
+                        f"there are {sorted(self.optimizer.state.get(parameter, {}))}"
+                    )
+                found.append((f"{name}.{index}", value))
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load into the optimizer; groups that others refer to stay the same objects."""
+        groups = self.optimizer.param_groups
+        self.optimizer.load_state_dict(dict(state))
+        for group, loaded in zip(groups, self.optimizer.param_groups, strict=True):
+            group.update(loaded)
+        self.optimizer.param_groups = groups
+        self.hyperparameters_to_model()
+
+
+def as_groups(params: Params) -> list[Group]:
+    """Parameters, or groups of them, as groups.
+
+    :raises InvalidValueError: a parameter twice
+    """
+    given = list(params)
+    groups: list[Group] = []
+    if given and all(isinstance(item, Mapping) for item in given):
+        for item in given:
+            assert isinstance(item, Mapping)
+            held = item["params"]
+            groups.append({**item, "params": [held] if isinstance(held, torch.Tensor) else list(held)})
+    else:
+        groups.append({"params": given})
+    ids = [id(p) for group in groups for p in group["params"]]
+    if len(set(ids)) < len(ids):
+        raise InvalidValueError(f"params must have each parameter once, got {len(ids) - len(set(ids))} twice")
+    return groups
+
+
+def has_tensors(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its state has any."""
+    return any(isinstance(v, torch.Tensor) for state in optimizer.state.values() for v in state.values())
+
+
+def initialize_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the state that a first step would make, as it is before that step.
+
+    The optimizer takes a step with zero gradients on copies of the parameters, without weight decay; counters are set
+    back then. The parameters themselves are never touched.
+
+    :raises InvalidValueError: its ``step`` needs a closure
+    """
+    groups = [dict(group) for group in optimizer.param_groups]
+    copies = [[_with_zero_grad(p) for p in group["params"]] for group in groups]
+    try:
+        for group, own in zip(optimizer.param_groups, copies, strict=True):
+            group["params"] = own
+            if "weight_decay" in group:
+                group["weight_decay"] = 0.0
+        step: Callable[[Any], Any] = type(optimizer).step
+        step(optimizer)
+    except TypeError as e:
+        raise InvalidValueError(
+            f"optimizer must take step() without a closure to make its state, got {type(optimizer).__name__} ({e}); "
+            "give initialize_optimizer=False"
+        ) from e
+    finally:
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            group.update(before)
+        for group, own in zip(groups, copies, strict=True):
+            for parameter, copied in zip(group["params"], own, strict=True):
+                if copied in optimizer.state:
+                    optimizer.state[parameter] = _rewound(optimizer.state.pop(copied))
+
+
+def _rewound(state: dict[str, Any]) -> dict[str, Any]:
+    for name, start in _REWOUND.items():
+        value = state.get(name)
+        if isinstance(value, torch.Tensor):
+            value.fill_(start)
+        elif value is not None:
+            state[name] = type(value)(start)
+    return state
+
+
+def _with_zero_grad(parameter: torch.Tensor) -> torch.Tensor:
+    copied = parameter.detach().clone().requires_grad_(parameter.requires_grad)
+    if parameter.requires_grad:
+        copied.grad = torch.zeros_like(copied)
+    return copied
+
+
+def _copy_of(parameter: torch.Tensor) -> torch.nn.Parameter:
+    data = parameter.detach().to("cpu", torch.float32, copy=True)
+    return torch.nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+
+def _copy_hyperparameters(source: list[Group], target: list[Group]) -> None:
+    for taken, given in zip(source, target, strict=True):
+        given.update({name: value for name, value in taken.items() if name != "params"})

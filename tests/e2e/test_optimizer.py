@@ -1,0 +1,286 @@
+"""``shoal.Optimizer`` on real background processes: the scenarios of hivemind's own tests, and its faults."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from real_swarm import Swarm, wait_until
+
+import shoal as hivemind
+from shoal.errors import InvalidStateError, InvalidValueError
+
+pytestmark = pytest.mark.xdist_group("averaging")
+
+PAGE = (Path(__file__).parents[2] / "docs" / "optimizer.md").read_text()
+TARGET, EPOCHS = 32, 3
+
+
+@pytest.fixture
+def dht(swarm: Swarm) -> hivemind.DHT:
+    return swarm.dht()
+
+
+@pytest.fixture
+def made() -> Iterator[list[hivemind.Optimizer]]:
+    optimizers: list[hivemind.Optimizer] = []
+    yield optimizers
+    for optimizer in optimizers:
+        optimizer.shutdown()
+
+
+def make(
+    made: list[hivemind.Optimizer], dht: hivemind.DHT, model: torch.nn.Module, run_id: str, **options: Any
+) -> hivemind.Optimizer:
+    settings: dict[str, Any] = {
+        "target_batch_size": TARGET,
+        "batch_size_per_step": 4,
+        "optimizer": torch.optim.SGD,
+        "matchmaking_time": 1.0,
+        "averaging_timeout": 5.0,
+        "averager_opts": {"request_timeout": 0.5},
+        "tracker_opts": {"max_refresh_period": 1.0},
+        **options,
+    }
+    if settings["optimizer"] is torch.optim.SGD:
+        settings["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+    made.append(hivemind.Optimizer(dht=dht, run_id=run_id, **settings))
+    return made[-1]
+
+
+def test_alone_the_mean_over_all_samples_is_the_update(made: list[Any], dht: hivemind.DHT, swarm: Swarm):
+    """Batches of 1 and 3 samples weigh 1 to 3, and gradients with NaN count for nothing."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    before = model.weight.item()
+    opt = make(made, dht, model, swarm.prefix, target_batch_size=4)
+    for value, size in ((float("nan"), 3), (8.0, 1), (4.0, 3)):
+        model.weight.grad = torch.full((1, 1), value)
+        opt.step(batch_size=size)
+    assert opt.local_epoch == 1
+    assert model.weight.item() == pytest.approx(before - 0.1 * 5.0)
+    assert opt.report.gradients == "own"
+    assert opt.report.to_dict()["samples"] == 4
+
+
+def test_a_learning_rate_that_is_set_from_outside_counts(made: list[Any], dht: hivemind.DHT, swarm: Swarm):
+    """Also for an offloaded optimizer, whose groups have the model's own parameters."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    opt = make(
+        made, dht, model, swarm.prefix, target_batch_size=4,
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1), params=model.parameters(),
+    )  # fmt: skip
+    assert opt.options.offload_optimizer
+    assert opt.param_groups[0]["params"][0] is model.weight
+    opt.param_groups[0]["lr"] = 0.5
+    before = model.weight.item()
+    model.weight.grad = torch.ones(1, 1)
+    opt.step()
+    assert model.weight.item() == pytest.approx(before - 0.5)
+
+
+def test_the_averaged_gradient_is_clipped_and_a_closure_gives_its_loss(
+    made: list[Any], dht: hivemind.DHT, swarm: Swarm
+):
+    """The norm is that of the mean over the epoch, not that of a batch."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    opt = make(made, dht, model, swarm.prefix, target_batch_size=8, max_grad_norm=0.5)
+    before = model.weight.detach().clone()
+
+    def closure() -> torch.Tensor:
+        opt.zero_grad()
+        loss = model(torch.tensor([[3.0, 4.0]])).sum()
+        loss.backward()
+        return loss
+
+    losses = [opt.step(closure).item() for _ in range(2)]
+    assert losses[0] == losses[1] == pytest.approx(float((before @ torch.tensor([3.0, 4.0])).item()))
+    assert opt.local_epoch == 1
+    assert torch.allclose(model.weight, before - 0.1 * torch.tensor([[0.3, 0.4]]), atol=1e-6)
+    assert opt.report.loss == pytest.approx(losses[0])
+
+
+def test_an_auxiliary_peer_takes_no_batches_and_changes_nothing(
+    made: list[Any], dht: hivemind.DHT, swarm: Swarm
+):
+    model = torch.nn.Linear(1, 1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    opt = make(made, dht, model, swarm.prefix, auxiliary=True, batch_size_per_step=None)
+    with pytest.raises(InvalidValueError, match="step\\(\\) must have no arguments"):
+        opt.step(batch_size=4)
+    opt.step()
+    assert opt.tracker.local_progress.samples_accumulated == 0
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), before, strict=True))
+
+
+def test_state_dict_round_trips_and_stays_as_given(made: list[Any], dht: hivemind.DHT, swarm: Swarm):
+    model = torch.nn.Linear(1, 1, bias=False)
+    opt = make(made, dht, model, swarm.prefix, target_batch_size=4)
+    model.weight.grad = torch.ones(1, 1)
+    opt.step()
+    saved = opt.state_dict()
+    opt.step()
+    assert opt.local_epoch == 2
+    opt.load_state_dict(saved)
+    assert opt.local_epoch == 1
+    assert saved["state"]["local_epoch"] == 1
+    opt.shutdown()
+    opt.shutdown()
+    assert not opt.is_alive()
+    with pytest.raises(InvalidStateError, match="shut down"):
+        opt.step()
+
+
+@pytest.mark.parametrize(
+    ("after", "update"), [("local", 2.0), ("skip", 0.0), ("delayed", 2.0)], ids=["local", "skip", "delayed"]
+)
+def test_a_failed_round_never_updates_by_zeros(
+    made: list[Any], swarm: Swarm, after: str, update: float, caplog: pytest.LogCaptureFixture
+):
+    """The other peer tells its progress, and never comes to a round."""
+    dht, other = swarm.dht(), swarm.dht()
+    model = torch.nn.Linear(1, 1, bias=False)
+    before = model.weight.item()
+    modes: dict[str, Any] = {"after_failed_round": after}
+    if after == "delayed":
+        modes = {
+            "optimizer": lambda p: torch.optim.SGD(p, lr=0.1),
+            "params": model.parameters(),
+            "delay_grad_averaging": True,
+        }
+    modes |= {"target_batch_size": 8, "averaging_timeout": 0.5, "average_state_every": 2}
+    opt = make(made, dht, model, swarm.prefix, **modes)
+    options: dict[str, Any] = {"start": True, "min_refresh_period": 0.1}
+    tracker = hivemind.optim.ProgressTracker(other, opt.tracker.prefix, 8, **options)
+    tracker.report_local_progress(0, 1)
+    try:
+        wait_until(lambda: opt.tracker.global_progress.num_peers == 2)
+        for value in (1.0, 3.0):
+            model.weight.grad = torch.full((1, 1), value)
+            opt.step()
+        opt.state_averager.step(wait_for_delayed_updates=True)
+    finally:
+        tracker.shutdown()
+    assert opt.local_epoch == 1
+    assert model.weight.item() == pytest.approx(before - 0.1 * update)
+    said = [r for r in caplog.records if "the gradients of epoch 0 were not averaged" in r.getMessage()]
+    assert [record.levelname for record in said] == ["WARNING"]
+
+
+def test_a_client_ends_epochs_and_a_load_without_donors_ends(
+    made: list[Any], dht: hivemind.DHT, swarm: Swarm
+):
+    model = torch.nn.Linear(1, 1, bias=False)
+    opt = make(made, dht, model, swarm.prefix, target_batch_size=4, client_mode=True)
+    assert opt.grad_averager.client_mode
+    assert opt.state_averager.client_mode
+    assert not opt.load_state_from_peers(timeout=5.0)
+    model.weight.grad = torch.ones(1, 1)
+    opt.step()
+    assert opt.local_epoch == 1
+
+
+def test_what_averager_opts_set_reaches_both_averagers(made: list[Any], dht: hivemind.DHT, swarm: Swarm):
+    """A time that follows from another one may be set, too."""
+    opts = {"bandwidth": 7.0, "next_chunk_timeout": 3.5}
+    opt = make(made, dht, torch.nn.Linear(1, 1), swarm.prefix, averager_opts=opts)
+    for averager in (opt.grad_averager, opt.state_averager):
+        assert averager.bandwidth == 7.0
+        assert averager.next_chunk_timeout == 3.5
+
+
+def test_a_scheduler_and_a_scaler_of_torch_work_as_they_are(made: list[Any], dht: hivemind.DHT, swarm: Swarm):
+    """The scaler leaves out a step with overflow: no sample counts."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    opt = make(made, dht, model, swarm.prefix, target_batch_size=4)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda epoch: 0.5**epoch)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = model.weight.item()
+    for value in (float("inf"), 8.0):
+        scaler.scale(value * model.weight.sum()).backward()  # the gradient is four times the value
+        scaler.step(opt)
+        opt.zero_grad()
+        scaler.update(4.0)
+    scheduler.step()
+    assert opt.local_epoch == 1
+    assert model.weight.item() == pytest.approx(before - 0.1 * 8.0)
+    assert opt.opt.param_groups[0]["lr"] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"offload_optimizer": True}, "offload_optimizer must be False with an optimizer instance"),
+        ({"use_local_updates": True, "reuse_grad_buffers": True}, "reuse_grad_buffers must be False"),
+        ({"averager_opts": {"prefix": "other"}}, "averager_opts must not have 'prefix', which follows from run_id"),
+        ({"auxiliary": True}, "batch_size_per_step must be None with auxiliary"),
+        ({"after_failed_round": "retry"}, "after_failed_round must be"),
+        ({"target_batch_size": 0}, "target_batch_size must be"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(
+    made: list[Any], dht: hivemind.DHT, swarm: Swarm, wrong: dict[str, Any], message: str
+):
+    with pytest.raises(InvalidValueError, match=message):
+        make(made, dht, torch.nn.Linear(1, 1), swarm.prefix, **wrong)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(
+    "modes",
+    [
+        {},
+        {"reuse_grad_buffers": True},
+        {"delay_state_averaging": False},
+        {"use_local_updates": True},
+        {"use_local_updates": True, "delay_state_averaging": False},
+        {"delay_optimizer_step": True},
+        {"delay_optimizer_step": True, "delay_grad_averaging": True},
+        {"after_failed_round": "wait"},
+    ],
+    ids=str,
+)
+def test_peers_end_three_epochs_together(made: list[Any], swarm: Swarm, modes: dict[str, Any]):
+    dhts = [swarm.dht(), swarm.dht()]
+    models = [torch.nn.Linear(4, 1) for _ in dhts]
+    models[1].load_state_dict(models[0].state_dict())
+    delayed = modes.get("delay_optimizer_step", False)
+    opts = []
+    for dht, model in zip(dhts, models, strict=True):
+        factory = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1), "params": model.parameters()}
+        opts.append(make(made, dht, model, swarm.prefix, **(factory if delayed else {}), **modes))
+    together = threading.Barrier(2)
+
+    def train(opt: hivemind.Optimizer, model: torch.nn.Module) -> None:
+        together.wait(30)
+        while opt.local_epoch < EPOCHS:
+            model(torch.randn(4, 4)).pow(2).mean().backward()
+            opt.step()
+            if not opt.options.reuse_grad_buffers:
+                opt.zero_grad()
+            threading.Event().wait(0.2)
+        opt.state_averager.step(wait_for_delayed_updates=True)
+
+    threads = [threading.Thread(target=train, args=pair) for pair in zip(opts, models, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(90)
+    assert [opt.local_epoch for opt in opts] == [EPOCHS, EPOCHS]
+    assert [opt.tracker.global_epoch for opt in opts] == [EPOCHS, EPOCHS]
+
+
+@pytest.mark.sweep
+def test_the_program_of_the_page_runs(tmp_path: Path):
+    [program] = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE)
+    script = tmp_path / "train.py"
+    script.write_text(program)
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=90)
+    assert ended.returncode == 0, ended.stderr
+    assert "epoch 4: 1 peers, 256 samples" in ended.stdout
