@@ -138,7 +138,12 @@ def test_state_dict_round_trips_and_stays_as_given(made: list[Any], dht: hivemin
 
 
 @pytest.mark.parametrize(
-    ("after", "update"), [("local", 2.0), ("skip", 0.0), ("delayed", 2.0)], ids=["local", "skip", "delayed"]
+    ("after", "update"),
+    [
+        ("local", 2.0),
+        pytest.param("skip", 0.0, marks=pytest.mark.sweep),
+        pytest.param("delayed", 2.0, marks=pytest.mark.sweep),
+    ],
 )
 def test_a_failed_round_never_updates_by_zeros(
     made: list[Any], swarm: Swarm, after: str, update: float, caplog: pytest.LogCaptureFixture

@@ -48,12 +48,12 @@ def check(seed: int, seconds: float) -> None:
     assert swarm.longest_behind <= LENGTH / 2
 
 
-@pytest.mark.parametrize("seed", range(7))
+@pytest.mark.parametrize("seed", range(5))
 def test_peers_end_an_epoch_together(seed: int):
-    check(seed, 150.0 if seed == 6 else 240.0)  # that of 64 peers takes longest
+    check(seed, 240.0)
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("seed", range(7, 147))
+@pytest.mark.parametrize("seed", range(5, 147))
 def test_peers_end_an_epoch_together_in_many_swarms(seed: int):
     check(seed, 240.0)
