@@ -15,7 +15,7 @@ import torch
 from real_swarm import Swarm, wait_until
 
 import shoal as hivemind
-from shoal.errors import InvalidStateError, InvalidValueError
+from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError
 
 pytestmark = pytest.mark.xdist_group("averaging")
 
@@ -227,12 +227,29 @@ def test_a_scheduler_and_a_scaler_of_torch_work_as_they_are(made: list[Any], dht
         ({"auxiliary": True}, "batch_size_per_step must be None with auxiliary"),
         ({"after_failed_round": "retry"}, "after_failed_round must be"),
         ({"target_batch_size": 0}, "target_batch_size must be"),
+        ({"averager_opts": {"timeout": 3}}, "averager_opts must have names of DecentralizedAverager's parameters"),
+        ({"tracker_opts": {"period": 3}}, "tracker_opts must have names of ProgressTracker's parameters"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named(
     made: list[Any], dht: hivemind.DHT, swarm: Swarm, wrong: dict[str, Any], message: str
 ):
     with pytest.raises(InvalidValueError, match=message):
+        make(made, dht, torch.nn.Linear(1, 1), swarm.prefix, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"average_opt_statistics": "exp_avg"}, "average_opt_statistics must be a sequence of names, got 'exp_avg'"),
+        ({"extra_tensors": [3]}, "extra_tensors must be tensors, got 3"),
+        ({"params": 5, "optimizer": torch.optim.Adam}, "params must be parameters or groups of them, got 5"),
+    ],
+)  # fmt: skip
+def test_wrong_types_are_named(
+    made: list[Any], dht: hivemind.DHT, swarm: Swarm, wrong: dict[str, Any], message: str
+):
+    with pytest.raises(InvalidTypeError, match=message):
         make(made, dht, torch.nn.Linear(1, 1), swarm.prefix, **wrong)
 
 

@@ -78,7 +78,7 @@ class TorchFace(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` gave; of hivemind's, too. The given dictionary stays as it is."""
         self.state_averager.step(wait_for_delayed_updates=True)
-        state = dict(state_dict["state"])
+        state = dict(state_dict.get("state", {}))
         if "local_epoch" not in state:
             raise InvalidValueError(
                 "state_dict must have 'local_epoch' in its 'state': it is of another optimizer"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from shoal.averaging.trainer.averager import DecentralizedAverager
 from shoal.dht.dht import DHT
 from shoal.errors import InvalidTypeError, InvalidValueError
 from shoal.optim.epoch import AfterFailedRound
+from shoal.optim.progress.tracker import ProgressTracker
 from shoal.utils.checks import check_choice, check_flag, check_number
 
 _OWN_PARAMETERS = {
@@ -119,15 +122,30 @@ def _check_objects(given: Mapping[str, Any]) -> None:
         raise InvalidValueError(
             f"scheduler must be a callable if optimizer is one, got {type(scheduler).__name__}"
         )
-    for name, taken in (
-        ("averager_opts", _OWN_PARAMETERS),
-        ("tracker_opts", dict.fromkeys(_NAMES, "the optimizer")),
+    _check_contents(given)
+
+
+def _check_contents(given: Mapping[str, Any]) -> None:
+    for name, taken, owner in (
+        ("averager_opts", _OWN_PARAMETERS, DecentralizedAverager),
+        ("tracker_opts", dict.fromkeys(_NAMES, "the optimizer"), ProgressTracker),
     ):
+        known = inspect.signature(owner).parameters.keys()
         opts = given[name]
         if opts is not None and not isinstance(opts, Mapping):
             raise InvalidTypeError(f"{name} must be a dictionary, got {opts!r}")
         for key in sorted(taken.keys() & (opts or {}).keys()):
             raise InvalidValueError(f"{name} must not have {key!r}, which follows from {taken[key]}")
+        for key in sorted((opts or {}).keys() - known):
+            raise InvalidValueError(
+                f"{name} must have names of {owner.__name__}'s parameters alone, got {key!r}"
+            )
+    statistics = given["average_opt_statistics"]
+    if isinstance(statistics, str) or not all(isinstance(name, str) for name in statistics):
+        raise InvalidTypeError(f"average_opt_statistics must be a sequence of names, got {statistics!r}")
+    for tensor in given["extra_tensors"]:
+        if not isinstance(tensor, torch.Tensor):
+            raise InvalidTypeError(f"extra_tensors must be tensors, got {tensor!r}")
 
 
 def _check_modes(options: Options, given: Mapping[str, Any], is_factory: bool) -> None:

@@ -140,7 +140,10 @@ def as_groups(params: Params) -> list[Group]:
     """Parameters, or groups of them, as groups.
 
     :raises InvalidValueError: a parameter twice
+    :raises InvalidTypeError: neither parameters nor groups
     """
+    if not isinstance(params, Iterable):
+        raise InvalidTypeError(f"params must be parameters or groups of them, got {params!r}")
     given = list(params)
     groups: list[Group] = []
     if given and all(isinstance(item, Mapping) for item in given):
