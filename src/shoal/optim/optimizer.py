@@ -246,6 +246,13 @@ class Optimizer(TorchFace):
         """Whether the batch counts."""
         if self.auxiliary:
             return False
+        if all(parameter.grad is None for parameter in self.state_averager.main_parameters):
+            logger.warning(
+                "%s: no parameter has a gradient: this step counts for nothing. Was backward() called? Were the "
+                "model's parameters replaced, as load_state_dict(assign=True) does, after this optimizer was made?",
+                self.run_id,
+            )
+            return False
         if grad_scaler is not None:
             self._unscale(grad_scaler)
         if self.grad_averager is not None:
