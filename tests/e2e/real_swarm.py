@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import shoal
 from shoal.averaging.commands import AveragingStage
 from shoal.averaging.trainer.shared_buffers import SharedBuffers
 from shoal.averaging.trainer.sources import AveragedTensors
 
+Kind = TypeVar("Kind", bound=shoal.DecentralizedAverager)
 STEP_TIMEOUT = 30.0
 
 
@@ -48,6 +49,17 @@ class Swarm:
         dht: shoal.DHT | None = None,
         **options: Any,
     ) -> shoal.DecentralizedAverager:
+        return self.start(shoal.DecentralizedAverager, tensors, size=size, dht=dht, **options)
+
+    def start(
+        self,
+        kind: Callable[..., Kind],
+        *arguments: Any,
+        size: int,
+        dht: shoal.DHT | None = None,
+        **options: Any,
+    ) -> Kind:
+        """An averager of this kind, for groups of ``size``; it ends with the swarm."""
         settings: dict[str, Any] = {
             "prefix": self.prefix,
             "target_group_size": size,
@@ -57,7 +69,7 @@ class Swarm:
             "start": True,
             **options,
         }
-        averager = shoal.DecentralizedAverager(tensors, dht or self.dht(), **settings)
+        averager = kind(*arguments, dht=dht or self.dht(), **settings)
         self.averagers.append(averager)
         return averager
 

@@ -15,21 +15,7 @@ pytestmark = pytest.mark.xdist_group("averaging")
 
 
 def gradient_averager(swarm: Swarm, parameters: Any, size: int = 2, **options: Any) -> GradientAverager:
-    averager = GradientAverager(
-        parameters,
-        dht=swarm.dht(),
-        prefix=swarm.prefix,
-        **{
-            "target_group_size": size,
-            "min_group_size": size,
-            "min_matchmaking_time": 2.0,
-            "request_timeout": 1.0,
-            "start": True,
-            **options,
-        },
-    )
-    swarm.averagers.append(averager)
-    return averager
+    return swarm.start(GradientAverager, parameters, size=size, **options)
 
 
 def parameter(size: int = 3, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:

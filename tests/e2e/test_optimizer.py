@@ -319,4 +319,4 @@ def test_the_program_of_the_page_runs(tmp_path: Path):
     script.write_text(program)
     ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=90)
     assert ended.returncode == 0, ended.stderr
-    assert "epoch 4: 1 peers, 256 samples" in ended.stdout
+    assert "epoch 19: 1 peers, 256 samples" in ended.stdout

@@ -18,20 +18,9 @@ pytestmark = pytest.mark.xdist_group("averaging")
 def training_averager(swarm: Swarm, value: float, **options: Any) -> tuple[Any, torch.nn.Parameter]:
     param = torch.nn.Parameter(torch.full((3,), value))
     param.grad = torch.full((3,), value)
-    averager = shoal.TrainingAverager(
-        torch.optim.Adam([param], lr=0.1),
-        dht=swarm.dht(),
-        prefix=swarm.prefix,
-        target_group_size=2,
-        min_matchmaking_time=2.0,
-        request_timeout=1.0,
-        start=True,
-        average_parameters=True,
-        average_gradients=True,
-        **options,
-    )
-    swarm.averagers.append(averager)
-    return averager, param
+    whole = {"average_parameters": True, "average_gradients": True}
+    optimizer = torch.optim.Adam([param], lr=0.1)
+    return swarm.start(shoal.TrainingAverager, optimizer, size=2, **whole, **options), param
 
 
 def test_parameters_and_gradients_are_averaged_in_place(swarm: Swarm):

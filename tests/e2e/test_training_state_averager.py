@@ -18,20 +18,7 @@ pytestmark = pytest.mark.xdist_group("averaging")
 
 
 def state_averager(swarm: Swarm, size: int = 2, **options: Any) -> TrainingStateAverager:
-    averager = TrainingStateAverager(
-        dht=swarm.dht(),
-        prefix=swarm.prefix,
-        **{
-            "target_group_size": size,
-            "min_group_size": size,
-            "min_matchmaking_time": 2.0,
-            "request_timeout": 1.0,
-            "start": True,
-            **options,
-        },
-    )
-    swarm.averagers.append(averager)
-    return averager
+    return swarm.start(TrainingStateAverager, size=size, **options)
 
 
 def model(value: float) -> torch.nn.Linear:

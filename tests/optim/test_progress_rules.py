@@ -178,7 +178,7 @@ def test_a_first_look_finds_a_swarm_of_any_size():
 
 
 @pytest.mark.parametrize("count", [1001, 2000, 3000, 9000])
-def test_whoever_counts_a_few_more_or_less_is_read(count: int):
+def test_peers_that_count_a_few_more_or_less_are_read(count: int):
     level = next_level(0, count)
     for seen in (count * 95 // 100, count, count * 105 // 100):
         other = next_level(level, seen)

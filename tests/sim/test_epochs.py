@@ -1,4 +1,4 @@
-"""Peers end their epochs together, whatever their speeds and clocks, and whoever comes, goes or fails."""
+"""Peers end their epochs together, whatever their speeds and clocks, while peers come, go and fail."""
 
 from __future__ import annotations
 

@@ -270,7 +270,10 @@ class Optimizer(TorchFace):
         try:
             grad_scaler.unscale_(self)
         except RuntimeError as e:
-            logger.debug("gradients were unscaled before: %s", e)
+            if "already been called" not in str(
+                e
+            ):  # torch's scaler tells no other way that its user has done so
+                raise
 
     def _gradients_are_finite(self) -> bool:
         grads = [p.grad for p in self.state_averager.main_parameters if p.grad is not None]

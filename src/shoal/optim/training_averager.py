@@ -15,7 +15,7 @@ from shoal.averaging.trainer.control import StepControl
 from shoal.dht.dht import DHT
 from shoal.errors import InvalidTypeError, InvalidValueError, ShoalError
 from shoal.optim.state.holder import OptimizerHolder
-from shoal.optim.state.packing import pack, unpack
+from shoal.optim.state.packing import pack
 from shoal.p2p.identity import PeerID
 from shoal.utils.checks import check_flag
 from shoal.utils.logging import get_logger
@@ -136,18 +136,12 @@ class TrainingAverager(DecentralizedAverager):
         if loaded is None:
             return None
         metadata, tensors = loaded[0], loaded[1]
-        own = [*self.holder.parameters, *self.extra_tensors]
         try:
             if not isinstance(metadata, Mapping) or not isinstance(metadata.get("step"), int):
-                raise ValueError("it has no step")
-            state = unpack(metadata.get("optimizer_metadata"), tensors[len(own) :], self.opt.state_dict())
-            if [t.shape for t in own] != [t.shape for t in tensors[: len(own)]]:
-                raise ValueError("its tensors have other shapes")
-            with self.get_tensors(), torch.no_grad():
-                self.holder.load_state_dict(state)
-                for target, source in zip(own, tensors, strict=False):
-                    target.copy_(source)
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
+                raise InvalidValueError("it has no step")
+            with self.get_tensors():
+                self.holder.load_shared(metadata.get("optimizer_metadata"), tensors, self.extra_tensors)
+        except InvalidValueError as e:
             logger.warning("%s: the state of a peer was not loaded: %s", self.prefix, e)
             return None
         self.drop_late_average()

@@ -19,7 +19,7 @@ from shoal.errors import InvalidTypeError, InvalidValueError, ShoalError
 from shoal.optim.grad_scaler import GradScaler
 from shoal.optim.state.carried import Carried
 from shoal.optim.state.holder import OptimizerFactory, OptimizerHolder, Params
-from shoal.optim.state.packing import pack, unpack
+from shoal.optim.state.packing import pack
 from shoal.utils.checks import check_flag
 from shoal.utils.logging import get_logger
 
@@ -355,19 +355,11 @@ class TrainingStateAverager(DecentralizedAverager):
             return "it has no epoch"
         if epoch < self.local_epoch:
             return f"its epoch is {epoch}, which is below the own {self.local_epoch}"
-        own = [*self.holder.parameters, *self.extra_tensors]
-        given, of_optimizer = tensors[: len(own)], tensors[len(own) :]
-        shapes, wanted = [tuple(t.shape) for t in given], [tuple(t.shape) for t in own]
-        if shapes != wanted:
-            return f"it must have tensors of the shapes {wanted}, got {shapes}"
         try:
-            state = unpack(metadata.get("optimizer_metadata"), of_optimizer, self.optimizer.state_dict())
-            with self.get_tensors(), torch.no_grad():
-                self.holder.load_state_dict(state)
-                for target, source in zip(own, given, strict=True):
-                    target.copy_(source)
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
-            return f"its optimizer is another: {e}"
+            with self.get_tensors():
+                self.holder.load_shared(metadata.get("optimizer_metadata"), tensors, self.extra_tensors)
+        except InvalidValueError as e:
+            return str(e)
         self.drop_late_average()
         self.local_epoch = epoch
         self._update_scheduler()

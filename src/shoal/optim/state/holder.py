@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 
 from shoal.errors import InvalidTypeError, InvalidValueError
 from shoal.optim.parameters import trained_parameters
+from shoal.optim.state.packing import unpack
 
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[Mapping[str, Any]]
 OptimizerFactory: TypeAlias = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -126,6 +127,27 @@ class OptimizerHolder:
                 found.append((f"{name}.{index}", value))
         return found
 
+    @torch.no_grad()
+    def load_shared(
+        self, packed: Any, tensors: Sequence[torch.Tensor], extras: Sequence[torch.Tensor]
+    ) -> None:
+        """Take what another peer shares: its parameters, extra tensors, and optimizer, all of it or nothing.
+
+        :param packed: the optimizer's values, of which ``tensors`` has those after parameters and extra ones
+        :raises InvalidValueError: it is of another model or optimizer
+        """
+        own = [*self.parameters, *extras]
+        given, of_optimizer = tensors[: len(own)], tensors[len(own) :]
+        shapes, wanted = [tuple(t.shape) for t in given], [tuple(t.shape) for t in own]
+        if shapes != wanted:
+            raise InvalidValueError(f"it must have tensors of the shapes {wanted}, got {shapes}")
+        try:
+            self.load_state_dict(unpack(packed, of_optimizer, self.optimizer.state_dict()))
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            raise InvalidValueError(f"its optimizer is another: {e}") from e
+        for target, source in zip(own, given, strict=True):
+            target.copy_(source)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load into the optimizer; groups that others refer to stay the same objects."""
         groups = self.optimizer.param_groups
@@ -148,7 +170,8 @@ def as_groups(params: Params) -> list[Group]:
     groups: list[Group] = []
     if given and all(isinstance(item, Mapping) for item in given):
         for item in given:
-            assert isinstance(item, Mapping)
+            if not isinstance(item, Mapping) or "params" not in item:
+                raise InvalidValueError(f"each group of params must have 'params', got {item!r}")
             held = item["params"]
             groups.append({**item, "params": [held] if isinstance(held, torch.Tensor) else list(held)})
     else:
