@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import psutil
+
 import shoal
 from shoal.averaging.commands import AveragingStage
 from shoal.averaging.trainer.shared_buffers import SharedBuffers
@@ -102,3 +104,11 @@ def wait_until(condition: Callable[[], bool], limit: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         threading.Event().wait(0.002)
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process is there, and no zombie: in one look, since it may go between two."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
 from functools import partial
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from real_swarm import Swarm
+from real_swarm import Swarm, is_running, wait_until
 
 import shoal
 from shoal.errors import InvalidValueError
@@ -21,17 +19,6 @@ from shoal.testing.faults import plant
 pytestmark = pytest.mark.xdist_group("averaging")
 
 LIMIT = 60.0  # seconds, against hanging only
-
-
-def wait_until(is_so: Any) -> None:
-    deadline = time.monotonic() + LIMIT
-    while not is_so():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.02)
-
-
-def is_gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.parametrize(
@@ -60,7 +47,7 @@ def test_a_peer_that_is_killed_at_a_phase_is_left_behind(swarm: Swarm, phase: st
     controls = [averager.step(wait=False, timeout=LIMIT) for averager in averagers]
     for control in controls[:2]:
         control.result(LIMIT)
-    wait_until(lambda: is_gone(victim.background.pid))
+    wait_until(lambda: not is_running(victim.background.pid), LIMIT)
     with pytest.raises(shoal.PeerProcessDied):
         controls[2].result(LIMIT)
     (first,), (second,) = tensors[:2]
@@ -90,7 +77,7 @@ def test_a_leader_that_stops_before_it_tells_its_decision_takes_nobody_along(swa
     try:
         first = averagers[0].step(wait=False, timeout=LIMIT)
         others = [averager.step(wait=False, timeout=LIMIT) for averager in averagers[1:]]
-        wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+        wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED, LIMIT)
         for control in others:
             control.result(LIMIT)
         assert torch.equal(tensors[1][0], tensors[2][0])

@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
+from real_swarm import is_running, wait_until
 
 from shoal import DHT, get_dht_time
 from shoal.errors import InvalidStateError
@@ -74,21 +74,6 @@ def run(tmp_path) -> Iterator[Callable[..., Script]]:
             script.process.kill()
         script.process.communicate()
         shutil.rmtree(script.temporary)
-
-
-def is_running(pid: int) -> bool:
-    """Whether the process is there, and no zombie."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def wait_until(condition: Callable[[], bool], limit: float = LIMIT) -> None:
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 # Where it can be made
