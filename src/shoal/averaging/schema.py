@@ -121,7 +121,7 @@ def _advice_for(given: object) -> str:
 
 def _check_kind(label: str, tensor: torch.Tensor) -> None:
     """:raises InvalidTypeError: a dtype or layout that is not averaged, or a tensor without memory of its own"""
-    if _is_distributed(tensor):
+    if is_distributed(tensor):
         raise InvalidTypeError(
             f"{label} {_ALLOWED}, got a DTensor: pass what this process holds of it, lambda: [p.to_local() for p in "
             "model.parameters()], and give each rank a prefix of its own"
@@ -149,7 +149,7 @@ def _check_kind(label: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _is_distributed(tensor: torch.Tensor) -> bool:
+def is_distributed(tensor: torch.Tensor) -> bool:
     # Its module is slow to import, and there already where such a tensor can be.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)

@@ -90,6 +90,7 @@ class GradientAverager(DecentralizedAverager):
         self._last_step: StepControl | None = None  # None: its outcome was used
         self._accumulators_used_in_step = False
         self._own_accumulators: tuple[torch.Tensor, ...] = ()
+        self._accumulators_follow = accumulate_grads_on is None
         if self.reuse_grad_buffers:
             self._reused_grads()
         else:
@@ -121,6 +122,7 @@ class GradientAverager(DecentralizedAverager):
         if not self._check_finite(batch_size):
             return False
         if not self.reuse_grad_buffers:
+            self._follow_parameters()
             for total, parameter in zip(self._own_accumulators, self.parameters, strict=True):
                 if parameter.grad is not None:
                     total.add_(parameter.grad.detach().to(total.device, total.dtype), alpha=batch_size)
@@ -264,6 +266,14 @@ class GradientAverager(DecentralizedAverager):
 
     def _accumulators(self) -> Sequence[torch.Tensor]:
         return self._reused_grads() if self.reuse_grad_buffers else self._own_accumulators
+
+    def _follow_parameters(self) -> None:
+        """The model may have been moved since."""
+        if self._accumulators_follow:
+            self._own_accumulators = tuple(
+                total if total.device == p.device else total.to(p.device)
+                for total, p in zip(self._own_accumulators, self.parameters, strict=True)
+            )
 
     def _reused_grads(self) -> list[torch.Tensor]:
         """``param.grad`` of all; zeros where somebody has set it to None."""

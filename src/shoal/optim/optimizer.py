@@ -21,6 +21,7 @@ from shoal.optim.epoch_end import EpochEnd
 from shoal.optim.face import TorchFace
 from shoal.optim.gradient_rounds import GradientRounds
 from shoal.optim.gradients import GradientAverager, GradientAveragerFactory
+from shoal.optim.model_watch import ModelWatch
 from shoal.optim.options import checked
 from shoal.optim.progress.tracker import ProgressTracker
 from shoal.optim.progress.values import LocalTrainingProgress
@@ -139,6 +140,7 @@ class Optimizer(TorchFace):
             else GradientRounds(self.grad_averager, options.averaging_timeout, options.auxiliary)
         )
         super().__init__(self.state_averager.param_groups, copy.copy(self.state_averager.optimizer.defaults))
+        self._model = ModelWatch(self._tensors_of_model(), casts=options.offload_optimizer)
         self._made = True
         self._end = EpochEnd(self, self._rounds)
         self._samples = 0
@@ -180,6 +182,11 @@ class Optimizer(TorchFace):
             **options,
         )
 
+    def _tensors_of_model(self) -> dict[str, torch.Tensor]:
+        state = self.state_averager
+        named = dict(zip(state.parameter_names, state.main_parameters, strict=True))
+        return named | {f"extra_tensors[{i}]": tensor for i, tensor in enumerate(state.extra_tensors)}
+
     def _make_gradient_averager(self, given: Mapping[str, Any]) -> GradientAverager:
         factory = given["grad_averager_factory"] or GradientAverager
         made: GradientAverager = factory(
@@ -218,6 +225,7 @@ class Optimizer(TorchFace):
         :returns: what the closure returns
         """
         self._check_open()
+        self._model.check()
         batch_size = self._check_step(closure, batch_size, grad_scaler)
         if not self.state_averager.averaging_in_progress:
             self.state_averager.step()  # writes what was done in the background
@@ -246,10 +254,12 @@ class Optimizer(TorchFace):
         """Whether the batch counts."""
         if self.auxiliary:
             return False
-        if all(parameter.grad is None for parameter in self.state_averager.main_parameters):
+        lacks_gradient = [parameter.grad is None for parameter in self.state_averager.main_parameters]
+        if any(lacks_gradient):
+            self._model.check(after_backward=True)
+        if all(lacks_gradient):
             logger.warning(
-                "%s: no parameter has a gradient: this step counts for nothing. Was backward() called? Were the "
-                "model's parameters replaced, as load_state_dict(assign=True) does, after this optimizer was made?",
+                "%s: no parameter has a gradient: this step counts for nothing. Was backward() called?",
                 self.run_id,
             )
             return False
@@ -323,6 +333,7 @@ class Optimizer(TorchFace):
         :returns: whether a state was loaded. A warning says why not; with no other peer there is nothing to load.
         """
         self._check_open()
+        self._model.check()
         if self._rounds is not None:
             self._rounds.drop(others=not self._is_alone())
         if self.scheduled_state is not None:
@@ -385,8 +396,14 @@ class Optimizer(TorchFace):
             if self.scheduled_state is not None:
                 parts.callback(self.scheduled_state.cancel)
             if self.state_averager.is_alive():
-                parts.callback(self.state_averager.step, wait_for_delayed_updates=True)
+                parts.callback(self._finish_delayed)
             parts.callback(self.tracker.shutdown, self.options.shutdown_timeout)
+
+    def _finish_delayed(self) -> None:
+        try:
+            self.state_averager.finish_delayed()
+        except InvalidStateError as e:  # the model has been cast, for instance, and cannot take it
+            logger.warning("%s: delayed work was not written: %s", self.run_id, e)
 
     def __del__(self) -> None:
         if getattr(self, "_made", False) and os.getpid() == self._owner_pid:

@@ -216,6 +216,7 @@ class TrainingStateAverager(DecentralizedAverager):
         with self.get_tensors():  # a peer that downloads the state finds all of it before or after the step
             if optimizer_step:
                 self.holder.hyperparameters_from_model()
+                self.holder.follow_parameters()
                 self.holder.load_gradients(self.custom_gradients)
                 scaled = (
                     grad_scaler.running_global_step if isinstance(grad_scaler, GradScaler) else nullcontext
@@ -282,6 +283,14 @@ class TrainingStateAverager(DecentralizedAverager):
 
     # delayed work
 
+    def finish_delayed(self) -> None:
+        """Wait for delayed work, and write it into the model.
+
+        :raises Exception: whatever a delayed optimizer step has raised
+        """
+        self._wait_for_pending()
+        self._apply_pending()
+
     def _wait_for_pending(self) -> None:
         if self._pending is not None:
             self._pending.exception()
@@ -337,8 +346,7 @@ class TrainingStateAverager(DecentralizedAverager):
             raise InvalidValueError(
                 "wait must be True: the state is written by the calling thread, got False"
             )
-        self._wait_for_pending()
-        self._apply_pending()
+        self.finish_delayed()
         loaded = super().load_state_from_peers(timeout=timeout, progress=progress)
         if loaded is None:
             return None

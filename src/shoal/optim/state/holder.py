@@ -70,6 +70,7 @@ class OptimizerHolder:
         self.gradients = tuple(torch.zeros_like(p) for p in self.parameters) if offload else ()
         if initialize or (initialize is None and not has_tensors(self.optimizer)):
             initialize_state(self.optimizer)
+        self._devices = [parameter.device for parameter in self.parameters]
 
     @property
     def param_groups(self) -> list[Group]:
@@ -85,6 +86,13 @@ class OptimizerHolder:
         """The user may have set those of the model."""
         if self._model_groups is not None:
             _copy_hyperparameters(self._model_groups, self.optimizer.param_groups)
+
+    def follow_parameters(self) -> None:
+        """Bring what the optimizer keeps for each parameter to its device: the model may have been moved."""
+        devices = [parameter.device for parameter in self.parameters]
+        if devices != self._devices:
+            self._devices = devices
+            move_state(self.optimizer)
 
     @torch.no_grad()
     def load_gradients(self, custom: bool) -> None:
@@ -216,6 +224,14 @@ def initialize_state(optimizer: torch.optim.Optimizer) -> None:
             for parameter, copied in zip(group["params"], own, strict=True):
                 if copied in optimizer.state:
                     optimizer.state[parameter] = _rewound(optimizer.state.pop(copied))
+
+
+def move_state(optimizer: torch.optim.Optimizer) -> None:
+    """Move the tensors of an optimizer's state to the devices of their parameters; counters stay, as torch has them."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.dim() > 0 and value.device != parameter.device:
+                state[name] = value.to(parameter.device)
 
 
 def _rewound(state: dict[str, Any]) -> dict[str, Any]:
