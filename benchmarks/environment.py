@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "hivemind"
 PYTHON = FOLDER / "bin" / "python"
 COMPLETE = FOLDER / "complete"
-"""A file that is there once everything is installed: an installation that was interrupted begins anew."""
-PACKAGES = ("hivemind==1.1.12", "psutil", "numpy")
+"""A file that says what is installed, once all of it is: what was interrupted, or is older, is made anew."""
+PACKAGES = ("hivemind==1.1.12", "psutil", "numpy", "scikit-learn")
+_CONTENT = "\n".join(PACKAGES)
 
 
 class CannotInstall(Exception):
@@ -21,7 +22,7 @@ class CannotInstall(Exception):
 
 def existing() -> str | None:
     """The interpreter of the environment that an earlier run has made."""
-    return str(PYTHON) if COMPLETE.exists() else None
+    return str(PYTHON) if COMPLETE.exists() and COMPLETE.read_text() == _CONTENT else None
 
 
 def check(python: str) -> str:
@@ -31,13 +32,16 @@ def check(python: str) -> str:
     """
     try:
         found = subprocess.run(
-            [python, "-c", "import hivemind, psutil, torch"], capture_output=True, text=True, cwd=ROOT
+            [python, "-c", "import hivemind, psutil, sklearn, torch"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
         )
     except OSError as error:
         raise CannotInstall(f"{python} cannot be run: {error.strerror}") from error
     if found.returncode != 0:
         last = found.stderr.strip().splitlines()[-1:]
-        raise CannotInstall(f"{python} cannot import hivemind, psutil and torch: {''.join(last)}")
+        raise CannotInstall(f"{python} cannot import hivemind, psutil, sklearn and torch: {''.join(last)}")
     return python
 
 
@@ -59,7 +63,7 @@ def make(tell: Callable[[str], None]) -> str:
         tell(f"hivemind's environment in {FOLDER.relative_to(ROOT)}, {number} of {len(steps)}: {title}")
         run(command, tell)
     check(str(PYTHON))
-    COMPLETE.touch()
+    COMPLETE.write_text(_CONTENT)
     return str(PYTHON)
 
 

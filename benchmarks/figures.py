@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.work import Averaging, Download, Lookups, Swarm, Work
+from benchmarks.work import TRAINING_TARGET, Averaging, Download, Lookups, Swarm, Training, Work
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ FIGURES: Mapping[str, Figure] = {
     "ping_rise_ms": Figure("a ping takes longer by", "ms", 2),
     "steps_ok": Figure("steps that averaged", "", 3),
     "seconds": Figure("time", "s", 3),
+    "goal_s": Figure("time to the goal", "s", 3),
+    "times_target": Figure("samples beside the target", "x", 3),
+    "rounds_ok_percent": Figure("epochs whose gradients were averaged", "%", 3),
+    "cpu_s": Figure("CPU of a peer", "s", 3),
     "averager_start_s": Figure("start of an averager", "s", 2),
     "node_start_s": Figure("start of a node", "s", 2),
     "store_ms": Figure("store", "ms", 3),
@@ -72,6 +77,8 @@ def of_round(work: Work, answers: Sequence[Answer]) -> dict[str, float]:
             }
         case Swarm():
             return {"seconds": seconds, "steps_ok": float(sum(one.ok for one in answers))}
+        case Training():
+            return {"seconds": seconds} | _of_training(work, answers)
         case Lookups():
             return extra
 
@@ -92,6 +99,19 @@ def _of_averaging(work: Averaging, answers: Sequence[Answer], seconds: float) ->
         uplinks = [work.network.first_up] + [work.network.rate] * (work.peers - 1)
         figures["times_optimum"] = seconds / optimum(8 * work.megabytes, uplinks)
     return figures
+
+
+def _of_training(work: Training, answers: Sequence[Answer]) -> dict[str, float]:
+    """The median peer says when the goal was reached: a single one may reach it by chance."""
+    said = [one.extra for one in answers]
+    epochs = sum(one["epochs"] for one in said)
+    return {
+        "goal_s": statistics.median(one["goal_s"] for one in said),
+        "times_target": sum(one["samples"] for one in said) / (TRAINING_TARGET * work.epochs),
+        "rounds_ok_percent": 100 * sum(one["averaged"] for one in said) / epochs if epochs else 0.0,
+        "cpu_s": sum(one.cpu_s for one in answers) / work.peers,
+        "pss_mb": sum(one.pss_mb for one in answers) / work.peers,
+    }
 
 
 def optimum(megabits: float, uplinks: Sequence[float]) -> float:

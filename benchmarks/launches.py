@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.network.plan import address_of
-from benchmarks.work import Averaging, Download, Lookups, Network, Side, Swarm, Work
+from benchmarks.work import Averaging, Download, Lookups, Network, Side, Swarm, Training, Work
 
 LOOPBACK = "127.0.0.1"
 
@@ -45,6 +45,13 @@ def launches(work: Work, side: Side) -> list[Launch]:
         case Swarm(), "shoal" | "hivemind":
             spec = {"host": 0, "peers": work.peers, "group": work.group, "steps": work.steps}
             return [Launch("swarm", common | spec)]
+        case Training(), "shoal" | "hivemind":
+            common |= {"epochs": work.epochs, "step_s": work.step_s}
+            first_client = work.peers - work.clients
+            return [
+                Launch("training", common | {"host": host, "client": host >= first_client})
+                for host in range(work.peers)
+            ]
         case Lookups(), "shoal" | "hivemind":
             return [
                 Launch("lookups", common | {"host": 0, "nodes": work.nodes, "operations": work.operations})

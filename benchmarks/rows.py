@@ -16,6 +16,7 @@ from benchmarks.work import (
     Network,
     Side,
     Swarm,
+    Training,
     Work,
     raw,
 )
@@ -49,6 +50,7 @@ class Row:
 LOSSY = Network("cubic", rtt_ms=100, rate=200, loss=0.001)
 UNEVEN = Network("cubic", rtt_ms=20, rate=200, first_up=20)
 RATE = ("mbit_per_s",)
+TRAINED = ("goal_s", "seconds", "times_target", "rounds_ok_percent", "cpu_s", "pss_mb")
 LOOPBACK = ("mb_per_s", "cpu_s_per_gb", "cpu_s_per_wire_gb", "pss_mb", "form_s", "averager_start_s")
 
 LONG_LINKS = (
@@ -224,6 +226,24 @@ ON_ONE_MACHINE = (
         BOTH,
         ("seconds", "steps_ok"),
         (at_least("steps_ok", 80), at_most("seconds", 1.0, of="hivemind")),
+        rounds=1,
+    ),
+    Row(
+        "optimizer",
+        "hivemind's optimizer benchmark: 8 peers, 3 clients, digits, steps of 1 to 4.5 s, 12 epochs",
+        Training(peers=8, clients=3, epochs=12, step_s=(1.0, 4.5)),
+        BOTH,
+        TRAINED,
+        (at_least("rounds_ok_percent", 100),),
+        rounds=1,
+    ),
+    Row(
+        "optimizer-fast",
+        "the same with steps of 0.1 to 0.45 s, so that communication dominates, 25 epochs",
+        Training(peers=8, clients=3, epochs=25, step_s=(0.1, 0.45)),
+        BOTH,
+        TRAINED,
+        (at_most("goal_s", 1 / 3, of="hivemind"), at_least("rounds_ok_percent", 100)),
         rounds=1,
     ),
     Row(

@@ -18,7 +18,7 @@ from benchmarks.network.laboratory import Laboratory, laboratory, why_not
 from benchmarks.process import Start, Worker, WorkerFailed
 from benchmarks.results import RowResult
 from benchmarks.rows import Row, network_of
-from benchmarks.work import Averaging, Side, Swarm, Work
+from benchmarks.work import Averaging, Side, Swarm, Training, Work
 
 STARTED_AFTER = 180.0
 PREPARED_AFTER = 240.0
@@ -193,7 +193,7 @@ def failure(answers: Sequence[Answer]) -> str:
 
 def warm_ups(work: Work) -> int:
     """Rounds that are not counted: the first one finds everything cold. A swarm's time includes that."""
-    return 0 if isinstance(work, Swarm) else 1
+    return 0 if isinstance(work, Swarm | Training) else 1
 
 
 def why_not_row(row: Row) -> str | None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 FLOAT_BYTES = 4
+TRAINING_TARGET = 256
+"""Samples of an epoch in the benchmark of optimizers."""
 
 Control: TypeAlias = Literal["cubic", "bbr"]
 """Congestion controls, as Linux calls them."""
@@ -73,6 +75,18 @@ class Swarm:
 
 
 @dataclass(frozen=True)
+class Training:
+    """Peers train one model with an optimizer of the swarm, as in hivemind's own benchmark of its optimizer."""
+
+    peers: int
+    clients: int
+    """How many of them nobody can dial: the last ones."""
+    epochs: int
+    step_s: tuple[float, float]
+    """Seconds of one step without the optimizer's part: least and most."""
+
+
+@dataclass(frozen=True)
 class Lookups:
     """Records are stored in a DHT and found again."""
 
@@ -80,7 +94,7 @@ class Lookups:
     operations: int
 
 
-Work: TypeAlias = Averaging | Download | Swarm | Lookups
+Work: TypeAlias = Averaging | Download | Swarm | Training | Lookups
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def test_rows_are_listed_with_their_titles():
         (["--only", "tinny"], "Invalid value for --only: row must be one of"),
         (["--side", "nccl"], "Invalid value for --side: side must be one of"),
         (["--hivemind-python", "/nowhere"], "/nowhere cannot be run: No such file or directory"),
-        (["--hivemind-python", "/bin/false"], "/bin/false cannot import hivemind, psutil and torch"),
+        (["--hivemind-python", "/bin/false"], "/bin/false cannot import hivemind, psutil, sklearn and torch"),
         (["--repeat", "0"], "'--repeat'"),
     ],
 )

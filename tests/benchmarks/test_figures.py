@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from benchmarks.figures import Answer, of_round, optimum
-from benchmarks.work import Averaging, Download, Network, Swarm
+from benchmarks.work import Averaging, Download, Network, Swarm, Training
 
 
 def test_a_round_lasts_from_the_first_trigger_to_the_last_result():
@@ -59,3 +59,19 @@ def test_the_optimum_is_the_best_of_all_shares():
         if one + two <= steps
     )
     assert optimum(100.0, uplinks) == pytest.approx(min(map(seconds, grid)), rel=0.02)
+
+
+def test_training_is_judged_by_the_median_peer_and_by_all_samples():
+    said = [
+        {"goal_s": goal, "samples": 256.0, "epochs": 2.0, "averaged": averaged}
+        for goal, averaged in ((3.0, 2.0), (5.0, 2.0), (60.0, 1.0))
+    ]
+    answers = [Answer(0.0, 9.0, cpu_s=4.0, pss_mb=100.0, extra=one) for one in said]
+    assert of_round(Training(peers=3, clients=1, epochs=2, step_s=(0.1, 0.2)), answers) == {
+        "seconds": 9.0,
+        "goal_s": 5.0,
+        "times_target": 1.5,
+        "rounds_ok_percent": pytest.approx(500 / 6),
+        "cpu_s": 4.0,
+        "pss_mb": 100.0,
+    }

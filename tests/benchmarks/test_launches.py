@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.launches import launches, observers
-from benchmarks.work import GLOO, HIVEMIND, SHOAL, Averaging, Download, Network, Swarm, raw
+from benchmarks.work import GLOO, HIVEMIND, SHOAL, Averaging, Download, Network, Swarm, Training, raw
 
 LINK = Network("cubic", rtt_ms=100, rate=200)
 
@@ -59,3 +59,9 @@ def test_a_side_is_not_asked_for_what_it_cannot_do():
         launches(Swarm(16, 4, 5), GLOO)
     with pytest.raises(ValueError, match="averaging"):
         launches(Averaging(2, 1, LINK), GLOO)
+
+
+def test_the_last_peers_that_train_are_clients():
+    work = Training(peers=4, clients=2, epochs=3, step_s=(0.1, 0.2))
+    assert [one.spec["client"] for one in launches(work, HIVEMIND)] == [False, False, True, True]
+    assert {one.program for one in launches(work, SHOAL)} == {"training"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -57,3 +58,24 @@ def test_peers_end_an_epoch_together(seed: int):
 @pytest.mark.parametrize("seed", range(5, 147))
 def test_peers_end_an_epoch_together_in_many_swarms(seed: int):
     check(seed, 240.0)
+
+
+def test_epochs_are_shorter_while_the_fastest_of_five_peers_is_there():
+    """The setting of hivemind's test of its tracker, ``test_progress_tracker``: clocks differ, a client is fast."""
+    plans = [
+        PeerPlan(4, step_time, clock_error=error)
+        for step_time, error in ((0.6, 0), (1.0, 5), (0.8, -9), (1.3, 0))
+    ]
+    arrives, goes, end = 100.0, 200.0, 300.0
+    plans.append(PeerPlan(8, 0.5, client_mode=True, joins_at=arrives, leaves_at=goes))
+    swarm = EpochSwarm(seed=0, target=200, round_time=(0.2, 0.4))
+    run(swarm.run(plans, end))
+    starts = [min(times) for _, times in sorted(swarm.begun.items())]
+    lengths = [(start, after, after - start) for start, after in itertools.pairwise(starts)]
+    mean = sum(length for _, _, length in lengths) / len(lengths)
+    with_it = [length / mean for start, after, length in lengths if arrives <= start and after <= goes]
+    without = [length / mean for start, after, length in lengths if after <= arrives or start >= goes]
+    assert len(with_it) >= 5
+    assert len(without) >= 10
+    assert all(0.5 <= share <= 0.95 for share in with_it), with_it
+    assert all(1.05 <= share <= 2 for share in without), without
