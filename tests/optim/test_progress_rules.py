@@ -12,6 +12,7 @@ import pytest
 from shoal.errors import InvalidValueError
 from shoal.optim.progress.agenda import Agenda
 from shoal.optim.progress.forecast import Forecast, Periods, Sighting, forecast, global_epoch
+from shoal.optim.progress.ledger import Ledger
 from shoal.optim.progress.shards import (
     MAX_LEVEL,
     keys_of,
@@ -121,7 +122,22 @@ def test_a_look_comes_before_the_end_by_as_much_as_peers_may_join():
 def test_long_epochs_are_looked_at_less_often():
     own = record(samples=TARGET - 1, samples_per_second=5.0)
     assert see(own=own).next_look == pytest.approx(0.02 * TARGET / 5)
-    assert see(own=record(samples_per_second=500.0)).pace == 0.5
+    assert see(own=record(samples_per_second=50 * TARGET)).pace == 0.1
+
+
+def test_many_peers_are_looked_at_less_often():
+    """Each look reads the records of all."""
+    others = [record(samples_per_second=TARGET) for _ in range(999)]
+    assert see(*others, own=record(samples_per_second=TARGET)).pace == pytest.approx(1000 * 0.0005)
+
+
+def test_the_first_speed_that_is_known_is_a_reason_to_look():
+    """Otherwise a peer that has just come learns of the others only after the default period."""
+    ledger = Ledger(TARGET, Periods(), now=0.0)
+    assert ledger.found(see(own=record(samples=0)), begun=0, now=0.0)
+    assert ledger.agenda.next_look == 3.0
+    ledger.report(1, 4.0, now=0.1)
+    assert ledger.agenda.next_look <= 0.1
 
 
 def test_reports_are_told_at_a_pace_and_urgent_ones_at_once():

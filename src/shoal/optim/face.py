@@ -72,7 +72,7 @@ class TorchFace(torch.optim.Optimizer):
 
         Delayed work ends first, and is written into the model: what is saved then is of one moment.
         """
-        self.state_averager.step(wait_for_delayed_updates=True)
+        self.state_averager.finish_delayed()
         inner = self.state_averager.optimizer.state_dict()
         extra: dict[str, Any] = {"local_epoch": self.local_epoch}
         if self.state_averager.scheduler is not None:
@@ -81,7 +81,7 @@ class TorchFace(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` gave; of hivemind's, too. The given dictionary stays as it is."""
-        self.state_averager.step(wait_for_delayed_updates=True)
+        self.state_averager.finish_delayed()
         state = dict(state_dict.get("state", {}))
         if "local_epoch" not in state:
             raise InvalidValueError(

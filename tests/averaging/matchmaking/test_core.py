@@ -595,5 +595,9 @@ def test_clients_alone_are_warned_of_unless_a_leader_is_only_busy():
     driver.now += 1.0
     driver.see(client, declared(2, state=DeclaredState.TAKEN))
     assert driver.only(Log) is None
-    driver.see(client, declared(2, state=DeclaredState.TAKEN, mode=PeerMode.CLIENT))
+    only_clients = client, declared(2, state=DeclaredState.TAKEN, mode=PeerMode.CLIENT)
+    driver.see(*only_clients)
+    assert driver.only(Log) is None, "others may be about to come"
+    driver.now += 2.0
+    driver.see(*only_clients)
     assert "no average is possible yet: all 3 peers are clients" in driver.only(Log).text

@@ -93,6 +93,7 @@ class SearchCore:
         """Whether the start was put off for expected peers that are missing; once in a search."""
         self._said: str | None = None
         """Why no average is possible, as it was logged last."""
+        self._hopeless_since = math.inf
         self._effects: list[Effect] = []
         self.deadline = NEVER
         """When :class:`TimePassed` is due, in DHT time."""
@@ -152,8 +153,12 @@ class SearchCore:
                 self._effects.append(ev.AskSchema(peer_id, other.addresses, other.schema_hash))
         others = len(declared.keys() - {self.me.peer_id})
         self.story.saw(others, self._view.others_looking, len(other_schema))
+        self._warn_if_hopeless(now)
+
+    def _warn_if_hopeless(self, now: float) -> None:
         why = why_no_average(self._view.everybody(now)) if self._view.shows_start else None
-        if why is not None and why != self._said:
+        self._hopeless_since = math.inf if why is None else min(self._hopeless_since, now)
+        if why is not None and why != self._said and now - self._hopeless_since >= states.HOPELESS_FOR:
             self._said = why
             self._effects.append(ev.Log(f"{self.key}: no average is possible yet: {why}", is_warning=True))
 

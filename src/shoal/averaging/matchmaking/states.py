@@ -13,6 +13,8 @@ DECLARATION_PERIOD = 10.0
 """Seconds after which a declaration is renewed; the shell lets it expire after three of these."""
 DECLARE_RETRY = 0.5
 """Seconds after which a declaration that failed is tried again."""
+HOPELESS_FOR = 2.0
+"""Seconds for which no average must be possible before that is said: clients are often there first."""
 MIX_FOR = 0.6
 """The part of the time until the start in which peers are mixed; see ``policy.Situation.is_mixing``."""
 

@@ -19,13 +19,15 @@ MAX_SHARE = 100
 """Times the target that one peer can have contributed to one epoch: a single step may be larger than the target."""
 LOOK_SHARE = 0.02
 """Share of an epoch's length that passes between two looks at least: more would be of no use, but cost the DHT."""
+LOOK_COST = 0.0005
+"""Seconds between two looks, for each peer whose record is read, at least: some 280 kB a second."""
 
 
 @dataclass(frozen=True)
 class Periods:
     """When to look at the progress of others. Seconds, apart from ``drift_*``."""
 
-    minimum: float = 0.5
+    minimum: float = 0.1
     maximum: float = 10.0
     default: float = 3.0
     """As long as no speed is known."""
@@ -122,8 +124,9 @@ def forecast(
     expected = reported + _samples_in(epoch, own) + _under_way(epoch, counted, now)
     rate = sum(sighting.record.samples_per_second for sighting in counted)
     eta = max(0.0, target - expected) / rate if rate > 0 else math.inf
-    pace = min(max(periods.minimum, LOOK_SHARE * target / rate), periods.maximum) if rate else periods.minimum
     num_peers = len(near) + 1
+    pace = max(periods.minimum, LOOK_COST * num_peers, LOOK_SHARE * target / rate if rate else 0.0)
+    pace = min(pace, periods.maximum)
     return Forecast(
         epoch=epoch,
         others_samples=reported,

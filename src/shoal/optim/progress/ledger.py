@@ -32,6 +32,8 @@ class Ledger:
     def report(self, samples: int, rate: float, now: float) -> None:
         """This peer has processed so many samples of its epoch in total."""
         was_over = self.is_over()
+        if rate and not self.rate and math.isinf(self.forecast.eta):
+            self.agenda.look_soon()  # the first speed that is known
         self.samples, self.rate, self.reported_at = samples, rate, now
         self.agenda.report(urgent=self.is_over() and not was_over)
 

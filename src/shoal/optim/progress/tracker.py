@@ -86,7 +86,7 @@ class ProgressTracker:
         target_batch_size: int,
         *,
         client_mode: bool | None = None,
-        min_refresh_period: float = 0.5,
+        min_refresh_period: float = 0.1,
         max_refresh_period: float = 10,
         default_refresh_period: float = 3,
         expected_drift_peers: float = 3,
