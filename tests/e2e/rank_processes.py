@@ -64,6 +64,9 @@ class RankProcesses:
     def _of(self, ranks: list[int] | None) -> list[subprocess.Popen[str]]:
         return self.processes if ranks is None else [self.processes[rank] for rank in ranks]
 
+    def are_alive(self) -> bool:
+        return all(process.poll() is None for process in self.processes)
+
     def kill(self, rank: int) -> None:
         self.processes[rank].send_signal(signal.SIGKILL)
         self.processes[rank].wait()

@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import sys
+import threading
+import time
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import shoal
 
-RANK = int(os.environ["RANK"])
+RANK = int(os.environ.get("RANK", 0))  # tests import this module, too
 SETTINGS: dict[str, Any] = {
     "target_batch_size": 32,
     "batch_size_per_step": 4,
@@ -93,16 +95,20 @@ def make(run_id: str, mode: str = "synchronous", kind: str = "linear", **options
     STORY.model = DistributedDataParallel(plain, gradient_as_bucket_view=bucket_view)
     settings = {**SETTINGS, **MODES[mode], **options}
     settings.setdefault("extra_tensors", list(plain.buffers()) if kind == "net" else [])
-    if mode in FACTORIES:
-        settings |= {
-            "optimizer": lambda groups: torch.optim.Adam(groups, lr=0.05),
-            "scheduler": lambda opt: torch.optim.lr_scheduler.StepLR(opt, 1, 0.9),
-            "params": list(STORY.model.parameters()),
-        }
-    else:
-        settings["optimizer"] = torch.optim.SGD(STORY.model.parameters(), lr=0.05, momentum=0.9)
+    settings |= optimizer_of(STORY.model, mode)
     STORY.opt = shoal.Optimizer(dht=STORY.dht, run_id=run_id, **settings)
     return {"epoch": STORY.opt.local_epoch, "digest": digest()}
+
+
+def optimizer_of(model: nn.Module, mode: str) -> dict[str, Any]:
+    """The options of an optimizer that say what it works on, and how."""
+    if mode in FACTORIES:
+        return {
+            "optimizer": lambda groups: torch.optim.Adam(groups, lr=0.05),
+            "scheduler": lambda opt: torch.optim.lr_scheduler.StepLR(opt, 1, 0.9),
+            "params": list(model.parameters()),
+        }
+    return {"optimizer": torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)}
 
 
 def digest() -> str:
@@ -114,9 +120,9 @@ def digest() -> str:
     return f"{sha.hexdigest()[:12]} lr {group['lr']!r} epoch {STORY.opt.local_epoch}"
 
 
-def batch(step: int, size: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(100 * step + RANK)
-    x = torch.randn(size, 4, generator=generator)
+def batch(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    x = torch.randn(4, 4, generator=generator)
     return x, x.sum(1, keepdim=True)
 
 
@@ -124,11 +130,11 @@ def train(epochs: int, closure: bool = False, scaler: bool = False, pause: float
     """Train until the epoch; the digests after each step, and all reports."""
     opt, model, digests, reports = STORY.opt, STORY.model, [], []
     scale = torch.amp.GradScaler("cpu", init_scale=4.0) if scaler else None
-    wait = __import__("threading").Event()
+    clock = threading.Event()
     for step in range(400):
         if opt.local_epoch >= epochs:
             break
-        x, y = batch(step)
+        x, y = batch(step, RANK)
 
         def compute(x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
             if not opt.options.reuse_grad_buffers:
@@ -148,7 +154,7 @@ def train(epochs: int, closure: bool = False, scaler: bool = False, pause: float
         digests.append(digest())
         if opt.local_epoch > before and opt.report is not None:
             reports.append(opt.report.to_dict())
-        wait.wait(pause)
+        clock.wait(pause)
     return {"digests": digests, "reports": reports, "weights": weights()}
 
 
@@ -162,11 +168,50 @@ def push(value: float, times: int = 1) -> dict[str, Any]:
         STORY.opt.zero_grad()
         (STORY.model(torch.ones(1, 4)) * value).sum().backward()
         STORY.opt.step()
+    return told()
+
+
+def told() -> dict[str, Any]:
+    report = STORY.opt.report
     return {
         "digest": digest(),
         "weights": weights(),
-        "samples": STORY.opt.report and STORY.opt.report.samples,
+        "epoch": STORY.opt.local_epoch,
+        "report": None if report is None else report.to_dict(),
     }
+
+
+def push_until(epoch: int, values: list[float]) -> dict[str, Any]:
+    """Steps with the rank's own one of these gradients until the epoch."""
+    clock = threading.Event()
+    while STORY.opt.local_epoch < epoch:
+        push(values[RANK])
+        clock.wait(0.05)
+    return told()
+
+
+def step_alone() -> dict[str, Any]:
+    """A step to which the other rank never comes."""
+    began = time.monotonic()
+    try:
+        STORY.opt.step()
+    except shoal.RankError as e:
+        return {"error": str(e), "seconds": time.monotonic() - began, "alive": STORY.opt.is_alive()}
+    return {"error": "", "seconds": 0.0, "alive": True}
+
+
+def make_alone(run_id: str) -> dict[str, Any]:
+    """An optimizer for rank 0 alone, which waits for no other rank."""
+    own = [dist.new_group([rank]) for rank in range(dist.get_world_size())][RANK]
+    if RANK:
+        return {}
+    STORY.close()
+    STORY.model = nn.Linear(4, 1, bias=False)
+    STORY.opt = shoal.Optimizer(
+        dht=STORY.dht, run_id=run_id, process_group=own,
+        **{**SETTINGS, **optimizer_of(STORY.model, "synchronous"), "target_batch_size": 4},
+    )  # fmt: skip
+    return push(1.0)
 
 
 def fail(what: str) -> str:
@@ -185,7 +230,7 @@ def fail(what: str) -> str:
             case "other calls":
                 opt.step() if RANK else opt.load_state_from_peers()
             case "closure at one rank":
-                x, y = batch(0)
+                x, y = batch(0, RANK)
                 (STORY.model(x) - y).square().mean().backward()
                 opt.step(None if RANK else lambda: 1.0)
             case "long timeout":

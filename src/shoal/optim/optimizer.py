@@ -116,7 +116,6 @@ class Optimizer(TorchFace):
         max_grad_norm: float | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        params = None if params is None else as_groups(params)  # an iterator serves once
         given = locals().copy()
         self._ranks = join(process_group, averaging_timeout, load_state_timeout)
         try:
@@ -130,6 +129,8 @@ class Optimizer(TorchFace):
 
     def _make(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what must be the same at all ranks."""
+        if given["params"] is not None:
+            given = {**given, "params": as_groups(given["params"])}  # an iterator serves once
         self.options = options = checked(given, self._ranks.rank, self._ranks.size)
         self._owner_pid = os.getpid()
         self._closed = False

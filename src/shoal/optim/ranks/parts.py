@@ -102,15 +102,15 @@ class RankState:
 
         :param fresh: this rank has just become as rank 0 is
         """
-        if outcome.cleared and self._reused_gradients:
-            for parameter in self.main_parameters:
-                if parameter.grad is not None:
-                    parameter.grad.zero_()  # in place: it may be a view of DDP's buckets
         if outcome.updated and not fresh:
             self.holder.hyperparameters_from_model()
             self.holder.load_gradients(custom=False)
             self.optimizer.step()
             self.holder.parameters_to_model()
+        if outcome.cleared and self._reused_gradients:
+            for parameter in self.main_parameters:
+                if parameter.grad is not None:
+                    parameter.grad.zero_()  # in place: it may be a view of DDP's buckets
 
 
 class AtRankZero:
