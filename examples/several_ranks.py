@@ -31,10 +31,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--join", metavar="ADDRESS", help="address of a peer that trains already")
     parser.add_argument("--host", default="127.0.0.1", help="this machine's own IP address in your network")
-    parser.add_argument("--epochs", type=int, default=40, help="updates of the whole swarm")
-    parser.add_argument("--target", type=int, default=512, help="samples of all peers for one update")
+    parser.add_argument("--epochs", type=int, default=20, help="updates of the whole swarm")
+    parser.add_argument("--target", type=int, default=2048, help="samples of all peers for one update")
     parser.add_argument(
-        "--pause", type=float, default=0.05, help="seconds a step, as if the model were larger"
+        "--pause", type=float, default=0.1, help="seconds a step, as if the model were larger"
     )
     return parser.parse_args()
 
@@ -71,7 +71,7 @@ def main() -> None:
         target_batch_size=options.target,
         batch_size_per_step=BATCH,  # of one rank
         optimizer=torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9),
-        matchmaking_time=3.0,
+        matchmaking_time=2.0,
         averaging_timeout=15.0,
         load_state_timeout=60.0,
     )
@@ -92,7 +92,8 @@ def main() -> None:
                     flush=True,
                 )
             time.sleep(options.pause)
-        print(f"rank {rank} ends with weights of sum {model[0].weight.sum().item():.6f}", flush=True)
+        total = sum(float(parameter.detach().sum()) for parameter in model.parameters())
+        print(f"rank {rank} ends with weights of sum {total:.6f}", flush=True)
     finally:
         opt.shutdown()
         if dht is not None:
