@@ -129,7 +129,8 @@ def batch(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 def train(epochs: int, closure: bool = False, scaler: bool = False, pause: float = 0.0) -> dict[str, Any]:
     """Train until the epoch; the digests after each step, and all reports."""
     opt, model, digests, reports = STORY.opt, STORY.model, [], []
-    scale = torch.amp.GradScaler("cpu", init_scale=4.0) if scaler else None
+    kind = shoal.GradScaler if opt.options.reuse_grad_buffers else torch.amp.GradScaler
+    scale = kind("cpu", init_scale=4.0) if scaler else None
     clock = threading.Event()
     for step in range(400):
         if opt.local_epoch >= epochs:

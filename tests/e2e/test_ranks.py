@@ -165,7 +165,7 @@ def test_a_checkpoint_of_all_ranks_and_one_of_rank_zero_are_loaded(ranks: RankPr
                 ("offloaded", False, False),
                 ("delayed step", False, False),
                 ("both delays", False, False),
-                ("reused buffers", False, False),
+                ("reused buffers", False, True),
                 ("wait", False, False),
             )
         ),

@@ -19,6 +19,7 @@ from shoal.optim import epoch as rules
 from shoal.optim.epoch import AfterFailedRound
 from shoal.optim.epoch_end import EpochEnd
 from shoal.optim.face import TorchFace
+from shoal.optim.grad_scaler import GradScaler
 from shoal.optim.gradient_rounds import GradientRounds
 from shoal.optim.gradients import GradientAverager, GradientAveragerFactory
 from shoal.optim.options import checked
@@ -324,8 +325,19 @@ class Optimizer(TorchFace):
         return counts
 
     def _unscale(self, grad_scaler: Any) -> None:
+        is_shoals = isinstance(grad_scaler, GradScaler)
+        if self.options.reuse_grad_buffers:
+            if not is_shoals:
+                raise InvalidTypeError(
+                    "grad_scaler must be a shoal.GradScaler with reuse_grad_buffers, whose sums stay scaled until the "
+                    f"epoch ends, got {type(grad_scaler).__name__}"
+                )
+            if self.grad_averager is not None:
+                self.grad_averager.loss_scale = grad_scaler.get_scale()
+            return
         try:
-            grad_scaler.unscale_(self)
+            with grad_scaler.running_global_step() if is_shoals else contextlib.nullcontext():
+                grad_scaler.unscale_(self)
         except RuntimeError as e:
             if "already been called" not in str(
                 e
