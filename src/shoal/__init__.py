@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from shoal.errors import PeerProcessUnresponsive as PeerProcessUnresponsive
     from shoal.errors import PeerUnreachable as PeerUnreachable
     from shoal.errors import ProtocolViolation as ProtocolViolation
+    from shoal.errors import RankError as RankError
     from shoal.errors import RemoteError as RemoteError
     from shoal.errors import ShoalError as ShoalError
     from shoal.errors import UsageError as UsageError
@@ -150,6 +151,7 @@ _MODULE_OF = {
     "DeadlineExceeded": "shoal.errors",
     "PeerUnreachable": "shoal.errors",
     "ConnectionLost": "shoal.errors",
+    "RankError": "shoal.errors",
     "RemoteError": "shoal.errors",
     "BootstrapError": "shoal.errors",
     "AllreduceException": "shoal.errors",

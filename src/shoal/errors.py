@@ -14,6 +14,7 @@
     ├── PeerUnreachable                 (also ConnectionError)  no address of a peer could be dialed; with each dial
     ├── ConnectionLost                  (also ConnectionError)  an established connection ended; says why
     ├── RemoteError                     the other side's handler failed; carries its code and message
+    ├── RankError                       another rank of this peer failed, or is gone
     ├── BootstrapError                  no initial peer of a DHT answered; lists each address and why
     ├── AllreduceException              a round of averaging failed; its tensors are as they were
     │   ├── InDoubt                     this peer cannot know whether the others committed the round
@@ -158,6 +159,10 @@ class RemoteError(ShoalError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return (type(self), (self.code, self.message))
+
+
+class RankError(ShoalError):
+    """Another rank of this peer failed, is gone, or has shut down its optimizer; the message says which, if known."""
 
 
 class BootstrapError(ShoalError):

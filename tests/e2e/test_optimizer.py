@@ -237,6 +237,30 @@ def test_a_scheduler_and_a_scaler_of_torch_work_as_they_are(made: list[Any], dht
     assert opt.opt.param_groups[0]["lr"] == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("reuse", [False, True])
+def test_gradients_that_a_scaler_has_scaled_are_unscaled_before_the_update(
+    made: list[Any], dht: hivemind.DHT, swarm: Swarm, reuse: bool
+):
+    """Also sums that stay scaled in ``param.grad`` until the epoch ends; what overflows counts for nothing."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    opt = make(made, dht, model, swarm.prefix, target_batch_size=8, reuse_grad_buffers=reuse)
+    scaler = hivemind.GradScaler("cpu", init_scale=4.0)
+    before = model.weight.item()
+    for value in (float("inf"), 2.0, 6.0):
+        scaler.scale(value * model.weight.sum()).backward()
+        scaler.step(opt)
+        if not reuse:
+            opt.zero_grad()
+        scaler.update()
+    assert opt.local_epoch == 1
+    assert model.weight.item() == pytest.approx(before - 0.1 * 4.0)
+    if reuse:
+        with pytest.raises(
+            InvalidTypeError, match=r"grad_scaler must be a shoal\.GradScaler with reuse_grad_buffers"
+        ):
+            opt.step(grad_scaler=torch.amp.GradScaler("cpu"))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -51,11 +51,9 @@ class EpochEnd:
         self._losses = self._loss_samples = 0.0
         self.report: EpochReport | None = None
 
-    def note_loss(self, loss: Any, samples: int) -> None:
-        """Take the loss of one batch into the epoch's mean; what is no number counts for nothing."""
-        if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-            loss = loss.item()
-        if isinstance(loss, int | float):
+    def note_loss(self, loss: float | None, samples: int) -> None:
+        """Take the loss of one batch into the epoch's mean, if there is one."""
+        if loss is not None:
             self._losses += loss * samples
             self._loss_samples += samples
 

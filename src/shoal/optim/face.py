@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shoal.optim.gradients import GradientAverager
     from shoal.optim.options import Options
     from shoal.optim.progress.tracker import ProgressTracker
+    from shoal.optim.ranks.roles import Ranks
     from shoal.optim.state.averager import TrainingStateAverager
 
 
@@ -24,6 +25,7 @@ class TorchFace(torch.optim.Optimizer):
     grad_averager: GradientAverager | None
     tracker: ProgressTracker
     auxiliary: bool
+    _ranks: Ranks
     _made = False
     """Whether the constructor of torch's class has ended, which sets groups and state."""
     _samples = 0
@@ -70,11 +72,12 @@ class TorchFace(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's, with "local_epoch" and, if there is one, "scheduler" in its "state".
 
-        Delayed work ends first, and is written into the model: what is saved then is of one moment.
+        Delayed work ends first, and is written into the model: what is saved then is of one moment. Of several ranks
+        only rank 0 has the statistics, unless all take local updates. Load that at all.
         """
         self.state_averager.finish_delayed()
         inner = self.state_averager.optimizer.state_dict()
-        extra: dict[str, Any] = {"local_epoch": self.local_epoch}
+        extra: dict[str, Any] = {"local_epoch": self.local_epoch, **self._ranks.mark()}
         if self.state_averager.scheduler is not None:
             extra["scheduler"] = self.state_averager.scheduler.state_dict()
         return {**inner, "state": {**inner["state"], **extra}}
@@ -90,7 +93,7 @@ class TorchFace(torch.optim.Optimizer):
         epoch, scheduler_state = int(state.pop("local_epoch")), state.pop("scheduler", None)
         holder, scheduler = self.state_averager.holder, self.state_averager.scheduler
         with self.state_averager.get_tensors():
-            holder.load_state_dict({**state_dict, "state": state})
+            holder.load_state_dict({**state_dict, "state": self._ranks.part_of(state)})
             holder.parameters_from_model()
         if scheduler is not None:
             if scheduler_state is not None:
@@ -99,6 +102,7 @@ class TorchFace(torch.optim.Optimizer):
                 scheduler.last_epoch = epoch  # the groups that were loaded have its learning rate
         with self.tracker.pause_updates():
             self.state_averager.local_epoch = epoch
+            self.state_averager.rewritten += 1
             self._begin_anew()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -86,6 +86,8 @@ class GradientAverager(DecentralizedAverager):
         self.warn = check_flag("warn", warn)
         self.local_samples_accumulated = 0
         self.local_times_accumulated = 0
+        self.loss_scale = 1.0
+        """By which the sums in ``param.grad`` are to be divided, with ``reuse_grad_buffers``."""
         self._taken_samples = 0.0
         self._last_step: StepControl | None = None  # None: its outcome was used
         self._accumulators_used_in_step = False
@@ -145,11 +147,13 @@ class GradientAverager(DecentralizedAverager):
         An average of an earlier step that comes late is dropped: it would be applied to other gradients.
         """
         self._let_go_of_late_average()
-        count = self.local_times_accumulated if self.reuse_grad_buffers else self.local_samples_accumulated
+        count: float = self.local_samples_accumulated
+        if self.reuse_grad_buffers:
+            count = self.local_times_accumulated * self.loss_scale
         with self.get_tensors() as averaged:
             for target, total in zip(averaged, self._accumulators(), strict=True):
                 target.copy_(total)
-                target.div_(max(1, count))
+                target.div_(count or 1)
         self._taken_samples = float(self.local_samples_accumulated)
 
     # rounds

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,12 +19,16 @@ from shoal.optim import epoch as rules
 from shoal.optim.epoch import AfterFailedRound
 from shoal.optim.epoch_end import EpochEnd
 from shoal.optim.face import TorchFace
+from shoal.optim.grad_scaler import GradScaler
 from shoal.optim.gradient_rounds import GradientRounds
 from shoal.optim.gradients import GradientAverager, GradientAveragerFactory
 from shoal.optim.model_watch import ModelWatch
 from shoal.optim.options import checked
 from shoal.optim.progress.tracker import ProgressTracker
 from shoal.optim.progress.values import LocalTrainingProgress
+from shoal.optim.ranks.messages import Batch, Outcome
+from shoal.optim.ranks.parts import facts, listening_parts
+from shoal.optim.ranks.roles import join
 from shoal.optim.report import EpochReport
 from shoal.optim.state.averager import Scheduler, SchedulerFactory, TrainingStateAverager
 from shoal.optim.state.holder import OptimizerFactory, Params, as_groups
@@ -48,7 +52,7 @@ class Optimizer(TorchFace):
     An *epoch* is the time in which the swarm processes so many samples, and ends with one update. Learning rate and
     schedulers are those of the whole batch. The parameters are explained in docs/optimizer.md.
 
-    :param dht: a running DHT
+    :param dht: a running DHT; None at ranks other than 0
     :param run_id: name of the run; the same at all peers, as are the model, ``target_batch_size`` and the modes
     :param target_batch_size: samples of one epoch, of all peers together
     :param batch_size_per_step: samples of each :meth:`step`, unless that is told
@@ -70,13 +74,15 @@ class Optimizer(TorchFace):
     :param after_failed_round: "local": update by the own mean gradient; "skip": do not; "wait": try until a group has
       averaged. Not in hivemind, which updates by zeros.
     :param max_grad_norm: to which the norm of the averaged gradient is clipped; not in hivemind
+    :param process_group: ranks of ``torch.distributed`` that are one peer, whose rank 0 talks to the swarm; None: all.
+      Not in hivemind, where each rank is a peer. All ranks of the group make the optimizer, and call its methods alike.
     :raises InvalidValueError: arguments are out of range, or do not go together
     """
 
     def __init__(
         self,
         *,
-        dht: DHT,
+        dht: DHT | None,
         run_id: str,
         target_batch_size: int,
         batch_size_per_step: int | None = None,
@@ -110,29 +116,45 @@ class Optimizer(TorchFace):
         verbose: bool = False,
         after_failed_round: AfterFailedRound = "local",
         max_grad_norm: float | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        params = None if params is None else as_groups(params)  # an iterator serves once
         given = locals().copy()
-        self.options = options = checked(given)
+        self._ranks = join(process_group, averaging_timeout, load_state_timeout)
+        try:
+            self._ranks.make(lambda: self._make(given))
+        except BaseException:
+            if self._made:  # this rank's part stands, and another one failed
+                self.shutdown()
+            raise
+
+    # making
+
+    def _make(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what must be the same at all ranks."""
+        if given["params"] is not None:
+            given = {**given, "params": as_groups(given["params"])}  # an iterator serves once
+        self.options = options = checked(given, self._ranks.rank, self._ranks.size)
         self._owner_pid = os.getpid()
         self._closed = False
         self._made = False
-        self.dht, self.run_id = dht, run_id
+        self.dht: DHT = given["dht"]
+        self.run_id = options.run_id
         self.target_batch_size = options.target_batch_size
         self.batch_size_per_step = options.batch_size_per_step
         self.auxiliary, self.use_local_updates = options.auxiliary, options.use_local_updates
-        self.client_mode = dht.client_mode if client_mode is None else client_mode
-        self.status_loglevel = logging.INFO if verbose else logging.DEBUG
+        self.client_mode = bool(given["client_mode"])
+        self.status_loglevel = logging.INFO if options.verbose else logging.DEBUG
         self.scheduled_state: StepControl | None = None
         self.report: EpochReport | None = None
         """What happened in the last epoch; None before its end."""
         with contextlib.ExitStack() as made:
-            self.state_averager = self._make_state_averager(given)
-            made.callback(self.state_averager.shutdown)
-            self.grad_averager = None if options.use_local_updates else self._make_gradient_averager(given)
-            if self.grad_averager is not None:
-                made.callback(self.grad_averager.shutdown)
-            self.tracker = self._make_progress_tracker(given)
+            if self._ranks.rank == 0:
+                self._make_parts(given, made)
+            else:
+                self.state_averager, self.tracker = cast(
+                    "Any", listening_parts(given, options, self._ranks.rank)
+                )
+                self.grad_averager = None
             made.pop_all()
         self._rounds = (
             None
@@ -145,8 +167,18 @@ class Optimizer(TorchFace):
         self._end = EpochEnd(self, self._rounds)
         self._samples = 0
         self._compare_exactly = True
+        self._ranks.share(self.state_averager, options.use_local_updates)
+        return facts(options, self.state_averager)
 
-    # making
+    def _make_parts(self, given: Mapping[str, Any], made: contextlib.ExitStack) -> None:
+        """Averagers and tracker; ``made`` ends them if a later one cannot be made."""
+        self.client_mode = self.dht.client_mode if given["client_mode"] is None else given["client_mode"]
+        self.state_averager = self._make_state_averager(given)
+        made.callback(self.state_averager.shutdown)
+        self.grad_averager = None if self.use_local_updates else self._make_gradient_averager(given)
+        if self.grad_averager is not None:
+            made.callback(self.grad_averager.shutdown)
+        self.tracker = self._make_progress_tracker(given)
 
     def _averager_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """What both averagers get; ``averager_opts`` may set the times that follow from others."""
@@ -184,7 +216,7 @@ class Optimizer(TorchFace):
 
     def _tensors_of_model(self) -> dict[str, torch.Tensor]:
         state = self.state_averager
-        named = dict(zip(state.parameter_names, state.main_parameters, strict=True))
+        named = {f"parameter.{i}": parameter for i, parameter in enumerate(state.main_parameters)}
         return named | {f"extra_tensors[{i}]": tensor for i, tensor in enumerate(state.extra_tensors)}
 
     def _make_gradient_averager(self, given: Mapping[str, Any]) -> GradientAverager:
@@ -219,38 +251,66 @@ class Optimizer(TorchFace):
     ) -> Any:
         """Take the gradients of one batch; end the epoch if the swarm has enough samples.
 
+        Among several ranks, this is a call of all, after a ``backward()`` in which DistributedDataParallel has averaged
+        the gradients. Their batches are one.
+
         :param closure: computes the loss and the gradients
-        :param batch_size: samples of this step; None: ``batch_size_per_step``
+        :param batch_size: samples of this step, of this rank; None: ``batch_size_per_step``
         :param grad_scaler: of torch; gradients that are not unscaled yet are unscaled by it
         :returns: what the closure returns
         """
         self._check_open()
         self._model.check()
-        batch_size = self._check_step(closure, batch_size, grad_scaler)
-        if not self.state_averager.averaging_in_progress:
-            self.state_averager.step()  # writes what was done in the background
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        samples = self._check_step(closure, batch_size, grad_scaler)
+        with self._ended_if_ranks_part():
+            loss = None
+            if closure is not None:
+                self._ranks.lead("step() with a closure", self._write_background_work)
+                with torch.enable_grad():
+                    loss = closure()
+            if grad_scaler is not None:
+                self._unscale(grad_scaler)
+            outcome = self._ranks.step(samples, loss, self.state_averager.main_parameters, self._advance)
+        self.report = outcome.report or self.report
+        return loss
+
+    def _advance(self, batch: Batch) -> Outcome:
+        """What a step does beyond the gradients of a batch: at rank 0, for all ranks."""
+        self._write_background_work()
+        counts, ended = False, False
         if not self.auxiliary and self._must_reload():
             logger.log(self.status_loglevel, "%s: behind the swarm, the state is loaded", self.run_id)
-            self.load_state_from_peers()
-            return loss
-        if self._take_batch(batch_size, grad_scaler):
-            self._end.note_loss(loss, batch_size)
+            self._load_state(None)
+            return self._outcome(counts, ended)
+        if self._take_batch(batch.samples):
+            counts = True
+            self._end.note_loss(batch.loss, batch.samples)
         while self.tracker.ready_to_update_epoch:
             if self._end.run():
+                ended = True
                 self._begin_epoch()
                 break
             if self.tracker.global_epoch > self.local_epoch:
-                self.load_state_from_peers()
+                self._load_state(None)
                 break
+            self._ranks.hold()
         else:
             self._prepare_rounds()
-        return loss
+        return self._outcome(counts, ended)
 
-    def _take_batch(self, batch_size: int, grad_scaler: Any) -> bool:
+    def _outcome(self, counts: bool, ended: bool) -> Outcome:
+        grads = self.grad_averager
+        return Outcome(
+            updated=counts and grads is None,
+            cleared=grads is not None and grads.local_times_accumulated == 0,
+            report=self._end.report if ended else None,
+        )
+
+    def _write_background_work(self) -> None:
+        if not self.state_averager.averaging_in_progress:
+            self.state_averager.step()
+
+    def _take_batch(self, batch_size: int) -> bool:
         """Whether the batch counts."""
         if self.auxiliary:
             return False
@@ -263,8 +323,6 @@ class Optimizer(TorchFace):
                 self.run_id,
             )
             return False
-        if grad_scaler is not None:
-            self._unscale(grad_scaler)
         if self.grad_averager is not None:
             counts = self.grad_averager.accumulate_grads_(batch_size)
             self._samples = self.grad_averager.local_samples_accumulated
@@ -277,8 +335,19 @@ class Optimizer(TorchFace):
         return counts
 
     def _unscale(self, grad_scaler: Any) -> None:
+        is_shoals = isinstance(grad_scaler, GradScaler)
+        if self.options.reuse_grad_buffers:
+            if not is_shoals:
+                raise InvalidTypeError(
+                    "grad_scaler must be a shoal.GradScaler with reuse_grad_buffers, whose sums stay scaled until the "
+                    f"epoch ends, got {type(grad_scaler).__name__}"
+                )
+            if self.grad_averager is not None:
+                self.grad_averager.loss_scale = grad_scaler.get_scale()
+            return
         try:
-            grad_scaler.unscale_(self)
+            with grad_scaler.running_global_step() if is_shoals else contextlib.nullcontext():
+                grad_scaler.unscale_(self)
         except RuntimeError as e:
             if "already been called" not in str(
                 e
@@ -309,7 +378,6 @@ class Optimizer(TorchFace):
             )
 
     def _begin_epoch(self) -> None:
-        self.report = self._end.report
         self._samples = 0
         self._compare_exactly = True
         self._set_priority()
@@ -334,6 +402,12 @@ class Optimizer(TorchFace):
         """
         self._check_open()
         self._model.check()
+        limit = self.options.load_state_timeout if timeout is None else timeout
+        self._ranks.check_timeout(limit, self.options.load_state_timeout)
+        with self._ended_if_ranks_part():
+            return self._ranks.lead("load_state_from_peers()", lambda: self._load_state(limit, **options))
+
+    def _load_state(self, timeout: float | None, **options: Any) -> bool:
         if self._rounds is not None:
             self._rounds.drop(others=not self._is_alone())
         if self.scheduled_state is not None:
@@ -353,6 +427,15 @@ class Optimizer(TorchFace):
         )  # fmt: skip
         return loaded
 
+    @contextlib.contextmanager
+    def _ended_if_ranks_part(self) -> Iterator[None]:
+        """Without its other ranks this peer leaves the swarm."""
+        try:
+            yield
+        finally:
+            if self._ranks.parted:
+                self.shutdown()
+
     def _is_alone(self) -> bool:
         return self.tracker.global_progress.num_peers <= 1
 
@@ -371,7 +454,7 @@ class Optimizer(TorchFace):
     @property
     def use_gradient_averaging(self) -> bool:
         """Whether gradients are averaged."""
-        return self.grad_averager is not None
+        return not self.use_local_updates
 
     @property
     def scheduled_grads(self) -> StepControl | None:
@@ -383,11 +466,15 @@ class Optimizer(TorchFace):
         return not self._closed and self.state_averager.is_alive()
 
     def shutdown(self) -> None:
-        """Withdraw this peer's progress, finish delayed work, and end the averagers; the DHT goes on. Idempotent."""
+        """Withdraw this peer's progress, finish delayed work, and end the averagers; the DHT goes on. Idempotent.
+
+        Call it at all ranks. It does not wait for the others, whose later calls fail.
+        """
         if self._closed:
             return
         self._closed = True
         with contextlib.ExitStack() as parts:  # in reverse order, and all of them, even if one fails
+            parts.callback(self._ranks.leave)
             parts.callback(self.state_averager.shutdown)
             if self.grad_averager is not None:
                 parts.callback(self.grad_averager.shutdown)

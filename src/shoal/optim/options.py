@@ -57,12 +57,14 @@ class Options:
         return self.run_id.replace(".", "_")
 
 
-def checked(given: Mapping[str, Any]) -> Options:
+def checked(given: Mapping[str, Any], rank: int = 0, ranks: int = 1) -> Options:
     """The options out of all arguments of the constructor.
 
+    :param rank: of this process among the ``ranks`` that are one peer
     :raises InvalidValueError: an argument is out of range, or does not go with another one
     :raises InvalidTypeError: an argument is of the wrong type
     """
+    _check_dht(given["dht"], rank, ranks)
     _check_objects(given)
     flags = {
         name: check_flag(name, given[name])
@@ -102,14 +104,29 @@ def checked(given: Mapping[str, Any]) -> Options:
         **flags,
     )
     _check_modes(options, given, is_factory)
+    if ranks > 1 and options.auxiliary:
+        raise InvalidValueError(
+            "auxiliary must be False with several ranks, which process batches: start it by itself"
+        )
     return options
 
 
+def _check_dht(dht: Any, rank: int, ranks: int) -> None:
+    if rank > 0:
+        if dht is not None:
+            raise InvalidValueError(
+                f"dht must be None at rank {rank} of {ranks}, got {dht!r}: rank 0 talks for all. If each rank "
+                "is to be a peer, give each a process_group of its own"
+            )
+        return
+    where = f" at rank 0 of {ranks}, which talks for all" if ranks > 1 else ""
+    if not isinstance(dht, DHT):
+        raise InvalidTypeError(f"dht must be a shoal.DHT{where}, got {dht!r}")
+    if not dht.is_alive():
+        raise InvalidValueError(f"dht must be running{where}: start it with DHT(start=True)")
+
+
 def _check_objects(given: Mapping[str, Any]) -> None:
-    if not isinstance(given["dht"], DHT):
-        raise InvalidTypeError(f"dht must be a shoal.DHT, got {given['dht']!r}")
-    if not given["dht"].is_alive():
-        raise InvalidValueError("dht must be running: start it with DHT(start=True)")
     run_id, optimizer, scheduler = given["run_id"], given["optimizer"], given["scheduler"]
     if not isinstance(run_id, str) or not run_id:
         raise InvalidTypeError(f"run_id must be a text that is not empty, got {run_id!r}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from shoal.utils import figures
 
 
@@ -51,3 +53,10 @@ class EpochReport:
             f"gradients {self.gradients}, state {self.state}; {times}; "
             f"{self.bytes_sent} bytes sent, {self.bytes_received} received"
         )
+
+
+def number_of(loss: Any) -> float | None:
+    """What a closure returned, if it is one number."""
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        loss = loss.item()
+    return float(loss) if isinstance(loss, int | float) else None

@@ -91,6 +91,8 @@ class TrainingStateAverager(DecentralizedAverager):
         self.carried = Carried(extra_tensors)
         self.parameter_names = _check_names(parameter_names, len(self.holder.parameters))
         self.local_epoch = 0
+        self.rewritten = 0
+        """How often something else than a step of the optimizer on the caller's thread has changed the tensors."""
         self._pending: Future[None] | None = None
         self._round_is_to_be_applied = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="shoal-training-state")
@@ -301,16 +303,19 @@ class TrainingStateAverager(DecentralizedAverager):
         self._apply_round()
         if pending is not None:
             self.holder.parameters_to_model()
+            self.rewritten += 1
             pending.result()  # raises what went wrong
 
     def _apply_round(self) -> None:
         if self.is_alive() and self.apply_late_average():  # of a round in doubt, which others have committed
             self.holder.parameters_to_model()
+            self.rewritten += 1
         if self._round_is_to_be_applied:
             self._round_is_to_be_applied = False
             self.apply_average()
             self.carried.apply()
             self.holder.parameters_to_model()
+            self.rewritten += 1
 
     def _update_scheduler(self) -> None:
         if self.scheduler is not None:
@@ -373,6 +378,7 @@ class TrainingStateAverager(DecentralizedAverager):
         self.local_epoch = epoch
         self._update_scheduler()
         self.holder.parameters_to_model()
+        self.rewritten += 1
         return None
 
     def shutdown(self) -> None:

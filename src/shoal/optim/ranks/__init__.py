@@ -1,0 +1,1 @@
+"""One peer of several ranks: the processes of one machine that torchrun starts for DistributedDataParallel."""
