@@ -16,6 +16,7 @@ from real_swarm import Swarm, wait_until
 
 import shoal as hivemind
 from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError
+from shoal.optim.record import read_record
 
 pytestmark = pytest.mark.xdist_group("averaging")
 
@@ -104,6 +105,25 @@ def test_the_averaged_gradient_is_clipped_and_a_closure_gives_its_loss(
     assert opt.local_epoch == 1
     assert torch.allclose(model.weight, before - 0.1 * torch.tensor([[0.3, 0.4]]), atol=1e-6)
     assert opt.report.loss == pytest.approx(losses[0])
+
+
+def test_those_that_watch_are_told_of_each_epoch(
+    made: list[Any], dht: hivemind.DHT, swarm: Swarm, tmp_path: Path
+):
+    """The loss of each batch counts by its samples; a record that cannot be written is said before anything starts."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    told: list[Any] = []
+    record = tmp_path / "run.jsonl"
+    opt = make(made, dht, model, swarm.prefix, target_batch_size=4, record=record, on_epoch=told.append)
+    for loss, size in ((2.0, 1), (torch.tensor(6.0), 3)):
+        model.weight.grad = torch.ones(1, 1)
+        assert opt.step(batch_size=size, loss=loss) is None
+    assert [(report.epoch, report.loss) for report in told] == [(0, pytest.approx(5.0))]
+    assert [entry["loss"] for entry in read_record(record)] == [pytest.approx(5.0)]
+    with pytest.raises(InvalidValueError, match="loss must be None with a closure, which returns it"):
+        opt.step(lambda: 1.0, loss=1.0)
+    with pytest.raises(InvalidValueError, match="record must be a file that can be written"):
+        make(made, dht, model, f"{swarm.prefix}2", record=tmp_path)
 
 
 def test_a_model_that_was_cast_afterwards_is_an_error_that_names_the_parameter(

@@ -122,6 +122,22 @@ def peer(
     raise typer.Exit(status)
 
 
+@app.command()
+def plot(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Records of peers: shoal.Optimizer(record=...).")
+    ],
+    output: Annotated[Path, typer.Option(help="Where to write the picture (PNG).")] = Path("shoal-run.png"),
+) -> None:
+    """Draw the record of a training run.
+
+    The picture has the loss, the peers and the seconds of each epoch. Several records are drawn over each other.
+    """
+    from shoal.cli.plot import draw_runs
+
+    typer.echo(draw_runs(runs, output))
+
+
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; whatever goes wrong is one line on the standard error."""
     if "SHOAL_LOGLEVEL" not in os.environ:

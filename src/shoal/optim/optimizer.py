@@ -16,22 +16,22 @@ from shoal.compression import CompressionBase, NoCompression
 from shoal.dht.dht import DHT
 from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError
 from shoal.optim import epoch as rules
+from shoal.optim.assembly import Assembly
 from shoal.optim.epoch import AfterFailedRound
 from shoal.optim.epoch_end import EpochEnd
-from shoal.optim.face import TorchFace
 from shoal.optim.grad_scaler import GradScaler
 from shoal.optim.gradient_rounds import GradientRounds
-from shoal.optim.gradients import GradientAverager, GradientAveragerFactory
+from shoal.optim.gradients import GradientAveragerFactory
 from shoal.optim.model_watch import ModelWatch
 from shoal.optim.options import checked
-from shoal.optim.progress.tracker import ProgressTracker
 from shoal.optim.progress.values import LocalTrainingProgress
 from shoal.optim.ranks.messages import Batch, Outcome
 from shoal.optim.ranks.parts import facts, listening_parts
 from shoal.optim.ranks.roles import join
 from shoal.optim.report import EpochReport
-from shoal.optim.state.averager import Scheduler, SchedulerFactory, TrainingStateAverager
+from shoal.optim.state.averager import Scheduler, SchedulerFactory
 from shoal.optim.state.holder import OptimizerFactory, Params, as_groups
+from shoal.optim.watching import OnEpoch
 from shoal.utils.checks import check_number
 from shoal.utils.logging import get_logger
 from shoal.utils.timed import get_dht_time
@@ -39,7 +39,7 @@ from shoal.utils.timed import get_dht_time
 logger = get_logger(__name__)
 
 
-class Optimizer(TorchFace):
+class Optimizer(Assembly):
     """Trains one model with all peers of a run: together they process ``target_batch_size`` samples, then all update.
 
     >>> opt = shoal.Optimizer(dht=dht, run_id="my_run", target_batch_size=4096, batch_size_per_step=32,
@@ -76,6 +76,9 @@ class Optimizer(TorchFace):
     :param max_grad_norm: to which the norm of the averaged gradient is clipped; not in hivemind
     :param process_group: ranks of ``torch.distributed`` that are one peer, whose rank 0 talks to the swarm; None: all.
       Not in hivemind, where each rank is a peer. All ranks of the group make the optimizer, and call its methods alike.
+    :param on_epoch: called with each :attr:`report`, at rank 0, on the thread that calls :meth:`step`
+    :param record: a file to which each epoch adds a line of JSON; ``shoal plot`` draws it
+    :param progress_bar: show on the standard error, if it is a terminal, how far the epoch is
     :raises InvalidValueError: arguments are out of range, or do not go together
     """
 
@@ -117,6 +120,9 @@ class Optimizer(TorchFace):
         after_failed_round: AfterFailedRound = "local",
         max_grad_norm: float | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
+        on_epoch: OnEpoch | None = None,
+        record: str | os.PathLike[str] | None = None,
+        progress_bar: bool = False,
     ) -> None:
         given = locals().copy()
         self._ranks = join(process_group, averaging_timeout, load_state_timeout)
@@ -147,7 +153,9 @@ class Optimizer(TorchFace):
         self.scheduled_state: StepControl | None = None
         self.report: EpochReport | None = None
         """What happened in the last epoch; None before its end."""
+        self._watchers = options.watchers(self._ranks.rank)
         with contextlib.ExitStack() as made:
+            made.callback(self._watchers.close)
             if self._ranks.rank == 0:
                 self._make_parts(given, made)
             else:
@@ -170,77 +178,6 @@ class Optimizer(TorchFace):
         self._ranks.share(self.state_averager, options.use_local_updates)
         return facts(options, self.state_averager)
 
-    def _make_parts(self, given: Mapping[str, Any], made: contextlib.ExitStack) -> None:
-        """Averagers and tracker; ``made`` ends them if a later one cannot be made."""
-        self.client_mode = self.dht.client_mode if given["client_mode"] is None else given["client_mode"]
-        self.state_averager = self._make_state_averager(given)
-        made.callback(self.state_averager.shutdown)
-        self.grad_averager = None if self.use_local_updates else self._make_gradient_averager(given)
-        if self.grad_averager is not None:
-            made.callback(self.grad_averager.shutdown)
-        self.tracker = self._make_progress_tracker(given)
-
-    def _averager_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What both averagers get; ``averager_opts`` may set the times that follow from others."""
-        return {
-            "min_matchmaking_time": self.options.matchmaking_time,
-            "allreduce_timeout": self.options.allreduce_timeout,
-            "next_chunk_timeout": self.options.next_chunk_timeout,
-            "shutdown_timeout": self.options.shutdown_timeout,
-            "client_mode": self.client_mode,
-            "auxiliary": self.auxiliary,
-            "start": True,
-            **(given["averager_opts"] or {}),
-        }
-
-    def _make_state_averager(self, given: Mapping[str, Any]) -> TrainingStateAverager:
-        options = self._averager_options(given)
-        if self.auxiliary:
-            options.setdefault("allow_state_sharing", False)  # its parameters are not those of the swarm
-        return TrainingStateAverager(
-            dht=self.dht,
-            prefix=f"{self.options.prefix}_state_averager",
-            optimizer=given["optimizer"],
-            params=given["params"],
-            scheduler=given["scheduler"],
-            offload_optimizer=self.options.offload_optimizer,
-            custom_gradients=self.options.offload_optimizer and not self.use_local_updates,
-            delta_rule_averaging=self.use_local_updates and self.options.delay_state_averaging,
-            average_opt_statistics=given["average_opt_statistics"],
-            extra_tensors=given["extra_tensors"],
-            compression=given["state_averaging_compression"],
-            state_compression=given["load_state_compression"],
-            status_loglevel=self.status_loglevel,
-            **options,
-        )
-
-    def _tensors_of_model(self) -> dict[str, torch.Tensor]:
-        state = self.state_averager
-        named = {f"parameter.{i}": parameter for i, parameter in enumerate(state.main_parameters)}
-        return named | {f"extra_tensors[{i}]": tensor for i, tensor in enumerate(state.extra_tensors)}
-
-    def _make_gradient_averager(self, given: Mapping[str, Any]) -> GradientAverager:
-        factory = given["grad_averager_factory"] or GradientAverager
-        made: GradientAverager = factory(
-            cast("tuple[torch.nn.Parameter, ...]", self.state_averager.main_parameters),
-            dht=self.dht,
-            prefix=f"{self.options.prefix}_grad_averager",
-            reuse_grad_buffers=self.options.reuse_grad_buffers,
-            compression=given["grad_compression"],
-            **self._averager_options(given),
-        )
-        return made
-
-    def _make_progress_tracker(self, given: Mapping[str, Any]) -> ProgressTracker:
-        return ProgressTracker(
-            self.dht,
-            f"{self.options.prefix}_progress",
-            self.target_batch_size,
-            client_mode=self.client_mode,
-            performance_ema_alpha=given["performance_ema_alpha"],
-            **{"status_loglevel": self.status_loglevel, "start": True, **(given["tracker_opts"] or {})},
-        )
-
     # the step
 
     def step(
@@ -248,6 +185,8 @@ class Optimizer(TorchFace):
         closure: Callable[[], Any] | None = None,
         batch_size: int | None = None,
         grad_scaler: Any = None,
+        *,
+        loss: float | torch.Tensor | None = None,
     ) -> Any:
         """Take the gradients of one batch; end the epoch if the swarm has enough samples.
 
@@ -257,22 +196,27 @@ class Optimizer(TorchFace):
         :param closure: computes the loss and the gradients
         :param batch_size: samples of this step, of this rank; None: ``batch_size_per_step``
         :param grad_scaler: of torch; gradients that are not unscaled yet are unscaled by it
+        :param loss: mean of the batch, for the report; it needs no closure. Not in hivemind
         :returns: what the closure returns
         """
         self._check_open()
         self._model.check()
-        samples = self._check_step(closure, batch_size, grad_scaler)
+        samples = self._check_step(closure, batch_size, grad_scaler, loss)
         with self._ended_if_ranks_part():
-            loss = None
+            result = None
             if closure is not None:
                 self._ranks.lead("step() with a closure", self._write_background_work)
                 with torch.enable_grad():
-                    loss = closure()
+                    loss = result = closure()
             if grad_scaler is not None:
                 self._unscale(grad_scaler)
             outcome = self._ranks.step(samples, loss, self.state_averager.main_parameters, self._advance)
-        self.report = outcome.report or self.report
-        return loss
+        if self._ranks.rank == 0:
+            self._watchers.step(lambda: self.tracker.global_progress)
+        if outcome.report is not None:
+            self.report = outcome.report
+            self._watchers.epoch(outcome.report)
+        return result
 
     def _advance(self, batch: Batch) -> Outcome:
         """What a step does beyond the gradients of a batch: at rank 0, for all ranks."""
@@ -475,6 +419,7 @@ class Optimizer(TorchFace):
         self._closed = True
         with contextlib.ExitStack() as parts:  # in reverse order, and all of them, even if one fails
             parts.callback(self._ranks.leave)
+            parts.callback(self._watchers.close)
             parts.callback(self.state_averager.shutdown)
             if self.grad_averager is not None:
                 parts.callback(self.grad_averager.shutdown)
@@ -506,15 +451,17 @@ class Optimizer(TorchFace):
         if self._closed:
             raise InvalidStateError("the optimizer was shut down: make another one")
 
-    def _check_step(self, closure: Any, batch_size: int | None, grad_scaler: Any) -> int:
+    def _check_step(self, closure: Any, batch_size: int | None, grad_scaler: Any, loss: Any) -> int:
         if self.auxiliary:
-            if closure is not None or batch_size is not None or grad_scaler is not None:
+            if any(given is not None for given in (closure, batch_size, grad_scaler, loss)):
                 raise InvalidValueError(
                     "step() must have no arguments with auxiliary: it processes no batches"
                 )
             return 0
         if closure is not None and not callable(closure):
             raise InvalidTypeError(f"closure must be callable or None, got {closure!r}")
+        if closure is not None and loss is not None:
+            raise InvalidValueError(f"loss must be None with a closure, which returns it, got {loss!r}")
         if grad_scaler is not None and not hasattr(grad_scaler, "unscale_"):
             raise InvalidTypeError(f"grad_scaler must be a torch.amp.GradScaler, got {grad_scaler!r}")
         if batch_size is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from shoal.dht.dht import DHT
 from shoal.errors import InvalidTypeError, InvalidValueError
 from shoal.optim.epoch import AfterFailedRound
 from shoal.optim.progress.tracker import ProgressTracker
+from shoal.optim.progress_bar import ProgressBar
+from shoal.optim.watching import OnEpoch, Watchers
 from shoal.utils.checks import check_choice, check_flag, check_number
 
 _OWN_PARAMETERS = {
@@ -50,6 +53,19 @@ class Options:
     max_grad_norm: float | None
     shutdown_timeout: float
     verbose: bool
+    on_epoch: OnEpoch | None
+    record: str | os.PathLike[str] | None
+    progress_bar: bool
+
+    def watchers(self, rank: int) -> Watchers:
+        """Those of one rank: rank 0 speaks for all.
+
+        :raises InvalidValueError: the record can't be written
+        """
+        if rank > 0:
+            return Watchers(None, None, None)
+        bar = ProgressBar(self.run_id, self.target_batch_size) if self.progress_bar else None
+        return Watchers(self.record, bar, self.on_epoch)
 
     @property
     def prefix(self) -> str:
@@ -70,7 +86,7 @@ def checked(given: Mapping[str, Any], rank: int = 0, ranks: int = 1) -> Options:
         name: check_flag(name, given[name])
         for name in (
             "reuse_grad_buffers", "delay_grad_averaging", "delay_state_averaging", "use_local_updates", "auxiliary",
-            "verbose",
+            "verbose", "progress_bar",
         )
     }  # fmt: skip
     check_choice("after_failed_round", given["after_failed_round"], ("local", "skip", "wait"))
@@ -101,6 +117,8 @@ def checked(given: Mapping[str, Any], rank: int = 0, ranks: int = 1) -> Options:
         after_failed_round=given["after_failed_round"],
         max_grad_norm=_optional(_seconds, "max_grad_norm", given["max_grad_norm"]),
         shutdown_timeout=check_number("shutdown_timeout", given["shutdown_timeout"], minimum=0),
+        on_epoch=given["on_epoch"],
+        record=given["record"],
         **flags,
     )
     _check_modes(options, given, is_factory)
@@ -139,6 +157,11 @@ def _check_objects(given: Mapping[str, Any]) -> None:
         raise InvalidValueError(
             f"scheduler must be a callable if optimizer is one, got {type(scheduler).__name__}"
         )
+    on_epoch, record = given["on_epoch"], given["record"]
+    if on_epoch is not None and not callable(on_epoch):
+        raise InvalidTypeError(f"on_epoch must be callable or None, got {on_epoch!r}")
+    if record is not None and not isinstance(record, str | os.PathLike):
+        raise InvalidTypeError(f"record must be the path of a file or None, got {record!r}")
     _check_contents(given)
 
 

@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console
 
 from shoal.cli.demo.history import History, Outcome
-from shoal.cli.demo.plot import check_output, write_plot
+from shoal.cli.demo.plot import write_plot
 from shoal.cli.demo.protocol import Part, State, Status
 from shoal.cli.demo.table import LiveView, PlainView, describe, make_view, render_outcome, render_statuses
+from shoal.cli.pictures import check_output
 from shoal.errors import InvalidValueError
 
 TRAINING = Status("peer 1", "12D3", Part(0), (0, 4, 8), State.TRAINING, 12, 4, 0.4321, 0.9, 1_234_567, 0.25)

@@ -15,12 +15,13 @@ from shoal.cli.demo import settings as limits
 from shoal.cli.demo.board import Board
 from shoal.cli.demo.data import RESERVE_PARTS, require_demo_packages
 from shoal.cli.demo.history import Outcome
-from shoal.cli.demo.plot import check_output, write_plot
+from shoal.cli.demo.plot import write_plot
 from shoal.cli.demo.protocol import Assignment, Part
 from shoal.cli.demo.settings import Settings
 from shoal.cli.demo.supervisor import DemoFailed, Supervisor
 from shoal.cli.demo.table import make_view, render_outcome
 from shoal.cli.invocation import command_line
+from shoal.cli.pictures import check_output
 from shoal.dht.dht import DHT
 from shoal.errors import InvalidValueError
 from shoal.p2p.identity import PeerID

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.cli.demo.history import Curve, History
-from shoal.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,20 +13,6 @@ if TYPE_CHECKING:
 SIZE_INCHES = (10.0, 5.6)
 DOTS_PER_INCH = 120
 EVENT_ROWS = 3
-
-
-def check_output(path: Path) -> None:
-    """:raises InvalidValueError: no file can be written there"""
-    folder = path.absolute().parent
-    if path.is_dir():
-        reason = "it is a folder"
-    elif not folder.is_dir():
-        reason = f"there is no folder {folder}"
-    elif not os.access(path if path.exists() else folder, os.W_OK):
-        reason = "no permission to write there"
-    else:
-        return
-    raise InvalidValueError(f"--output {path}: {reason}")
 
 
 def write_plot(history: History, path: Path) -> None:
