@@ -68,7 +68,11 @@ class TorchFace(torch.optim.Optimizer):
             raise InvalidStateError("state must be loaded with load_state_dict()")
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's, with "local_epoch" and, if there is one, "scheduler" in its "state"."""
+        """The inner optimizer's, with "local_epoch" and, if there is one, "scheduler" in its "state".
+
+        Delayed work ends first, and is written into the model: what is saved then is of one moment.
+        """
+        self.state_averager.step(wait_for_delayed_updates=True)
         inner = self.state_averager.optimizer.state_dict()
         extra: dict[str, Any] = {"local_epoch": self.local_epoch}
         if self.state_averager.scheduler is not None:

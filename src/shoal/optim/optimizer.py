@@ -336,7 +336,7 @@ class Optimizer(TorchFace):
                 self.state_averager.local_epoch = global_epoch
             self._begin_anew()
         logger.log(
-            self.status_loglevel if loaded else logging.WARNING,
+            self.status_loglevel,  # the averager has said why not
             "%s: %s at epoch %d",
             self.run_id, "loaded the state" if loaded else "no state was loaded", self.local_epoch,
         )  # fmt: skip

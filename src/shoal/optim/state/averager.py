@@ -191,7 +191,8 @@ class TrainingStateAverager(DecentralizedAverager):
         if delay_optimizer_step:
             self._pending = self._worker.submit(lambda: average() if update() else None)
         elif update():
-            self.holder.parameters_to_model()
+            if optimizer_step:
+                self.holder.parameters_to_model()
             if delay_averaging and averaging_round:
                 self._pending = self._worker.submit(average)
             else:
