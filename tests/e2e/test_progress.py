@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from real_swarm import wait_until
 
 import shoal
 from shoal.dht.node import DHTNode
@@ -56,6 +57,24 @@ def test_two_peers_end_an_epoch_together(dhts: tuple[shoal.DHT, shoal.DHT]):
         assert other.update_epoch(max(1, other.global_epoch)) == 1
     assert not other.ready_to_update_epoch
     assert one.local_progress.epoch == other.local_progress.epoch == 1
+    for tracker in (one, other):
+        tracker.shutdown()
+
+
+def test_a_paused_peer_sees_that_all_others_have_left_its_epoch(dhts: tuple[shoal.DHT, shoal.DHT]):
+    """Its forecast stands still: what it does at the end of its epoch follows from one look."""
+    one, other = (make(dht, "left") for dht in dhts)
+    for tracker in (one, other):
+        tracker.report_local_progress(0, 60)
+    wait_until_over(one)
+    with one.pause_updates():
+        assert not one.left_behind
+        with other.pause_updates():
+            other.update_epoch(1)
+        wait_until(lambda: one.left_behind)
+        assert one.global_epoch == 0
+        assert one.update_epoch(1) == 1
+        assert not one.left_behind
     for tracker in (one, other):
         tracker.shutdown()
 

@@ -1,9 +1,12 @@
-"""Under which bits gradient rounds look for groups, with an averager that only notes what it is asked for."""
+"""Which groups gradient rounds look for, and how long, with an averager that only notes what it is asked for."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
+import pytest
+
+from shoal.averaging.commands import AveragingStage
 from shoal.averaging.trainer.control import Steering, StepControl
 from shoal.optim.epoch import group_bits
 from shoal.optim.gradient_rounds import GradientRounds
@@ -21,6 +24,12 @@ class Noting:
     def schedule_step(self, scheduled_time: float, **options: Any) -> StepControl:
         self.asked.append("prepare")
         return self._control()
+
+    def load_accumulators_into_averager_(self) -> None:
+        self.asked.append("own mean")
+
+    def notify_used_averaged_gradients(self) -> None:
+        self.asked.append("used")
 
     def step(self, control: StepControl | None = None, **options: Any) -> StepControl:
         self.asked.append("step")
@@ -52,3 +61,16 @@ def test_a_round_that_goes_on_is_not_moved_to_the_next_epoch():
     assert control.cancel()
     rounds.prepare(0.0, 4, None)
     assert averager.asked == [group_bits(3), "step", group_bits(4), "prepare"]
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_a_peer_that_all_have_left_behind_looks_for_no_group(found: bool):
+    """Two peers an epoch apart would each wait for the whole time in each epoch. A group that stands is waited for."""
+    averager = Noting()
+    rounds = GradientRounds(cast("Any", averager), 0.5, auxiliary=False)
+    control = rounds.begin(3, lambda: None)
+    control.reach(AveragingStage.RUNNING_ALLREDUCE if found else AveragingStage.LOOKING_FOR_GROUP)
+    outcome = rounds.end(control, 3, lambda: True)
+    wanted = "no average within 0.5 s" if found else "the others have ended the epoch without this peer"
+    assert outcome.failure == wanted
+    assert averager.asked[-2:] == ["own mean", "used"]

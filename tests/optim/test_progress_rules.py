@@ -52,6 +52,11 @@ def test_those_who_are_still_in_an_epoch_count_what_others_gave_to_it():
     assert found.is_over(5, 300, TARGET)
 
 
+def test_companions_are_the_other_peers_of_the_own_epoch():
+    assert see(record(), record(epoch=6), record(epoch=4), own=record()).companions == 1
+    assert see(record(epoch=6), record(epoch=6), own=record()).companions == 0
+
+
 def test_one_peer_that_is_always_ahead_ends_no_epoch_and_two_do():
     own, liar = record(samples=1), record(epoch=6)
     assert not see(liar, record(), record(), own=own).is_over(5, 1, TARGET)

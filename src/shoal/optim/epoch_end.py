@@ -140,7 +140,7 @@ class EpochEnd:
                 self._load_offloaded()
 
             return _Gradients("delayed", before_step=finish)
-        outcome = rounds.end(control, epoch)
+        outcome = rounds.end(control, epoch, lambda: self._optimizer.tracker.left_behind)
         if outcome.failure is not None and wait:
             logger.warning(
                 "%s: the gradients of epoch %d were not averaged, it is tried again: %s",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,11 @@ from shoal.averaging.trainer.control import StepControl
 from shoal.errors import InDoubt, ShoalError
 from shoal.optim.epoch import ended_epoch, group_bits, mixed_epochs, parameters_agree
 from shoal.optim.gradients import GradientAverager
+from shoal.utils.timed import steady_time
+
+GLANCE = 0.1
+"""Seconds between two looks at whether a round still makes sense."""
+WITHOUT_A_GROUP = (AveragingStage.IDLE, AveragingStage.LOOKING_FOR_GROUP)
 
 
 @dataclass(frozen=True)
@@ -90,10 +95,14 @@ class GradientRounds:
             self._own_mean = [tensor.clone() for tensor in tensors]
         self.averager.reset_accumulated_grads_()
 
-    def end(self, control: StepControl, epoch: int) -> Outcome:
-        """Wait for a round that was begun, and say what is in the averager's tensors."""
+    def end(self, control: StepControl, epoch: int, left_behind: Callable[[], bool] | None = None) -> Outcome:
+        """Wait for a round that was begun, and say what is in the averager's tensors.
+
+        :param left_behind: whether no other peer is in this epoch any more. A group is not looked for any longer then;
+          otherwise two peers an epoch apart would each wait in vain, in all epochs. None: it is not asked
+        """
         try:
-            failure, gathered = self._wait(control)
+            failure, gathered = self._wait(control, left_behind)
             report = control.report
             if failure is None:
                 weights = {} if report is None else dict(zip(report.members, report.weights, strict=False))
@@ -126,11 +135,18 @@ class GradientRounds:
         self.averager.step(control=control, weight=0.0, reset_accumulators=False, wait=False)
         self.averager.notify_used_averaged_gradients()
 
-    def _wait(self, control: StepControl) -> tuple[str | None, Mapping[Any, Any]]:
+    def _wait(
+        self, control: StepControl, left_behind: Callable[[], bool] | None
+    ) -> tuple[str | None, Mapping[Any, Any]]:
         """Why it failed, or None; and what was gathered. A result in doubt counts as failed: see ``end``."""
+        deadline = steady_time() + self._timeout
         try:
+            while left_behind is not None and not control.done() and steady_time() < deadline - GLANCE:
+                wait([control], GLANCE)
+                if left_behind() and control.stage in WITHOUT_A_GROUP and control.cancel():
+                    return "the others have ended the epoch without this peer", {}
             try:
-                return None, control.result(self._timeout)
+                return None, control.result(max(0.0, deadline - steady_time()))
             except TimeoutError as e:
                 if isinstance(e, ShoalError):
                     raise

@@ -62,6 +62,8 @@ class Forecast:
     """Seconds until the next look."""
     pace: float
     """Seconds between two looks, and two records of this peer, at least."""
+    companions: int = 0
+    """Other peers in the epoch of this one."""
 
     def samples(self, own_epoch: int, own_samples: int) -> int:
         """Samples of the epoch with the own ones, if they belong to it."""
@@ -130,6 +132,7 @@ def forecast(
         eta=eta,
         next_look=_next_look(eta, num_peers, pace, periods),
         pace=pace,
+        companions=sum(sighting.record.epoch == own.epoch for sighting in plausible),
     )
 
 

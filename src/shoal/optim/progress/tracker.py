@@ -124,6 +124,7 @@ class ProgressTracker:
         self._state = threading.Condition()
         self._ledger = Ledger(self.target_batch_size, self._periods, steady_time())
         self._pauses = self._failures = 0
+        self._left_behind = False
         self._ended = False
         self._thread: threading.Thread | None = None
         self._daemon = check_flag("daemon", daemon)
@@ -220,6 +221,15 @@ class ProgressTracker:
             return self._ledger.is_over()
 
     @property
+    def left_behind(self) -> bool:
+        """Whether the last look, also in a pause, has found all other peers in other epochs, and the swarm ahead.
+
+        A peer that waits for a group of its epoch waits in vain then.
+        """
+        with self._state:
+            return self._left_behind
+
+    @property
     def estimated_next_update_time(self) -> float:
         """DHT time at which the epoch will be over: now if it is; infinite as long as no speed is known."""
         if self.ready_to_update_epoch:
@@ -251,7 +261,10 @@ class ProgressTracker:
 
     @contextmanager
     def pause_updates(self) -> Iterator[None]:
-        """While an epoch ends: nobody looks, so that the swarm's progress stands still, and time counts for nothing."""
+        """While an epoch ends: the swarm's progress stands still, and time counts for nothing.
+
+        Looks go on, for :attr:`left_behind` alone.
+        """
         with self._state:
             self._pauses += 1
         try:
@@ -279,15 +292,16 @@ class ProgressTracker:
 
     def _begin(self, epoch: int) -> None:
         self._ledger.begin(epoch, steady_time())
+        self._left_behind = False
         self.fetched_global_progress_this_epoch.clear()
 
     def _next_call(self) -> tuple[Callable[[], None] | None, float | None]:
         """What the thread does next outside of the lock, or for how many seconds it sleeps."""
         now, ledger, agenda = steady_time(), self._ledger, self._ledger.agenda
-        wakes_at = agenda.tells_at() if self._pauses else agenda.wakes_at()
+        wakes_at = agenda.wakes_at()
         if wakes_at > now:
             return None, None if math.isinf(wakes_at) else wakes_at - now
-        tell, look = agenda.tells_at() <= now, not self._pauses and agenda.next_look <= now
+        tell, look = agenda.tells_at() <= now, agenda.next_look <= now
         if tell:
             agenda.told(now)
         own = ledger.record(client_mode=False, age=0.0)
@@ -314,6 +328,11 @@ class ProgressTracker:
 
     def _found(self, found: Forecast, begun: int) -> None:
         with self._state:
+            if begun == self._ledger.epochs_begun:
+                self._left_behind = found.epoch > self._ledger.epoch and not found.companions
+            if self._pauses:
+                self._ledger.agenda.looked(steady_time(), found)
+                return
             if not self._ledger.found(found, begun, steady_time()):
                 return
             self._failures = 0
