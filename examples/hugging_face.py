@@ -3,7 +3,7 @@
     python hugging_face.py                      # prints the address that others join with
     python hugging_face.py --join ADDRESS       # in further terminals; on other machines with --host
 
-All peers together process 512 images, then all make one update. Stop a peer (Ctrl+C), and start it again with
+All peers together process 2048 images, then all make one update. Stop a peer (Ctrl+C), and start it again with
 ``--resume``: it goes on from its last checkpoint, or from the state of the others if they are further.
 """
 
@@ -27,8 +27,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--join", metavar="ADDRESS", help="address of a peer that trains already")
     parser.add_argument("--host", default="127.0.0.1", help="this machine's own IP address in your network")
-    parser.add_argument("--epochs", type=int, default=60, help="updates of the swarm")
-    parser.add_argument("--target", type=int, default=512, help="images of one epoch, of all peers together")
+    parser.add_argument("--epochs", type=int, default=40, help="updates of the swarm")
+    parser.add_argument("--target", type=int, default=2048, help="images of one epoch, of all peers together")
     parser.add_argument(
         "--seed", type=int, default=0, help="decides in which order this peer sees the images"
     )
@@ -64,7 +64,7 @@ def main() -> None:
             optimizer=lambda groups: torch.optim.AdamW(groups, lr=3e-3),
             params=model.parameters(),
             scheduler=lambda inner: torch.optim.lr_scheduler.LambdaLR(inner, warm_up),
-            matchmaking_time=3.0,
+            matchmaking_time=2.0,
             averaging_timeout=15.0,
             max_grad_norm=1.0,
         )

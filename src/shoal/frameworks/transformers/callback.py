@@ -28,6 +28,8 @@ class _Training:
     optimizer: Optimizer
     samples: SampleCounter
     last: EpochReport | None
+    counted: int = 0
+    """Samples of the epoch before the step that is under way."""
     figures: EpochFigures = field(default_factory=EpochFigures)
     backup: Backup | None = None
 
@@ -105,8 +107,10 @@ class ShoalCallback(TrainerCallback):  # type: ignore[misc] # transformers has t
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Count the samples of the step that begins."""
-        if self._training is not None:
-            self._training.samples.begin_step()
+        training = self._training
+        if training is not None:
+            training.samples.begin_step()
+            training.counted = training.optimizer.local_progress.samples_accumulated
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Count those of its next batch."""
@@ -125,6 +129,8 @@ class ShoalCallback(TrainerCallback):  # type: ignore[misc] # transformers has t
             self._keep_finite(training)
             if self.on_epoch is not None:
                 self.on_epoch(report.to_dict())
+        elif training.optimizer.local_progress.samples_accumulated == training.counted:
+            self._keep_finite(training)  # the gradients were left out: those of a diverged model have NaN
         if self.stop_at_epoch is not None and training.optimizer.local_epoch >= self.stop_at_epoch:
             control.should_training_stop = True
         self._settle(control)
@@ -181,8 +187,14 @@ class ShoalCallback(TrainerCallback):  # type: ignore[misc] # transformers has t
         optimizer = training.optimizer
         if not is_finite(optimizer):
             self._recover(training)
-        elif self.backup_every is not None and optimizer.local_epoch % self.backup_every == 0:
+        elif self._backup_is_due(training):
             training.backup = Backup(optimizer)
+
+    def _backup_is_due(self, training: _Training) -> bool:
+        epoch = training.optimizer.local_epoch
+        if self.backup_every is None or epoch % self.backup_every:
+            return False
+        return training.backup is None or training.backup.epoch != epoch
 
     def _recover(self, training: _Training) -> None:
         """Take the state of a peer; if that has diverged, too, go back to the backup."""
