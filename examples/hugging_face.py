@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer, as one peer of a swarm: a small vision transformer learns to read digits.
+"""Hugging Face's Trainer, as one peer of a swarm: a small network learns to read digits.
 
     python hugging_face.py                      # prints the address that others join with
     python hugging_face.py --join ADDRESS       # in further terminals; on other machines with --host
@@ -15,10 +15,23 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
+from torch import nn
+from transformers import Trainer, TrainingArguments, set_seed
 
 import shoal
 from shoal.frameworks.transformers import ShoalCallback, SwarmScheduler
+
+
+class Reader(nn.Module):
+    """A Trainer takes any module that returns a loss, and models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 10))
+
+    def forward(self, pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.layers(pixels)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,16 +54,11 @@ def main() -> None:
     options = parse_arguments()
     images, labels = load_digits(return_X_y=True)
     data = [
-        {"pixel_values": torch.tensor(image / 16, dtype=torch.float32).reshape(1, 8, 8), "labels": int(label)}
+        {"pixels": torch.tensor(image / 16, dtype=torch.float32), "labels": int(label)}
         for image, label in zip(images, labels, strict=True)
     ]
     set_seed(0)  # all peers begin with the same model
-    model = ViTForImageClassification(
-        ViTConfig(
-            image_size=8, patch_size=2, num_channels=1, num_labels=10, hidden_size=32, num_hidden_layers=2,
-            num_attention_heads=4, intermediate_size=64,
-        )
-    )  # fmt: skip
+    model = Reader()
 
     listen = f"/ip4/{options.host}/tcp/0"
     with shoal.DHT(
@@ -61,7 +69,7 @@ def main() -> None:
             dht=dht,
             run_id="digits",
             target_batch_size=options.target,
-            optimizer=lambda groups: torch.optim.AdamW(groups, lr=3e-3),
+            optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
             params=model.parameters(),
             scheduler=lambda inner: torch.optim.lr_scheduler.LambdaLR(inner, warm_up),
             matchmaking_time=2.0,
