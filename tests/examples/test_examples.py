@@ -66,7 +66,7 @@ def test_a_late_joiner_begins_with_the_state_of_another_peer(scripts):
 
 
 @pytest.mark.sweep
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(360)
 def test_trainers_of_hugging_face_are_peers_and_a_checkpoint_goes_on(scripts, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     script = EXAMPLES / "hugging_face.py"
@@ -87,7 +87,7 @@ def test_trainers_of_hugging_face_are_peers_and_a_checkpoint_goes_on(scripts, mo
 
 
 @pytest.mark.sweep
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(360)
 def test_peers_with_accelerate_average_every_n_steps(scripts):
     script = EXAMPLES / "accelerate_local_sgd.py"
     first = scripts.start(script, "--every", 40, "--steps", 1000)

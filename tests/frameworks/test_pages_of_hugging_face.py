@@ -23,12 +23,13 @@ def run(program: str, folder: Path, *arguments: str) -> str:
     script.write_text(program)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, str(script), *arguments]
-    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=150)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout + ended.stderr
 
 
 @pytest.mark.sweep
+@pytest.mark.timeout(360)
 def test_the_trainer_of_the_page_trains(tmp_path: Path):
     [program] = programs("transformers.md")
     output = run(program, tmp_path, "1")
@@ -37,6 +38,7 @@ def test_the_trainer_of_the_page_trains(tmp_path: Path):
 
 
 @pytest.mark.sweep
+@pytest.mark.timeout(360)
 def test_the_optimizer_of_accelerate_s_page_trains(tmp_path: Path):
     with_optimizer, local_steps = programs("accelerate.md")
     run(with_optimizer, tmp_path)
