@@ -158,6 +158,36 @@ def test_an_auxiliary_peer_takes_no_batches_and_changes_nothing(
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), before, strict=True))
 
 
+def test_what_is_loaded_into_an_offloaded_model_stays_until_the_next_update(
+    made: list[Any], dht: hivemind.DHT, swarm: Swarm
+):
+    """As the best model that a framework loads at the end, before this optimizer is shut down."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    opt = make(made, dht, model, swarm.prefix, params=model.parameters(), optimizer=offloaded_sgd)
+    with torch.no_grad():
+        model.weight.fill_(7.0)
+    opt.state_averager.step()
+    opt.shutdown()
+    assert model.weight.item() == 7.0
+
+
+def test_a_saved_state_has_the_delayed_step(made: list[Any], dht: hivemind.DHT, swarm: Swarm):
+    model = torch.nn.Linear(1, 1, bias=False)
+    before = model.weight.item()
+    opt = make(
+        made, dht, model, swarm.prefix, target_batch_size=4, params=model.parameters(), optimizer=offloaded_sgd,
+        delay_optimizer_step=True,
+    )  # fmt: skip
+    model.weight.grad = torch.ones(1, 1)
+    opt.step()
+    assert opt.state_dict()["state"]["local_epoch"] == 1
+    assert model.weight.item() == pytest.approx(before - 0.1)
+
+
+def offloaded_sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=0.1)
+
+
 def test_state_dict_round_trips_and_stays_as_given(made: list[Any], dht: hivemind.DHT, swarm: Swarm):
     model = torch.nn.Linear(1, 1, bias=False)
     opt = make(made, dht, model, swarm.prefix, target_batch_size=4)

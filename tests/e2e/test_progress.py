@@ -26,7 +26,15 @@ def dhts() -> Iterator[tuple[shoal.DHT, shoal.DHT]]:
 
 
 def make(dht: shoal.DHT, run: str) -> ProgressTracker:
-    return ProgressTracker(dht, run, TARGET, min_refresh_period=0.05, default_refresh_period=0.1, start=True)
+    return ProgressTracker(
+        dht,
+        run,
+        TARGET,
+        min_refresh_period=0.05,
+        default_refresh_period=0.1,
+        max_refresh_period=0.5,
+        start=True,
+    )
 
 
 async def count_trackers(_: object, node: DHTNode) -> int:
@@ -104,6 +112,19 @@ def test_a_shutdown_withdraws_the_record_and_may_be_repeated(dhts: tuple[shoal.D
     told = stored.value[dhts[0].peer_id.to_bytes()].value
     assert list(told) == [0, 0, 0, 0.0, 0.0, True]
     other.shutdown()
+
+
+def test_the_end_of_a_dht_withdraws_the_records_of_its_trackers(dhts: tuple[shoal.DHT, shoal.DHT]):
+    """Others would wait for the peer in each epoch until its record expires."""
+    one = make(dhts[0], "ended")
+    with shoal.DHT(dhts[0].get_visible_maddrs(), start=True) as ending:
+        other = make(ending, "ended")
+        for tracker in (one, other):
+            tracker.report_local_progress(0, 10)
+        wait_until(lambda: one.global_progress.num_peers == 2)
+    wait_until(lambda: one.global_progress.num_peers == 1)
+    for tracker in (one, other):
+        tracker.shutdown()
 
 
 def test_a_tracker_that_is_dropped_ends_its_thread(dhts: tuple[shoal.DHT, shoal.DHT]):

@@ -65,6 +65,42 @@ def test_a_late_joiner_begins_with_the_state_of_another_peer(scripts):
     assert int(re.findall(r"step (\d+)", averaged)[0]) > step
 
 
+@pytest.mark.sweep
+@pytest.mark.timeout(360)
+def test_trainers_of_hugging_face_are_peers_and_a_checkpoint_goes_on(scripts, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    script = EXAMPLES / "hugging_face.py"
+    first = scripts.start(script, "--folder", "first", "--seed", 1, "--epochs", 1000)
+    address = address_in(first.wait_for_line("--join"))
+    second = scripts.start(script, "--join", address, "--folder", "second", "--seed", 2, "--epochs", 1000)
+    second.wait_for_line("'eval_loss'", 120)
+    second.wait_for_line("'epoch': '1.667'", 120)  # after the checkpoint was written
+    second.wait_for_line("'shoal/averaged': 2", 120)
+    second.process.send_signal(signal.SIGINT)
+    assert second.finish() == 130
+    assert "Traceback" not in second.output
+    resumed = scripts.start(
+        script, "--join", address, "--folder", "second", "--seed", 2, "--epochs", 1000, "--resume"
+    )
+    line = resumed.wait_for_line("'shoal/averaged': 1", 120)
+    assert int(re.findall(r"'shoal/epoch': (\d+)", line)[0]) > 2
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(360)
+def test_peers_with_accelerate_average_every_n_steps(scripts):
+    script = EXAMPLES / "accelerate_local_sgd.py"
+    first = scripts.start(script, "--every", 40, "--steps", 1000)
+    address = address_in(first.wait_for_line("--join"))
+    second = scripts.start(script, "--join", address, "--seed", 1, "--every", 40, "--steps", 120)
+    assert second.finish(120) == 0
+    assert second.output.count(": averaged, reads") == 3
+    assert accuracy_in(second.wait_for_line("step 120: ")) > 60
+    first.process.send_signal(signal.SIGINT)
+    assert first.finish() == 130
+    assert "Traceback" not in first.output
+
+
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_every_example_is_tested_here(script):
     assert f'"{script.name}"' in Path(__file__).read_text()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from shoal.dht.bootstrap import Bootstrap
@@ -97,6 +97,8 @@ class DHTNode:
         self.peer_id = host.peer_id
         self.config = config
         self.clock = clock
+        self.before_shutdown: list[Callable[[], Awaitable[None]]] = []
+        """Awaited by :meth:`shutdown` while the node still works: what others were told is withdrawn there."""
         self._tasks = TaskSet()
         self._closed = False
         self._joined = False
@@ -239,6 +241,8 @@ class DHTNode:
 
     async def shutdown(self) -> None:
         """Stop serving, searching and all upkeep. Idempotent. The host lives on."""
+        withdrawing, self.before_shutdown = self.before_shutdown, []
+        await asyncio.gather(*(withdraw() for withdraw in withdrawing))
         if self._closed:
             return
         self._closed = True

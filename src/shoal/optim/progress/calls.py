@@ -37,6 +37,7 @@ class Exchange:
         place = (self.prefix, self.tracker)
         if place not in trackers:
             trackers[place] = ProgressRecords(node, self.prefix, lifetime=self.lifetime)
+            node.before_shutdown.append(trackers[place].close)  # Ctrl+C ends the DHT before its trackers
         records = trackers[place]
         own = replace(self.own, age=max(0.0, steady_time() - self.created))
         if self.tell:
@@ -56,4 +57,5 @@ class Withdraw:
 
         records = records_of(node).pop((self.prefix, self.tracker), None)
         if records is not None:
+            node.before_shutdown.remove(records.close)
             await records.close()

@@ -347,7 +347,8 @@ class ProgressTracker:
                 self._ledger.agenda.report(urgent=False)
             self._ended = self._ended or not self.dht.is_alive()
             self._failures += 1
-            is_news = self._failures == 1 and not self._ended
+            ending = isinstance(error, InvalidStateError | CancelledError)  # of the DHT, as after Ctrl+C
+            is_news = self._failures == 1 and not (self._ended or ending)
         logger.log(
             logging.WARNING if is_news else logging.DEBUG,
             "the progress of %s could not be exchanged, it is tried again: %s: %s",
