@@ -153,7 +153,7 @@ def test_an_epoch_changes_only_while_updates_are_paused(dhts: tuple[shoal.DHT, s
         ("target_batch_size", 0),
         ("prefix", ""),
         ("min_refresh_period", 0),
-        ("max_refresh_period", 0.1),
+        ("max_refresh_period", 0.05),
         ("expected_drift_rate", -1),
         ("metadata_expiration", math.nan),
         ("performance_ema_alpha", 2),
