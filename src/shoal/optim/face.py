@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from shoal.optim.options import Options
     from shoal.optim.progress.tracker import ProgressTracker
     from shoal.optim.state.averager import TrainingStateAverager
+
+_NAMES_PARAMETERS = "torch.distributed.checkpoint.state_dict"
+"""torch's module that replaces the numbers of parameters in a state by their names."""
 
 
 class TorchFace(torch.optim.Optimizer):
@@ -68,7 +72,15 @@ class TorchFace(torch.optim.Optimizer):
             raise InvalidStateError("state must be loaded with load_state_dict()")
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's, with "local_epoch" and, if there is one, "scheduler" in its "state"."""
+        """The inner optimizer's, with "local_epoch" and, if there is one, "scheduler" in its "state".
+
+        :raises InvalidStateError: it was called by ``get_optimizer_state_dict`` of torch, which has no place for these
+        """
+        if sys._getframe(1).f_globals.get("__name__") == _NAMES_PARAMETERS:
+            raise InvalidStateError(
+                "get_optimizer_state_dict() must not be used with shoal.Optimizer, as it takes nothing but parameters "
+                "and would lose the epoch: give opt.state_dict() to torch.distributed.checkpoint.save() as it is"
+            )
         inner = self.state_averager.optimizer.state_dict()
         extra: dict[str, Any] = {"local_epoch": self.local_epoch}
         if self.state_averager.scheduler is not None:
