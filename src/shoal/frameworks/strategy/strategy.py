@@ -60,6 +60,7 @@ class SwarmStrategy(Base):
     :param bootstrap_timeout: for how many seconds the initial peers are retried
     :param identity_path: file with the key of this peer
     :param dht: a running DHT instead of the last eight parameters; it stays when training ends
+    :param stop_at_epoch: end training when this peer has reached that epoch of the swarm
     :param accelerator: as of Lightning's strategies, like the next two
     :param optimizer_kwargs: more arguments of :class:`~shoal.Optimizer`, such as ``max_grad_norm``
     :raises InvalidTypeError: an argument is unknown; :raises InvalidValueError: one is out of range
@@ -94,15 +95,19 @@ class SwarmStrategy(Base):
         identity_path: str | os.PathLike[str] | None = None,
         *,
         dht: DHT | None = None,
+        stop_at_epoch: int | None = None,
         accelerator: Any = None,
         checkpoint_io: Any = None,
         precision_plugin: Any = None,
         **optimizer_kwargs: Any,
     ) -> None:
         super().__init__("cpu", accelerator, checkpoint_io, precision_plugin)
-        check_number("target_batch_size", target_batch_size, minimum=1)
-        if batch_size is not None:
-            check_number("batch_size", batch_size, minimum=1)
+        counts = {
+            "target_batch_size": target_batch_size, "batch_size": batch_size, "stop_at_epoch": stop_at_epoch,
+        }  # fmt: skip
+        for name, count in counts.items():
+            if count is not None:
+                check_number(name, count, minimum=1)
         checks.check_optimizer_options(optimizer_kwargs)
         self._dht_options: dict[str, Any] = {
             "host_maddrs": host_maddrs,
@@ -131,6 +136,7 @@ class SwarmStrategy(Base):
             **optimizer_kwargs,
         }
         self._scheduler_fn = scheduler_fn
+        self._stop_at_epoch = stop_at_epoch
         self._given_dht = dht
         self._made_dht: DHT | None = None
         self._swarm: StrategyOptimizer | None = None
@@ -357,7 +363,10 @@ class SwarmStrategy(Base):
         :param kwargs: of ``shoal.Optimizer.step``; ``batch_size`` counts if it is given
         """
         kwargs.setdefault("batch_size", self._count.take())
-        return super().optimizer_step(optimizer, closure, model, **kwargs)
+        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if self._stop_at_epoch is not None and self.local_epoch >= self._stop_at_epoch:
+            self._trainer.should_stop = True
+        return result
 
     # checkpoints
 
