@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from real_swarm import Swarm, wait_until
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import shoal as hivemind
 from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError
@@ -309,6 +311,48 @@ def test_gradients_that_a_scaler_has_scaled_are_unscaled_before_the_update(
             InvalidTypeError, match=r"grad_scaler must be a shoal\.GradScaler with reuse_grad_buffers"
         ):
             opt.step(grad_scaler=torch.amp.GradScaler("cpu"))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("as_it_is", [False, True])
+def test_torch_distributed_checkpoint_takes_epoch_optimizer_and_scheduler(
+    made: list[Any], dht: hivemind.DHT, swarm: Swarm, tmp_path: Path, as_it_is: bool
+):
+    """Both by its state and as an object with a state; names for parameters are refused with what to do."""
+
+    def peer(number: int) -> tuple[torch.nn.Module, hivemind.Optimizer]:
+        model = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+        run_id = f"{swarm.prefix}{number}"
+        return model, make(made, dht, model, run_id, optimizer=optimizer, scheduler=scheduler)
+
+    def state(model: torch.nn.Module, opt: hivemind.Optimizer) -> dict[str, Any]:
+        return (
+            {"model": model, "opt": opt}
+            if as_it_is
+            else {"model": model.state_dict(), "opt": opt.state_dict()}
+        )
+
+    model, opt = peer(0)
+    for _ in range(3):
+        model(torch.ones(4, 2)).sum().backward()
+        opt.step(batch_size=TARGET)
+        opt.zero_grad()
+    checkpoint.save(state(model, opt), checkpoint_id=tmp_path, no_dist=True)
+    again, other = peer(1)
+    loaded = state(again, other)
+    checkpoint.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    if not as_it_is:
+        other.load_state_dict(loaded["opt"])
+    assert other.local_epoch == opt.local_epoch == 3
+    assert torch.equal(again.weight, model.weight)
+    assert other.param_groups[0]["lr"] == opt.param_groups[0]["lr"] == pytest.approx(0.05)
+    assert other.state_averager.scheduler.last_epoch == 3
+    before, after = opt.opt.state[model.weight], other.opt.state[again.weight]
+    assert all(torch.equal(before[name], after[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+    with pytest.raises(InvalidStateError, match="must not be used with shoal"):
+        get_optimizer_state_dict(model, opt)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from real_swarm import STEP_TIMEOUT, Swarm
+from torch.optim import lr_scheduler as schedulers
 
 from shoal.errors import InvalidValueError
 from shoal.optim import GradScaler, TrainingStateAverager
@@ -134,15 +135,27 @@ def test_a_late_average_reaches_the_model_by_the_callers_hand(swarm: Swarm, monk
     assert torch.equal(module.weight, torch.full((1, 3), 7.0))
 
 
-@pytest.mark.parametrize("offload", [False, True])
-def test_a_joiner_has_the_epoch_weights_and_rate_of_its_donor(swarm: Swarm, offload: bool):
+@pytest.mark.parametrize(
+    ("offload", "scheduler", "rate"),
+    [
+        (False, lambda o: schedulers.LambdaLR(o, lambda t: 1.0 / max(1, t)), 0.1 / 1337),
+        (True, lambda o: schedulers.LambdaLR(o, lambda t: 1.0 / max(1, t)), 0.1 / 1337),
+        (False, lambda o: schedulers.StepLR(o, 1000, 0.5), 0.1 / 2),
+        (True, lambda o: schedulers.ChainedScheduler([schedulers.StepLR(o, 1000, 0.5)]), 0.1 / 2),
+    ],
+)
+def test_a_joiner_has_the_epoch_weights_and_rate_of_its_donor(
+    swarm: Swarm, offload: bool, scheduler: Any, rate: float
+):
+    """Also where the scheduler computes a rate from the last one, and where it has no count."""
+
     def peer(value: float) -> tuple[torch.nn.Linear, TrainingStateAverager]:
         module = model(value)
         return module, state_averager(
             swarm,
             optimizer=partial(torch.optim.Adam, lr=0.1),
             params=module.parameters(),
-            scheduler=partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda t: 1.0 / max(1, t)),
+            scheduler=scheduler,
             offload_optimizer=offload,
             extra_tensors=[torch.tensor([int(value)])],
         )
@@ -159,7 +172,7 @@ def test_a_joiner_has_the_epoch_weights_and_rate_of_its_donor(swarm: Swarm, offl
     assert joiner.extra_tensors[0].item() == 42
     assert joiner.param_groups is groups
     assert joiner.param_groups[0] is group  # schedulers from outside refer to it
-    assert group["lr"] == pytest.approx(0.1 / 1337)
+    assert group["lr"] == pytest.approx(rate)
     donor.local_epoch = 1000
     assert joiner.load_state_from_peers(timeout=30) is None
     assert joiner.local_epoch == 1337

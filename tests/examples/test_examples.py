@@ -101,6 +101,26 @@ def test_peers_with_accelerate_average_every_n_steps(scripts):
     assert "Traceback" not in first.output
 
 
+@pytest.mark.sweep
+@pytest.mark.timeout(240)
+def test_trainers_of_lightning_are_peers_and_a_checkpoint_of_lightning_goes_on(scripts, tmp_path):
+    script = EXAMPLES / "lightning_digits.py"
+    first = scripts.start(script, "--folder", "first", "--epochs", 1000)
+    address = address_in(first.wait_for_line("SHOAL_INITIAL_PEERS="))
+    second = scripts.start(script, address, "--folder", "second", "--epochs", 1000)
+    second.wait_for_line("gradients averaged")
+    second.wait_for_line("of the test images")  # after the first checkpoint
+    [saved] = tmp_path.glob("second/*.ckpt")
+    second.process.send_signal(signal.SIGINT)
+    assert second.finish() == 1  # as Lightning ends
+    assert "Traceback" not in second.output
+    resumed = scripts.start(script, address, "--folder", "second", "--epochs", 1000, "--resume", saved)
+    line = resumed.wait_for_line("gradients averaged")
+    assert int(re.findall(r"epoch (\d+)", line)[0]) > 2
+    first.process.send_signal(signal.SIGINT)
+    assert first.finish() == 1
+
+
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_every_example_is_tested_here(script):
     assert f'"{script.name}"' in Path(__file__).read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from shoal.optim.progress.tracker import ProgressTracker
     from shoal.optim.ranks.roles import Ranks
     from shoal.optim.state.averager import TrainingStateAverager
+
+_NAMES_PARAMETERS = "torch.distributed.checkpoint.state_dict"
+"""torch's module that replaces the numbers of parameters in a state by their names."""
 
 
 class TorchFace(torch.optim.Optimizer):
@@ -74,7 +78,14 @@ class TorchFace(torch.optim.Optimizer):
 
         Delayed work ends first, and is written into the model: what is saved then is of one moment. Of several ranks
         only rank 0 has the statistics, unless all take local updates. Load that at all.
+
+        :raises InvalidStateError: it was called by ``get_optimizer_state_dict`` of torch, which has no place for these
         """
+        if sys._getframe(1).f_globals.get("__name__") == _NAMES_PARAMETERS:
+            raise InvalidStateError(
+                "get_optimizer_state_dict() must not be used with shoal.Optimizer, as it takes nothing but parameters "
+                "and would lose the epoch: give opt.state_dict() to torch.distributed.checkpoint.save() as it is"
+            )
         self.state_averager.finish_delayed()
         inner = self.state_averager.optimizer.state_dict()
         extra: dict[str, Any] = {"local_epoch": self.local_epoch, **self._ranks.mark()}

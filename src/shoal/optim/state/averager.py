@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 
@@ -20,6 +20,7 @@ from shoal.optim.grad_scaler import GradScaler
 from shoal.optim.state.carried import Carried
 from shoal.optim.state.holder import OptimizerFactory, OptimizerHolder, Params
 from shoal.optim.state.packing import pack
+from shoal.optim.state.schedule import Schedule
 from shoal.utils.checks import check_flag
 from shoal.utils.logging import get_logger
 
@@ -376,7 +377,11 @@ class TrainingStateAverager(DecentralizedAverager):
             return str(e)
         self.drop_late_average()
         self.local_epoch = epoch
+        loaded = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self._update_scheduler()
+        for group, values in zip(self.optimizer.param_groups, loaded, strict=True):
+            group.update(values)  # the donor's rate has its steps in it: a decay must not count twice
+        self.holder.hyperparameters_to_model()
         self.holder.parameters_to_model()
         self.rewritten += 1
         return None
@@ -411,15 +416,15 @@ class TrainingStateAverager(DecentralizedAverager):
         ]
 
     def _make_scheduler(self, scheduler: Scheduler | SchedulerFactory | None) -> Scheduler | None:
-        if scheduler is None or isinstance(scheduler, Scheduler):
-            return scheduler
-        if not callable(scheduler):
+        if scheduler is None:
+            return None
+        if not isinstance(scheduler, Scheduler) and not callable(scheduler):
             raise InvalidTypeError(
                 f"scheduler must be a torch scheduler or a callable, got {type(scheduler).__name__}"
             )
-        made = scheduler(self.holder.optimizer)
+        made = scheduler if isinstance(scheduler, Scheduler) else scheduler(self.holder.optimizer)
         self.holder.hyperparameters_to_model()
-        return made
+        return made if hasattr(made, "last_epoch") else cast("Scheduler", Schedule([made]))
 
     def _check_step(
         self,
