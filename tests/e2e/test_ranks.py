@@ -184,7 +184,7 @@ def test_ranks_stay_equal_in_a_swarm(
     made = ranks.call("make", run_id=swarm.prefix, mode=mode, kind="net")
     assert made[0] == made[1]
     model = rank_worker.Net()
-    # The plain peer ends no later than the ranks do, and must not wait for them then.
+    # The ranks end first, and a plain peer that waits for a group would wait for ever then.
     opt = plain_peer(swarm.dht(), swarm.prefix, model, mode, after_failed_round="local")
     try:
         assert opt.load_state_from_peers()

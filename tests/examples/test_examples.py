@@ -67,6 +67,7 @@ def test_a_late_joiner_begins_with_the_state_of_another_peer(scripts):
 
 
 @pytest.mark.sweep
+@pytest.mark.timeout(300)  # four processes import torch
 def test_two_machines_with_two_ranks_each_train_one_model(scripts):
     """Under torchrun. A rank that is killed takes its machine out, and the other one goes on."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
