@@ -59,7 +59,8 @@ class RankProcesses:
         line = process.stdout.readline()
         assert line, f"a rank has ended:\n{self.log.read_text()[-3000:]}"
         said = json.loads(line)
-        return said.get("answer", said)
+        assert "answer" in said, said["error"]
+        return said["answer"]
 
     def _of(self, ranks: list[int] | None) -> list[subprocess.Popen[str]]:
         return self.processes if ranks is None else [self.processes[rank] for rank in ranks]

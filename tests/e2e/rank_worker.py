@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import shoal
+from shoal.optim.ranks.group import GlooGroup
 
 RANK = int(os.environ.get("RANK", 0))  # tests import this module, too
 SETTINGS: dict[str, Any] = {
@@ -126,14 +127,16 @@ def batch(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, x.sum(1, keepdim=True)
 
 
-def train(epochs: int, closure: bool = False, scaler: bool = False, pause: float = 0.0) -> dict[str, Any]:
-    """Train until the epoch; the digests after each step, and all reports."""
+def train(
+    epochs: int, peers: int = 1, closure: bool = False, scaler: bool = False, pause: float = 0.0
+) -> dict[str, Any]:
+    """Train for so many epochs of so many peers; the digests after each step, and all reports."""
     opt, model, digests, reports = STORY.opt, STORY.model, [], []
     kind = shoal.GradScaler if opt.options.reuse_grad_buffers else torch.amp.GradScaler
     scale = kind("cpu", init_scale=4.0) if scaler else None
     clock = threading.Event()
     for step in range(400):
-        if opt.local_epoch >= epochs:
+        if sum(report["peers"] == peers for report in reports) >= epochs:
             break
         x, y = batch(step, RANK)
 
@@ -146,7 +149,7 @@ def train(epochs: int, closure: bool = False, scaler: bool = False, pause: float
 
         before = opt.local_epoch
         if closure:
-            opt.step(compute)
+            opt.step(compute, grad_scaler=scale)
         else:
             compute()
             opt.step(grad_scaler=scale)
@@ -260,6 +263,24 @@ def make_wrong(run_id: str, what: str) -> str:
     finally:
         STORY.dht = dht
     return ""
+
+
+def copy_tensors() -> list[bool]:
+    """Tensors of many kinds, each by itself and all in one piece, become those of rank 0."""
+    group = GlooGroup(None, 60.0)
+    generator = torch.Generator().manual_seed(0)
+    of_rank_zero = [
+        torch.randn(5, 3, generator=generator).t(), torch.tensor(2.5, dtype=torch.float64), torch.tensor([True, False]),
+        torch.randn(7, generator=generator).to(torch.bfloat16), torch.empty(0), torch.arange(3),
+        torch.randn(2, 3, 4, 4, generator=generator).to(memory_format=torch.channels_last),
+    ]  # fmt: skip
+    equal = []
+    for given in [[tensor] for tensor in of_rank_zero] + [of_rank_zero]:
+        held = [tensor.clone() if RANK == 0 else torch.zeros_like(tensor) for tensor in given]
+        group.copy(held)
+        equal.append(all(torch.equal(one, other) for one, other in zip(held, given, strict=True)))
+    group.leave()
+    return equal
 
 
 def checkpoint() -> dict[str, Any]:

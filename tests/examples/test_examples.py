@@ -6,6 +6,7 @@ import re
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -119,6 +120,32 @@ def test_trainers_of_lightning_are_peers_and_a_checkpoint_of_lightning_goes_on(s
     assert int(re.findall(r"epoch (\d+)", line)[0]) > 2
     first.process.send_signal(signal.SIGINT)
     assert first.finish() == 1
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(300)  # four processes import torch
+def test_two_machines_with_two_ranks_each_train_one_model(scripts):
+    """Under torchrun. A rank that is killed takes its machine out, and the other one goes on."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    program = (*torchrun, EXAMPLES / "several_ranks.py", "--pause", 0.05, "--target", 512)
+    first = scripts.start(*program, "--epochs", 1000)  # longer than the test
+    address = address_in(first.wait_for_line("--join", 100))
+    second = scripts.start(*program, "--epochs", 1000, "--join", address)
+    second.wait_for_line("2 peers", 100)
+    ranks = [
+        child
+        for child in psutil.Process(second.process.pid).children()
+        if "several_ranks" in str(child.cmdline())
+    ]
+    assert len(ranks) == 2
+    [last] = [rank for rank in ranks if rank.environ()["LOCAL_RANK"] == "1"]
+    last.kill()
+    assert second.finish() == 1
+    reached = int(re.findall(r"epoch (\d+):", first.output)[-1])
+    first.wait_for_line(f"epoch {reached + 2}:", 100)
+    first.process.send_signal(signal.SIGINT)
+    first.finish()
+    assert first.output.count("stopped\n") == 2
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

@@ -85,20 +85,23 @@ class GlooGroup:
     def copy(self, tensors: Sequence[torch.Tensor]) -> None:
         flat = [tensor.detach() for tensor in tensors if tensor.numel()]
         for piece in pieces([tensor.nbytes for tensor in flat]):
-            sharing = [flat[index] for index in piece]
-            carried = torch.empty(sum(padded(tensor.nbytes) for tensor in sharing), dtype=torch.uint8)
-            carrying = places(sharing, carried)
-            if self.rank == 0:
-                for place, tensor in zip(carrying, sharing, strict=True):
-                    place.copy_(tensor)
-            self._complete(
-                lambda carried=carried: dist.broadcast(  # type: ignore[misc] # a lambda's default
-                    carried, self._speaker, group=self._group, async_op=True
-                )
-            )
-            if self.rank != 0:
-                for place, tensor in zip(carrying, sharing, strict=True):
-                    tensor.copy_(place)
+            self._copy_piece([flat[index] for index in piece])
+
+    def _copy_piece(self, tensors: Sequence[torch.Tensor]) -> None:
+        if len(tensors) == 1 and tensors[0].is_cpu and tensors[0].is_contiguous():
+            self._broadcast_tensor(
+                tensors[0].reshape(-1).view(torch.uint8)
+            )  # it may be large: without a copy
+            return
+        size = sum(padded(tensor.nbytes) for tensor in tensors[:-1]) + tensors[-1].nbytes
+        piece = torch.empty(size, dtype=torch.uint8)
+        if self.rank == 0:
+            for place, tensor in zip(places(tensors, piece), tensors, strict=True):
+                place.copy_(tensor)
+        self._broadcast_tensor(piece)
+        if self.rank != 0:
+            for place, tensor in zip(places(tensors, piece), tensors, strict=True):
+                tensor.copy_(place)
 
     def leave(self) -> None:
         if self.ended:
@@ -119,8 +122,11 @@ class GlooGroup:
 
     def _broadcast(self, sent: bytes) -> bytes:
         carried = _tensor_of(sent)
-        self._complete(lambda: dist.broadcast(carried, self._speaker, group=self._group, async_op=True))
+        self._broadcast_tensor(carried)
         return _bytes_of(carried)
+
+    def _broadcast_tensor(self, carried: torch.Tensor) -> None:
+        self._complete(lambda: dist.broadcast(carried, self._speaker, group=self._group, async_op=True))
 
     def _complete(self, start: Callable[[], Any]) -> None:
         if self.ended:

@@ -160,7 +160,8 @@ class _SeveralRanks(ABC):
             try:
                 facts = own()
             except Exception as e:
-                self._group.gather(Failure(call, reason_of(e)))
+                with contextlib.suppress(RankError):  # this error is what the user has to know
+                    self._group.gather(Failure(call, reason_of(e)))
                 raise
             check_facts(self._meet(call, facts))
             self._rank_zero(call, lambda: None)
@@ -219,7 +220,7 @@ class Speaker(_SeveralRanks):
             changes, tensors = self._spoken.changes()
         except BaseException as e:
             if not self._group.ended:
-                with contextlib.suppress(RankError):  # the error is what the user has to know
+                with contextlib.suppress(RankError):
                     self._group.tell(Failure(call, reason_of(e)))
             raise
         self._group.tell(Done(result, changes))
