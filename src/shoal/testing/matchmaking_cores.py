@@ -149,6 +149,10 @@ class SwarmOfCores:
         """How often the DHT was read."""
         self.signpost: Grid | None = None
         """What peers without a seat learn of the grid of a large swarm."""
+        self.signed_at = -math.inf
+        """When that was said."""
+        self.left_grid_at: dict[PeerID, float] = defaultdict(lambda: -math.inf)
+        """When each peer gave a grid up: it follows later signposts alone."""
         self.memories: dict[PeerID, FailureMemory] = defaultdict(
             lambda: FailureMemory(lambda peer: True, lambda peer: 1)
         )
@@ -386,6 +390,8 @@ class SwarmOfCores:
         """A peer that is not at a seat looks whether others make a grid, and moves to a seat there."""
         keys = peer.keys
         if keys is None or self.signpost is None or keys.is_seated or peer.finished_at < math.inf:
+            return False
+        if self.signed_at <= self.left_grid_at[peer.peer_id]:
             return False
         if not keys.join_grid(self.signpost, self.rng.getrandbits(32)):
             return False

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from shoal.averaging.group import PeerMode
+from shoal.averaging.group import GroupInfo, PeerMode
 from shoal.averaging.lineage import NO_LINEAGE, Lineage, after_round
 from shoal.averaging.matchmaking.group_keys import GroupKeys
 from shoal.averaging.matchmaking.matchmaker import EXPLORE_AFTER
@@ -172,8 +172,17 @@ class MixingSwarm:
             target = self.configs[number % len(self.configs)].target_group_size
             keys = self.keys[number]
             keys.round_committed(group, target)
-            if keys.news is not None and leaves_signpost(group, core_peer_id(number)):
-                self.swarm.signpost = keys.news if keys.news.layout.groups > 1 else None
+            self._tell_news(number, group)
+
+    def _tell_news(self, number: int, group: GroupInfo) -> None:
+        keys, peer_id, now = self.keys[number], core_peer_id(number), self.swarm.now
+        if keys.news is None:
+            return
+        if not keys.has_seat:
+            self.swarm.left_grid_at[peer_id] = now
+        if leaves_signpost(group, peer_id):
+            self.swarm.signpost = keys.news if keys.has_seat else None
+            self.swarm.signed_at = now
 
     @property
     def _numbers(self) -> dict[PeerID, int]:

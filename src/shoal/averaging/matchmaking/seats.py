@@ -144,6 +144,9 @@ def next_seat(group: GroupInfo, index: int, target: int | None, minimum: int = 2
         return NO_SEAT
     layout = _layout_of(group, known)
     swarm = _estimate(group, known, layout, is_seated=number is not None)
+    is_lost = _has_lost_most(group, known, layout) if number is not None else swarm <= GATHER_BELOW
+    if is_lost:
+        return NO_SEAT
     middle = statistics.median_low([grid.round for grid in known])
     grid = _plan(Grid(layout, middle + 1, swarm), known, target, minimum)
     rank = _rank(group, index, layout, number)
@@ -175,6 +178,17 @@ def _estimate(group: GroupInfo, known: Sequence[Grid], layout: Layout, *, is_sea
         return LEFT_OVER_PART * before
     own = max(group.seen, len(group)) * layout.groups
     return before + (middle + change(own) - before) * _weight(len(group), own, before, layout)
+
+
+def _has_lost_most(group: GroupInfo, known: Sequence[Grid], layout: Layout) -> bool:
+    """Whether a group has seen so few peers, of those that were dealt to its key, that there is a grid no more.
+
+    If only this group was unlucky, its members learn of the grid that there is like newcomers. So do those that were
+    left over from a small one.
+    """
+    seen = max(group.seen, len(group))
+    expected = statistics.median([grid.swarm for grid in known]) / layout.groups
+    return 2 * seen < expected and seen * layout.groups < GATHER_BELOW
 
 
 def _weight(members: int, own: float, before: float, layout: Layout) -> float:
