@@ -1,4 +1,4 @@
-"""Whole peers make a grid when one group does not hold them all, and give it up when it does."""
+"""Whole peers make a grid when they are many, and give it up when they are few; thresholds are lowered for 16 peers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from shoal.averaging.group import PeerMode
+from shoal.averaging.matchmaking import seats, spreading
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.testing.averaging import SimulatedAveraging
 from shoal.testing.clock import run
@@ -15,6 +16,12 @@ from shoal.testing.matchmaking import SimulatedMatchmaking
 
 PAUSE = 1.0
 """Seconds between rounds."""
+
+
+@pytest.fixture(autouse=True)
+def _low_thresholds(monkeypatch):
+    monkeypatch.setattr(spreading, "SPREAD_ABOVE", 12)
+    monkeypatch.setattr(seats, "GATHER_BELOW", 9)
 
 
 @pytest.mark.sweep
@@ -53,7 +60,7 @@ def test_a_swarm_makes_a_grid_that_newcomers_find_and_gives_it_up_when_it_shrink
                 await sim.kill(leaver)
                 del averaging.vectors[leaver]
             await asyncio.sleep(60.0)
-            await rounds(24)
+            await rounds(4)
             assert groups() == {1}
         finally:
             await sim.close()
