@@ -64,3 +64,11 @@ def test_a_grid_that_has_lost_its_peers_is_given_up():
     assert not any(keys.has_seat for keys in swarm.keys.values())
     assert [one.sizes for one in rounds[1:]] == [(16,), (16,)]
     assert not any(one.alone for one in rounds)
+
+
+def test_clients_and_auxiliaries_are_dealt_to_all_groups_of_a_grid():
+    """Each group has peers that can lead, and as many that contribute as the others."""
+    swarm = MixingSwarm(0, 128, 16, modes=(PeerMode.FULL, PeerMode.FULL, PeerMode.CLIENT, PeerMode.AUXILIARY))
+    rounds = [swarm.round() for _ in range(3)]
+    assert all(one.sizes == (16,) * 8 for one in rounds)
+    assert rounds[-1].variance < 1e-4

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from shoal.averaging.matchmaking.apart import shunned
-from shoal.averaging.matchmaking.candidate import Candidate
+from shoal.averaging.matchmaking.candidate import Candidate, in_order
 from shoal.averaging.matchmaking.seats import SPREAD_ABOVE, choose_layout
 from shoal.averaging.matchmaking.view import View
 from shoal.averaging.matchmaking_config import MatchmakingConfig
@@ -28,9 +28,8 @@ class Spreading:
     """All that make the grid, in order; empty: none is to be made."""
 
     def look(self, me: Candidate, view: View, config: MatchmakingConfig) -> None:
-        """After a poll: see who makes the grid.
-
-        A group of clients alone, or of helpers, is none. Where there are some, the plan makes the first groups.
+        """After a poll: see who makes the grid. Those that do the same in a group are neighbours there, so that
+        each group gets some of each kind.
         """
         target, minimum = config.target_group_size, config.min_group_size
         if not self.is_allowed or target is None or view.count_ungrouped <= SPREAD_ABOVE:
@@ -40,6 +39,13 @@ class Spreading:
         out = shunned(everybody)
         if out:
             everybody = [peer for peer in everybody if peer not in out]
-        is_large = len(everybody) > SPREAD_ABOVE and choose_layout(len(everybody), target, minimum).groups > 1
-        fits = is_large and me in everybody and all(peer.can_lead and peer.contributes for peer in everybody)
-        self.crowd = everybody if fits else []
+        layout = choose_layout(len(everybody), target, minimum)
+        leaders = sum(peer.can_lead for peer in everybody)
+        contributors = sum(peer.contributes for peer in everybody)
+        is_large = len(everybody) > SPREAD_ABOVE and layout.groups > 1
+        fits = is_large and me in everybody and min(leaders, contributors) >= layout.groups
+        self.crowd = sorted(everybody, key=_by_kind) if fits else []
+
+
+def _by_kind(peer: Candidate) -> tuple[bool, bool, tuple[float, bytes]]:
+    return not peer.can_lead, not peer.contributes, in_order(peer)
