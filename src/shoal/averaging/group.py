@@ -16,13 +16,14 @@ from dataclasses import dataclass
 
 import msgspec
 
+from shoal.averaging.grid import NO_GRID, Grid, grid_problem
 from shoal.averaging.lineage import NO_LINEAGE, Lineage, lineage_problem
 from shoal.errors import InvalidValueError, ProtocolViolation
 from shoal.p2p.identity import Identity, PeerID, verify
 from shoal.utils import figures
 from shoal.utils.structs import NamedStruct
 
-MEMBER_DOMAIN = b"shoal.averaging.member.v1"
+MEMBER_DOMAIN = b"shoal.averaging.member.v2"
 SCHEMA_HASH_BYTES = 32
 NONCE_BYTES = 16
 GROUP_ID_BYTES = 16
@@ -36,6 +37,8 @@ MAX_GROUP_SIZE = 4096
 MAX_ADDRESSES = 32
 MAX_ADDRESS_CHARS = 300
 MAX_GRID_ROUND = 1 << 48
+MAX_SEEN = 1 << 20
+"""Peers that a leader may say it has seen under one key."""
 MAX_LOST = 8
 """Peers that a member may say it could not reach."""
 MAX_MEMBER_AGE = 3600.0
@@ -97,6 +100,8 @@ class MemberInfo(NamedStruct, frozen=True):
     """Rounds that it has been through with the bits that it was given; see :mod:`.matchmaking.group_bits`."""
     lineage: Lineage = NO_LINEAGE
     """With whom it has mixed lately; see :mod:`.lineage`."""
+    grid: Grid = NO_GRID
+    """What it knows of the grid of a large swarm; see :mod:`.matchmaking.seats`."""
     lost: tuple[bytes, ...] = ()
     """Ids of peers that it could not reach lately; see :mod:`.matchmaking.apart`."""
 
@@ -118,6 +123,8 @@ class GroupInfo:
     group_id: bytes
     key: str
     members: tuple[MemberInfo, ...]
+    seen: int = 0
+    """How many peers its leader has seen look for a group under the key, members of others included."""
 
     @property
     def leader(self) -> PeerID:
@@ -157,6 +164,21 @@ def automatic_key(prefix: str, bits: str) -> str:
     """
     without_bits = group_key(prefix)  # checks the prefix, too
     return f"{prefix}.auto{bits}" if bits else without_bits
+
+
+def seat_key(prefix: str, groups: int, number: int) -> str:
+    """As :func:`group_key`, for group ``number`` of the so many ``groups`` that a large swarm makes in each round.
+
+    A third kind of name, for the same reason.
+    """
+    group_key(prefix)  # checks the prefix
+    return f"{prefix}.grid{groups}-{number}"
+
+
+def seat_of_key(key: str) -> int | None:
+    """The number in what :func:`seat_key` has made; None in other keys."""
+    _, _, last = key.rpartition(".")
+    return int(last.rpartition("-")[2]) if last.startswith("grid") and "-" in last else None
 
 
 def bits_of_key(key: str) -> str:
@@ -210,7 +232,13 @@ def order_members(leader: PeerID, infos: Sequence[MemberInfo]) -> tuple[MemberIn
 
 
 def verify_group(
-    group_id: bytes, members: Sequence[SignedMemberInfo], *, leader: PeerID, own: SignedMemberInfo, now: float
+    group_id: bytes,
+    members: Sequence[SignedMemberInfo],
+    *,
+    leader: PeerID,
+    own: SignedMemberInfo,
+    now: float,
+    seen: int = 0,
 ) -> GroupInfo:
     """Check what a leader sent when it began a group, as seen by the member that had sent it ``own``.
 
@@ -221,13 +249,15 @@ def verify_group(
         raise ProtocolViolation(f"group id of {len(group_id)} bytes instead of {GROUP_ID_BYTES}")
     if not 1 <= len(members) <= MAX_GROUP_SIZE:
         raise ProtocolViolation(f"a group of {len(members)} members; 1 to {MAX_GROUP_SIZE} are allowed")
+    if not 0 <= seen <= MAX_SEEN:
+        raise ProtocolViolation(f"the leader has seen {seen} peers; 0 to {MAX_SEEN} are allowed")
     if own not in members:
         raise ProtocolViolation("the leader does not include this member as it sent itself")
     mine = _decoder.decode(own.info)
     # Each was fresh when its member joined the leader; since then they may have waited for long.
     infos = [verify_member(signed, now=now, max_age=math.inf) for signed in members]
     _check_agreement(infos, mine, leader)
-    return GroupInfo(group_id, mine.key, order_members(leader, infos))
+    return GroupInfo(group_id, mine.key, order_members(leader, infos), seen)
 
 
 def _check_agreement(infos: Sequence[MemberInfo], mine: MemberInfo, leader: PeerID) -> None:
@@ -268,4 +298,5 @@ def _field_problem(info: MemberInfo) -> str | None:
         (0 <= info.grid_round <= MAX_GRID_ROUND, f"grid_round={info.grid_round}"),
         (math.isfinite(info.start_time) and math.isfinite(info.signed_at), "a time is not finite"),
     )
-    return next((problem for holds, problem in checks if not holds), None) or lineage_problem(info.lineage)
+    problem = next((problem for holds, problem in checks if not holds), None)
+    return problem or lineage_problem(info.lineage) or grid_problem(info.grid)

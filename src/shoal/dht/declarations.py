@@ -102,12 +102,14 @@ class Declarations(Generic[T]):
         if name in self._renewals:
             self._renewals[name].changed.set()
 
-    async def read(self, name: str) -> tuple[tuple[PeerID, T], ...]:
+    async def read(self, name: str, *, replicas: int | None = None) -> tuple[tuple[PeerID, T], ...]:
         """The latest declarations of all peers under ``name``; unreadable ones are left out.
+
+        :param replicas: ask so many of the nodes that keep the record, since it is read often; None: all of them
 
         :raises ShoalError: the DHT could not be asked
         """
-        return self._kind.all_in(await self._node.get(protected_key(name), latest=True))
+        return self._kind.all_in(await self._node.get(protected_key(name), latest=True, replicas=replicas))
 
     async def close(self, timeout: float) -> None:
         """Renew nothing any more, and withdraw what was kept. Idempotent.

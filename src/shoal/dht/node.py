@@ -122,7 +122,7 @@ class DHTNode:
             host, lambda: list(self._neighbours.table), self._reachability_changed, rng
         )
         self._time = TimeKeeper(host, clock, self._helpers, rng)
-        self._gets: dict[tuple[int, bool], asyncio.Task[ValueWithExpiration | None]] = {}
+        self._gets: dict[tuple[int, bool, int | None], asyncio.Task[ValueWithExpiration | None]] = {}
         self._neighbours.on_joined.append(self._neighbour_joined)
         self._neighbours.on_left.append(self._neighbour_left)
 
@@ -198,22 +198,28 @@ class DHTNode:
             stored = await self._records.store(identifier, key, subkey or PLAIN, entry)
         finally:
             # A search that is under way may have asked too early to see this value.
-            self._gets.pop((identifier, True), None)
-            self._gets.pop((identifier, False), None)
+            for place in [place for place in self._gets if place[0] == identifier]:
+                del self._gets[place]
         if stored and self.config.cache_on_store:
             self._records.note_stored(identifier, subkey or PLAIN, entry)
         return stored
 
-    async def get(self, key: Any, latest: bool = False) -> ValueWithExpiration | None:
+    async def get(
+        self, key: Any, latest: bool = False, *, replicas: int | None = None
+    ) -> ValueWithExpiration | None:
         """The value stored under a key, or None.
 
         ``latest=False``: the first valid value that is found, here or elsewhere; it may be a few seconds old.
         ``latest=True``: the freshest of those that the nodes nearest to the key have, dictionaries merged; asking
         the same key again and again costs little. Values are shared between callers: do not change them.
-        """
-        return await self.get_serialized(MSGPackSerializer.dumps(key), latest)
 
-    async def get_serialized(self, key: bytes, latest: bool = False) -> ValueWithExpiration | None:
+        :param replicas: with ``latest=True``: ask so many of the nodes that keep the record; None: all of them
+        """
+        return await self.get_serialized(MSGPackSerializer.dumps(key), latest, replicas=replicas)
+
+    async def get_serialized(
+        self, key: bytes, latest: bool = False, *, replicas: int | None = None
+    ) -> ValueWithExpiration | None:
         """As :meth:`get`, for a key that was serialized by MSGPackSerializer already."""
         self._check_open()
         identifier = key_id(key)
@@ -225,8 +231,8 @@ class DHTNode:
                     self._start_get(identifier, key, latest=True)
                 return cached
         if not self.config.reuse_get_requests:
-            return await self._records.get(identifier, key, latest=latest)
-        task = self._start_get(identifier, key, latest)
+            return await self._records.get(identifier, key, latest=latest, replicas=replicas)
+        task = self._start_get(identifier, key, latest, replicas)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -415,18 +421,22 @@ class DHTNode:
     # Helpers.
 
     def _start_get(
-        self, identifier: int, key: bytes, latest: bool
+        self, identifier: int, key: bytes, latest: bool, replicas: int | None = None
     ) -> asyncio.Task[ValueWithExpiration | None]:
         """The search for this key that is under way, or a new one."""
-        place = (identifier, latest)
+        place = (identifier, latest, replicas)
         task = self._gets.get(place)
         if task is None:
-            task = self._tasks.start(self._records.get(identifier, key, latest=latest), "dht-get")
+            task = self._tasks.start(
+                self._records.get(identifier, key, latest=latest, replicas=replicas), "dht-get"
+            )
             self._gets[place] = task
             task.add_done_callback(lambda done: self._get_done(place, done))
         return task
 
-    def _get_done(self, place: tuple[int, bool], task: asyncio.Task[ValueWithExpiration | None]) -> None:
+    def _get_done(
+        self, place: tuple[int, bool, int | None], task: asyncio.Task[ValueWithExpiration | None]
+    ) -> None:
         if self._gets.get(place) is task:
             del self._gets[place]
 

@@ -114,8 +114,13 @@ class Records:
             logger.log(level, "a value was stored nowhere: no node answered")
             self._is_unheard = True
 
-    async def get(self, identifier: int, key: bytes, *, latest: bool) -> ValueWithExpiration | None:
-        """The first valid value that is found; or, if ``latest``, the freshest of all nearest nodes, merged."""
+    async def get(
+        self, identifier: int, key: bytes, *, latest: bool, replicas: int | None = None
+    ) -> ValueWithExpiration | None:
+        """The first valid value that is found; or, if ``latest``, the freshest of all nearest nodes, merged.
+
+        :param replicas: of how many of the nearest nodes, this one not counted; None: of all that keep the record
+        """
         known = self._cache.open(identifier, key)
         found = self._merge_own(identifier, known)
         if found and not latest:
@@ -123,10 +128,15 @@ class Records:
             if value is not None:
                 return value
         seeds, settled = self._remembered(identifier)
-        parallel = self._config.num_replicas if latest else min(2, self._config.parallel_rpc)
+        width = self._config.num_replicas
+        if replicas is not None:
+            # What lies here is no answer of another node, which may know more.
+            keeps_it = self._own in self._nearest_of([self._own, *seeds], identifier)
+            width = min(width, replicas + keeps_it)
+        parallel = width if latest else min(2, self._config.parallel_rpc)
         if not settled:
             parallel = self._config.parallel_rpc
-        core = self._make_core(identifier, seeds, self._config.num_replicas, parallel)
+        core = self._make_core(identifier, seeds, width, parallel)
         lacking: list[PeerID] = []
 
         async def ask(peer: PeerID) -> Answer:
@@ -148,7 +158,7 @@ class Records:
         lookup = Lookup(core, ask)
         await lookup.run()
         value = known.value(self._clock()) if found else None
-        if core.finished:
+        if core.finished and (replicas is None or not settled):
             self._remember_route(identifier, core)
         if value is not None:
             known.fetched_at = self._loop.time()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import math
@@ -10,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode, order_members
+from shoal.averaging.grid import NO_GRID, Grid
+from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode, group_key, order_members
 from shoal.averaging.lineage import NO_LINEAGE, Lineage
 from shoal.averaging.matchmaking.candidate import Candidate
 from shoal.averaging.matchmaking.core import SearchCore
@@ -46,8 +48,10 @@ from shoal.averaging.matchmaking.events import (
     Restarted,
     SearchStarted,
     TooFew,
+    TooMany,
 )
 from shoal.averaging.matchmaking.group_bits import GroupBits
+from shoal.averaging.matchmaking.group_keys import GroupKeys
 from shoal.averaging.matchmaking.matchmaker import REGROUP
 from shoal.averaging.matchmaking.memory import HELD_ITS_FOLLOWER, FailureMemory
 from shoal.averaging.matchmaking.messages import Accepted, Declaration, DeclaredState, Redirect, Rejected
@@ -59,9 +63,11 @@ from shoal.sansio.core import NEVER, TimePassed
 __all__ = ["StallingCore", "SwarmOfCores", "core_peer_id"]
 
 SCHEMA = bytes(32)
-KEY = "swarm.0b"
+PREFIX = "swarm"
+KEY = group_key(PREFIX)
 
 
+@functools.cache
 def core_peer_id(number: int) -> PeerID:
     """The id of the peer with this number, below 2^32."""
     return Identity.generate(number.to_bytes(4, "big") * 8).peer_id
@@ -111,6 +117,10 @@ class Peer:
     poll_time: float
     key: str = KEY
     bits: GroupBits | None = None
+    keys: GroupKeys | None = None
+    order_time: float = 0.0
+    """As it was declared last."""
+    swarm_round: int = 0
     alive: bool = True
     group: tuple[bytes, ...] | None = None
     group_id: int | None = None
@@ -135,6 +145,14 @@ class SwarmOfCores:
         self.records: dict[str, dict[PeerID, tuple[Declaration, float]]] = defaultdict(dict)
         """Under each key: what each peer stored last, and when it expires."""
         self.peers: dict[PeerID, Peer] = {}
+        self.polls = 0
+        """How often the DHT was read."""
+        self.signpost: Grid | None = None
+        """What peers without a seat learn of the grid of a large swarm."""
+        self.signed_at = -math.inf
+        """When that was said."""
+        self.left_grid_at: dict[PeerID, float] = defaultdict(lambda: -math.inf)
+        """When each peer gave a grid up: it follows later signposts alone."""
         self.memories: dict[PeerID, FailureMemory] = defaultdict(
             lambda: FailureMemory(lambda peer: True, lambda peer: 1)
         )
@@ -148,30 +166,38 @@ class SwarmOfCores:
         lineage: Lineage = NO_LINEAGE,
         known: Known = NOTHING_KNOWN,
         bits: GroupBits | None = None,
+        keys: GroupKeys | None = None,
+        config: MatchmakingConfig | None = None,
         waits: int = 6,
     ) -> Peer:
         """Let a peer begin a search in ``starts_in`` seconds; its searches before must be over.
 
-        ``bits``: what chooses its keys, and is told when it found too few. ``waits``: how often the search can wait
-        for ``min_matchmaking_time`` until its deadline.
+        ``bits``, or ``keys``: what chooses its keys, and is told when it found too few. ``config``: another one than
+        the others'. ``waits``: how often the search can wait for ``min_matchmaking_time`` until its deadline.
         """
         start_at = self.now + starts_in
         key = KEY
         if bits is not None:
             key += bits.bits
+        if keys is not None:
+            key = keys.key(PREFIX)
+        config = self.config if config is None else config
         core = SearchCore(
-            self.config,
+            config,
             peer_id=peer_id,
             mode=mode,
             schema_hash=SCHEMA,
             key=key,
-            start_time=start_at + self.config.min_matchmaking_time,
-            deadline=start_at + waits * self.config.min_matchmaking_time,
+            start_time=start_at + config.min_matchmaking_time,
+            deadline=start_at + waits * config.min_matchmaking_time,
+            swarm_round=0 if keys is None else keys.grid.round,
+            expects=0 if keys is None else keys.expects,
+            may_spread=keys is not None and keys.may_spread,
             lineage=lineage,
             known=known,
             lost=self.lost_of(peer_id),
         )
-        return self._add(peer_id, mode, core, start_at, key, bits)
+        return self._add(peer_id, mode, core, start_at, key, bits, keys)
 
     def stall(self, peer_id: PeerID, starts_in: float = 0.0) -> StallingCore:
         """Let a peer hold whoever asks it, from its place in the order on."""
@@ -192,12 +218,15 @@ class SwarmOfCores:
         start_at: float,
         key: str,
         bits: GroupBits | None,
+        keys: GroupKeys | None = None,
     ) -> Peer:
         one_way = self.rng.uniform(0.001, 0.1) / 2
         lookup = 2 * (one_way + 0.05) * self.rng.uniform(1.0, 2.0)
         peer = self.peers[peer_id] = Peer(
-            peer_id, mode, core, one_way, start_at, 2 * lookup, lookup, key, bits
+            peer_id, mode, core, one_way, start_at, 2 * lookup, lookup, key, bits, keys
         )
+        if isinstance(core, SearchCore):
+            peer.order_time, peer.swarm_round = core.me.start_time, core.me.swarm_round
         self.at(start_at, lambda: self.send(peer_id, SearchStarted()))
         return peer
 
@@ -236,8 +265,18 @@ class SwarmOfCores:
         match effect:
             case Declare(state, group):
                 me, key = peer.core.me, peer.key
+                # As the shell does: what is said of the place before is said before the search moves.
+                start_time = me.start_time if peer.keys is None else peer.order_time
                 record = Declaration(
-                    me.start_time, state, SCHEMA, peer.mode, (), group, lineage=me.lineage, lost=me.lost
+                    start_time,
+                    state,
+                    SCHEMA,
+                    peer.mode,
+                    (),
+                    group,
+                    lineage=me.lineage,
+                    lost=me.lost,
+                    swarm_round=peer.swarm_round,
                 )
                 seconds = peer.store_time
                 self.at(
@@ -246,9 +285,11 @@ class SwarmOfCores:
                 self.at(self.now + seconds, lambda: self.send(peer.peer_id, Declared(seconds)))
             case Poll():
                 began = self.now
+                self.polls += 1
                 self.at(began + peer.poll_time * self.rng.uniform(0.4, 0.9), lambda: self.read(peer, began))
             case MoveTo(place):
                 peer.key = place.key
+                peer.order_time, peer.swarm_round = place.order_time, place.grid.round
             case DistrustLeader(leader, fault):
                 self.memories[peer.peer_id].note(leader, fault, self.now)
                 if fault in HELD_ITS_FOLLOWER:
@@ -256,6 +297,10 @@ class SwarmOfCores:
             case TooFew(seen):
                 if peer.bits is not None and peer.bits.found_too_few(seen):
                     self.at(self.now, lambda: self.move(peer))
+                if peer.keys is not None:
+                    self.at(self.now, lambda: self.look_elsewhere(peer, seen))
+            case TooMany(seen, rank):
+                self.at(self.now, lambda: self.spread(peer, seen, rank))
             case FinishWithGroup(group):
                 peer.group = tuple(member.peer_id for member in group.members)
                 peer.formed = group
@@ -292,8 +337,8 @@ class SwarmOfCores:
             case DismissFollower(token, message):
                 asker, ask = peer.token_owner[token]
                 self.deliver(peer, asker, LeaderDismissed(ask, message))
-            case BeginGroup(tokens):
-                self.begin(peer, tokens)
+            case BeginGroup():
+                self.begin(peer, effect)
             case Log():
                 pass
 
@@ -302,18 +347,62 @@ class SwarmOfCores:
             self.send(peer.peer_id, TimePassed())
 
     def move(self, peer: Peer) -> None:
-        """Begin the search anew under the key that the peer's bits name now."""
-        if peer.bits is not None and peer.finished_at == math.inf:
+        """Begin the search anew under the key that the peer's bits, or its seat, name now."""
+        if peer.finished_at == math.inf:
             start_time = self.now + self.config.min_matchmaking_time
-            place = Place(KEY + peer.bits.bits, start_time, start_time, 0, peer.core.me.lineage)
-            self.send(peer.peer_id, Restarted(place, peer.mode))
+            self.send(peer.peer_id, Restarted(self.place(peer, start_time), peer.mode))
+
+    def place(self, peer: Peer, start_time: float, lost: tuple[bytes, ...] = ()) -> Place:
+        """Where a peer's search goes on."""
+        keys, lineage = peer.keys, peer.core.me.lineage
+        if keys is None:
+            key = peer.key if peer.bits is None else KEY + peer.bits.bits
+            return Place(key, start_time, start_time, 0, lineage, lost)
+        return Place(
+            keys.key(PREFIX),
+            start_time,
+            start_time,
+            0,
+            NO_LINEAGE if keys.has_seat else lineage,
+            lost,
+            keys.grid,
+            keys.expects,
+            keys.may_spread,
+        )
+
+    def look_elsewhere(self, peer: Peer, seen: int) -> None:
+        """Too few were under a peer's key at its start time."""
+        if peer.keys is None or peer.finished_at < math.inf:
+            return
+        if peer.keys.found_too_few(seen):
+            self.move(peer)
+        if peer.keys.has_seat:
+            self.look_for_grid(peer)
+
+    def spread(self, peer: Peer, seen: int, rank: int) -> None:
+        """Peers that know of no grid are too many for one key."""
+        if peer.keys is None or peer.finished_at < math.inf or self.look_for_grid(peer):
+            return
+        if peer.keys.spread(seen, rank, self.config.target_group_size):
+            self.move(peer)
+
+    def look_for_grid(self, peer: Peer) -> bool:
+        """A peer that is not at a seat looks whether others make a grid, and moves to a seat there."""
+        keys = peer.keys
+        if keys is None or self.signpost is None or keys.is_seated or peer.finished_at < math.inf:
+            return False
+        if self.signed_at <= self.left_grid_at[peer.peer_id]:
+            return False
+        if not keys.join_grid(self.signpost, self.rng.getrandbits(32)):
+            return False
+        self.move(peer)
+        return True
 
     def regroup(self, peer: Peer) -> None:
         """Begin the search anew, apart from a leader that stalled it; as the matchmaker does."""
         if peer.finished_at == math.inf:
             start_time = self.now + min(REGROUP, self.config.min_matchmaking_time)
-            me = peer.core.me
-            place = Place(peer.key, start_time, start_time, 0, me.lineage, self.lost_of(peer.peer_id))
+            place = self.place(peer, start_time, self.lost_of(peer.peer_id))
             self.send(peer.peer_id, Restarted(place, peer.mode))
 
     def population(self, bits: str, since: float, but: PeerID) -> int:
@@ -360,15 +449,17 @@ class SwarmOfCores:
             signed_at=self.now,
             nonce=bytes(16),
             lineage=peer.core.me.lineage,
+            grid=NO_GRID if peer.keys is None else peer.keys.grid,
             lost=peer.core.me.lost,
         )
 
-    def begin(self, leader: Peer, tokens: tuple[int, ...]) -> None:
-        owners = [leader.token_owner[token] for token in tokens]
+    def begin(self, leader: Peer, effect: BeginGroup) -> None:
+        owners = [leader.token_owner[token] for token in effect.tokens]
         infos = [self.info(self.peers[peer_id], leader.peer_id) for peer_id, _ in owners]
         infos.append(self.info(leader, leader.peer_id))
         number = next(self.count)
-        group = GroupInfo(number.to_bytes(16, "big"), leader.core.key, order_members(leader.peer_id, infos))
+        members = order_members(leader.peer_id, infos)
+        group = GroupInfo(number.to_bytes(16, "big"), leader.core.key, members, effect.seen)
         for peer_id, ask in owners:
             self.deliver(leader, peer_id, LeaderBegan(ask, group))
         self.apply(leader, FinishWithGroup(group))

@@ -21,6 +21,13 @@ class Candidate(NamedTuple):
     """Has something to average; False for auxiliaries, which only help."""
     lost: tuple[bytes, ...] = ()
     """Ids of peers that it could not reach lately."""
+    swarm_round: int = 0
+    """In which round of a large swarm's grid it is; 0: in none."""
+
+
+def in_order(candidate: Candidate) -> tuple[float, bytes]:
+    """What candidates are ordered by: as they compare, but quickly."""
+    return candidate.start_time, candidate.peer_id.to_bytes()
 
 
 def candidate_of(info: MemberInfo) -> Candidate:
@@ -33,4 +40,5 @@ def candidate_of(info: MemberInfo) -> Candidate:
         info.lineage,
         info.mode.contributes,
         info.lost,
+        info.grid.round,
     )

@@ -39,9 +39,10 @@ from shoal.averaging.matchmaking.candidate import Candidate, candidate_of
 from shoal.averaging.matchmaking.events import Effect, Event, brief
 from shoal.averaging.matchmaking.helping import why_no_average
 from shoal.averaging.matchmaking.policy import Dismissal, Situation, Verdict
+from shoal.averaging.matchmaking.spreading import Spreading
 from shoal.averaging.matchmaking.states import SearchState, Times
 from shoal.averaging.matchmaking.story import StoryTeller
-from shoal.averaging.matchmaking.view import NOTHING_KNOWN, Known, View
+from shoal.averaging.matchmaking.view import NOTHING_KNOWN, Known, Look, View
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.p2p.identity import PeerID
 from shoal.sansio.core import NEVER, TimePassed
@@ -69,16 +70,23 @@ class SearchCore:
         is_first: bool = False,
         expected: Iterable[PeerID] = (),
         lost: tuple[bytes, ...] = (),
+        swarm_round: int = 0,
+        expects: int = 0,
+        may_spread: bool = False,
     ) -> None:
         """``start_time``: when to begin if not full; ``order_time``: the place in the order, if not the same;
         ``known``: what the search before has left; ``is_first``: there was none before; ``expected``: who is
-        likely to look for a group now, too; ``lost``: whom this peer could not reach lately.
+        likely to look for a group now, too; ``lost``: whom this peer could not reach lately; ``swarm_round``: of the
+        grid of a large swarm; ``expects``: how many peers were dealt to its key, this one included; ``may_spread``:
+        whether peers that are too many for one key make a grid.
         """
         self._machine = Machine(SearchState.NEW, states.TRANSITIONS)
         self.config = config
         self.key = key
         order_time = start_time if order_time is None else order_time
-        self.me = Candidate(order_time, peer_id, mode.can_lead, grid_round, lineage, mode.contributes, lost)
+        self.me = Candidate(
+            order_time, peer_id, mode.can_lead, grid_round, lineage, mode.contributes, lost, swarm_round
+        )
         self.story = StoryTeller(key, config.target_group_size, config.min_group_size, is_first=is_first)
         self._schema_hash = schema_hash
         self._view = View(self.me, schema_hash, opens_at=start_time, known=known)
@@ -88,6 +96,8 @@ class SearchCore:
         self._group: tuple[msg.SearchId, ...] = ()
         self._has_mixed_peers = False
         """Whether plans of this search were mixed ones, even if they are not any more."""
+        self._expects = expects
+        self._spreading = Spreading(may_spread)
         self._expected = set(expected)
         self._is_put_off = False
         """Whether the start was put off for expected peers that are missing; once in a search."""
@@ -152,6 +162,7 @@ class SearchCore:
                 other = declared[peer_id]
                 self._effects.append(ev.AskSchema(peer_id, other.addresses, other.schema_hash))
         others = len(declared.keys() - {self.me.peer_id})
+        self._spreading.look(self.me, self._view, self.config)
         self.story.saw(others, self._view.others_looking, len(other_schema))
         self._warn_if_hopeless(now)
 
@@ -199,7 +210,9 @@ class SearchCore:
             grid_round=place.grid_round,
             lineage=place.lineage,
             lost=place.lost,
+            swarm_round=place.grid.round,
         )
+        self._expects, self._spreading = place.expects, Spreading(place.may_spread)
         self._effects.append(ev.MoveTo(place))
         self._view = View(self.me, self._schema_hash, opens_at=place.start_time, before=self._view)
         self._view.start(now)
@@ -299,20 +312,49 @@ class SearchCore:
 
     def _act(self, now: float) -> None:
         """After every event: do what the view and the time now ask for, and say when to look at them again."""
+        if self.state is SearchState.LOOKING and self._is_spreading(now):
+            return
         if self.state in (SearchState.LOOKING, SearchState.ASKING):
             self._follow_plan(now)
         if self.state in (SearchState.LOOKING, SearchState.ASKING) and self.me.can_lead:
             self._consider_beginning(now)
+        if self.state is SearchState.LOOKING and not self.me.can_lead:
+            self._consider_leaving_seat(now)
         if self.state is SearchState.FOLLOWING:
             self._asking.watch(self._situation(now))
         self.deadline = NEVER if self._machine.is_final else self._next_deadline(now)
 
+    def _plain_situation(self, now: float) -> Situation:
+        mixed = self._has_mixed_peers
+        return Situation(self.me, self.config, self._view, self._times, now, mixed, self._expects)
+
     def _situation(self, now: float) -> Situation:
-        situation = Situation(self.me, self.config, self._view, self._times, now, self._has_mixed_peers)
+        situation = self._plain_situation(now)
         if situation.is_mixing and not self._has_mixed_peers:
             self._has_mixed_peers = True
             return replace(situation, has_mixed=True)
         return situation
+
+    def _is_spreading(self, now: float) -> bool:
+        """Whether this peer is about to make a grid with others, rather than follow a plan for one key."""
+        crowd = self._spreading.crowd
+        if not crowd or now >= self._times.begins_at:
+            return False
+        self.story.plan = f"{len(crowd)} peers are about to make a grid"
+        if not self._view.counts_all:
+            self._view.look(Look.WHEN_ALL_VISIBLE, now)
+        elif not self._spreading.has_begun:
+            self._spreading.has_begun = True
+            self._effects.append(ev.TooMany(len(crowd), crowd.index(self.me)))
+        situation = self._plain_situation(now)
+        self.deadline = policy.next_deadline(situation, (self.story.next_status,), follows=False)
+        return True
+
+    def _consider_leaving_seat(self, now: float) -> None:
+        """A client that follows nobody at its start time may do better where others are left over."""
+        if self._expects and now >= self._times.begins_at:
+            self._times.begins_at = now + self.config.min_matchmaking_time
+            self._effects.append(ev.TooFew(self._view.count_seen))
 
     def _follow_plan(self, now: float) -> None:
         decision = policy.follow_plan(self._situation(now))
@@ -375,7 +417,7 @@ class SearchCore:
         self._leave(self._asking.end())
         self._group = self._view.searches
         self._move(SearchState.GROUPED)
-        self._effects.append(ev.BeginGroup(tuple(self._view.followers)))
+        self._effects.append(ev.BeginGroup(tuple(self._view.followers), self._view.count_seen))
         self._effects.append(ev.Declare(msg.DeclaredState.TAKEN, self._group))
 
     def _end(self, now: float) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from shoal.averaging.grid import NO_GRID, Grid
 from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode
 from shoal.averaging.lineage import NO_LINEAGE, Lineage
 from shoal.averaging.matchmaking.memory import Fault
@@ -40,6 +41,11 @@ class Place:
     lineage: Lineage = NO_LINEAGE
     lost: tuple[bytes, ...] = ()
     """Ids of peers that it could not reach lately."""
+    grid: Grid = NO_GRID
+    expects: int = 0
+    """How many peers are expected there, this one included; 0: that is not known."""
+    may_spread: bool = False
+    """Whether it is the meeting place of peers that know of no grid: if they are many, they make one."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +261,8 @@ class BeginGroup:
     """Begin a group of this peer and these followers."""
 
     tokens: tuple[int, ...]
+    seen: int = 0
+    """As in :class:`~shoal.averaging.group.GroupInfo`."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +270,16 @@ class TooFew:
     """The start time came without enough members; ``seen`` peers have looked for a group here, this one included."""
 
     seen: int
+
+
+@dataclass(frozen=True)
+class TooMany:
+    """So many peers that they make a grid, ``seen`` of them, look for a group where nobody knows of one. This one has
+    that ``rank`` in their order.
+    """
+
+    seen: int
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -301,6 +319,7 @@ Effect = (
     Declare
     | MoveTo
     | TooFew
+    | TooMany
     | Poll
     | AskSchema
     | AskToJoin

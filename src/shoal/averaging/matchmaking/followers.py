@@ -18,6 +18,7 @@ from shoal.averaging.group import (
 )
 from shoal.averaging.matchmaking.events import (
     AnswerRequest,
+    BeginGroup,
     DismissFollower,
     Event,
     FollowerLost,
@@ -115,20 +116,20 @@ class Followers:
             case DismissFollower(_, message):
                 follower.send(message, last=True)
 
-    def form_group(self, key: str, tokens: tuple[int, ...], own: SignedMemberInfo) -> GroupInfo:
+    def form_group(self, key: str, effect: BeginGroup, own: SignedMemberInfo) -> GroupInfo:
         """The group of this peer and these followers, which are told of it."""
-        followers = [self._followers[token] for token in tokens]
+        followers = [self._followers[token] for token in effect.tokens]
         signed = [own, *(follower.signed for follower in followers)]
         infos = [verify_member(own, now=self._peer.clock()), *(follower.info for follower in followers)]
         group_id = self._peer.rng.randbytes(GROUP_ID_BYTES)
         messages: list[LeaderMessage] = [
-            Begin(group_id, len(signed)),
+            Begin(group_id, len(signed), effect.seen),
             *(GroupMember(member) for member in signed),
         ]
         for follower in followers:
             follower.has_begun = True
             follower.send(*messages, last=True)
-        return GroupInfo(group_id, key, order_members(self._peer.peer_id, infos))
+        return GroupInfo(group_id, key, order_members(self._peer.peer_id, infos), effect.seen)
 
     # ---- after the beginning
 

@@ -24,12 +24,14 @@ from shoal.averaging.matchmaking.candidate import candidate_of
 from shoal.averaging.matchmaking.census import Census
 from shoal.averaging.matchmaking.events import Cancelled, Place
 from shoal.averaging.matchmaking.followers import WhenMemberGone
-from shoal.averaging.matchmaking.group_bits import LONELY_BELOW, SPLIT_ABOVE, GroupBits
+from shoal.averaging.matchmaking.group_bits import LONELY_BELOW, SPLIT_ABOVE
+from shoal.averaging.matchmaking.group_keys import GroupKeys
 from shoal.averaging.matchmaking.memory import HELD_ITS_FOLLOWER, FailureMemory, Fault
 from shoal.averaging.matchmaking.messages import JOIN, JoinRequest, Rejected, RejectReason
 from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.schemas import OtherSchemas
 from shoal.averaging.matchmaking.search import Search
+from shoal.averaging.matchmaking.signposts import Signposts, leaves_signpost
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.router import Router
@@ -37,6 +39,7 @@ from shoal.dht.node import DHTNode
 from shoal.errors import InvalidStateError, InvalidValueError, ProtocolViolation
 from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Stream
+from shoal.utils import figures
 from shoal.utils.checks import check_number
 from shoal.utils.timed import DHTClock, dht_clock
 
@@ -45,10 +48,12 @@ logger = logging.getLogger(__name__)
 WITHDRAWAL_TIMEOUT = 1.0
 """Seconds that :meth:`Matchmaker.close` gives the DHT to learn that this peer looks for no group any more."""
 EXPLORE_AFTER = 1.0
-"""Seconds after which a new peer that has no group yet looks whether the swarm is under other keys."""
+"""Seconds after which a new peer that has no group yet looks whether the swarm is under other keys, or makes a grid."""
 REGROUP = 2.0
 """Seconds for which a search that has left a leader for holding it waits for the others that it held, at most. They
 leave at about the same time, and each would begin with the first one that comes: the start time of all is over."""
+LOOK_EVERY = 20.0
+"""Seconds between looks whether others make a grid, of a peer that has no seat in one."""
 COUNT_EVERY = 10.0
 """Seconds between looks at the keys with a bit more and a bit less."""
 
@@ -84,9 +89,14 @@ class Matchmaker:
         rng = random.SystemRandom() if rng is None else rng
         others = OtherSchemas(node, router, prefix, agreement)
         self._peer = LocalPeer(node, prefix, schema_hash, config, mode, bandwidth, clock, rng, others)
-        self._bits = GroupBits(node.peer_id, initial_bits)
+        self._keys = GroupKeys(node.peer_id, initial_bits)
+        self._bits = self._keys.bits
         self._census = Census(self._peer, self._bits)
         self._next_count = -math.inf
+        self._signposts = Signposts(self._peer)
+        self._next_look = -math.inf
+        self._left_grid_at = -math.inf
+        """When this peer gave up a grid."""
         self._lineage = NO_LINEAGE
         self._router = router
         self._turn = asyncio.Lock()
@@ -116,7 +126,7 @@ class Matchmaker:
 
         :raises InvalidValueError: no string of bits, or too long
         """
-        self._bits.set(bits)
+        self._keys.set_bits(bits)
         if self._search is not None and not self._search.is_over:
             self._search.move_to(self._place(self._search.place.start_time))
 
@@ -141,8 +151,8 @@ class Matchmaker:
             raise InvalidValueError(f"group {group.group_id.hex()}: this peer is no member of it")
         proven = set(group.peer_ids) - set(without) - self._untried(group)
         self._memory.forgive(proven, self._peer.clock())
-        self._bits.round_committed(group, self._peer.config.target_group_size)
-        if self._bits.are_given or self._bits.depth > 0:
+        self._choose_place(group)
+        if self._bits.are_given or self._bits.depth > 0 or self._keys.has_seat:
             self._last_group = ()  # they look under different keys now
         averaged = [
             (member.peer_id, member.lineage)
@@ -151,6 +161,17 @@ class Matchmaker:
         ]
         if averaged:
             self._lineage = after_round(group.group_id, averaged)
+
+    def _choose_place(self, group: GroupInfo) -> None:
+        config = self._peer.config
+        self._keys.round_committed(group, config.target_group_size, config.min_group_size)
+        news = self._keys.news
+        if news is None:
+            return
+        if not self._keys.has_seat:
+            self._left_grid_at = self._peer.clock()
+        if leaves_signpost(group, self._peer.peer_id):
+            self._signposts.leave(news)
 
     def _untried(self, group: GroupInfo) -> set[PeerID]:
         """Members that this peer had nothing to do with in a round of ``group``: it shows nothing of the route."""
@@ -238,14 +259,15 @@ class Matchmaker:
                 weight,
                 self._known,
                 when_too_few=self._found_too_few,
+                when_too_many=self._found_too_many,
                 last_group=self._last_group,
                 when_mode_changed=self._mode_changed,
                 when_leader_failed=self._leader_failed,
                 is_first=self._search is None,
             )
             self._last_group = ()  # one search waits for them; if they do not come to it, they have gone elsewhere
-            if not self._known.start_times:
-                self._peer.tasks.start(self._explore(search, EXPLORE_AFTER), "explore depths")
+            if not self._known.start_times or self._may_look_for_grid():
+                self._peer.tasks.start(self._explore(search, EXPLORE_AFTER), "explore")
             try:
                 group = await search.run()
                 self._last_group = tuple(peer for peer in group.peer_ids if peer != self._peer.peer_id)
@@ -256,7 +278,7 @@ class Matchmaker:
                 times = {peer: self._peer.after_search(time) for peer, time in known.start_times.items()}
                 self._known = replace(known, start_times=times)
                 self._count_neighbours(search)
-                self._bits.search_ended()
+                self._keys.search_ended()
 
     def leave_search(self) -> None:
         """End a search that goes on: it raises, and frees followers and leader. A group that stands already is kept."""
@@ -279,9 +301,19 @@ class Matchmaker:
         # Others tell a peer's searches apart by their times, so each must be later than what the one before has
         # left behind.
         self._last_order_time = max(start_time, self._last_order_time + 0.001)
-        key = self._bits.key(self._peer.prefix)
+        keys = self._keys
         lost = tuple(peer.to_bytes() for peer in self._memory.avoided(self._peer.clock()))
-        return Place(key, start_time, self._last_order_time, self._bits.grid_round, self._lineage, lost)
+        return Place(
+            keys.key(self._peer.prefix),
+            start_time,
+            self._last_order_time,
+            self._bits.grid_round,
+            NO_LINEAGE if keys.has_seat else self._lineage,
+            lost,
+            keys.grid,
+            keys.expects,
+            keys.may_spread,
+        )
 
     def _mode_changed(self) -> None:
         """The search that goes on has declared another mode than this peer has now: it begins anew."""
@@ -294,17 +326,53 @@ class Matchmaker:
         search = self._search
         if search is None or search.is_over or self._bits.are_given:
             return
-        if self._bits.found_too_few(seen):
+        moves = self._keys.found_too_few(seen)
+        if moves:
             self._restart(search)
-        elif seen == 1:
-            self._peer.tasks.start(self._explore(search, 0.0), "explore depths")
+        if self._keys.has_seat or (seen == 1 and not moves):
+            self._peer.tasks.start(self._explore(search, 0.0), "explore")
+
+    def _found_too_many(self, seen: int, rank: int) -> None:
+        if self._search is not None:
+            self._peer.tasks.start(self._spread(self._search, seen, rank), "spread")
+
+    async def _spread(self, search: Search, seen: int, rank: int) -> None:
+        """Take part in the grid that there is, or make one with all the others that know of none."""
+        if await self._join_grid(search) or search.is_over:
+            return
+        config = self._peer.config
+        if self._keys.spread(seen, rank, config.target_group_size, config.min_group_size):
+            self._restart(search)
+
+    def _may_look_for_grid(self) -> bool:
+        """Whether it is time to look if others make a grid, of which this peer knows nothing."""
+        return not (self._bits.are_given or self._keys.has_seat) and self._peer.clock() >= self._next_look
+
+    async def _join_grid(self, search: Search) -> bool:
+        """Whether others make a grid, and this search moves to a seat there."""
+        self._next_look = self._peer.clock() + LOOK_EVERY
+        grid = await self._signposts.read(after=self._left_grid_at)
+        if grid is None or search.is_over or self._keys.is_seated:
+            return False
+        if not self._keys.join_grid(grid, self._peer.rng.getrandbits(32)):
+            return False
+        groups = figures.count(grid.layout.groups, "group")
+        logger.info(
+            "%s: joins about %.0f peers that make %s in a round", self._peer.prefix, grid.swarm, groups
+        )
+        self._restart(search)
+        return True
 
     async def _explore(self, search: Search, delay: float) -> None:
         """Look where others are, unless the search is over after ``delay`` seconds."""
+        is_alone = not self._known.start_times or delay == 0
         await asyncio.sleep(delay)
         if search.is_over or self._bits.are_given:
             return
-        if await self._census.explore() and not search.is_over:
+        if self._keys.is_seated or await self._join_grid(search):
+            return
+        may_move = is_alone and not self._keys.has_seat
+        if may_move and await self._census.explore() and not search.is_over:
             self._restart(search)
 
     def _restart(self, search: Search) -> None:
@@ -315,6 +383,8 @@ class Matchmaker:
         """Choose the number of bits for the next search, by what this one has seen; at a leisurely pace."""
         now = self._peer.clock()
         if self._is_closed or self._bits.are_given or not self._bits.is_at_home or now < self._next_count:
+            return
+        if self._keys.has_seat:
             return
         own = search.count_seen
         self._next_count = now if own > SPLIT_ABOVE else now + COUNT_EVERY * (3 if own < LONELY_BELOW else 1)

@@ -12,6 +12,7 @@ import math
 
 import msgspec
 
+from shoal.averaging.grid import MAX_ROUND
 from shoal.averaging.group import (
     MAX_ADDRESSES,
     MAX_GRID_ROUND,
@@ -134,6 +135,8 @@ class Begin(Message, frozen=True):
 
     group_id: bytes
     size: int
+    seen: int = 0
+    """As in :class:`~shoal.averaging.group.GroupInfo`."""
 
 
 class GroupMember(Message, frozen=True):
@@ -178,6 +181,8 @@ class Declaration(NamedStruct, frozen=True):
     """As in :class:`~shoal.averaging.group.MemberInfo`, like the next two."""
     lineage: Lineage = NO_LINEAGE
     lost: tuple[bytes, ...] = ()
+    swarm_round: int = 0
+    """In which round of the automatic grid it is; see :mod:`.seats`."""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -202,6 +207,7 @@ def decode_declaration(raw: object) -> Declaration:
         and len(declaration.addresses) <= MAX_ADDRESSES
         and 0 <= declaration.grid_round <= MAX_GRID_ROUND
         and len(declaration.lost) <= MAX_LOST
+        and 0 <= declaration.swarm_round <= MAX_ROUND
     ):
         raise InvalidValueError("a declaration with a field out of bounds")
     problem = lineage_problem(declaration.lineage)

@@ -120,6 +120,7 @@ class LocalPeer:
             grid_round=place.grid_round,
             lineage=place.lineage,
             lost=place.lost,
+            swarm_round=place.grid.round,
         )
 
     def sign_info(self, leader: PeerID, place: Place, gather: bytes, weight: float) -> SignedMemberInfo:
@@ -139,6 +140,7 @@ class LocalPeer:
             weight=weight,
             grid_round=place.grid_round,
             lineage=place.lineage,
+            grid=place.grid,
             lost=place.lost,
         )
         return sign_member(self.node.host.identity, info)

@@ -50,6 +50,8 @@ class Situation:
     now: float
     has_mixed: bool
     """Whether plans of this search were mixed ones, even if they are not any more."""
+    expects: int = 0
+    """How many peers were dealt to this key, this one included; 0: that is not known."""
 
     @cached_property
     def candidates(self) -> list[Candidate]:
@@ -70,7 +72,16 @@ class Situation:
         """The plan if ``asker`` is counted, too."""
         candidates = self.view.candidates(self.now, asker)
         gone = self.view.gone(candidates, self.now) if self.is_mixing else None
-        return cut_groups(candidates, self.config.target_group_size, self.config.min_group_size, gone)
+        return cut_groups(candidates, self._full_size(len(candidates)), self.config.min_group_size, gone)
+
+    def _full_size(self, peers: int) -> int | None:
+        """The size of full groups. Peers that were dealt to one group and are too many for it make even ones: one that
+        is much smaller than the others would hardly mix.
+        """
+        target = self.config.target_group_size
+        if target is None or not self.expects or peers <= target:
+            return target
+        return -(-peers // -(-peers // target))
 
     @cached_property
     def is_mixing(self) -> bool:
@@ -224,6 +235,8 @@ class Beginning(NamedTuple):
 def begin_early(situation: Situation) -> Beginning:
     """Whether a leader's group begins before its start time."""
     view, config = situation.view, situation.config
+    if situation.expects and len(view.members) < (config.target_group_size or MAX_GROUP_SIZE):
+        return _begin_as_expected(situation)
     decision = may_begin_early(
         situation.candidates,
         view.members,
@@ -244,6 +257,26 @@ def begin_early(situation: Situation) -> Beginning:
     else:
         is_sure, look = view.is_settled, Look.WHEN_SETTLED
     return Beginning(Verdict.BEGIN if is_sure else Verdict.WAIT, decision.reason, look)
+
+
+def _begin_as_expected(situation: Situation) -> Beginning:
+    """A group that is not full begins once as many peers as were dealt to its key have come, and those that the plan
+    gives to this leader have joined it.
+    """
+    view, cut = situation.view, situation.cut
+    if view.count_seen < situation.expects:
+        return Beginning(
+            Verdict.WAIT, f"{view.count_seen} of {situation.expects} that are expected have come"
+        )
+    planned = cut.group_of(situation.me.peer_id)
+    if planned is None or not planned.is_complete or planned.leader != situation.me.peer_id:
+        return Beginning(Verdict.WAIT, f"the plan has this peer follow another: {cut.reason}")
+    if {member.peer_id for member in planned.members} != set(view.members):
+        return Beginning(Verdict.WAIT, f"planned members are still to come: {cut.reason}")
+    if not count_contributors(situation.members):
+        return Beginning(Verdict.WAIT, f"none of the members contributes: {cut.reason}")
+    verdict = Verdict.BEGIN if view.counts_all else Verdict.WAIT
+    return Beginning(verdict, f"all {situation.expects} that are expected have come", Look.WHEN_ALL_VISIBLE)
 
 
 def _is_last_group_again(situation: Situation) -> bool:
@@ -376,6 +409,8 @@ def next_deadline(situation: Situation, due: Sequence[float], *, follows: bool) 
         later.append(situation.view.next_poll)
         if situation.me.can_lead:
             later.append(_begins_next(situation))
+        elif situation.expects:
+            later.append(max(now, times.begins_at))
     return max(now, min(later))
 
 

@@ -39,6 +39,7 @@ from shoal.averaging.matchmaking.events import (
     SchemaCompared,
     SearchStarted,
     TooFew,
+    TooMany,
 )
 from shoal.averaging.matchmaking.followers import Followers, WhenMemberGone
 from shoal.averaging.matchmaking.leaders import AskedLeaders
@@ -54,6 +55,10 @@ from shoal.sansio.driver import Driver
 
 logger = logging.getLogger(__name__)
 
+ASK_ALL_EVERY = 4
+"""In a grid most polls ask one of the nodes that keep a group's record, the nearest: all have the same, and each would
+send it. One that has just come may lack some of it, so every so many polls ask them all."""
+
 
 class Search:
     """One search. Its core may only be touched through :meth:`tell`."""
@@ -68,6 +73,7 @@ class Search:
         known: Known,
         *,
         when_too_few: Callable[[int], None],
+        when_too_many: Callable[[int, int], None],
         when_mode_changed: Callable[[], None],
         when_leader_failed: Callable[[PeerID, Fault], None],
         is_first: bool = False,
@@ -75,6 +81,8 @@ class Search:
     ) -> None:
         """
         :param when_too_few: called with the number of peers seen when the start time came without enough members
+        :param when_too_many: called with the number of peers that are about to make a grid, and this one's rank in
+            their order
         :param when_mode_changed: called when this peer's mode is another one than it declared
         :param when_leader_failed: called with a leader that this peer could not rely on, and why
         :param is_first: of its averager
@@ -88,6 +96,8 @@ class Search:
         self._gather = gather
         self._weight = weight
         self._when_too_few = when_too_few
+        self._when_too_many = when_too_many
+        self._polls = 0
         self._when_mode_changed = when_mode_changed
         self._mode = peer.mode
         self._core = SearchCore(
@@ -102,6 +112,9 @@ class Search:
             grid_round=place.grid_round,
             lineage=place.lineage,
             lost=place.lost,
+            swarm_round=place.grid.round,
+            expects=place.expects,
+            may_spread=place.may_spread,
             known=known,
             expected=[member for member in last_group if peer.node.host.is_connected(member)],
             is_first=is_first,
@@ -212,11 +225,11 @@ class Search:
                 self._loop.call_soon(self._when_leader_failed, leader, fault)
             case AnswerRequest() | PostponeFollower() | DismissFollower():
                 self._followers.send(effect)
-            case BeginGroup(tokens):
+            case BeginGroup():
                 own = self.sign_info(self._peer.peer_id)
-                group = self._followers.form_group(self.place.key, tokens, own)
+                group = self._followers.form_group(self.place.key, effect, own)
                 self._finish(FinishWithGroup(group))
-            case Log() | TooFew() | AskSchema():
+            case Log() | TooFew() | TooMany() | AskSchema():
                 self._report(effect)
             case FinishWithGroup() | FinishWithout():
                 self._finish(effect)
@@ -225,7 +238,7 @@ class Search:
         """What this peer says of itself to ``leader``."""
         return self._peer.sign_info(leader, self.place, self._gather, self._weight)
 
-    def _report(self, effect: Log | TooFew | AskSchema) -> None:
+    def _report(self, effect: Log | TooFew | TooMany | AskSchema) -> None:
         match effect:
             case Log(text, is_warning, tells_how_to_join):
                 more = f". {self._peer.how_to_join()}" if tells_how_to_join else ""
@@ -233,6 +246,8 @@ class Search:
             case TooFew(seen):
                 # Not at once: its answer may be to move, which is another event.
                 self._loop.call_soon(self._when_too_few, seen)
+            case TooMany(seen, rank):
+                self._loop.call_soon(self._when_too_many, seen, rank)
             case AskSchema(peer, addresses, schema_hash):
                 self._peer.tasks.start(self._compare(peer, addresses, schema_hash), f"compare with {peer}")
 
@@ -258,9 +273,11 @@ class Search:
 
     async def _poll(self) -> None:
         began_at, place = self.now(), self.place
+        self._polls += 1
+        replicas = 1 if place.expects and self._polls % ASK_ALL_EVERY else None
         result: Polled | PollFailed
         try:
-            declared = await self._peer.declarations.read(place.key)
+            declared = await self._peer.declarations.read(place.key, replicas=replicas)
             result = Polled(began_at, declared)
             self._peer.look_at(declared)
         except ShoalError as e:

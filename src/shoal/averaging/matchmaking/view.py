@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from shoal.averaging.matchmaking.candidate import Candidate
+from shoal.averaging.matchmaking.candidate import Candidate, in_order
 from shoal.averaging.matchmaking.latecomers import is_stale, still_missing
 from shoal.averaging.matchmaking.messages import Declaration, DeclaredState, SearchId
 from shoal.p2p.identity import PeerID
@@ -19,6 +19,8 @@ SLOWEST_POLL = 0.5
 SETTLE_AFTER_START = 2.5
 """A view is not settled before this many declaration times after this search started: peers that start in one
 instant are all visible then, unless the DHT takes several times longer for them than for this peer."""
+MANY_VISIBLE_AFTER = 1.0
+"""The number of all is not known before this many seconds: the DHT is slower for some."""
 SETTLE_AFTER_NEWCOMER = 1.0
 """... nor before this many declaration times after somebody appeared: peers seldom come alone."""
 LATENCY_DECAY = 0.8
@@ -58,6 +60,8 @@ class Look(enum.Enum):
     """As soon as a poll shows every peer that started in the same instant."""
     WHEN_SETTLED = enum.auto()
     """As soon as a poll can show that nobody else has come."""
+    WHEN_ALL_VISIBLE = enum.auto()
+    """As soon as a poll can show how many peers there are, though the DHT is slow for some."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,8 @@ class View:
         self._declared: dict[PeerID, tuple[Candidate, Declaration]] = {}
         self._busy: list[Candidate] = []
         """Who had a group, or had given up, at the latest poll."""
+        self._grouped: set[PeerID] = set()
+        """Who was in a group at the latest poll, by its own word."""
         self._left_out: dict[PeerID, _LeftOut] = {}
         self._hearsay: dict[tuple[PeerID, float], _LeftOut] = {}
         """Peers and the start times of their searches, of which others have said that they have a group."""
@@ -131,6 +137,7 @@ class View:
         # What is not declared any more has expired: its peer is gone.
         self._declared.clear()
         self._busy.clear()
+        self._grouped.clear()
         self.records.clear()
         other_schema = []
         groups = []
@@ -146,6 +153,8 @@ class View:
                 groups.append(declaration.group)
                 candidate = _candidate(peer_id, declaration)
                 self._busy.append(candidate)
+                if declaration.group:
+                    self._grouped.add(peer_id)
                 if self._was_here(peer_id, declaration):
                     self._ever[peer_id] = candidate
             else:
@@ -158,6 +167,8 @@ class View:
 
     def _was_here(self, peer_id: PeerID, taken: Declaration) -> bool:
         """Whether a peer that has a group looked for it beside this one, although that was over too soon to be seen."""
+        if taken.swarm_round != self._me.swarm_round:
+            return False  # the key was that of another group of the grid then
         is_recent = taken.start_time > self._me.start_time - GONE_WITHIN
         return is_recent and taken.start_time > self._known.start_times.get(peer_id, -math.inf)
 
@@ -229,14 +240,16 @@ class View:
         for peer_id, (candidate, _) in self._declared.items():
             if not self.is_open_to(candidate, now):
                 continue
-            left_out = self._is_left_out(peer_id, candidate.start_time, now)
+            left_out = None
+            if peer_id in self._left_out or self._hearsay or self._stalled:
+                left_out = self._is_left_out(peer_id, candidate.start_time, now)
             if left_out is None or (with_full_groups and left_out.is_looking):
                 found[peer_id] = candidate
         found.update((follower.peer_id, follower) for follower in self.followers.values())
         if asker is not None:
             found[asker.peer_id] = asker
         found[self._me.peer_id] = self._me
-        return sorted(found.values())
+        return sorted(found.values(), key=in_order)
 
     def everybody(self, now: float) -> list[Candidate]:
         """The candidates, and who is busy now and may look for a group again."""
@@ -252,6 +265,18 @@ class View:
             for candidate in self._ever.values()
             if candidate.peer_id not in present and self.is_open_to(candidate, now)
         )
+
+    @property
+    def count_ungrouped(self) -> int:
+        """How many peers :meth:`ungrouped` has."""
+        return 1 + len(self._ever.keys() - self._grouped)
+
+    def ungrouped(self) -> list[Candidate]:
+        """All that have looked for a group since this search began, this peer included, in order; without those that
+        have one. Those that have left for another key are among them.
+        """
+        others = (candidate for candidate in self._ever.values() if candidate.peer_id not in self._grouped)
+        return sorted((self._me, *others), key=in_order)
 
     def is_open_to(self, other: Candidate, now: float) -> bool:
         """Whether ``other`` may be in this peer's group already: they are in the same round of the grid, or one of them
@@ -341,6 +366,11 @@ class View:
         """The last poll began so late that it showed everybody who started in the same instant as this peer."""
         return self._last_poll_began >= self._starters_visible_at()
 
+    @property
+    def counts_all(self) -> bool:
+        """Whether the last poll showed how many peers there are, as surely as a grid for them needs it."""
+        return self.is_settled and self._last_poll_began >= self._started_at + MANY_VISIBLE_AFTER
+
     def _starters_visible_at(self) -> float:
         return self._started_at + SETTLE_AFTER_START * self.latency
 
@@ -367,6 +397,8 @@ class View:
                 self.poll_when_starters_visible(now)
             case Look.WHEN_SETTLED:
                 self.poll_when_settled(now)
+            case Look.WHEN_ALL_VISIBLE:
+                self.poll_when_all_visible(now)
 
     def look_again(self, now: float) -> None:
         if not self.is_polling:
@@ -384,6 +416,11 @@ class View:
         if not self.is_polling:
             self.next_poll = max(now, self._settles_at())
 
+    def poll_when_all_visible(self, now: float) -> None:
+        """The next poll is to be one that can show how many peers there are."""
+        if not self.is_polling:
+            self.next_poll = max(now, self._settles_at(), self._started_at + MANY_VISIBLE_AFTER)
+
     def poll_when_starters_visible(self, now: float) -> None:
         if not self.is_polling:
             self.next_poll = max(now, self._starters_visible_at())
@@ -398,4 +435,5 @@ def _candidate(peer_id: PeerID, declaration: Declaration) -> Candidate:
         declaration.lineage,
         declaration.mode.contributes,
         declaration.lost,
+        declaration.swarm_round,
     )

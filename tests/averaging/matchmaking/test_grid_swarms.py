@@ -1,0 +1,74 @@
+"""Large swarms of cores mix in about as many rounds as the ideal dealer, which sees all of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from shoal.averaging.group import PeerMode
+from shoal.testing.ideal_mixing import ideal_rounds, random_rounds, rounds_needed
+from shoal.testing.mixing import MixingSwarm
+
+MIXED = 1e-9
+MOST = 16
+
+
+def shoal_rounds(swarm: MixingSwarm, absent: float = 0.0) -> float:
+    rounds = swarm.rounds_until(MIXED, MOST, absent)
+    searches = sum(sum(one.sizes) + one.alone for one in rounds)
+    assert sum(one.alone for one in rounds) <= 0.01 * searches
+    return rounds_needed([one.variance for one in rounds], MIXED)
+
+
+@pytest.mark.parametrize(
+    ("count", "target", "more"),
+    [
+        (128, 32, 0),
+        (97, 32, 1),
+        (128, 4, 0),
+        pytest.param(256, 32, 0, marks=pytest.mark.sweep),
+        pytest.param(333, 32, 2, marks=pytest.mark.sweep),
+    ],
+)
+def test_a_large_swarm_mixes_like_the_ideal(count, target, more):
+    ideal = rounds_needed(ideal_rounds(0, count, target, 0.0, MOST), MIXED)
+    assert shoal_rounds(MixingSwarm(0, count, target)) <= ideal + more
+
+
+def test_a_group_stands_soon_and_costs_few_looks():
+    swarm = MixingSwarm(0, 128, 32, jitter=0.2)
+    rounds = [swarm.round() for _ in range(3)]
+    for one in rounds[1:]:
+        assert one.sizes == (32,) * 4
+        assert one.seconds < 2.0
+        assert one.polls < 4
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("modes", [(PeerMode.FULL,), (PeerMode.FULL, PeerMode.FULL, PeerMode.CLIENT)])
+def test_a_swarm_that_changes_all_the_time_is_no_worse_than_random_groups(modes):
+    swarm = MixingSwarm(0, 128, 32, modes=modes)
+    variances = []
+    while len(variances) < MOST and (not variances or variances[-1] >= MIXED):
+        swarm.replace(0.05)
+        variances.append(swarm.round().variance)
+    assert rounds_needed(variances, MIXED) <= 1 + rounds_needed(random_rounds(0, 128, 32, 0.0, MOST), MIXED)
+
+
+def test_a_grid_that_has_lost_its_peers_is_given_up():
+    swarm = MixingSwarm(0, 120, 16)
+    swarm.round()
+    assert all(keys.has_seat for keys in swarm.keys.values())
+    for number in sorted(swarm.values)[16:]:
+        swarm.leave(number)
+    rounds = [swarm.round() for _ in range(3)]
+    assert not any(keys.has_seat for keys in swarm.keys.values())
+    assert [one.sizes for one in rounds[1:]] == [(16,), (16,)]
+    assert not any(one.alone for one in rounds)
+
+
+def test_clients_and_auxiliaries_are_dealt_to_all_groups_of_a_grid():
+    """Each group has peers that can lead, and as many that contribute as the others."""
+    swarm = MixingSwarm(0, 128, 16, modes=(PeerMode.FULL, PeerMode.FULL, PeerMode.CLIENT, PeerMode.AUXILIARY))
+    rounds = [swarm.round() for _ in range(3)]
+    assert all(one.sizes == (16,) * 8 for one in rounds)
+    assert rounds[-1].variance < 1e-4
