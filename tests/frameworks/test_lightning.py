@@ -540,16 +540,17 @@ def test_wrong_options_are_named_at_once(strategy: Any, options: dict[str, Any],
 
 
 @pytest.mark.sweep
+@pytest.mark.timeout(240)
 def test_the_program_of_the_page_runs(tmp_path: Path):
     page = (Path(__file__).parents[2] / "docs" / "frameworks" / "lightning.md").read_text()
     [program] = re.findall(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
     script = tmp_path / "train.py"
     script.write_text(program)
     ended = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=110, cwd=tmp_path
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=230, cwd=tmp_path
     )
     assert ended.returncode == 0, ended.stderr
-    assert "epoch 19: 1 peers, 2048 samples" in ended.stdout
+    assert "epoch 19: 1 peers, 256 samples" in ended.stdout
     assert "export SHOAL_INITIAL_PEERS=/ip4/" in ended.stderr
 
 
