@@ -125,6 +125,15 @@ def test_long_epochs_are_looked_at_less_often():
     assert see(own=record(samples_per_second=50 * TARGET)).pace == 0.1
 
 
+def test_a_forecast_is_said_in_words():
+    found = see(record(samples=20, samples_per_second=10.0, client_mode=True), own=record(samples=1))
+    assert str(found).endswith("20 samples of others, 2 peers, 1 client among them")
+    assert (
+        str(see(own=record()))
+        == "epoch 5 ends at an unknown time: 0 samples of others, 1 peer, 0 clients among them"
+    )
+
+
 def test_many_peers_are_looked_at_less_often():
     """Each look reads the records of all."""
     others = [record(samples_per_second=TARGET) for _ in range(999)]

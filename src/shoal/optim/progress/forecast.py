@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from shoal.optim.progress.values import ProgressRecord
+from shoal.utils import figures
 
 MAX_SHARE = 100
 """Times the target that one peer can have contributed to one epoch: a single step may be larger than the target."""
@@ -66,6 +67,13 @@ class Forecast:
     """Seconds between two looks, and two records of this peer, at least."""
     companions: int = 0
     """Other peers in the epoch of this one."""
+
+    def __str__(self) -> str:
+        end = "at an unknown time" if math.isinf(self.eta) else f"in {figures.duration(self.eta)}"
+        return (
+            f"epoch {self.epoch} ends {end}: {figures.count(self.others_samples, 'sample')} of others, "
+            f"{figures.count(self.num_peers, 'peer')}, {figures.count(self.num_clients, 'client')} among them"
+        )
 
     def samples(self, own_epoch: int, own_samples: int) -> int:
         """Samples of the epoch with the own ones, if they belong to it."""
