@@ -95,7 +95,7 @@ class TrainingStateAverager(DecentralizedAverager):
         self.rewritten = 0
         """How often something else than a step of the optimizer on the caller's thread has changed the tensors."""
         self._pending: Future[None] | None = None
-        self._round_is_to_be_applied = False
+        self._round_is_to_be_applied = self._rates_moved = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="shoal-training-state")
         averager.setdefault("tensor_infos", self._infos())
         super().__init__(self._averaged, dht, apply_when="called", **averager)
@@ -177,9 +177,11 @@ class TrainingStateAverager(DecentralizedAverager):
         )
         if needs_idle if wait_for_delayed_updates is None else wait_for_delayed_updates:
             self._wait_for_pending()
-        if apply_delayed_updates and not self.averaging_in_progress:
-            self._apply_pending()
+        if not self.averaging_in_progress:
+            self._take_over(apply_delayed_updates)
         self.local_epoch += bool(increment_epoch)
+        if optimizer_step:
+            self.holder.hyperparameters_from_model()
 
         def update() -> bool:
             if not self._triggered(wait_for_trigger, averaging_control):
@@ -194,6 +196,7 @@ class TrainingStateAverager(DecentralizedAverager):
         if delay_optimizer_step:
             self._pending = self._worker.submit(lambda: average() if update() else None)
         elif update():
+            self._publish_rates()
             if optimizer_step:
                 self.holder.parameters_to_model()
             if delay_averaging and averaging_round:
@@ -219,7 +222,6 @@ class TrainingStateAverager(DecentralizedAverager):
     def _update(self, optimizer_step: bool, zero_grad: bool, set_to_none: bool, grad_scaler: Any) -> None:
         with self.get_tensors():  # a peer that downloads the state finds all of it before or after the step
             if optimizer_step:
-                self.holder.hyperparameters_from_model()
                 self.holder.follow_parameters()
                 self.holder.load_gradients(self.custom_gradients)
                 scaled = (
@@ -299,6 +301,12 @@ class TrainingStateAverager(DecentralizedAverager):
         if self._pending is not None:
             self._pending.exception()
 
+    def _take_over(self, apply_delayed_updates: bool) -> None:
+        """Delayed work has ended: its rates hold in any case."""
+        if apply_delayed_updates:
+            self._apply_pending()
+        self._publish_rates()
+
     def _apply_pending(self) -> None:
         pending, self._pending = self._pending, None
         self._apply_round()
@@ -317,6 +325,7 @@ class TrainingStateAverager(DecentralizedAverager):
             self.carried.apply()
             self.holder.parameters_to_model()
             self.rewritten += 1
+        self._publish_rates()
 
     def _update_scheduler(self) -> None:
         if self.scheduler is not None:
@@ -324,6 +333,12 @@ class TrainingStateAverager(DecentralizedAverager):
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
                 while self.scheduler.last_epoch < self.local_epoch:
                     self.scheduler.step()
+                    self._rates_moved = True
+
+    def _publish_rates(self) -> None:
+        """Give the model's groups what the scheduler has set, on the thread that owns them."""
+        if self._rates_moved:
+            self._rates_moved = False
             self.holder.hyperparameters_to_model()
 
     # the shared state
@@ -381,7 +396,8 @@ class TrainingStateAverager(DecentralizedAverager):
         self._update_scheduler()
         for group, values in zip(self.optimizer.param_groups, loaded, strict=True):
             group.update(values)  # the donor's rate has its steps in it: a decay must not count twice
-        self.holder.hyperparameters_to_model()
+        self._rates_moved = True
+        self._publish_rates()
         self.holder.parameters_to_model()
         self.rewritten += 1
         return None
