@@ -88,6 +88,7 @@ def test_tensors_of_all_kinds_are_copied_from_rank_zero(ranks: RankProcesses):
         assert equal == [True] * 8
 
 
+@pytest.mark.sweep
 def test_errors_reach_all_ranks_and_leave_the_optimizer_usable(ranks: RankProcesses, swarm: Swarm):
     ranks.call("make", run_id=swarm.prefix)
     calls = "all ranks of a peer must make the same calls: rank 0 is in"
@@ -142,6 +143,7 @@ def test_what_makes_no_sense_for_ranks_is_named(ranks: RankProcesses, swarm: Swa
     assert all(message in said for said in ranks.call("make_wrong", run_id=swarm.prefix, what=what))
 
 
+@pytest.mark.sweep
 def test_a_checkpoint_of_all_ranks_and_one_of_rank_zero_are_loaded(ranks: RankProcesses, swarm: Swarm):
     """Rank 0's state has the momentum; another rank's says that it has none."""
     ranks.call("make", run_id=swarm.prefix)
@@ -206,6 +208,7 @@ def test_ranks_stay_equal_in_a_swarm(
     assert [report["peers"] for report in one["reports"]].count(2) == 2
 
 
+@pytest.mark.sweep
 def test_ranks_and_a_plain_peer_take_the_mean_over_all_their_samples(ranks: RankProcesses, swarm: Swarm):
     """Gradients of 1 and 3 at the ranks and of 5 at the other peer weigh by samples; all update alike."""
     options: dict[str, Any] = {"after_failed_round": "wait", "average_state_every": 100}

@@ -276,6 +276,7 @@ def test_a_trainer_and_a_plain_loop_are_peers(dht: shoal.DHT, strategy: Any):
     assert max(report.peers for report in reports) == 2
 
 
+@pytest.mark.sweep
 def test_a_late_trainer_begins_where_the_others_are(dht: shoal.DHT, strategy: Any):
     """Weights, momentum, epoch and learning rate: it fell by one half at epoch 2, and once only."""
     with shoal.DHT(initial_peers=dht.get_visible_maddrs(), start=True) as other:
@@ -385,6 +386,7 @@ def test_one_strategy_fits_again_each_time_with_a_dht_that_ends():
         _ = swarm.dht
 
 
+@pytest.mark.sweep
 def test_it_joins_whom_the_environment_names_and_ctrl_c_leaves_nothing_running(
     dht: shoal.DHT, monkeypatch: pytest.MonkeyPatch
 ):

@@ -238,6 +238,7 @@ def test_a_checkpoint_without_an_optimizer_is_said_to_be_one(make: Maker, caplog
     assert torch.allclose(net.linear.weight, after(4), atol=1e-6)
 
 
+@pytest.mark.sweep
 def test_the_best_model_stays_in_place_when_the_peer_leaves(make: Maker):
     """The offloaded copies have the last model: nothing writes them over the best one."""
     net = model()

@@ -23,8 +23,8 @@ def shoal_rounds(swarm: MixingSwarm, absent: float = 0.0) -> float:
     ("count", "target", "more"),
     [
         (128, 32, 0),
-        (97, 32, 1),
-        (128, 4, 0),
+        pytest.param(97, 32, 1, marks=pytest.mark.sweep),
+        pytest.param(128, 4, 0, marks=pytest.mark.sweep),
         pytest.param(256, 32, 0, marks=pytest.mark.sweep),
         pytest.param(333, 32, 2, marks=pytest.mark.sweep),
     ],

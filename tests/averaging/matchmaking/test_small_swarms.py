@@ -72,7 +72,9 @@ SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.sweep) for seed in range(1, 1
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(("count", "target"), [(8, 4), (20, 4), (40, 32)])
+@pytest.mark.parametrize(
+    ("count", "target"), [(8, 4), (20, 4), pytest.param(40, 32, marks=pytest.mark.sweep)]
+)
 def test_rounds_of_all_are_the_same(seed, count, target):
     check_rounds(seed, count, target, rounds=3)
 
