@@ -70,6 +70,11 @@ class SpokenState:
         inner = state.optimizer.state_dict()
         if not self._local_updates:
             inner["state"] = {}
+        # A delayed step may have moved the rates of the inner optimizer: they hold once the model's groups have them.
+        inner["param_groups"] = [
+            {**group, **{name: value for name, value in shown.items() if name != "params"}}
+            for group, shown in zip(inner["param_groups"], state.holder.param_groups, strict=True)
+        ]
         packed = pack(inner, of_optimizer)
         scheduler = None if state.scheduler is None else state.scheduler.state_dict()
         specs = tuple((tuple(tensor.shape), tensor.dtype) for tensor in of_optimizer)
