@@ -9,12 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from shoal.errors import InvalidValueError
 from shoal.frameworks.transformers.checks import check_arguments
 from shoal.frameworks.transformers.figures import EpochFigures
-from shoal.frameworks.transformers.samples import batch_size
 from shoal.optim.report import EpochReport
 
 
@@ -31,19 +29,6 @@ def test_what_shards_or_runs_several_processes_is_refused(given: dict[str, Any],
     check_arguments(SimpleNamespace(**fine))
     with pytest.raises(InvalidValueError, match=message):
         check_arguments(SimpleNamespace(**{**fine, **given}))
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ([torch.zeros(3, 5)], 3),
-        ([None, torch.tensor(1.0), {"mask": None, "ids": torch.zeros(7, 2)}], 7),
-        ([["text"], (torch.zeros(2),)], 2),
-        ([None, 3, "text"], None),
-    ],
-)
-def test_the_samples_of_a_batch_are_the_rows_of_its_first_tensor(values: list[Any], expected: int | None):
-    assert batch_size(values) == expected
 
 
 def test_figures_count_epochs_and_tell_of_the_last_one():

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -425,26 +424,6 @@ def test_an_error_in_training_takes_the_peer_out_of_the_swarm(strategy: Any, dht
 )
 def test_what_is_given_counts_before_the_environment(given: Any, environment: dict[str, str], found: Any):
     assert find_initial_peers(given, environment) == found
-
-
-@dataclass
-class Batch:
-    name: str
-    x: torch.Tensor
-
-
-@pytest.mark.parametrize(
-    ("batch", "size"),
-    [
-        (torch.zeros(3, 2), 3),
-        ([[torch.zeros(4)], torch.zeros(2)], 4),
-        ({"scale": torch.tensor(1.0), "of": {"x": torch.zeros(5, 1)}}, 5),
-        (("text", Batch("text", torch.zeros(6))), 6),
-        (torch.nn.utils.rnn.pack_sequence([torch.zeros(3), torch.zeros(2)]), 2),
-    ],
-)
-def test_the_size_of_a_batch_is_that_of_the_first_tensor(batch: Any, size: int):
-    assert size_of(batch) == size
 
 
 @pytest.mark.parametrize("batch", [None, "text", [], torch.tensor(1.0), torch.zeros(0, 2)])

@@ -75,8 +75,8 @@ def test_a_model_that_keeps_its_parameters_is_the_same(change: Callable[[nn.Modu
     model = make()
     watched = watch(model)
     change(model)
-    watched.check()
-    watched.check(after_backward=False)
+    backward(model)
+    watched.check(after_backward=True)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,22 @@ def test_a_record_that_cannot_be_written_is_named_at_once(tmp_path: Path):
         RunRecord(tmp_path / "missing" / "run.jsonl")
 
 
+def test_training_goes_on_where_a_line_cannot_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Also in another folder: a relative path is that of the folder in which the record was made."""
+    monkeypatch.chdir(tmp_path)
+    record = RunRecord("run.jsonl")
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    record(report(0))
+    (tmp_path / "run.jsonl").rename(tmp_path / "kept.jsonl")
+    (tmp_path / "run.jsonl").mkdir()
+    record(report(1))
+    assert [entry["epoch"] for entry in read_record(tmp_path / "kept.jsonl")] == [0]
+    assert "epoch 1 is not in the record" in caplog.text
+
+
 def screen(terminal: bool = True) -> tuple[io.StringIO, Console]:
     text = io.StringIO()
     return text, Console(file=text, force_terminal=terminal, width=80, color_system=None)

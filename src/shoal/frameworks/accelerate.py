@@ -12,17 +12,11 @@ from shoal.averaging.report import StepReport
 from shoal.averaging.trainer.averager import DecentralizedAverager
 from shoal.dht.dht import DHT
 from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError
+from shoal.frameworks.needed import needed
 from shoal.utils.checks import check_flag, check_number
 
-try:
+with needed("accelerate", "shoal.frameworks.accelerate", "pip install 'shoal[accelerate]'"):
     from accelerate import Accelerator, DistributedType
-except ModuleNotFoundError as e:
-    if e.name != "accelerate":
-        raise
-    raise ModuleNotFoundError(
-        "accelerate must be installed for shoal.frameworks.accelerate: pip install 'shoal[accelerate]'",
-        name=e.name,
-    ) from e
 
 _OWN = ("dht", "prefix", "start", "averaged_tensors", "apply_when")
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-try:
+from shoal.frameworks.needed import needed
+from shoal.frameworks.strategy.strategy import SwarmStrategy
+
+with needed("lightning", "shoal.frameworks.lightning", "pip install 'shoal[lightning]'"):
     from lightning.pytorch import LightningModule
     from lightning.pytorch.strategies import SingleDeviceStrategy
     from lightning.pytorch.utilities.types import LRSchedulerConfig
-except ModuleNotFoundError as e:
-    if (e.name or "").partition(".")[0] != "lightning":
-        raise
-    raise ModuleNotFoundError(
-        "lightning must be installed for shoal.frameworks.lightning: pip install 'shoal[lightning]'",
-        name=e.name,
-    ) from e
-
-from shoal.frameworks.strategy.strategy import SwarmStrategy
 
 __all__ = ["ShoalStrategy"]
 

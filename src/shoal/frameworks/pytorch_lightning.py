@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-try:
+from shoal.frameworks.needed import needed
+from shoal.frameworks.strategy.strategy import SwarmStrategy
+
+with needed(
+    "pytorch_lightning",
+    "shoal.frameworks.pytorch_lightning",
+    "pip install pytorch-lightning, or import lightning and shoal.frameworks.lightning",
+):
     from pytorch_lightning import LightningModule
     from pytorch_lightning.strategies import SingleDeviceStrategy
     from pytorch_lightning.utilities.types import LRSchedulerConfig
-except ModuleNotFoundError as e:
-    if (e.name or "").partition(".")[0] != "pytorch_lightning":
-        raise
-    raise ModuleNotFoundError(
-        "pytorch_lightning must be installed for shoal.frameworks.pytorch_lightning: "
-        "pip install pytorch-lightning, or import lightning and shoal.frameworks.lightning",
-        name=e.name,
-    ) from e
-
-from shoal.frameworks.strategy.strategy import SwarmStrategy
 
 __all__ = ["ShoalStrategy"]
 

@@ -80,7 +80,7 @@ class EpochEnd:
         optimizer = self._optimizer
         with optimizer.tracker.pause_updates():
             if self._options.delay_optimizer_step:  # that of the last epoch uses the same buffers
-                optimizer.state_averager.step(wait_for_delayed_updates=True)
+                optimizer.state_averager.finish_delayed()
             began, epoch = steady_time(), optimizer.local_epoch
             progress, local = optimizer.tracker.global_progress, optimizer.local_progress.samples_accumulated
             gradients = self._average_gradients(epoch, progress.epoch)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from shoal.errors import InvalidTypeError
 from shoal.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -92,6 +93,30 @@ class GradScaler(torch.amp.GradScaler):
                     bool(torch.isfinite(g).all()) for g in _gradients(optimizer)
                 )
             return self._finite[id(optimizer)]
+
+
+def unscale_once(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """Unscale the gradients of one batch, unless the user has done so, as before clipping."""
+    for_real = scaler.running_global_step() if isinstance(scaler, GradScaler) else contextlib.nullcontext()
+    try:
+        with for_real:
+            scaler.unscale_(optimizer)
+    except RuntimeError as e:
+        if "already been called" not in str(e):  # torch's scaler says it in no other way
+            raise
+
+
+def scale_of_sums(scaler: torch.amp.GradScaler) -> float:
+    """By which sums over an epoch in ``param.grad`` are scaled.
+
+    :raises InvalidTypeError: another scaler than ours, which would divide the sums at each step
+    """
+    if not isinstance(scaler, GradScaler):
+        raise InvalidTypeError(
+            "grad_scaler must be a shoal.GradScaler with reuse_grad_buffers, whose sums stay scaled until the "
+            f"epoch ends, got {type(scaler).__name__}"
+        )
+    return scaler.get_scale()
 
 
 def _gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

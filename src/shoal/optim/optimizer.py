@@ -14,25 +14,24 @@ import torch
 from shoal.averaging.trainer.control import StepControl
 from shoal.compression import CompressionBase, NoCompression
 from shoal.dht.dht import DHT
-from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError
+from shoal.errors import InvalidStateError
 from shoal.optim import epoch as rules
 from shoal.optim.assembly import Assembly
 from shoal.optim.epoch import AfterFailedRound
 from shoal.optim.epoch_end import EpochEnd
-from shoal.optim.grad_scaler import GradScaler
+from shoal.optim.grad_scaler import scale_of_sums, unscale_once
 from shoal.optim.gradient_rounds import GradientRounds
 from shoal.optim.gradients import GradientAveragerFactory
 from shoal.optim.model_watch import ModelWatch
-from shoal.optim.options import checked
+from shoal.optim.options import checked, checked_step
 from shoal.optim.progress.values import LocalTrainingProgress
 from shoal.optim.ranks.messages import Batch, Outcome
 from shoal.optim.ranks.parts import facts, listening_parts
 from shoal.optim.ranks.roles import join
 from shoal.optim.report import EpochReport
-from shoal.optim.state.averager import Scheduler, SchedulerFactory
 from shoal.optim.state.holder import OptimizerFactory, Params, as_groups
+from shoal.optim.state.rates import Scheduler, SchedulerFactory
 from shoal.optim.watching import OnEpoch
-from shoal.utils.checks import check_number
 from shoal.utils.logging import get_logger
 from shoal.utils.timed import get_dht_time
 
@@ -201,7 +200,9 @@ class Optimizer(Assembly):
         """
         self._check_open()
         self._model.check()
-        samples = self._check_step(closure, batch_size, grad_scaler, loss)
+        samples = checked_step(
+            self.auxiliary, self.batch_size_per_step, closure, batch_size, grad_scaler, loss
+        )
         with self._ended_if_ranks_part():
             result = None
             if closure is not None:
@@ -211,8 +212,7 @@ class Optimizer(Assembly):
             if grad_scaler is not None:
                 self._unscale(grad_scaler)
             outcome = self._ranks.step(samples, loss, self.state_averager.main_parameters, self._advance)
-        if self._ranks.rank == 0:
-            self._watchers.step(lambda: self.tracker.global_progress)
+        self._watchers.step(lambda: self.tracker.global_progress)
         if outcome.report is not None:
             self.report = outcome.report
             self._watchers.epoch(outcome.report)
@@ -278,25 +278,13 @@ class Optimizer(Assembly):
         self.tracker.report_local_progress(self.local_epoch, self._samples)
         return counts
 
-    def _unscale(self, grad_scaler: Any) -> None:
-        is_shoals = isinstance(grad_scaler, GradScaler)
-        if self.options.reuse_grad_buffers:
-            if not is_shoals:
-                raise InvalidTypeError(
-                    "grad_scaler must be a shoal.GradScaler with reuse_grad_buffers, whose sums stay scaled until the "
-                    f"epoch ends, got {type(grad_scaler).__name__}"
-                )
-            if self.grad_averager is not None:
-                self.grad_averager.loss_scale = grad_scaler.get_scale()
+    def _unscale(self, grad_scaler: torch.amp.GradScaler) -> None:
+        if not self.options.reuse_grad_buffers:
+            unscale_once(self, grad_scaler)
             return
-        try:
-            with grad_scaler.running_global_step() if is_shoals else contextlib.nullcontext():
-                grad_scaler.unscale_(self)
-        except RuntimeError as e:
-            if "already been called" not in str(
-                e
-            ):  # torch's scaler tells no other way that its user has done so
-                raise
+        scale = scale_of_sums(grad_scaler)
+        if self.grad_averager is not None:  # at rank 0
+            self.grad_averager.loss_scale = scale
 
     def _gradients_are_finite(self) -> bool:
         grads = [p.grad for p in self.state_averager.main_parameters if p.grad is not None]
@@ -363,6 +351,7 @@ class Optimizer(Assembly):
             global_epoch = self.tracker.global_epoch
             if loaded and self.local_epoch == global_epoch - 1:
                 self.state_averager.local_epoch = global_epoch
+                self.state_averager.step()  # the scheduler follows, before other ranks take the state over
             self._begin_anew()
         logger.log(
             self.status_loglevel,  # the averager has said why not
@@ -450,24 +439,3 @@ class Optimizer(Assembly):
     def _check_open(self) -> None:
         if self._closed:
             raise InvalidStateError("the optimizer was shut down: make another one")
-
-    def _check_step(self, closure: Any, batch_size: int | None, grad_scaler: Any, loss: Any) -> int:
-        if self.auxiliary:
-            if any(given is not None for given in (closure, batch_size, grad_scaler, loss)):
-                raise InvalidValueError(
-                    "step() must have no arguments with auxiliary: it processes no batches"
-                )
-            return 0
-        if closure is not None and not callable(closure):
-            raise InvalidTypeError(f"closure must be callable or None, got {closure!r}")
-        if closure is not None and loss is not None:
-            raise InvalidValueError(f"loss must be None with a closure, which returns it, got {loss!r}")
-        if grad_scaler is not None and not hasattr(grad_scaler, "unscale_"):
-            raise InvalidTypeError(f"grad_scaler must be a torch.amp.GradScaler, got {grad_scaler!r}")
-        if batch_size is None:
-            batch_size = self.batch_size_per_step
-        if batch_size is None:
-            raise InvalidValueError(
-                "batch_size must be given to step(), or batch_size_per_step to the optimizer"
-            )
-        return int(check_number("batch_size", batch_size, minimum=1))

@@ -129,6 +129,32 @@ def checked(given: Mapping[str, Any], rank: int = 0, ranks: int = 1) -> Options:
     return options
 
 
+def checked_step(
+    auxiliary: bool, planned: int | None, closure: Any, batch_size: int | None, grad_scaler: Any, loss: Any
+) -> int:
+    """The samples of one step, out of its arguments; 0 for auxiliaries.
+
+    :param planned: samples of a step that is not told how many it has
+    :raises InvalidValueError: arguments are out of range, or do not go together
+    :raises InvalidTypeError: an argument is of the wrong type
+    """
+    if auxiliary:
+        if any(given is not None for given in (closure, batch_size, grad_scaler, loss)):
+            raise InvalidValueError("step() must have no arguments with auxiliary: it processes no batches")
+        return 0
+    if closure is not None and not callable(closure):
+        raise InvalidTypeError(f"closure must be callable or None, got {closure!r}")
+    if closure is not None and loss is not None:
+        raise InvalidValueError(f"loss must be None with a closure, which returns it, got {loss!r}")
+    if grad_scaler is not None and not hasattr(grad_scaler, "unscale_"):
+        raise InvalidTypeError(f"grad_scaler must be a torch.amp.GradScaler, got {grad_scaler!r}")
+    if batch_size is None:
+        batch_size = planned
+    if batch_size is None:
+        raise InvalidValueError("batch_size must be given to step(), or batch_size_per_step to the optimizer")
+    return int(check_number("batch_size", batch_size, minimum=1))
+
+
 def _check_dht(dht: Any, rank: int, ranks: int) -> None:
     if rank > 0:
         if dht is not None:

@@ -12,6 +12,9 @@ from typing import Any, TypeAlias
 
 from shoal.errors import InvalidValueError
 from shoal.optim.report import EpochReport
+from shoal.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 Entry: TypeAlias = dict[str, Any]
 """What :meth:`~shoal.optim.report.EpochReport.to_dict` gives, and "time": seconds since 1970."""
@@ -25,7 +28,7 @@ class RunRecord:
     """
 
     def __init__(self, path: str | os.PathLike[str], clock: Callable[[], float] = time.time) -> None:
-        self.path, self._clock = Path(path), clock
+        self.path, self._clock = Path(path).absolute(), clock
         try:
             ends_in_line = self._ends_in_line()
             with self.path.open("a", encoding="utf-8") as file:
@@ -37,11 +40,15 @@ class RunRecord:
             ) from e
 
     def __call__(self, report: EpochReport) -> None:
-        """:raises OSError: the line can't be written, such as on a full disk"""
+        """Add the line; a warning says if that can't be done, such as on a full disk: training goes on."""
         entry = {"time": round(self._clock(), 3), **report.to_dict()}
         finite = {name: None if _is_infinite(value) else value for name, value in entry.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
+        line = json.dumps(finite, allow_nan=False) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as e:
+            logger.warning("epoch %d is not in the record %s: %s", report.epoch, self.path, e.strerror)
 
     def _ends_in_line(self) -> bool:
         if not self.path.exists() or self.path.stat().st_size == 0:

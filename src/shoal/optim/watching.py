@@ -26,7 +26,9 @@ class Watchers:
         self, record: str | os.PathLike[str] | None, bar: ProgressBar | None, on_epoch: OnEpoch | None
     ) -> None:
         self._bar = bar
-        self._on_epoch = [one for one in (None if record is None else RunRecord(record), on_epoch) if one]
+        self._on_epoch = [
+            one for one in (None if record is None else RunRecord(record), on_epoch) if one is not None
+        ]
 
     def step(self, progress: Callable[[], GlobalTrainingProgress]) -> None:
         """A step has been taken; ``progress`` is asked only if somebody looks."""

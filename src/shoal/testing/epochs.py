@@ -1,7 +1,8 @@
 """A swarm whose peers end epochs together, simulated on the virtual clock: the real rules, a DHT that only takes time.
 
 Steps, rounds, reads and stores are waits. What is decided (when to tell, when to look, when an epoch is over) is the
-code of :mod:`shoal.optim.progress`. Each peer has a steady clock of its own, off by as much as it likes.
+code of :mod:`shoal.optim.progress`. Each peer has a steady clock of its own, off by as much as it likes. Rounds succeed
+here, so that peers need not look while they wait for one, as the tracker does.
 """
 
 from __future__ import annotations

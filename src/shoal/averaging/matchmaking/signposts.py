@@ -1,7 +1,7 @@
 """Where newcomers learn of the grid of a large swarm: a few leaders say in the DHT how it is laid out.
 
 A newcomer looks there once it has been without a group for a second, since the swarms that it finds at once have no
-grid. Whoever has lost the others looks there, too. When the grid is given up, the last signposts say so: those of
+grid. A peer that has lost the others looks there, too. When the grid is given up, the last signposts say so: those of
 earlier rounds stand for minutes.
 """
 

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from shoal.dht.dht import DHT
 from shoal.errors import InvalidTypeError, InvalidValueError
 from shoal.optim.optimizer import Optimizer
-from shoal.optim.state.averager import SchedulerFactory
+from shoal.optim.state.rates import SchedulerFactory
 from shoal.optim.state.schedule import Schedule
 
 

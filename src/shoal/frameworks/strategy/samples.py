@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from torch.nn.utils.rnn import PackedSequence
-
 from shoal.errors import InvalidValueError
+from shoal.frameworks.batches import batch_size
 
 
 class SampleCount:
@@ -38,29 +34,14 @@ class SampleCount:
 
 
 def size_of(batch: Any) -> int:
-    """The first dimension of the first tensor that has one, in nested dictionaries, sequences and dataclasses.
+    """As :func:`~shoal.frameworks.batches.batch_size`.
 
-    :raises InvalidValueError: there is none
+    :raises InvalidValueError: it cannot be seen
     """
-    size = _find(batch)
+    size = batch_size(batch)
     if not size:
         raise InvalidValueError(
             "batch_size must be given to ShoalStrategy: no tensor with samples was found in a batch of type "
             f"{type(batch).__name__}"
         )
     return size
-
-
-def _find(value: Any) -> int | None:
-    if isinstance(value, PackedSequence):
-        return int(value.batch_sizes[0])
-    if isinstance(value, torch.Tensor):
-        return value.shape[0] if value.dim() else None
-    items: Iterable[Any] = ()
-    if isinstance(value, Mapping):
-        items = value.values()
-    elif isinstance(value, list | tuple):
-        items = value
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = (getattr(value, field.name) for field in dataclasses.fields(value))
-    return next((size for size in map(_find, items) if size is not None), None)

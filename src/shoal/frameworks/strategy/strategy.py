@@ -16,7 +16,7 @@ from shoal.errors import InvalidStateError, InvalidValueError
 from shoal.frameworks.strategy import options as checks
 from shoal.frameworks.strategy.optimizers import StrategyOptimizer, check_scheduler, join
 from shoal.frameworks.strategy.samples import SampleCount
-from shoal.optim.state.averager import SchedulerFactory
+from shoal.optim.state.rates import SchedulerFactory
 from shoal.utils.checks import check_number
 from shoal.utils.logging import get_logger
 

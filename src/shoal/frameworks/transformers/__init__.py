@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-try:
+from shoal.frameworks.needed import needed
+
+with needed("transformers", "shoal.frameworks.transformers", "pip install 'shoal[transformers]'"):
     from shoal.frameworks.transformers.callback import ShoalCallback
-except ModuleNotFoundError as e:
-    if e.name != "transformers":
-        raise
-    raise ModuleNotFoundError(
-        "transformers must be installed for shoal.frameworks.transformers: pip install 'shoal[transformers]'",
-        name=e.name,
-    ) from e
 
 from shoal.frameworks.transformers.scheduler import SwarmScheduler
 

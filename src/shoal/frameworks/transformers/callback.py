@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainerCallback
 
-from shoal.errors import InvalidStateError, InvalidTypeError
+from shoal.errors import InvalidStateError
 from shoal.frameworks.transformers import checks
 from shoal.frameworks.transformers.backup import Backup, is_finite
 from shoal.frameworks.transformers.figures import PREFIX, EpochFigures
@@ -51,7 +50,6 @@ class ShoalCallback(TrainerCallback):  # type: ignore[misc] # transformers has t
       arguments say
     :param backup_every: keep a copy of parameters and statistics on the CPU, made anew after so many epochs. It is
       what a model with NaN or infinity goes back to, if no peer has a better one. None: keep none
-    :param on_epoch: called with the figures of each epoch, a flat dictionary, for wandb, MLflow or TensorBoard
     :param shutdown: shut the optimizer down when training ends; False if it is to train again
     :raises InvalidValueError: arguments are out of range
     """
@@ -62,15 +60,11 @@ class ShoalCallback(TrainerCallback):  # type: ignore[misc] # transformers has t
         load_state: bool = True,
         stop_at_epoch: int | None = None,
         backup_every: int | None = None,
-        on_epoch: Callable[[dict[str, Any]], Any] | None = None,
         shutdown: bool = True,
     ) -> None:
         self.load_state = check_flag("load_state", load_state)
         self.stop_at_epoch = _count("stop_at_epoch", stop_at_epoch)
         self.backup_every = _count("backup_every", backup_every)
-        if on_epoch is not None and not callable(on_epoch):
-            raise InvalidTypeError(f"on_epoch must be callable or None, got {on_epoch!r}")
-        self.on_epoch = on_epoch
         self.shutdown = check_flag("shutdown", shutdown)
         self._training: _Training | None = None
 
@@ -127,8 +121,6 @@ class ShoalCallback(TrainerCallback):  # type: ignore[misc] # transformers has t
             training.last = report
             training.figures.note(report)
             self._keep_finite(training)
-            if self.on_epoch is not None:
-                self.on_epoch(report.to_dict())
         elif training.optimizer.local_progress.samples_accumulated == training.counted:
             self._keep_finite(training)  # the gradients were left out: those of a diverged model have NaN
         if self.stop_at_epoch is not None and training.optimizer.local_epoch >= self.stop_at_epoch:
@@ -167,17 +159,16 @@ class ShoalCallback(TrainerCallback):  # type: ignore[misc] # transformers has t
         if training is None:
             return
         if control.should_training_stop:
-            self._leave(
-                training
-            )  # others need not wait while this peer evaluates, saves and loads its best model
+            # Others need not wait while this peer evaluates, saves and loads its best model.
+            self._leave(training)
         elif control.should_save or control.should_evaluate:
-            training.optimizer.state_averager.step(wait_for_delayed_updates=True)
+            training.optimizer.state_averager.finish_delayed()
 
     def _leave(self, training: _Training) -> None:
         if self.shutdown:
             training.optimizer.shutdown()
         elif training.optimizer.is_alive():
-            training.optimizer.state_averager.step(wait_for_delayed_updates=True)
+            training.optimizer.state_averager.finish_delayed()
 
     def _end_counting(self) -> None:
         if self._training is not None:

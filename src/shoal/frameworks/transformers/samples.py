@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from shoal.frameworks.batches import batch_size
 from shoal.optim.optimizer import Optimizer
 
 
@@ -50,16 +50,3 @@ class SampleCounter:
             self._counted = True
             self._seen += size
             self._optimizer.batch_size_per_step = self._seen
-
-
-def batch_size(values: Iterable[Any]) -> int | None:
-    """Samples in what a model is called with: the length of the first tensor that is no scalar; None: there is none."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            if value.dim():
-                return len(value)
-        elif isinstance(value, Mapping | list | tuple):
-            found = batch_size(value.values() if isinstance(value, Mapping) else value)
-            if found is not None:
-                return found
-    return None

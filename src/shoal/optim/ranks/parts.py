@@ -15,6 +15,7 @@ from shoal.optim.ranks.messages import Outcome
 from shoal.optim.ranks.state import Changes, HeldState, shared_tensors
 from shoal.optim.state.holder import OptimizerHolder
 from shoal.optim.state.packing import unpack
+from shoal.optim.state.rates import Rates
 
 
 class RankState:
@@ -40,9 +41,7 @@ class RankState:
         reused_gradients: bool,
     ) -> None:
         self.holder = holder
-        is_instance = scheduler is None or isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
-        self.scheduler = scheduler if is_instance else scheduler(holder.optimizer)
-        holder.hyperparameters_to_model()
+        self.scheduler = Rates(holder, scheduler).scheduler
         self.extra_tensors = tuple(extra_tensors)
         self.local_epoch = self.rewritten = 0
         self._local_updates, self._reused_gradients = local_updates, reused_gradients

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Any, TypeAlias, cast
+from typing import Any
 
 import torch
 
@@ -15,19 +14,16 @@ from shoal.averaging.trainer.averager import DecentralizedAverager
 from shoal.averaging.trainer.control import StepControl
 from shoal.compression import CompressionInfo, TensorRole
 from shoal.dht.dht import DHT
-from shoal.errors import InvalidTypeError, InvalidValueError, ShoalError
+from shoal.errors import InvalidValueError, ShoalError
 from shoal.optim.grad_scaler import GradScaler
 from shoal.optim.state.carried import Carried
 from shoal.optim.state.holder import OptimizerFactory, OptimizerHolder, Params
 from shoal.optim.state.packing import pack
-from shoal.optim.state.schedule import Schedule
+from shoal.optim.state.rates import Rates, Scheduler, SchedulerFactory
 from shoal.utils.checks import check_flag
 from shoal.utils.logging import get_logger
 
 logger = get_logger(__name__)
-
-Scheduler: TypeAlias = torch.optim.lr_scheduler.LRScheduler
-SchedulerFactory: TypeAlias = Callable[[torch.optim.Optimizer], Scheduler]
 
 
 class TrainingStateAverager(DecentralizedAverager):
@@ -87,7 +83,7 @@ class TrainingStateAverager(DecentralizedAverager):
                 "reuse_tensors must be None or True, got False: a round copies what it needs by itself"
             )
         self.holder = OptimizerHolder(optimizer, params, self.offload_optimizer, initialize_optimizer)
-        self.scheduler = self._make_scheduler(scheduler)
+        self._rates = Rates(self.holder, scheduler)
         self.average_opt_statistics = tuple(average_opt_statistics)
         self.carried = Carried(extra_tensors)
         self.parameter_names = _check_names(parameter_names, len(self.holder.parameters))
@@ -95,7 +91,7 @@ class TrainingStateAverager(DecentralizedAverager):
         self.rewritten = 0
         """How often something else than a step of the optimizer on the caller's thread has changed the tensors."""
         self._pending: Future[None] | None = None
-        self._round_is_to_be_applied = self._rates_moved = False
+        self._round_is_to_be_applied = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="shoal-training-state")
         averager.setdefault("tensor_infos", self._infos())
         super().__init__(self._averaged, dht, apply_when="called", **averager)
@@ -106,6 +102,11 @@ class TrainingStateAverager(DecentralizedAverager):
     def optimizer(self) -> torch.optim.Optimizer:
         """The inner optimizer."""
         return self.holder.optimizer
+
+    @property
+    def scheduler(self) -> Scheduler | None:
+        """It follows :attr:`local_epoch`."""
+        return self._rates.scheduler
 
     @property
     def main_parameters(self) -> tuple[torch.Tensor, ...]:
@@ -196,7 +197,7 @@ class TrainingStateAverager(DecentralizedAverager):
         if delay_optimizer_step:
             self._pending = self._worker.submit(lambda: average() if update() else None)
         elif update():
-            self._publish_rates()
+            self._rates.publish()
             if optimizer_step:
                 self.holder.parameters_to_model()
             if delay_averaging and averaging_round:
@@ -231,7 +232,7 @@ class TrainingStateAverager(DecentralizedAverager):
                     self.optimizer.step() if grad_scaler is None else grad_scaler.step(self.optimizer)
             if zero_grad:
                 self.optimizer.zero_grad(set_to_none=set_to_none)
-            self._update_scheduler()
+            self._rates.follow(self.local_epoch)
 
     def _triggered(self, wait_for_trigger: Callable[[], Any] | None, control: StepControl | None) -> bool:
         try:
@@ -284,7 +285,7 @@ class TrainingStateAverager(DecentralizedAverager):
         epochs = [entry["epoch"] for entry in told if isinstance(entry.get("epoch"), int)]
         if self.sync_epoch_when_averaging and epochs:
             self.local_epoch = max(self.local_epoch, *epochs)
-            self._update_scheduler()
+            self._rates.follow(self.local_epoch)
         logger.log(self.status_loglevel, "%s: averaged the state with %d peers", self.prefix, len(gathered))
 
     # delayed work
@@ -305,7 +306,7 @@ class TrainingStateAverager(DecentralizedAverager):
         """Delayed work has ended: its rates hold in any case."""
         if apply_delayed_updates:
             self._apply_pending()
-        self._publish_rates()
+        self._rates.publish()
 
     def _apply_pending(self) -> None:
         pending, self._pending = self._pending, None
@@ -325,21 +326,7 @@ class TrainingStateAverager(DecentralizedAverager):
             self.carried.apply()
             self.holder.parameters_to_model()
             self.rewritten += 1
-        self._publish_rates()
-
-    def _update_scheduler(self) -> None:
-        if self.scheduler is not None:
-            with warnings.catch_warnings():  # a peer that joins late catches up without steps of its own
-                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-                while self.scheduler.last_epoch < self.local_epoch:
-                    self.scheduler.step()
-                    self._rates_moved = True
-
-    def _publish_rates(self) -> None:
-        """Give the model's groups what the scheduler has set, on the thread that owns them."""
-        if self._rates_moved:
-            self._rates_moved = False
-            self.holder.hyperparameters_to_model()
+        self._rates.publish()
 
     # the shared state
 
@@ -392,12 +379,7 @@ class TrainingStateAverager(DecentralizedAverager):
             return str(e)
         self.drop_late_average()
         self.local_epoch = epoch
-        loaded = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self._update_scheduler()
-        for group, values in zip(self.optimizer.param_groups, loaded, strict=True):
-            group.update(values)  # the donor's rate has its steps in it: a decay must not count twice
-        self._rates_moved = True
-        self._publish_rates()
+        self._rates.count_to(epoch)
         self.holder.parameters_to_model()
         self.rewritten += 1
         return None
@@ -430,17 +412,6 @@ class TrainingStateAverager(DecentralizedAverager):
             CompressionInfo.from_tensor(tensor, name, roles.get(index, TensorRole.OPTIMIZER))
             for index, (name, tensor) in enumerate(self._averaged().items())
         ]
-
-    def _make_scheduler(self, scheduler: Scheduler | SchedulerFactory | None) -> Scheduler | None:
-        if scheduler is None:
-            return None
-        if not isinstance(scheduler, Scheduler) and not callable(scheduler):
-            raise InvalidTypeError(
-                f"scheduler must be a torch scheduler or a callable, got {type(scheduler).__name__}"
-            )
-        made = scheduler if isinstance(scheduler, Scheduler) else scheduler(self.holder.optimizer)
-        self.holder.hyperparameters_to_model()
-        return made if hasattr(made, "last_epoch") else cast("Scheduler", Schedule([made]))
 
     def _check_step(
         self,
