@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from shoal.averaging.agreement import Agreement
+from shoal.averaging.grid import Grid
 from shoal.averaging.group import (
     MAX_GATHER_BYTES,
     SCHEMA_HASH_BYTES,
@@ -97,6 +98,8 @@ class Matchmaker:
         self._next_look = -math.inf
         self._left_grid_at = -math.inf
         """When this peer gave up a grid."""
+        self._grid_of_others: Grid | None = None
+        """One of which this peer has learnt between two searches."""
         self._lineage = NO_LINEAGE
         self._router = router
         self._turn = asyncio.Lock()
@@ -168,6 +171,7 @@ class Matchmaker:
         news = self._keys.news
         if news is None:
             return
+        self._grid_of_others = None  # it is older than these news
         if not self._keys.has_seat:
             self._left_grid_at = self._peer.clock()
         if leaves_signpost(group, self._peer.peer_id):
@@ -250,6 +254,7 @@ class Matchmaker:
         async with self._turn:
             if self._is_closed:
                 raise InvalidStateError("the matchmaker is closed")
+            self._take_seat()
             place = self._place(start_time)
             search = self._search = Search(
                 self._peer,
@@ -266,7 +271,7 @@ class Matchmaker:
                 is_first=self._search is None,
             )
             self._last_group = ()  # one search waits for them; if they do not come to it, they have gone elsewhere
-            if not self._known.start_times or self._may_look_for_grid():
+            if not self._known.start_times:
                 self._peer.tasks.start(self._explore(search, EXPLORE_AFTER), "explore")
             try:
                 group = await search.run()
@@ -279,6 +284,8 @@ class Matchmaker:
                 self._known = replace(known, start_times=times)
                 self._count_neighbours(search)
                 self._keys.search_ended()
+                if self._may_look_for_grid():
+                    self._peer.tasks.start(self._look_for_grid(), "look for a grid")
 
     def leave_search(self) -> None:
         """End a search that goes on: it raises, and frees followers and leader. A group that stands already is kept."""
@@ -350,17 +357,34 @@ class Matchmaker:
 
     async def _join_grid(self, search: Search) -> bool:
         """Whether others make a grid, and this search moves to a seat there."""
-        self._next_look = self._peer.clock() + LOOK_EVERY
-        grid = await self._signposts.read(after=self._left_grid_at)
-        if grid is None or search.is_over or self._keys.is_seated:
+        grid = await self._read_signposts()
+        if grid is None or search.is_over or self._keys.is_seated or not self._join(grid):
             return False
+        self._restart(search)
+        return True
+
+    async def _look_for_grid(self) -> None:
+        """After a search, and never beside one: it would keep the DHT busy that the search needs."""
+        self._grid_of_others = await self._read_signposts()
+
+    def _take_seat(self) -> None:
+        """Before a search: join the grid of which this peer has learnt since the last one."""
+        grid, self._grid_of_others = self._grid_of_others, None
+        if grid is not None and not self._keys.has_seat:
+            self._join(grid)
+
+    async def _read_signposts(self) -> Grid | None:
+        self._next_look = self._peer.clock() + LOOK_EVERY
+        return await self._signposts.read(after=self._left_grid_at)
+
+    def _join(self, grid: Grid) -> bool:
+        """Whether this peer has a seat there now that it did not have before."""
         if not self._keys.join_grid(grid, self._peer.rng.getrandbits(32)):
             return False
         groups = figures.count(grid.layout.groups, "group")
         logger.info(
             "%s: joins about %.0f peers that make %s in a round", self._peer.prefix, grid.swarm, groups
         )
-        self._restart(search)
         return True
 
     async def _explore(self, search: Search, delay: float) -> None:
