@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -247,6 +249,27 @@ def test_a_failed_round_never_updates_by_zeros(
     assert model.weight.item() == pytest.approx(before - 0.1 * update)
     said = [r for r in caplog.records if "the gradients of epoch 0 were not averaged" in r.getMessage()]
     assert [record.levelname for record in said] == ["WARNING"]
+
+
+def test_the_last_partner_is_killed_and_nobody_waits_for_it(made: list[Any], dht: hivemind.DHT, swarm: Swarm):
+    """Neither in the epoch that it was killed in, though its record stands for a minute, nor in the next one."""
+    killed = swarm.own_dht()
+    model = torch.nn.Linear(1, 1, bias=False)
+    opt = make(made, dht, model, swarm.prefix, target_batch_size=8, averaging_timeout=60.0)
+    tracker = hivemind.optim.ProgressTracker(killed, opt.tracker.prefix, 8, start=True)
+    tracker.report_local_progress(0, 1)
+    wait_until(lambda: opt.tracker.global_progress.num_peers == 2)
+    model.weight.grad = torch.ones(1, 1)
+    opt.step()
+    searching = threading.Timer(1.0, lambda: os.kill(killed.background.pid, signal.SIGKILL))
+    searching.start()
+    opt.step()
+    searching.join()
+    assert (opt.report.epoch, opt.report.peers, opt.report.gradients) == (0, 2, "own")
+    assert opt.report.failure == "no other peer is in this epoch any more"
+    for _ in range(2):
+        opt.step()
+    assert (opt.report.epoch, opt.report.peers, opt.report.failure) == (1, 1, None)
 
 
 def test_a_client_ends_epochs_and_a_load_without_donors_ends(

@@ -76,13 +76,13 @@ def test_a_paused_peer_sees_that_all_others_have_left_its_epoch(dhts: tuple[shoa
         tracker.report_local_progress(0, 60)
     wait_until_over(one)
     with one.pause_updates():
-        assert not one.left_behind
+        assert not one.left_alone
         with other.pause_updates():
             other.update_epoch(1)
-        wait_until(lambda: one.left_behind)
+        wait_until(lambda: one.left_alone)
         assert one.global_epoch == 0
         assert one.update_epoch(1) == 1
-        assert not one.left_behind
+        assert not one.left_alone
     for tracker in (one, other):
         tracker.shutdown()
 

@@ -18,10 +18,10 @@ def test_a_peer_that_is_behind_catches_up():
 
 
 def test_a_round_of_parameters_is_due_every_few_epochs_among_several_peers():
-    assert rules.state_round_due(4, 2, 2, False)
-    assert not rules.state_round_due(5, 2, 2, False)
-    assert not rules.state_round_due(4, 2, 1, False)
-    assert not rules.state_round_due(4, 2, 2, True)
+    assert rules.state_round_due(4, 2, False, False)
+    assert not rules.state_round_due(5, 2, False, False)
+    assert not rules.state_round_due(4, 2, True, False)
+    assert not rules.state_round_due(4, 2, False, True)
 
 
 def test_members_of_another_epoch_count_if_their_gradients_did():

@@ -35,6 +35,18 @@ def see(*records: ProgressRecord, own: ProgressRecord, now: float = 0.0, **perio
     return forecast(own, sightings, target=TARGET, now=now, periods=Periods(**periods))
 
 
+def test_nobody_waits_for_peers_that_have_ended_but_their_samples_count():
+    """Others, which have not seen their end, count the samples, too: all end the epoch together."""
+    there, gone = Sighting(record(samples=100), 0.0), Sighting(record(samples=300), 0.0, is_gone=True)
+    found = forecast(record(samples=10), [there, gone], target=TARGET, now=0.0, periods=Periods())
+    assert (found.others_samples, found.num_peers, found.companions) == (400, 2, 1)
+    assert not found.others_are_gone
+    found = forecast(record(samples=10), [gone], target=TARGET, now=0.0, periods=Periods())
+    assert (found.others_samples, found.num_peers, found.companions) == (300, 1, 0)
+    assert found.others_are_gone
+    assert not see(own=record(samples=10)).others_are_gone, "a read that finds nothing says nothing"
+
+
 # ---- the epoch and its samples
 
 

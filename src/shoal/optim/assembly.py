@@ -32,7 +32,8 @@ class Assembly(TorchFace):
         self.grad_averager = None if self.use_local_updates else self._make_gradient_averager(given)
         if self.grad_averager is not None:
             made.callback(self.grad_averager.shutdown)
-        self.tracker = self._make_progress_tracker(given)
+        self.tracker = tracker = self._make_progress_tracker(given)
+        self.state_averager.others_are_gone = lambda: tracker.others_are_gone
 
     def _averager_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """What both averagers get; ``averager_opts`` may set the times that follow from others."""

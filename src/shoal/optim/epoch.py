@@ -30,9 +30,9 @@ def is_near(end: float, now: float, lead: float) -> bool:
     return end - now <= lead
 
 
-def state_round_due(epoch: int, every: int, num_peers: int, in_progress: bool) -> bool:
+def state_round_due(epoch: int, every: int, is_alone: bool, in_progress: bool) -> bool:
     """Whether the parameters are averaged at the beginning of ``epoch``."""
-    return num_peers > 1 and epoch % every == 0 and not in_progress
+    return not is_alone and epoch % every == 0 and not in_progress
 
 
 def group_bits(epoch: int) -> str:

@@ -71,7 +71,7 @@ class EpochEnd:
         return rules.state_round_due(
             new_epoch,
             self._options.average_state_every,
-            optimizer.tracker.global_progress.num_peers,
+            optimizer.tracker.is_alone,
             optimizer.state_averager.averaging_in_progress and not self._options.delay_optimizer_step,
         )
 
@@ -119,8 +119,7 @@ class EpochEnd:
             return _Gradients()
         if not rounds.averager.is_alive():
             raise InvalidStateError("the averager of gradients has ended: make another optimizer")
-        alone = self._optimizer.tracker.global_progress.num_peers <= 1
-        if alone and not wait:
+        if self._optimizer.tracker.is_alone and not wait:
             rounds.alone()
             return self._used(Outcome(None), "own")
         if global_epoch > epoch and not rounds.has_group():
@@ -132,13 +131,14 @@ class EpochEnd:
             rounds.keep_own_mean()
 
             def finish() -> None:
-                gradients = self._judge(rounds.end(control, epoch), epoch)
+                outcome = rounds.end(control, epoch, lambda: self._optimizer.tracker.others_are_gone)
+                gradients = self._judge(outcome, epoch)
                 if gradients.kind == "skipped":
                     raise AllreduceException(f"gradients were not averaged: {gradients.failure}")
                 self._load_offloaded()
 
             return _Gradients("delayed", before_step=finish)
-        outcome = rounds.end(control, epoch, lambda: self._optimizer.tracker.left_behind)
+        outcome = rounds.end(control, epoch, lambda: self._optimizer.tracker.left_alone)
         if outcome.failure is not None and wait:
             logger.warning(
                 "%s: the gradients of epoch %d were not averaged, it is tried again: %s",

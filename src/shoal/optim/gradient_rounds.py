@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError, wait
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,8 @@ from shoal.averaging.trainer.control import StepControl
 from shoal.errors import InDoubt, ShoalError
 from shoal.optim.epoch import ended_epoch, group_bits, mixed_epochs, parameters_agree
 from shoal.optim.gradients import GradientAverager
+from shoal.optim.waiting import cancelled_in_vain
 from shoal.utils.timed import steady_time
-
-GLANCE = 0.1
-"""Seconds between two looks at whether a round still makes sense."""
-WITHOUT_A_GROUP = (AveragingStage.IDLE, AveragingStage.LOOKING_FOR_GROUP)
 
 
 @dataclass(frozen=True)
@@ -95,14 +92,14 @@ class GradientRounds:
             self._own_mean = [tensor.clone() for tensor in tensors]
         self.averager.reset_accumulated_grads_()
 
-    def end(self, control: StepControl, epoch: int, left_behind: Callable[[], bool] | None = None) -> Outcome:
+    def end(self, control: StepControl, epoch: int, left_alone: Callable[[], bool] | None = None) -> Outcome:
         """Wait for a round that was begun, and say what is in the averager's tensors.
 
-        :param left_behind: whether no other peer is in this epoch any more. A group is not looked for any longer then;
+        :param left_alone: whether no other peer is in this epoch any more. A group is not looked for any longer then;
           otherwise two peers an epoch apart would each wait in vain, in all epochs. None: it is not asked
         """
         try:
-            failure, gathered = self._wait(control, left_behind)
+            failure, gathered = self._wait(control, left_alone)
             report = control.report
             if failure is None:
                 weights = {} if report is None else dict(zip(report.members, report.weights, strict=False))
@@ -136,15 +133,13 @@ class GradientRounds:
         self.averager.notify_used_averaged_gradients()
 
     def _wait(
-        self, control: StepControl, left_behind: Callable[[], bool] | None
+        self, control: StepControl, left_alone: Callable[[], bool] | None
     ) -> tuple[str | None, Mapping[Any, Any]]:
         """Why it failed, or None; and what was gathered. A result in doubt counts as failed: see ``end``."""
         deadline = steady_time() + self._timeout
         try:
-            while left_behind is not None and not control.done() and steady_time() < deadline - GLANCE:
-                wait([control], GLANCE)
-                if left_behind() and control.stage in WITHOUT_A_GROUP and control.cancel():
-                    return "the others have ended the epoch without this peer", {}
+            if left_alone is not None and cancelled_in_vain(control, deadline, left_alone):
+                return "no other peer is in this epoch any more", {}
             try:
                 return None, control.result(max(0.0, deadline - steady_time()))
             except TimeoutError as e:

@@ -370,7 +370,7 @@ class Optimizer(Assembly):
                 self.shutdown()
 
     def _is_alone(self) -> bool:
-        return self.tracker.global_progress.num_peers <= 1
+        return self.tracker.is_alone
 
     # others
 

@@ -44,6 +44,8 @@ class Sighting:
 
     record: ProgressRecord
     seen_at: float
+    is_gone: bool = False
+    """Whether the peer has ended since. Its samples still count, as they do for others; nobody waits for it."""
 
     def age(self, now: float) -> float:
         """Seconds since the peer's report."""
@@ -67,6 +69,8 @@ class Forecast:
     """Seconds between two looks, and two records of this peer, at least."""
     companions: int = 0
     """Other peers in the epoch of this one."""
+    others_are_gone: bool = False
+    """Whether there were other peers, and all of them have ended."""
 
     def __str__(self) -> str:
         end = "at an unknown time" if math.isinf(self.eta) else f"in {figures.duration(self.eta)}"
@@ -127,6 +131,7 @@ def forecast(
     epoch = global_epoch(own.epoch, full)
     near = [sighting for sighting in plausible if abs(sighting.record.epoch - epoch) <= 1]
     reported = sum(_samples_in(epoch, sighting.record) for sighting in near)
+    near = [sighting for sighting in near if not sighting.is_gone]
     current = Sighting(own, now)
     counted = [*near, current] if abs(own.epoch - epoch) <= 1 else near
     expected = reported + _samples_in(epoch, own) + _under_way(epoch, counted, now)
@@ -143,7 +148,8 @@ def forecast(
         eta=eta,
         next_look=_next_look(eta, num_peers, pace, periods),
         pace=pace,
-        companions=sum(sighting.record.epoch == own.epoch for sighting in plausible),
+        companions=sum(sighting.record.epoch == own.epoch for sighting in plausible if not sighting.is_gone),
+        others_are_gone=bool(plausible) and all(sighting.is_gone for sighting in plausible),
     )
 
 

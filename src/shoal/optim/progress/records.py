@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 from shoal.dht.declaration_kind import DeclarationKind
 from shoal.dht.declarations import Declarations
 from shoal.dht.node import DHTNode
+from shoal.optim.progress.departures import Departures
 from shoal.optim.progress.forecast import Forecast, Periods, Sighting, forecast
 from shoal.optim.progress.shards import keys_of, levels_to_read, next_level, own_key
 from shoal.optim.progress.values import WITHDRAWN, ProgressRecord
@@ -48,6 +49,7 @@ class ProgressRecords:
         self._own: ProgressRecord | None = None
         self._reported_at = 0.0
         self._seen: dict[PeerID, Sighting] = {}
+        self._departures = Departures(node.host, self._tasks, lambda peer: peer in self._seen)
         self._num_read: int | None = None
 
     @property
@@ -83,16 +85,22 @@ class ProgressRecords:
         if level != self._level:
             self._level = level
             self._store()
-        return forecast(own, seen.values(), target=target, now=now, periods=periods)
+        gone = self._departures.gone()
+        sightings = [replace(one, is_gone=True) if peer in gone else one for peer, one in seen.items()]
+        return forecast(own, sightings, target=target, now=now, periods=periods)
 
     async def close(self) -> None:
         """Withdraw the own record, and end. Idempotent."""
+        self._departures.close()
         await self._declarations.close(WITHDRAWAL_TIMEOUT)
         await self._tasks.close()
 
     def _sighting(self, peer: PeerID, record: ProgressRecord, now: float) -> Sighting:
         known = self._seen.get(peer)
-        return known if known is not None and known.record == record else Sighting(record, now)
+        if known is not None and known.record == record:
+            return known
+        self._departures.note_life(peer)
+        return Sighting(record, now)
 
     def _store(self) -> None:
         key = own_key(self._prefix, self._peer_id, self._level)

@@ -124,7 +124,9 @@ class ProgressTracker:
         self._state = threading.Condition()
         self._ledger = Ledger(self.target_batch_size, self._periods, steady_time())
         self._pauses = self._failures = 0
-        self._left_behind = False
+        self._left_alone = False
+        self._deserted: Forecast | None = None
+        """The last look, if it has found that all others are gone: that does not wait for the end of a pause."""
         self._ended = False
         self._thread: threading.Thread | None = None
         self._daemon = check_flag("daemon", daemon)
@@ -199,12 +201,13 @@ class ProgressTracker:
         """What all peers have reported, as far as it is known here. Before the first look: the own progress."""
         with self._state:
             now, ledger, forecast = get_dht_time() - steady_time(), self._ledger, self._ledger.forecast
+            present = self._deserted or forecast
             return GlobalTrainingProgress(
                 epoch=forecast.epoch,
                 samples_accumulated=forecast.samples(ledger.epoch, ledger.samples),
                 target_batch_size=self.target_batch_size,
-                num_peers=forecast.num_peers,
-                num_clients=forecast.num_clients,
+                num_peers=present.num_peers,
+                num_clients=present.num_clients,
                 eta_next_epoch=now + ledger.forecast_at + forecast.eta,
                 next_fetch_time=now + max(ledger.agenda.next_look, ledger.forecast_at),
             )
@@ -221,13 +224,25 @@ class ProgressTracker:
             return self._ledger.is_over()
 
     @property
-    def left_behind(self) -> bool:
-        """Whether the last look, also in a pause, has found all other peers in other epochs, and the swarm ahead.
+    def left_alone(self) -> bool:
+        """Whether the last look, also in a pause, has found that no other peer is in this epoch any more: the swarm is
+        ahead, and all others are in other epochs, or they have ended.
 
         A peer that waits for a group of its epoch waits in vain then.
         """
         with self._state:
-            return self._left_behind
+            return self._left_alone
+
+    @property
+    def others_are_gone(self) -> bool:
+        """Whether the last look, also in a pause, has found that all other peers have ended."""
+        with self._state:
+            return self._deserted is not None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is nobody to average with, as far as is known."""
+        return self.global_progress.num_peers <= 1
 
     @property
     def estimated_next_update_time(self) -> float:
@@ -263,7 +278,7 @@ class ProgressTracker:
     def pause_updates(self) -> Iterator[None]:
         """While an epoch ends: the swarm's progress stands still, and time counts for nothing.
 
-        Looks go on, for :attr:`left_behind` alone.
+        Looks go on, for :attr:`left_alone` only.
         """
         with self._state:
             self._pauses += 1
@@ -292,7 +307,7 @@ class ProgressTracker:
 
     def _begin(self, epoch: int) -> None:
         self._ledger.begin(epoch, steady_time())
-        self._left_behind = False
+        self._left_alone = False
         self.fetched_global_progress_this_epoch.clear()
 
     def _next_call(self) -> tuple[Callable[[], None] | None, float | None]:
@@ -329,7 +344,9 @@ class ProgressTracker:
     def _found(self, found: Forecast, begun: int) -> None:
         with self._state:
             if begun == self._ledger.epochs_begun:
-                self._left_behind = found.epoch > self._ledger.epoch and not found.companions
+                is_behind = found.epoch > self._ledger.epoch and not found.companions
+                self._left_alone = is_behind or found.others_are_gone
+            self._deserted = found if found.others_are_gone else None
             if self._pauses:
                 self._ledger.agenda.looked(steady_time(), found)
                 return

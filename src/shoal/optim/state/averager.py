@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -20,8 +21,10 @@ from shoal.optim.state.carried import Carried
 from shoal.optim.state.holder import OptimizerFactory, OptimizerHolder, Params
 from shoal.optim.state.packing import pack
 from shoal.optim.state.rates import Rates, Scheduler, SchedulerFactory
+from shoal.optim.waiting import cancelled_in_vain
 from shoal.utils.checks import check_flag
 from shoal.utils.logging import get_logger
+from shoal.utils.timed import steady_time
 
 logger = get_logger(__name__)
 
@@ -90,6 +93,8 @@ class TrainingStateAverager(DecentralizedAverager):
         self.local_epoch = 0
         self.rewritten = 0
         """How often something else than a step of the optimizer on the caller's thread has changed the tensors."""
+        self.others_are_gone: Callable[[], bool] = lambda: False
+        """Whether nobody can come to a round any more: then no group is looked for any longer."""
         self._pending: Future[None] | None = None
         self._round_is_to_be_applied = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="shoal-training-state")
@@ -255,8 +260,14 @@ class TrainingStateAverager(DecentralizedAverager):
         elif "weight" in options:
             control.weight = options["weight"]
         control.allow_allreduce()
+        deadline = math.inf if timeout is None else steady_time() + timeout
         try:
-            gathered = control.result(timeout)
+            if cancelled_in_vain(control, deadline, self.others_are_gone):
+                logger.log(
+                    self.status_loglevel, "%s: no average of the state: all others are gone", self.prefix
+                )
+                return
+            gathered = control.result(None if timeout is None else max(0.0, deadline - steady_time()))
         except TimeoutError:
             if control.cancel():
                 logger.warning("%s: no average of the state within %s s", self.prefix, timeout)
