@@ -23,6 +23,8 @@ class EpochReport:
       background; "none": with local updates, and for auxiliaries whose round failed
     :param failure: why gradients were not averaged; None: they were, or there was nobody else
     :param state: "averaged" or "failed"; "delayed"; "equal": all members had the same parameters; "none": not due
+    :param late: what became of delayed work of earlier epochs since the report before, in words as above, under
+      "gradients" and "state". Bytes count in the epoch in which a round has ended
     :param seconds: "epoch": since the end of the one before; "gradients": its round, search included; "update":
       optimizer's step and what of the round of parameters was waited for
     """
@@ -38,19 +40,24 @@ class EpochReport:
     bytes_sent: int = 0
     bytes_received: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    late: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under flat names such as "seconds/gradients", for wandb, TensorBoard or MLflow."""
         values = asdict(self)
-        seconds = values.pop("seconds")
-        return values | {f"seconds/{phase}": value for phase, value in seconds.items()}
+        groups = {name: values.pop(name) for name in ("seconds", "late")}
+        return values | {
+            f"{name}/{key}": value for name, group in groups.items() for key, value in group.items()
+        }
 
     def __str__(self) -> str:
         loss = "" if self.loss is None else f", loss {self.loss:.4g}"
         times = ", ".join(f"{phase} {figures.duration(value)}" for phase, value in self.seconds.items())
+        late = ", ".join(f"{what} {became}" for what, became in self.late.items())
         return (
             f"epoch {self.epoch}: {self.peers} peers, {self.samples} samples ({self.local_samples} own){loss}; "
-            f"gradients {self.gradients}, state {self.state}; {times}; "
+            f"gradients {self.gradients}, state {self.state}; "
+            f"{late and f'of earlier epochs {late}; '}{times}; "
             f"{self.bytes_sent} bytes sent, {self.bytes_received} received"
         )
 

@@ -20,14 +20,19 @@ class EpochFigures:
         """Take one more epoch."""
         self._last = report
         self._counts[report.gradients] += 1
-        if report.failure is not None or report.state == "failed":
+        late = report.late.get("gradients")
+        if late is not None:
+            self._counts[late] += 1
+        failed = report.failure is not None or "failed" in (report.state, report.late.get("state"))
+        if failed or late in ("own", "skipped"):
             self._counts["failed"] += 1
 
     def figures(self, epoch: int, peers: int) -> dict[str, float]:
         """Numbers under names such as "shoal/peers".
 
         "averaged", "own" and "failed" count epochs since training began: those whose gradients were averaged, those
-        that used this peer's own, and those in which a round failed. The rest is of the last epoch that has ended.
+        that used this peer's own, and those in which a round failed. Delayed rounds count when they have ended. The
+        rest is of the last epoch.
 
         :param epoch: of this peer
         :param peers: of the swarm, this one included
