@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -251,6 +252,30 @@ def test_a_failed_round_never_updates_by_zeros(
     assert [record.levelname for record in said] == ["WARNING"]
 
 
+def test_a_late_peer_looks_for_those_that_average_in_the_background(
+    made: list[Any], dht: hivemind.DHT, swarm: Swarm, caplog: pytest.LogCaptureFixture
+):
+    """They are an epoch ahead as soon as their round begins, and would look for this peer in vain."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    opt = make(
+        made, dht, model, swarm.prefix, averaging_timeout=0.5, delay_grad_averaging=True,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1), params=model.parameters(),
+    )  # fmt: skip
+    tracker = hivemind.optim.ProgressTracker(swarm.dht(), opt.tracker.prefix, TARGET, start=True)
+    try:
+        model.weight.grad = torch.ones(1, 1)
+        opt.step()
+        tracker.report_local_progress(1, 1)
+        wait_until(lambda: opt.tracker.global_epoch == 1)
+        opt.step()
+        opt.state_averager.finish_delayed()
+    finally:
+        tracker.shutdown()
+    assert (opt.report.epoch, opt.report.gradients) == (0, "delayed")
+    [said] = [r.getMessage() for r in caplog.records if "the gradients of epoch 0" in r.getMessage()]
+    assert "no average within 0.5 s" in said or "found no group" in said
+
+
 def test_the_last_partner_is_killed_and_nobody_waits_for_it(made: list[Any], dht: hivemind.DHT, swarm: Swarm):
     """Neither in the epoch that it was killed in, though its record stands for a minute, nor in the next one."""
     killed = swarm.own_dht()
@@ -434,9 +459,11 @@ def test_peers_end_three_epochs_together(made: list[Any], swarm: Swarm, modes: d
     models[1].load_state_dict(models[0].state_dict())
     delayed = modes.get("delay_optimizer_step", False)
     opts = []
-    for dht, model in zip(dhts, models, strict=True):
+    told: list[list[hivemind.optim.EpochReport]] = [[], []]
+    for dht, model, reports in zip(dhts, models, told, strict=True):
         factory = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1), "params": model.parameters()}
-        opts.append(make(made, dht, model, swarm.prefix, **(factory if delayed else {}), **modes))
+        options = {"on_epoch": reports.append, **(factory if delayed else {}), **modes}
+        opts.append(make(made, dht, model, swarm.prefix, **options))
     together = threading.Barrier(2)
 
     def train(opt: hivemind.Optimizer, model: torch.nn.Module) -> None:
@@ -456,6 +483,9 @@ def test_peers_end_three_epochs_together(made: list[Any], swarm: Swarm, modes: d
         thread.join(90)
     assert [opt.local_epoch for opt in opts] == [EPOCHS, EPOCHS]
     assert [opt.tracker.global_epoch for opt in opts] == [EPOCHS, EPOCHS]
+    for report, following in (pair for reports in told for pair in itertools.pairwise(reports)):
+        is_told = "gradients" in following.late
+        assert is_told == (report.gradients == "delayed"), "a delayed round ends before the next one begins"
 
 
 @pytest.mark.sweep

@@ -46,3 +46,9 @@ def test_a_peer_that_meets_the_next_epoch_ends_that_one_and_no_later():
 def test_epochs_that_are_under_way_together_have_bits_of_their_own():
     assert rules.group_bits(9) == "0000000000001001"
     assert len({rules.group_bits(epoch) for epoch in range(65_530, 65_545)}) == 15
+
+
+def test_a_late_peer_looks_among_those_that_average_in_the_background_but_not_for_long():
+    assert rules.gradient_round_timeout(60.0, 5.0, True) == 10.0
+    assert rules.gradient_round_timeout(3.0, 5.0, True) == 3.0
+    assert rules.gradient_round_timeout(60.0, 5.0, False) == 60.0

@@ -35,6 +35,15 @@ def state_round_due(epoch: int, every: int, is_alone: bool, in_progress: bool) -
     return not is_alone and epoch % every == 0 and not in_progress
 
 
+def gradient_round_timeout(averaging_timeout: float, matchmaking_time: float, is_late: bool) -> float:
+    """Seconds for a round of gradients.
+
+    :param is_late: others have ended the epoch already. Those that average in the background may still look for a
+      group: a peer that comes a moment later looks among them, but not for long
+    """
+    return min(averaging_timeout, 2 * matchmaking_time) if is_late else averaging_timeout
+
+
 def group_bits(epoch: int) -> str:
     """The bits under which peers of an epoch look for a group; few epochs are under way at a time."""
     return format(epoch % (1 << EPOCH_BITS), f"0{EPOCH_BITS}b")

@@ -13,6 +13,7 @@ from shoal.averaging.report import StepReport
 from shoal.errors import AllreduceException, InvalidStateError
 from shoal.optim import epoch as rules
 from shoal.optim.gradient_rounds import GradientRounds, Outcome, digest_of
+from shoal.optim.late_work import LateWork
 from shoal.optim.report import EpochReport
 from shoal.utils.logging import get_logger
 from shoal.utils.timed import steady_time
@@ -49,6 +50,7 @@ class EpochEnd:
         self._options = optimizer.options
         self._began = steady_time()
         self._losses = self._loss_samples = 0.0
+        self._late = LateWork()
         self.report: EpochReport | None = None
 
     def note_loss(self, loss: float | None, samples: int) -> None:
@@ -81,6 +83,7 @@ class EpochEnd:
         with optimizer.tracker.pause_updates():
             if self._options.delay_optimizer_step:  # that of the last epoch uses the same buffers
                 optimizer.state_averager.finish_delayed()
+            self._late.look_at_state(optimizer.state_averager)
             began, epoch = steady_time(), optimizer.local_epoch
             progress, local = optimizer.tracker.global_progress, optimizer.local_progress.samples_accumulated
             gradients = self._average_gradients(epoch, progress.epoch)
@@ -92,7 +95,8 @@ class EpochEnd:
                 self._rounds.averager.reset_accumulated_grads_()
             optimizer.tracker.update_epoch(optimizer.local_epoch)
         now = steady_time()
-        reports = [report for report in (gradients.report, state_report) if report is not None]
+        late, late_rounds = self._late.take()
+        reports = [one for one in (gradients.report, state_report, *late_rounds) if one is not None]
         self.report = EpochReport(
             epoch=epoch,
             peers=progress.num_peers,
@@ -105,6 +109,7 @@ class EpochEnd:
             bytes_sent=sum(report.bytes_sent for report in reports),
             bytes_received=sum(report.bytes_received for report in reports),
             seconds={"epoch": now - self._began, "gradients": averaged - began, "update": now - averaged},
+            late=late,
         )
         self._began, self._losses, self._loss_samples = now, 0.0, 0.0
         logger.log(optimizer.status_loglevel, "%s: %s", optimizer.run_id, self.report)
@@ -122,17 +127,23 @@ class EpochEnd:
         if self._optimizer.tracker.is_alone and not wait:
             rounds.alone()
             return self._used(Outcome(None), "own")
-        if global_epoch > epoch and not rounds.has_group():
+        is_late = global_epoch > epoch and not rounds.has_group()
+        delayed = self._options.delay_grad_averaging
+        if is_late and not delayed:
             rounds.alone()
             outcome = Outcome("the others have ended the epoch without this peer")
             return None if wait else self._judge_and_load(outcome, epoch)
-        control = rounds.begin(epoch, self.digest)
-        if self._options.delay_grad_averaging:
+        limit = rules.gradient_round_timeout(
+            self._options.averaging_timeout, self._options.matchmaking_time, is_late
+        )
+        control = rounds.begin(epoch, self.digest, limit)
+        if delayed:
             rounds.keep_own_mean()
 
             def finish() -> None:
                 outcome = rounds.end(control, epoch, lambda: self._optimizer.tracker.others_are_gone)
                 gradients = self._judge(outcome, epoch)
+                self._late.gradients(gradients.kind, gradients.report)
                 if gradients.kind == "skipped":
                     raise AllreduceException(f"gradients were not averaged: {gradients.failure}")
                 self._load_offloaded()
@@ -235,6 +246,7 @@ class EpochEnd:
         if not round_:
             return ("equal" if equal else "none"), None
         if round_["delay_averaging"]:
+            self._late.state_begun(before)
             return "delayed", None
         report = state.last_report
         succeeded = report is not None and report is not before and report.succeeded

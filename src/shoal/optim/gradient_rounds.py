@@ -45,6 +45,8 @@ class GradientRounds:
         self.averager = averager
         self.scheduled: StepControl | None = None
         self._timeout, self._auxiliary = timeout, auxiliary
+        self._limit = timeout
+        """Seconds until the round that was begun is given up."""
         self._own_mean: list[torch.Tensor] = []
         self._begun: StepControl | None = None
 
@@ -67,12 +69,17 @@ class GradientRounds:
         control = self.scheduled
         return control is not None and not control.done() and control.stage is AveragingStage.AWAITING_TRIGGER
 
-    def begin(self, epoch: int, digest: Callable[[], bytes | None]) -> StepControl:
+    def begin(
+        self, epoch: int, digest: Callable[[], bytes | None], timeout: float | None = None
+    ) -> StepControl:
         """Let the prepared round average what is accumulated, weighted by samples; or a new one.
 
         The accumulators stay: without a group, :meth:`end` takes the own mean from there.
+
+        :param timeout: seconds until :meth:`end` gives it up; None: those of all rounds
         """
         control, self.scheduled = self.scheduled, None
+        self._limit = self._timeout if timeout is None else timeout
         options: dict[str, Any] = {"wait": False, "reset_accumulators": False}
         if self._auxiliary:
             options["weight"] = 0.0
@@ -136,7 +143,7 @@ class GradientRounds:
         self, control: StepControl, left_alone: Callable[[], bool] | None
     ) -> tuple[str | None, Mapping[Any, Any]]:
         """Why it failed, or None; and what was gathered. A result in doubt counts as failed: see ``end``."""
-        deadline = steady_time() + self._timeout
+        deadline = steady_time() + self._limit
         try:
             if left_alone is not None and cancelled_in_vain(control, deadline, left_alone):
                 return "no other peer is in this epoch any more", {}
@@ -146,7 +153,7 @@ class GradientRounds:
                 if isinstance(e, ShoalError):
                     raise
                 if control.cancel():
-                    return f"no average within {self._timeout:g} s", {}
+                    return f"no average within {self._limit:g} s", {}
                 return None, control.result()  # it has given its word: the outcome is about to follow
         except InDoubt as e:
             return f"in doubt: {e}", {}
