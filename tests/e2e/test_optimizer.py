@@ -88,6 +88,37 @@ def test_a_learning_rate_that_is_set_from_outside_counts(made: list[Any], dht: h
     assert model.weight.item() == pytest.approx(before - 0.5)
 
 
+@pytest.mark.parametrize("local", [False, True])
+def test_an_update_that_is_interrupted_counts_no_sample_twice(
+    made: list[Any], dht: hivemind.DHT, swarm: Swarm, local: bool
+):
+    """As by Ctrl+C while parameters are averaged: the epoch has ended, and its gradients are used up."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    opt = make(made, dht, model, swarm.prefix, target_batch_size=8, use_local_updates=local)
+    before = model.weight.item()
+
+    def step(gradient: float) -> None:
+        model.weight.grad = torch.full((1, 1), gradient)
+        opt.step()
+
+    def interrupted_after_the_update() -> None:
+        if opt.local_epoch == 1:
+            raise KeyboardInterrupt
+
+    step(1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opt.state_averager, "_apply_round", interrupted_after_the_update)
+        with pytest.raises(KeyboardInterrupt):
+            step(3.0)
+    assert opt.local_epoch == 1
+    step(5.0)
+    assert opt.local_progress.samples_accumulated == 4
+    if not local:
+        assert model.weight.item() == pytest.approx(before - 0.1 * 2.0)
+        step(7.0)
+        assert model.weight.item() == pytest.approx(before - 0.1 * 2.0 - 0.1 * 6.0)
+
+
 def test_the_averaged_gradient_is_clipped_and_a_closure_gives_its_loss(
     made: list[Any], dht: hivemind.DHT, swarm: Swarm
 ):

@@ -87,10 +87,15 @@ class EpochEnd:
             if gradients is None:
                 return False
             averaged = steady_time()
-            state, state_report = self._update(epoch, progress.epoch, gradients)
-            if self._rounds is not None and gradients.kind != "delayed":
-                self._rounds.averager.reset_accumulated_grads_()
-            optimizer.tracker.update_epoch(optimizer.local_epoch)
+            try:
+                state, state_report = self._update(epoch, progress.epoch, gradients)
+            finally:
+                if (
+                    optimizer.local_epoch > epoch
+                ):  # also if it was interrupted: no sample counts in two updates
+                    if self._rounds is not None and gradients.kind != "delayed":
+                        self._rounds.averager.reset_accumulated_grads_()
+                    optimizer.tracker.update_epoch(optimizer.local_epoch)
         now = steady_time()
         reports = [report for report in (gradients.report, state_report) if report is not None]
         self.report = EpochReport(

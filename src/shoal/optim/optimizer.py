@@ -24,6 +24,7 @@ from shoal.optim.gradient_rounds import GradientRounds
 from shoal.optim.gradients import GradientAveragerFactory
 from shoal.optim.model_watch import ModelWatch
 from shoal.optim.options import checked, checked_step
+from shoal.optim.parameters import are_finite
 from shoal.optim.progress.values import LocalTrainingProgress
 from shoal.optim.ranks.messages import Batch, Outcome
 from shoal.optim.ranks.parts import facts, listening_parts
@@ -169,7 +170,11 @@ class Optimizer(Assembly):
             else GradientRounds(self.grad_averager, options.averaging_timeout, options.auxiliary)
         )
         super().__init__(self.state_averager.param_groups, copy.copy(self.state_averager.optimizer.defaults))
-        self._model = ModelWatch(self._tensors_of_model(), casts=options.offload_optimizer)
+        self._model = ModelWatch(
+            self._tensors_of_model(),
+            casts=options.offload_optimizer,
+            frozen=[p for g in self.param_groups for p in g["params"] if not p.requires_grad],
+        )
         self._made = True
         self._end = EpochEnd(self, self._rounds)
         self._samples = 0
@@ -230,9 +235,13 @@ class Optimizer(Assembly):
             counts = True
             self._end.note_loss(batch.loss, batch.samples)
         while self.tracker.ready_to_update_epoch:
-            if self._end.run():
-                ended = True
-                self._begin_epoch()
+            before = self.local_epoch
+            try:
+                ended = self._end.run()
+            finally:
+                if self.local_epoch > before:  # also if it was interrupted after the update
+                    self._begin_epoch()
+            if ended:
                 break
             if self.tracker.global_epoch > self.local_epoch:
                 self._load_state(None)
@@ -287,8 +296,7 @@ class Optimizer(Assembly):
             self.grad_averager.loss_scale = scale
 
     def _gradients_are_finite(self) -> bool:
-        grads = [p.grad for p in self.state_averager.main_parameters if p.grad is not None]
-        if all(bool(torch.isfinite(grad).all()) for grad in grads):
+        if are_finite(p.grad for p in self.state_averager.main_parameters if p.grad is not None):
             return True
         logger.warning("%s: gradients have NaN or infinity: this step makes no update", self.run_id)
         return False
