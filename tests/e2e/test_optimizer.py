@@ -467,6 +467,47 @@ def test_peers_end_three_epochs_together(made: list[Any], swarm: Swarm, modes: d
 
 
 @pytest.mark.sweep
+def test_peers_that_missed_each_other_find_together_in_the_next_epoch(made: list[Any], swarm: Swarm):
+    """One comes to a round of gradients when the other has given up, and averages parameters by itself."""
+    dhts = [swarm.dht(), swarm.dht()]
+    models = [torch.nn.Linear(1, 1) for _ in dhts]
+    modes: dict[str, Any] = {"target_batch_size": 8, "averaging_timeout": 3.0, "matchmaking_time": 0.3}
+    opts = [
+        make(made, dht, model, swarm.prefix, delay_state_averaging=False, **modes)
+        for dht, model in zip(dhts, models, strict=True)
+    ]
+    kinds: list[list[str]] = [[], []]
+    gave_up = threading.Event()
+
+    def step(index: int) -> None:
+        models[index](torch.ones(4, 1)).sum().backward()
+        opts[index].step()
+        opts[index].zero_grad()
+
+    def train(index: int) -> None:
+        if index:
+            gave_up.wait(30)
+        while opts[index].local_epoch < EPOCHS:
+            before = opts[index].local_epoch
+            step(index)
+            if opts[index].local_epoch > before:
+                kinds[index].append(opts[index].report.gradients)
+
+    for index in (0, 1):
+        step(index)
+    wait_until(lambda: all(opt.tracker.global_progress.samples_accumulated == 8 for opt in opts))
+    average = opts[0].state_averager._average
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opts[0].state_averager, "_average", lambda *given: (gave_up.set(), average(*given)))
+        threads = [threading.Thread(target=train, args=(index,)) for index in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert kinds == [["own", "averaged", "averaged"]] * 2
+
+
+@pytest.mark.sweep
 def test_the_program_of_the_page_runs(tmp_path: Path):
     [program] = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE)
     script = tmp_path / "train.py"

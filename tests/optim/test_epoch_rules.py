@@ -46,3 +46,10 @@ def test_a_peer_that_meets_the_next_epoch_ends_that_one_and_no_later():
 def test_epochs_that_are_under_way_together_have_bits_of_their_own():
     assert rules.group_bits(9) == "0000000000001001"
     assert len({rules.group_bits(epoch) for epoch in range(65_530, 65_545)}) == 15
+
+
+def test_after_a_failed_round_of_gradients_one_of_parameters_is_shorter():
+    """Two peers at different places would wait for each other in turns otherwise."""
+    assert rules.state_round_timeout(60.0, 15.0, gradients_failed=False) == 60.0
+    assert rules.state_round_timeout(60.0, 15.0, gradients_failed=True) == 30.0
+    assert rules.state_round_timeout(5.0, 15.0, gradients_failed=True) == 5.0

@@ -35,6 +35,15 @@ def state_round_due(epoch: int, every: int, num_peers: int, in_progress: bool) -
     return num_peers > 1 and epoch % every == 0 and not in_progress
 
 
+def state_round_timeout(averaging_timeout: float, matchmaking_time: float, gradients_failed: bool) -> float:
+    """Seconds for a round of parameters.
+
+    Peers whose gradients were averaged come to it together. After a failed round they may be at different places, and
+    two that waited as long for parameters as for gradients would miss each other in turns, for good.
+    """
+    return min(averaging_timeout, 2 * matchmaking_time) if gradients_failed else averaging_timeout
+
+
 def group_bits(epoch: int) -> str:
     """The bits under which peers of an epoch look for a group; few epochs are under way at a time."""
     return format(epoch % (1 << EPOCH_BITS), f"0{EPOCH_BITS}b")

@@ -226,7 +226,11 @@ class EpochEnd:
                 "averaging_round": True,
                 "delay_averaging": options.delay_state_averaging or delayed_step,
                 "averaging_control": control,
-                "averaging_opts": {"timeout": options.averaging_timeout},
+                "averaging_opts": {
+                    "timeout": rules.state_round_timeout(
+                        options.averaging_timeout, options.matchmaking_time, gradients.failure is not None
+                    )
+                },
             }
         before = state.last_report
         if steps and self._rounds is not None and not options.offload_optimizer:
