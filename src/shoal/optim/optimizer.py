@@ -7,7 +7,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -37,6 +37,8 @@ from shoal.utils.logging import get_logger
 from shoal.utils.timed import get_dht_time
 
 logger = get_logger(__name__)
+
+Result = TypeVar("Result")
 
 
 class Optimizer(Assembly):
@@ -368,6 +370,17 @@ class Optimizer(Assembly):
         )  # fmt: skip
         return loaded
 
+    def at_rank_zero(self, call: str, work: Callable[[], Result]) -> Result:
+        """Do some work at rank 0, such as to look at the tracker or to end delayed work. Not in hivemind.
+
+        Among several ranks, this is a call of all: they get its result, or its error, and its changes of the model.
+
+        :param call: what this is, for the error of a rank that makes another call
+        """
+        self._check_open()
+        with self._ended_if_ranks_part():
+            return self._ranks.lead(call, work)
+
     @contextlib.contextmanager
     def _ended_if_ranks_part(self) -> Iterator[None]:
         """Without its other ranks this peer leaves the swarm."""
@@ -386,6 +399,11 @@ class Optimizer(Assembly):
     def opt(self) -> torch.optim.Optimizer:
         """The inner optimizer."""
         return self.state_averager.optimizer
+
+    @property
+    def ranks(self) -> int:
+        """How many processes are this peer."""
+        return self._ranks.size
 
     @property
     def local_progress(self) -> LocalTrainingProgress:
