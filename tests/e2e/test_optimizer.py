@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,22 @@ def test_the_averaged_gradient_is_clipped_and_a_closure_gives_its_loss(
     assert opt.local_epoch == 1
     assert torch.allclose(model.weight, before - 0.1 * torch.tensor([[0.3, 0.4]]), atol=1e-6)
     assert opt.report.loss == pytest.approx(losses[0])
+
+
+def test_a_second_thread_in_a_step_is_an_error(made: list[Any], dht: hivemind.DHT, swarm: Swarm):
+    """Two that end one epoch would update twice."""
+    model = torch.nn.Linear(1, 1)
+    opt = make(made, dht, model, swarm.prefix)
+
+    def closure() -> float:
+        with ThreadPoolExecutor(1) as pool, pytest.raises(InvalidStateError, match="one thread at a time"):
+            pool.submit(opt.step).result()
+        model(torch.ones(1, 1)).sum().backward()
+        return 1.0
+
+    assert opt.step(closure) == 1.0
+    opt.step()
+    assert opt.local_progress.samples_accumulated == 8
 
 
 def test_those_that_watch_are_told_of_each_epoch(

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -143,6 +144,7 @@ class Optimizer(Assembly):
             given = {**given, "params": as_groups(given["params"])}  # an iterator serves once
         self.options = options = checked(given, self._ranks.rank, self._ranks.size)
         self._owner_pid = os.getpid()
+        self._stepping = threading.RLock()  # on_epoch may call what it likes
         self._closed = False
         self._made = False
         self.dht: DHT = given["dht"]
@@ -204,7 +206,18 @@ class Optimizer(Assembly):
         :param grad_scaler: of torch; gradients that are not unscaled yet are unscaled by it
         :param loss: mean of the batch, for the report; it needs no closure. Not in hivemind
         :returns: what the closure returns
+        :raises InvalidStateError: another thread is in it, the optimizer was shut down, or the model is another one
         """
+        with self._alone_in_step():
+            return self._step(closure, batch_size, grad_scaler, loss)
+
+    def _step(
+        self,
+        closure: Callable[[], Any] | None,
+        batch_size: int | None,
+        grad_scaler: Any,
+        loss: float | torch.Tensor | None,
+    ) -> Any:
         self._check_open()
         self._model.check()
         samples = checked_step(
@@ -380,6 +393,15 @@ class Optimizer(Assembly):
         self._check_open()
         with self._ended_if_ranks_part():
             return self._ranks.lead(call, work)
+
+    @contextlib.contextmanager
+    def _alone_in_step(self) -> Iterator[None]:
+        if not self._stepping.acquire(blocking=False):
+            raise InvalidStateError("step() must be called by one thread at a time, and another one is in it")
+        try:
+            yield
+        finally:
+            self._stepping.release()
 
     @contextlib.contextmanager
     def _ended_if_ranks_part(self) -> Iterator[None]:
