@@ -8,6 +8,14 @@ from collections.abc import Iterator
 import pytest
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of one group share processes, and pytest-xdist must send them to one worker: it marks their names by @."""
+    grouped = [item for item in items if item.get_closest_marker("xdist_group")]
+    if getattr(config.option, "loadgroup", False) and any("@" not in item.nodeid for item in grouped):
+        raise pytest.UsageError(f"pytest {pytest.__version__} and pytest-xdist must group tests, and do not")
+
+
 @pytest.fixture(autouse=True)
 def _own_log_level() -> Iterator[None]:
     logger = logging.getLogger("shoal")

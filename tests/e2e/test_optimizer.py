@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,37 @@ def test_a_learning_rate_that_is_set_from_outside_counts(made: list[Any], dht: h
     assert model.weight.item() == pytest.approx(before - 0.5)
 
 
+@pytest.mark.parametrize("local", [False, True])
+def test_an_update_that_is_interrupted_counts_no_sample_twice(
+    made: list[Any], dht: hivemind.DHT, swarm: Swarm, local: bool
+):
+    """As by Ctrl+C while parameters are averaged: the epoch has ended, and its gradients are used up."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    opt = make(made, dht, model, swarm.prefix, target_batch_size=8, use_local_updates=local)
+    before = model.weight.item()
+
+    def step(gradient: float) -> None:
+        model.weight.grad = torch.full((1, 1), gradient)
+        opt.step()
+
+    def interrupted_after_the_update() -> None:
+        if opt.local_epoch == 1:
+            raise KeyboardInterrupt
+
+    step(1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opt.state_averager, "_apply_round", interrupted_after_the_update)
+        with pytest.raises(KeyboardInterrupt):
+            step(3.0)
+    assert opt.local_epoch == 1
+    step(5.0)
+    assert opt.local_progress.samples_accumulated == 4
+    if not local:
+        assert model.weight.item() == pytest.approx(before - 0.1 * 2.0)
+        step(7.0)
+        assert model.weight.item() == pytest.approx(before - 0.1 * 2.0 - 0.1 * 6.0)
+
+
 def test_the_averaged_gradient_is_clipped_and_a_closure_gives_its_loss(
     made: list[Any], dht: hivemind.DHT, swarm: Swarm
 ):
@@ -110,6 +142,22 @@ def test_the_averaged_gradient_is_clipped_and_a_closure_gives_its_loss(
     assert opt.local_epoch == 1
     assert torch.allclose(model.weight, before - 0.1 * torch.tensor([[0.3, 0.4]]), atol=1e-6)
     assert opt.report.loss == pytest.approx(losses[0])
+
+
+def test_a_second_thread_in_a_step_is_an_error(made: list[Any], dht: hivemind.DHT, swarm: Swarm):
+    """Two that end one epoch would update twice."""
+    model = torch.nn.Linear(1, 1)
+    opt = make(made, dht, model, swarm.prefix)
+
+    def closure() -> float:
+        with ThreadPoolExecutor(1) as pool, pytest.raises(InvalidStateError, match="one thread at a time"):
+            pool.submit(opt.step).result()
+        model(torch.ones(1, 1)).sum().backward()
+        return 1.0
+
+    assert opt.step(closure) == 1.0
+    opt.step()
+    assert opt.local_progress.samples_accumulated == 8
 
 
 def test_those_that_watch_are_told_of_each_epoch(
@@ -486,6 +534,47 @@ def test_peers_end_three_epochs_together(made: list[Any], swarm: Swarm, modes: d
     for report, following in (pair for reports in told for pair in itertools.pairwise(reports)):
         is_told = "gradients" in following.late
         assert is_told == (report.gradients == "delayed"), "a delayed round ends before the next one begins"
+
+
+@pytest.mark.sweep
+def test_peers_that_missed_each_other_find_together_in_the_next_epoch(made: list[Any], swarm: Swarm):
+    """One comes to a round of gradients when the other has given up, and averages parameters by itself."""
+    dhts = [swarm.dht(), swarm.dht()]
+    models = [torch.nn.Linear(1, 1) for _ in dhts]
+    modes: dict[str, Any] = {"target_batch_size": 8, "averaging_timeout": 3.0, "matchmaking_time": 0.3}
+    opts = [
+        make(made, dht, model, swarm.prefix, delay_state_averaging=False, **modes)
+        for dht, model in zip(dhts, models, strict=True)
+    ]
+    kinds: list[list[str]] = [[], []]
+    gave_up = threading.Event()
+
+    def step(index: int) -> None:
+        models[index](torch.ones(4, 1)).sum().backward()
+        opts[index].step()
+        opts[index].zero_grad()
+
+    def train(index: int) -> None:
+        if index:
+            gave_up.wait(30)
+        while opts[index].local_epoch < EPOCHS:
+            before = opts[index].local_epoch
+            step(index)
+            if opts[index].local_epoch > before:
+                kinds[index].append(opts[index].report.gradients)
+
+    for index in (0, 1):
+        step(index)
+    wait_until(lambda: all(opt.tracker.global_progress.samples_accumulated == 8 for opt in opts))
+    average = opts[0].state_averager._average
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opts[0].state_averager, "_average", lambda *given: (gave_up.set(), average(*given)))
+        threads = [threading.Thread(target=train, args=(index,)) for index in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert kinds == [["own", "averaged", "averaged"]] * 2
 
 
 @pytest.mark.sweep

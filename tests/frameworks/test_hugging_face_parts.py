@@ -21,11 +21,10 @@ from shoal.optim.report import EpochReport
     [
         ({"deepspeed_plugin": object()}, "deepspeed must be off"),
         ({"fsdp": ["full_shard"]}, r"fsdp must be off, got \['full_shard'\]"),
-        ({"world_size": 2}, "world_size must be 1, got 2: each process is a peer"),
     ],
 )
-def test_what_shards_or_runs_several_processes_is_refused(given: dict[str, Any], message: str):
-    fine = {"deepspeed_plugin": None, "fsdp": None, "world_size": 1}
+def test_what_shards_is_refused(given: dict[str, Any], message: str):
+    fine = {"deepspeed_plugin": None, "fsdp": None}
     check_arguments(SimpleNamespace(**fine))
     with pytest.raises(InvalidValueError, match=message):
         check_arguments(SimpleNamespace(**{**fine, **given}))

@@ -48,7 +48,8 @@ def test_epochs_that_are_under_way_together_have_bits_of_their_own():
     assert len({rules.group_bits(epoch) for epoch in range(65_530, 65_545)}) == 15
 
 
-def test_a_late_peer_looks_among_those_that_average_in_the_background_but_not_for_long():
-    assert rules.gradient_round_timeout(60.0, 5.0, True) == 10.0
-    assert rules.gradient_round_timeout(3.0, 5.0, True) == 3.0
-    assert rules.gradient_round_timeout(60.0, 5.0, False) == 60.0
+def test_rounds_are_shorter_where_the_others_may_be_elsewhere():
+    """Two peers at different places would wait for each other in turns otherwise."""
+    assert rules.round_timeout(60.0, 15.0, may_be_elsewhere=False) == 60.0
+    assert rules.round_timeout(60.0, 15.0, may_be_elsewhere=True) == 30.0
+    assert rules.round_timeout(5.0, 15.0, may_be_elsewhere=True) == 5.0

@@ -8,6 +8,7 @@ import pytest
 
 from shoal.averaging.commands import AveragingStage
 from shoal.averaging.trainer.control import Steering, StepControl
+from shoal.errors import MatchmakingException
 from shoal.optim.epoch import group_bits
 from shoal.optim.gradient_rounds import GradientRounds
 
@@ -74,3 +75,28 @@ def test_a_peer_that_all_have_left_alone_looks_for_no_group(found: bool):
     wanted = "no average within 0.5 s" if found else "no other peer is in this epoch any more"
     assert outcome.failure == wanted
     assert averager.asked[-2:] == ["own mean", "used"]
+
+
+class Slow(Noting):
+    """Its copies of the gradients take as long as is left to a prepared search."""
+
+    def step(self, control: StepControl | None = None, **options: Any) -> StepControl:
+        if control is not None:
+            control.fail(MatchmakingException("found no group"))
+            control.weight = 4.0
+        return super().step(control, **options)
+
+
+def test_a_prepared_search_that_ends_while_gradients_are_copied_is_replaced():
+    """It was an error out of the user's step(). One that is let go is no error, either."""
+    averager = Slow()
+    rounds = GradientRounds(cast("Any", averager), 5.0, auxiliary=False)
+    rounds.prepare(0.0, 3, None)
+    control = rounds.begin(3, lambda: None)
+    assert not control.done()
+    assert averager.asked == [group_bits(3), "prepare", group_bits(3), "step"]
+    assert control.cancel()
+    rounds.prepare(0.0, 4, None)
+    rounds.drop(others=True)
+    assert rounds.scheduled is None
+    assert averager.asked[-1] == "prepare"

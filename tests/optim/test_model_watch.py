@@ -166,3 +166,15 @@ def test_what_an_optimizer_keeps_follows_its_parameters_to_another_device():
     for state in moved.state.values():
         assert state["exp_avg"].device.type == "meta"
         assert state["step"].device.type == "cpu"
+
+
+def test_a_parameter_that_is_trained_and_not_averaged_is_named():
+    """It was frozen when the optimizer was made, which leaves such parameters out of all rounds."""
+    model = make()
+    model[0].weight.requires_grad_(False)
+    watched = ModelWatch(dict(model.named_parameters()), False, frozen=[model[0].weight])
+    backward(model)
+    watched.check(after_backward=True)
+    model[0].weight.requires_grad_(True)
+    with pytest.raises(InvalidStateError, match=r"1 parameters were frozen .* the first of shape \[2, 2\]"):
+        watched.check()

@@ -35,13 +35,14 @@ def state_round_due(epoch: int, every: int, is_alone: bool, in_progress: bool) -
     return not is_alone and epoch % every == 0 and not in_progress
 
 
-def gradient_round_timeout(averaging_timeout: float, matchmaking_time: float, is_late: bool) -> float:
-    """Seconds for a round of gradients.
+def round_timeout(averaging_timeout: float, matchmaking_time: float, may_be_elsewhere: bool) -> float:
+    """Seconds for a round of gradients or parameters.
 
-    :param is_late: others have ended the epoch already. Those that average in the background may still look for a
-      group: a peer that comes a moment later looks among them, but not for long
+    :param may_be_elsewhere: whether the others may look for no such group any more, or not yet: they have ended the
+      epoch already, or gradients were not averaged. Two peers that waited as long for parameters as for gradients would
+      miss each other in turns, for good
     """
-    return min(averaging_timeout, 2 * matchmaking_time) if is_late else averaging_timeout
+    return min(averaging_timeout, 2 * matchmaking_time) if may_be_elsewhere else averaging_timeout
 
 
 def group_bits(epoch: int) -> str:

@@ -90,10 +90,15 @@ class EpochEnd:
             if gradients is None:
                 return False
             averaged = steady_time()
-            state, state_report = self._update(epoch, progress.epoch, gradients)
-            if self._rounds is not None and gradients.kind != "delayed":
-                self._rounds.averager.reset_accumulated_grads_()
-            optimizer.tracker.update_epoch(optimizer.local_epoch)
+            try:
+                state, state_report = self._update(epoch, progress.epoch, gradients)
+            finally:
+                if (
+                    optimizer.local_epoch > epoch
+                ):  # also if it was interrupted: no sample counts in two updates
+                    if self._rounds is not None and gradients.kind != "delayed":
+                        self._rounds.averager.reset_accumulated_grads_()
+                    optimizer.tracker.update_epoch(optimizer.local_epoch)
         now = steady_time()
         late, late_rounds = self._late.take()
         reports = [one for one in (gradients.report, state_report, *late_rounds) if one is not None]
@@ -133,9 +138,7 @@ class EpochEnd:
             rounds.alone()
             outcome = Outcome("the others have ended the epoch without this peer")
             return None if wait else self._judge_and_load(outcome, epoch)
-        limit = rules.gradient_round_timeout(
-            self._options.averaging_timeout, self._options.matchmaking_time, is_late
-        )
+        limit = rules.round_timeout(self._options.averaging_timeout, self._options.matchmaking_time, is_late)
         control = rounds.begin(epoch, self.digest, limit)
         if delayed:
             rounds.keep_own_mean()
@@ -232,7 +235,11 @@ class EpochEnd:
                 "averaging_round": True,
                 "delay_averaging": options.delay_state_averaging or delayed_step,
                 "averaging_control": control,
-                "averaging_opts": {"timeout": options.averaging_timeout},
+                "averaging_opts": {
+                    "timeout": rules.round_timeout(
+                        options.averaging_timeout, options.matchmaking_time, gradients.failure is not None
+                    )
+                },
             }
         before = state.last_report
         if steps and self._rounds is not None and not options.offload_optimizer:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from shoal.errors import InvalidTypeError
+from shoal.optim.parameters import are_finite
 from shoal.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -89,9 +90,7 @@ class GradScaler(torch.amp.GradScaler):
         """
         with self._steering:
             if not use_cached or id(optimizer) not in self._finite:
-                self._finite[id(optimizer)] = all(
-                    bool(torch.isfinite(g).all()) for g in _gradients(optimizer)
-                )
+                self._finite[id(optimizer)] = are_finite(_gradients(optimizer))
             return self._finite[id(optimizer)]
 
 

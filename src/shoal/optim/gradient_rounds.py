@@ -13,7 +13,7 @@ import torch
 from shoal.averaging.commands import AveragingStage
 from shoal.averaging.report import StepReport
 from shoal.averaging.trainer.control import StepControl
-from shoal.errors import InDoubt, ShoalError
+from shoal.errors import InDoubt, InvalidStateError, ShoalError
 from shoal.optim.epoch import ended_epoch, group_bits, mixed_epochs, parameters_agree
 from shoal.optim.gradients import GradientAverager
 from shoal.optim.waiting import cancelled_in_vain
@@ -83,15 +83,14 @@ class GradientRounds:
         options: dict[str, Any] = {"wait": False, "reset_accumulators": False}
         if self._auxiliary:
             options["weight"] = 0.0
-        if control is None or control.done():
+        if control is None or not self._serves(control, **options):
             self._look_among_peers_of(epoch)
             told = {"epoch": epoch, "digest": digest()}
             begun = self.averager.step(timeout=self._timeout, gather=told, **options)
-        else:
-            begun = self.averager.step(control=control, **options)
-        assert isinstance(begun, StepControl)
-        self._begun = begun
-        return begun
+            assert isinstance(begun, StepControl)
+            control = begun
+        self._begun = control
+        return control
 
     def keep_own_mean(self) -> None:
         """Clear the accumulators before :meth:`end`; the own mean is kept aside until then."""
@@ -134,10 +133,23 @@ class GradientRounds:
             return
         if not others:
             control.cancel()
-            return
-        self._begun = control
-        self.averager.step(control=control, weight=0.0, reset_accumulators=False, wait=False)
-        self.averager.notify_used_averaged_gradients()
+        elif self._serves(control, weight=0.0, reset_accumulators=False, wait=False):
+            self._begun = control
+            self.averager.notify_used_averaged_gradients()
+
+    def _serves(self, control: StepControl, **options: Any) -> bool:
+        """Begin a prepared round, unless it has ended. Its search may end at any time, also while tensors are copied
+        for it.
+        """
+        if control.done():
+            return False
+        try:
+            self.averager.step(control=control, **options)
+        except InvalidStateError:
+            if not control.done():
+                raise
+            return False
+        return True
 
     def _wait(
         self, control: StepControl, left_alone: Callable[[], bool] | None

@@ -14,7 +14,7 @@ from shoal.averaging.trainer.control import StepControl
 from shoal.averaging.trainer.shared_buffers import SharedBuffers
 from shoal.dht.dht import DHT
 from shoal.errors import InvalidStateError, InvalidValueError, ShoalError
-from shoal.optim.parameters import trained_parameters
+from shoal.optim.parameters import are_finite, trained_parameters
 from shoal.p2p.identity import PeerID
 from shoal.utils.checks import check_flag, check_number
 from shoal.utils.logging import get_logger
@@ -252,7 +252,8 @@ class GradientAverager(DecentralizedAverager):
     def use_averaged_gradients(self) -> Iterator[list[torch.Tensor]]:
         """Within this block, ``param.grad`` are the averaged gradients, on the parameters' devices and of their dtypes.
 
-        After a failed round they are this peer's own mean.
+        After a failed round they are this peer's own mean. Parameters that were frozen since the averager was made have
+        none, so that an optimizer leaves them alone.
         """
         self._last_step = None
         before = [parameter.grad for parameter in self.parameters]
@@ -260,7 +261,7 @@ class GradientAverager(DecentralizedAverager):
             grads = [g.to(p.device, p.dtype) for g, p in zip(averaged, self.parameters, strict=True)]
             try:
                 for parameter, grad in zip(self.parameters, grads, strict=True):
-                    parameter.grad = grad
+                    parameter.grad = grad if parameter.requires_grad else None
                 yield grads
             finally:
                 for parameter, grad_before in zip(self.parameters, before, strict=True):
@@ -289,8 +290,7 @@ class GradientAverager(DecentralizedAverager):
         return grads
 
     def _check_finite(self, batch_size: int) -> bool:
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        if all(bool(torch.isfinite(grad).all()) for grad in grads):
+        if are_finite(p.grad for p in self.parameters if p.grad is not None):
             return True
         lost = batch_size
         if self.reuse_grad_buffers:

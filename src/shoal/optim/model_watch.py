@@ -45,10 +45,14 @@ class ModelWatch:
 
     :param tensors: the model's own, by name
     :param casts: whether dtypes may change, since the optimizer works on copies
+    :param frozen: the optimizer's parameters that did not require grad: they are not averaged, and so must stay frozen
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], casts: bool) -> None:
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], casts: bool, frozen: Iterable[torch.Tensor] = ()
+    ) -> None:
         self._names, self._tensors, self._casts = tuple(tensors), tuple(tensors.values()), casts
+        self._frozen = tuple(frozen)
         self._kinds = [(tuple(t.shape), t.dtype) for t in self._tensors]
         self._places = _find(enumerate(self._tensors))
 
@@ -78,6 +82,13 @@ class ModelWatch:
             )
 
     def _check_kinds(self) -> None:
+        thawed = [tuple(tensor.shape) for tensor in self._frozen if tensor.requires_grad]
+        if thawed:
+            raise InvalidStateError(
+                f"{len(thawed)} parameters were frozen when the optimizer was made and require grad now, the first of "
+                f"shape {list(thawed[0])}: this peer would train them alone. {_ADVICE}, or freeze them after the "
+                "optimizer was made"
+            )
         for name, tensor, (shape, dtype) in zip(self._names, self._tensors, self._kinds, strict=True):
             if tensor.shape != shape or (tensor.dtype != dtype and not self._casts):
                 raise InvalidStateError(

@@ -6,8 +6,9 @@ import contextlib
 import copy
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -24,6 +25,7 @@ from shoal.optim.gradient_rounds import GradientRounds
 from shoal.optim.gradients import GradientAveragerFactory
 from shoal.optim.model_watch import ModelWatch
 from shoal.optim.options import checked, checked_step
+from shoal.optim.parameters import are_finite
 from shoal.optim.progress.values import LocalTrainingProgress
 from shoal.optim.ranks.messages import Batch, Outcome
 from shoal.optim.ranks.parts import facts, listening_parts
@@ -36,6 +38,8 @@ from shoal.utils.logging import get_logger
 from shoal.utils.timed import get_dht_time
 
 logger = get_logger(__name__)
+
+Result = TypeVar("Result")
 
 
 class Optimizer(Assembly):
@@ -140,6 +144,7 @@ class Optimizer(Assembly):
             given = {**given, "params": as_groups(given["params"])}  # an iterator serves once
         self.options = options = checked(given, self._ranks.rank, self._ranks.size)
         self._owner_pid = os.getpid()
+        self._stepping = threading.RLock()  # on_epoch may call what it likes
         self._closed = False
         self._made = False
         self.dht: DHT = given["dht"]
@@ -169,7 +174,11 @@ class Optimizer(Assembly):
             else GradientRounds(self.grad_averager, options.averaging_timeout, options.auxiliary)
         )
         super().__init__(self.state_averager.param_groups, copy.copy(self.state_averager.optimizer.defaults))
-        self._model = ModelWatch(self._tensors_of_model(), casts=options.offload_optimizer)
+        self._model = ModelWatch(
+            self._tensors_of_model(),
+            casts=options.offload_optimizer,
+            frozen=[p for g in self.param_groups for p in g["params"] if not p.requires_grad],
+        )
         self._made = True
         self._end = EpochEnd(self, self._rounds)
         self._samples = 0
@@ -197,7 +206,18 @@ class Optimizer(Assembly):
         :param grad_scaler: of torch; gradients that are not unscaled yet are unscaled by it
         :param loss: mean of the batch, for the report; it needs no closure. Not in hivemind
         :returns: what the closure returns
+        :raises InvalidStateError: another thread is in it, the optimizer was shut down, or the model is another one
         """
+        with self._alone_in_step():
+            return self._step(closure, batch_size, grad_scaler, loss)
+
+    def _step(
+        self,
+        closure: Callable[[], Any] | None,
+        batch_size: int | None,
+        grad_scaler: Any,
+        loss: float | torch.Tensor | None,
+    ) -> Any:
         self._check_open()
         self._model.check()
         samples = checked_step(
@@ -230,9 +250,13 @@ class Optimizer(Assembly):
             counts = True
             self._end.note_loss(batch.loss, batch.samples)
         while self.tracker.ready_to_update_epoch:
-            if self._end.run():
-                ended = True
-                self._begin_epoch()
+            before = self.local_epoch
+            try:
+                ended = self._end.run()
+            finally:
+                if self.local_epoch > before:  # also if it was interrupted after the update
+                    self._begin_epoch()
+            if ended:
                 break
             if self.tracker.global_epoch > self.local_epoch:
                 self._load_state(None)
@@ -287,8 +311,7 @@ class Optimizer(Assembly):
             self.grad_averager.loss_scale = scale
 
     def _gradients_are_finite(self) -> bool:
-        grads = [p.grad for p in self.state_averager.main_parameters if p.grad is not None]
-        if all(bool(torch.isfinite(grad).all()) for grad in grads):
+        if are_finite(p.grad for p in self.state_averager.main_parameters if p.grad is not None):
             return True
         logger.warning("%s: gradients have NaN or infinity: this step makes no update", self.run_id)
         return False
@@ -360,6 +383,26 @@ class Optimizer(Assembly):
         )  # fmt: skip
         return loaded
 
+    def at_rank_zero(self, call: str, work: Callable[[], Result]) -> Result:
+        """Do some work at rank 0, such as to look at the tracker or to end delayed work. Not in hivemind.
+
+        Among several ranks, this is a call of all: they get its result, or its error, and its changes of the model.
+
+        :param call: what this is, for the error of a rank that makes another call
+        """
+        self._check_open()
+        with self._ended_if_ranks_part():
+            return self._ranks.lead(call, work)
+
+    @contextlib.contextmanager
+    def _alone_in_step(self) -> Iterator[None]:
+        if not self._stepping.acquire(blocking=False):
+            raise InvalidStateError("step() must be called by one thread at a time, and another one is in it")
+        try:
+            yield
+        finally:
+            self._stepping.release()
+
     @contextlib.contextmanager
     def _ended_if_ranks_part(self) -> Iterator[None]:
         """Without its other ranks this peer leaves the swarm."""
@@ -378,6 +421,11 @@ class Optimizer(Assembly):
     def opt(self) -> torch.optim.Optimizer:
         """The inner optimizer."""
         return self.state_averager.optimizer
+
+    @property
+    def ranks(self) -> int:
+        """How many processes are this peer."""
+        return self._ranks.size
 
     @property
     def local_progress(self) -> LocalTrainingProgress:

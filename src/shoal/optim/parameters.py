@@ -1,4 +1,4 @@
-"""Which parameters of a model are trained, and so averaged."""
+"""Which parameters of a model are trained, and so averaged; and what their gradients have."""
 
 from __future__ import annotations
 
@@ -31,3 +31,13 @@ def trained_parameters(parameters: Iterable[torch.nn.Parameter]) -> tuple[torch.
     if not found:
         raise InvalidValueError("parameters must have at least one that requires grad, got none")
     return tuple(found.values())
+
+
+def values_of(gradient: torch.Tensor) -> torch.Tensor:
+    """All values of a gradient; of a sparse one, as embeddings have it, those that it has."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def are_finite(gradients: Iterable[torch.Tensor]) -> bool:
+    """Whether none has NaN or infinity."""
+    return all(bool(torch.isfinite(values_of(gradient)).all()) for gradient in gradients)

@@ -12,7 +12,7 @@ import torch
 
 from shoal.averaging.partition import Layout
 from shoal.averaging.trainer.tensors import TensorStore
-from shoal.averaging.trainer.writable import first_read_only
+from shoal.averaging.trainer.writable import OBJECT_WORDS, _is_bytes, first_read_only
 from shoal.errors import InvalidStateError, InvalidValueError
 
 SIZE = 3000
@@ -111,3 +111,12 @@ def test_looking_leaves_no_file_open(weights_file):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert first_read_only([tensor] * 3) is None
+
+
+def test_a_table_of_objects_with_the_type_bytes_in_it_is_no_bytes_object():
+    """Its next word is an address. As a size it would reach every tensor, and refuse one by chance."""
+    place, inside = 1 << 20, (1 << 20) + 4096
+    words = [1, id(bytes), 8192, *[0] * (OBJECT_WORDS - 3)]
+    assert _is_bytes(words, place, inside)
+    words[2] = id(words)
+    assert not _is_bytes(words, place, inside)

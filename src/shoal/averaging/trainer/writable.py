@@ -38,6 +38,10 @@ DEPTH = 4
 MOST_READS = 100
 """Of one tensor: enough for what torch, numpy and DLPack put between a storage and its owner."""
 
+MOST_BYTES = 1 << 40
+"""Of one ``bytes`` object. A list or table of objects that has the type ``bytes`` in it would pass for one otherwise:
+an address in place of its size, which is larger, seems to reach every tensor."""
+
 _HEADER = object.__basicsize__
 _BYTES_DATA = bytes.__basicsize__ - 1
 _ARRAY_DATA = _HEADER
@@ -163,8 +167,8 @@ def _is_array(words: Sequence[int], kinds: set[int], address: int) -> bool:
 def _is_bytes(words: Sequence[int], place: int, address: int) -> bool:
     if len(words) < OBJECT_WORDS or words[_HEADER // WORD - 1] != id(bytes):
         return False
-    first = place + _BYTES_DATA
-    return first <= address < first + words[_HEADER // WORD]
+    first, size = place + _BYTES_DATA, words[_HEADER // WORD]
+    return size < MOST_BYTES and first <= address < first + size
 
 
 def _with_subclasses(kind: type[Any]) -> Iterator[type[Any]]:

@@ -104,7 +104,8 @@ class ShoalCallback(TrainerCallback):  # type: ignore[misc] # transformers has t
         training = self._training
         if training is not None:
             training.samples.begin_step()
-            training.counted = training.optimizer.local_progress.samples_accumulated
+            if args.process_index == 0:
+                training.counted = training.optimizer.local_progress.samples_accumulated
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Count those of its next batch."""
@@ -116,12 +117,14 @@ class ShoalCallback(TrainerCallback):  # type: ignore[misc] # transformers has t
         training = self._training
         if training is None:
             return
-        report = training.optimizer.report
+        optimizer, report = training.optimizer, training.optimizer.report
         if report is not None and report is not training.last:
             training.last = report
             training.figures.note(report)
             self._keep_finite(training)
-        elif training.optimizer.local_progress.samples_accumulated == training.counted:
+        elif optimizer.at_rank_zero(
+            "the end of a step", lambda: optimizer.local_progress.samples_accumulated == training.counted
+        ):
             self._keep_finite(training)  # the gradients were left out: those of a diverged model have NaN
         if self.stop_at_epoch is not None and training.optimizer.local_epoch >= self.stop_at_epoch:
             control.should_training_stop = True
@@ -134,7 +137,7 @@ class ShoalCallback(TrainerCallback):  # type: ignore[misc] # transformers has t
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **given: Any) -> None:
         """Add the swarm's figures to the Trainer's; those of an evaluation get the epoch alone."""
         training = self._training
-        if training is None or logs is None:
+        if training is None or logs is None or args.process_index > 0:
             return
         optimizer = training.optimizer
         figures = training.figures.figures(optimizer.local_epoch, optimizer.tracker.global_progress.num_peers)
@@ -162,13 +165,14 @@ class ShoalCallback(TrainerCallback):  # type: ignore[misc] # transformers has t
             # Others need not wait while this peer evaluates, saves and loads its best model.
             self._leave(training)
         elif control.should_save or control.should_evaluate:
-            training.optimizer.state_averager.finish_delayed()
+            _finish_delayed(training.optimizer)
 
     def _leave(self, training: _Training) -> None:
+        optimizer = training.optimizer
+        if optimizer.is_alive() and (optimizer.ranks > 1 or not self.shutdown):
+            _finish_delayed(optimizer)  # that of a shutdown reaches the model of rank 0 alone
         if self.shutdown:
-            training.optimizer.shutdown()
-        elif training.optimizer.is_alive():
-            training.optimizer.state_averager.finish_delayed()
+            optimizer.shutdown()
 
     def _end_counting(self) -> None:
         if self._training is not None:
@@ -176,9 +180,10 @@ class ShoalCallback(TrainerCallback):  # type: ignore[misc] # transformers has t
 
     def _keep_finite(self, training: _Training) -> None:
         optimizer = training.optimizer
-        if not is_finite(optimizer):
+        if not _is_finite(optimizer):
             self._recover(training)
         elif self._backup_is_due(training):
+            _finish_delayed(optimizer)
             training.backup = Backup(optimizer)
 
     def _backup_is_due(self, training: _Training) -> bool:
@@ -195,7 +200,7 @@ class ShoalCallback(TrainerCallback):  # type: ignore[misc] # transformers has t
             optimizer.run_id, optimizer.local_epoch,
         )  # fmt: skip
         optimizer.load_state_from_peers()
-        if is_finite(optimizer):
+        if _is_finite(optimizer):
             return
         if backup is None:
             raise InvalidStateError(
@@ -204,6 +209,15 @@ class ShoalCallback(TrainerCallback):  # type: ignore[misc] # transformers has t
             )
         backup.restore(optimizer)
         logger.warning("%s: parameters and statistics are those of epoch %d", optimizer.run_id, backup.epoch)
+
+
+def _is_finite(optimizer: Optimizer) -> bool:
+    """Of rank 0, whose model is that of all: ranks that judged for themselves might part."""
+    return optimizer.at_rank_zero("a look for NaN", lambda: is_finite(optimizer))
+
+
+def _finish_delayed(optimizer: Optimizer) -> None:
+    optimizer.at_rank_zero("the end of delayed work", optimizer.state_averager.finish_delayed)
 
 
 def _step_size(args: Any, batch_size: int) -> int:

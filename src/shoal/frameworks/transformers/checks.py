@@ -30,7 +30,7 @@ def find_optimizer(given: Any) -> Optimizer:
 
 
 def check_arguments(args: Any) -> None:
-    """Refuse what shards the model, or runs several processes for one.
+    """Refuse what shards the model.
 
     :param args: ``transformers.TrainingArguments``
     :raises InvalidValueError: a peer cannot be trained like this
@@ -45,19 +45,20 @@ def check_arguments(args: Any) -> None:
             f"fsdp must be off, got {args.fsdp!r}: it shards the parameters that Shoal averages as a whole. Train one "
             "process a peer without it"
         )
-    if args.world_size > 1:
-        raise InvalidValueError(
-            f"world_size must be 1, got {args.world_size}: each process is a peer of its own. Start each with python "
-            "instead of torchrun or accelerate launch"
-        )
 
 
 def check_optimizer(optimizer: Optimizer, args: Any, batch_size: int) -> None:
     """Refuse modes that a Trainer would spoil.
 
     :param batch_size: samples of one step of the Trainer
-    :raises InvalidValueError: a mode that does not go with a Trainer, or another batch size
+    :raises InvalidValueError: a mode that does not go with a Trainer, or another batch size or number of processes
     """
+    if optimizer.ranks != args.world_size:
+        raise InvalidValueError(
+            f"shoal.Optimizer must be made by all {args.world_size} processes of the Trainer as one peer, got "
+            f"{optimizer.ranks}: make TrainingArguments first, which begins torch.distributed, then a DHT at rank 0 "
+            "alone, and give dht=None at the others"
+        )
     if optimizer.options.reuse_grad_buffers:
         raise InvalidValueError(
             "reuse_grad_buffers must be False with a Trainer, which clears the gradients after each step"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from shoal.errors import InvalidStateError, InvalidValueError, RankError
+from shoal.optim.parameters import values_of
 from shoal.optim.report import EpochReport
 
 PRINTED = 4096
@@ -119,7 +120,7 @@ def prints(parameters: Sequence[torch.Tensor]) -> tuple[float, ...]:
     for index in range(len(parameters) - 1, -1, -1):
         grad = parameters[index].grad
         if grad is not None:
-            begin = grad.detach().reshape(-1)[:PRINTED].double()
+            begin = values_of(grad.detach()).reshape(-1)[:PRINTED].double()
             return (float(index), *torch.stack([begin.sum(), begin.norm()]).tolist())
     return ()
 

@@ -65,8 +65,8 @@ class OptimizerHolder:
         ]
         self.model_parameters = tuple(model for model, _ in pairs)
         self.parameters = tuple(inner for _, inner in pairs)
-        if self._model_groups is not None:
-            self.hyperparameters_to_model()
+        self._agreed: list[Group] = []  # hyperparameters as both last had them
+        self._hyperparameters_as_loaded()
         self.gradients = tuple(torch.zeros_like(p) for p in self.parameters) if offload else ()
         if initialize or (initialize is None and not has_tensors(self.optimizer)):
             initialize_state(self.optimizer)
@@ -78,14 +78,21 @@ class OptimizerHolder:
         return self.optimizer.param_groups if self._model_groups is None else self._model_groups
 
     def hyperparameters_to_model(self) -> None:
-        """The scheduler, or a state that was loaded, has set those of the inner optimizer."""
+        """The scheduler, or the optimizer itself, has set those of the inner optimizer."""
         if self._model_groups is not None:
-            _copy_hyperparameters(self.optimizer.param_groups, self._model_groups)
+            _hand_on(self.optimizer.param_groups, self._model_groups, self._agreed)
 
     def hyperparameters_from_model(self) -> None:
-        """The user may have set those of the model."""
+        """The user may have set those of the model; what the optimizer counts in its groups stays."""
         if self._model_groups is not None:
-            _copy_hyperparameters(self._model_groups, self.optimizer.param_groups)
+            _hand_on(self._model_groups, self.optimizer.param_groups, self._agreed)
+
+    def _hyperparameters_as_loaded(self) -> None:
+        """Those of the inner optimizer hold, whatever was set before."""
+        if self._model_groups is not None:
+            self._agreed = [_hyperparameters(group) for group in self.optimizer.param_groups]
+            for group, values in zip(self._model_groups, self._agreed, strict=True):
+                group.update(values)
 
     def follow_parameters(self) -> None:
         """Bring what the optimizer keeps for each parameter to its device: the model may have been moved."""
@@ -102,7 +109,8 @@ class OptimizerHolder:
         for inner, model, grad in zip(self.parameters, self.model_parameters, self.gradients, strict=True):
             if not custom:
                 grad.zero_() if model.grad is None else grad.copy_(model.grad)
-            inner.grad = grad  # the optimizer's zero_grad() may have taken it away
+            # The optimizer's zero_grad() may have taken it away. Without one it leaves a parameter alone.
+            inner.grad = grad if model.requires_grad else None
 
     @torch.no_grad()
     def parameters_to_model(self) -> None:
@@ -163,7 +171,7 @@ class OptimizerHolder:
         for group, loaded in zip(groups, self.optimizer.param_groups, strict=True):
             group.update(loaded)
         self.optimizer.param_groups = groups
-        self.hyperparameters_to_model()
+        self._hyperparameters_as_loaded()
 
 
 def as_groups(params: Params) -> list[Group]:
@@ -220,6 +228,8 @@ def initialize_state(optimizer: torch.optim.Optimizer) -> None:
     finally:
         for group, before in zip(optimizer.param_groups, groups, strict=True):
             group.update(before)
+            for name in group.keys() - before.keys():  # such as a counter that a first step makes
+                del group[name]
         for group, own in zip(groups, copies, strict=True):
             for parameter, copied in zip(group["params"], own, strict=True):
                 if copied in optimizer.state:
@@ -256,6 +266,20 @@ def _copy_of(parameter: torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 
-def _copy_hyperparameters(source: list[Group], target: list[Group]) -> None:
-    for taken, given in zip(source, target, strict=True):
-        given.update({name: value for name, value in taken.items() if name != "params"})
+def _hyperparameters(group: Group) -> Group:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def _hand_on(source: list[Group], target: list[Group], agreed: list[Group]) -> None:
+    """Give ``target`` what has changed in ``source`` since both last agreed, and nothing else."""
+    for taken, given, before in zip(source, target, agreed, strict=True):
+        for name, value in _hyperparameters(taken).items():
+            if name not in before or not _is_same(value, before[name]):
+                given[name] = before[name] = value
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    plain = (bool, int, float, str, tuple)
+    return isinstance(one, plain) and isinstance(other, plain) and one == other

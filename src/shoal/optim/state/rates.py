@@ -27,7 +27,6 @@ class Rates:
     def __init__(self, holder: OptimizerHolder, scheduler: Scheduler | SchedulerFactory | None) -> None:
         self._holder = holder
         self.scheduler = None if scheduler is None else _made(scheduler, holder.optimizer)
-        self._moved = True
         self.publish()
 
     def follow(self, epoch: int) -> None:
@@ -38,7 +37,6 @@ class Rates:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             while self.scheduler.last_epoch < epoch:
                 self.scheduler.step()
-                self._moved = True
 
     def count_to(self, epoch: int) -> None:
         """As :meth:`follow`, for groups that were loaded: their rates have these steps in them, which must not count
@@ -49,14 +47,11 @@ class Rates:
         self.follow(epoch)
         for group, values in zip(groups, loaded, strict=True):
             group.update(values)
-        self._moved = True
         self.publish()
 
     def publish(self) -> None:
         """Give the model's groups what has changed."""
-        if self._moved:
-            self._moved = False
-            self._holder.hyperparameters_to_model()
+        self._holder.hyperparameters_to_model()
 
 
 def _made(scheduler: Scheduler | SchedulerFactory, optimizer: torch.optim.Optimizer) -> Scheduler:
