@@ -21,9 +21,9 @@ from shoal.averaging.lineage import NO_LINEAGE, Lineage, lineage_problem
 from shoal.errors import InvalidValueError, ProtocolViolation
 from shoal.p2p.identity import Identity, PeerID, verify
 from shoal.utils import figures
-from shoal.utils.structs import NamedStruct
+from shoal.utils.structs import AgreedStruct
 
-MEMBER_DOMAIN = b"shoal.averaging.member.v2"
+MEMBER_DOMAIN = b"shoal.averaging.member.v3"
 SCHEMA_HASH_BYTES = 32
 NONCE_BYTES = 16
 GROUP_ID_BYTES = 16
@@ -76,7 +76,7 @@ AveragingMode = PeerMode
 """The name that users of hivemind know."""
 
 
-class MemberInfo(NamedStruct, frozen=True):
+class MemberInfo(AgreedStruct, frozen=True):
     """What one member says of itself to one leader."""
 
     peer_id: bytes
@@ -106,7 +106,7 @@ class MemberInfo(NamedStruct, frozen=True):
     """Ids of peers that it could not reach lately; see :mod:`.matchmaking.apart`."""
 
 
-class SignedMemberInfo(NamedStruct, frozen=True):
+class SignedMemberInfo(AgreedStruct, frozen=True):
     """An encoded :class:`MemberInfo` and its member's signature over exactly these bytes."""
 
     info: bytes

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from shoal.dht.marks import mark_of, split_marks
 from shoal.dht.storage import PLAIN, Entry, Record, StorageLimits
 from shoal.dht.types import ValueWithExpiration
 from shoal.dht.validation import CompositeValidator, DHTRecord
@@ -25,6 +26,10 @@ from shoal.utils.text import printable
 logger = logging.getLogger(__name__)
 
 MAX_CACHED_BYTES = 16 * 1024 * 1024
+SEEN_MARKS = 2
+"""Of so many entries for a sub-key, the latest to come, it is known that they have been here."""
+SPARE_MARKS = 64
+"""Marks of entries that are gone are kept up to so many more than twice the entries."""
 
 
 class KnownRecord:
@@ -37,6 +42,8 @@ class KnownRecord:
         self._sequences: dict[PeerID, int] = {}
         self._decoded: dict[bytes, tuple[Entry, Any, ValueWithExpiration]] = {}
         self._changes = 0
+        self._marks: dict[bytes, tuple[bytes, ...]] = {}
+        """Of the latest two entries for each sub-key, also of those that were refused: a node may be behind."""
 
     def known_of(self, peer: PeerID) -> int:
         """Up to which change of its record this peer's entries are known."""
@@ -52,7 +59,10 @@ class KnownRecord:
         """Take in what one node answered; ``check`` decodes an entry, or refuses it by None."""
         for subkey, entry in entries:
             held = self._decoded.get(subkey)
-            if (held is not None and held[0] == entry) or self.record.accepts(subkey, entry) is not None:
+            if held is not None and held[0] == entry:
+                continue
+            self._note_mark(subkey, entry)
+            if self.record.accepts(subkey, entry) is not None:
                 continue
             decoded = check(DHTRecord(self.record.key, subkey or None, entry.value, entry.expiration))
             if decoded is None:
@@ -60,10 +70,33 @@ class KnownRecord:
             self._changes += 1
             self.record.put(subkey, entry, self._changes)
             self._decoded[subkey] = (entry, *decoded)
+        self.note_known(source, sequence)
+
+    def note_known(self, source: PeerID, sequence: int) -> None:
+        """The entries of this node are known up to this change."""
         self._sequences.pop(source, None)
         self._sequences[source] = sequence
         if len(self._sequences) > 64:
             del self._sequences[next(iter(self._sequences))]
+
+    def lacking(self, marks: bytes) -> list[bytes]:
+        """Those of these marks whose entries have never been here."""
+        named = split_marks(marks)
+        if not named:
+            return []
+        seen = {mark for some in self._marks.values() for mark in some}
+        return [mark for mark in named if mark not in seen]
+
+    def _note_mark(self, subkey: bytes, entry: Entry) -> None:
+        mark = mark_of(subkey, entry.value, entry.expiration)
+        before = self._marks.pop(subkey, ())
+        if mark not in before:
+            before = (*before[1 - SEEN_MARKS :], mark)
+        self._marks[subkey] = before
+        if len(self._marks) > 2 * len(self.record.entries) + SPARE_MARKS:
+            self._marks = {
+                subkey: some for subkey, some in self._marks.items() if subkey in self.record.entries
+            }
 
     def shrink(self, max_subkeys: int, max_size: int) -> None:
         """Forget entries, those that expire first before the others, until the record is within its limits."""

@@ -102,14 +102,19 @@ class Declarations(Generic[T]):
         if name in self._renewals:
             self._renewals[name].changed.set()
 
-    async def read(self, name: str, *, replicas: int | None = None) -> tuple[tuple[PeerID, T], ...]:
+    async def read(
+        self, name: str, *, replicas: int | None = None, when_answered: Callable[[], None] | None = None
+    ) -> tuple[tuple[PeerID, T], ...]:
         """The latest declarations of all peers under ``name``; unreadable ones are left out.
 
         :param replicas: ask so many of the nodes that keep the record, since it is read often; None: all of them
-
+        :param when_answered: as of :meth:`.DHTNode.get`
         :raises ShoalError: the DHT could not be asked
         """
-        return self._kind.all_in(await self._node.get(protected_key(name), latest=True, replicas=replicas))
+        found = await self._node.get(
+            protected_key(name), latest=True, replicas=replicas, when_answered=when_answered
+        )
+        return self._kind.all_in(found)
 
     async def close(self, timeout: float) -> None:
         """Renew nothing any more, and withdraw what was kept. Idempotent.

@@ -11,6 +11,7 @@ from typing import Annotated
 from msgspec import Meta, field
 
 from shoal.dht.ids import ID_BYTES
+from shoal.dht.marks import MARK_BYTES
 from shoal.p2p.rpc import Method
 from shoal.utils.structs import CompactStruct
 
@@ -25,6 +26,7 @@ KnownNodes = Annotated[bytes, Meta(max_length=MAX_KNOWN_BYTES)]
 KeyBytes = Annotated[bytes, Meta(min_length=1, max_length=4096)]
 SubkeyBytes = Annotated[bytes, Meta(max_length=4096)]
 Reason = Annotated[str, Meta(max_length=500)]
+Marks = Annotated[bytes, Meta(max_length=MAX_ENTRIES * MARK_BYTES)]
 
 
 class Contact(CompactStruct, frozen=True):
@@ -57,6 +59,10 @@ class FindRequest(CompactStruct, frozen=True):
     want_record: bool = False
     after: int = 0
     """Only entries that were put after this change (of an earlier answer of the same node)."""
+    marks_only: bool = False
+    """Name the entries by their marks, since another node is asked for them: most often it has the same."""
+    wanted: Marks = b""
+    """Only the entries with these marks, if there are any here."""
 
 
 class FindResponse(CompactStruct, frozen=True):
@@ -66,6 +72,8 @@ class FindResponse(CompactStruct, frozen=True):
     entries: Annotated[list[StoredEntry], Meta(max_length=MAX_ENTRIES)] = field(default_factory=list)
     sequence: int = 0
     """The latest change of the record: the next request's ``after``. 0 where there is no record."""
+    marks: Marks = b""
+    """Of the new entries, where only these were asked for."""
 
 
 class StoreRequest(CompactStruct, frozen=True):

@@ -205,7 +205,12 @@ class DHTNode:
         return stored
 
     async def get(
-        self, key: Any, latest: bool = False, *, replicas: int | None = None
+        self,
+        key: Any,
+        latest: bool = False,
+        *,
+        replicas: int | None = None,
+        when_answered: Callable[[], None] | None = None,
     ) -> ValueWithExpiration | None:
         """The value stored under a key, or None.
 
@@ -214,11 +219,20 @@ class DHTNode:
         the same key again and again costs little. Values are shared between callers: do not change them.
 
         :param replicas: with ``latest=True``: ask so many of the nodes that keep the record; None: all of them
+        :param when_answered: called when the nodes have answered; after that they are only asked for what one of them
+            has and others lack
         """
-        return await self.get_serialized(MSGPackSerializer.dumps(key), latest, replicas=replicas)
+        return await self.get_serialized(
+            MSGPackSerializer.dumps(key), latest, replicas=replicas, when_answered=when_answered
+        )
 
     async def get_serialized(
-        self, key: bytes, latest: bool = False, *, replicas: int | None = None
+        self,
+        key: bytes,
+        latest: bool = False,
+        *,
+        replicas: int | None = None,
+        when_answered: Callable[[], None] | None = None,
     ) -> ValueWithExpiration | None:
         """As :meth:`get`, for a key that was serialized by MSGPackSerializer already."""
         self._check_open()
@@ -230,8 +244,10 @@ class DHTNode:
                 if expires_soon and self.config.cache_refresh_before_expiry:
                     self._start_get(identifier, key, latest=True)
                 return cached
-        if not self.config.reuse_get_requests:
-            return await self._records.get(identifier, key, latest=latest, replicas=replicas)
+        if when_answered is not None or not self.config.reuse_get_requests:
+            return await self._records.get(
+                identifier, key, latest=latest, replicas=replicas, when_answered=when_answered
+            )
         task = self._start_get(identifier, key, latest, replicas)
         try:
             return await asyncio.shield(task)

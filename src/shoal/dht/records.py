@@ -12,12 +12,14 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from shoal.dht.cache import KnownRecord, RecordCache
 from shoal.dht.config import DHTConfig
 from shoal.dht.ids import id_to_bytes, node_id
 from shoal.dht.lookup import Answer, Lookup
 from shoal.dht.lookup_core import LookupCore
+from shoal.dht.marks import join_marks
 from shoal.dht.messages import FIND, STORE, FindRequest, StoredEntry, StoreRequest
 from shoal.dht.neighbours import Neighbours
 from shoal.dht.storage import Entry, Storage
@@ -30,6 +32,19 @@ logger = logging.getLogger(__name__)
 
 ROUTE_MAX_AGE = 30.0
 MAX_ROUTES = 1024
+
+
+def _nothing() -> None:
+    """Nobody waits for the answers."""
+
+
+@dataclass(frozen=True)
+class _Marked:
+    """What a node has named by marks, up to a change of its record."""
+
+    peer: PeerID
+    marks: bytes
+    sequence: int
 
 
 class Records:
@@ -115,11 +130,18 @@ class Records:
             self._is_unheard = True
 
     async def get(
-        self, identifier: int, key: bytes, *, latest: bool, replicas: int | None = None
+        self,
+        identifier: int,
+        key: bytes,
+        *,
+        latest: bool,
+        replicas: int | None = None,
+        when_answered: Callable[[], None] | None = None,
     ) -> ValueWithExpiration | None:
         """The first valid value that is found; or, if ``latest``, the freshest of all nearest nodes, merged.
 
         :param replicas: of how many of the nearest nodes, this one not counted; None: of all that keep the record
+        :param when_answered: called when they have answered, before what some have and others lack is got from them
         """
         known = self._cache.open(identifier, key)
         found = self._merge_own(identifier, known)
@@ -128,24 +150,29 @@ class Records:
             if value is not None:
                 return value
         seeds, settled = self._remembered(identifier)
-        width = self._config.num_replicas
-        if replicas is not None:
-            # What lies here is no answer of another node, which may know more.
-            keeps_it = self._own in self._nearest_of([self._own, *seeds], identifier)
-            width = min(width, replicas + keeps_it)
+        width = self._width(identifier, seeds, replicas)
         parallel = width if latest else min(2, self._config.parallel_rpc)
         if not settled:
             parallel = self._config.parallel_rpc
         core = self._make_core(identifier, seeds, width, parallel)
         lacking: list[PeerID] = []
+        marked: list[_Marked] = []
+        # One node that most probably keeps the record gives what is new; of the others, marks will do.
+        marks_only = False
 
         async def ask(peer: PeerID) -> Answer:
-            nonlocal found
-            request = self._find_request(core, want_record=True, after=known.known_of(peer))
+            nonlocal found, marks_only
+            request = self._find_request(
+                core, want_record=True, after=known.known_of(peer), marks_only=marks_only
+            )
+            marks_only = latest and settled
             response = await self._neighbours.call(peer, FIND, request)
             if response is None:
                 return None
-            if response.sequence:
+            if response.sequence and request.marks_only:
+                marked.append(_Marked(peer, response.marks, response.sequence))
+                found = True
+            elif response.sequence:
                 entries = [(e.subkey, Entry(e.value, e.expiration)) for e in response.entries]
                 self._cache.merge(identifier, known, peer, entries, response.sequence)
                 found = True
@@ -157,6 +184,8 @@ class Records:
 
         lookup = Lookup(core, ask)
         await lookup.run()
+        (when_answered or _nothing)()
+        await self._get_marked(identifier, known, marked)
         value = known.value(self._clock()) if found else None
         if core.finished and (replicas is None or not settled):
             self._remember_route(identifier, core)
@@ -165,6 +194,14 @@ class Records:
             if not latest:
                 self._leave_copies(key, known, [peer for peer in core.nearest_answered() if peer in lacking])
         return value
+
+    def _width(self, identifier: int, seeds: list[PeerID], replicas: int | None) -> int:
+        """How many of the nearest nodes have to answer, this one included."""
+        if replicas is None:
+            return self._config.num_replicas
+        # What lies here is no answer of another node, which may know more.
+        keeps_it = self._own in self._nearest_of([self._own, *seeds], identifier)
+        return min(self._config.num_replicas, replicas + keeps_it)
 
     def cached(self, identifier: int) -> ValueWithExpiration | None:
         """A recent answer, if there is one that is still valid."""
@@ -197,7 +234,49 @@ class Records:
             max_nodes_per_answer=self._config.bucket_size,
         )
 
-    def _find_request(self, core: LookupCore, want_record: bool = False, after: int = 0) -> FindRequest:
+    async def _get_marked(self, identifier: int, known: KnownRecord, marked: list[_Marked]) -> None:
+        """Get what nodes have named by marks and is not known: each entry from one node, then from all others that
+        named it.
+        """
+        asked: set[tuple[PeerID, bytes]] = set()
+        for from_all in (False, True):
+            wanted: dict[PeerID, list[bytes]] = {}
+            taken: set[bytes] = set()
+            for one in marked:
+                lacking = [mark for mark in known.lacking(one.marks) if mark not in taken]
+                lacking = [mark for mark in lacking if (one.peer, mark) not in asked]
+                if lacking:
+                    wanted[one.peer] = lacking
+                    asked.update((one.peer, mark) for mark in lacking)
+                    taken.update(() if from_all else lacking)
+            if not wanted:
+                break
+            await asyncio.gather(
+                *(self._get_wanted(identifier, known, peer, marks) for peer, marks in wanted.items())
+            )
+        for one in marked:
+            if not known.lacking(one.marks):
+                known.note_known(one.peer, one.sequence)
+
+    async def _get_wanted(
+        self, identifier: int, known: KnownRecord, peer: PeerID, marks: list[bytes]
+    ) -> None:
+        before = known.known_of(peer)
+        request = FindRequest(
+            id_to_bytes(identifier),
+            self._neighbours.listening,
+            want_record=True,
+            after=before,
+            wanted=join_marks(marks),
+        )
+        response = await self._neighbours.call(peer, FIND, request)
+        if response is not None:
+            entries = [(e.subkey, Entry(e.value, e.expiration)) for e in response.entries]
+            self._cache.merge(identifier, known, peer, entries, before)
+
+    def _find_request(
+        self, core: LookupCore, *, want_record: bool = False, after: int = 0, marks_only: bool = False
+    ) -> FindRequest:
         return FindRequest(
             id_to_bytes(core.target),
             self._neighbours.listening,
@@ -205,6 +284,7 @@ class Records:
             self._config.bucket_size,
             want_record,
             after,
+            marks_only,
         )
 
     def _known_prefixes(self, core: LookupCore) -> bytes:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 from shoal.dht.ids import id_from_bytes, key_id, node_id
+from shoal.dht.marks import join_marks, split_marks
 from shoal.dht.messages import (
     FIND,
     STORE,
@@ -68,10 +69,14 @@ class NodeServer:
         record = self._storage.get(target, self._clock()) if request.want_record else None
         if record is None:
             return FindResponse(nodes)
-        entries = [
-            StoredEntry(subkey, entry.value, entry.expiration)
-            for subkey, entry in record.changes_since(request.after)
-        ]
+        changes = record.changes_since(request.after)
+        if request.marks_only:
+            marks = join_marks(record.mark(subkey) for subkey, _ in changes)
+            return FindResponse(nodes, sequence=record.sequence, marks=marks)
+        if request.wanted:
+            wanted = set(split_marks(request.wanted))
+            changes = [(subkey, entry) for subkey, entry in changes if record.mark(subkey) in wanted]
+        entries = [StoredEntry(subkey, entry.value, entry.expiration) for subkey, entry in changes]
         return FindResponse(nodes, entries, record.sequence)
 
     async def _answer_store(self, peer: PeerID, request: StoreRequest) -> StoreResponse:

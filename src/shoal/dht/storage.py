@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shoal.dht.ids import key_id
+from shoal.dht.marks import mark_of
 from shoal.utils import figures
 
 PLAIN = b""
@@ -42,7 +43,7 @@ class Entry:
 class Record:
     """All that is known of one key: the entries by serialized sub-key, or one entry at :data:`PLAIN`."""
 
-    __slots__ = ("_changed_at", "entries", "key", "sequence", "size")
+    __slots__ = ("_changed_at", "_marks", "entries", "key", "sequence", "size")
 
     def __init__(self, key: bytes) -> None:
         self.key = key
@@ -52,6 +53,8 @@ class Record:
         self.sequence = 0
         """The number of the latest change."""
         self._changed_at: dict[bytes, int] = {}
+        self._marks: dict[bytes, bytes] = {}
+        """Of those entries for which it was asked."""
 
     @property
     def is_plain(self) -> bool:
@@ -99,18 +102,28 @@ class Record:
         entry = self.entries.pop(subkey, None)
         if entry is not None:
             del self._changed_at[subkey]
+            self._marks.pop(subkey, None)
             self.size -= len(subkey) + len(entry.value)
 
     def clear(self) -> None:
         """Forget all entries."""
         self.entries.clear()
         self._changed_at.clear()
+        self._marks.clear()
         self.size = 0
 
     def remove_expired(self, now: float) -> None:
         """Forget the entries that have expired."""
         for subkey in [subkey for subkey, entry in self.entries.items() if entry.expiration <= now]:
             self.remove(subkey)
+
+    def mark(self, subkey: bytes) -> bytes:
+        """The mark of the entry there."""
+        mark = self._marks.get(subkey)
+        if mark is None:
+            entry = self.entries[subkey]
+            mark = self._marks[subkey] = mark_of(subkey, entry.value, entry.expiration)
+        return mark
 
     def changes_since(self, sequence: int) -> list[tuple[bytes, Entry]]:
         """The entries put after change ``sequence``; all, if that number is of another life of the node."""

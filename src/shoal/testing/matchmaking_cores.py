@@ -54,7 +54,14 @@ from shoal.averaging.matchmaking.group_bits import GroupBits
 from shoal.averaging.matchmaking.group_keys import GroupKeys
 from shoal.averaging.matchmaking.matchmaker import REGROUP
 from shoal.averaging.matchmaking.memory import HELD_ITS_FOLLOWER, FailureMemory
-from shoal.averaging.matchmaking.messages import Accepted, Declaration, DeclaredState, Redirect, Rejected
+from shoal.averaging.matchmaking.messages import (
+    Accepted,
+    Declaration,
+    DeclaredState,
+    Redirect,
+    Rejected,
+    search_marks,
+)
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN, Known
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.p2p.identity import Identity, PeerID
@@ -273,7 +280,7 @@ class SwarmOfCores:
                     SCHEMA,
                     peer.mode,
                     (),
-                    group,
+                    search_marks(group),
                     lineage=me.lineage,
                     lost=me.lost,
                     swarm_round=peer.swarm_round,

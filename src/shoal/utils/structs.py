@@ -1,4 +1,4 @@
-"""The three forms of what peers send each other, as bases of :class:`msgspec.Struct` classes. Pure.
+"""The four forms of what peers send each other, as bases of :class:`msgspec.Struct` classes. Pure.
 
 All are frozen. What a peer sent is decoded in one pass that checks types and bounds; afterwards nobody changes it.
 Subclasses repeat ``frozen=True``, since type checkers do not know that msgspec inherits it.
@@ -14,6 +14,13 @@ class CompactStruct(msgspec.Struct, frozen=True, array_like=True):
 
     It grows at its end. An older peer ignores fields that it does not know, so a new field has a default for peers that
     do not send it yet.
+    """
+
+
+class AgreedStruct(CompactStruct, frozen=True, forbid_unknown_fields=True):
+    """As a :class:`CompactStruct`, for what a peer declares or signs, and others act on alike, many times in a round.
+
+    A field that the receiver does not know is an error, as in a :class:`NamedStruct`.
     """
 
 

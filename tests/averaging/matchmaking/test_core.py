@@ -46,6 +46,7 @@ from shoal.averaging.matchmaking.messages import (
     Rejected,
     RejectReason,
     SearchId,
+    search_marks,
 )
 from shoal.averaging.matchmaking.states import SearchState
 from shoal.averaging.matchmaking.story import StoryTeller
@@ -117,7 +118,7 @@ class Driver:
 def declared(
     number: int, *, state=DeclaredState.LOOKING, schema=SCHEMA, mode=PeerMode.FULL, group=(), start=START
 ):
-    return IDS[number], Declaration(start, state, schema, mode, (f"address {number}",), group)
+    return IDS[number], Declaration(start, state, schema, mode, (f"address {number}",), search_marks(group))
 
 
 def search(number: int, start: float = START) -> SearchId:

@@ -15,6 +15,7 @@ from shoal.averaging.matchmaking.messages import (
     SearchId,
     decode_declaration,
     encode_declaration,
+    search_marks,
 )
 from shoal.averaging.matchmaking.view import (
     HEARSAY_AT_LEAST,
@@ -33,7 +34,7 @@ ME, LEADER, MEMBER = (Candidate(float(i), make_identity(f"peer {i}").peer_id, Tr
 
 def declaration(peer: Candidate, state: DeclaredState, *group: Candidate) -> tuple:
     members = tuple(SearchId(member.peer_id.to_bytes(), member.start_time) for member in group)
-    return peer.peer_id, Declaration(peer.start_time, state, HASH, PeerMode.FULL, (), members)
+    return peer.peer_id, Declaration(peer.start_time, state, HASH, PeerMode.FULL, (), search_marks(members))
 
 
 LEADER_BEGAN = declaration(LEADER, DeclaredState.TAKEN, LEADER, MEMBER)

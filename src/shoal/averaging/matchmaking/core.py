@@ -155,7 +155,7 @@ class SearchCore:
         self._times.declare_again = now + states.DECLARE_RETRY
 
     def _on_polled(self, event: ev.Polled, now: float) -> None:
-        other_schema = self._view.take_in(event.peers, event.began_at, now)
+        other_schema = self._view.take_in(event.peers, event.began_at, now, event.seconds)
         declared = dict(event.peers)
         for peer_id in other_schema:
             if self.story.saw_other_schema(peer_id):
@@ -423,6 +423,8 @@ class SearchCore:
     def _end(self, now: float) -> None:
         self._leave(self._asking.end())
         self._dismiss_all(msg.Dismissed(msg.DismissReason.SEARCH_ENDED))
+        # Planning without those that another group holds hides that no group of all is of use.
+        self.story.plan = why_no_average(self._view.declared()) or self.story.plan
         explanation = self.story.explain(now, self._view.candidates(now), self.me.peer_id)
         self._move(SearchState.ENDED)
         self._effects.append(ev.Declare(msg.DeclaredState.TAKEN))

@@ -79,6 +79,8 @@ class Polled:
 
     began_at: float
     peers: tuple[tuple[PeerID, Declaration], ...]
+    seconds: float | None = None
+    """That the DHT took to answer, without those in which it gave what one node lacked; None: that is not known."""
 
 
 @dataclass(frozen=True)

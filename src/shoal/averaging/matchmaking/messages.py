@@ -8,7 +8,11 @@ either side goes away. A follower that goes away before it has finished its side
 from __future__ import annotations
 
 import enum
+import functools
+import hashlib
 import math
+import struct
+from collections.abc import Iterable
 
 import msgspec
 
@@ -26,7 +30,10 @@ from shoal.averaging.lineage import NO_LINEAGE, Lineage, lineage_problem
 from shoal.errors import InvalidValueError, ProtocolViolation
 from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Method
-from shoal.utils.structs import CompactStruct, Message, NamedStruct
+from shoal.utils.structs import AgreedStruct, CompactStruct, Message
+
+SEARCH_MARK_BYTES = 6
+MARKS_REMEMBERED = 8192
 
 
 class RejectReason(enum.StrEnum):
@@ -82,6 +89,18 @@ class SearchId(CompactStruct, frozen=True, order=True):
 
     peer_id: bytes
     start_time: float
+
+
+def search_marks(searches: Iterable[SearchId]) -> bytes:
+    """One after the other: what stands for a search where it only is to be recognised."""
+    return b"".join(search_mark(search.peer_id, search.start_time) for search in searches)
+
+
+@functools.lru_cache(maxsize=MARKS_REMEMBERED)
+def search_mark(peer_id: bytes, start_time: float) -> bytes:
+    """Of one search. Another one may have the same by ill will, and is planned without for a moment then."""
+    head = struct.pack(">d", start_time)
+    return hashlib.blake2b(head + peer_id, digest_size=SEARCH_MARK_BYTES).digest()
 
 
 class JoinRequest(Message, frozen=True):
@@ -165,7 +184,7 @@ class DeclaredState(enum.StrEnum):
     TAKEN = "taken"
 
 
-class Declaration(NamedStruct, frozen=True):
+class Declaration(AgreedStruct, frozen=True):
     """A peer under its group key; stored with the peer's id as sub-key, so that the DHT checks its signature."""
 
     start_time: float
@@ -175,8 +194,9 @@ class Declaration(NamedStruct, frozen=True):
     schema_hash: bytes
     mode: PeerMode
     addresses: tuple[str, ...]
-    group: tuple[SearchId, ...] = ()
-    """If taken: who is in its group. One record that is seen takes all of them out of a plan at once."""
+    group: bytes = b""
+    """If taken: the marks of the searches in its group. One record that is seen takes all of them out of a plan at
+    once."""
     grid_round: int = 0
     """As in :class:`~shoal.averaging.group.MemberInfo`, like the next two."""
     lineage: Lineage = NO_LINEAGE
@@ -210,20 +230,19 @@ def decode_declaration(raw: object) -> Declaration:
         and 0 <= declaration.swarm_round <= MAX_ROUND
     ):
         raise InvalidValueError("a declaration with a field out of bounds")
+    members, rest = divmod(len(declaration.group), SEARCH_MARK_BYTES)
+    if members > MAX_DECLARED_MEMBERS or rest:
+        raise InvalidValueError(f"a declaration of a group of {members} members and {rest} bytes")
     problem = lineage_problem(declaration.lineage)
     if problem:
         raise InvalidValueError(f"a declaration with a {problem}")
-    try:
-        check_searches(declaration.group, MAX_DECLARED_MEMBERS)
-    except ProtocolViolation as e:
-        raise InvalidValueError(f"a declaration of a group: {e}") from e
     return declaration
 
 
-def check_searches(members: tuple[SearchId, ...], limit: int = MAX_GROUP_SIZE) -> None:
+def check_searches(members: tuple[SearchId, ...]) -> None:
     """:raises ProtocolViolation: they cannot be the members of a group"""
-    if len(members) > limit:
-        raise ProtocolViolation(f"a group of {len(members)} members; at most {limit} are allowed")
+    if len(members) > MAX_GROUP_SIZE:
+        raise ProtocolViolation(f"a group of {len(members)} members; at most {MAX_GROUP_SIZE} are allowed")
     for member in members:
         peer_id_of(member.peer_id)
         if not math.isfinite(member.start_time):

@@ -11,7 +11,7 @@ from shoal.averaging.group import NONCE_BYTES, MemberInfo, PeerMode, SignedMembe
 from shoal.averaging.matchmaking.declarations import DECLARATION_LIFETIME, SEARCHES
 from shoal.averaging.matchmaking.events import Place
 from shoal.averaging.matchmaking.families import Station, why_stand_back
-from shoal.averaging.matchmaking.messages import Declaration, DeclaredState, SearchId
+from shoal.averaging.matchmaking.messages import Declaration, DeclaredState, SearchId, search_marks
 from shoal.averaging.matchmaking.schemas import OtherSchemas
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.dht.declarations import Declarations
@@ -116,7 +116,7 @@ class LocalPeer:
             schema_hash=self.schema_hash,
             mode=mode,
             addresses=self.addresses(),
-            group=group,
+            group=search_marks(group),
             grid_round=place.grid_round,
             lineage=place.lineage,
             lost=place.lost,

@@ -275,10 +275,13 @@ class Search:
         began_at, place = self.now(), self.place
         self._polls += 1
         replicas = 1 if place.expects and self._polls % ASK_ALL_EVERY else None
+        answered_at: list[float] = []
         result: Polled | PollFailed
         try:
-            declared = await self._peer.declarations.read(place.key, replicas=replicas)
-            result = Polled(began_at, declared)
+            declared = await self._peer.declarations.read(
+                place.key, replicas=replicas, when_answered=lambda: answered_at.append(self.now())
+            )
+            result = Polled(began_at, declared, answered_at[0] - began_at if answered_at else None)
             self._peer.look_at(declared)
         except ShoalError as e:
             result = PollFailed(str(e))

@@ -10,7 +10,14 @@ from types import MappingProxyType
 
 from shoal.averaging.matchmaking.candidate import Candidate, in_order
 from shoal.averaging.matchmaking.latecomers import is_stale, still_missing
-from shoal.averaging.matchmaking.messages import Declaration, DeclaredState, SearchId
+from shoal.averaging.matchmaking.messages import (
+    SEARCH_MARK_BYTES,
+    Declaration,
+    DeclaredState,
+    SearchId,
+    search_mark,
+    search_marks,
+)
 from shoal.p2p.identity import PeerID
 
 FASTEST_POLL = 0.01
@@ -107,8 +114,8 @@ class View:
         self._grouped: set[PeerID] = set()
         """Who was in a group at the latest poll, by its own word."""
         self._left_out: dict[PeerID, _LeftOut] = {}
-        self._hearsay: dict[tuple[PeerID, float], _LeftOut] = {}
-        """Peers and the start times of their searches, of which others have said that they have a group."""
+        self._hearsay: dict[bytes, _LeftOut] = {}
+        """The marks of searches of which others have said that they have a group."""
         self._stalled: dict[PeerID, float] = {} if before is None else before._stalled
         """Leaders that kept this search waiting, and until when they are left out: also at another place."""
         self._last_seen: dict[PeerID, float] = {}
@@ -128,10 +135,17 @@ class View:
     # ---- who is there
 
     def take_in(
-        self, peers: Iterable[tuple[PeerID, Declaration]], began_at: float, now: float
+        self,
+        peers: Iterable[tuple[PeerID, Declaration]],
+        began_at: float,
+        now: float,
+        seconds: float | None = None,
     ) -> list[PeerID]:
-        """Replace what was declared before by the result of a poll; return the peers of another schema."""
-        self.note_latency(now - began_at)
+        """Replace what was declared before by the result of a poll; return the peers of another schema.
+
+        :param seconds: that the DHT took to answer, if not the whole poll
+        """
+        self.note_latency(now - began_at if seconds is None else seconds)
         self._last_poll_began = began_at
         self.schedule_poll(now)
         # What is not declared any more has expired: its peer is gone.
@@ -162,7 +176,7 @@ class View:
                 self._declared[peer_id] = (candidate, declaration)
                 self.note_seen(candidate, now)
         for group in groups:
-            self.leave_out_group(group, math.inf, now)
+            self._leave_out_marked(group, math.inf, now)
         return other_schema
 
     def _was_here(self, peer_id: PeerID, taken: Declaration) -> bool:
@@ -251,6 +265,10 @@ class View:
         found[self._me.peer_id] = self._me
         return sorted(found.values(), key=in_order)
 
+    def declared(self) -> list[Candidate]:
+        """This peer and all that were declared at the latest poll, with a group or without."""
+        return [self._me, *self._busy, *(candidate for candidate, _ in self._declared.values())]
+
     def everybody(self, now: float) -> list[Candidate]:
         """The candidates, and who is busy now and may look for a group again."""
         return sorted(
@@ -314,15 +332,18 @@ class View:
         others' own can be seen: a member that never heard of the beginning, because the leader died in it, goes on
         looking; and who lies can hide nobody for long, nor fill memory.
         """
+        self._leave_out_marked(search_marks(members), until, now, is_looking=is_looking)
+
+    def _leave_out_marked(self, marks: bytes, until: float, now: float, *, is_looking: bool = False) -> None:
         ends = min(until, now + self._hearsay_lasts)
-        for member in members:
-            search = (PeerID.from_bytes(member.peer_id), member.start_time)
-            before = self._hearsay.get(search)
-            if search[0] != self._me.peer_id and (before is None or before.is_looking):
-                self._hearsay[search] = _LeftOut(member.start_time, ends, is_looking)
+        for start in range(0, len(marks), SEARCH_MARK_BYTES):
+            mark = marks[start : start + SEARCH_MARK_BYTES]
+            before = self._hearsay.get(mark)
+            if before is None or before.is_looking:
+                self._hearsay[mark] = _LeftOut(math.inf, ends, is_looking)
         if len(self._hearsay) > MAX_HEARSAY:
-            seen = self._last_seen.items() & self._hearsay.keys()
-            self._hearsay = {search: self._hearsay[search] for search in seen}
+            seen = {_mark(peer_id, start_time) for peer_id, start_time in self._last_seen.items()}
+            self._hearsay = {mark: one for mark, one in self._hearsay.items() if mark in seen}
 
     @property
     def _hearsay_lasts(self) -> float:
@@ -331,9 +352,9 @@ class View:
     def take_back(self, candidate: Candidate) -> None:
         """Plan with ``candidate`` again: it has shown that it lives and looks for a group."""
         self._left_out.pop(candidate.peer_id, None)
-        search = (candidate.peer_id, candidate.start_time)
-        if search in self._hearsay:
-            self._hearsay[search] = replace(self._hearsay[search], until=-math.inf)
+        mark = _mark(candidate.peer_id, candidate.start_time)
+        if mark in self._hearsay:
+            self._hearsay[mark] = replace(self._hearsay[mark], until=-math.inf)
 
     def may_ask(self, leader: PeerID, now: float) -> bool:
         """Whether to follow somebody's advice to ask ``leader``, who need not be visible here."""
@@ -345,7 +366,7 @@ class View:
         """Why; that it has a group which has begun counts more than that its group was full."""
         if now < self._stalled.get(peer_id, -math.inf):
             return _LeftOut(start_time, self._stalled[peer_id], is_looking=False)
-        left_out, rumour = self._left_out.get(peer_id), self._hearsay.get((peer_id, start_time))
+        left_out, rumour = self._left_out.get(peer_id), self._hearsay.get(_mark(peer_id, start_time))
         reasons = (
             one for one in (left_out, rumour) if one and now < one.until and start_time <= one.start_time
         )
@@ -424,6 +445,10 @@ class View:
     def poll_when_starters_visible(self, now: float) -> None:
         if not self.is_polling:
             self.next_poll = max(now, self._starters_visible_at())
+
+
+def _mark(peer_id: PeerID, start_time: float) -> bytes:
+    return search_mark(peer_id.to_bytes(), start_time)
 
 
 def _candidate(peer_id: PeerID, declaration: Declaration) -> Candidate:
