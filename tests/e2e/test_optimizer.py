@@ -300,6 +300,28 @@ def test_a_failed_round_never_updates_by_zeros(
     assert [record.levelname for record in said] == ["WARNING"]
 
 
+def test_a_local_update_that_raises_counts_for_nothing(made: list[Any], dht: hivemind.DHT, swarm: Swarm):
+    class Failing(torch.optim.SGD):
+        fails = False
+
+        def step(self, closure: Any = None) -> Any:
+            if self.fails:
+                raise ValueError("out of luck")
+            return super().step(closure)
+
+    model = torch.nn.Linear(1, 1, bias=False)
+    inner = Failing(model.parameters(), lr=0.1)
+    opt = make(made, dht, model, swarm.prefix, optimizer=inner, use_local_updates=True)
+    inner.fails = True
+    model.weight.grad = torch.ones(1, 1)
+    with pytest.raises(ValueError, match="out of luck"):
+        opt.step()
+    assert opt.local_progress.samples_accumulated == 0
+    inner.fails = False
+    opt.step()
+    assert opt.local_progress.samples_accumulated == 4
+
+
 def test_a_late_peer_looks_for_those_that_average_in_the_background(
     made: list[Any], dht: hivemind.DHT, swarm: Swarm, caplog: pytest.LogCaptureFixture
 ):

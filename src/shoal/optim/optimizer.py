@@ -297,8 +297,8 @@ class Optimizer(Assembly):
         else:
             counts = self._gradients_are_finite()
             if counts:
-                self._samples += batch_size
                 self.state_averager.step(optimizer_step=True)
+                self._samples += batch_size  # not before: it raises what the inner optimizer raises
         self.tracker.report_local_progress(self.local_epoch, self._samples)
         return counts
 
