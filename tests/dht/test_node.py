@@ -195,6 +195,7 @@ def test_records_lie_at_the_nearest_nodes() -> None:
     simulate(story)
 
 
+@pytest.mark.sweep
 def test_a_large_dht_is_searched() -> None:
     """Buckets of 3 for 30 nodes: nobody knows everybody."""
 

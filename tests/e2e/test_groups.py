@@ -45,6 +45,7 @@ def step_all(averagers: list[shoal.DecentralizedAverager], **options: object) ->
     return steps
 
 
+@pytest.mark.sweep
 def test_8_peers_in_pairs_with_2_bits_hold_the_exact_average_after_3_rounds(swarm: Swarm):
     averagers = make(swarm, 8, 2)
     for number, averager in enumerate(averagers):

@@ -37,6 +37,7 @@ def test_two_machines_that_know_half_of_the_digits_each_know_all_of_them_togethe
         assert "Traceback" not in machine.output
 
 
+@pytest.mark.sweep
 def test_peers_average_every_n_steps_and_a_client_that_nobody_can_dial_takes_part(scripts):
     peer = scripts.start(EXAMPLES / "average_every_n_steps.py", "--seed", 0, "--every", 20)
     address = address_in(peer.wait_for_line("--join"))

@@ -67,6 +67,7 @@ def test_a_swarm_of_which_one_is_killed_and_one_joins_late_trains_one_model(
     assert "5 after" in capsys.readouterr().out
 
 
+@pytest.mark.sweep
 def test_reference_training_leaves_the_same_kind_of_record(scripts, tmp_path):
     folder = tmp_path / "run" / "peer-0"
     script = scripts.start(
