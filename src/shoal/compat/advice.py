@@ -201,6 +201,7 @@ ABSENT_OF_OBJECTS: Mapping[str, Mapping[str, str]] = {
         "matchmaking_kwargs": _AS_GIVEN,
         "allreduce_kwargs": _AS_GIVEN,
         "schema_hash": "peers that do not fit are named by the error of a step that found no group",
+        "delay_before_averaging": "last_report.phases has the seconds of each phase of a round",
         "add_p2p_handlers": _OWN_CALLS,
         "remove_p2p_handlers": _OWN_CALLS,
         "get_stub": _OWN_CALLS,
