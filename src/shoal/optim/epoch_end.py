@@ -93,9 +93,8 @@ class EpochEnd:
             try:
                 state, state_report = self._update(epoch, progress.epoch, gradients)
             finally:
-                if (
-                    optimizer.local_epoch > epoch
-                ):  # also if it was interrupted: no sample counts in two updates
+                # Also if it was interrupted: no sample counts in two updates.
+                if optimizer.local_epoch > epoch:
                     if self._rounds is not None and gradients.kind != "delayed":
                         self._rounds.averager.reset_accumulated_grads_()
                     optimizer.tracker.update_epoch(optimizer.local_epoch)
