@@ -20,9 +20,9 @@ from shoal.averaging.allreduce.decision import Decision
 from shoal.averaging.allreduce.events import Lead
 from shoal.averaging.group import GroupInfo
 from shoal.averaging.matchmaking.asking import Asking
-from shoal.averaging.matchmaking.messages import Rejected, RejectReason
+from shoal.averaging.matchmaking.left_out import LeftOut
+from shoal.averaging.matchmaking.messages import Rejected, RejectReason, search_mark
 from shoal.averaging.matchmaking.search import Search
-from shoal.averaging.matchmaking.view import View
 from shoal.dht.neighbours import Neighbours
 from shoal.p2p.protocol.keepalive import LOOK_EVERY, KeepAlive, Verdict
 from shoal.testing.clock import VirtualTimeLimitExceeded, run
@@ -123,14 +123,14 @@ def test_a_candidate_that_drops_what_its_followers_report(monkeypatch: Patch):
 def test_a_full_group_hides_that_it_has_begun(monkeypatch: Patch):
     """Another leader counted on its members for the groups of others, began, and stranded one."""
 
-    def as_it_was(self: View, peer_id, start_time: float, now: float):
-        left_out = self._left_out.get(peer_id)
-        if left_out is not None and now < left_out.until and start_time <= left_out.start_time:
-            return left_out
-        rumour = self._hearsay.get((peer_id, start_time))
+    def as_it_was(self: LeftOut, peer_id, start_time: float, now: float):
+        known = self._known.get(peer_id)
+        if known is not None and now < known.until and start_time <= known.start_time:
+            return known
+        rumour = self._hearsay.get(search_mark(peer_id.to_bytes(), start_time))
         return rumour if rumour is not None and now < rumour.until else None
 
-    monkeypatch.setattr(View, "_is_left_out", as_it_was)
+    monkeypatch.setattr(LeftOut, "why", as_it_was)
     assert finds(check_same_instant, range(1890, 1900))
 
 

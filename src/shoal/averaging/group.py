@@ -125,6 +125,8 @@ class GroupInfo:
     members: tuple[MemberInfo, ...]
     seen: int = 0
     """How many peers its leader has seen look for a group under the key, members of others included."""
+    before: int = 0
+    """How many of these are in groups that come before this one in the plan of all that were dealt to the key."""
 
     @property
     def leader(self) -> PeerID:
@@ -239,6 +241,7 @@ def verify_group(
     own: SignedMemberInfo,
     now: float,
     seen: int = 0,
+    before: int = 0,
 ) -> GroupInfo:
     """Check what a leader sent when it began a group, as seen by the member that had sent it ``own``.
 
@@ -251,13 +254,17 @@ def verify_group(
         raise ProtocolViolation(f"a group of {len(members)} members; 1 to {MAX_GROUP_SIZE} are allowed")
     if not 0 <= seen <= MAX_SEEN:
         raise ProtocolViolation(f"the leader has seen {seen} peers; 0 to {MAX_SEEN} are allowed")
+    if not 0 <= before <= seen:
+        raise ProtocolViolation(
+            f"the leader has seen {before} peers in groups before its own, of {seen} in all"
+        )
     if own not in members:
         raise ProtocolViolation("the leader does not include this member as it sent itself")
     mine = _decoder.decode(own.info)
     # Each was fresh when its member joined the leader; since then they may have waited for long.
     infos = [verify_member(signed, now=now, max_age=math.inf) for signed in members]
     _check_agreement(infos, mine, leader)
-    return GroupInfo(group_id, mine.key, order_members(leader, infos), seen)
+    return GroupInfo(group_id, mine.key, order_members(leader, infos), seen, before)
 
 
 def _check_agreement(infos: Sequence[MemberInfo], mine: MemberInfo, leader: PeerID) -> None:

@@ -40,6 +40,7 @@ from shoal.averaging.matchmaking.events import (
     LeaderRejected,
     LeaveLeader,
     Log,
+    MissedRounds,
     MoveTo,
     Place,
     Poll,
@@ -134,6 +135,7 @@ class Peer:
     formed: GroupInfo | None = None
     failure: str | None = None
     finished_at: float = math.inf
+    when_over: Callable[[Peer], None] | None = None
     timer: int = 0
     token_owner: dict[int, tuple[PeerID, int]] = field(default_factory=dict)
     """Who asked under this token, and the number of its request."""
@@ -306,18 +308,23 @@ class SwarmOfCores:
                     self.at(self.now, lambda: self.move(peer))
                 if peer.keys is not None:
                     self.at(self.now, lambda: self.look_elsewhere(peer, seen))
-            case TooMany(seen, rank):
-                self.at(self.now, lambda: self.spread(peer, seen, rank))
+            case TooMany() | MissedRounds():
+                self.at(self.now, lambda: self.move_in_grid(peer, effect))
             case FinishWithGroup(group):
                 peer.group = tuple(member.peer_id for member in group.members)
                 peer.formed = group
                 peer.group_id = int.from_bytes(group.group_id, "big")
-                peer.finished_at = self.now
+                self.finish(peer)
             case FinishWithout(explanation):
                 peer.failure = explanation
-                peer.finished_at = self.now
+                self.finish(peer)
             case _:
                 self.tell_others(peer, effect)
+
+    def finish(self, peer: Peer) -> None:
+        peer.finished_at = self.now
+        if peer.when_over is not None:
+            peer.when_over(peer)
 
     def tell_others(self, peer: Peer, effect: Effect) -> None:
         match effect:
@@ -386,11 +393,17 @@ class SwarmOfCores:
         if peer.keys.has_seat:
             self.look_for_grid(peer)
 
-    def spread(self, peer: Peer, seen: int, rank: int) -> None:
-        """Peers that know of no grid are too many for one key."""
-        if peer.keys is None or peer.finished_at < math.inf or self.look_for_grid(peer):
+    def move_in_grid(self, peer: Peer, effect: TooMany | MissedRounds) -> None:
+        """Peers that know of no grid are too many for one key, or the others have gone on without one that does."""
+        if peer.keys is None or peer.finished_at < math.inf:
             return
-        if peer.keys.spread(seen, rank, self.config.target_group_size):
+        match effect:
+            case TooMany(seen, rank):
+                finds_another = self.look_for_grid(peer)
+                moves = not finds_another and peer.keys.spread(seen, rank, self.config.target_group_size)
+            case MissedRounds(missed):
+                moves = peer.keys.catch_up(missed, self.rng.getrandbits(32))
+        if moves:
             self.move(peer)
 
     def look_for_grid(self, peer: Peer) -> bool:
@@ -466,7 +479,7 @@ class SwarmOfCores:
         infos.append(self.info(leader, leader.peer_id))
         number = next(self.count)
         members = order_members(leader.peer_id, infos)
-        group = GroupInfo(number.to_bytes(16, "big"), leader.core.key, members, effect.seen)
+        group = GroupInfo(number.to_bytes(16, "big"), leader.core.key, members, effect.seen, effect.before)
         for peer_id, ask in owners:
             self.deliver(leader, peer_id, LeaderBegan(ask, group))
         self.apply(leader, FinishWithGroup(group))

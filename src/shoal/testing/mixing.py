@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -116,6 +118,35 @@ class MixingSwarm:
             seconds[-1] if seconds else math.inf,
             (self.swarm.polls - polls) / max(1, len(numbers)),
         )
+
+    def run_free(self, periods: Sequence[float], until: float) -> list[int]:
+        """Nobody waits for the others: each peer looks for a group, works for its period of seconds, and looks again.
+        The sizes of the groups of peers, one for each search; 1: it found none.
+        """
+        sizes: list[int] = []
+        heard: Counter[int] = Counter()
+
+        def begin(number: int) -> None:
+            self._search(number).when_over = lambda peer: end(number, peer)
+
+        def end(number: int, peer: Peer) -> None:
+            sizes.append(1 if peer.formed is None else len(peer.formed))
+            if peer.formed is None or peer.group_id is None:
+                done = [number]
+            else:
+                heard[peer.group_id] += 1
+                if heard[peer.group_id] < len(peer.formed):
+                    return  # the round begins when all know of it
+                self._average(peer)
+                done = [self._numbers[member] for member in peer.formed.peer_ids]
+            for one in done:
+                self.keys[one].search_ended()
+                self.swarm.at(self.swarm.now + periods[one], functools.partial(begin, one))
+
+        for number in sorted(self.values):
+            begin(number)
+        self.swarm.run_until(until)
+        return sizes
 
     def variance(self) -> float:
         """As :attr:`RoundResult.variance`, now."""

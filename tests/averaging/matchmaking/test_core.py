@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from shoal.averaging.grid import NO_GRID, Grid, Layout
 from shoal.averaging.group import MemberInfo, PeerMode
 from shoal.averaging.matchmaking.asking import AVOID_AFTER_LOSS
 from shoal.averaging.matchmaking.core import SearchCore
@@ -27,6 +28,7 @@ from shoal.averaging.matchmaking.events import (
     LeaderRejected,
     LeaveLeader,
     Log,
+    MissedRounds,
     PeerGone,
     Place,
     Poll,
@@ -48,6 +50,8 @@ from shoal.averaging.matchmaking.messages import (
     SearchId,
     search_marks,
 )
+from shoal.averaging.matchmaking.missed import Missed
+from shoal.averaging.matchmaking.policy import members_to_name
 from shoal.averaging.matchmaking.states import SearchState
 from shoal.averaging.matchmaking.story import StoryTeller
 from shoal.averaging.matchmaking_config import MatchmakingConfig
@@ -72,6 +76,8 @@ class Driver:
         *,
         is_first: bool = False,
         expected: tuple[PeerID, ...] = (),
+        swarm_round: int = 0,
+        expects: int = 0,
     ):
         self.core = SearchCore(
             MatchmakingConfig(target, minimum),
@@ -83,6 +89,8 @@ class Driver:
             deadline=150.0,
             expected=expected,
             is_first=is_first,
+            swarm_round=swarm_round,
+            expects=expects,
         )
         self.now = 100.0
         self.seen: tuple[tuple[PeerID, Declaration], ...] = ()
@@ -116,9 +124,17 @@ class Driver:
 
 
 def declared(
-    number: int, *, state=DeclaredState.LOOKING, schema=SCHEMA, mode=PeerMode.FULL, group=(), start=START
+    number: int,
+    *,
+    state=DeclaredState.LOOKING,
+    schema=SCHEMA,
+    mode=PeerMode.FULL,
+    group=(),
+    start=START,
+    swarm_round=0,
 ):
-    return IDS[number], Declaration(start, state, schema, mode, (f"address {number}",), search_marks(group))
+    addresses, marks = (f"address {number}",), search_marks(group)
+    return IDS[number], Declaration(start, state, schema, mode, addresses, marks, swarm_round=swarm_round)
 
 
 def search(number: int, start: float = START) -> SearchId:
@@ -126,7 +142,15 @@ def search(number: int, start: float = START) -> SearchId:
 
 
 def info(
-    number: int, *, schema=SCHEMA, key="swarm.0b", mode=PeerMode.FULL, start=START, leader=3, lost=()
+    number: int,
+    *,
+    schema=SCHEMA,
+    key="swarm.0b",
+    mode=PeerMode.FULL,
+    start=START,
+    leader=3,
+    lost=(),
+    swarm_round=0,
 ) -> MemberInfo:
     return MemberInfo(
         IDS[number].to_bytes(),
@@ -141,6 +165,7 @@ def info(
         100.0,
         bytes(16),
         lost=tuple(IDS[other].to_bytes() for other in lost),
+        grid=Grid(Layout(4, 4), swarm_round, 16.0) if swarm_round else NO_GRID,
     )
 
 
@@ -602,3 +627,62 @@ def test_clients_alone_are_warned_of_unless_a_leader_is_only_busy():
     driver.now += 2.0
     driver.see(*only_clients)
     assert "no average is possible yet: all 3 peers are clients" in driver.only(Log).text
+
+
+# ---- at a seat of a grid
+
+
+def test_a_peer_at_its_seat_plans_with_those_of_its_own_round_until_its_start_time():
+    driver = Driver(target=4, swarm_round=5, expects=4)
+    driver.see(declared(0, swarm_round=6), declared(1, swarm_round=5), declared(2, swarm_round=4))
+    assert driver.only(AskToJoin).leader == IDS[1]
+    refused = Driver(0, target=4, minimum=3, swarm_round=5, expects=4)
+    assert refused.join(1, 1, swarm_round=6, leader=0) == Rejected(RejectReason.OTHER_ROUND)
+    assert isinstance(refused.join(2, 2, swarm_round=5, leader=0), Accepted)
+    refused.at(START + 0.1)
+    assert isinstance(refused.join(3, 3, swarm_round=6, leader=0), Accepted)
+
+
+def test_a_group_that_lacks_a_member_begins_when_others_have_gone_on_to_the_next_round():
+    others = [declared(number, swarm_round=6) for number in (4, 5)]
+    for ahead in ([], others):
+        driver = Driver(0, target=4, swarm_round=5, expects=4)
+        driver.see(declared(1, swarm_round=5), *ahead)
+        driver.join(1, 1, swarm_round=5, leader=0)
+        driver.now = 102.0
+        driver.see(*driver.seen)
+        begun = driver.only(BeginGroup)
+        assert (begun is not None) == bool(ahead)
+        if begun is not None:
+            assert (begun.seen, begun.before) == (2, 0)
+
+
+def test_a_peer_whose_group_began_before_it_came_says_that_it_missed_a_round():
+    group = tuple(search(number, 90.0) for number in (0, 1, 2))
+    driver = Driver(target=4, swarm_round=5, expects=4)
+    driver.see(
+        *(
+            declared(number, state=DeclaredState.TAKEN, group=group, start=90.0, swarm_round=5)
+            for number in (0, 1, 2)
+        )
+    )
+    assert driver.only(MissedRounds) == MissedRounds(Missed(6, 3))
+    driver.at(101.0)
+    assert driver.only(MissedRounds) is None  # once
+
+
+def test_a_group_that_begins_while_a_peer_looks_is_no_round_that_it_missed():
+    group = tuple(search(number) for number in (0, 1, 2))
+    driver = Driver(target=4, swarm_round=5, expects=4)
+    driver.see()
+    driver.see(
+        *(declared(number, state=DeclaredState.TAKEN, group=group, swarm_round=5) for number in (0, 1, 2))
+    )
+    assert driver.only(MissedRounds) is None
+
+
+@pytest.mark.parametrize(("place", "count"), [(0, 6), (3, 6), (4, 1), (5, 1)])
+def test_the_first_few_members_name_the_whole_group_and_the_others_themselves(place, count):
+    group = tuple(search(number) for number in range(6))
+    assert len(members_to_name(group, IDS[place])) == count
+    assert group[place] in members_to_name(group, IDS[place])

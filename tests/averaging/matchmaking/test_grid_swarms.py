@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from shoal.averaging.group import PeerMode
+from shoal.averaging.matchmaking import spreading
 from shoal.testing.ideal_mixing import ideal_rounds, random_rounds, rounds_needed
 from shoal.testing.mixing import MixingSwarm
 
@@ -72,3 +75,31 @@ def test_clients_and_auxiliaries_are_dealt_to_all_groups_of_a_grid():
     rounds = [swarm.round() for _ in range(3)]
     assert all(one.sizes == (16,) * 8 for one in rounds)
     assert rounds[-1].variance < 1e-4
+
+
+@pytest.mark.parametrize("count", [64, pytest.param(256, marks=pytest.mark.sweep)])
+def test_peers_that_miss_a_round_take_the_places_that_they_left(count):
+    """One in a hundred is absent in each round, and the swarm needs about one round more than the ideal dealer."""
+    seeds = range(4)
+    ideal = [rounds_needed(ideal_rounds(seed, count, 32, 0.01, MOST), MIXED) for seed in seeds]
+    found = [shoal_rounds(MixingSwarm(seed, count, 32), 0.01) for seed in seeds]
+    assert sum(found) <= sum(ideal) + 1.5 * len(seeds), (found, ideal)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(
+    "periods",
+    [[3.0] * 61 + [30.0] * 3, [3 + number % 7 for number in range(64)]],
+    ids=["a few slow", "all differ"],
+)
+def test_peers_that_run_free_mix_in_a_grid_as_well_as_without_one(periods, monkeypatch):
+    def run() -> tuple[float, float]:
+        swarm = MixingSwarm(0, 64, 16)
+        sizes = swarm.run_free(periods, 60.0)
+        return math.log(swarm.variance(), 16), len(sizes) / 64
+
+    in_grid, steps = run()
+    monkeypatch.setattr(spreading, "SPREAD_ABOVE", 1000)
+    without, steps_without = run()
+    assert in_grid <= without + 1  # one round
+    assert steps >= steps_without

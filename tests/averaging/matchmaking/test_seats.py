@@ -12,6 +12,7 @@ import pytest
 from shoal.averaging.grid import NO_GRID, Grid, Layout, grid_problem
 from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode, group_key, order_members, seat_key
 from shoal.averaging.matchmaking.group_keys import GroupKeys
+from shoal.averaging.matchmaking.missed import Missed
 from shoal.averaging.matchmaking.seats import (
     Seat,
     choose_layout,
@@ -19,6 +20,7 @@ from shoal.averaging.matchmaking.seats import (
     first_seat,
     next_seat,
     rounds_to_all,
+    seat_after_missed,
     steps_to_all,
 )
 from shoal.testing.matchmaking_cores import core_peer_id
@@ -30,6 +32,7 @@ def form(
     key: str,
     group_id: bytes,
     seen: int = 0,
+    before: int = 0,
 ) -> GroupInfo:
     leader = core_peer_id(numbers[0])
     infos = [
@@ -49,7 +52,7 @@ def form(
         )
         for number, grid in zip(numbers, grids, strict=True)
     ]
-    return GroupInfo(group_id, key, order_members(leader, infos), seen)
+    return GroupInfo(group_id, key, order_members(leader, infos), seen, before)
 
 
 class Swarm:
@@ -59,11 +62,14 @@ class Swarm:
         self.target = target
         self.rng = random.Random(f"{count} {target}")
         self.seats = [first_seat(count, rank, target) for rank in range(count)]
+        self.absent: set[int] = set()
 
     def round(self) -> list[list[int]]:
         """The groups of one round, after which everybody has moved on."""
         by_key: dict[str, list[int]] = defaultdict(list)
         for number, seat in enumerate(self.seats):
+            if number in self.absent:
+                continue
             by_key[seat.key("swarm")].append(number)
         for key, numbers in by_key.items():
             group = form(
@@ -133,6 +139,44 @@ def test_empty_places_lead_to_different_groups():
         assert max(missing.values()) <= 2
 
 
+@pytest.mark.parametrize("missed", [1, 2, 5])
+def test_a_peer_that_was_away_takes_the_place_that_is_empty_without_it(missed):
+    swarm = Swarm(64, 8)
+    away, seat = 17, swarm.seats[17]
+    swarm.absent = {away}
+    for _ in range(missed):
+        swarm.round()
+    swarm.absent = set()
+    swarm.seats[away] = seat_after_missed(seat, Missed(seat.grid.round + missed, 7 if missed == 1 else 0), 0)
+    assert [len(group) for group in swarm.round()] == [8] * 8
+
+
+def test_peers_that_missed_one_round_take_different_places_that_are_empty_without_them():
+    seat = first_seat(64, 17, 8)
+    numbers = {seat_after_missed(seat, Missed(seat.grid.round + 1, 5), draw).number for draw in range(9)}
+    assert len(numbers) == 3
+
+
+def test_who_was_away_follows_a_change_of_the_layout():
+    grid = Grid(Layout(8, 8), 5, 48.0, Layout(6, 8), 7)
+    after = seat_after_missed(Seat(grid, 3), Missed(8, 0), 0)
+    assert after.grid == Grid(Layout(6, 8), 8, 48.0)
+    assert after.number < 6
+    assert seat_after_missed(Seat(grid, 3), Missed(6, 0), 0).grid == Grid(
+        Layout(8, 8), 6, 48.0, Layout(6, 8), 7
+    )
+
+
+def test_two_groups_of_one_key_are_dealt_different_places():
+    grid, key = Grid(Layout(8, 8), 5, 66.0), seat_key("swarm", 8, 3)
+    first = form(list(range(5)), [grid] * 5, key, bytes(16), seen=9, before=0)
+    second = form(list(range(5, 9)), [grid] * 4, key, bytes(15) + b"2", seen=9, before=5)
+    numbers = Counter(
+        next_seat(group, one, 8).number for group in (first, second) for one in range(len(group))
+    )
+    assert sorted(numbers.values()) == [1] * 7 + [2]
+
+
 @pytest.mark.parametrize("seen", [2, 1000])
 def test_a_group_of_peers_that_know_of_no_grid_makes_none(seen):
     """Its leader's count is no agreement: each group would make a grid of its own."""
@@ -143,7 +187,7 @@ def test_a_group_of_peers_that_know_of_no_grid_makes_none(seen):
 
 def test_a_grid_that_has_lost_most_of_its_peers_is_given_up():
     swarm = Swarm(128, 16)
-    swarm.seats = swarm.seats[:32]
+    swarm.seats = swarm.seats[:24]
     rounds = 0
     while any(seat.is_dealt for seat in swarm.seats):
         swarm.round()

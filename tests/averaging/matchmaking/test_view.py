@@ -8,6 +8,12 @@ import pytest
 
 from shoal.averaging.group import SCHEMA_HASH_BYTES, PeerMode
 from shoal.averaging.matchmaking.candidate import Candidate
+from shoal.averaging.matchmaking.left_out import (
+    HEARSAY_AT_LEAST,
+    HEARSAY_AT_MOST,
+    HEARSAY_LATENCIES,
+    MAX_HEARSAY,
+)
 from shoal.averaging.matchmaking.messages import (
     MAX_DECLARED_MEMBERS,
     Declaration,
@@ -17,13 +23,7 @@ from shoal.averaging.matchmaking.messages import (
     encode_declaration,
     search_marks,
 )
-from shoal.averaging.matchmaking.view import (
-    HEARSAY_AT_LEAST,
-    HEARSAY_AT_MOST,
-    HEARSAY_LATENCIES,
-    MAX_HEARSAY,
-    View,
-)
+from shoal.averaging.matchmaking.view import View
 from shoal.errors import InvalidValueError
 from shoal.testing.matchmaking_cores import core_peer_id
 from shoal.testing.peers import make_identity
@@ -77,7 +77,7 @@ def test_what_others_say_of_peers_that_were_never_seen_takes_little_memory():
     for poll in range(100):
         strangers = [MEMBER._replace(start_time=1e12 + 64 * poll + number) for number in range(64)]
         view.take_in([declaration(LEADER, DeclaredState.TAKEN, *strangers), MEMBER_LOOKS], 0.0, float(poll))
-    assert len(view._hearsay) <= MAX_HEARSAY
+    assert len(view._out._hearsay) <= MAX_HEARSAY
     view.take_in([LEADER_BEGAN, MEMBER_LOOKS], 200.0, 200.0)
     assert view.candidates(200.0) == [ME, MEMBER]  # what was said of it is not forgotten: it counts once
 

@@ -89,7 +89,7 @@ class SearchCore:
         )
         self.story = StoryTeller(key, config.target_group_size, config.min_group_size, is_first=is_first)
         self._schema_hash = schema_hash
-        self._view = View(self.me, schema_hash, opens_at=start_time, known=known)
+        self._view = View(self.me, schema_hash, opens_at=start_time, known=known, is_seated=expects > 0)
         ends_at = math.inf if deadline is None else deadline
         self._times = Times(begins_at=start_time, deadline=ends_at, expected_at=start_time)
         self._asking = Asking(config, self.story)
@@ -100,6 +100,8 @@ class SearchCore:
         self._spreading = Spreading(may_spread)
         self._expected = set(expected)
         self._is_put_off = False
+        self._caught_up_with = 0
+        """The latest round of the grid that this peer has heard it is missing."""
         """Whether the start was put off for expected peers that are missing; once in a search."""
         self._said: str | None = None
         """Why no average is possible, as it was logged last."""
@@ -214,7 +216,13 @@ class SearchCore:
         )
         self._expects, self._spreading = place.expects, Spreading(place.may_spread)
         self._effects.append(ev.MoveTo(place))
-        self._view = View(self.me, self._schema_hash, opens_at=place.start_time, before=self._view)
+        self._view = View(
+            self.me,
+            self._schema_hash,
+            opens_at=place.start_time,
+            before=self._view,
+            is_seated=place.expects > 0,
+        )
         self._view.start(now)
         if now < self._times.expected_at:
             self._times.expected_at = place.start_time
@@ -301,7 +309,8 @@ class SearchCore:
             return
         self._group = tuple(msg.SearchId(member.peer_id, member.start_time) for member in event.group.members)
         self._move(SearchState.GROUPED)
-        self._effects.append(ev.Declare(msg.DeclaredState.TAKEN, self._group))
+        named = policy.members_to_name(self._group, self.me.peer_id)
+        self._effects.append(ev.Declare(msg.DeclaredState.TAKEN, named))
         self._effects.append(ev.FinishWithGroup(event.group))
 
     def _log(self, line: ev.Log | None) -> None:
@@ -314,6 +323,8 @@ class SearchCore:
         """After every event: do what the view and the time now ask for, and say when to look at them again."""
         if self.state is SearchState.LOOKING and self._is_spreading(now):
             return
+        if self.state is SearchState.LOOKING:
+            self._catch_up(now)
         if self.state in (SearchState.LOOKING, SearchState.ASKING):
             self._follow_plan(now)
         if self.state in (SearchState.LOOKING, SearchState.ASKING) and self.me.can_lead:
@@ -349,6 +360,13 @@ class SearchCore:
         situation = self._plain_situation(now)
         self.deadline = policy.next_deadline(situation, (self.story.next_status,), follows=False)
         return True
+
+    def _catch_up(self, now: float) -> None:
+        """The others that were dealt to this key may have gone on without this peer: it goes to the place they left."""
+        missed = policy.missed_rounds(self._situation(now))
+        if missed is not None and missed.round > self._caught_up_with:
+            self._caught_up_with = missed.round
+            self._effects.append(ev.MissedRounds(missed))
 
     def _consider_leaving_seat(self, now: float) -> None:
         """A client that follows nobody at its start time may do better where others are left over."""
@@ -393,7 +411,7 @@ class SearchCore:
         self._view.look(decision.look, now)
         match decision.verdict:
             case Verdict.BEGIN:
-                self._begin_group()
+                self._begin_group(now)
             case Verdict.PUT_OFF:
                 self._is_put_off = True
                 self._times.begins_at = now + decision.later
@@ -413,11 +431,12 @@ class SearchCore:
             else:
                 self._effects.append(ev.PostponeFollower(token, later))
 
-    def _begin_group(self) -> None:
+    def _begin_group(self, now: float) -> None:
         self._leave(self._asking.end())
         self._group = self._view.searches
+        seen, before = self._view.count_seen, policy.count_before(self._situation(now))
         self._move(SearchState.GROUPED)
-        self._effects.append(ev.BeginGroup(tuple(self._view.followers), self._view.count_seen))
+        self._effects.append(ev.BeginGroup(tuple(self._view.followers), seen, before))
         self._effects.append(ev.Declare(msg.DeclaredState.TAKEN, self._group))
 
     def _end(self, now: float) -> None:

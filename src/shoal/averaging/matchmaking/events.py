@@ -22,6 +22,7 @@ from shoal.averaging.matchmaking.messages import (
     Rejected,
     SearchId,
 )
+from shoal.averaging.matchmaking.missed import Missed
 from shoal.p2p.identity import PeerID
 from shoal.sansio.core import TimePassed
 
@@ -264,6 +265,7 @@ class BeginGroup:
 
     tokens: tuple[int, ...]
     seen: int = 0
+    before: int = 0
     """As in :class:`~shoal.averaging.group.GroupInfo`."""
 
 
@@ -282,6 +284,13 @@ class TooMany:
 
     seen: int
     rank: int
+
+
+@dataclass(frozen=True)
+class MissedRounds:
+    """The others that were dealt to this peer's key have gone on without it."""
+
+    missed: Missed
 
 
 @dataclass(frozen=True)
@@ -322,6 +331,7 @@ Effect = (
     | MoveTo
     | TooFew
     | TooMany
+    | MissedRounds
     | Poll
     | AskSchema
     | AskToJoin

@@ -123,13 +123,13 @@ class Followers:
         infos = [verify_member(own, now=self._peer.clock()), *(follower.info for follower in followers)]
         group_id = self._peer.rng.randbytes(GROUP_ID_BYTES)
         messages: list[LeaderMessage] = [
-            Begin(group_id, len(signed), effect.seen),
+            Begin(group_id, len(signed), effect.seen, effect.before),
             *(GroupMember(member) for member in signed),
         ]
         for follower in followers:
             follower.has_begun = True
             follower.send(*messages, last=True)
-        return GroupInfo(group_id, key, order_members(self._peer.peer_id, infos), effect.seen)
+        return GroupInfo(group_id, key, order_members(self._peer.peer_id, infos), effect.seen, effect.before)
 
     # ---- after the beginning
 

@@ -9,8 +9,12 @@ from __future__ import annotations
 from shoal.averaging.grid import NO_GRID, ONE_GROUP, Grid
 from shoal.averaging.group import GroupInfo, bits_of_key, group_key
 from shoal.averaging.matchmaking.group_bits import GroupBits
-from shoal.averaging.matchmaking.seats import NO_SEAT, Seat, first_seat, next_seat
+from shoal.averaging.matchmaking.missed import Missed
+from shoal.averaging.matchmaking.seats import NO_SEAT, Seat, first_seat, next_seat, seat_after_missed
 from shoal.p2p.identity import PeerID
+
+MOST_MISSED = 1024
+"""One that has missed more rounds of the grid joins it anew: the numbers of rounds may be a lie."""
 
 
 class GroupKeys:
@@ -99,6 +103,15 @@ class GroupKeys:
             return False
         self._seat = first_seat(peers, rank, target, minimum)
         return self._seat.is_dealt
+
+    def catch_up(self, missed: Missed, draw: int) -> bool:
+        """Those at this peer's seat have gone on without it: take the place that they left, or one of several by
+        ``draw``, a random number. False: it has no seat any more, or has been away for longer than one can follow.
+        """
+        if not self.is_seated or not 0 < missed.round - self._seat.grid.round <= MOST_MISSED:
+            return False
+        self._seat = seat_after_missed(self._seat, missed, draw)
+        return True
 
     def join_grid(self, grid: Grid, draw: int) -> bool:
         """This peer has no seat, or lost it, and others say that they make this grid: take the seat there that

@@ -136,7 +136,13 @@ class AskedLeaders:
         self._search.tell(LeaderPostponed(ask, BEGIN_TIMEOUT, is_beginning=True))
         members = await receive_members(stream, begin.size)
         group = verify_group(
-            begin.group_id, members, leader=stream.remote, own=own, now=self._peer.clock(), seen=begin.seen
+            begin.group_id,
+            members,
+            leader=stream.remote,
+            own=own,
+            now=self._peer.clock(),
+            seen=begin.seen,
+            before=begin.before,
         )
         self._search.tell(LeaderBegan(ask, group))
         # Before the leader has finished too, to leave would reset the stream: as if out of the group.

@@ -29,6 +29,7 @@ from shoal.averaging.matchmaking.group_bits import LONELY_BELOW, SPLIT_ABOVE
 from shoal.averaging.matchmaking.group_keys import GroupKeys
 from shoal.averaging.matchmaking.memory import HELD_ITS_FOLLOWER, FailureMemory, Fault
 from shoal.averaging.matchmaking.messages import JOIN, JoinRequest, Rejected, RejectReason
+from shoal.averaging.matchmaking.missed import Missed
 from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.schemas import OtherSchemas
 from shoal.averaging.matchmaking.search import Search
@@ -265,6 +266,7 @@ class Matchmaker:
                 self._known,
                 when_too_few=self._found_too_few,
                 when_too_many=self._found_too_many,
+                when_missed=self._missed_rounds,
                 last_group=self._last_group,
                 when_mode_changed=self._mode_changed,
                 when_leader_failed=self._leader_failed,
@@ -342,6 +344,21 @@ class Matchmaker:
     def _found_too_many(self, seen: int, rank: int) -> None:
         if self._search is not None:
             self._peer.tasks.start(self._spread(self._search, seen, rank), "spread")
+
+    def _missed_rounds(self, missed: Missed) -> None:
+        search = self._search
+        if (
+            search is None
+            or search.is_over
+            or not self._keys.catch_up(missed, self._peer.rng.getrandbits(32))
+        ):
+            return
+        logger.info(
+            "%s: the others have gone on to round %d of the grid: looks where they left a place",
+            self._peer.prefix,
+            missed.round,
+        )
+        self._restart(search)
 
     async def _spread(self, search: Search, seen: int, rank: int) -> None:
         """Take part in the grid that there is, or make one with all the others that know of none."""

@@ -155,7 +155,8 @@ class Begin(Message, frozen=True):
     group_id: bytes
     size: int
     seen: int = 0
-    """As in :class:`~shoal.averaging.group.GroupInfo`."""
+    """As in :class:`~shoal.averaging.group.GroupInfo`, like the next one."""
+    before: int = 0
 
 
 class GroupMember(Message, frozen=True):

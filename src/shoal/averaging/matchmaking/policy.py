@@ -28,6 +28,7 @@ from shoal.averaging.matchmaking.grouping import (
 from shoal.averaging.matchmaking.helping import count_contributors, makes_room, why_no_average
 from shoal.averaging.matchmaking.latecomers import STALE_AFTER, longer_wait
 from shoal.averaging.matchmaking.messages import Accepted, Answer, Redirect, Rejected, RejectReason, SearchId
+from shoal.averaging.matchmaking.missed import Missed, find_missed, have_gone_on
 from shoal.averaging.matchmaking.states import Times
 from shoal.averaging.matchmaking.view import Look, View
 from shoal.averaging.matchmaking_config import MatchmakingConfig
@@ -35,6 +36,8 @@ from shoal.p2p.identity import PeerID
 
 BEGIN_GRACE = 3.0
 """A leader waits this many declaration times longer at its start time, if peers may be on the way to it."""
+NAME_ALL = 4
+"""So many members of a group, the leader first, name all of it in their records."""
 MANY_MISSING = 2
 """As many are missing as were seen, divided by this: a group waits rather than be the last one again."""
 
@@ -260,11 +263,11 @@ def begin_early(situation: Situation) -> Beginning:
 
 
 def _begin_as_expected(situation: Situation) -> Beginning:
-    """A group that is not full begins once as many peers as were dealt to its key have come, and those that the plan
-    gives to this leader have joined it.
+    """A group that is not full begins once as many peers as were dealt to its key have come, or others have gone on to
+    the next round, and those that the plan gives to this leader have joined it.
     """
     view, cut = situation.view, situation.cut
-    if view.count_seen < situation.expects:
+    if view.count_seen < situation.expects and not have_gone_on(view.rounds_ahead, situation.expects):
         return Beginning(
             Verdict.WAIT, f"{view.count_seen} of {situation.expects} that are expected have come"
         )
@@ -276,7 +279,8 @@ def _begin_as_expected(situation: Situation) -> Beginning:
     if not count_contributors(situation.members):
         return Beginning(Verdict.WAIT, f"none of the members contributes: {cut.reason}")
     verdict = Verdict.BEGIN if view.counts_all else Verdict.WAIT
-    return Beginning(verdict, f"all {situation.expects} that are expected have come", Look.WHEN_ALL_VISIBLE)
+    reason = f"{view.count_seen} of {situation.expects} that are expected have come, or others have gone on"
+    return Beginning(verdict, reason, Look.WHEN_ALL_VISIBLE)
 
 
 def _is_last_group_again(situation: Situation) -> bool:
@@ -287,6 +291,37 @@ def _is_last_group_again(situation: Situation) -> bool:
     """
     many_missing = MANY_MISSING * situation.view.yet_to_come >= situation.view.count_seen
     return many_missing and situation.is_mixing and have_mixed(situation.members)
+
+
+def missed_rounds(situation: Situation) -> Missed | None:
+    """Whether the others that were dealt to this peer's key have gone on without it."""
+    if not situation.expects or situation.now >= situation.times.begins_at:
+        return None
+    view, mine = situation.view, situation.me.swarm_round
+    return find_missed(
+        mine, situation.expects, len(situation.candidates), view.rounds_ahead, view.begun_before or 0
+    )
+
+
+def count_before(situation: Situation) -> int:
+    """How many of the peers at this leader's seat have begun a group already, or are planned before its own."""
+    if not situation.expects:
+        return 0
+    sizes = [len(group.members) for group in situation.cut.groups]
+    planned = situation.cut.group_of(situation.me.peer_id)
+    earlier = sum(sizes[: situation.cut.groups.index(planned)]) if planned is not None else 0
+    return max(0, situation.view.count_seen - sum(sizes) + earlier)
+
+
+def members_to_name(group: tuple[SearchId, ...], me: PeerID) -> tuple[SearchId, ...]:
+    """Which searches of its ``group`` a member names in its record: the leader and the next few all, others their own.
+
+    One record that is seen takes all whom it names out of the plans of others. If each named all, a group's records
+    would grow with the square of its size.
+    """
+    own = me.to_bytes()
+    place = next(index for index, search in enumerate(group) if search.peer_id == own)
+    return group if place < NAME_ALL else (group[place],)
 
 
 def begin_at_start_time(situation: Situation, expected: Collection[PeerID], *, is_put_off: bool) -> Beginning:

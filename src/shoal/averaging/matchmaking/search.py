@@ -28,6 +28,7 @@ from shoal.averaging.matchmaking.events import (
     FinishWithout,
     LeaveLeader,
     Log,
+    MissedRounds,
     MoveTo,
     PeerGone,
     Place,
@@ -45,6 +46,7 @@ from shoal.averaging.matchmaking.followers import Followers, WhenMemberGone
 from shoal.averaging.matchmaking.leaders import AskedLeaders
 from shoal.averaging.matchmaking.memory import Fault
 from shoal.averaging.matchmaking.messages import MAX_DECLARED_MEMBERS
+from shoal.averaging.matchmaking.missed import Missed
 from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.story import SearchStory
 from shoal.averaging.matchmaking.view import Known
@@ -74,6 +76,7 @@ class Search:
         *,
         when_too_few: Callable[[int], None],
         when_too_many: Callable[[int, int], None],
+        when_missed: Callable[[Missed], None],
         when_mode_changed: Callable[[], None],
         when_leader_failed: Callable[[PeerID, Fault], None],
         is_first: bool = False,
@@ -83,6 +86,7 @@ class Search:
         :param when_too_few: called with the number of peers seen when the start time came without enough members
         :param when_too_many: called with the number of peers that are about to make a grid, and this one's rank in
             their order
+        :param when_missed: called when those that were dealt to this peer's key have gone on without it
         :param when_mode_changed: called when this peer's mode is another one than it declared
         :param when_leader_failed: called with a leader that this peer could not rely on, and why
         :param is_first: of its averager
@@ -97,6 +101,7 @@ class Search:
         self._weight = weight
         self._when_too_few = when_too_few
         self._when_too_many = when_too_many
+        self._when_missed = when_missed
         self._polls = 0
         self._when_mode_changed = when_mode_changed
         self._mode = peer.mode
@@ -229,7 +234,7 @@ class Search:
                 own = self.sign_info(self._peer.peer_id)
                 group = self._followers.form_group(self.place.key, effect, own)
                 self._finish(FinishWithGroup(group))
-            case Log() | TooFew() | TooMany() | AskSchema():
+            case Log() | TooFew() | TooMany() | MissedRounds() | AskSchema():
                 self._report(effect)
             case FinishWithGroup() | FinishWithout():
                 self._finish(effect)
@@ -238,7 +243,7 @@ class Search:
         """What this peer says of itself to ``leader``."""
         return self._peer.sign_info(leader, self.place, self._gather, self._weight)
 
-    def _report(self, effect: Log | TooFew | TooMany | AskSchema) -> None:
+    def _report(self, effect: Log | TooFew | TooMany | MissedRounds | AskSchema) -> None:
         match effect:
             case Log(text, is_warning, tells_how_to_join):
                 more = f". {self._peer.how_to_join()}" if tells_how_to_join else ""
@@ -248,6 +253,8 @@ class Search:
                 self._loop.call_soon(self._when_too_few, seen)
             case TooMany(seen, rank):
                 self._loop.call_soon(self._when_too_many, seen, rank)
+            case MissedRounds(missed):
+                self._loop.call_soon(self._when_missed, missed)
             case AskSchema(peer, addresses, schema_hash):
                 self._peer.tasks.start(self._compare(peer, addresses, schema_hash), f"compare with {peer}")
 

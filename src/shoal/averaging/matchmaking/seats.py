@@ -32,6 +32,7 @@ from dataclasses import dataclass
 
 from shoal.averaging.grid import NO_GRID, ONE_GROUP, Grid, Layout
 from shoal.averaging.group import GroupInfo, group_key, seat_key, seat_of_key
+from shoal.averaging.matchmaking.missed import Missed
 
 LEARN_PEERS = 96
 """A group's own number of peers counts in its estimate of all like its members among so many others, or among all
@@ -43,12 +44,13 @@ LEARN_GROWTH = 32
 half: how many have come is the leader's word, and who is there has signed."""
 MAX_CHANGE = 0.5
 """Any one word changes the estimate by this part of it at most: a member, or the leader, may lie."""
-SPREAD_ABOVE = 96
-"""More peers than this under one key make a grid."""
-GATHER_BELOW = 64
+SPREAD_ABOVE = 48
+"""More peers than this under one key make a grid. That many mix as well there where they run free and a few are slow
+(``tests/averaging/matchmaking/test_grid_swarms.py``); fewer have not been shown to."""
+GATHER_BELOW = 32
 """Fewer peers than this give their grid up. Less than what makes one, so that a number of peers that varies a little
 does not send them to and fro."""
-LEFT_OVER_PART = 0.5
+LEFT_OVER_PART = 0.25
 """By this, peers that were left over lower their estimate: there may be fewer than they think. A few of them are put
 right by the others of their next group."""
 GROW_ABOVE = 1.02
@@ -132,6 +134,29 @@ def first_seat(peers: int, rank: int, target: int, minimum: int = 2) -> Seat:
     if layout.groups <= 1:
         return NO_SEAT
     return Seat(Grid(layout, 1, float(peers)), rank % layout.groups)
+
+
+def seat_after_missed(seat: Seat, missed: Missed, draw: int) -> Seat:
+    """Where a peer goes that has missed rounds: each group that lacks a member leaves the last of its places empty. Of
+    several empty ones ``draw``, a random number, chooses.
+    """
+    grid, number = seat.grid, seat.number
+    empty = max(1, grid.layout.size - missed.begun) if missed.begun else 1
+    while grid.round < missed.round:
+        layout = grid.layout
+        place = (first_place(layout, number) + layout.size - 1 - draw % empty) % layout.size
+        rank = number * layout.size + place
+        grid = _next_round(grid)
+        number, empty = rank % grid.layout.groups, 1
+    return Seat(grid, number)
+
+
+def _next_round(grid: Grid) -> Grid:
+    """The grid one round later; in the layout that was planned for it, if it is its turn."""
+    number = grid.round + 1
+    if grid.next_round and number >= grid.next_round:
+        return Grid(grid.next_layout, number, grid.swarm)
+    return Grid(grid.layout, number, grid.swarm, grid.next_layout, grid.next_round)
 
 
 def next_seat(group: GroupInfo, index: int, target: int | None, minimum: int = 2) -> Seat:
@@ -235,9 +260,8 @@ def _rank(group: GroupInfo, index: int, layout: Layout, number: int | None) -> i
     if number is None:
         # Peers that were left over make groups where they meet; where these would have been is nobody's to know.
         return _draw(group.group_id) % layout.places + place
-    # If there were others, these are dealt other places than they, as far as chance can see to it.
-    first = _draw(group.group_id) if group.seen > len(group) else first_place(layout, number)
-    place = (first + place) % max(layout.size, len(group))
+    # Groups before this one have been dealt the places before these.
+    place = (first_place(layout, number) + group.before + place) % max(layout.size, len(group))
     return number * layout.size + place
 
 

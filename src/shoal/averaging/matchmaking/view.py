@@ -5,17 +5,16 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from shoal.averaging.matchmaking.candidate import Candidate, in_order
 from shoal.averaging.matchmaking.latecomers import is_stale, still_missing
+from shoal.averaging.matchmaking.left_out import NOBODY, LeftOut
 from shoal.averaging.matchmaking.messages import (
-    SEARCH_MARK_BYTES,
     Declaration,
     DeclaredState,
     SearchId,
-    search_mark,
     search_marks,
 )
 from shoal.p2p.identity import PeerID
@@ -34,13 +33,6 @@ LATENCY_DECAY = 0.8
 """The longest time that the DHT took counts, but not for ever: with each later answer it counts this much less."""
 GONE_WITHIN = 5.0
 """A peer that wanted to start earlier than this one by more seconds is of an earlier round."""
-HEARSAY_AT_LEAST = 1.0
-HEARSAY_LATENCIES = 4.0
-HEARSAY_AT_MOST = 10.0
-"""Within the first number of seconds, and the second one times the longest that the DHT took, the members of a group
-that has begun say so themselves; within the third in any case."""
-MAX_HEARSAY = 4096
-"""What is said of more searches than these is forgotten, except of those that were seen."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +63,6 @@ class Look(enum.Enum):
     """As soon as a poll can show how many peers there are, though the DHT is slow for some."""
 
 
-@dataclass(frozen=True)
-class _LeftOut:
-    """A peer whose searches up to ``start_time`` are not planned with until ``until``."""
-
-    start_time: float
-    until: float
-    is_looking: bool
-    """It has a full group that has not begun: not to be asked, but to be counted."""
-
-
 class View:
     """The peers of this search's key and schema, as far as they are visible, and when to look again."""
 
@@ -92,9 +74,11 @@ class View:
         opens_at: float = -math.inf,
         before: View | None = None,
         known: Known = NOTHING_KNOWN,
+        is_seated: bool = False,
     ) -> None:
         """``opens_at``: before that time plan without peers in another round of the grid; ``before``: the view of the
-        same search at another place; ``known``: what the search before has left.
+        same search at another place; ``known``: what the search before has left; ``is_seated``: whether its peers were
+        dealt to its key, and count their rounds.
         """
         self.followers: dict[int, Candidate] = {}
         """By the token of their request, in the order in which they came."""
@@ -107,17 +91,16 @@ class View:
         self._me = me
         self._known = known
         self._opens_at = opens_at
+        self._is_seated = is_seated
+        self.begun_before: int | None = None
+        """How many peers of this one's round of the grid had a group when this peer began to look; None: not known."""
         self._schema_hash = schema_hash
         self._declared: dict[PeerID, tuple[Candidate, Declaration]] = {}
         self._busy: list[Candidate] = []
         """Who had a group, or had given up, at the latest poll."""
         self._grouped: set[PeerID] = set()
         """Who was in a group at the latest poll, by its own word."""
-        self._left_out: dict[PeerID, _LeftOut] = {}
-        self._hearsay: dict[bytes, _LeftOut] = {}
-        """The marks of searches of which others have said that they have a group."""
-        self._stalled: dict[PeerID, float] = {} if before is None else before._stalled
-        """Leaders that kept this search waiting, and until when they are left out: also at another place."""
+        self._out: LeftOut = LeftOut(NOBODY if before is None else before._out.stalled)
         self._last_seen: dict[PeerID, float] = {}
         """The latest start time with which a peer was seen."""
         self._ever: dict[PeerID, Candidate] = {}
@@ -177,6 +160,10 @@ class View:
                 self.note_seen(candidate, now)
         for group in groups:
             self._leave_out_marked(group, math.inf, now)
+        if self.begun_before is None:
+            self.begun_before = sum(
+                one.peer_id in self._grouped and self._is_in_step(one) for one in self._busy
+            )
         return other_schema
 
     def _was_here(self, peer_id: PeerID, taken: Declaration) -> bool:
@@ -222,7 +209,9 @@ class View:
     @property
     def count_seen(self) -> int:
         """How many peers have looked for a group since this search began, this one included."""
-        return 1 + len(self._ever)
+        if not self._is_seated:
+            return 1 + len(self._ever)
+        return 1 + sum(map(self._is_in_step, self._ever.values()))
 
     @property
     def members(self) -> list[PeerID]:
@@ -254,10 +243,8 @@ class View:
         for peer_id, (candidate, _) in self._declared.items():
             if not self.is_open_to(candidate, now):
                 continue
-            left_out = None
-            if peer_id in self._left_out or self._hearsay or self._stalled:
-                left_out = self._is_left_out(peer_id, candidate.start_time, now)
-            if left_out is None or (with_full_groups and left_out.is_looking):
+            reason = self._out.why(peer_id, candidate.start_time, now)
+            if reason is None or (with_full_groups and reason.is_looking):
                 found[peer_id] = candidate
         found.update((follower.peer_id, follower) for follower in self.followers.values())
         if asker is not None:
@@ -301,7 +288,21 @@ class View:
         has waited for its own round until its start time in vain. Its round has gone on without it, and full groups of
         later ones would do so for ever.
         """
-        return other.grid_round == self._me.grid_round or now >= min(self._opens_at, other.start_time)
+        return self._is_in_step(other) or now >= min(self._opens_at, other.start_time)
+
+    def _is_in_step(self, other: Candidate) -> bool:
+        me = self._me
+        in_step = not self._is_seated or other.swarm_round == me.swarm_round
+        return in_step and other.grid_round == me.grid_round
+
+    @property
+    def rounds_ahead(self) -> list[int]:
+        """The rounds of the grid of those that were declared at the latest poll, and are further than this peer."""
+        mine = self._me.swarm_round
+        found = [one.swarm_round for one, _ in self._declared.values()] + [
+            one.swarm_round for one in self._busy
+        ]
+        return [one for one in found if one > mine]
 
     def addresses_of(self, peer_id: PeerID) -> tuple[str, ...]:
         known = self._declared.get(peer_id)
@@ -315,13 +316,11 @@ class View:
         """Plan without the searches of ``peer_id`` up to ``start_time`` (default: the latest one seen)."""
         if start_time is None:
             start_time = self._last_seen.get(peer_id, -math.inf)
-        before = self._left_out.get(peer_id)
-        if before is None or (start_time, until) > (before.start_time, before.until):
-            self._left_out[peer_id] = _LeftOut(start_time, until, is_looking)
+        self._out.add(peer_id, start_time, until, is_looking=is_looking)
 
     def leave_out_stalled(self, leader: PeerID, until: float) -> None:
         """Plan without a leader that has kept this search waiting, whatever it begins anew."""
-        self._stalled[leader] = until
+        self._out.stalled[leader] = until
 
     def leave_out_group(
         self, members: tuple[SearchId, ...], until: float, now: float, *, is_looking: bool = False
@@ -335,42 +334,17 @@ class View:
         self._leave_out_marked(search_marks(members), until, now, is_looking=is_looking)
 
     def _leave_out_marked(self, marks: bytes, until: float, now: float, *, is_looking: bool = False) -> None:
-        ends = min(until, now + self._hearsay_lasts)
-        for start in range(0, len(marks), SEARCH_MARK_BYTES):
-            mark = marks[start : start + SEARCH_MARK_BYTES]
-            before = self._hearsay.get(mark)
-            if before is None or before.is_looking:
-                self._hearsay[mark] = _LeftOut(math.inf, ends, is_looking)
-        if len(self._hearsay) > MAX_HEARSAY:
-            seen = {_mark(peer_id, start_time) for peer_id, start_time in self._last_seen.items()}
-            self._hearsay = {mark: one for mark, one in self._hearsay.items() if mark in seen}
-
-    @property
-    def _hearsay_lasts(self) -> float:
-        return min(HEARSAY_AT_LEAST + HEARSAY_LATENCIES * self.latency, HEARSAY_AT_MOST)
+        self._out.hear(marks, until, now, self.latency, self._last_seen, is_looking=is_looking)
 
     def take_back(self, candidate: Candidate) -> None:
         """Plan with ``candidate`` again: it has shown that it lives and looks for a group."""
-        self._left_out.pop(candidate.peer_id, None)
-        mark = _mark(candidate.peer_id, candidate.start_time)
-        if mark in self._hearsay:
-            self._hearsay[mark] = replace(self._hearsay[mark], until=-math.inf)
+        self._out.take_back(candidate.peer_id, candidate.start_time)
 
     def may_ask(self, leader: PeerID, now: float) -> bool:
         """Whether to follow somebody's advice to ask ``leader``, who need not be visible here."""
         if leader in self.members or leader.to_bytes() in self._me.lost:
             return False
-        return self._is_left_out(leader, self._last_seen.get(leader, -math.inf), now) is None
-
-    def _is_left_out(self, peer_id: PeerID, start_time: float, now: float) -> _LeftOut | None:
-        """Why; that it has a group which has begun counts more than that its group was full."""
-        if now < self._stalled.get(peer_id, -math.inf):
-            return _LeftOut(start_time, self._stalled[peer_id], is_looking=False)
-        left_out, rumour = self._left_out.get(peer_id), self._hearsay.get(_mark(peer_id, start_time))
-        reasons = (
-            one for one in (left_out, rumour) if one and now < one.until and start_time <= one.start_time
-        )
-        return min(reasons, key=lambda one: one.is_looking, default=None)
+        return self._out.why(leader, self._last_seen.get(leader, -math.inf), now) is None
 
     # ---- how sure
 
@@ -445,10 +419,6 @@ class View:
     def poll_when_starters_visible(self, now: float) -> None:
         if not self.is_polling:
             self.next_poll = max(now, self._starters_visible_at())
-
-
-def _mark(peer_id: PeerID, start_time: float) -> bytes:
-    return search_mark(peer_id.to_bytes(), start_time)
 
 
 def _candidate(peer_id: PeerID, declaration: Declaration) -> Candidate:
