@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shoal.averaging.group import PeerMode
-from shoal.testing.ideal_mixing import ideal_rounds, random_rounds, rounds_needed
+from shoal.testing.ideal_mixing import ideal_rounds, random_rounds, rounds_needed, slow_peers_away
 from shoal.testing.mixing import MixingSwarm, RoundResult
 
 MIXED = 1e-9
@@ -33,13 +33,16 @@ MODES = (PeerMode.FULL, PeerMode.FULL, PeerMode.CLIENT, PeerMode.AUXILIARY)
 
 @dataclass(frozen=True)
 class Case:
-    """One row: ``absent`` of all miss each round; ``churn`` of all are replaced by others before each."""
+    """One row. Shares of all: ``absent`` miss each round, ``slow`` take part in one of ten, ``churn`` are replaced by
+    others before each.
+    """
 
     count: int
     target: int
     absent: float = 0.0
     churn: float = 0.0
     modes: tuple[PeerMode, ...] = (PeerMode.FULL,)
+    slow: float = 0.0
     also: int | None = None
     """The target size of every second peer, if it is another."""
 
@@ -52,6 +55,7 @@ class Case:
         words = [f"{self.count:,} in groups of {self.target}"]
         words += [f"{self.absent:.0%} absent"] if self.absent else []
         words += [f"{self.churn:.0%} join and leave"] if self.churn else []
+        words += [f"{self.slow:.0%} ten times slower"] if self.slow else []
         words += ["clients and auxiliaries"] if len(self.modes) > 1 else []
         words += [f"and of {self.also}"] if self.also else []
         return ", ".join(words)
@@ -83,6 +87,7 @@ UNEVEN = [Case(count, 32) for count in (97, 150, 333, 900)]
 ABSENT = [Case(count, 32, absent=0.01) for count in (64, 256, 512)]
 CHANGING = [
     Case(256, 32, churn=0.05),
+    Case(256, 32, slow=0.05),
     Case(256, 16, also=32),
     Case(256, 32, modes=MODES),
 ]
@@ -99,7 +104,7 @@ def tell(case: Case, seed: int) -> list[RoundResult]:
     while len(rounds) < MOST and (not rounds or rounds[-1].variance >= MIXED):
         if rounds and case.churn:
             swarm.replace(case.churn)
-        rounds.append(swarm.round(case.absent))
+        rounds.append(swarm.round(case.absent, slow_peers_away(case.count, case.slow, len(rounds))))
     return rounds
 
 
@@ -114,13 +119,17 @@ def measure(case: Case) -> Row:
         _mean([rounds_needed([one.variance for one in rounds], MIXED) for rounds in swarms]),
         _mean(
             [
-                rounds_needed(ideal_rounds(seed, case.count, case.target, case.absent, MOST), MIXED)
+                rounds_needed(
+                    ideal_rounds(seed, case.count, case.target, case.absent, MOST, case.slow), MIXED
+                )
                 for seed in seeds
             ]
         ),
         _mean(
             [
-                rounds_needed(random_rounds(seed, case.count, case.target, case.absent, MOST), MIXED)
+                rounds_needed(
+                    random_rounds(seed, case.count, case.target, case.absent, MOST, case.slow), MIXED
+                )
                 for seed in seeds
             ]
         ),

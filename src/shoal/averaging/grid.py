@@ -11,6 +11,8 @@ import math
 
 from shoal.utils.structs import CompactStruct
 
+UNKNOWN_ROUND = 0
+"""That of a peer that has a seat in a grid, and has not met anybody there yet."""
 MAX_GROUPS = 1 << 20
 MAX_ROUND = 1 << 48
 MAX_SWARM = 1e9
@@ -34,7 +36,7 @@ class Grid(CompactStruct, frozen=True):
     """What a peer carries from group to group. Before its first one, and where one group holds all, nothing."""
 
     layout: Layout = ONE_GROUP
-    round: int = 0
+    round: int = UNKNOWN_ROUND
     """Rounds since the layout began to be used, by the middle one of its last group's members."""
     swarm: float = 0.0
     """How many peers there are in all, as estimated from group to group; 0: not known."""
@@ -44,6 +46,11 @@ class Grid(CompactStruct, frozen=True):
 
 
 NO_GRID = Grid()
+
+
+def replace_round(grid: Grid, number: int) -> Grid:
+    """The same grid in the round with that number."""
+    return Grid(grid.layout, number, grid.swarm, grid.next_layout, grid.next_round)
 
 
 def grid_problem(grid: Grid) -> str | None:

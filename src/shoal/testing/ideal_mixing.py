@@ -18,15 +18,28 @@ import numpy.typing as npt
 
 from shoal.averaging.matchmaking.seats import choose_layout
 
-__all__ = ["ideal_rounds", "random_rounds", "rounds_needed"]
+__all__ = ["ideal_rounds", "random_rounds", "rounds_needed", "slow_peers_away"]
 
 Indices: TypeAlias = npt.NDArray[np.int64]
 
 DIMENSIONS = 32
+TIMES_SLOWER = 10
+"""Slow peers take part in one of so many rounds, each in another one."""
 
 
-def ideal_rounds(seed: int, count: int, target: int, absent: float, most: int) -> list[float]:
-    """The variance after each round of the ideal dealer, so many rounds at ``most``."""
+def slow_peers_away(count: int, slow: float, number: int) -> list[int]:
+    """The first peers, that share of all, are slow: those of them that miss the round with this number. All begin
+    together, with round 0.
+    """
+    return [one for one in range(round(slow * count)) if number and (one + number) % TIMES_SLOWER]
+
+
+def ideal_rounds(
+    seed: int, count: int, target: int, absent: float, most: int, slow: float = 0.0
+) -> list[float]:
+    """The variance after each round of the ideal dealer, so many rounds at ``most``. The shares of all that are
+    ``absent``, by chance, and ``slow`` (:func:`slow_peers_away`) miss a round.
+    """
     draw = np.random.default_rng(seed)
     values = draw.standard_normal((count, DIMENSIONS))
     groups = max(1, choose_layout(count, target).groups)
@@ -34,6 +47,7 @@ def ideal_rounds(seed: int, count: int, target: int, absent: float, most: int) -
     variances = []
     for number in range(most):
         is_there = draw.random(count) >= absent
+        is_there[slow_peers_away(count, slow, number)] = False
         there, away = order[is_there[order]], order[~is_there[order]]
         # The first round's groups are neighbours; later ones take one member in turn of those that are.
         dealt = (
@@ -48,13 +62,17 @@ def ideal_rounds(seed: int, count: int, target: int, absent: float, most: int) -
     return variances
 
 
-def random_rounds(seed: int, count: int, target: int, absent: float, most: int) -> list[float]:
+def random_rounds(
+    seed: int, count: int, target: int, absent: float, most: int, slow: float = 0.0
+) -> list[float]:
     """Likewise, with groups at random: what every mixing has to be better than."""
     draw = np.random.default_rng(seed)
     values = draw.standard_normal((count, DIMENSIONS))
     variances = []
-    for _ in range(most):
-        there = draw.permutation(np.flatnonzero(draw.random(count) >= absent))
+    for number in range(most):
+        is_there = draw.random(count) >= absent
+        is_there[slow_peers_away(count, slow, number)] = False
+        there = draw.permutation(np.flatnonzero(is_there))
         _average(values, np.array_split(there, -(-len(there) // target)))
         variances.append(_variance(values))
     return variances

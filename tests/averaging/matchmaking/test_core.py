@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shoal.averaging.grid import NO_GRID, Grid, Layout
+from shoal.averaging.grid import NO_GRID, UNKNOWN_ROUND, Grid, Layout
 from shoal.averaging.group import MemberInfo, PeerMode
 from shoal.averaging.matchmaking.asking import AVOID_AFTER_LOSS
 from shoal.averaging.matchmaking.core import SearchCore
@@ -641,6 +641,16 @@ def test_a_peer_at_its_seat_plans_with_those_of_its_own_round_until_its_start_ti
     assert isinstance(refused.join(2, 2, swarm_round=5, leader=0), Accepted)
     refused.at(START + 0.1)
     assert isinstance(refused.join(3, 3, swarm_round=6, leader=0), Accepted)
+
+
+def test_a_newcomer_to_a_grid_is_in_step_with_all_and_takes_none_for_further():
+    others = [declared(number, swarm_round=6) for number in (0, 1, 2)]
+    newcomer = Driver(target=4, swarm_round=UNKNOWN_ROUND, expects=4)
+    newcomer.see(*others)
+    assert newcomer.only(AskToJoin).leader == IDS[0]
+    assert newcomer.only(MissedRounds) is None
+    leader = Driver(0, target=4, swarm_round=5, expects=4)
+    assert isinstance(leader.join(1, 1, swarm_round=UNKNOWN_ROUND, leader=0), Accepted)
 
 
 def test_a_group_that_lacks_a_member_begins_when_others_have_gone_on_to_the_next_round():

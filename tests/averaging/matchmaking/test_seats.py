@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import pytest
 
-from shoal.averaging.grid import NO_GRID, Grid, Layout, grid_problem
+from shoal.averaging.grid import NO_GRID, UNKNOWN_ROUND, Grid, Layout, grid_problem
 from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode, group_key, order_members, seat_key
 from shoal.averaging.matchmaking.group_keys import GroupKeys
 from shoal.averaging.matchmaking.missed import Missed
@@ -167,6 +167,15 @@ def test_who_was_away_follows_a_change_of_the_layout():
     )
 
 
+def test_newcomers_take_the_round_of_those_that_they_meet():
+    layout, key = Layout(8, 8), seat_key("swarm", 8, 3)
+    unknown = Grid(layout, UNKNOWN_ROUND, 64.0)
+    mixed = form([0, 1, 2, 3], [unknown, unknown, unknown, Grid(layout, 5, 64.0)], key, bytes(16))
+    assert {next_seat(mixed, one, 8).grid.round for one in range(4)} == {6}
+    alone = form([0, 1], [unknown] * 2, key, bytes(16))
+    assert next_seat(alone, 0, 8).grid.round == UNKNOWN_ROUND
+
+
 def test_two_groups_of_one_key_are_dealt_different_places():
     grid, key = Grid(Layout(8, 8), 5, 66.0), seat_key("swarm", 8, 3)
     first = form(list(range(5)), [grid] * 5, key, bytes(16), seen=9, before=0)
@@ -265,7 +274,7 @@ def test_a_newcomer_takes_a_seat_in_the_grid_that_there_is():
     keys = GroupKeys(core_peer_id(0))
     grid = Grid(Layout(8, 8), 5, 64.0)
     assert keys.join_grid(grid, 5)
-    assert keys.grid == grid
+    assert keys.grid == Grid(Layout(8, 8), UNKNOWN_ROUND, 64.0)
     assert not keys.join_grid(grid, 5)
 
 

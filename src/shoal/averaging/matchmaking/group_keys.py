@@ -6,7 +6,7 @@ key without bits: all meet there that were left over, and those that know of no 
 
 from __future__ import annotations
 
-from shoal.averaging.grid import NO_GRID, ONE_GROUP, Grid
+from shoal.averaging.grid import NO_GRID, ONE_GROUP, UNKNOWN_ROUND, Grid, replace_round
 from shoal.averaging.group import GroupInfo, bits_of_key, group_key
 from shoal.averaging.matchmaking.group_bits import GroupBits
 from shoal.averaging.matchmaking.missed import Missed
@@ -119,6 +119,8 @@ class GroupKeys:
         """
         if self.bits.are_given or (self.has_seat and self._seat.grid.layout == grid.layout):
             return False
+        # It takes the round of those that it meets: others may be in a later one by now.
+        grid = replace_round(grid, UNKNOWN_ROUND)
         self._seat = Seat(grid, draw % grid.layout.groups)
         self._is_left_over = False
         return True

@@ -7,8 +7,7 @@ come. So it goes to the place that the group left which it missed (:func:`.seats
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 FEW_LATE = 4
@@ -35,17 +34,20 @@ def have_gone_on(rounds_ahead: Sequence[int], expects: int) -> bool:
 
 
 def find_missed(
-    own: int, expects: int, together: int, rounds_ahead: Sequence[int], begun_before: int
+    own: int, expects: int, together: int, rounds_ahead: Sequence[int], begun_before: Mapping[int, int]
 ) -> Missed | None:
     """What a peer in round ``own`` has missed; None: nothing.
 
     :param expects: how many were dealt to its key, and ``together`` how many of these it could be in a group with
     :param rounds_ahead: of the others that are declared there and are further
-    :param begun_before: how many had a group of the same round when this peer began to look
+    :param begun_before: how many had a group when this peer began to look, by their rounds; they are one further now
     """
+    many = max(AT_LEAST, expects // MOST)
     if together >= max(AT_LEAST, expects // FEW_LATE):
         return None
-    many = max(AT_LEAST, expects // MOST)
-    if len(rounds_ahead) >= many:
-        return Missed(statistics.median_low(rounds_ahead), 0)
-    return Missed(own + 1, begun_before) if begun_before >= many else None
+    began = (number + 1 for number, count in begun_before.items() for _ in range(count))
+    ahead = sorted((one for one in (*rounds_ahead, *began) if one > own), reverse=True)
+    if len(ahead) < many:
+        return None
+    latest = ahead[many - 1]
+    return Missed(latest, begun_before.get(own, 0) if latest == own + 1 else 0)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from shoal.averaging.grid import UNKNOWN_ROUND
 from shoal.averaging.group import MAX_GROUP_SIZE, MemberInfo
 from shoal.averaging.matchmaking.apart import are_apart, is_apart
 from shoal.averaging.matchmaking.candidate import Candidate
@@ -295,11 +296,11 @@ def _is_last_group_again(situation: Situation) -> bool:
 
 def missed_rounds(situation: Situation) -> Missed | None:
     """Whether the others that were dealt to this peer's key have gone on without it."""
-    if not situation.expects or situation.now >= situation.times.begins_at:
-        return None
     view, mine = situation.view, situation.me.swarm_round
+    if not situation.expects or mine == UNKNOWN_ROUND or situation.now >= situation.times.begins_at:
+        return None
     return find_missed(
-        mine, situation.expects, len(situation.candidates), view.rounds_ahead, view.begun_before or 0
+        mine, situation.expects, len(situation.candidates), view.rounds_ahead, view.begun_before
     )
 
 

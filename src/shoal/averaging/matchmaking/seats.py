@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shoal.averaging.grid import NO_GRID, ONE_GROUP, Grid, Layout
+from shoal.averaging.grid import NO_GRID, ONE_GROUP, UNKNOWN_ROUND, Grid, Layout, replace_round
 from shoal.averaging.group import GroupInfo, group_key, seat_key, seat_of_key
 from shoal.averaging.matchmaking.missed import Missed
 
@@ -156,7 +156,7 @@ def _next_round(grid: Grid) -> Grid:
     number = grid.round + 1
     if grid.next_round and number >= grid.next_round:
         return Grid(grid.next_layout, number, grid.swarm)
-    return Grid(grid.layout, number, grid.swarm, grid.next_layout, grid.next_round)
+    return replace_round(grid, number)
 
 
 def next_seat(group: GroupInfo, index: int, target: int | None, minimum: int = 2) -> Seat:
@@ -172,8 +172,9 @@ def next_seat(group: GroupInfo, index: int, target: int | None, minimum: int = 2
     is_lost = _has_lost_most(group, known, layout) if number is not None else swarm <= GATHER_BELOW
     if is_lost:
         return NO_SEAT
-    middle = statistics.median_low([grid.round for grid in known])
-    grid = _plan(Grid(layout, middle + 1, swarm), known, target, minimum)
+    rounds = [grid.round for grid in known if grid.round != UNKNOWN_ROUND]
+    number_after = 1 + statistics.median_low(rounds) if rounds else UNKNOWN_ROUND
+    grid = _plan(Grid(layout, number_after, swarm), known, target, minimum)
     rank = _rank(group, index, layout, number)
     if grid.next_round and grid.round >= grid.next_round:
         after = grid.next_layout

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import enum
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from shoal.averaging.grid import UNKNOWN_ROUND
 from shoal.averaging.matchmaking.candidate import Candidate, in_order
 from shoal.averaging.matchmaking.latecomers import is_stale, still_missing
 from shoal.averaging.matchmaking.left_out import NOBODY, LeftOut
@@ -92,8 +94,8 @@ class View:
         self._known = known
         self._opens_at = opens_at
         self._is_seated = is_seated
-        self.begun_before: int | None = None
-        """How many peers of this one's round of the grid had a group when this peer began to look; None: not known."""
+        self._begun_before: Counter[int] | None = None
+        """How many had a group when this peer began to look, by their rounds of the grid; None: that is not known."""
         self._schema_hash = schema_hash
         self._declared: dict[PeerID, tuple[Candidate, Declaration]] = {}
         self._busy: list[Candidate] = []
@@ -160,10 +162,9 @@ class View:
                 self.note_seen(candidate, now)
         for group in groups:
             self._leave_out_marked(group, math.inf, now)
-        if self.begun_before is None:
-            self.begun_before = sum(
-                one.peer_id in self._grouped and self._is_in_step(one) for one in self._busy
-            )
+        if self._begun_before is None:
+            grouped = [one for one in self._busy if one.peer_id in self._grouped]
+            self._begun_before = Counter(one.swarm_round for one in grouped)
         return other_schema
 
     def _was_here(self, peer_id: PeerID, taken: Declaration) -> bool:
@@ -291,18 +292,27 @@ class View:
         return self._is_in_step(other) or now >= min(self._opens_at, other.start_time)
 
     def _is_in_step(self, other: Candidate) -> bool:
-        me = self._me
-        in_step = not self._is_seated or other.swarm_round == me.swarm_round
-        return in_step and other.grid_round == me.grid_round
+        if other.grid_round != self._me.grid_round:
+            return False
+        rounds = {other.swarm_round, self._me.swarm_round}
+        return not self._is_seated or len(rounds) == 1 or UNKNOWN_ROUND in rounds
 
     @property
     def rounds_ahead(self) -> list[int]:
-        """The rounds of the grid of those that were declared at the latest poll, and are further than this peer."""
-        mine = self._me.swarm_round
-        found = [one.swarm_round for one, _ in self._declared.values()] + [
-            one.swarm_round for one in self._busy
+        """The rounds of the grid of those that were declared at the latest poll, and are further than this peer. None,
+        if it does not know its own.
+        """
+        if self._me.swarm_round == UNKNOWN_ROUND:
+            return []
+        declared = [one.swarm_round for one, _ in self._declared.values()]
+        return [
+            one for one in (*declared, *(one.swarm_round for one in self._busy)) if one > self._me.swarm_round
         ]
-        return [one for one in found if one > mine]
+
+    @property
+    def begun_before(self) -> Mapping[int, int]:
+        """How many peers had a group when this one began to look, by their rounds of the grid."""
+        return self._begun_before or {}
 
     def addresses_of(self, peer_id: PeerID) -> tuple[str, ...]:
         known = self._declared.get(peer_id)
