@@ -1,6 +1,6 @@
 """How fast large swarms mix, beside what is ideal and beside groups at random, in simulated time.
 
-    python -m benchmarks.mixing                           the whole table; 20 minutes on one core
+    python -m benchmarks.mixing                           the whole table; more than half an hour on two cores
     python -m benchmarks.mixing --quick                   64 to 128 peers; half a minute
     python -m benchmarks.mixing --picture docs/images/mixing.png
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,28 +111,18 @@ def tell(case: Case, seed: int) -> list[RoundResult]:
 def measure(case: Case) -> Row:
     """All seeds of a case."""
     swarms = [tell(case, seed) for seed in range(case.seeds)]
-    seeds = range(10)
     later = [one for rounds in swarms for one in rounds[1:]]
     searches = sum(one.alone + sum(one.sizes) for rounds in swarms for one in rounds)
+    shares = (case.count, case.target, case.absent, MOST, case.slow)
+
+    def needed(dealer: Callable[..., list[float]]) -> float:
+        return _mean([rounds_needed(dealer(seed, *shares), MIXED) for seed in range(10)])
+
     return Row(
         case,
         _mean([rounds_needed([one.variance for one in rounds], MIXED) for rounds in swarms]),
-        _mean(
-            [
-                rounds_needed(
-                    ideal_rounds(seed, case.count, case.target, case.absent, MOST, case.slow), MIXED
-                )
-                for seed in seeds
-            ]
-        ),
-        _mean(
-            [
-                rounds_needed(
-                    random_rounds(seed, case.count, case.target, case.absent, MOST, case.slow), MIXED
-                )
-                for seed in seeds
-            ]
-        ),
+        needed(ideal_rounds),
+        needed(random_rounds),
         sum(one.alone for rounds in swarms for one in rounds) / searches,
         statistics.median(one.seconds for one in later),
         _mean([one.polls for one in later]),

@@ -48,11 +48,6 @@ class Grid(CompactStruct, frozen=True):
 NO_GRID = Grid()
 
 
-def replace_round(grid: Grid, number: int) -> Grid:
-    """The same grid in the round with that number."""
-    return Grid(grid.layout, number, grid.swarm, grid.next_layout, grid.next_round)
-
-
 def grid_problem(grid: Grid) -> str | None:
     """What is wrong with what another peer says here, if anything."""
     for layout in (grid.layout, grid.next_layout):

@@ -136,6 +136,7 @@ class Peer:
     failure: str | None = None
     finished_at: float = math.inf
     when_over: Callable[[Peer], None] | None = None
+    """Called when its search has ended."""
     timer: int = 0
     token_owner: dict[int, tuple[PeerID, int]] = field(default_factory=dict)
     """Who asked under this token, and the number of its request."""

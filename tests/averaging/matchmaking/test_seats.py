@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from dataclasses import replace
 from fractions import Fraction
 
+import msgspec
 import pytest
 
 from shoal.averaging.grid import NO_GRID, UNKNOWN_ROUND, Grid, Layout, grid_problem
@@ -208,7 +209,7 @@ def test_all_change_the_layout_in_the_same_round():
     """One group finds that there are too many; the others hear of it before the round that it names."""
     swarm = Swarm(64, 8)
     many = [
-        replace(seat, grid=replace_swarm(seat.grid, 90.0)) if seat.number == 0 else seat
+        replace(seat, grid=msgspec.structs.replace(seat.grid, swarm=90.0)) if seat.number == 0 else seat
         for seat in swarm.seats
     ]
     swarm.seats = many
@@ -218,10 +219,6 @@ def test_all_change_the_layout_in_the_same_round():
         changed.append({seat.grid.layout.groups for seat in swarm.seats})
     assert all(len(groups) == 1 for groups in changed), changed
     assert changed[-1] != {8}
-
-
-def replace_swarm(grid: Grid, swarm: float) -> Grid:
-    return Grid(grid.layout, grid.round, swarm, grid.next_layout, grid.next_round)
 
 
 def test_a_liar_moves_the_estimate_by_little():

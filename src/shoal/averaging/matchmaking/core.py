@@ -100,9 +100,9 @@ class SearchCore:
         self._spreading = Spreading(may_spread)
         self._expected = set(expected)
         self._is_put_off = False
-        self._caught_up_with = 0
-        """The latest round of the grid that this peer has heard it is missing."""
         """Whether the start was put off for expected peers that are missing; once in a search."""
+        self._caught_up_with = 0
+        """The latest round of the grid for which it was said that this peer has missed those before."""
         self._said: str | None = None
         """Why no average is possible, as it was logged last."""
         self._hopeless_since = math.inf

@@ -6,7 +6,9 @@ key without bits: all meet there that were left over, and those that know of no 
 
 from __future__ import annotations
 
-from shoal.averaging.grid import NO_GRID, ONE_GROUP, UNKNOWN_ROUND, Grid, replace_round
+import msgspec
+
+from shoal.averaging.grid import NO_GRID, ONE_GROUP, UNKNOWN_ROUND, Grid
 from shoal.averaging.group import GroupInfo, bits_of_key, group_key
 from shoal.averaging.matchmaking.group_bits import GroupBits
 from shoal.averaging.matchmaking.missed import Missed
@@ -120,7 +122,7 @@ class GroupKeys:
         if self.bits.are_given or (self.has_seat and self._seat.grid.layout == grid.layout):
             return False
         # It takes the round of those that it meets: others may be in a later one by now.
-        grid = replace_round(grid, UNKNOWN_ROUND)
+        grid = msgspec.structs.replace(grid, round=UNKNOWN_ROUND)
         self._seat = Seat(grid, draw % grid.layout.groups)
         self._is_left_over = False
         return True

@@ -196,8 +196,8 @@ class Declaration(AgreedStruct, frozen=True):
     mode: PeerMode
     addresses: tuple[str, ...]
     group: bytes = b""
-    """If taken: the marks of the searches in its group. One record that is seen takes all of them out of a plan at
-    once."""
+    """If taken: the marks of the searches in its group. The leader and a few more name all of them, the others their
+    own. One record that is seen takes all that it names out of a plan at once."""
     grid_round: int = 0
     """As in :class:`~shoal.averaging.group.MemberInfo`, like the next two."""
     lineage: Lineage = NO_LINEAGE

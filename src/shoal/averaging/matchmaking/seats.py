@@ -30,7 +30,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shoal.averaging.grid import NO_GRID, ONE_GROUP, UNKNOWN_ROUND, Grid, Layout, replace_round
+import msgspec
+
+from shoal.averaging.grid import NO_GRID, ONE_GROUP, UNKNOWN_ROUND, Grid, Layout
 from shoal.averaging.group import GroupInfo, group_key, seat_key, seat_of_key
 from shoal.averaging.matchmaking.missed import Missed
 
@@ -156,7 +158,7 @@ def _next_round(grid: Grid) -> Grid:
     number = grid.round + 1
     if grid.next_round and number >= grid.next_round:
         return Grid(grid.next_layout, number, grid.swarm)
-    return replace_round(grid, number)
+    return msgspec.structs.replace(grid, round=number)
 
 
 def next_seat(group: GroupInfo, index: int, target: int | None, minimum: int = 2) -> Seat:

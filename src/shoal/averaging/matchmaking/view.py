@@ -294,20 +294,19 @@ class View:
     def _is_in_step(self, other: Candidate) -> bool:
         if other.grid_round != self._me.grid_round:
             return False
-        rounds = {other.swarm_round, self._me.swarm_round}
-        return not self._is_seated or len(rounds) == 1 or UNKNOWN_ROUND in rounds
+        mine, theirs = self._me.swarm_round, other.swarm_round
+        return not self._is_seated or mine == theirs or UNKNOWN_ROUND in (mine, theirs)
 
     @property
     def rounds_ahead(self) -> list[int]:
-        """The rounds of the grid of those that were declared at the latest poll, and are further than this peer. None,
-        if it does not know its own.
+        """The rounds of the grid of those that were declared at the latest poll and are further than this peer. There
+        are none if it does not know its own.
         """
-        if self._me.swarm_round == UNKNOWN_ROUND:
+        mine = self._me.swarm_round
+        if mine == UNKNOWN_ROUND:
             return []
-        declared = [one.swarm_round for one, _ in self._declared.values()]
-        return [
-            one for one in (*declared, *(one.swarm_round for one in self._busy)) if one > self._me.swarm_round
-        ]
+        declared = (*(candidate for candidate, _ in self._declared.values()), *self._busy)
+        return [one.swarm_round for one in declared if one.swarm_round > mine]
 
     @property
     def begun_before(self) -> Mapping[int, int]:
