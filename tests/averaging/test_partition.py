@@ -18,13 +18,14 @@ from shoal.compression import (
     Quantile8BitQuantization,
     Uniform8BitQuantization,
 )
-from shoal.compression.base import DTYPE_NAMES
 from shoal.errors import InvalidValueError
+from shoal.testing.arena import part_tensor, tensor_in
+from shoal.utils.dtypes import AVERAGED, FLOAT32
 
 specs = st.builds(
     TensorSpec,
     st.lists(st.integers(0, 9), max_size=3).map(tuple),
-    st.sampled_from(list(DTYPE_NAMES)),
+    st.sampled_from(list(AVERAGED.values())),
     st.sampled_from([0, 1, 5, 6]),
 )
 schemas = st.lists(specs, min_size=1, max_size=8).map(lambda s: TensorSchema(tuple(s)))
@@ -56,7 +57,7 @@ def test_tensors_lie_one_after_another(schema):
 @given(schemas)
 def test_sections_are_maximal_runs(schema):
     sections = Layout.from_schema(schema).sections
-    kinds = [(section.dtype, section.codec.compression_type) for section in sections]
+    kinds = [(section.dtype, section.format.wire_id) for section in sections]
     assert kinds == [kind for kind, _ in itertools.groupby((spec.dtype, spec.codec) for spec in schema.specs)]
     for before, after in itertools.pairwise(sections):
         assert before.end_element == after.first_element
@@ -97,7 +98,7 @@ def test_each_tensor_in_a_part_is_a_segment(partition):
     for part in partition.parts:
         assert min(part.segments) > 0
         assert sum(part.segments) == part.count
-        if partition.layout.sections[part.section].codec.elementwise:
+        if partition.layout.sections[part.section].format.is_elementwise:
             assert len(part.segments) == 1
             continue
         ends = list(itertools.accumulate(part.segments, initial=part.start))
@@ -116,7 +117,7 @@ def gpt2() -> list[tuple[int, ...]]:
     "codec", [Uniform8BitQuantization(), Quantile8BitQuantization(), BlockwiseQuantization()], ids=repr
 )
 def test_levels_of_its_own_cost_a_real_model_little(codec, owners):
-    schema = TensorSchema(tuple(TensorSpec(s, torch.float32, codec.compression_type) for s in gpt2()))
+    schema = TensorSchema(tuple(TensorSpec(s, FLOAT32, codec.compression_type) for s in gpt2()))
     layout = Layout.from_schema(schema)
     owned = load_balance_peers(layout.data_nbytes, [1.0] * owners)
     parts = Partition.create(layout, owned, 1 << 19).parts
@@ -131,8 +132,7 @@ def test_parts_cross_no_border(partition):
         span, section = partition.spans[part.owner], partition.layout.sections[part.section]
         assert max(span.start, section.first_element) <= part.start
         assert part.start + part.count <= min(span.stop, section.end_element)
-        codec = partition.layout.codec_of(part)
-        assert part.nbytes == codec.encoded_nbytes(section.dtype, part.count)
+        assert part.nbytes == partition.layout.format_of(part).encoded_nbytes(part.count)
 
 
 @given(partitions())
@@ -147,10 +147,10 @@ def test_parts_of_owners(partition):
 def test_parts_and_tensors_see_the_same_memory(schema, data):
     layout = Layout.from_schema(schema)
     partition = Partition.create(layout, [layout.data_nbytes], data.draw(st.integers(1, 100)))
-    area = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    area = memoryview(bytearray(layout.nbytes))
     for index in range(len(layout.slots)):
-        layout.tensor_view(area, index).fill_(index + 1)
-    through_parts = [value for part in partition.parts for value in layout.part_view(area, part).tolist()]
+        tensor_in(layout, area, index).fill_(index + 1)
+    through_parts = [value for part in partition.parts for value in part_tensor(layout, area, part).tolist()]
     expected = [index + 1 for index, slot in enumerate(layout.slots) for _ in range(slot.count)]
     assert through_parts == expected
 
@@ -197,7 +197,7 @@ def test_nothing_to_average():
 
 
 def test_a_model_of_4_gb():
-    layout = Layout.from_schema(TensorSchema((TensorSpec((1 << 30,), torch.float32),)))
+    layout = Layout.from_schema(TensorSchema((TensorSpec((1 << 30,), FLOAT32),)))
     partition = Partition.create(layout, load_balance_peers(layout.data_nbytes, [None] * 4), 1 << 19)
     assert len(partition.parts) == 8192 / MAX_JOINED
 
@@ -223,7 +223,7 @@ def test_uncompressed_parts_follow_the_size_of_the_span(span, expected):
     [(1 << 20, 1 << 21), (3 << 19, 3 << 19), (1 << 21, 1 << 21), (1 << 26, 1 << 26)],
 )
 def test_large_parts_are_not_joined_beyond_what_a_payload_may_have(part_size, expected):
-    layout = Layout.from_schema(TensorSchema((TensorSpec((1 << 30,), torch.float32),)))
+    layout = Layout.from_schema(TensorSchema((TensorSpec((1 << 30,), FLOAT32),)))
     partition = Partition.create(layout, [layout.data_nbytes], part_size)
     assert max(part.nbytes for part in partition.parts) == expected
 
@@ -235,7 +235,7 @@ def test_compressed_parts_are_of_the_size_that_is_asked_for():
 
 
 def test_too_many_parts_are_refused_before_they_are_made():
-    layout = Layout.from_schema(TensorSchema((TensorSpec((1 << 40,), torch.float32),)))
+    layout = Layout.from_schema(TensorSchema((TensorSpec((1 << 40,), FLOAT32),)))
     with pytest.raises(InvalidValueError, match=f"for {MAX_PARTS} parts"):
         Partition.create(layout, [layout.data_nbytes], 1024)
 

@@ -3,9 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoal.averaging.schema import TensorSchema, TensorSpec, check_tensors
+from shoal.averaging.schema import TensorSchema, TensorSpec
+from shoal.averaging.trainer.tensor_checks import check_tensors
 from shoal.compression import Float16Compression, NoCompression
 from shoal.errors import InvalidTypeError, InvalidValueError
+from shoal.utils.dtypes import FLOAT16
 
 
 def check(tensors):
@@ -155,7 +157,7 @@ def test_number_of_codecs():
 
 
 def test_specs_print():
-    assert str(TensorSpec((2, 3), torch.float16, 1)) == "float16 2x3 codec 1"
+    assert str(TensorSpec((2, 3), FLOAT16, 1)) == "float16 2x3 codec 1"
 
 
 def test_peers_agree_only_if_schema_part_size_and_smallest_group_are_equal():

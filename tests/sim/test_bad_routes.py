@@ -9,7 +9,6 @@ import random
 import pytest
 import torch
 
-from shoal.averaging.allreduce.exchange import Arena
 from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
 from shoal.averaging.allreduce.rounds import Rounds
 from shoal.averaging.background.division import Division
@@ -20,6 +19,7 @@ from shoal.averaging.router import Router
 from shoal.compression.base import NoCompression
 from shoal.errors import MatchmakingException
 from shoal.p2p.identity import PeerID
+from shoal.testing.arena import make_arena, tensor_in
 from shoal.testing.clock import run
 from shoal.testing.matchmaking import SimulatedMatchmaking
 from shoal.testing.swarm import Attempt, SimulatedSwarm
@@ -57,8 +57,8 @@ class Swarm:
             await self.all_have_a_group.wait()
             self.is_route_bad = True
             self.sim.network.silence(*(f"node{other}" for other in pair))
-        arena = Arena(*(torch.zeros(LAYOUT.nbytes, dtype=torch.uint8) for _ in range(2)))
-        LAYOUT.tensor_view(arena.snapshot, 0).copy_(TENSOR + number)
+        arena = make_arena(LAYOUT)
+        tensor_in(LAYOUT, arena.snapshot, 0).copy_(TENSOR + number)
         current = Round(
             self.sim.dht.nodes[number].host,
             "swarm",

@@ -33,6 +33,7 @@ from shoal.averaging.partition import Layout
 from shoal.averaging.router import Router
 from shoal.errors import AllreduceException
 from shoal.runtime.presence import Presence
+from shoal.testing.arena import make_arena
 from shoal.testing.clock import run
 from shoal.testing.matchmaking import SimulatedMatchmaking
 
@@ -91,7 +92,7 @@ class Peer:
         node = swarm.sim.dht.nodes[number]
         layout = Layout.from_tensors([torch.zeros(1200)])
         arena: Any = SharedArena(layout)
-        arena._areas = Arena(*(torch.zeros(layout.nbytes, dtype=torch.uint8) for _ in range(2)))
+        arena._areas = make_arena(layout)
         self.user = User(arena.areas, float(number))
         context: Any = self.user
         config = SimpleNamespace(prefix=PREFIX, auxiliary=False, matchmaking=swarm.sim.config)

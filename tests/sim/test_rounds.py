@@ -21,6 +21,7 @@ from shoal.averaging.timeouts import settle
 from shoal.compression import BFloat16Compression
 from shoal.errors import AllreduceException, RemoteError
 from shoal.p2p.rpc import Stream
+from shoal.testing.arena import tensor_in
 from shoal.testing.clock import run
 from shoal.testing.rounds import PREFIX, SimulatedGroup
 
@@ -287,7 +288,7 @@ def test_a_client_that_is_killed_does_not_fail_the_round():
 def test_a_sender_of_nan_is_excluded_and_named(bandwidths: list[float]):
     async def main() -> None:
         async with SimulatedGroup(seed=5, size=3, bandwidths=bandwidths) as group:
-            group.layout.tensor_view(group.arenas[2].snapshot, 0)[17] = float("nan")
+            tensor_in(group.layout, group.arenas[2].snapshot, 0)[17] = float("nan")
             results = await all_of(group, timeouts=TIMEOUTS)
             check_exclusion(group, results, 2, reason="not finite")
 
@@ -303,7 +304,7 @@ def test_a_member_too_far_from_the_average_to_be_told_is_excluded_and_nobody_get
             seed=5, size=3, weights=weights, codec=BFloat16Compression(), shapes=[(3000,)]
         ) as group:
             for arena, value in zip(group.arenas, (3e38, 3e38, -3e38), strict=True):
-                group.layout.tensor_view(arena.snapshot, 0).fill_(value)
+                tensor_in(group.layout, arena.snapshot, 0).fill_(value)
             results = await all_of(group, timeouts=TIMEOUTS)
             check_exclusion(group, results, 2, reason="further from the average than torch.float32 reaches")
             for member in (0, 1):
@@ -373,7 +374,7 @@ def test_a_process_that_was_stopped_blames_nobody():
 def test_an_owner_tells_a_sender_itself_that_it_is_excluded(monkeypatch: pytest.MonkeyPatch):
     async def main() -> None:
         async with SimulatedGroup(seed=8, size=2, clients=1) as group:
-            group.layout.tensor_view(group.arenas[1].snapshot, 0)[17] = float("nan")
+            tensor_in(group.layout, group.arenas[1].snapshot, 0)[17] = float("nan")
             rounds = [group.round(member) for member in range(2)]
             monkeypatch.setattr(rounds[0]._commitment, "announce", lambda message: None)
             results = await asyncio.gather(*(current.run() for current in rounds))
@@ -804,7 +805,7 @@ class Trouble:
         group = self.group
         async with group:
             if self.kind == "nan":
-                group.layout.tensor_view(group.arenas[self.victim].snapshot, 0)[:] = float("nan")
+                tensor_in(group.layout, group.arenas[self.victim].snapshot, 0)[:] = float("nan")
             limits = RoundTimeouts(60.0, 2.0, 4.0)
             self.rounds = [
                 group.round(member, snapshot=self.snapshot(member), timeouts=limits)

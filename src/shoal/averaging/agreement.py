@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
-from shoal.compression.registry import CODECS
+from shoal.averaging.formats import codec_name
 from shoal.utils.structs import CompactStruct
 from shoal.utils.text import printable
 
@@ -92,5 +92,5 @@ def _tensor_differences(own: list[_Tensor], other: list[_Tensor]) -> list[str]:
 def _shown(field: int, value: str) -> str:
     if field != 2:
         return value
-    known = value.isdecimal() and len(value) <= 3 and int(value) in CODECS
-    return type(CODECS.codec(int(value))).__name__ if known else f"number {value}"
+    name = codec_name(int(value)) if value.isdecimal() and len(value) <= 3 else None
+    return name or f"number {value}"

@@ -27,14 +27,18 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
-
+from shoal.averaging.elements import Elements, elements_in
+from shoal.averaging.formats import Format, format_of
 from shoal.averaging.schema import TensorSchema
-from shoal.compression.base import CompressionBase, NoCompression
-from shoal.compression.registry import get_codec
-from shoal.compression.segments import SegmentedCodec
 from shoal.errors import InvalidValueError
+from shoal.utils.dtypes import DType
+
+if TYPE_CHECKING:
+    import torch
+
+    from shoal.compression.base import CompressionBase
 
 ALIGNMENT = 64
 MAX_PARTS = 1 << 20
@@ -60,12 +64,15 @@ class Section:
     """
 
     index: int
-    dtype: torch.dtype
-    codec: CompressionBase
+    format: Format
     first_element: int
     count: int
     offset: int
     data_offset: int
+
+    @property
+    def dtype(self) -> DType:
+        return self.format.dtype
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +88,7 @@ class TensorSlot:
     """Where one tensor lies in the arena: ``count`` elements from byte ``offset`` on."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
     count: int
     offset: int
 
@@ -112,7 +119,7 @@ class Layout:
                 end += slots[-1].nbytes
             count = (end - start) // dtype.itemsize
             sections.append(
-                Section(len(sections), dtype, get_codec(wire_id), element, count, start, data_offset)
+                Section(len(sections), format_of(dtype, wire_id), element, count, start, data_offset)
             )
             element, data_offset = element + count, data_offset + end - start
         return cls(tuple(slots), tuple(sections))
@@ -138,40 +145,21 @@ class Layout:
     def numel(self) -> int:
         return sum(section.count for section in self.sections)
 
-    def tensor_view(self, area: torch.Tensor, index: int) -> torch.Tensor:
-        """Tensor ``index`` in an arena (one-dimensional, uint8, ``nbytes`` long): a flat view of it."""
-        slot = self.slots[index]
-        return area[slot.offset : slot.offset + slot.nbytes].view(slot.dtype)
-
-    def part_view(self, area: torch.Tensor, part: Part) -> torch.Tensor:
-        """A part's elements in an arena: a flat view of its dtype."""
-        return area[part.offset : part.offset + part.memory_nbytes].view(self.sections[part.section].dtype)
-
-    def part_in(self, memory: memoryview, part: Part) -> torch.Tensor:
-        """As :meth:`part_view`, of the bytes of an arena: less than half the work, done for each part of a round."""
-        dtype = self.sections[part.section].dtype
-        return torch.frombuffer(memory, dtype=dtype, count=part.count, offset=part.offset)
+    def part_in(self, memory: memoryview, part: Part) -> Elements:
+        """A part's elements in the bytes of an arena."""
+        return elements_in(memory, self.sections[part.section].dtype, part.count, part.offset)
 
     def is_plain(self, part: Part) -> bool:
         """Whether a part travels as the memory that it is, so that no codec need be asked."""
-        return self._plain_sections[part.section]
+        return self.sections[part.section].format.is_plain
 
-    def is_uncompressed(self, section: Section) -> bool:
-        """As :meth:`is_plain`, of all parts of a section."""
-        return self._plain_sections[section.index]
-
-    @cached_property
-    def _plain_sections(self) -> tuple[bool, ...]:
-        # Not of subclasses: users' codecs may do more than what they inherit.
-        return tuple(type(section.codec) is NoCompression for section in self.sections)
-
-    def dtype_of(self, part: Part) -> torch.dtype:
+    def dtype_of(self, part: Part) -> DType:
         return self.sections[part.section].dtype
 
-    def codec_of(self, part: Part) -> CompressionBase:
-        """What encodes a part: the section's codec, one segment at a time."""
-        codec = self.sections[part.section].codec
-        return codec if len(part.segments) == 1 else SegmentedCodec(codec, part.segments)
+    def format_of(self, part: Part) -> Format:
+        """How a part travels: as its section does, one segment at a time."""
+        form = self.sections[part.section].format
+        return form if len(part.segments) == 1 else form.in_segments(part.segments)
 
     @cached_property
     def tensor_ends(self) -> tuple[int, ...]:
@@ -278,10 +266,10 @@ def _cut(layout: Layout, spans: Sequence[Span], part_size_bytes: int) -> tuple[P
             if start >= stop:
                 continue
             nbytes = part_size_bytes
-            if layout.is_uncompressed(section):
+            if section.format.is_plain:
                 nbytes = _plain_part_nbytes((stop - start) * section.dtype.itemsize, part_size_bytes)
-            largest = max(1, section.codec.max_count(section.dtype, nbytes))
-            cut = _whole if section.codec.elementwise else _segmented
+            largest = max(1, section.format.max_count(nbytes))
+            cut = _whole if section.format.is_elementwise else _segmented
             if len(parts) + (stop - start) // largest > MAX_PARTS:
                 raise _too_many_parts(layout, part_size_bytes)
             for segments in cut(layout, section, (start, stop), part_size_bytes, largest):
@@ -321,7 +309,7 @@ def _segmented(
     layout: Layout, section: Section, elements: tuple[int, int], part_size_bytes: int, largest: int
 ) -> Iterator[tuple[int, ...]]:
     """The segments of each part. A part is filled up to its limit, so that small tensors share one."""
-    codec, dtype = section.codec, section.dtype
+    form = section.format
     position, stop = elements
     segments: list[int] = []
     room = part_size_bytes
@@ -330,12 +318,12 @@ def _segmented(
         count = rest = min(layout.tensor_ends[tensor], stop) - position
         if not segments:
             count = min(rest, largest)
-        elif codec.encoded_nbytes(dtype, rest) > room:
-            count = codec.max_count(dtype, room) if room > 0 else 0
+        elif form.encoded_nbytes(rest) > room:
+            count = form.max_count(room) if room > 0 else 0
         if count:
             segments.append(count)
             position += count
-            room -= codec.encoded_nbytes(dtype, count)
+            room -= form.encoded_nbytes(count)
         if count < rest:
             yield tuple(segments)
             segments, room = [], part_size_bytes
@@ -355,7 +343,7 @@ def _part(section: Section, owner: int, index: int, start: int, segments: tuple[
         start=start,
         count=count,
         segments=segments,
-        nbytes=sum(section.codec.encoded_nbytes(section.dtype, segment) for segment in segments),
+        nbytes=sum(section.format.encoded_nbytes(segment) for segment in segments),
         offset=section.offset + (start - section.first_element) * itemsize,
         memory_nbytes=count * itemsize,
     )

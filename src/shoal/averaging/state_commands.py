@@ -60,12 +60,12 @@ class StateCaptured:
     """The copy's memory, of ``nbytes`` bytes, comes as a descriptor.
 
     :param entries: packed
-    :param codecs: pickled, since their classes may be the user's
+    :param formats: pickled, since the classes of their codecs may be the user's
     """
 
     nbytes: int
     entries: bytes
-    codecs: bytes
+    formats: bytes
 
 
 @dataclass(frozen=True)

@@ -23,16 +23,12 @@ import numpy.typing as npt
 import torch
 
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation, UsageError
+from shoal.utils.dtypes import AVERAGED, name_of
 from shoal.utils.structs import CompactStruct
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
-FLOATING_DTYPES: dict[str, torch.dtype] = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
+FLOATING_DTYPES: dict[str, torch.dtype] = {name: dtype.torch_dtype for name, dtype in AVERAGED.items()}
 """The dtypes that can be averaged, by their name on the wire."""
 
 WHOLE_DTYPES: dict[str, torch.dtype] = {
@@ -45,13 +41,6 @@ WHOLE_DTYPES: dict[str, torch.dtype] = {
 """The dtypes of whole tensors that travel without compression."""
 
 UINT8 = np.dtype(np.uint8)
-
-DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in FLOATING_DTYPES.items()}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Its name on the wire, such as ``"float32"``."""
-    return str(dtype).removeprefix("torch.")
 
 
 class TensorRole(enum.Enum):
@@ -167,7 +156,7 @@ class CompressionBase(ABC):
         view = memoryview(data).cast("B")
         if len(view) != expected:
             raise ProtocolViolation(
-                f"{type(self).__name__}: {count} elements of {dtype_name(dtype)} take {expected} bytes,"
+                f"{type(self).__name__}: {count} elements of {name_of(dtype)} take {expected} bytes,"
                 f" not {len(view)}"
             )
         if out is not None:
@@ -201,7 +190,7 @@ class CompressionBase(ABC):
         expected = self.encoded_nbytes(part.dtype, len(part))
         if len(view := memoryview(data).cast("B")) != expected:
             raise InvalidValueError(
-                f"{self!r}.encode must make {expected} bytes of {len(part)} elements of {dtype_name(part.dtype)}, as "
+                f"{self!r}.encode must make {expected} bytes of {len(part)} elements of {name_of(part.dtype)}, as "
                 f"its encoded_nbytes says, got {len(view)}"
             )
         return view
@@ -256,7 +245,7 @@ class CompressionBase(ABC):
 
         :param allow_inplace: the codec may use the tensor's own memory as scratch space
         """
-        name = dtype_name(tensor.dtype)
+        name = name_of(tensor.dtype)
         if name not in self.whole_dtypes:
             raise InvalidTypeError(
                 f"tensor must have a dtype that {type(self).__name__} takes ({', '.join(self.whole_dtypes)}), "

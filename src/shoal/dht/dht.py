@@ -48,7 +48,7 @@ from shoal.utils.timed import dht_clock
 T = TypeVar("T")
 Address = str | Multiaddr
 
-_PRELOAD = {"torch": ("torch", "shoal.averaging.background.service")}
+_PRELOAD = {"torch": ("shoal.averaging.background.service",)}
 """What the background process imports ahead, by the module that the user process has imported: an averager is likely
 to follow. Names, not imports: for a user process without torch it stays light.
 """

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from shoal.averaging.schema import is_distributed
+from shoal.averaging.trainer.tensor_checks import is_distributed
 from shoal.errors import InvalidTypeError, InvalidValueError
 
 

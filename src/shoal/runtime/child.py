@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from shoal.runtime.server import main
+import os
 
 if __name__ == "__main__":
+    # Before numpy or torch is loaded. Parts fit into the cache and are worked on as they come: handing them to other
+    # threads costs more than it gains, and far more where the trainer keeps every core busy.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+    from shoal.runtime.server import main
+
     main()

@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import torch
 
-from shoal.averaging.allreduce.exchange import Arena
 from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
 from shoal.averaging.allreduce.rounds import Rounds
 from shoal.averaging.group import (
@@ -24,6 +23,7 @@ from shoal.averaging.router import Router
 from shoal.compression.base import CompressionBase, NoCompression
 from shoal.p2p.config import HostConfig
 from shoal.p2p.host import Host
+from shoal.testing.arena import make_arena, tensors_in
 from shoal.testing.network import SimulatedNetwork
 from shoal.testing.peers import make_host
 
@@ -81,15 +81,9 @@ class SimulatedGroup:
         generator = torch.Generator().manual_seed(seed)
         self.tensors = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(size)]
         self.layout = Layout.from_tensors(self.tensors[0], [codec or NoCompression()] * len(shapes))
-        self.arenas = [self._arena(tensors) for tensors in self.tensors]
+        self.arenas = [make_arena(self.layout, tensors) for tensors in self.tensors]
         self.hosts: list[Host] = []
         self.rounds: list[Rounds] = []
-
-    def _arena(self, tensors: list[torch.Tensor]) -> Arena:
-        arena = Arena(*(torch.zeros(self.layout.nbytes, dtype=torch.uint8) for _ in range(2)))
-        for index, tensor in enumerate(tensors):
-            self.layout.tensor_view(arena.snapshot, index).copy_(tensor.reshape(-1))
-        return arena
 
     def name(self, member: int) -> str:
         """The name of a member's host in the network."""
@@ -180,8 +174,7 @@ class SimulatedGroup:
 
     def results(self, member: int) -> list[torch.Tensor]:
         """Where a member's averages lie."""
-        area = self.arenas[member].average
-        return [self.layout.tensor_view(area, index) for index in range(len(self.tensors[0]))]
+        return tensors_in(self.layout, self.arenas[member].average)
 
     def averages(self, weights: Sequence[float]) -> list[torch.Tensor]:
         """The exact averages of the members' tensors, flat, in float64."""

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 from shoal.averaging.allreduce.core import AllReduce
-from shoal.averaging.allreduce.exchange import Arena
 from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
 from shoal.averaging.allreduce.rounds import Rounds
 from shoal.averaging.background.division import Division
@@ -26,6 +25,7 @@ from shoal.compression.base import CompressionBase, NoCompression
 from shoal.errors import MatchmakingException
 from shoal.p2p.identity import PeerID
 from shoal.sansio.trace import Turn
+from shoal.testing.arena import make_arena, tensor_in
 from shoal.testing.faults import PHASES
 from shoal.testing.matchmaking import PREFIX, SCHEMA, SimulatedMatchmaking
 
@@ -171,12 +171,11 @@ class SimulatedSwarm:
         self, number: int, group: GroupInfo, change: Callable[[torch.Tensor], None] | None
     ) -> Attempt:
         matchmaker, rounds = self.sim.matchmakers[number], self._rounds[number]
-        arena = Arena(*(torch.zeros(self.layout.nbytes, dtype=torch.uint8) for _ in range(2)))
         values = torch.randn(self.layout.numel, generator=self._generator)
         self._values[group.group_id, number] = values.clone()
         if change is not None:
             change(values)
-        self.layout.tensor_view(arena.snapshot, 0).copy_(values)
+        arena = make_arena(self.layout, [values])
 
         async def snapshot() -> None:
             self.watch(number, "copying")
@@ -208,7 +207,7 @@ class SimulatedSwarm:
             self.watch(number, "applying")
             matchmaker.round_committed(group, {*excluded, *unreached})
         attempt = Attempt(
-            number, group, self._division.among(group), result, self.layout.tensor_view(arena.average, 0)
+            number, group, self._division.among(group), result, tensor_in(self.layout, arena.average, 0)
         )
         self.attempts.append(attempt)
         ending = "is in doubt" if result.in_doubt else result.failure or "committed"

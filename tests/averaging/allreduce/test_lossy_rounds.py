@@ -6,14 +6,16 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.averaging.allreduce.assignment import Assignment
-from shoal.averaging.allreduce.exchange import Arena, ForeignSpan, OwnSpan
+from shoal.averaging.allreduce.exchange import ForeignSpan, OwnSpan
 from shoal.averaging.allreduce.reduction import encode_difference, encode_part
+from shoal.averaging.codec_formats import CodecFormat
 from shoal.averaging.load_balancing import load_balance_peers
 from shoal.averaging.partition import Layout, Partition
 from shoal.compression import (
@@ -26,7 +28,9 @@ from shoal.compression import (
     Uniform8BitQuantization,
 )
 from shoal.errors import AllreduceException
+from shoal.testing.arena import make_arena, part_tensor
 from shoal.testing.codecs import error_bound
+from shoal.utils.dtypes import FLOAT32
 
 CODECS: list[CompressionBase] = [
     Float16Compression(),
@@ -67,9 +71,7 @@ class Group:
         self.partition = Partition.create(self.layout, owned, part_size)
         self.spans = Assignment.first([len(self.partition.parts_of(me)) for me in range(size)]).spans
         self.codec, self.weights = codec, weights
-        self.arenas = [
-            Arena(*(torch.zeros(self.layout.nbytes, dtype=torch.uint8) for _ in range(2))) for _ in tensors
-        ]
+        self.arenas = [make_arena(self.layout) for _ in tensors]
         for me, tensor in enumerate(tensors):
             self.tensor(me).copy_(tensor)
 
@@ -77,9 +79,9 @@ class Group:
         """All elements, one tensor after another."""
         return self._elements(self.arenas[me].snapshot)
 
-    def _elements(self, area: torch.Tensor) -> torch.Tensor:
+    def _elements(self, area: memoryview) -> torch.Tensor:
         (section,) = self.layout.sections
-        return area[: section.nbytes].view(section.dtype)
+        return torch.frombuffer(area[: section.nbytes], dtype=section.dtype.torch_dtype)
 
     def average(self) -> torch.Tensor:
         """The exact average of what the members have."""
@@ -261,7 +263,7 @@ def test_who_did_not_send_gets_the_average_within_the_codecs_bound(codec):
         span.receive_into(1, index, len(data))[:] = data
         span.deliver(1, index, memoryview(bytearray(data)))
         span.average(index)
-        average = group.layout.part_view(group.arenas[0].average, part)
+        average = part_tensor(group.layout, group.arenas[0].average, part)
         returned = codec.decode(bytes(span.to_return(2, index)), torch.float32, part.count)
         assert bool(((returned - average).abs() <= error_bound(codec, average)).all())
 
@@ -276,7 +278,8 @@ class WrongSize(Float16Compression):
 
 
 def test_a_codec_that_makes_another_size_fails_at_its_own_member_and_is_named():
+    form = CodecFormat(FLOAT32, WrongSize())
     with pytest.raises(AllreduceException, match=r"WrongSize\(\).encode must make 6 bytes of 3 elements"):
-        encode_part(WrongSize(), torch.ones(3))
+        encode_part(form, np.ones(3, np.float32))
     with pytest.raises(AllreduceException, match="WrongSize"):
-        encode_difference(WrongSize(), torch.ones(3), torch.zeros(3))
+        encode_difference(form, np.ones(3, np.float32), np.zeros(3, np.float32))

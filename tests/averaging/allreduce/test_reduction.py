@@ -7,24 +7,60 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.averaging import elements
+from shoal.averaging.allreduce import reduction
 from shoal.averaging.allreduce.reduction import (
     CHUNK_NBYTES,
     OutOfRangeError,
-    apply_difference,
     encode_difference,
-    reduce_part,
-    reduce_wide,
 )
-from shoal.compression import Float16Compression, ScaledFloat16Compression
+from shoal.averaging.codec_formats import CodecFormat
+from shoal.averaging.elements import elements_in
+from shoal.compression import CompressionBase, Float16Compression, ScaledFloat16Compression, finite
 from shoal.compression.base import FLOATING_DTYPES, tensor_bytes
-from shoal.compression.finite import is_finite
 from shoal.errors import InvalidValueError
+from shoal.utils.dtypes import dtype_of
 
 CHUNK = CHUNK_NBYTES // 4
 """Elements of a sum in float32 that are worked on at a time."""
 
 DTYPES = list(FLOATING_DTYPES.values())
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def of(tensor):
+    """The elements of a tensor, in its own memory."""
+    data = tensor_bytes(tensor)
+    return elements_in(data, dtype_of(tensor)) if len(data) else elements.empty(dtype_of(tensor), 0)
+
+
+def reduce_part(parts, weights, out):
+    assert (
+        reduction.reduce_part([of(part) for part in parts], weights, target := of(out), dtype_of(out))
+        is target
+    )
+    return out
+
+
+def reduce_wide(parts, weights, out):
+    reduction.reduce_wide([of(part) for part in parts], weights, of(out), dtype_of(out))
+    return out
+
+
+def apply_difference(local, difference, out):
+    reduction.apply_difference(of(local), of(difference), of(out), dtype_of(out))
+    return out
+
+
+def differences(codec: CompressionBase, average, decoded):
+    return encode_difference(CodecFormat(dtype_of(average), codec), of(average), of(decoded))
+
+
+def is_finite(part):
+    """By the elements, and by the tensor as codecs see it: both say the same."""
+    result = elements.is_finite(of(part), dtype_of(part))
+    assert finite.is_finite(part) == result
+    return result
 
 
 def exact(parts, weights):
@@ -200,7 +236,7 @@ def test_differences_keep_the_mean_where_decoded_averages_lose_it():
     average = reduced(decoded, weights)
     results = []
     for part, seen in zip(exact_parts, decoded, strict=True):
-        difference = codec.decode(encode_difference(codec, average, seen), torch.float32, 1000)
+        difference = codec.decode(differences(codec, average, seen), torch.float32, 1000)
         results.append(apply_difference(part, difference, torch.empty(1000)))
     mean_before, mean_after = exact(exact_parts, weights)[0], exact(results, weights)[0]
     assert (mean_after - mean_before).abs().max() < 1e-3
@@ -213,15 +249,15 @@ def test_differences_keep_the_mean_where_decoded_averages_lose_it():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_a_difference_that_the_dtype_cannot_hold_is_an_error_and_not_a_wrong_average(dtype):
     large = torch.full((8,), 0.9 * torch.finfo(dtype).max, dtype=dtype)
-    with pytest.raises(OutOfRangeError, match=f"further from the average than {dtype} reaches"):
-        encode_difference(ScaledFloat16Compression(), large, -large)
+    with pytest.raises(OutOfRangeError, match=f"further from the average than {dtype_of(large)} reaches"):
+        differences(ScaledFloat16Compression(), large, -large)
 
 
 @dtypes
 def test_apply_difference_in_place(dtype):
     local, difference = random_parts(10, 2, 50, dtype)
     expected = local + difference
-    assert apply_difference(local, difference, difference) is difference
+    apply_difference(local, difference, difference)
     assert torch.equal(difference, expected)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from shoal.averaging.allreduce.spread import BLOCK, SpreadSample
+from shoal.utils.dtypes import FLOAT32, FLOAT64
 
 PART = 1 << 17
 
@@ -14,8 +16,8 @@ def sample(parts: int, make: object, count: int = PART) -> SpreadSample:
     one = SpreadSample(parts)
     for index in range(parts):
         if one.wants(index):
-            values = [make(index), make(index)]  # type: ignore[operator]
-            one.add(index, values, (values[0] + values[1]) / 2)
+            values = [make(index).numpy() for _ in range(2)]  # type: ignore[operator]
+            one.add(index, values, (values[0] + values[1]) / 2, FLOAT32)
     return one
 
 
@@ -39,9 +41,7 @@ def test_blocks_lie_at_different_places_of_their_parts():
     starts = []
     for index in range(0, 512, 32):
         one = SpreadSample(512)
-        average = torch.zeros(PART)
-        marks = torch.arange(PART, dtype=torch.float64)
-        one.add(index, [marks], average.double())
+        one.add(index, [np.arange(PART, dtype=np.float64)], np.zeros(PART), FLOAT64)
         distance, _ = one.total(BLOCK)
         assert distance is not None
         starts.append(distance)
@@ -49,8 +49,7 @@ def test_blocks_lie_at_different_places_of_their_parts():
 
 
 def test_sums_beyond_the_range_of_float64_are_unknown():
-    huge = torch.full((100,), 1e300, dtype=torch.float64)
     one = SpreadSample(1)
-    one.add(0, [huge], torch.zeros(100, dtype=torch.float64))
+    one.add(0, [np.full(100, 1e300)], np.zeros(100), FLOAT64)
     assert one.total(100) == (None, None)
     assert SpreadSample(0).total(0) == (None, None)

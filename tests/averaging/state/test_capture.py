@@ -12,16 +12,19 @@ from typing import Any
 import pytest
 import torch
 
+from shoal.averaging.codec_formats import format_by
+from shoal.averaging.elements import elements_in
+from shoal.averaging.formats import PlainFormat
 from shoal.averaging.state import capture as capture_module
 from shoal.averaging.state.capture import (
     GROWTH,
     Capture,
     capture_state,
     check_state,
-    encode_in_place,
     expected_nbytes,
 )
-from shoal.averaging.state.manifest import CHUNK_ELEMENTS, STATE_DTYPES
+from shoal.averaging.state.encoding import encode_in_place
+from shoal.averaging.state.manifest import CHUNK_ELEMENTS
 from shoal.averaging.trainer.state_sharing import available_memory, tensors_in
 from shoal.compression import (
     CompressionBase,
@@ -32,6 +35,7 @@ from shoal.compression import (
 )
 from shoal.errors import InvalidTypeError, InvalidValueError, UsageError
 from shoal.runtime.memory import SharedMemory
+from shoal.utils.dtypes import DTYPES, FLOAT32, UINT8
 from shoal.utils.serializer import MSGPackSerializer
 
 
@@ -52,22 +56,23 @@ def decoded(captured: Capture) -> list[torch.Tensor]:
     with captured.memory as memory:
         encode_in_place(memory.buffer[:], layout)
         target = bytearray(manifest.decoded_nbytes)
-        block = torch.frombuffer(target, dtype=torch.uint8)
         for index in range(manifest.chunk_count):
             chunk = manifest.chunk(index)
-            dtype = manifest.dtypes[chunk.tensor]
+            form = manifest.formats[chunk.tensor]
             begin, end = layout.chunk_offset(index)
-            start = manifest.offsets[chunk.tensor] + chunk.start * dtype.itemsize
+            start = manifest.offsets[chunk.tensor] + chunk.start * form.dtype.itemsize
             data = memoryview(bytearray(memory.buffer[begin:end]))
-            out = block[start : start + chunk.count * dtype.itemsize].view(dtype)
-            manifest.codecs[chunk.tensor].decode(data, dtype, chunk.count, out)
+            if form.is_plain:
+                target[start : start + len(data)] = data
+            else:
+                form.decode(data, chunk.count, elements_in(target, form.dtype, chunk.count, start))
         return tensors_in(manifest, memoryview(target))
 
 
 def every_kind() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     grid = torch.randn(40, 30, generator=generator)
-    tensors = [torch.arange(12).to(dtype).reshape(3, 4) for dtype in STATE_DTYPES.values()]
+    tensors = [torch.arange(12).to(dtype.torch_dtype).reshape(3, 4) for dtype in DTYPES.values()]
     return [
         *tensors,
         torch.tensor(7),
@@ -250,7 +255,9 @@ class Lying(NoCompression):
 
 
 def test_a_codec_that_breaks_its_word_is_named():
-    captured = replace(capture((None, [torch.zeros(5)])), codecs=(NoCompression(), Lying()))
+    captured = replace(
+        capture((None, [torch.zeros(5)])), formats=(PlainFormat(UINT8), format_by(FLOAT32, Lying()))
+    )
     with pytest.raises(
         InvalidValueError, match=r"Lying\(\)\.encode must make 20 bytes of 5 elements .*, got 19"
     ):

@@ -832,9 +832,9 @@ class KnowsFloat32(NoCompression):
 @pytest.mark.parametrize(
     ("dtype", "reason"),
     [
-        ("float64", "has no size for torch.float64: KeyError"),
+        ("float64", "float64 with KnowsFloat32() has no size: KeyError"),
         ("float16", "makes chunks of -3 bytes"),
-        ("bfloat16", "has no size for torch.bfloat16: TypeError: 'float' object"),
+        ("bfloat16", "bfloat16 with KnowsFloat32() has no size: TypeError: 'float' object"),
     ],
 )
 def test_a_donor_that_offers_what_a_users_codec_cannot_do_is_left(

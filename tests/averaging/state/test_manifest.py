@@ -7,12 +7,13 @@ import random
 import pytest
 import torch
 
+from shoal.averaging.codec_formats import CodecFormat, format_by
+from shoal.averaging.formats import Format, PlainFormat
 from shoal.averaging.state.manifest import (
     CHUNK_ELEMENTS,
     MAX_DIMENSIONS_IN_ALL,
     MAX_METADATA_NBYTES,
     MAX_TENSORS,
-    STATE_DTYPES,
     CaptureLayout,
     Manifest,
     ManifestReader,
@@ -22,6 +23,7 @@ from shoal.averaging.state.manifest import (
 from shoal.averaging.state.messages import TensorEntry
 from shoal.compression import Float16Compression, NoCompression
 from shoal.errors import ProtocolViolation
+from shoal.utils.dtypes import DTYPES, FLOAT32, UINT8
 
 
 def entries(*tensors: TensorEntry) -> list[TensorEntry]:
@@ -113,14 +115,14 @@ class Wide(NoCompression):
 def test_encoding_in_place_never_overwrites_what_is_still_to_be_read(seed: int):
     rng = random.Random(seed)
     given = [metadata_entry(rng.randrange(100))]
-    codecs = [NoCompression()]
+    formats: list[Format] = [PlainFormat(UINT8)]
     for _ in range(rng.randrange(1, 12)):
-        dtype = rng.choice(list(STATE_DTYPES))
+        dtype = rng.choice(list(DTYPES.values()))
         count = rng.choice([0, 1, 17, 1000, CHUNK_ELEMENTS, CHUNK_ELEMENTS + 1, 3 * CHUNK_ELEMENTS + 5])
         codec = rng.choice([NoCompression(), Float16Compression(), Wide()])
-        codecs.append(codec if STATE_DTYPES[dtype].is_floating_point else NoCompression())
-        given.append(TensorEntry(dtype, (count,), 0))
-    layout = CaptureLayout(Manifest(given, codecs))
+        formats.append(format_by(dtype, codec if dtype.is_floating else NoCompression()))
+        given.append(TensorEntry(dtype.name, (count,), 0))
+    layout = CaptureLayout(Manifest(given, formats))
     manifest = layout.manifest
     written = 0
     for index in range(manifest.chunk_count):
@@ -137,10 +139,10 @@ def test_encoding_in_place_never_overwrites_what_is_still_to_be_read(seed: int):
             assert end <= layout.raw_offsets[following.tensor] + following.start * dtype.itemsize
         written = end
     raw = sum(aligned(d.itemsize * n) for d, n in zip(manifest.dtypes, manifest.counts, strict=True))
-    if not any(isinstance(codec, Wide) for codec in codecs):
+    if not any(isinstance(form, CodecFormat) and isinstance(form.codec, Wide) for form in formats):
         assert layout.nbytes == raw  # no memory beside the copy
 
 
 def test_the_registry_decides_about_codecs_of_donors_too():
     with pytest.raises(ProtocolViolation, match="unknown codec 200"):
-        Manifest(entries(TensorEntry("float32", (3,), 200)), [NoCompression(), Wide()])
+        Manifest(entries(TensorEntry("float32", (3,), 200)), [PlainFormat(UINT8), format_by(FLOAT32, Wide())])

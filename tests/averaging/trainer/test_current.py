@@ -13,6 +13,7 @@ from shoal.averaging.partition import Layout
 from shoal.averaging.trainer.sources import take_tensors
 from shoal.averaging.trainer.tensors import TensorStore
 from shoal.errors import InvalidStateError, InvalidTypeError, UsageError
+from shoal.testing.arena import tensor_in
 
 
 class Bound:
@@ -29,8 +30,7 @@ class Bound:
 
     def values_of(self, area):
         return [
-            self.store.layout.tensor_view(area, index).mean().item()
-            for index in range(len(self.store.labels))
+            tensor_in(self.store.layout, area, index).mean().item() for index in range(len(self.store.labels))
         ]
 
 
@@ -47,7 +47,7 @@ def test_a_round_reads_and_writes_the_tensors_that_the_module_has_then():
     model.load_state_dict({"weight": torch.ones(2, 3), "bias": torch.full((2,), 5.0)}, assign=True)
     average = torch.zeros_like(before)
     for index in range(2):
-        bound.store.layout.tensor_view(average, index).fill_(2)
+        tensor_in(bound.store.layout, average, index).fill_(2)
     bound.store.apply(before, average)
     assert model.weight.eq(2).all()
     assert model.bias.eq(6).all()  # what the trainer changed in between is kept

@@ -14,6 +14,7 @@ from shoal.averaging.trainer import lost_updates as watch_module
 from shoal.averaging.trainer import merging
 from shoal.averaging.trainer.lost_updates import UpdateWatch
 from shoal.averaging.trainer.tensors import TensorStore
+from shoal.testing.arena import tensor_in
 
 AVERAGE = 0.5
 
@@ -27,7 +28,7 @@ def areas_of(store: TensorStore) -> tuple[torch.Tensor, torch.Tensor]:
     """Of a snapshot, which is empty yet, and of an average."""
     snapshot, average = (torch.zeros(store.layout.nbytes, dtype=torch.uint8) for _ in range(2))
     for index in range(len(store.tensors)):
-        store.layout.tensor_view(average, index).fill_(AVERAGE)
+        tensor_in(store.layout, average, index).fill_(AVERAGE)
     return snapshot, average
 
 

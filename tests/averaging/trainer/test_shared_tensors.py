@@ -16,6 +16,7 @@ from shoal.averaging.partition import Layout
 from shoal.averaging.trainer.locks import MemoryGuard
 from shoal.averaging.trainer.tensors import TensorStore
 from shoal.errors import DeadlineExceeded
+from shoal.testing.arena import tensor_in
 
 LIMIT = 20  # seconds, against hanging only
 
@@ -28,7 +29,7 @@ def area_of(store: TensorStore, value: float | None = None) -> torch.Tensor:
     area = torch.zeros(store.layout.nbytes, dtype=torch.uint8)
     if value is not None:
         for index in range(len(store.tensors)):
-            store.layout.tensor_view(area, index).fill_(value)
+            tensor_in(store.layout, area, index).fill_(value)
     return area
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from shoal.averaging.schema import check_tensors
 from shoal.averaging.trainer.sources import ModuleSource, take_tensors, warn_of_frozen
+from shoal.averaging.trainer.tensor_checks import check_tensors
 from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError, UsageError
 
 

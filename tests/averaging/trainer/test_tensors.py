@@ -14,6 +14,7 @@ from shoal.averaging.trainer.merging import CHUNK_NBYTES
 from shoal.averaging.trainer.tensors import TensorStore
 from shoal.compression.base import FLOATING_DTYPES, tensor_bytes
 from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidValueError
+from shoal.testing.arena import tensor_in
 
 dtypes = pytest.mark.parametrize("dtype", FLOATING_DTYPES.values(), ids=str)
 DEVICES = ["cpu", "cuda"]
@@ -42,7 +43,7 @@ def snapshot_of(store):
 
 def fill(store, area, value):
     for index in range(len(store.tensors)):
-        store.layout.tensor_view(area, index).copy_(torch.as_tensor(value, dtype=torch.float64))
+        tensor_in(store.layout, area, index).copy_(torch.as_tensor(value, dtype=torch.float64))
 
 
 def bits(tensor):
@@ -70,7 +71,7 @@ def test_snapshot_has_every_element_in_order(dtype, device):
     store = store_of(*tensors)
     area = snapshot_of(store)
     for index, tensor in enumerate(tensors):
-        assert bits(store.layout.tensor_view(area, index)) == bits(tensor)
+        assert bits(tensor_in(store.layout, area, index)) == bits(tensor)
 
 
 @dtypes
@@ -79,10 +80,10 @@ def test_untouched_tensors_become_the_average_bit_for_bit(dtype, device):
     store = store_of(*tensors)
     before, after = snapshot_of(store), area_of(store)
     for index, slot in enumerate(store.layout.slots):
-        store.layout.tensor_view(after, index).copy_(torch.randn(slot.count))
+        tensor_in(store.layout, after, index).copy_(torch.randn(slot.count))
     store.apply(before, after)
     for index, tensor in enumerate(tensors):
-        assert bits(tensor) == bits(store.layout.tensor_view(after, index))
+        assert bits(tensor) == bits(tensor_in(store.layout, after, index))
 
 
 @dtypes
@@ -97,7 +98,7 @@ def test_what_the_trainer_changed_is_kept(dtype, alpha, device):
             tensor += 1
     expected = []
     for index, tensor in enumerate(tensors):
-        old, new = (store.layout.tensor_view(area, index).double() for area in (before, after))
+        old, new = (tensor_in(store.layout, area, index).double() for area in (before, after))
         expected.append(tensor.detach().cpu().double() + alpha * (new - old).view(tensor.shape))
     store.apply(before, after, alpha)
     tolerance = {2: 2**-8, 4: 1e-6, 8: 1e-14}[dtype.itemsize]
@@ -137,7 +138,7 @@ def test_the_rule_for_any_values(dtype, elements):
         if touched:
             tensor[index] += 3
     wide = torch.promote_types(dtype, torch.float32)
-    old = store.layout.tensor_view(before, 0)
+    old = tensor_in(store.layout, before, 0)
     moved = ((new.to(wide) - old.to(wide)) + tensor.to(wide)).to(dtype)
     expected = torch.where(tensor == old, new, moved)
     store.apply(before, after)
@@ -263,7 +264,7 @@ def test_values_far_apart_move_without_overflow(dtype, alpha, device):
     tensor = torch.tensor([-largest, 1.0], dtype=dtype, device=device)
     store = store_of(tensor)
     before, after = snapshot_of(store), area_of(store)
-    store.layout.tensor_view(after, 0).copy_(torch.tensor([largest, 2.0], dtype=torch.float64))
+    tensor_in(store.layout, after, 0).copy_(torch.tensor([largest, 2.0], dtype=torch.float64))
     tensor[0] *= 0.5
     store.apply(before, after, alpha)
     goal = torch.tensor(
@@ -449,7 +450,7 @@ def test_snapshot_waits_for_the_trainers_stream():
     thread = threading.Thread(target=store.snapshot, args=(area,))
     thread.start()
     thread.join(60)
-    assert store.layout.tensor_view(area, 0).min() == 1
+    assert tensor_in(store.layout, area, 0).min() == 1
 
 
 def test_apply_waits_for_the_trainers_stream():

@@ -24,6 +24,7 @@ from shoal.averaging.trainer.steps import Steps
 from shoal.averaging.trainer.tensors import TensorStore
 from shoal.errors import InDoubt
 from shoal.runtime.futures import MPFuture
+from shoal.testing.arena import tensor_in
 from shoal.utils.serializer import MSGPackSerializer
 
 AVERAGE = 9.0
@@ -71,7 +72,7 @@ class UserSide:
         """Make the arena, with the average in it that every round ends with."""
         area = torch.frombuffer(self.arena.create_memory().buffer, dtype=torch.uint8)[self.layout.nbytes :]
         for index in range(len(self.layout.slots)):
-            self.layout.tensor_view(area, index).fill_(AVERAGE)
+            tensor_in(self.layout, area, index).fill_(AVERAGE)
 
     def add_step(self, number: int = 0) -> StepControl:
         """A step that is under way."""

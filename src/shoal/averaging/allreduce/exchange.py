@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from shoal.averaging.allreduce.assignment import Span
 from shoal.averaging.allreduce.reduction import (
@@ -25,10 +23,11 @@ from shoal.averaging.allreduce.reduction import (
     reduce_wide,
 )
 from shoal.averaging.allreduce.spread import SpreadSample
+from shoal.averaging.elements import Elements, elements_in, is_finite
+from shoal.averaging.formats import Bytes, Format
 from shoal.averaging.partition import Part, Partition
-from shoal.compression.base import Bytes, CompressionBase, tensor_bytes
-from shoal.compression.finite import is_finite
 from shoal.errors import AllreduceException, ProtocolViolation, UsageError
+from shoal.utils.dtypes import DType
 
 HELD_BYTES = 8 << 20
 """Memory for parts of one sender that wait for slower members; its next ones then stay on the wire."""
@@ -36,18 +35,10 @@ HELD_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Arena:
-    """Both areas of the shared memory, as one-dimensional uint8 tensors of the layout's size."""
+    """Both areas of the shared memory, as bytes of the layout's size."""
 
-    snapshot: torch.Tensor
-    average: torch.Tensor
-
-    @cached_property
-    def snapshot_bytes(self) -> memoryview:
-        return tensor_bytes(self.snapshot)
-
-    @cached_property
-    def average_bytes(self) -> memoryview:
-        return tensor_bytes(self.average)
+    snapshot: memoryview
+    average: memoryview
 
 
 def _bytes_of(memory: memoryview, part: Part) -> memoryview:
@@ -140,22 +131,22 @@ class OwnSpan:
         :raises AllreduceException: no version with a weight above 0 is left, or this member's own is not finite
         """
         part = self.parts[index]
-        codec, dtype = self._layout.codec_of(part), self._layout.dtype_of(part)
+        form, dtype = self._layout.format_of(part), self._layout.dtype_of(part)
         arrived = self._arrived.pop(index, {})
         received, left_out = self._decode(part, arrived)
-        out = self._layout.part_in(self._arena.average_bytes, part)
+        out = self._layout.part_in(self._arena.average, part)
         values, weights = self._contributions(part, received)
-        reduce_part(values, weights, out)
+        reduce_part(values, weights, out, dtype)
         # A finite average has only finite terms: as a rule nobody looks at these.
-        if not is_finite(out):
-            left_out |= _take_not_finite(received)
+        if not is_finite(out, dtype):
+            left_out |= _take_not_finite(received, dtype)
             values, weights = self._contributions(part, received)
-            _reduce_carefully(values, weights, out)
+            _reduce_carefully(values, weights, out, dtype)
         offenders = {sender: Offence(reason, index) for sender, reason in left_out.items()}
         if self._sample.wants(index):
-            self._sample.add(index, values, out)
-        if not codec.lossless(dtype):
-            untold = self._encode_differences(index, codec, out, received)
+            self._sample.add(index, values, out, dtype)
+        if not form.is_lossless:
+            untold = self._encode_differences(index, form, out, received)
             offenders |= {sender: Offence(reason, index + 1) for sender, reason in untold.items()}
         for waiting in self._arrived.values():
             for sender in offenders:
@@ -164,44 +155,41 @@ class OwnSpan:
         return offenders
 
     def _contributions(
-        self, part: Part, received: Mapping[int, torch.Tensor]
-    ) -> tuple[list[torch.Tensor], list[float]]:
+        self, part: Part, received: Mapping[int, Elements]
+    ) -> tuple[list[Elements], list[float]]:
         """The versions that count, in the members' order, and their weights.
 
         :raises AllreduceException: there is none
         """
         inputs = dict(received)
         if self._me in self._weights:
-            inputs[self._me] = self._layout.part_in(self._arena.snapshot_bytes, part)
+            inputs[self._me] = self._layout.part_in(self._arena.snapshot, part)
         senders = sorted(sender for sender in inputs if self._weights.get(sender, 0) > 0)
         if not senders:
             raise AllreduceException(NOBODY_CONTRIBUTED)
         return [inputs[sender] for sender in senders], [self._weights[sender] for sender in senders]
 
     def _encode_differences(
-        self, index: int, codec: CompressionBase, average: torch.Tensor, received: Mapping[int, torch.Tensor]
+        self, index: int, form: Format, average: Elements, received: Mapping[int, Elements]
     ) -> dict[int, str]:
         offenders: dict[int, str] = {}
         for sender, decoded in received.items():
             try:
-                self._differences[sender, index] = encode_difference(codec, average, decoded)
+                self._differences[sender, index] = encode_difference(form, average, decoded)
             except OutOfRangeError as e:
                 offenders[sender] = str(e)  # it cannot get the average; a wrong one would be worse
         return offenders
 
     def _decode(
         self, part: Part, arrived: Mapping[int, memoryview]
-    ) -> tuple[dict[int, torch.Tensor], dict[int, str]]:
+    ) -> tuple[dict[int, Elements], dict[int, str]]:
         """What has come of a part, and why the rest of it is no such part. Nothing is said of NaN in what counts."""
-        codec, dtype = self._layout.codec_of(part), self._layout.dtype_of(part)
-        decoded: dict[int, torch.Tensor] = {}
+        form, dtype = self._layout.format_of(part), self._layout.dtype_of(part)
+        decoded: dict[int, Elements] = {}
         offenders: dict[int, str] = {}
-        is_plain = self._layout.is_plain(part)
         for sender, data in arrived.items():
             try:
-                values = (
-                    torch.frombuffer(data, dtype=dtype) if is_plain else codec.decode(data, dtype, part.count)
-                )
+                values = elements_in(data, dtype) if form.is_plain else form.decode(data, part.count)
             except ProtocolViolation as e:
                 offenders[sender] = str(e)
                 continue
@@ -209,7 +197,7 @@ class OwnSpan:
                 raise AllreduceException(str(e)) from e  # a mistake in this member's own codec
             decoded[sender] = values
         weightless = {sender: decoded[sender] for sender in decoded if not self._weights.get(sender, 0) > 0}
-        for sender, reason in _take_not_finite(weightless).items():  # no average would show it
+        for sender, reason in _take_not_finite(weightless, dtype).items():  # no average would show it
             del decoded[sender]
             offenders[sender] = reason
         return decoded, offenders
@@ -236,28 +224,30 @@ class OwnSpan:
         if difference is not None:
             return difference
         if self._layout.is_plain(part):
-            return _bytes_of(self._arena.average_bytes, part)
-        return encode_part(self._layout.codec_of(part), self._layout.part_in(self._arena.average_bytes, part))
+            return _bytes_of(self._arena.average, part)
+        return encode_part(self._layout.format_of(part), self._layout.part_in(self._arena.average, part))
 
 
-def _take_not_finite(received: dict[int, torch.Tensor]) -> dict[int, str]:
+def _take_not_finite(received: dict[int, Elements], dtype: DType) -> dict[int, str]:
     """Take the versions with NaN or infinity out of ``received``; returns their senders, with the reason."""
-    senders = [sender for sender, values in received.items() if not is_finite(values)]
+    senders = [sender for sender, values in received.items() if not is_finite(values, dtype)]
     for sender in senders:
         del received[sender]
     return dict.fromkeys(senders, NOT_FINITE)
 
 
-def _reduce_carefully(values: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor) -> None:
+def _reduce_carefully(
+    values: Sequence[Elements], weights: Sequence[float], out: Elements, dtype: DType
+) -> None:
     """Average versions of which all but this member's own are finite, and whose sum may overflow.
 
     :raises AllreduceException: this member's own is not finite
     """
-    if not all(map(is_finite, values)):
+    if not all(is_finite(version, dtype) for version in values):
         raise AllreduceException("this member's own values are not finite")
-    reduce_part(values, weights, out)
-    if not is_finite(out):
-        reduce_wide(values, weights, out)
+    reduce_part(values, weights, out, dtype)
+    if not is_finite(out, dtype):
+        reduce_wide(values, weights, out, dtype)
 
 
 class ForeignSpan:
@@ -276,16 +266,14 @@ class ForeignSpan:
         """This member's version of one part, encoded."""
         part = self.parts[index]
         if self._layout.is_plain(part):
-            return _bytes_of(self._arena.snapshot_bytes, part)
-        return encode_part(
-            self._layout.codec_of(part), self._layout.part_in(self._arena.snapshot_bytes, part)
-        )
+            return _bytes_of(self._arena.snapshot, part)
+        return encode_part(self._layout.format_of(part), self._layout.part_in(self._arena.snapshot, part))
 
     def receive_into(self, tag: int, length: int) -> memoryview:
         """Memory for an average: its place in the arena, if it travels as it is."""
         part = self._places.take(tag, length)
-        if self._layout.codec_of(part).is_raw(self._layout.dtype_of(part)):
-            return _bytes_of(self._arena.average_bytes, part)
+        if self._layout.format_of(part).is_raw:
+            return _bytes_of(self._arena.average, part)
         return memoryview(bytearray(length))
 
     def deliver(self, index: int, data: memoryview) -> None:
@@ -294,14 +282,14 @@ class ForeignSpan:
         :raises ProtocolViolation: it does not decode, or is not finite
         """
         part = self.parts[index]
-        codec, dtype = self._layout.codec_of(part), self._layout.dtype_of(part)
-        out = self._layout.part_in(self._arena.average_bytes, part)
-        if self._layout.is_plain(part):
-            assert data.obj is self._arena.average_bytes.obj  # it has come to where receive_into() said
-        elif codec.lossless(dtype) or not self.sends:
-            codec.decode(data, dtype, part.count, out)
+        form, dtype = self._layout.format_of(part), self._layout.dtype_of(part)
+        out = self._layout.part_in(self._arena.average, part)
+        if form.is_plain:
+            assert data.obj is self._arena.average.obj  # it has come to where receive_into() said
+        elif form.is_lossless or not self.sends:
+            form.decode(data, part.count, out)
         else:
-            difference = codec.decode(data, dtype, part.count)
-            apply_difference(self._layout.part_in(self._arena.snapshot_bytes, part), difference, out)
-        if not is_finite(out):
+            difference = form.decode(data, part.count)
+            apply_difference(self._layout.part_in(self._arena.snapshot, part), difference, out, dtype)
+        if not is_finite(out, dtype):
             raise NotFiniteError(self._owner)

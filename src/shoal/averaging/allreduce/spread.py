@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
+import numpy as np
+
+from shoal.averaging.elements import Elements, empty, widen
+from shoal.utils.dtypes import FLOAT64, DType
 
 BLOCK = 4096
 """Elements in a row that are looked at in a part; all of a smaller one."""
@@ -33,15 +36,18 @@ class SpreadSample:
         """Whether the ``index``-th part of the span is in the sample."""
         return index % self._every == 0
 
-    def add(self, index: int, parts: Sequence[torch.Tensor], average: torch.Tensor) -> None:
-        """The senders' versions of a part, and their average; all one-dimensional, finite, of one count."""
+    @np.errstate(all="ignore")
+    def add(self, index: int, parts: Sequence[Elements], average: Elements, dtype: DType) -> None:
+        """The senders' versions of a part, and their average; all finite, of one dtype and count."""
         count = min(BLOCK, len(average))
         start = index * _STRIDE % (1 << 32) * (len(average) - count) >> 32
-        block = average[start : start + count].double()
-        self._average += torch.dot(block, block).item()
+        block, distance = empty(FLOAT64, count), empty(FLOAT64, count)
+        widen(average[start : start + count], dtype, block)
+        self._average += float(np.dot(block, block))
         for part in parts:
-            distance = torch.sub(part[start : start + count].double(), block)
-            self._distance += torch.dot(distance, distance).item() / len(parts)
+            widen(part[start : start + count], dtype, distance)
+            distance -= block
+            self._distance += float(np.dot(distance, distance)) / len(parts)
         self._elements += count
 
     def total(self, elements: int) -> tuple[float | None, float | None]:

@@ -45,8 +45,8 @@ from shoal.averaging.allreduce.messages import (
 from shoal.averaging.allreduce.pace import Wait
 from shoal.averaging.allreduce.participants import RoundCore
 from shoal.averaging.codes import AveragingCode
+from shoal.averaging.formats import Bytes
 from shoal.averaging.partition import Partition
-from shoal.compression.base import Bytes
 from shoal.errors import AllreduceException, PeerUnreachable, ProtocolViolation, RemoteError, ShoalError
 from shoal.p2p.protocol.codes import ResetCode
 from shoal.p2p.rpc import Lane, Payload, Stream

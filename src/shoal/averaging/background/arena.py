@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 
 from shoal.averaging.allreduce.exchange import Arena
 from shoal.averaging.partition import Layout
@@ -58,13 +58,12 @@ class SharedArena:
             self._memory.close()
 
 
-def populate(areas: Sequence[torch.Tensor]) -> None:
+def populate(areas: Sequence[memoryview]) -> None:
     """Have the system give empty areas their pages now: the first round would take ten times as long to get them."""
     for area in areas:
-        area.zero_()
+        np.frombuffer(area, np.uint8).fill(0)
 
 
 def map_areas(memory: SharedMemory, layout: Layout) -> Arena:
     """Both areas of the shared memory: the snapshot, and the average behind it."""
-    both = torch.frombuffer(memory.buffer, dtype=torch.uint8)
-    return Arena(both[: layout.nbytes], both[layout.nbytes : 2 * layout.nbytes])
+    return Arena(memory.buffer[: layout.nbytes], memory.buffer[layout.nbytes : 2 * layout.nbytes])

@@ -9,10 +9,10 @@ import random
 from typing import cast
 
 from shoal.averaging.router import Router
-from shoal.averaging.state.capture import Capture
 from shoal.averaging.state.declarations import DonorDeclarations, Wish
 from shoal.averaging.state.donor import CopyUnavailable, StateDonor, UserIsAbsent
 from shoal.averaging.state.download import Progress, StateDownload
+from shoal.averaging.state.encoding import Capture
 from shoal.averaging.state.messages import pack_entries, unpack_entries
 from shoal.averaging.state.policy import Donor
 from shoal.averaging.state.queue import DEFAULT_MAX_AGE, MAX_REQUESTS_PER_PEER, UploadQueue
@@ -110,7 +110,7 @@ class StateService:
         assert isinstance(answer, WithDescriptors)
         captured = cast("StateCaptured", answer.value)
         try:
-            codecs = await asyncio.to_thread(pickling.loads, captured.codecs)
+            formats = await asyncio.to_thread(pickling.loads, captured.formats)
         except Exception as e:  # of the user's codecs: may be anything
             logger.warning(
                 "%s: other peers cannot download this one's state, because its codecs could not be loaded in the "
@@ -122,7 +122,7 @@ class StateService:
             raise CopyUnavailable(type(e).__name__) from e
         (descriptor,) = answer.take()
         memory = SharedMemory.from_descriptor(descriptor, captured.nbytes)
-        return Capture(memory, unpack_entries(captured.entries), codecs)
+        return Capture(memory, unpack_entries(captured.entries), formats)
 
     # as a joiner
 

@@ -1,7 +1,7 @@
 """From what ``get_current_state()`` returned to the encoded state that a donor sends: checks, one copy, encoding.
 
 :func:`capture_state` runs in the user process, under the averager's lock, for as long as one plain copy takes;
-:func:`encode_in_place` turns that copy into the encoded chunks, in the same memory, afterwards and elsewhere.
+:mod:`.encoding` turns that copy into the encoded chunks, in the same memory, afterwards and elsewhere.
 """
 
 from __future__ import annotations
@@ -14,22 +14,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from shoal.averaging.codec_formats import format_by
+from shoal.averaging.formats import Format, PlainFormat
+from shoal.averaging.state.encoding import Capture
 from shoal.averaging.state.manifest import (
     CHUNK_ELEMENTS,
     MAX_METADATA_NBYTES,
     MAX_STATE_NBYTES,
-    STATE_DTYPE_NAMES,
-    STATE_DTYPES,
     CaptureLayout,
     Manifest,
     metadata_entry,
     tensor_entry,
 )
 from shoal.averaging.state.messages import TensorEntry
-from shoal.compression.base import UINT8, CompressionBase, CompressionInfo, NoCompression, tensor_array
+from shoal.compression.base import UINT8 as BYTES
+from shoal.compression.base import CompressionBase, CompressionInfo, NoCompression, tensor_array
 from shoal.compression.registry import CODECS
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
 from shoal.runtime.memory import SharedMemory
+from shoal.utils.dtypes import DTYPES, UINT8, dtype_of, name_of
 
 MAX_UNREADY = 1 << 26
 """Bytes whose pages may be got under the lock: some 70 ms."""
@@ -40,24 +43,12 @@ _EXPECTED = "get_current_state() must return (metadata, tensors) or (metadata, t
 
 
 @dataclass(frozen=True)
-class Capture:
-    """A copy of a state as it is, in shared memory; whoever has it closes the memory."""
-
-    memory: SharedMemory
-    entries: tuple[TensorEntry, ...]
-    codecs: tuple[CompressionBase, ...]
-
-    def layout(self) -> CaptureLayout:
-        return CaptureLayout(Manifest(self.entries, self.codecs))
-
-
-@dataclass(frozen=True)
 class CheckedState:
     """What ``get_current_state()`` returned, once it is known that it can be sent."""
 
     metadata: bytes
     tensors: tuple[torch.Tensor, ...]
-    codecs: tuple[CompressionBase, ...]
+    formats: tuple[Format, ...]
 
 
 def capture_state(
@@ -84,9 +75,9 @@ def capture_state(
                 state = check_state(get_state(), serializer, compression)
                 entries = (
                     metadata_entry(len(state.metadata)),
-                    *map(tensor_entry, state.tensors, state.codecs[1:]),
+                    *map(tensor_entry, state.tensors, state.formats[1:]),
                 )
-                layout = _layout(entries, state.codecs)
+                layout = _layout(entries, state.formats)
                 if layout.nbytes > max(memory.nbytes, unready):
                     memory.close()
                     return layout.nbytes
@@ -97,7 +88,7 @@ def capture_state(
         except BaseException:  # the memory has no owner yet
             memory.close()
             raise
-        return Capture(memory, entries, state.codecs)
+        return Capture(memory, entries, state.formats)
 
     made = attempt(_ready_memory(reserve), MAX_UNREADY)
     if isinstance(made, int):
@@ -150,27 +141,8 @@ def check_state(state: Any, serializer: Any, compression: CompressionBase) -> Ch
     codecs = [_choose(compression, info) for info in _check_infos(tensors, infos)]
     for codec in {id(codec): codec for codec in codecs}.values():
         CODECS.check("state_compression", codec)
-    return CheckedState(bytes(encoded), tensors, (NoCompression(), *codecs))
-
-
-def encode_in_place(buffer: memoryview, layout: CaptureLayout) -> None:
-    """Turn a captured state into its encoded chunks, at ``layout.encoded_offsets`` of the same memory.
-
-    :raises InvalidValueError: a codec made another number of bytes than it had said
-    """
-    manifest = layout.manifest
-    block = torch.frombuffer(buffer, dtype=torch.uint8)
-    for index in range(manifest.chunk_count):
-        chunk = manifest.chunk(index)
-        dtype, codec = manifest.dtypes[chunk.tensor], manifest.codecs[chunk.tensor]
-        source = layout.raw_offsets[chunk.tensor] + chunk.start * dtype.itemsize
-        end = source + chunk.count * dtype.itemsize
-        begin, stop = layout.chunk_offset(index)
-        if not dtype.is_floating_point or codec.is_raw(dtype):
-            if begin != source:
-                buffer[begin:stop] = buffer[source:end]
-            continue
-        buffer[begin:stop] = codec.encode_checked(block[source:end].view(dtype))
+    formats = [format_by(dtype_of(tensor), codec) for tensor, codec in zip(tensors, codecs, strict=True)]
+    return CheckedState(bytes(encoded), tensors, (PlainFormat(UINT8), *formats))
 
 
 def _check_tensor(index: int, tensor: object) -> None:
@@ -179,8 +151,8 @@ def _check_tensor(index: int, tensor: object) -> None:
         raise InvalidTypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
         raise InvalidTypeError(f"{name} must be dense, got another layout: pass tensor.to_dense()")
-    if tensor.dtype not in STATE_DTYPE_NAMES:
-        raise InvalidTypeError(f"{name} must be of {', '.join(STATE_DTYPES)}, got {tensor.dtype}")
+    if name_of(tensor.dtype) not in DTYPES:
+        raise InvalidTypeError(f"{name} must be of {', '.join(DTYPES)}, got {tensor.dtype}")
     if tensor.device.type == "meta":
         raise InvalidTypeError(f"{name} must have values, got one on the meta device")
 
@@ -210,9 +182,9 @@ def _choose(compression: CompressionBase, info: CompressionInfo) -> CompressionB
     return compression.choose(info) if info.dtype.is_floating_point else NoCompression()
 
 
-def _layout(entries: Sequence[TensorEntry], codecs: Sequence[CompressionBase]) -> CaptureLayout:
+def _layout(entries: Sequence[TensorEntry], formats: Sequence[Format]) -> CaptureLayout:
     try:
-        return CaptureLayout(Manifest(entries, codecs))
+        return CaptureLayout(Manifest(entries, formats))
     except ProtocolViolation as e:  # what a joiner would refuse, the donor refuses itself
         raise InvalidValueError(f"get_current_state() returned what can't be sent: {e}") from e
 
@@ -226,7 +198,7 @@ def _copy(state: CheckedState, layout: CaptureLayout, buffer: memoryview) -> Non
         target = memory[offset : offset + source.nbytes]
         if source.device.type == "cpu" and source.is_contiguous() and not _is_lazy(source):
             # numpy copies on this thread alone: the trainer keeps its cores
-            np.copyto(target, tensor_array(source, UINT8))
+            np.copyto(target, tensor_array(source, BYTES))
         else:
             torch.from_numpy(target).view(source.dtype).view(source.shape).copy_(source.detach())
 
@@ -240,14 +212,3 @@ def expected_nbytes(tensors: Sequence[torch.Tensor]) -> int:
     """About how much memory a state of these tensors takes: what to reserve for the first capture."""
     chunks = sum(-(-tensor.numel() // CHUNK_ELEMENTS) for tensor in tensors)
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors) + 64 * (len(tensors) + chunks) + 4096
-
-
-def drop_tracebacks(error: BaseException | None) -> None:
-    """Let go of what the frames refer to through which an error has passed.
-
-    A stream keeps the error with which it has failed, and the error's frames the stream: only the garbage collector
-    would find that, much later, and with it a view of a whole state's memory.
-    """
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from shoal.averaging.codes import AveragingCode
 from shoal.averaging.router import Router
-from shoal.averaging.state.capture import Capture, drop_tracebacks, encode_in_place
+from shoal.averaging.state.encoding import Capture, encode_in_place
 from shoal.averaging.state.messages import (
     PAGE_ENTRIES,
     STATE,
@@ -52,6 +52,7 @@ from shoal.p2p.rpc import EndOfStream, Stream
 from shoal.sansio.driver import Driver
 from shoal.utils import figures
 from shoal.utils.tasks import TaskSet
+from shoal.utils.tracebacks import drop_tracebacks
 
 logger = logging.getLogger(__name__)
 

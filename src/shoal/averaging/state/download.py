@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from shoal.averaging.codes import AveragingCode
-from shoal.averaging.state.capture import drop_tracebacks
 from shoal.averaging.state.choice import (
     MAX_RESUMPTIONS,
     AllChunksReceived,
@@ -69,6 +68,7 @@ from shoal.p2p.protocol.violations import Ending
 from shoal.p2p.rpc import EndOfStream, Lane, Payload, Stream
 from shoal.sansio.driver import Driver
 from shoal.utils import figures
+from shoal.utils.tracebacks import drop_tracebacks
 
 logger = logging.getLogger(__name__)
 

@@ -18,13 +18,15 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
-import torch
-
+from shoal.averaging.formats import PLAIN_ID, Format, PlainFormat, format_of
 from shoal.averaging.state.messages import MAX_DIMENSIONS, TensorEntry, pack_entries
-from shoal.compression.base import FLOATING_DTYPES, CompressionBase, NoCompression
-from shoal.compression.registry import get_codec
 from shoal.errors import ProtocolViolation
+from shoal.utils.dtypes import BOOL, DTYPES, UINT8, DType, dtype_of
+
+if TYPE_CHECKING:
+    import torch
 
 CHUNK_ELEMENTS = 1 << 18
 """Part of the wire protocol: 1 MiB of float32."""
@@ -37,18 +39,6 @@ MAX_METADATA_NBYTES = 1 << 24
 MAX_DIMENSIONS_IN_ALL = 1 << 20
 """Of all tensors: a manifest is in memory before anything of the state has come."""
 ALIGNMENT = 64
-
-_OTHER_DTYPES = (
-    "uint8", "int8", "int16", "int32", "int64", "bool", "complex64", "complex128", "uint16", "uint32", "uint64"
-)  # fmt: skip
-STATE_DTYPES: dict[str, torch.dtype] = {
-    **FLOATING_DTYPES,
-    **{name: getattr(torch, name) for name in _OTHER_DTYPES},
-}
-"""The dtypes that a state may have, by their name on the wire."""
-STATE_DTYPE_NAMES = {dtype: name for name, dtype in STATE_DTYPES.items()}
-
-RAW = NoCompression()
 
 
 @dataclass(frozen=True)
@@ -64,31 +54,29 @@ class Chunk:
 class Manifest:
     """The tensors of one state and the sequence of their chunks.
 
-    :param codecs: one for each entry; by default those that the entries name. A donor gives its own objects, whose
-      settings matter for encoding.
+    :param formats: one for each entry; by default those that the entries name. A donor gives those of its own codecs,
+      whose settings matter for encoding.
     """
 
-    def __init__(
-        self, entries: Sequence[TensorEntry], codecs: Sequence[CompressionBase] | None = None
-    ) -> None:
+    def __init__(self, entries: Sequence[TensorEntry], formats: Sequence[Format] | None = None) -> None:
         """:raises ProtocolViolation: a dtype, shape, codec or size that no state has"""
         if not 1 <= len(entries) <= MAX_TENSORS:
             raise ProtocolViolation(f"a state of {len(entries)} tensors; 1 to {MAX_TENSORS} are allowed")
         self.entries = tuple(entries)
-        self.dtypes = tuple(_dtype(entry) for entry in self.entries)
         self.counts = tuple(_count(entry) for entry in self.entries)
-        found = [_codec(e, d) for e, d in zip(self.entries, self.dtypes, strict=True)]
-        self.codecs = tuple(found if codecs is None else codecs)
+        found = [_format(entry) for entry in self.entries]
+        self.formats = tuple(found if formats is None else formats)
+        self.dtypes = tuple(form.dtype for form in self.formats)
         first = self.entries[0]
-        if self.dtypes[0] != torch.uint8 or len(first.shape) != 1:
+        if self.dtypes[0] != UINT8 or len(first.shape) != 1:
             raise ProtocolViolation(f"the metadata of a state are {first.dtype} {list(first.shape)}")
         if self.counts[0] > MAX_METADATA_NBYTES:
             raise ProtocolViolation(
                 f"a state with metadata of {self.counts[0]} bytes; at most {MAX_METADATA_NBYTES} are allowed"
             )
         _check_dimensions(sum(len(entry.shape) for entry in self.entries))
-        self._raw = tuple(map(_is_raw, self.codecs, self.dtypes))
-        self.tensor_nbytes = tuple(map(encoded_nbytes, self.codecs, self.dtypes, self.counts))
+        self._raw = tuple(map(_is_raw, self.formats))
+        self.tensor_nbytes = tuple(map(encoded_nbytes, self.formats, self.counts))
         self.nbytes = sum(self.tensor_nbytes)
         """Of everything that travels."""
         decoded = [d.itemsize * n for d, n in zip(self.dtypes, self.counts, strict=True)]
@@ -110,7 +98,7 @@ class Manifest:
         tensor = bisect_right(self._first_chunks, index) - 1
         start = (index - self._first_chunks[tensor]) * CHUNK_ELEMENTS
         count = min(CHUNK_ELEMENTS, self.counts[tensor] - start)
-        return Chunk(tensor, start, count, self.codecs[tensor].encoded_nbytes(self.dtypes[tensor], count))
+        return Chunk(tensor, start, count, self.formats[tensor].encoded_nbytes(count))
 
     def is_raw(self, tensor: int) -> bool:
         """Whether a tensor's encoded chunks are the memory of the tensor itself. Bytes that stand for bools are no
@@ -149,8 +137,7 @@ class ManifestReader:
         if len(self._entries) + len(entries) > self._tensors:
             raise ProtocolViolation(f"more tensors than the {self._tensors} that were offered")
         for entry in entries:
-            dtype = _dtype(entry)
-            self._encoded += encoded_nbytes(_codec(entry, dtype), dtype, _count(entry))
+            self._encoded += encoded_nbytes(_format(entry), _count(entry))
             self._dimensions += len(entry.shape)
         _check_dimensions(self._dimensions)
         if self._encoded > self._nbytes:
@@ -193,21 +180,19 @@ class CaptureLayout:
         """Where an encoded chunk begins and ends."""
         chunk = self.manifest.chunk(index)
         whole = chunk.start // CHUNK_ELEMENTS
-        full = self.manifest.codecs[chunk.tensor].encoded_nbytes(
-            self.manifest.dtypes[chunk.tensor], CHUNK_ELEMENTS
-        )
+        full = self.manifest.formats[chunk.tensor].encoded_nbytes(CHUNK_ELEMENTS)
         begin = self.encoded_offsets[chunk.tensor] + whole * full
         return begin, begin + chunk.nbytes
 
     def _lead(self, tensor: int, raw: int, encoded: int, next_raw: int) -> int:
         """By how many bytes the encoded chunks of a tensor would overrun what is read after them."""
         manifest = self.manifest
-        dtype = manifest.dtypes[tensor]
+        form = manifest.formats[tensor]
         lead = max(0, encoded + manifest.tensor_nbytes[tensor] - next_raw)
         followed = (manifest.counts[tensor] - 1) // CHUNK_ELEMENTS  # chunks that another one follows
         if followed > 0:
-            step = manifest.codecs[tensor].encoded_nbytes(dtype, CHUNK_ELEMENTS)
-            raw_step = dtype.itemsize * CHUNK_ELEMENTS
+            step = form.encoded_nbytes(CHUNK_ELEMENTS)
+            raw_step = form.dtype.itemsize * CHUNK_ELEMENTS
             # Both run linearly: the encoded ones are furthest ahead after the first chunk or after the last.
             for done in (1, followed):
                 lead = max(lead, encoded + done * step - (raw + done * raw_step))
@@ -216,12 +201,12 @@ class CaptureLayout:
 
 def metadata_entry(nbytes: int) -> TensorEntry:
     """The entry of the metadata's bytes: always the first."""
-    return TensorEntry("uint8", (nbytes,), RAW.compression_type)
+    return TensorEntry(UINT8.name, (nbytes,), PLAIN_ID)
 
 
-def tensor_entry(tensor: torch.Tensor, codec: CompressionBase) -> TensorEntry:
-    """The entry of a tensor whose dtype is in :data:`STATE_DTYPE_NAMES`."""
-    return TensorEntry(STATE_DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), codec.compression_type)
+def tensor_entry(tensor: torch.Tensor, form: Format) -> TensorEntry:
+    """The entry of a tensor whose dtype is in :data:`~shoal.utils.dtypes.DTYPES`."""
+    return TensorEntry(dtype_of(tensor).name, tuple(tensor.shape), form.wire_id)
 
 
 def aligned(nbytes: int) -> int:
@@ -229,8 +214,8 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _dtype(entry: TensorEntry) -> torch.dtype:
-    dtype = STATE_DTYPES.get(entry.dtype)
+def _dtype(entry: TensorEntry) -> DType:
+    dtype = DTYPES.get(entry.dtype)
     if dtype is None:
         raise ProtocolViolation(f"unknown dtype {entry.dtype[:32]!r} of a tensor")
     return dtype
@@ -245,41 +230,42 @@ def _count(entry: TensorEntry) -> int:
     return math.prod(entry.shape)
 
 
-def _codec(entry: TensorEntry, dtype: torch.dtype) -> CompressionBase:
-    if entry.codec == RAW.compression_type:
-        return RAW
-    if not dtype.is_floating_point:
+def _format(entry: TensorEntry) -> Format:
+    dtype = _dtype(entry)
+    if entry.codec == PLAIN_ID:
+        return PlainFormat(dtype)
+    if not dtype.is_floating:
         raise ProtocolViolation(f"codec {entry.codec} for a tensor of {entry.dtype}")
-    return get_codec(entry.codec)
+    return format_of(dtype, entry.codec)
 
 
-def encoded_nbytes(codec: CompressionBase, dtype: torch.dtype, count: int) -> int:
+def encoded_nbytes(form: Format, count: int) -> int:
     """Size in bytes of all encoded chunks of a tensor.
 
     :raises ProtocolViolation: the codec, which may be a user's, has no size for it, or none that a chunk may have: the
       donor chose dtype and codec
     """
     whole, rest = divmod(count, CHUNK_ELEMENTS)
-    return (whole * _chunk_nbytes(codec, dtype, CHUNK_ELEMENTS) if whole else 0) + (
-        _chunk_nbytes(codec, dtype, rest) if rest else 0
+    return (whole * _chunk_nbytes(form, CHUNK_ELEMENTS) if whole else 0) + (
+        _chunk_nbytes(form, rest) if rest else 0
     )
 
 
-def _chunk_nbytes(codec: CompressionBase, dtype: torch.dtype, count: int) -> int:
+def _chunk_nbytes(form: Format, count: int) -> int:
     try:
-        nbytes = operator.index(codec.encoded_nbytes(dtype, count))
+        nbytes = operator.index(form.encoded_nbytes(count))
     except Exception as e:  # codecs of users: may be anything
-        raise ProtocolViolation(f"{codec!r} has no size for {dtype}: {type(e).__name__}: {e}") from e
+        raise ProtocolViolation(f"{form} has no size: {type(e).__name__}: {e}") from e
     if not 0 <= nbytes <= MAX_CHUNK_NBYTES:
-        raise ProtocolViolation(f"codec {codec!r} makes chunks of {nbytes} bytes")
+        raise ProtocolViolation(f"{form} makes chunks of {nbytes} bytes")
     return nbytes
 
 
-def _is_raw(codec: CompressionBase, dtype: torch.dtype) -> bool:
+def _is_raw(form: Format) -> bool:
     try:
-        return dtype != torch.bool and codec.is_raw(dtype)
+        return form.dtype != BOOL and form.is_raw
     except Exception as e:  # codecs of users: may be anything
-        raise ProtocolViolation(f"{codec!r} cannot tell about {dtype}: {type(e).__name__}: {e}") from e
+        raise ProtocolViolation(f"{form} cannot tell whether it copies: {type(e).__name__}: {e}") from e
 
 
 def _check_dimensions(dimensions: int) -> None:

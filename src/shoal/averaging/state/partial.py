@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
-import torch
+import numpy as np
 
+from shoal.averaging.elements import elements_in
 from shoal.averaging.state.manifest import Chunk, Manifest
 from shoal.errors import ProtocolViolation
 from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Payload
+from shoal.utils.dtypes import BOOL
 
 MAX_UNVERIFIED = 16 << 20
 """Bytes that may wait to be hashed and decoded."""
@@ -31,7 +33,6 @@ class PartialState:
         self._placed: set[int] = set()
         """Chunks that have a place, and are not taken yet."""
         self._memory = memory[:]  # a slice keeps the mapping
-        self._block = torch.frombuffer(self._memory, dtype=torch.uint8)
         self._digest = manifest.new_digest()
         self._unverified: list[tuple[Chunk, memoryview]] = []
         self._unverified_nbytes = 0
@@ -86,7 +87,6 @@ class PartialState:
             self._verifying.exception()  # looked at: the donor is dropped anyway
         self._unverified = []
         self._memory = memoryview(b"")
-        self._block = torch.empty(0, dtype=torch.uint8)
 
     def _verify(self) -> None:
         batch, self._unverified, self._unverified_nbytes = self._unverified, [], 0
@@ -105,13 +105,14 @@ class PartialState:
             if manifest.is_raw(chunk.tensor):
                 continue
             begin, end = self._extent(chunk)
-            dtype = manifest.dtypes[chunk.tensor]
-            if dtype == torch.bool:
+            form = manifest.formats[chunk.tensor]
+            if form.dtype == BOOL:
                 # A bool in memory is 0 or 1: what else is computed with it is undefined.
-                torch.ne(torch.frombuffer(data, dtype=torch.uint8), 0, out=self._block[begin:end].view(dtype))
+                np.not_equal(
+                    np.frombuffer(data, np.uint8), 0, out=np.frombuffer(self._memory[begin:end], np.bool_)
+                )
             else:
-                out = self._block[begin:end].view(dtype)
-                manifest.codecs[chunk.tensor].decode(data, dtype, chunk.count, out)
+                form.decode(data, chunk.count, elements_in(self._memory, form.dtype, chunk.count, begin))
 
     def _extent(self, chunk: Chunk) -> tuple[int, int]:
         size = self.manifest.dtypes[chunk.tensor].itemsize

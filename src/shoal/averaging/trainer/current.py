@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 
 from shoal.averaging.partition import Layout
-from shoal.averaging.schema import check_tensor, lacks_storage, overlaps_itself, shared_memory
 from shoal.averaging.trainer.holders import are_temporary
 from shoal.averaging.trainer.sources import HeldTensors, TensorSource
+from shoal.averaging.trainer.tensor_checks import check_tensor, lacks_storage, overlaps_itself, shared_memory
 from shoal.averaging.trainer.writable import first_read_only
-from shoal.compression.base import DTYPE_NAMES
 from shoal.errors import InvalidStateError, InvalidValueError, UsageError
+from shoal.utils.dtypes import name_of
 
 
 class Unchanged(NamedTuple):
@@ -130,10 +130,10 @@ class CurrentTensors:
 
     def _check_unchanged(self, index: int, tensor: torch.Tensor) -> None:
         slot = self._layout.slots[index]
-        if tuple(tensor.shape) != slot.shape or tensor.dtype != slot.dtype:
+        if tuple(tensor.shape) != slot.shape or tensor.dtype != slot.dtype.torch_dtype:
             raise InvalidStateError(
-                f"{self._labels[index]} was {DTYPE_NAMES[slot.dtype]} {list(slot.shape)} when the"
-                f" averager was made, and is {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} now;"
+                f"{self._labels[index]} was {slot.dtype} {list(slot.shape)} when the"
+                f" averager was made, and is {name_of(tensor.dtype)} {list(tensor.shape)} now;"
                 " shapes and dtypes can't change"
             )
         if tensor.layout != torch.strided:

@@ -76,7 +76,7 @@ class FiniteScan:
         return bisect_right(self._layout.slots, place, key=lambda slot: slot.offset) - 1
 
     def _values(self, block: _Block) -> torch.Tensor:
-        return self._area[block.start : block.stop].view(block.section.dtype)
+        return self._area[block.start : block.stop].view(block.section.dtype.torch_dtype)
 
 
 def _blocks(layout: Layout) -> Iterator[_Block]:

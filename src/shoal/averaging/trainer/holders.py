@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import torch
 
-from shoal.averaging.schema import memory_of
+from shoal.averaging.trainer.tensor_checks import memory_of
 
 logger = logging.getLogger(__name__)
 

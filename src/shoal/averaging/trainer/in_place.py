@@ -72,7 +72,7 @@ class InPlaceTransfer:
                         for piece in slices(len(bits), CHUNK_NBYTES // bits.itemsize):
                             np.copyto(bits[piece], new[piece])
                     else:
-                        merge(bits, bits, new, slot.dtype)
+                        merge(bits, bits, new, slot.dtype.torch_dtype)
         finally:
             if self._step is not None:
                 self._occupancy.end(self._step)
@@ -94,7 +94,7 @@ class InPlaceTransfer:
         """:raises InvalidStateError: a tensor of the buffers lies elsewhere now, or shows its memory otherwise"""
         for index, (tensor, slot) in enumerate(zip(self._buffers.tensors, self._layout.slots, strict=True)):
             is_there = tensor.data_ptr() == self._addresses[index] and tensor.is_contiguous()
-            if not is_there or tensor.shape != slot.shape or tensor.dtype != slot.dtype:
+            if not is_there or tensor.shape != slot.shape or tensor.dtype != slot.dtype.torch_dtype:
                 raise InvalidStateError(
                     f"{self._store.labels[index]} no longer lies in its SharedBuffers, since it was given another "
                     "memory, shape or dtype (by .data = or set_()); write into it instead: copy_()"

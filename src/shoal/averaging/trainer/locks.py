@@ -19,7 +19,7 @@ from contextlib import contextmanager
 
 import torch
 
-from shoal.averaging.schema import lacks_storage, memory_in_common
+from shoal.averaging.trainer.tensor_checks import lacks_storage, memory_in_common
 from shoal.errors import DeadlineExceeded, InvalidStateError
 
 logger = logging.getLogger(__name__)

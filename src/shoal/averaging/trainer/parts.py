@@ -11,11 +11,12 @@ from functools import partial
 from typing import Any
 
 from shoal.averaging.checks import OrderOfTimes
-from shoal.averaging.config import AveragerConfig, check_codec, check_infos, choose_codecs, settle_modes
+from shoal.averaging.config import AveragerConfig, settle_modes
 from shoal.averaging.partition import Layout, Partition
-from shoal.averaging.schema import TensorSchema, check_tensors
+from shoal.averaging.schema import TensorSchema
 from shoal.averaging.timeouts import RECORD_TIME, times_in_order
 from shoal.averaging.trainer.arena import TensorArena
+from shoal.averaging.trainer.codecs import check_codec, check_infos, choose_codecs
 from shoal.averaging.trainer.config import TrainerConfig
 from shoal.averaging.trainer.holders import UsageWatch
 from shoal.averaging.trainer.in_place import InPlaceTransfer
@@ -27,6 +28,7 @@ from shoal.averaging.trainer.shared_buffers import SharedBuffers
 from shoal.averaging.trainer.sources import NamedTensors, TensorSource, take_tensors, warn_of_frozen
 from shoal.averaging.trainer.state_sharing import HasState, StateSharing
 from shoal.averaging.trainer.steps import Steps
+from shoal.averaging.trainer.tensor_checks import check_tensors
 from shoal.averaging.trainer.tensors import TensorStore
 from shoal.compression import CompressionInfo
 from shoal.dht.dht import DHT

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 import torch
 
 from shoal.averaging.partition import Layout
-from shoal.averaging.schema import TensorSchema, TensorSpec, check_kind
+from shoal.averaging.schema import TensorSchema, TensorSpec
 from shoal.averaging.trainer.occupancy import Occupancy
 from shoal.averaging.trainer.sources import HeldTensors, Tensors, label_of, take_tensors
-from shoal.compression.base import DTYPE_NAMES, FLOATING_DTYPES
+from shoal.averaging.trainer.tensor_checks import check_kind
 from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError
 from shoal.runtime.memory import SharedMemory
 from shoal.utils.checks import Count, check_flag
+from shoal.utils.dtypes import AVERAGED, dtype_of, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,7 +95,9 @@ class SharedBuffers:
             raise InvalidTypeError(f"examples must be tensors or a module, got {examples!r}")
         buffers = cls.__new__(cls)
         buffers._make(
-            named.labels, [TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in named.tensors], debug
+            named.labels,
+            [TensorSpec(tuple(tensor.shape), dtype_of(tensor)) for tensor in named.tensors],
+            debug,
         )
         return buffers
 
@@ -194,12 +197,11 @@ def _check_spec(name: str, spec: Any) -> TensorSpec:
     if not (isinstance(spec, tuple | list) and len(spec) == 2):
         raise InvalidTypeError(f"{name} must be (shape, dtype), got {spec!r}")
     shape, dtype = spec
-    if dtype not in DTYPE_NAMES:
-        raise InvalidTypeError(
-            f"the dtype of {name} must be one of {', '.join(FLOATING_DTYPES)}, got {dtype!r}"
-        )
+    averaged = AVERAGED.get(name_of(dtype)) if isinstance(dtype, torch.dtype) else None
+    if averaged is None:
+        raise InvalidTypeError(f"the dtype of {name} must be one of {', '.join(AVERAGED)}, got {dtype!r}")
     sizes = tuple(shape) if isinstance(shape, Iterable) else (shape,)
-    return TensorSpec(tuple(_SIZE.check(f"a size in the shape of {name}", size) for size in sizes), dtype)
+    return TensorSpec(tuple(_SIZE.check(f"a size in the shape of {name}", size) for size in sizes), averaged)
 
 
 def _tensors_in(memory: SharedMemory, layout: Layout) -> Iterator[torch.Tensor]:
@@ -209,7 +211,9 @@ def _tensors_in(memory: SharedMemory, layout: Layout) -> Iterator[torch.Tensor]:
     with torch.inference_mode(False):
         for slot in layout.slots:
             if not slot.count:
-                yield torch.empty(slot.shape, dtype=slot.dtype)
+                yield torch.empty(slot.shape, dtype=slot.dtype.torch_dtype)
                 continue
-            flat = torch.frombuffer(block, dtype=slot.dtype, count=math.prod(slot.shape), offset=slot.offset)
+            flat = torch.frombuffer(
+                block, dtype=slot.dtype.torch_dtype, count=math.prod(slot.shape), offset=slot.offset
+            )
             yield flat.view(slot.shape).data  # no view of another tensor, with a count of updates of its own

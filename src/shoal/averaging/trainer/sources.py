@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from shoal.averaging.schema import same_elements
+from shoal.averaging.trainer.tensor_checks import same_elements
 from shoal.errors import InvalidStateError, InvalidTypeError, InvalidValueError
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from shoal.averaging.state.capture import Capture, encode_in_place
+from shoal.averaging.state.encoding import Capture, encode_in_place
 
 
 @dataclass(frozen=True)

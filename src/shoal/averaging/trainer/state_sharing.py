@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from shoal.averaging.report import StateReport
-from shoal.averaging.state.capture import GROWTH, Capture, capture_state, expected_nbytes
+from shoal.averaging.state.capture import GROWTH, capture_state, expected_nbytes
+from shoal.averaging.state.encoding import Capture
 from shoal.averaging.state.manifest import Manifest
 from shoal.averaging.state.messages import pack_entries, unpack_entries
 from shoal.averaging.state_commands import (
@@ -201,8 +202,8 @@ class StateSharing:
             return self._failed("get_current_state() failed", e)
         with capture.memory as memory:
             try:
-                codecs = pickling.dumps(capture.codecs, "its codecs")
-                captured = StateCaptured(memory.nbytes, pack_entries(capture.entries), codecs)
+                formats = pickling.dumps(capture.formats, "its codecs")
+                captured = StateCaptured(memory.nbytes, pack_entries(capture.entries), formats)
                 return WithDescriptors(captured, [os.dup(memory.fd)])
             except BaseException as e:  # noqa: BLE001 - of the user's codecs, which are pickled
                 return self._failed("its copy could not be handed to the background process", e)
@@ -330,7 +331,9 @@ def tensors_in(manifest: Manifest, memory: memoryview) -> list[torch.Tensor]:
     for entry, dtype, count, offset in zip(
         manifest.entries, manifest.dtypes, manifest.counts, manifest.offsets, strict=True
     ):
-        tensors.append(block[offset : offset + count * dtype.itemsize].view(dtype).view(entry.shape))
+        tensors.append(
+            block[offset : offset + count * dtype.itemsize].view(dtype.torch_dtype).view(entry.shape)
+        )
     return tensors
 
 

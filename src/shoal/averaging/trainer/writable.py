@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shoal.averaging.schema import extent
+from shoal.averaging.trainer.tensor_checks import extent
 
 WORD = 8
 STORAGE_WORDS = 12
