@@ -112,15 +112,17 @@ def test_prefix() -> None:
     assert id_prefix(0x0102030405060708 << 96 | 99) == bytes(range(1, 9))
 
 
-def test_who_found_no_room_is_remembered_for_a_while(many_peers: list[PeerID]) -> None:
-    table = RoutingTable(0, 1)
-    first, second = [peer for peer in many_peers if node_id(peer) >> 159][:2]
-    table.answered(first, 1.0)
-    table.answered(second, 2.0)
-    assert table.keeps_waiting(second, 1.5)
-    assert not table.keeps_waiting(second, 2.0)
-    assert not table.keeps_waiting(first, 0.0)
-    assert not table.keeps_waiting(many_peers[399], 0.0)
+def test_a_full_bucket_is_offered_one_newcomer_at_a_time(many_peers: list[PeerID]) -> None:
+    table = RoutingTable(0, 2, probe_after=15.0)
+    first, second, third, fourth = [peer for peer in many_peers if node_id(peer) >> 159][:4]
+    for moment, peer in enumerate((first, second)):
+        assert table.offer(third, moment)  # there is room
+        table.answered(peer, moment)
+    assert table.offer(third, 10.0)
+    assert not table.offer(fourth, 24.9)
+    assert not table.offer(third, 24.9)
+    assert table.offer(fourth, 25.0)
     table.failed(first)
-    assert second in table
-    assert not table.keeps_waiting(second, 0.0)
+    assert table.offer(third, 26.0)  # there is room again
+    near = next(peer for peer in many_peers if not node_id(peer) >> 159)
+    assert table.offer(near, 26.0)  # the limit is that of a bucket

@@ -183,15 +183,14 @@ class Neighbours:
             self.greet_if_new(peer)
 
     def greet_if_new(self, peer: PeerID) -> None:
-        """Greet a peer in the background unless it is known, or was lost or found no room a moment ago."""
+        """Greet a peer in the background unless it is known, was lost a moment ago, or the table has no use for it."""
         if self.heard_of is not None:
             self.heard_of[peer] = None
         elif not (
             peer in self.table
             or self._is_resting(peer)
-            # Else two nodes that have no room for each other could greet each other in turns for ever.
-            or self.table.keeps_waiting(peer, self._loop.time() - PROBE_AFTER)
             or len(self._greetings) >= MAX_GREETINGS
+            or not self.table.offer(peer, self._loop.time())
         ):
             self.greet_in_background(peer)
 

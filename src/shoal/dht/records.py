@@ -102,7 +102,7 @@ class Records:
                 self._neighbours.listening,
                 stored,
                 self._known_prefixes(core),
-                self._config.bucket_size,
+                self._wanted(core),
             )
             response = await self._neighbours.call(peer, STORE, request)
             if response is None:
@@ -281,11 +281,15 @@ class Records:
             id_to_bytes(core.target),
             self._neighbours.listening,
             self._known_prefixes(core),
-            self._config.bucket_size,
+            self._wanted(core),
             want_record,
             after,
             marks_only,
         )
+
+    def _wanted(self, core: LookupCore) -> int:
+        """How many nodes an answer shall name at most."""
+        return min(2 * core.width, self._config.bucket_size)
 
     def _known_prefixes(self, core: LookupCore) -> bytes:
         return self._neighbours.known_prefixes(core.known(self._config.bucket_size))

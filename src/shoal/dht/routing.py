@@ -32,6 +32,8 @@ class _Bucket:
     nodes: dict[PeerID, TableNode] = field(default_factory=dict)  # least recently seen first
     replacements: dict[PeerID, TableNode] = field(default_factory=dict)  # most recently seen last
     refreshed_at: float = float("-inf")
+    offered_at: float = float("-inf")
+    """When a node was last greeted for which there is no room."""
 
 
 PREFIX_BYTES = 8
@@ -63,11 +65,20 @@ class RoutingTable:
         for index in sorted(self._buckets):
             yield from self._buckets[index].nodes
 
-    def keeps_waiting(self, peer: PeerID, since: float) -> bool:
-        """Whether the peer answered after ``since``, and waits for a place in its bucket, which was full."""
+    def offer(self, peer: PeerID, now: float) -> bool:
+        """Whether a peer that is not in the table is worth a greeting: there is room for it, or its bucket has been
+        offered nobody for ``probe_after``. Greeted, it may take the place of a node that has died.
+
+        Without that limit, a peer that calls many nodes of a large DHT would be greeted by most of them, again and
+        again: the calls would grow with the DHT.
+        """
         bucket = self._bucket_of(node_id(peer))
-        node = None if bucket is None else bucket.replacements.get(peer)
-        return node is not None and node.last_seen > since
+        if bucket is None or len(bucket.nodes) < self.bucket_size:
+            return True
+        if bucket.offered_at + self.probe_after > now:
+            return False
+        bucket.offered_at = now
+        return True
 
     def answered(self, peer: PeerID, now: float) -> PeerID | None:
         """The peer answered a call: remember it as the most recently seen of its bucket.
