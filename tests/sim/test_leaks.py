@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, TypeAlias, cast
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,7 +75,7 @@ class User:
         self.written = 0
 
     async def copy(self) -> None:
-        self.arena.snapshot.view(torch.float32).fill_(self.value)
+        np.frombuffer(self.arena.snapshot, np.float32).fill(self.value)
 
     async def call_user(self, command: object) -> object:
         if isinstance(command, TakeSnapshot):

@@ -25,6 +25,12 @@ def tensor_in(layout: Layout, area: memoryview | torch.Tensor, index: int) -> to
     return _view(area, slot.dtype, slot.count, slot.offset)
 
 
+def vector_in(layout: Layout, area: memoryview) -> torch.Tensor:
+    """All elements in an area, whose tensors are of one dtype and codec: a flat view."""
+    (section,) = layout.sections
+    return _view(area, section.dtype, section.count, section.offset)
+
+
 def part_tensor(layout: Layout, area: memoryview, part: Part) -> torch.Tensor:
     """A part's elements in an area: a flat view."""
     return _view(area, layout.dtype_of(part), part.count, part.offset)

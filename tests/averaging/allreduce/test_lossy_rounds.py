@@ -28,7 +28,7 @@ from shoal.compression import (
     Uniform8BitQuantization,
 )
 from shoal.errors import AllreduceException
-from shoal.testing.arena import make_arena, part_tensor
+from shoal.testing.arena import make_arena, part_tensor, vector_in
 from shoal.testing.codecs import error_bound
 from shoal.utils.dtypes import FLOAT32
 
@@ -80,8 +80,7 @@ class Group:
         return self._elements(self.arenas[me].snapshot)
 
     def _elements(self, area: memoryview) -> torch.Tensor:
-        (section,) = self.layout.sections
-        return torch.frombuffer(area[: section.nbytes], dtype=section.dtype.torch_dtype)
+        return vector_in(self.layout, area)
 
     def average(self) -> torch.Tensor:
         """The exact average of what the members have."""
