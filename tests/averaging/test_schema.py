@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from shoal.averaging.group import SCHEMA_HASH_BYTES
 from shoal.averaging.schema import TensorSchema, TensorSpec
 from shoal.averaging.trainer.tensor_checks import check_tensors
 from shoal.compression import Float16Compression, NoCompression
@@ -125,7 +126,7 @@ def test_equal_schemas_have_equal_digests():
     same = schema(torch.ones(4, 3).t().requires_grad_(), torch.zeros(()), codecs=[NoCompression()] * 2)
     assert mine == same
     assert mine.agreement(1024, 2) == same.agreement(1024, 2)
-    assert len(mine.agreement(1024, 2).digest()) == 32
+    assert len(mine.agreement(1024, 2).digest()) == SCHEMA_HASH_BYTES
 
 
 def test_canonical_form_is_fixed():

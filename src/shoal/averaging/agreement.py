@@ -11,6 +11,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 
 from shoal.averaging.formats import codec_name
+from shoal.averaging.group import SCHEMA_HASH_BYTES
 from shoal.utils.structs import CompactStruct
 from shoal.utils.text import printable
 
@@ -32,12 +33,12 @@ class Agreement(CompactStruct, frozen=True):
     min_vector_size: int
 
     def digest(self) -> bytes:
-        """The hash that peers declare, 32 bytes."""
+        """The hash that peers declare: the first :data:`~shoal.averaging.group.SCHEMA_HASH_BYTES` of a SHA-256."""
         settings = (
             f"parts of {self.part_size_bytes}, groups of at least {self.min_group_size}, "
             f"spans of at least {self.min_vector_size}\n"
         )
-        return hashlib.sha256(self.tensors.encode() + settings.encode()).digest()
+        return hashlib.sha256(self.tensors.encode() + settings.encode()).digest()[:SCHEMA_HASH_BYTES]
 
 
 class _Tensor(NamedTuple):

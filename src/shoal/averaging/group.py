@@ -24,7 +24,8 @@ from shoal.utils import figures
 from shoal.utils.structs import AgreedStruct
 
 MEMBER_DOMAIN = b"shoal.averaging.member.v3"
-SCHEMA_HASH_BYTES = 32
+SCHEMA_HASH_BYTES = 16
+"""128 bits of SHA-256: nobody finds another agreement with the hash of a given one."""
 NONCE_BYTES = 16
 GROUP_ID_BYTES = 16
 MAX_GATHER_BYTES = 512 * 1024

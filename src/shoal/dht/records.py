@@ -292,7 +292,7 @@ class Records:
         return min(2 * core.width, self._config.bucket_size)
 
     def _known_prefixes(self, core: LookupCore) -> bytes:
-        return self._neighbours.known_prefixes(core.known(self._config.bucket_size))
+        return self._neighbours.known_prefixes(core.known(self._wanted(core)))
 
     def _merge_own(self, identifier: int, known: KnownRecord) -> bool:
         """Take in what this node keeps itself; whether it keeps anything."""

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 
 from shoal.averaging.agreement import Agreement
-from shoal.averaging.group import GroupInfo, PeerMode
+from shoal.averaging.group import SCHEMA_HASH_BYTES, GroupInfo, PeerMode
 from shoal.averaging.matchmaking.matchmaker import Matchmaker
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.router import Router
@@ -18,7 +18,7 @@ from shoal.testing.dht import SimulatedDHT
 __all__ = ["SimulatedMatchmaking"]
 
 PREFIX = "swarm"
-SCHEMA = b"schema".ljust(32, b".")
+SCHEMA = b"schema".ljust(SCHEMA_HASH_BYTES, b".")
 
 
 class SimulatedMatchmaking:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shoal.averaging.grid import NO_GRID, Grid
-from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode, group_key, order_members
+from shoal.averaging.group import SCHEMA_HASH_BYTES, GroupInfo, MemberInfo, PeerMode, group_key, order_members
 from shoal.averaging.lineage import NO_LINEAGE, Lineage
 from shoal.averaging.matchmaking.candidate import Candidate
 from shoal.averaging.matchmaking.core import SearchCore
@@ -70,7 +70,7 @@ from shoal.sansio.core import NEVER, TimePassed
 
 __all__ = ["StallingCore", "SwarmOfCores", "core_peer_id"]
 
-SCHEMA = bytes(32)
+SCHEMA = bytes(SCHEMA_HASH_BYTES)
 PREFIX = "swarm"
 KEY = group_key(PREFIX)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shoal.averaging.background.division import Division
-from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode, order_members
+from shoal.averaging.group import SCHEMA_HASH_BYTES, GroupInfo, MemberInfo, PeerMode, order_members
 from shoal.averaging.partition import Layout
 from shoal.compression.base import NoCompression
 from shoal.p2p.identity import Identity
@@ -23,7 +23,7 @@ def member(
         PEERS[number].to_bytes(),
         PEERS[0].to_bytes(),
         "swarm.0b",
-        b"s" * 32,
+        b"s" * SCHEMA_HASH_BYTES,
         mode,
         bandwidth,
         (),

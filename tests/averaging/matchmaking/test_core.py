@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shoal.averaging.grid import NO_GRID, UNKNOWN_ROUND, Grid, Layout
-from shoal.averaging.group import MemberInfo, PeerMode
+from shoal.averaging.group import SCHEMA_HASH_BYTES, MemberInfo, PeerMode
 from shoal.averaging.matchmaking.asking import AVOID_AFTER_LOSS
 from shoal.averaging.matchmaking.core import SearchCore
 from shoal.averaging.matchmaking.events import (
@@ -59,7 +59,7 @@ from shoal.p2p.identity import Identity, PeerID
 from shoal.sansio.core import NEVER, TimePassed
 from shoal.sansio.machine import IllegalTransition
 
-SCHEMA = b"s" * 32
+SCHEMA = b"s" * SCHEMA_HASH_BYTES
 START = 105.0
 IDS = sorted(Identity.generate(bytes([number]) * 32).peer_id for number in range(8))
 
@@ -457,11 +457,13 @@ def test_an_illegal_event_raises_with_the_story_that_led_there():
 
 def test_the_story_names_what_was_seen_and_answered():
     driver = Driver()
-    driver.see(declared(0), declared(5, schema=b"t" * 32))
-    assert driver.only(AskSchema) == AskSchema(IDS[5], ("address 5",), b"t" * 32)
+    driver.see(declared(0), declared(5, schema=b"t" * SCHEMA_HASH_BYTES))
+    assert driver.only(AskSchema) == AskSchema(IDS[5], ("address 5",), b"t" * SCHEMA_HASH_BYTES)
     driver.send(SchemaCompared(IDS[5], "the shape of averaged_tensors[0] is 2 here, 3 there"))
     driver.send(LeaderRejected(1, Rejected(RejectReason.OTHER_SCHEMA)))
-    driver.see(declared(0), declared(4, state=DeclaredState.TAKEN), declared(5, schema=b"t" * 32))
+    driver.see(
+        declared(0), declared(4, state=DeclaredState.TAKEN), declared(5, schema=b"t" * SCHEMA_HASH_BYTES)
+    )
     assert driver.only(AskSchema) is None
     driver.send(Cancelled())
     text = driver.only(FinishWithout).explanation

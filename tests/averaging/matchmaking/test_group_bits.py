@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from shoal.averaging.group import (
     MAX_GRID_ROUND,
+    SCHEMA_HASH_BYTES,
     GroupInfo,
     MemberInfo,
     PeerMode,
@@ -42,7 +43,7 @@ def group(
             peer_id=peer.to_bytes(),
             leader=peers[0].to_bytes(),
             key=key,
-            schema_hash=bytes(32),
+            schema_hash=bytes(SCHEMA_HASH_BYTES),
             mode=PeerMode.FULL,
             bandwidth=None,
             addresses=(),

@@ -9,6 +9,7 @@ import pytest
 
 from shoal.averaging.group import (
     MAX_GATHER_BYTES,
+    SCHEMA_HASH_BYTES,
     GroupInfo,
     MemberInfo,
     PeerMode,
@@ -306,7 +307,7 @@ def test_why_a_request_is_rejected():
         assert await reason() is RejectReason.NOT_LOOKING
         search = sim.search(0, starts_in=2.0)
         await settle(0.5)
-        assert await reason(schema_hash=b"t" * 32) is RejectReason.OTHER_SCHEMA
+        assert await reason(schema_hash=b"t" * SCHEMA_HASH_BYTES) is RejectReason.OTHER_SCHEMA
         assert await reason(key="swarm.0b1") is RejectReason.OTHER_KEY
         assert await reason(start_time=sim.now() - 50) is RejectReason.WRONG_ORDER
         sim.search(1, starts_in=3.0)
@@ -632,7 +633,7 @@ def test_who_is_cancelled_in_the_moment_when_the_group_stands_gets_it_to_withdra
 
 def test_the_error_names_peers_of_another_schema():
     async def story(sim: SimulatedMatchmaking) -> None:
-        await sim.start_one(1, schema=b"other".ljust(32, b"."))
+        await sim.start_one(1, schema=b"other".ljust(SCHEMA_HASH_BYTES, b"."))
         searches = [sim.search(number, timeout=7.0) for number in range(2)]
         for number, search in enumerate(searches):
             error = await search

@@ -11,7 +11,15 @@ import msgspec
 import pytest
 
 from shoal.averaging.grid import NO_GRID, UNKNOWN_ROUND, Grid, Layout, grid_problem
-from shoal.averaging.group import GroupInfo, MemberInfo, PeerMode, group_key, order_members, seat_key
+from shoal.averaging.group import (
+    SCHEMA_HASH_BYTES,
+    GroupInfo,
+    MemberInfo,
+    PeerMode,
+    group_key,
+    order_members,
+    seat_key,
+)
 from shoal.averaging.matchmaking.group_keys import GroupKeys
 from shoal.averaging.matchmaking.missed import Missed
 from shoal.averaging.matchmaking.seats import (
@@ -41,7 +49,7 @@ def form(
             peer_id=core_peer_id(number).to_bytes(),
             leader=leader.to_bytes(),
             key=key,
-            schema_hash=bytes(32),
+            schema_hash=bytes(SCHEMA_HASH_BYTES),
             mode=PeerMode.FULL,
             bandwidth=None,
             addresses=(),
