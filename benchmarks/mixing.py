@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -108,9 +109,8 @@ def tell(case: Case, seed: int) -> list[RoundResult]:
     return rounds
 
 
-def measure(case: Case) -> Row:
-    """All seeds of a case."""
-    swarms = [tell(case, seed) for seed in range(case.seeds)]
+def summarize(case: Case, swarms: Sequence[Sequence[RoundResult]]) -> Row:
+    """The row for what :func:`tell` said of each seed of a case."""
     later = [one for rounds in swarms for one in rounds[1:]]
     searches = sum(one.alone + sum(one.sizes) for rounds in swarms for one in rounds)
     shares = (case.count, case.target, case.absent, MOST, case.slow)
@@ -167,7 +167,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="How fast large swarms mix, in simulated time.")
     parser.add_argument("--quick", action="store_true", help="a few small swarms")
     parser.add_argument("--only", default="", help="rows whose names contain this text")
-    parser.add_argument("--processes", type=int, default=1, help="rows that are measured at a time")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count(), help="swarms at a time; default: one for each core"
+    )
     parser.add_argument(
         "--picture", type=Path, help="draw the variance over the rounds into this file instead"
     )
@@ -178,8 +180,9 @@ def main() -> None:
     cases = [case for case in (QUICK if given.quick else TABLE) if given.only in case.name]
     print(HEAD)
     with ProcessPoolExecutor(given.processes) as pool:
-        for row in pool.map(measure, cases):
-            print(row, flush=True)
+        told = [[pool.submit(tell, case, seed) for seed in range(case.seeds)] for case in cases]
+        for case, swarms in zip(cases, told, strict=True):
+            print(summarize(case, [swarm.result() for swarm in swarms]), flush=True)
 
 
 if __name__ == "__main__":
