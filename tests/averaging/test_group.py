@@ -17,9 +17,11 @@ from shoal.averaging.group import (
     bits_of_key,
     group_key,
     sign_member,
+    terms_in,
     verify_group,
     verify_member,
 )
+from shoal.averaging.matchmaking.messages import GroupMember
 from shoal.errors import InvalidValueError, ProtocolViolation
 from shoal.p2p.identity import Identity
 
@@ -52,6 +54,25 @@ def signed(identity: Identity, **changes: object) -> SignedMemberInfo:
 def begin(*members: SignedMemberInfo, own: SignedMemberInfo | None = None, group_id: bytes = GROUP_ID):
     own = members[1] if own is None else own
     return verify_group(group_id, members, leader=LEADER.peer_id, own=own, now=NOW)
+
+
+def test_a_member_travels_without_what_its_receiver_knows():
+    own, other = signed(FIRST), signed(SECOND)
+    terms = terms_in(own)
+    message = GroupMember.without(terms, other)
+    assert len(message.member.info) == len(other.info) - len(terms)
+    assert message.whole(terms) == other
+    elsewhere = terms_in(signed(FIRST, key="elsewhere"))
+    assert GroupMember.without(elsewhere, other) == GroupMember(other)  # other terms: nothing to leave out
+    assert GroupMember(other).whole(elsewhere) == other
+
+
+@pytest.mark.parametrize("cut", [-1, 1 << 40, 3])
+def test_a_cut_at_a_wrong_place_is_no_signed_member(cut: int):
+    own, other = signed(FIRST), signed(SECOND)
+    message = msgspec.structs.replace(GroupMember.without(terms_in(own), other), cut=cut)
+    with pytest.raises(ProtocolViolation):
+        verify_member(message.whole(terms_in(own)), now=NOW)
 
 
 def test_group_keys():

@@ -114,7 +114,7 @@ async def cancel_the_next_search_when_it_is_told_of_the_group(dht: Any, node: An
         tasks.append(asyncio.current_task())
         return await run(self)
 
-    async def cancel(stream: Any, size: int) -> Any:
+    async def cancel(stream: Any, size: int, terms: bytes) -> Any:
         Search.run, leaders.receive_members = run, receive
         tasks[-1].cancel()
         await asyncio.sleep(1.0)

@@ -228,6 +228,16 @@ def verify_member(signed: SignedMemberInfo, *, now: float, max_age: float = MAX_
     return info
 
 
+def terms_of(info: MemberInfo) -> bytes:
+    """What the infos of all members of a group have alike, as it stands there, side by side: leader, key and hash."""
+    return b"".join(map(_encoder.encode, (info.leader, info.key, info.schema_hash)))
+
+
+def terms_in(signed: SignedMemberInfo) -> bytes:
+    """As :func:`terms_of`, of an info that this peer has signed, or verified."""
+    return terms_of(_decoder.decode(signed.info))
+
+
 def order_members(leader: PeerID, infos: Sequence[MemberInfo]) -> tuple[MemberInfo, ...]:
     """The order on which all members agree: the leader first, the others by peer id."""
     first = leader.to_bytes()

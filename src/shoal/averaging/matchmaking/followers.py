@@ -14,6 +14,7 @@ from shoal.averaging.group import (
     MemberInfo,
     SignedMemberInfo,
     order_members,
+    terms_of,
     verify_member,
 )
 from shoal.averaging.matchmaking.events import (
@@ -122,9 +123,10 @@ class Followers:
         signed = [own, *(follower.signed for follower in followers)]
         infos = [verify_member(own, now=self._peer.clock()), *(follower.info for follower in followers)]
         group_id = self._peer.rng.randbytes(GROUP_ID_BYTES)
+        terms = terms_of(infos[0])
         messages: list[LeaderMessage] = [
             Begin(group_id, len(signed), effect.seen, effect.before),
-            *(GroupMember(member) for member in signed),
+            *(GroupMember.without(terms, member) for member in signed),
         ]
         for follower in followers:
             follower.has_begun = True

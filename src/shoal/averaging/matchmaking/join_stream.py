@@ -29,8 +29,10 @@ async def expect_end(stream: Stream) -> None:
     raise ProtocolViolation(f"{stream.remote} sends {type(message).__name__} after a group began")
 
 
-async def receive_members(stream: Stream, size: int) -> list[SignedMemberInfo]:
+async def receive_members(stream: Stream, size: int, terms: bytes) -> list[SignedMemberInfo]:
     """The members of a group that begins, as its leader names them: not verified yet.
+
+    :param terms: of this member (:func:`~shoal.averaging.group.terms_of`)
 
     :raises ProtocolViolation: a group, or all that its members gathered, is larger than allowed
     """
@@ -42,12 +44,13 @@ async def receive_members(stream: Stream, size: int) -> list[SignedMemberInfo]:
         message = await stream.receive()
         if not isinstance(message, GroupMember):
             raise ProtocolViolation(f"{stream.remote} sends {type(message).__name__} among the members")
-        total += len(message.member.info)
+        member = message.whole(terms)
+        total += len(member.info)
         if total > MAX_GROUP_GATHER_BYTES:
             raise ProtocolViolation(
                 f"{stream.remote} sends members of more than {MAX_GROUP_GATHER_BYTES} bytes"
             )
-        members.append(message.member)
+        members.append(member)
     return members
 
 

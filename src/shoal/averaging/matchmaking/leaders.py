@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-from shoal.averaging.group import SignedMemberInfo, verify_group
+from shoal.averaging.group import SignedMemberInfo, terms_in, verify_group
 from shoal.averaging.matchmaking.events import (
     AskToJoin,
     Event,
@@ -134,7 +134,7 @@ class AskedLeaders:
     async def _hear_beginning(self, ask: int, stream: Stream, begin: Begin, own: SignedMemberInfo) -> None:
         # What all gathered takes its time on a slow link.
         self._search.tell(LeaderPostponed(ask, BEGIN_TIMEOUT, is_beginning=True))
-        members = await receive_members(stream, begin.size)
+        members = await receive_members(stream, begin.size, terms_in(own))
         group = verify_group(
             begin.group_id,
             members,

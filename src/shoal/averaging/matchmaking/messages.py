@@ -163,6 +163,26 @@ class GroupMember(Message, frozen=True):
     """One member of a group that begins: a message of its own, so that a group's size is not bound by a message's."""
 
     member: SignedMemberInfo
+    cut: int = 0
+    """Where its info lacks the terms (:func:`~shoal.averaging.group.terms_of`), which the receiver knows; 0: nowhere.
+    Put back, they are what the member has signed.
+    """
+
+    @classmethod
+    def without(cls, terms: bytes, signed: SignedMemberInfo) -> GroupMember:
+        """The message for a member that has signed these terms."""
+        cut = signed.info.find(terms)
+        if cut <= 0:
+            return cls(signed)
+        shorter = signed.info[:cut] + signed.info[cut + len(terms) :]
+        return cls(SignedMemberInfo(shorter, signed.signature), cut)
+
+    def whole(self, terms: bytes) -> SignedMemberInfo:
+        """The member as it has signed itself, if these are its terms."""
+        if not 0 < self.cut <= len(self.member.info):
+            return self.member
+        info = self.member.info[: self.cut] + terms + self.member.info[self.cut :]
+        return SignedMemberInfo(info, self.member.signature)
 
 
 LeaderMessage = Accepted | Postponed | Redirect | Rejected | Dismissed | Begin | GroupMember
