@@ -102,7 +102,7 @@ class Records:
                 self._neighbours.listening,
                 stored,
                 self._known_prefixes(core),
-                self._wanted(core),
+                core.width,  # a search has been here: only nearer nodes than its own would matter
             )
             response = await self._neighbours.call(peer, STORE, request)
             if response is None:
