@@ -98,6 +98,17 @@ def test_a_codec_does_the_same_to_elements_as_to_a_tensor(dtype: DType):
     assert form.max_count(21) == codec.max_count(dtype.torch_dtype, 21)
 
 
+def test_what_a_codec_gives_back_is_read_by_its_values_not_by_its_memory():
+    class Negated(NoCompression):
+        compression_type = 98
+
+        def _decode(self, data, dtype, count, out):
+            return torch._neg_view(super()._decode(data, dtype, count, None))
+
+    form = CodecFormat(FLOAT32, Negated())
+    assert form.decode(form.encode(np.ones(3, np.float32)), 3).tolist() == [-1, -1, -1]
+
+
 def test_codecs_of_users_that_inherit_are_no_plain_ones():
     class Own(NoCompression):
         compression_type = 99

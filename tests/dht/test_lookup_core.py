@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.dht.ids import node_id
 from shoal.dht.lookup_core import (
+    FEWEST_NAMES,
     AskNode,
     Event,
     LookupBegan,
@@ -15,6 +18,7 @@ from shoal.dht.lookup_core import (
     NodeAnswered,
     NodeFailed,
 )
+from shoal.dht.routing import RoutingTable
 from shoal.p2p.identity import PeerID
 from shoal.sansio.core import NEVER, TimePassed
 from shoal.sansio.machine import IllegalTransition
@@ -218,3 +222,44 @@ def test_each_node_that_was_asked_stalls_in_its_own_time() -> None:
     lookup.now = 1.0
     assert lookup.core.handle(NodeFailed(BY_DISTANCE[0]), 1.0) == [AskNode(BY_DISTANCE[1])]
     assert lookup.core.deadline == 1.0 + STALL
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+@pytest.mark.parametrize("dead_share", [0.1, 0.3, 0.5])
+def test_the_nearest_that_live_are_found_though_many_have_just_died(width: int, dead_share: float):
+    """Nobody's table knows of the dead yet, and answers name few nodes."""
+    rng = random.Random(f"{width} {dead_share}")
+    peers = [PeerID.from_public_key(rng.randbytes(32)) for _ in range(120)]
+    tables = {peer: RoutingTable(node_id(peer), 20) for peer in peers}
+    for peer, table in tables.items():
+        for other in rng.sample(peers, len(peers)):
+            if other != peer:
+                table.answered(other, 0.0)
+    for _ in range(25):
+        target = node_id(PeerID.from_public_key(rng.randbytes(32)))
+        dead = {peer for peer in peers if rng.random() < dead_share}
+        living = sorted((peer for peer in peers if peer not in dead), key=lambda peer: node_id(peer) ^ target)
+        caller = rng.choice(living[8:])
+        seeds = [node.peer for node in tables[caller].nearest(target, 20)]
+        core = LookupCore(target, width=width, parallel=3, seeds=seeds, answered=[caller])
+        asked = core.handle(LookupBegan(), 0.0)
+        while asked:
+            peer = asked.pop(0).peer
+            if peer in dead:
+                asked += core.handle(NodeFailed(peer), 0.0)
+                continue
+            known = {caller, *core.known(core.names_wanted)}
+            named = [node.peer for node in tables[peer].nearest(target, core.names_wanted)]
+            asked += core.handle(NodeAnswered(peer, [one for one in named if one not in known]), 0.0)
+        assert core.nearest_answered() == living[:width]
+
+
+def test_names_are_few_until_a_node_has_failed():
+    peers = [PeerID.from_public_key(bytes([number]) * 32) for number in range(4)]
+    core = LookupCore(0, width=2, parallel=2, seeds=peers)
+    assert core.names_wanted == FEWEST_NAMES
+    first, second = core.handle(LookupBegan(), 0.0)
+    core.handle(NodeAnswered(first.peer, []), 0.0)
+    assert core.names_wanted == FEWEST_NAMES
+    core.handle(NodeFailed(second.peer), 0.0)
+    assert core.names_wanted == 20

@@ -118,11 +118,13 @@ def test_a_full_bucket_is_offered_one_newcomer_at_a_time(many_peers: list[PeerID
     for moment, peer in enumerate((first, second)):
         assert table.offer(third, moment)  # there is room
         table.answered(peer, moment)
+    assert not table.has_room(third)
     assert table.offer(third, 10.0)
     assert not table.offer(fourth, 24.9)
     assert not table.offer(third, 24.9)
     assert table.offer(fourth, 25.0)
     table.failed(first)
-    assert table.offer(third, 26.0)  # there is room again
+    assert table.has_room(third)
+    assert table.offer(third, 26.0)
     near = next(peer for peer in many_peers if not node_id(peer) >> 159)
     assert table.offer(near, 26.0)  # the limit is that of a bucket

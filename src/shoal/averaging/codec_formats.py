@@ -56,7 +56,7 @@ class CodecFormat:
             return out
         if count == 0:
             return np.empty(0)
-        return elements_in(tensor_bytes(decoded.contiguous()), self.dtype)
+        return elements_in(tensor_bytes(decoded.resolve_neg().contiguous()), self.dtype)
 
     def in_segments(self, segments: tuple[int, ...]) -> CodecFormat:
         return CodecFormat(self.dtype, SegmentedCodec(self.codec, segments))

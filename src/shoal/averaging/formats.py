@@ -5,6 +5,7 @@ Codecs are torch's business. What travels as it is, which is the default, needs 
 
 from __future__ import annotations
 
+import importlib
 import sys
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -119,6 +120,11 @@ class PlainFormat:
 
     def __str__(self) -> str:
         return f"{self.dtype} as it is"
+
+
+def prepare_codecs() -> None:
+    """Import what :func:`format_of` needs for codecs, and torch with it: for a thread, since that takes seconds."""
+    importlib.import_module("shoal.averaging.codec_formats")
 
 
 def format_of(dtype: DType, wire_id: int) -> Format:

@@ -21,6 +21,9 @@ from shoal.p2p.identity import PeerID
 from shoal.sansio.core import NEVER, TimePassed
 from shoal.sansio.machine import Machine
 
+FEWEST_NAMES = 10
+"""A search for one node asks for the names of so many, since the nearest may be dead."""
+
 
 @dataclass(frozen=True, slots=True)
 class LookupBegan:
@@ -123,6 +126,7 @@ class LookupCore:
         self._candidates: dict[PeerID, _Candidate] = {}
         self._sorted: list[_Candidate] = []
         self._in_flight = 0
+        self._has_failed = False
         self._asked = 0
         self._stall_timeout = stall_timeout
         self._machine = Machine(LookupState.NEW, TRANSITIONS, HEARD)
@@ -153,6 +157,17 @@ class LookupCore:
         )  # asked several times for each answer
 
     @property
+    def names_wanted(self) -> int:
+        """How many of the nearest nodes an answer shall name, those that are known already included.
+
+        Few, as long as all whom this search asks are there. Where some have failed, those that others name may have
+        died with them, and it takes more names to find the living.
+        """
+        if self._has_failed:
+            return self.max_nodes_per_answer
+        return min(max(FEWEST_NAMES, 2 * self.width), self.max_nodes_per_answer)
+
+    @property
     def deadline(self) -> float:
         """When the next peer stalls."""
         return NEVER if self.is_over else next(iter(self._stalls_at.values()), NEVER)
@@ -180,6 +195,7 @@ class LookupCore:
                     self._add(node, _Progress.KNOWN)
                 self._sort()
             case NodeFailed(peer):
+                self._has_failed = True
                 if not self._settle(peer, _Progress.FAILED):
                     return []
         return self._ask_next(now)

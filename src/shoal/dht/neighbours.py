@@ -132,7 +132,7 @@ class Neighbours:
                 self.host.add_hearsay(peer, addresses)
             peers.append(peer)
             if greet:
-                self.greet_if_new(peer)
+                self.greet_if_new(peer, called=False)
         return peers
 
     def contacts_near(self, target: int, known: bytes, count: int, asker: PeerID) -> list[Contact]:
@@ -182,15 +182,18 @@ class Neighbours:
             self._lost.pop(peer, None)
             self.greet_if_new(peer)
 
-    def greet_if_new(self, peer: PeerID) -> None:
-        """Greet a peer in the background unless it is known, was lost a moment ago, or the table has no use for it."""
+    def greet_if_new(self, peer: PeerID, *, called: bool = True) -> None:
+        """Greet a peer in the background unless it is known, was lost a moment ago, or the table has no use for it.
+
+        :param called: the peer has called, and so it lives; others have been named, and get no full bucket's attention
+        """
         if self.heard_of is not None:
             self.heard_of[peer] = None
         elif not (
             peer in self.table
             or self._is_resting(peer)
             or len(self._greetings) >= MAX_GREETINGS
-            or not self.table.offer(peer, self._loop.time())
+            or not (self.table.offer(peer, self._loop.time()) if called else self.table.has_room(peer))
         ):
             self.greet_in_background(peer)
 

@@ -102,7 +102,7 @@ class Records:
                 self._neighbours.listening,
                 stored,
                 self._known_prefixes(core),
-                core.width,  # a search has been here: only nearer nodes than its own would matter
+                core.names_wanted,
             )
             response = await self._neighbours.call(peer, STORE, request)
             if response is None:
@@ -281,18 +281,14 @@ class Records:
             id_to_bytes(core.target),
             self._neighbours.listening,
             self._known_prefixes(core),
-            self._wanted(core),
+            core.names_wanted,
             want_record,
             after,
             marks_only,
         )
 
-    def _wanted(self, core: LookupCore) -> int:
-        """How many nodes an answer shall name at most."""
-        return min(2 * core.width, self._config.bucket_size)
-
     def _known_prefixes(self, core: LookupCore) -> bytes:
-        return self._neighbours.known_prefixes(core.known(self._wanted(core)))
+        return self._neighbours.known_prefixes(core.known(core.names_wanted))
 
     def _merge_own(self, identifier: int, known: KnownRecord) -> bool:
         """Take in what this node keeps itself; whether it keeps anything."""

@@ -65,15 +65,20 @@ class RoutingTable:
         for index in sorted(self._buckets):
             yield from self._buckets[index].nodes
 
+    def has_room(self, peer: PeerID) -> bool:
+        """Whether the peer would enter the table if it answered."""
+        bucket = self._bucket_of(node_id(peer))
+        return bucket is None or len(bucket.nodes) < self.bucket_size
+
     def offer(self, peer: PeerID, now: float) -> bool:
-        """Whether a peer that is not in the table is worth a greeting: there is room for it, or its bucket has been
-        offered nobody for ``probe_after``. Greeted, it may take the place of a node that has died.
+        """Whether a peer that calls, and is not in the table, is worth a greeting: there is room for it, or its bucket
+        has been offered nobody for ``probe_after``. Greeted, it may take the place of a node that has died.
 
         Without that limit, a peer that calls many nodes of a large DHT would be greeted by most of them, again and
         again: the calls would grow with the DHT.
         """
         bucket = self._bucket_of(node_id(peer))
-        if bucket is None or len(bucket.nodes) < self.bucket_size:
+        if bucket is None or self.has_room(peer):
             return True
         if bucket.offered_at + self.probe_after > now:
             return False

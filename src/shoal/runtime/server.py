@@ -315,7 +315,7 @@ class Server:
             self.end(USER_GONE_SECONDS)
 
     async def _create(self, frame: Frame) -> None:
-        # On a thread: the factory's module may import torch.
+        # On a thread: the factory's module may import much.
         name, factory = await self._loop.run_in_executor(None, _load, frame.body, "the service's factory")
         context = Context(self, frame.service, name)
         try:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from shoal.averaging import formats
 from shoal.averaging.router import Router
 from shoal.averaging.state.capture import Capture, capture_state
 from shoal.averaging.state.donor import YIELD_CHUNKS, CopyUnavailable, StateDonor
@@ -938,3 +939,30 @@ def test_whatever_breaks_a_joiner_gets_one_donors_whole_state_or_a_reason(seed: 
 @pytest.mark.parametrize("seed", range(30, 2000))
 def test_whatever_breaks_a_joiner_gets_one_donors_whole_state_or_a_reason_in_many_runs(seed: int):
     run(lambda: play(seed))
+
+
+def test_codecs_are_imported_on_a_thread_before_a_manifest_is_read(monkeypatch: pytest.MonkeyPatch):
+    """That brings torch, whose import takes seconds for which the loop would do nothing else."""
+    given: list[object] = []
+    to_thread = asyncio.to_thread
+
+    def note(work: Callable[..., object], *arguments: object) -> Awaitable[object]:
+        given.append(work)
+        return to_thread(work, *arguments)
+
+    monkeypatch.setattr(asyncio, "to_thread", note)
+
+    async def main() -> None:
+        async with Swarm(41, bandwidth=None) as swarm:
+            await swarm.donor("plain")
+            swarm.check(await swarm.load("j", [swarm.known("plain")]), "plain")
+            assert formats.prepare_codecs not in given
+
+            async def handler(stream: Stream, first: RequestState) -> None:
+                await _offer(stream, (metadata_entry(3), TensorEntry("float32", (3,), 1)), 9)
+
+            await swarm.liar("coded", handler)
+            await swarm.load("k", [swarm.known("coded")])
+            assert formats.prepare_codecs in given
+
+    run(main)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from shoal.averaging import formats
 from shoal.averaging.codes import AveragingCode
 from shoal.averaging.state.choice import (
     MAX_RESUMPTIONS,
@@ -351,6 +352,8 @@ class StateDownload:
             page = await self._receive(stream, limit, "its manifest")
             if not isinstance(page, ManifestPage):
                 raise ProtocolViolation(f"sent {type(page).__name__} instead of its manifest")
+            if any(entry.codec for entry in page.entries):
+                await asyncio.to_thread(formats.prepare_codecs)
             reader.add(page.entries)
             await asyncio.sleep(0)
         manifest = await asyncio.to_thread(reader.manifest)

@@ -265,7 +265,9 @@ def _is_raw(form: Format) -> bool:
     try:
         return form.dtype != BOOL and form.is_raw
     except Exception as e:  # codecs of users: may be anything
-        raise ProtocolViolation(f"{form} cannot tell whether it copies: {type(e).__name__}: {e}") from e
+        raise ProtocolViolation(
+            f"{form} cannot tell whether elements travel as they are: {type(e).__name__}: {e}"
+        ) from e
 
 
 def _check_dimensions(dimensions: int) -> None:
