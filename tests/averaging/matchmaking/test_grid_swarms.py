@@ -77,6 +77,7 @@ def test_clients_and_auxiliaries_are_dealt_to_all_groups_of_a_grid():
     assert rounds[-1].variance < 1e-4
 
 
+@pytest.mark.timeout(600)  # 80 s of CPU with 256 peers
 @pytest.mark.parametrize("count", [64, pytest.param(256, marks=pytest.mark.sweep)])
 def test_peers_that_miss_a_round_take_the_places_that_they_left(count):
     """One in a hundred is absent in each round, and the swarm needs about one round more than the ideal dealer."""
