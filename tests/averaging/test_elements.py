@@ -82,6 +82,9 @@ def test_plain_elements_travel_as_their_memory(dtype: DType):
     assert form.decode(data, 1000, out) is out
     assert out.data == form.decode(data, 1000).data == data.cast("B").cast(out.data.format)
     assert form.max_count(7) == 7 // dtype.itemsize
+    for wrong in (data[:-1], bytes(data) + b"!"):
+        with pytest.raises(ProtocolViolation, match="1000 elements of"):
+            form.decode(wrong, 1000)
 
 
 @dtypes

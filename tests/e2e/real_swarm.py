@@ -21,7 +21,7 @@ STEP_TIMEOUT = 30.0
 class Swarm:
     """The averagers of one test, under a prefix of its own, on DHTs that all tests of this folder share.
 
-    Each DHT has a background process of its own, which imports torch: that takes longer than most tests.
+    Each DHT has a background process of its own, whose start takes longer than many tests.
     """
 
     def __init__(self, shared: list[shoal.DHT], prefix: str) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from shoal.averaging.elements import Elements, elements_in
+from shoal.errors import ProtocolViolation
 from shoal.utils.dtypes import DType
 
 PLAIN_ID = 0
@@ -109,6 +110,8 @@ class PlainFormat:
         return values.data.cast("B")
 
     def decode(self, data: Bytes, count: int, out: Elements | None = None) -> Elements:
+        if len(data) != self.encoded_nbytes(count):
+            raise ProtocolViolation(f"{count} elements of {self.dtype} are not {len(data)} bytes")
         values = elements_in(data, self.dtype, count)
         if out is None:
             return values

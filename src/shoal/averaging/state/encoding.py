@@ -13,7 +13,7 @@ from shoal.runtime.memory import SharedMemory
 
 @dataclass(frozen=True)
 class Capture:
-    """A copy of a state as it is, in shared memory; whoever has it closes the memory."""
+    """A copy of a state as it is, in shared memory, which its owner closes."""
 
     memory: SharedMemory
     entries: tuple[TensorEntry, ...]
