@@ -180,6 +180,8 @@ class MixingSwarm:
         )
         if not keys.has_seat:
             self.swarm.at(peer.start_at + EXPLORE_AFTER, lambda: self._explore(peer))
+            if before is None:
+                self.swarm.at(peer.start_at + peer.poll_time, lambda: self._explore(peer))
         return peer
 
     def _explore(self, peer: Peer) -> None:

@@ -195,6 +195,19 @@ def test_two_groups_of_one_key_are_dealt_different_places():
     assert sorted(numbers.values()) == [1] * 7 + [2]
 
 
+def test_one_too_many_goes_on_to_any_group_since_somewhere_a_place_may_be_empty():
+    grid, key = Grid(Layout(8, 8), 5, 66.0), seat_key("swarm", 8, 3)
+    went = set()
+    for draw in range(64):
+        last = form(list(range(5, 9)), [grid] * 4, key, bytes(15) + bytes([draw]), seen=9, before=5)
+        numbers = Counter(next_seat(last, one, 8).number for one in range(len(last)))
+        regular = {(first_place(grid.layout, 3) + place) % 8 for place in (5, 6, 7)}
+        extra = numbers - Counter(regular)
+        assert sum(extra.values()) == 1
+        went |= set(extra)
+    assert went == set(range(8))
+
+
 @pytest.mark.parametrize("seen", [2, 1000])
 def test_a_group_of_peers_that_know_of_no_grid_makes_none(seen):
     """Its leader's count is no agreement: each group would make a grid of its own."""

@@ -112,3 +112,23 @@ def test_a_member_of_a_full_group_that_has_begun_is_not_counted_as_one_that_may_
     assert view.candidates(1.0, with_full_groups=True) == [ME, MEMBER]
     view.leave_out_group((SearchId(MEMBER.peer_id.to_bytes(), MEMBER.start_time),), math.inf, 0.5)
     assert view.candidates(1.0, with_full_groups=True) == [ME]
+
+
+def test_a_group_that_has_begun_takes_back_whom_its_leader_named_before_and_let_go():
+    view = View(ME, HASH)
+    view.take_in([MEMBER_LOOKS], 0.0, 0.0)
+    full = tuple(SearchId(peer.peer_id.to_bytes(), peer.start_time) for peer in (LEADER, MEMBER))
+    view.leave_out_group(full, math.inf, 0.0, is_looking=True)
+    assert view.candidates(0.1) == [ME]
+    view.take_in([MEMBER_LOOKS, declaration(LEADER, DeclaredState.TAKEN, LEADER)], 0.2, 0.2)
+    assert view.candidates(0.2) == [ME, MEMBER]
+
+
+def test_a_group_that_has_begun_says_nothing_of_the_members_of_another_one():
+    other = MEMBER._replace(peer_id=core_peer_id(7))
+    view = View(ME, HASH)
+    view.take_in([MEMBER_LOOKS], 0.0, 0.0)
+    full = tuple(SearchId(peer.peer_id.to_bytes(), peer.start_time) for peer in (other, MEMBER))
+    view.leave_out_group(full, math.inf, 0.0, is_looking=True)
+    view.take_in([MEMBER_LOOKS, declaration(LEADER, DeclaredState.TAKEN, LEADER)], 0.2, 0.2)
+    assert view.candidates(0.2) == [ME]

@@ -33,6 +33,8 @@ class Reason:
     until: float
     is_looking: bool
     """It has a full group that has not begun: not to be asked, but to be counted."""
+    leader: bytes = b""
+    """The mark of the search of that group's leader, where others have said so."""
 
 
 class LeftOut:
@@ -61,18 +63,24 @@ class LeftOut:
         *,
         is_looking: bool,
     ) -> None:
-        """Somebody says that the searches with these ``marks`` have a group.
+        """Somebody says that the searches with these ``marks``, the leader's first, have a group. That it has begun
+        takes back what was said of its members before: it may have let some of them go.
 
         :param latency: the longest time that the DHT took: the peers themselves say it within a few of these
         :param seen: the start times of all searches that were seen, which are remembered if there are too many
         """
         lasts = min(HEARSAY_AT_LEAST + HEARSAY_LATENCIES * latency, HEARSAY_AT_MOST)
         ends = min(until, now + lasts)
+        leader = marks[:SEARCH_MARK_BYTES]
+        if not is_looking:
+            let_go = [mark for mark, one in self._hearsay.items() if one.is_looking and one.leader == leader]
+            for mark in let_go:
+                del self._hearsay[mark]
         for start in range(0, len(marks), SEARCH_MARK_BYTES):
             mark = marks[start : start + SEARCH_MARK_BYTES]
             before = self._hearsay.get(mark)
             if before is None or before.is_looking:
-                self._hearsay[mark] = Reason(math.inf, ends, is_looking)
+                self._hearsay[mark] = Reason(math.inf, ends, is_looking, leader)
         if len(self._hearsay) > MAX_HEARSAY:
             known = {_mark(peer_id, start_time) for peer_id, start_time in seen.items()}
             self._hearsay = {mark: one for mark, one in self._hearsay.items() if mark in known}

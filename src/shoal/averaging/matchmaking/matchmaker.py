@@ -50,7 +50,8 @@ logger = logging.getLogger(__name__)
 WITHDRAWAL_TIMEOUT = 1.0
 """Seconds that :meth:`Matchmaker.close` gives the DHT to learn that this peer looks for no group any more."""
 EXPLORE_AFTER = 1.0
-"""Seconds after which a new peer that has no group yet looks whether the swarm is under other keys, or makes a grid."""
+"""Seconds after which a new peer that has no group yet looks whether the swarm is under other keys, or makes a grid by
+now."""
 REGROUP = 2.0
 """Seconds for which a search that has left a leader for holding it waits for the others that it held, at most. They
 leave at about the same time, and each would begin with the first one that comes: the start time of all is over."""
@@ -274,6 +275,7 @@ class Matchmaker:
             )
             self._last_group = ()  # one search waits for them; if they do not come to it, they have gone elsewhere
             if not self._known.start_times:
+                self._peer.tasks.start(self._arrive(search), "arrive")
                 self._peer.tasks.start(self._explore(search, EXPLORE_AFTER), "explore")
             try:
                 group = await search.run()
@@ -403,6 +405,11 @@ class Matchmaker:
             "%s: joins about %.0f peers that make %s in a round", self._peer.prefix, grid.swarm, groups
         )
         return True
+
+    async def _arrive(self, search: Search) -> None:
+        """A new peer joins the grid that there is at once: after :data:`EXPLORE_AFTER` its groups stand."""
+        if not (self._bits.are_given or self._keys.has_seat):
+            await self._join_grid(search)
 
     async def _explore(self, search: Search, delay: float) -> None:
         """Look where others are, unless the search is over after ``delay`` seconds."""

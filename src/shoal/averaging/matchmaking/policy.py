@@ -88,6 +88,16 @@ class Situation:
         return -(-peers // -(-peers // target))
 
     @cached_property
+    def full_group_lets_go(self) -> bool:
+        """Whether a full group of an earlier leader, which this peer plans without, has not begun and becomes smaller
+        first: with its members there are more peers than full groups hold, and all groups are to be even.
+        """
+        everybody = self.view.candidates(self.now, with_full_groups=True)
+        if len(everybody) == len(self.candidates) or next(filter(_can_lead, everybody)) == self.me:
+            return False
+        return self._full_size(len(everybody)) != self.config.target_group_size
+
+    @cached_property
     def is_mixing(self) -> bool:
         """Whether to mix peers: there are more of them than one group holds, and some have mixed already.
 
@@ -144,6 +154,10 @@ class Situation:
         if planned is None or planned.leader != self.me.peer_id:
             return False
         return takes_too_many_leaders(self.candidates, {*members, peer_id}, planned)
+
+
+def _can_lead(peer: Candidate) -> bool:
+    return peer.can_lead
 
 
 # ---- whom to follow, and which followers to let go
@@ -275,10 +289,15 @@ def _begin_as_expected(situation: Situation) -> Beginning:
     planned = cut.group_of(situation.me.peer_id)
     if planned is None or not planned.is_complete or planned.leader != situation.me.peer_id:
         return Beginning(Verdict.WAIT, f"the plan has this peer follow another: {cut.reason}")
-    if {member.peer_id for member in planned.members} != set(view.members):
+    # One that is not planned here may be in the place of one that is.
+    if len(view.members) != len(planned.members):
         return Beginning(Verdict.WAIT, f"planned members are still to come: {cut.reason}")
+    if takes_too_many_leaders(situation.candidates, view.members, planned):
+        return Beginning(Verdict.WAIT, f"others need its members as leaders: {cut.reason}")
     if not count_contributors(situation.members):
         return Beginning(Verdict.WAIT, f"none of the members contributes: {cut.reason}")
+    if situation.full_group_lets_go:
+        return Beginning(Verdict.WAIT, "a full group is to let some of its members go to this one")
     verdict = Verdict.BEGIN if view.counts_all else Verdict.WAIT
     reason = f"{view.count_seen} of {situation.expects} that are expected have come, or others have gone on"
     return Beginning(verdict, reason, Look.WHEN_ALL_VISIBLE)

@@ -264,8 +264,11 @@ def _rank(group: GroupInfo, index: int, layout: Layout, number: int | None) -> i
         # Peers that were left over make groups where they meet; where these would have been is nobody's to know.
         return _draw(group.group_id) % layout.places + place
     # Groups before this one have been dealt the places before these.
-    place = (first_place(layout, number) + group.before + place) % max(layout.size, len(group))
-    return number * layout.size + place
+    places, place = max(layout.size, len(group)), group.before + place
+    if place >= places:
+        # One too many, who would be so again beside the one that has this place: elsewhere somebody may be missing.
+        place = _draw(group.group_id + place.to_bytes(4, "big"))
+    return number * layout.size + (first_place(layout, number) + place) % places
 
 
 def first_place(layout: Layout, number: int) -> int:

@@ -1,8 +1,8 @@
 """Where newcomers learn of the grid of a large swarm: a few leaders say in the DHT how it is laid out.
 
-A newcomer looks there once it has been without a group for a second, since the swarms that it finds at once have no
-grid. A peer that has lost the others looks there, too. When the grid is given up, the last signposts say so: those of
-earlier rounds stand for minutes.
+A newcomer looks there at once, and again when it has been without a group for a second: the grid may just begin. A
+peer that has lost the others looks there, too. When the grid is given up, the last signposts say so: those of earlier
+rounds stand for minutes.
 """
 
 from __future__ import annotations
