@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from shoal.averaging.grid import NO_GRID, Grid
+from shoal.averaging.grid import NO_GRID
 from shoal.averaging.group import SCHEMA_HASH_BYTES, GroupInfo, MemberInfo, PeerMode, group_key, order_members
 from shoal.averaging.lineage import NO_LINEAGE, Lineage
 from shoal.averaging.matchmaking.candidate import Candidate
@@ -63,6 +63,7 @@ from shoal.averaging.matchmaking.messages import (
     Rejected,
     search_marks,
 )
+from shoal.averaging.matchmaking.signposts import Signpost, choose_signpost, find_other_grid
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN, Known
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.p2p.identity import Identity, PeerID
@@ -157,10 +158,8 @@ class SwarmOfCores:
         self.peers: dict[PeerID, Peer] = {}
         self.polls = 0
         """How often the DHT was read."""
-        self.signpost: Grid | None = None
-        """What peers without a seat learn of the grid of a large swarm."""
-        self.signed_at = -math.inf
-        """When that was said."""
+        self.signposts: dict[PeerID, Signpost] = {}
+        """What leaders have said of the grid of a large swarm."""
         self.left_grid_at: dict[PeerID, float] = defaultdict(lambda: -math.inf)
         """When each peer gave a grid up: it follows later signposts alone."""
         self.memories: dict[PeerID, FailureMemory] = defaultdict(
@@ -410,14 +409,19 @@ class SwarmOfCores:
     def look_for_grid(self, peer: Peer) -> bool:
         """A peer that is not at a seat looks whether others make a grid, and moves to a seat there."""
         keys = peer.keys
-        if keys is None or self.signpost is None or keys.is_seated or peer.finished_at < math.inf:
+        if keys is None or keys.is_seated or peer.finished_at < math.inf:
             return False
-        if self.signed_at <= self.left_grid_at[peer.peer_id]:
-            return False
-        if not keys.join_grid(self.signpost, self.rng.getrandbits(32)):
+        grid = choose_signpost(self.signposts.values(), self.now, self.left_grid_at[peer.peer_id])
+        if grid is None or not keys.join_grid(grid, self.rng.getrandbits(32)):
             return False
         self.move(peer)
         return True
+
+    def look_for_other_grid(self, keys: GroupKeys, target: int | None) -> None:
+        """A peer with a seat looks between two searches whether the swarm has come apart."""
+        grid = find_other_grid(keys.grid, self.signposts, self.now, target)
+        if grid is not None:
+            keys.join_grid(grid, self.rng.getrandbits(32))
 
     def regroup(self, peer: Peer) -> None:
         """Begin the search anew, apart from a leader that stalled it; as the matchmaker does."""

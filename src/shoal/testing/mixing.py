@@ -16,7 +16,7 @@ from shoal.averaging.group import GroupInfo, PeerMode
 from shoal.averaging.lineage import NO_LINEAGE, Lineage, after_round
 from shoal.averaging.matchmaking.group_keys import GroupKeys
 from shoal.averaging.matchmaking.matchmaker import EXPLORE_AFTER
-from shoal.averaging.matchmaking.signposts import leaves_signpost
+from shoal.averaging.matchmaking.signposts import Signpost, leaves_signpost
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.p2p.identity import PeerID
@@ -25,6 +25,8 @@ from shoal.testing.matchmaking_cores import Peer, StallingCore, SwarmOfCores, co
 __all__ = ["MixingSwarm", "RoundResult"]
 
 DIMENSIONS = 32
+LOOKS = 0.25
+"""So often a peer with a seat looks after a round whether there is another grid."""
 
 
 @dataclass(frozen=True)
@@ -214,8 +216,9 @@ class MixingSwarm:
         if not keys.has_seat:
             self.swarm.left_grid_at[peer_id] = now
         if leaves_signpost(group, peer_id):
-            self.swarm.signpost = keys.news if keys.has_seat else None
-            self.swarm.signed_at = now
+            self.swarm.signposts[peer_id] = Signpost(keys.news, now)
+        if keys.has_seat and self.rng.random() < LOOKS:
+            self.swarm.look_for_other_grid(keys, self.configs[number % len(self.configs)].target_group_size)
 
     @property
     def _numbers(self) -> dict[PeerID, int]:

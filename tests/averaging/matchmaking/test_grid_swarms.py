@@ -6,8 +6,10 @@ import math
 
 import pytest
 
+from shoal.averaging.grid import Grid, Layout
 from shoal.averaging.group import PeerMode
 from shoal.averaging.matchmaking import spreading
+from shoal.averaging.matchmaking.seats import Seat
 from shoal.testing.ideal_mixing import ideal_rounds, random_rounds, rounds_needed
 from shoal.testing.mixing import MixingSwarm
 
@@ -70,6 +72,22 @@ def test_a_swarm_that_changes_all_the_time_is_no_worse_than_random_groups(modes)
         swarm.replace(0.05)
         variances.append(swarm.round().variance)
     assert rounds_needed(variances, MIXED) <= 1 + rounds_needed(random_rounds(0, 128, 32, 0.0, MOST), MIXED)
+
+
+@pytest.mark.parametrize("further", [0, pytest.param(3, marks=pytest.mark.sweep)])
+def test_a_swarm_that_came_apart_into_two_grids_unites(further):
+    """As after a break of the network: the parts have other keys, and do not meet at them."""
+    swarm = MixingSwarm(0, 64, 16)
+    swarm.round()
+    layout = Layout(5, 13)
+    for place, number in enumerate(range(0, 64, 2)):
+        grid = swarm.keys[number].grid
+        swarm.keys[number]._seat = Seat(Grid(layout, grid.round + further, grid.swarm), place % layout.groups)
+    rounds = 0
+    while len({keys.grid.layout for keys in swarm.keys.values()}) > 1 or swarm.variance() >= MIXED:
+        swarm.round()
+        rounds += 1
+        assert rounds <= 30
 
 
 def test_a_grid_that_has_lost_its_peers_is_given_up():

@@ -195,17 +195,36 @@ def test_two_groups_of_one_key_are_dealt_different_places():
     assert sorted(numbers.values()) == [1] * 7 + [2]
 
 
-def test_one_too_many_goes_on_to_any_group_since_somewhere_a_place_may_be_empty():
-    grid, key = Grid(Layout(8, 8), 5, 66.0), seat_key("swarm", 8, 3)
-    went = set()
-    for draw in range(64):
-        last = form(list(range(5, 9)), [grid] * 4, key, bytes(15) + bytes([draw]), seen=9, before=5)
-        numbers = Counter(next_seat(last, one, 8).number for one in range(len(last)))
-        regular = {(first_place(grid.layout, 3) + place) % 8 for place in (5, 6, 7)}
-        extra = numbers - Counter(regular)
-        assert sum(extra.values()) == 1
-        went |= set(extra)
-    assert went == set(range(8))
+PLANNED = Grid(Layout(8, 8), 6, 64.0, Layout(9, 8), 7)
+"""A change for the round after the next one."""
+
+
+def after(grids: list[Grid]) -> Grid:
+    """What the members of a group with these grids know after its round."""
+    numbers = list(range(len(grids)))
+    group = form(numbers, grids, seat_key("swarm", 8, 3), bytes(16), seen=len(grids))
+    return next_seat(group, 0, 8).grid
+
+
+def test_a_change_of_which_one_member_has_heard_spreads():
+    grid = Grid(Layout(8, 8), 5, 64.0)
+    one = msgspec.structs.replace(PLANNED, round=5)
+    spread = after([grid] * 7 + [one])
+    assert (spread.next_layout, spread.next_round) == (Layout(9, 8), 7)
+
+
+@pytest.mark.parametrize(("informed", "layout"), [(1, Layout(8, 8)), (5, Layout(9, 8))])
+def test_a_change_that_is_due_counts_if_most_have_heard_of_it(informed, layout):
+    """One of which few know would split the swarm, whoever planned it."""
+    ignorant = Grid(Layout(8, 8), 6, 64.0)
+    assert after([ignorant] * (8 - informed) + [PLANNED] * informed).layout == layout
+
+
+def test_peers_that_do_not_know_their_round_plan_no_change():
+    newcomers = [Grid(Layout(8, 8), UNKNOWN_ROUND, 90.0)] * 8
+    assert after(newcomers).next_round == 0
+    heard = [msgspec.structs.replace(PLANNED, round=UNKNOWN_ROUND)]
+    assert after(newcomers[:7] + heard).next_round == 7
 
 
 @pytest.mark.parametrize("seen", [2, 1000])

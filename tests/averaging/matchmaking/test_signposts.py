@@ -7,9 +7,16 @@ import math
 import msgspec
 import pytest
 
-from shoal.averaging.grid import ONE_GROUP, Grid, Layout
-from shoal.averaging.matchmaking.signposts import _SIGNPOSTS, Signpost, choose_signpost
+from shoal.averaging.grid import ONE_GROUP, UNKNOWN_ROUND, Grid, Layout
+from shoal.averaging.matchmaking.signposts import (
+    _SIGNPOSTS,
+    RECENT,
+    Signpost,
+    choose_signpost,
+    find_other_grid,
+)
 from shoal.errors import InvalidValueError
+from shoal.testing.matchmaking_cores import core_peer_id
 
 OLD = Grid(Layout(2, 9), 17, 18.0)
 DISSOLVED = Grid(ONE_GROUP, 18, 16.2)
@@ -50,3 +57,46 @@ def test_a_peer_that_gave_a_grid_up_follows_no_older_signpost():
     newer = Grid(Layout(8, 32), 1, 250.0)
     assert choose_signpost([Signpost(OLD, 100.0)], 105.0, after=101.0) is None
     assert choose_signpost([Signpost(OLD, 100.0), Signpost(newer, 104.0)], 105.0, after=101.0) == newer
+
+
+OWN = Grid(Layout(8, 16), 20, 70.0)
+OTHER = Grid(Layout(9, 15), 20, 60.0)
+
+
+def said(*words: tuple[Grid, float]) -> dict:
+    return {core_peer_id(number): Signpost(grid, at) for number, (grid, at) in enumerate(words)}
+
+
+BOTH = said((OWN, 100.0), (OWN, 100.1), (OTHER, 100.2), (OTHER, 100.3))
+
+
+def test_of_two_grids_in_the_same_round_the_larger_one_stays():
+    assert find_other_grid(OWN, BOTH, 101.0, 16) == OTHER
+    assert find_other_grid(OTHER, BOTH, 101.0, 16) is None
+
+
+def test_of_two_grids_that_which_is_further_stays():
+    further = msgspec.structs.replace(OWN, round=21)
+    words = said((further, 100.0), (further, 100.1), (OTHER, 100.2), (OTHER, 100.3))
+    assert find_other_grid(further, words, 101.0, 16) is None
+    assert find_other_grid(OTHER, words, 101.0, 16) == further
+
+
+@pytest.mark.parametrize(
+    ("what", "own", "words"),
+    [
+        ("one peer says so", OWN, said((OTHER, 100.0), (OWN, 100.0))),
+        ("it was said long before", OWN, said((OTHER, 1.0), (OTHER, 2.0), (OWN, 2.1 + RECENT))),
+        ("the own grid changes to it", msgspec.structs.replace(OWN, next_layout=OTHER.layout, next_round=21), BOTH),
+        ("it is much larger", OWN, said(*[(Grid(Layout(64, 16), 20, 1024.0), 100.0)] * 2)),
+        ("nobody could have such a layout", OWN, said(*[(Grid(Layout(99, 16), 20, 60.0), 100.0)] * 2)),
+        ("it is rounds ahead that nobody can have", OWN, said(*[(Grid(Layout(9, 15), 1 << 40, 60.0), 100.0)] * 2)),
+        ("the own round is not known", msgspec.structs.replace(OWN, round=UNKNOWN_ROUND), BOTH),
+    ],
+)  # fmt: skip
+def test_a_peer_with_a_seat_stays_in_its_grid_if(what, own, words):
+    assert find_other_grid(own, words, 101.0, 16) is None
+
+
+def test_a_swarm_without_a_target_has_no_grid():
+    assert find_other_grid(OWN, BOTH, 101.0, None) is None

@@ -36,6 +36,8 @@ RETRY_AFTER = 0.2
 AVOID_AFTER_LOSS = 10.0
 """Seconds for which a leader that could not be reached or was lost is left out."""
 MAX_REDIRECTS = 5
+_STILL_LOOKING = (DismissReason.BETTER_CUT, DismissReason.JOINED_ANOTHER)
+"""A leader that lets a follower go for these has no group that has begun: it is to be counted."""
 
 Refusal = LeaderRedirected | LeaderRejected | LeaderDismissed | LeaderLost
 """What ends a request without a group."""
@@ -169,7 +171,7 @@ class Asking:
         leader, answer = self._leader.leader, event.answer
         self._story.answered(leader, f"dismissed: {answer.reason.words}", now)
         until = now + retry_time(view)
-        view.leave_out(leader, until, is_looking=answer.reason is DismissReason.BETTER_CUT)
+        view.leave_out(leader, until, is_looking=answer.reason in _STILL_LOOKING)
         view.leave_out_group(answer.members, until, now, is_looking=True)
         suggested = PeerID.from_bytes(answer.leader) if answer.leader else None
         if suggested is not None and view.may_ask(suggested, now):

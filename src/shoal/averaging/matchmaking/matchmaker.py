@@ -33,7 +33,7 @@ from shoal.averaging.matchmaking.missed import Missed
 from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.schemas import OtherSchemas
 from shoal.averaging.matchmaking.search import Search
-from shoal.averaging.matchmaking.signposts import Signposts, leaves_signpost
+from shoal.averaging.matchmaking.signposts import Signposts, choose_signpost, find_other_grid, leaves_signpost
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.router import Router
@@ -57,6 +57,8 @@ REGROUP = 2.0
 leave at about the same time, and each would begin with the first one that comes: the start time of all is over."""
 LOOK_EVERY = 20.0
 """Seconds between looks whether others make a grid, of a peer that has no seat in one."""
+LOOK_SEATED_EVERY = 120.0
+"""Seconds, up to half of them more or less, between looks of one with a seat whether there is another grid, too."""
 COUNT_EVERY = 10.0
 """Seconds between looks at the keys with a bit more and a bit less."""
 
@@ -101,7 +103,10 @@ class Matchmaker:
         self._left_grid_at = -math.inf
         """When this peer gave up a grid."""
         self._grid_of_others: Grid | None = None
-        """One of which this peer has learnt between two searches."""
+        """One of which this peer has learnt between two searches, without a seat."""
+        self._other_grid: Grid | None = None
+        """One of which it has learnt with a seat in another."""
+        self._next_seated_look = math.inf
         self._lineage = NO_LINEAGE
         self._router = router
         self._turn = asyncio.Lock()
@@ -178,6 +183,11 @@ class Matchmaker:
             self._left_grid_at = self._peer.clock()
         if leaves_signpost(group, self._peer.peer_id):
             self._signposts.leave(news)
+        now = self._peer.clock()
+        if now >= self._next_seated_look:
+            self._peer.tasks.start(self._look_for_other_grid(), "look for another grid")
+        elif self._next_seated_look == math.inf:
+            self._next_seated_look = now + LOOK_SEATED_EVERY * self._peer.rng.random()
 
     def _untried(self, group: GroupInfo) -> set[PeerID]:
         """Members that this peer had nothing to do with in a round of ``group``: it shows nothing of the route."""
@@ -386,15 +396,25 @@ class Matchmaker:
         """After a search, and never beside one: it would keep the DHT busy that the search needs."""
         self._grid_of_others = await self._read_signposts()
 
+    async def _look_for_other_grid(self) -> None:
+        """After a round: the swarm may have come apart, and its parts have different layouts."""
+        self._next_seated_look = self._peer.clock() + LOOK_SEATED_EVERY * self._peer.rng.uniform(0.5, 1.5)
+        signposts, target = await self._signposts.read(), self._peer.config.target_group_size
+        self._other_grid = find_other_grid(self._keys.grid, signposts, self._peer.clock(), target)
+
     def _take_seat(self) -> None:
         """Before a search: join the grid of which this peer has learnt since the last one."""
         grid, self._grid_of_others = self._grid_of_others, None
-        if grid is not None and not self._keys.has_seat:
+        other, self._other_grid = self._other_grid, None
+        if self._keys.has_seat:
+            grid = other if other is not None and other.layout != self._keys.grid.next_layout else None
+        if grid is not None:
             self._join(grid)
 
     async def _read_signposts(self) -> Grid | None:
         self._next_look = self._peer.clock() + LOOK_EVERY
-        return await self._signposts.read(after=self._left_grid_at)
+        signposts = await self._signposts.read()
+        return choose_signpost(signposts.values(), self._peer.clock(), after=self._left_grid_at)
 
     def _join(self, grid: Grid) -> bool:
         """Whether this peer has a seat there now that it did not have before."""

@@ -231,15 +231,19 @@ def _weight(members: int, own: float, before: float, layout: Layout) -> float:
 
 def _plan(grid: Grid, known: Sequence[Grid], target: int, minimum: int) -> Grid:
     """The change that the members have heard of, if it makes sense, or one of their own."""
-    heard = [
+    heard = Counter(
         (one.next_round, -one.next_layout.groups, one.next_layout.size)
         for one in known
         if one.next_round > grid.round - rounds_to_all(grid.layout)
-        and _is_plausible(one.next_layout, grid, target)
-    ]
-    if heard:
-        at, groups, size = min(heard)
+        and _is_plausible(one.next_layout, grid.swarm, target)
+    )
+    # Once it is due, all have heard of a change; one of which few know then would split the swarm.
+    changes = [change for change, count in heard.items() if change[0] > grid.round or 2 * count > len(known)]
+    if changes:
+        at, groups, size = min(changes)
         return Grid(grid.layout, grid.round, grid.swarm, Layout(-groups, size), at)
+    if grid.round == UNKNOWN_ROUND:
+        return grid  # in which round all others would change is not known
     wanted = ONE_GROUP
     if grid.swarm >= GATHER_BELOW:
         wanted = choose_layout(round(grid.swarm), target, minimum)
@@ -251,10 +255,11 @@ def _plan(grid: Grid, known: Sequence[Grid], target: int, minimum: int) -> Grid:
     return Grid(grid.layout, grid.round, grid.swarm, wanted, at)
 
 
-def _is_plausible(layout: Layout, grid: Grid, target: int) -> bool:
+def _is_plausible(layout: Layout, swarm: float, target: int) -> bool:
+    """Whether that is a layout for about so many peers."""
     if layout.groups <= 1:
-        return grid.swarm <= PLAUSIBLE * max(target, GATHER_BELOW)
-    return layout.size <= PLAUSIBLE * target and 1 / PLAUSIBLE <= layout.places / grid.swarm <= PLAUSIBLE
+        return swarm <= PLAUSIBLE * max(target, GATHER_BELOW)
+    return layout.size <= PLAUSIBLE * target and 1 / PLAUSIBLE <= layout.places / swarm <= PLAUSIBLE
 
 
 def _rank(group: GroupInfo, index: int, layout: Layout, number: int | None) -> int:
@@ -265,9 +270,6 @@ def _rank(group: GroupInfo, index: int, layout: Layout, number: int | None) -> i
         return _draw(group.group_id) % layout.places + place
     # Groups before this one have been dealt the places before these.
     places, place = max(layout.size, len(group)), group.before + place
-    if place >= places:
-        # One too many, who would be so again beside the one that has this place: elsewhere somebody may be missing.
-        place = _draw(group.group_id + place.to_bytes(4, "big"))
     return number * layout.size + (first_place(layout, number) + place) % places
 
 

@@ -1,7 +1,8 @@
 """Where newcomers learn of the grid of a large swarm: a few leaders say in the DHT how it is laid out.
 
 A newcomer looks there at once, and again when it has been without a group for a second: the grid may just begin. A
-peer that has lost the others looks there, too. When the grid is given up, the last signposts say so: those of earlier
+peer that has lost the others looks there, too, and so does now and then each that has a seat: the swarm may have come
+apart. When the grid is given up, the last signposts say so: those of earlier
 rounds stand for minutes.
 """
 
@@ -9,13 +10,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 
 import msgspec
 
-from shoal.averaging.grid import NO_GRID, Grid, grid_problem
+from shoal.averaging.grid import NO_GRID, UNKNOWN_ROUND, Grid, Layout, grid_problem
 from shoal.averaging.group import GroupInfo, seat_of_key
+from shoal.averaging.matchmaking.group_keys import MOST_MISSED
 from shoal.averaging.matchmaking.peer import LocalPeer
+from shoal.averaging.matchmaking.seats import PLAUSIBLE
 from shoal.dht.declaration_kind import DeclarationKind
 from shoal.dht.declarations import Declarations
 from shoal.errors import InvalidValueError, ShoalError
@@ -30,6 +34,8 @@ SIGNERS = 2
 """The leaders of the first groups, so many, leave one after each round."""
 RECENT = 10.0
 """Signposts that are older than the latest one by more seconds are of earlier rounds."""
+MOST_APART = 4.0
+"""A grid for so many times as many peers, or as few, is not taken for the other part of a swarm that came apart."""
 
 
 class Signpost(CompactStruct, frozen=True):
@@ -63,6 +69,48 @@ def choose_signpost(signposts: Collection[Signpost], now: float, after: float = 
     return grid if grid.layout.groups > 1 else None
 
 
+def find_other_grid(
+    own: Grid, signposts: Mapping[PeerID, Signpost], now: float, target: int | None
+) -> Grid | None:
+    """To which grid a peer with a seat in its ``own`` one goes, since there are two; None: it stays.
+
+    A swarm comes apart where the network does, and each part may choose a layout of its own: it has its own keys then,
+    and meets the other no more. Of two grids, that which is further stays, and of two in the same round the larger one.
+    Two peers have to say the same of it, and it must be of a kind that this swarm can have: any may lie.
+    """
+    if target is None or own.round == UNKNOWN_ROUND:
+        return None
+    times = {peer: min(one.left_at, now) for peer, one in signposts.items()}
+    latest = max(times.values(), default=0.0)
+    said: dict[Layout, list[Grid]] = defaultdict(list)
+    for peer, one in signposts.items():
+        if times[peer] >= latest - RECENT:
+            said[one.grid.layout].append(one.grid)
+    others = [
+        max(grids, key=_rank)
+        for layout, grids in said.items()
+        if layout not in (own.layout, own.next_layout)
+        and len(grids) >= SIGNERS
+        and _may_be_of_the_same_swarm(own, max(grids, key=_rank), target)
+    ]
+    other = max(others, key=_rank, default=NO_GRID)
+    return other if _rank(other) > _rank(own) else None
+
+
+def _rank(grid: Grid) -> tuple[int, int, int]:
+    return grid.round, grid.layout.groups, grid.layout.size
+
+
+def _may_be_of_the_same_swarm(own: Grid, other: Grid, target: int) -> bool:
+    layout = other.layout
+    return (
+        layout.groups > 1
+        and layout.size <= PLAUSIBLE * target
+        and 1 / MOST_APART <= layout.places / own.swarm <= MOST_APART
+        and other.round - own.round <= MOST_MISSED
+    )
+
+
 class Signposts:
     """Those of one averager's prefix."""
 
@@ -75,14 +123,13 @@ class Signposts:
         """Say how the grid is laid out."""
         self._declarations.declare(self._key, Signpost(grid, self._clock()), _note_failure)
 
-    async def read(self, after: float = -math.inf) -> Grid | None:
-        """The grid that there is, by what was said ``after`` that time; None: none that is known."""
+    async def read(self) -> dict[PeerID, Signpost]:
+        """Those that stand now, or none if they cannot be read."""
         try:
-            declared = await self._declarations.read(self._key)
+            return dict(await self._declarations.read(self._key))
         except ShoalError as e:
             logger.debug("could not read %r: %s", self._key, e)
-            return None
-        return choose_signpost([signpost for _, signpost in declared], self._clock(), after)
+            return {}
 
 
 def _note_failure(seconds: float, failure: str | None) -> None:
