@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from benchmarks import environment, machine, pictures
+from benchmarks import environment, limits, machine, pictures
 from benchmarks.process import adopt_orphans
 from benchmarks.rendering import markdown, quantity
 from benchmarks.results import Report, RowResult
@@ -72,7 +72,7 @@ def bench(
     except environment.CannotInstall as error:
         raise typer.BadParameter(str(error), param_hint="--hivemind-python") from None
     results = [RowResult(row) for row in rows]
-    facts, repeats = machine.describe(python), repeat or (1 if quick else REPEATS)
+    facts, repeats = machine.describe(python) | limits.measure(), repeat or (1 if quick else REPEATS)
     finished = measure(console, results, python, absence, repeats)
     write(console, Report(facts, results, quick, interrupted=not finished), output)
     if not finished:
