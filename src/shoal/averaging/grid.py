@@ -57,4 +57,6 @@ def grid_problem(grid: Grid) -> str | None:
         return f"grid in round {grid.round}, {grid.next_round}"
     if not (math.isfinite(grid.swarm) and 0 <= grid.swarm <= MAX_SWARM):
         return f"grid of {grid.swarm} peers"
+    if grid.layout.groups > 1 and grid.swarm < 1:
+        return f"grid of {grid.layout.groups} groups for {grid.swarm} peers"
     return None

@@ -11,8 +11,16 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from shoal.averaging.grid import NO_GRID
-from shoal.averaging.group import SCHEMA_HASH_BYTES, GroupInfo, MemberInfo, PeerMode, group_key, order_members
+from shoal.averaging.grid import NO_GRID, Grid
+from shoal.averaging.group import (
+    SCHEMA_HASH_BYTES,
+    GroupInfo,
+    MemberInfo,
+    PeerMode,
+    group_key,
+    order_members,
+    seat_key,
+)
 from shoal.averaging.lineage import NO_LINEAGE, Lineage
 from shoal.averaging.matchmaking.candidate import Candidate
 from shoal.averaging.matchmaking.core import SearchCore
@@ -63,7 +71,7 @@ from shoal.averaging.matchmaking.messages import (
     Rejected,
     search_marks,
 )
-from shoal.averaging.matchmaking.signposts import Signpost, choose_signpost, find_other_grid
+from shoal.averaging.matchmaking.signposts import Signpost, are_there, choose_signpost, find_other_grid
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN, Known
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.p2p.identity import Identity, PeerID
@@ -417,11 +425,28 @@ class SwarmOfCores:
         self.move(peer)
         return True
 
-    def look_for_other_grid(self, keys: GroupKeys, target: int | None) -> None:
-        """A peer with a seat looks between two searches whether the swarm has come apart."""
-        grid = find_other_grid(keys.grid, self.signposts, self.now, target)
-        if grid is not None:
-            keys.join_grid(grid, self.rng.getrandbits(32))
+    def arrive(self, peer: Peer) -> None:
+        """A new peer joins the grid that there is at once, if others are there."""
+        keys = peer.keys
+        if keys is not None and not keys.has_seat:
+            self._go_where_others_are(peer, choose_signpost(self.signposts.values(), self.now))
+
+    def look_for_other_grid(self, peer: Peer) -> None:
+        """A peer with a seat looks whether the swarm has come apart."""
+        keys = peer.keys
+        if keys is not None and keys.has_seat:
+            target = peer.core.config.target_group_size if isinstance(peer.core, SearchCore) else None
+            self._go_where_others_are(peer, find_other_grid(keys.grid, self.signposts, self.now, target))
+
+    def _go_where_others_are(self, peer: Peer, grid: Grid | None) -> None:
+        keys = peer.keys
+        if grid is None or keys is None or peer.finished_at < math.inf:
+            return
+        draw = self.rng.getrandbits(32)
+        records = self.records[seat_key(PREFIX, grid.layout.groups, draw % grid.layout.groups)]
+        declared = (record for record, until in records.values() if until > self.now)
+        if are_there(declared, grid.layout.size) and keys.join_grid(grid, draw):
+            self.move(peer)
 
     def regroup(self, peer: Peer) -> None:
         """Begin the search anew, apart from a leader that stalled it; as the matchmaker does."""

@@ -26,7 +26,7 @@ __all__ = ["MixingSwarm", "RoundResult"]
 
 DIMENSIONS = 32
 LOOKS = 0.25
-"""So often a peer with a seat looks after a round whether there is another grid."""
+"""So often a peer with a seat looks in a search whether there is another grid."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,9 @@ class MixingSwarm:
         if not keys.has_seat:
             self.swarm.at(peer.start_at + EXPLORE_AFTER, lambda: self._explore(peer))
             if before is None:
-                self.swarm.at(peer.start_at + peer.poll_time, lambda: self._explore(peer))
+                self.swarm.at(peer.start_at + 2 * peer.poll_time, lambda: self.swarm.arrive(peer))
+        elif self.rng.random() < LOOKS:
+            self.swarm.at(peer.start_at + 2 * peer.poll_time, lambda: self.swarm.look_for_other_grid(peer))
         return peer
 
     def _explore(self, peer: Peer) -> None:
@@ -217,8 +219,6 @@ class MixingSwarm:
             self.swarm.left_grid_at[peer_id] = now
         if leaves_signpost(group, peer_id):
             self.swarm.signposts[peer_id] = Signpost(keys.news, now)
-        if keys.has_seat and self.rng.random() < LOOKS:
-            self.swarm.look_for_other_grid(keys, self.configs[number % len(self.configs)].target_group_size)
 
     @property
     def _numbers(self) -> dict[PeerID, int]:

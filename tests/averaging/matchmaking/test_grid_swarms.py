@@ -111,13 +111,12 @@ def test_clients_and_auxiliaries_are_dealt_to_all_groups_of_a_grid():
 
 
 @pytest.mark.timeout(600)  # 80 s of CPU with 256 peers
-@pytest.mark.parametrize("count", [64, pytest.param(256, marks=pytest.mark.sweep)])
-def test_peers_that_miss_a_round_take_the_places_that_they_left(count):
-    """One in a hundred is absent in each round, and the swarm needs about one round more than the ideal dealer."""
-    seeds = range(4)
-    ideal = [rounds_needed(ideal_rounds(seed, count, 32, 0.01, MOST), MIXED) for seed in seeds]
-    found = [shoal_rounds(MixingSwarm(seed, count, 32), 0.01) for seed in seeds]
-    assert sum(found) <= sum(ideal) + 1.5 * len(seeds), (found, ideal)
+@pytest.mark.parametrize(("count", "seeds"), [(64, 10), pytest.param(256, 4, marks=pytest.mark.sweep)])
+def test_peers_that_miss_a_round_take_the_places_that_they_left(count, seeds):
+    """One in a hundred is absent in each round, and the swarm needs at most one round more than the ideal dealer."""
+    ideal = [rounds_needed(ideal_rounds(seed, count, 32, 0.01, MOST), MIXED) for seed in range(seeds)]
+    found = [shoal_rounds(MixingSwarm(seed, count, 32), 0.01) for seed in range(seeds)]
+    assert sum(found) <= sum(ideal) + seeds, (found, ideal)
 
 
 @pytest.mark.sweep

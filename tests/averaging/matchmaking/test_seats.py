@@ -220,8 +220,9 @@ def test_a_change_that_is_due_counts_if_most_have_heard_of_it(informed, layout):
     assert after([ignorant] * (8 - informed) + [PLANNED] * informed).layout == layout
 
 
-def test_peers_that_do_not_know_their_round_plan_no_change():
-    newcomers = [Grid(Layout(8, 8), UNKNOWN_ROUND, 90.0)] * 8
+@pytest.mark.parametrize("swarm", [45.0, 90.0])
+def test_peers_that_do_not_know_their_round_plan_no_change(swarm):
+    newcomers = [Grid(Layout(8, 8), UNKNOWN_ROUND, swarm)] * 8
     assert after(newcomers).next_round == 0
     heard = [msgspec.structs.replace(PLANNED, round=UNKNOWN_ROUND)]
     assert after(newcomers[:7] + heard).next_round == 7

@@ -8,10 +8,13 @@ import msgspec
 import pytest
 
 from shoal.averaging.grid import ONE_GROUP, UNKNOWN_ROUND, Grid, Layout
+from shoal.averaging.group import SCHEMA_HASH_BYTES, PeerMode
+from shoal.averaging.matchmaking.messages import Declaration, DeclaredState
 from shoal.averaging.matchmaking.signposts import (
     _SIGNPOSTS,
     RECENT,
     Signpost,
+    are_there,
     choose_signpost,
     find_other_grid,
 )
@@ -86,16 +89,39 @@ def test_of_two_grids_that_which_is_further_stays():
     ("what", "own", "words"),
     [
         ("one peer says so", OWN, said((OTHER, 100.0), (OWN, 100.0))),
-        ("it was said long before", OWN, said((OTHER, 1.0), (OTHER, 2.0), (OWN, 2.1 + RECENT))),
+        ("one of two said so long before", OWN, said((OTHER, 99.0 - RECENT), (OTHER, 100.0))),
         ("the own grid changes to it", msgspec.structs.replace(OWN, next_layout=OTHER.layout, next_round=21), BOTH),
         ("it is much larger", OWN, said(*[(Grid(Layout(64, 16), 20, 1024.0), 100.0)] * 2)),
-        ("nobody could have such a layout", OWN, said(*[(Grid(Layout(99, 16), 20, 60.0), 100.0)] * 2)),
-        ("it is rounds ahead that nobody can have", OWN, said(*[(Grid(Layout(9, 15), 1 << 40, 60.0), 100.0)] * 2)),
-        ("the own round is not known", msgspec.structs.replace(OWN, round=UNKNOWN_ROUND), BOTH),
+        ("its groups are too large", OWN, said(*[(Grid(Layout(9, 60), 20, 60.0), 100.0)] * 2)),
+        ("nobody there knows the round", OWN, said(*[(Grid(Layout(9, 15), UNKNOWN_ROUND, 60.0), 100.0)] * 2)),
     ],
 )  # fmt: skip
 def test_a_peer_with_a_seat_stays_in_its_grid_if(what, own, words):
     assert find_other_grid(own, words, 101.0, 16) is None
+
+
+@pytest.mark.parametrize("age", [0.0, 60.0, 300.0])
+def test_the_parts_of_a_swarm_may_have_had_their_rounds_at_other_times(age):
+    words = said((OWN, 100.0), (OWN, 100.1), (OTHER, 100.0 - age), (OTHER, 99.9 - age))
+    assert find_other_grid(OWN, words, 101.0, 16) == OTHER
+
+
+def test_a_peer_that_does_not_know_its_round_goes_to_those_that_do():
+    assert find_other_grid(msgspec.structs.replace(OTHER, round=UNKNOWN_ROUND), BOTH, 101.0, 16) == OWN
+
+
+def declared(*rounds: int) -> list[Declaration]:
+    one = Declaration(5.0, DeclaredState.TAKEN, bytes(SCHEMA_HASH_BYTES), PeerMode.FULL, ())
+    return [msgspec.structs.replace(one, swarm_round=number) for number in rounds]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "are"), [((7,) * 4, True), ((7,) * 3, False), ((7, 7, 7, 0, 0, 0), False)]
+)
+def test_others_are_at_a_seat_if_some_are_declared_there_that_know_their_round(rounds, are):
+    """Words alone move nobody: two liars may say that there is a grid, and a grid may have ended."""
+    assert are_there(declared(*rounds), 16) is are
+    assert not are_there([], 2)
 
 
 def test_a_swarm_without_a_target_has_no_grid():

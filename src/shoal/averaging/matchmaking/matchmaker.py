@@ -17,6 +17,7 @@ from shoal.averaging.group import (
     GroupInfo,
     PeerMode,
     group_key,
+    seat_key,
     verify_member,
 )
 from shoal.averaging.lineage import NO_LINEAGE, after_round
@@ -33,12 +34,18 @@ from shoal.averaging.matchmaking.missed import Missed
 from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.schemas import OtherSchemas
 from shoal.averaging.matchmaking.search import Search
-from shoal.averaging.matchmaking.signposts import Signposts, choose_signpost, find_other_grid, leaves_signpost
+from shoal.averaging.matchmaking.signposts import (
+    Signposts,
+    are_there,
+    choose_signpost,
+    find_other_grid,
+    leaves_signpost,
+)
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.router import Router
 from shoal.dht.node import DHTNode
-from shoal.errors import InvalidStateError, InvalidValueError, ProtocolViolation
+from shoal.errors import InvalidStateError, InvalidValueError, ProtocolViolation, ShoalError
 from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Stream
 from shoal.utils import figures
@@ -103,9 +110,7 @@ class Matchmaker:
         self._left_grid_at = -math.inf
         """When this peer gave up a grid."""
         self._grid_of_others: Grid | None = None
-        """One of which this peer has learnt between two searches, without a seat."""
-        self._other_grid: Grid | None = None
-        """One of which it has learnt with a seat in another."""
+        """One of which this peer has learnt between two searches."""
         self._next_seated_look = math.inf
         self._lineage = NO_LINEAGE
         self._router = router
@@ -183,11 +188,6 @@ class Matchmaker:
             self._left_grid_at = self._peer.clock()
         if leaves_signpost(group, self._peer.peer_id):
             self._signposts.leave(news)
-        now = self._peer.clock()
-        if now >= self._next_seated_look:
-            self._peer.tasks.start(self._look_for_other_grid(), "look for another grid")
-        elif self._next_seated_look == math.inf:
-            self._next_seated_look = now + LOOK_SEATED_EVERY * self._peer.rng.random()
 
     def _untried(self, group: GroupInfo) -> set[PeerID]:
         """Members that this peer had nothing to do with in a round of ``group``: it shows nothing of the route."""
@@ -285,8 +285,11 @@ class Matchmaker:
             )
             self._last_group = ()  # one search waits for them; if they do not come to it, they have gone elsewhere
             if not self._known.start_times:
-                self._peer.tasks.start(self._arrive(search), "arrive")
+                if not (self._bits.are_given or self._keys.has_seat):
+                    self._peer.tasks.start(self._arrive(search), "arrive")
                 self._peer.tasks.start(self._explore(search, EXPLORE_AFTER), "explore")
+            if self._may_look_for_other_grid():
+                self._peer.tasks.start(self._look_for_other_grid(search), "look for another grid")
             try:
                 group = await search.run()
                 self._last_group = tuple(peer for peer in group.peer_ids if peer != self._peer.peer_id)
@@ -387,7 +390,9 @@ class Matchmaker:
     async def _join_grid(self, search: Search) -> bool:
         """Whether others make a grid, and this search moves to a seat there."""
         grid = await self._read_signposts()
-        if grid is None or search.is_over or self._keys.is_seated or not self._join(grid):
+        if grid is None or search.is_over or self._keys.is_seated:
+            return False
+        if not self._join(grid, self._peer.rng.getrandbits(32)):
             return False
         self._restart(search)
         return True
@@ -396,29 +401,20 @@ class Matchmaker:
         """After a search, and never beside one: it would keep the DHT busy that the search needs."""
         self._grid_of_others = await self._read_signposts()
 
-    async def _look_for_other_grid(self) -> None:
-        """After a round: the swarm may have come apart, and its parts have different layouts."""
-        self._next_seated_look = self._peer.clock() + LOOK_SEATED_EVERY * self._peer.rng.uniform(0.5, 1.5)
-        signposts, target = await self._signposts.read(), self._peer.config.target_group_size
-        self._other_grid = find_other_grid(self._keys.grid, signposts, self._peer.clock(), target)
-
     def _take_seat(self) -> None:
         """Before a search: join the grid of which this peer has learnt since the last one."""
         grid, self._grid_of_others = self._grid_of_others, None
-        other, self._other_grid = self._other_grid, None
-        if self._keys.has_seat:
-            grid = other if other is not None and other.layout != self._keys.grid.next_layout else None
-        if grid is not None:
-            self._join(grid)
+        if grid is not None and not self._keys.has_seat:
+            self._join(grid, self._peer.rng.getrandbits(32))
 
     async def _read_signposts(self) -> Grid | None:
         self._next_look = self._peer.clock() + LOOK_EVERY
         signposts = await self._signposts.read()
         return choose_signpost(signposts.values(), self._peer.clock(), after=self._left_grid_at)
 
-    def _join(self, grid: Grid) -> bool:
+    def _join(self, grid: Grid, draw: int) -> bool:
         """Whether this peer has a seat there now that it did not have before."""
-        if not self._keys.join_grid(grid, self._peer.rng.getrandbits(32)):
+        if not self._keys.join_grid(grid, draw):
             return False
         groups = figures.count(grid.layout.groups, "group")
         logger.info(
@@ -428,8 +424,38 @@ class Matchmaker:
 
     async def _arrive(self, search: Search) -> None:
         """A new peer joins the grid that there is at once: after :data:`EXPLORE_AFTER` its groups stand."""
-        if not (self._bits.are_given or self._keys.has_seat):
-            await self._join_grid(search)
+        grid = await self._read_signposts()
+        if grid is not None and not self._keys.has_seat:
+            await self._go_where_others_are(search, grid)
+
+    def _may_look_for_other_grid(self) -> bool:
+        """Whether it is time to look if the swarm has come apart into two grids; at different times for each peer."""
+        if not self._keys.has_seat:
+            self._next_seated_look = math.inf
+            return False
+        now, is_due = self._peer.clock(), self._peer.clock() >= self._next_seated_look
+        if is_due or self._next_seated_look == math.inf:
+            self._next_seated_look = now + LOOK_SEATED_EVERY * (0.5 * is_due + self._peer.rng.random())
+        return is_due
+
+    async def _look_for_other_grid(self, search: Search) -> None:
+        signposts, target = await self._signposts.read(), self._peer.config.target_group_size
+        grid = find_other_grid(self._keys.grid, signposts, self._peer.clock(), target)
+        if grid is not None and self._keys.has_seat:
+            await self._go_where_others_are(search, grid)
+
+    async def _go_where_others_are(self, search: Search, grid: Grid) -> None:
+        """Move to a seat of that grid, if others are there."""
+        draw, layout, before = self._peer.rng.getrandbits(32), grid.layout, self._keys.grid
+        key = seat_key(self._peer.prefix, layout.groups, draw % layout.groups)
+        try:
+            declared = await self._peer.declarations.read(key)
+        except ShoalError:
+            return
+        if not are_there((one for _, one in declared), layout.size) or search.is_over:
+            return
+        if self._keys.grid == before and not self._bits.are_given and self._join(grid, draw):
+            self._restart(search)
 
     async def _explore(self, search: Search, delay: float) -> None:
         """Look where others are, unless the search is over after ``delay`` seconds."""

@@ -234,11 +234,11 @@ def _plan(grid: Grid, known: Sequence[Grid], target: int, minimum: int) -> Grid:
     heard = Counter(
         (one.next_round, -one.next_layout.groups, one.next_layout.size)
         for one in known
-        if one.next_round > grid.round - rounds_to_all(grid.layout)
+        if one.next_round > max(0, grid.round - rounds_to_all(grid.layout))
         and _is_plausible(one.next_layout, grid.swarm, target)
     )
     # Once it is due, all have heard of a change; one of which few know then would split the swarm.
-    changes = [change for change, count in heard.items() if change[0] > grid.round or 2 * count > len(known)]
+    changes = [change for change, count in heard.items() if change[0] > grid.round or 2 * count >= len(known)]
     if changes:
         at, groups, size = min(changes)
         return Grid(grid.layout, grid.round, grid.swarm, Layout(-groups, size), at)

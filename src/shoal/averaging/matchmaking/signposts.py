@@ -2,8 +2,10 @@
 
 A newcomer looks there at once, and again when it has been without a group for a second: the grid may just begin. A
 peer that has lost the others looks there, too, and so does now and then each that has a seat: the swarm may have come
-apart. When the grid is given up, the last signposts say so: those of earlier
-rounds stand for minutes.
+apart. When the grid is given up, the last signposts say so: those of earlier rounds stand for minutes.
+
+Any peer may lie, and a grid may have ended without a word. So a peer that joins at once, or leaves a seat, first makes
+sure that others are at its new one (:func:`are_there`).
 """
 
 from __future__ import annotations
@@ -11,13 +13,13 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
 from shoal.averaging.grid import NO_GRID, UNKNOWN_ROUND, Grid, Layout, grid_problem
 from shoal.averaging.group import GroupInfo, seat_of_key
-from shoal.averaging.matchmaking.group_keys import MOST_MISSED
+from shoal.averaging.matchmaking.messages import Declaration
 from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.seats import PLAUSIBLE
 from shoal.dht.declaration_kind import DeclarationKind
@@ -34,6 +36,8 @@ SIGNERS = 2
 """The leaders of the first groups, so many, leave one after each round."""
 RECENT = 10.0
 """Signposts that are older than the latest one by more seconds are of earlier rounds."""
+PROOF = 4
+"""A part of 1 / this of the members that a seat is for have to be seen there."""
 MOST_APART = 4.0
 """A grid for so many times as many peers, or as few, is not taken for the other part of a swarm that came apart."""
 
@@ -69,45 +73,49 @@ def choose_signpost(signposts: Collection[Signpost], now: float, after: float = 
     return grid if grid.layout.groups > 1 else None
 
 
+def are_there(declared: Iterable[Declaration], size: int) -> bool:
+    """Whether so many peers are, or just were, at a seat for ``size`` that it is one of a grid."""
+    known = sum(one.swarm_round != UNKNOWN_ROUND for one in declared)
+    return known >= max(SIGNERS, size // PROOF)
+
+
 def find_other_grid(
     own: Grid, signposts: Mapping[PeerID, Signpost], now: float, target: int | None
 ) -> Grid | None:
-    """To which grid a peer with a seat in its ``own`` one goes, since there are two; None: it stays.
+    """Which grid there is beside that where a peer has a seat, and to which it goes if it finds others there; None: it
+    stays.
 
     A swarm comes apart where the network does, and each part may choose a layout of its own: it has its own keys then,
-    and meets the other no more. Of two grids, that which is further stays, and of two in the same round the larger one.
-    Two peers have to say the same of it, and it must be of a kind that this swarm can have: any may lie.
+    and meets the other no more. Of two grids, that which is further stays, and of two in the same round that with more
+    groups. Two peers have to say the same of it, and it must be of a kind that this swarm can have.
     """
-    if target is None or own.round == UNKNOWN_ROUND:
-        return None
-    times = {peer: min(one.left_at, now) for peer, one in signposts.items()}
-    latest = max(times.values(), default=0.0)
-    said: dict[Layout, list[Grid]] = defaultdict(list)
-    for peer, one in signposts.items():
-        if times[peer] >= latest - RECENT:
-            said[one.grid.layout].append(one.grid)
-    others = [
-        max(grids, key=_rank)
-        for layout, grids in said.items()
-        if layout not in (own.layout, own.next_layout)
-        and len(grids) >= SIGNERS
-        and _may_be_of_the_same_swarm(own, max(grids, key=_rank), target)
-    ]
-    other = max(others, key=_rank, default=NO_GRID)
-    return other if _rank(other) > _rank(own) else None
+    said: dict[Layout, list[Signpost]] = defaultdict(list)
+    for one in signposts.values():
+        if one.grid.layout not in (own.layout, own.next_layout):
+            said[one.grid.layout].append(one)
+    others = []
+    for words in said.values():
+        latest = max(min(one.left_at, now) for one in words)
+        grids = [one.grid for one in words if min(one.left_at, now) >= latest - RECENT]
+        other = max(grids, key=_rank)
+        if len(grids) >= SIGNERS and _may_be_of_the_same_swarm(own, other, target):
+            others.append(other)
+    best = max(others, key=_rank, default=NO_GRID)
+    return best if _rank(best) > _rank(own) else None
 
 
 def _rank(grid: Grid) -> tuple[int, int, int]:
     return grid.round, grid.layout.groups, grid.layout.size
 
 
-def _may_be_of_the_same_swarm(own: Grid, other: Grid, target: int) -> bool:
+def _may_be_of_the_same_swarm(own: Grid, other: Grid, target: int | None) -> bool:
     layout = other.layout
     return (
-        layout.groups > 1
+        target is not None
+        and layout.groups > 1
+        and other.round != UNKNOWN_ROUND
         and layout.size <= PLAUSIBLE * target
         and 1 / MOST_APART <= layout.places / own.swarm <= MOST_APART
-        and other.round - own.round <= MOST_MISSED
     )
 
 
