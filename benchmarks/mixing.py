@@ -28,7 +28,9 @@ MIXED = 1e-9
 SEEDS_BELOW = 256
 """Up to so many peers there are ten seeds, above three; and three where slow peers make many rounds."""
 MOST = 24
-"""Rounds after which a swarm counts as never mixed."""
+"""Rounds after which a swarm counts as never mixed,"""
+MOST_WITH_SLOW = 60
+"""and where some peers take part in one of ten."""
 MODES = (PeerMode.FULL, PeerMode.FULL, PeerMode.CLIENT, PeerMode.AUXILIARY)
 
 
@@ -50,6 +52,10 @@ class Case:
     @property
     def seeds(self) -> int:
         return 10 if self.count <= SEEDS_BELOW and not self.slow else 3
+
+    @property
+    def most(self) -> int:
+        return MOST_WITH_SLOW if self.slow else MOST
 
     @property
     def name(self) -> str:
@@ -102,7 +108,7 @@ def tell(case: Case, seed: int) -> list[RoundResult]:
     targets = (case.target,) if case.also is None else (case.target, case.also)
     swarm = MixingSwarm(seed, case.count, targets, modes=case.modes)
     rounds: list[RoundResult] = []
-    while len(rounds) < MOST and (not rounds or rounds[-1].variance >= MIXED):
+    while len(rounds) < case.most and (not rounds or rounds[-1].variance >= MIXED):
         if rounds and case.churn:
             swarm.replace(case.churn)
         rounds.append(swarm.round(case.absent, slow_peers_away(case.count, case.slow, len(rounds))))
@@ -113,7 +119,7 @@ def summarize(case: Case, swarms: Sequence[Sequence[RoundResult]]) -> Row:
     """The row for what :func:`tell` said of each seed of a case."""
     later = [one for rounds in swarms for one in rounds[1:]]
     searches = sum(one.alone + sum(one.sizes) for rounds in swarms for one in rounds)
-    shares = (case.count, case.target, case.absent, MOST, case.slow)
+    shares = (case.count, case.target, case.absent, case.most, case.slow)
 
     def needed(dealer: Callable[..., list[float]]) -> float:
         return _mean([rounds_needed(dealer(seed, *shares), MIXED) for seed in range(10)])
