@@ -111,7 +111,8 @@ def test_clients_and_auxiliaries_are_dealt_to_all_groups_of_a_grid():
 
 
 @pytest.mark.timeout(600)  # 80 s of CPU with 256 peers
-@pytest.mark.parametrize(("count", "seeds"), [(64, 10), pytest.param(256, 4, marks=pytest.mark.sweep)])
+@pytest.mark.sweep
+@pytest.mark.parametrize(("count", "seeds"), [(64, 10), (256, 4)])
 def test_peers_that_miss_a_round_take_the_places_that_they_left(count, seeds):
     """One in a hundred is absent in each round, and the swarm needs at most one round more than the ideal dealer."""
     ideal = [rounds_needed(ideal_rounds(seed, count, 32, 0.01, MOST), MIXED) for seed in range(seeds)]
