@@ -136,7 +136,7 @@ def measure(
                 Runner(pythons, absent, repeats, tell).run(result)
                 bar.console.print(f"{place}: {summary(result)}", markup=False, highlight=False)
     except KeyboardInterrupt:
-        console.print("Interrupted: what was measured is written.")
+        console.print("Interrupted: writes what was measured")
         return False
     return True
 
