@@ -63,7 +63,7 @@ def test_a_swarm_makes_a_grid_that_newcomers_find_and_gives_it_up_when_it_shrink
             for newcomer in (16, 17):
                 await sim.start_one(newcomer)
                 averaging.vectors[newcomer] = np.eye(18)[newcomer]
-            await rounds(6)
+            await rounds(8)
             assert min(groups()) >= 4
             assert spread() < 0.01
             for leaver in range(4, 18):
