@@ -398,7 +398,7 @@ class Matchmaker:
         return True
 
     async def _look_for_grid(self) -> None:
-        """After a search, and never beside one: it would keep the DHT busy that the search needs."""
+        """After a search: beside one it would keep the DHT busy that the search needs, and a newcomer alone has to."""
         self._grid_of_others = await self._read_signposts()
 
     def _take_seat(self) -> None:
