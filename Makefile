@@ -27,7 +27,7 @@ sweep: $(STAMP)
 	$(PYTEST) -m sweep
 
 soak: $(STAMP)
-	$(PYTEST) --timeout 3600 -m soak
+	$(PYTEST) --timeout 3600 -o faulthandler_timeout=3900 -m soak
 
 chaos: $(STAMP)
 	$(BIN)/python tests/lab/chaos.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 WORKER = Path(__file__).with_name("rank_worker.py")
+ANSWERED_WITHIN = 100.0
+"""Seconds for one call. A thread that waits for an answer without an end would keep a test that has failed."""
 
 
 class RankProcesses:
@@ -56,6 +59,8 @@ class RankProcesses:
 
     def _answer(self, process: subprocess.Popen[str]) -> Any:
         assert process.stdout is not None
+        is_there, _, _ = select.select([process.stdout], [], [], ANSWERED_WITHIN)
+        assert is_there, f"a rank gives no answer:\n{self.log.read_text()[-3000:]}"
         line = process.stdout.readline()
         assert line, f"a rank has ended:\n{self.log.read_text()[-3000:]}"
         said = json.loads(line)

@@ -87,6 +87,30 @@ def test_a_paused_peer_sees_that_all_others_have_left_its_epoch(dhts: tuple[shoa
         tracker.shutdown()
 
 
+def test_what_a_peer_found_in_a_pause_counts_after_it_if_no_epoch_has_begun(
+    dhts: tuple[shoal.DHT, shoal.DHT],
+):
+    """One that tries again and again is paused nearly all the time, and has to see at last that it is behind."""
+    one, other = (make(dht, "retried") for dht in dhts)
+    for tracker in (one, other):
+        tracker.report_local_progress(0, 60)
+    wait_until_over(one)
+    with one.pause_updates():
+        with other.pause_updates():
+            other.update_epoch(1)
+        wait_until(lambda: one.left_alone)
+        with one.pause_updates():
+            pass
+        assert one.global_epoch == 0
+    assert one.global_epoch == 1
+    with one.pause_updates():
+        wait_until(lambda: one._found_in_pause is not None)
+        one.update_epoch(2)
+    assert one.global_epoch == 2
+    for tracker in (one, other):
+        tracker.shutdown()
+
+
 def test_before_the_first_report_nothing_is_known_and_nobody_waits(dhts: tuple[shoal.DHT, shoal.DHT]):
     unready = shoal.DHT(start=False)
     tracker = ProgressTracker(unready, "early", TARGET, start=False)

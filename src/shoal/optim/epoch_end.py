@@ -151,7 +151,11 @@ class EpochEnd:
                 self._load_offloaded()
 
             return _Gradients("delayed", before_step=finish)
-        outcome = rounds.end(control, epoch, lambda: self._optimizer.tracker.left_alone)
+        tracker = self._optimizer.tracker
+        # One that waits looks on for newcomers, if all others have ended.
+        outcome = rounds.end(
+            control, epoch, lambda: tracker.left_alone and not (wait and tracker.others_are_gone)
+        )
         if outcome.failure is not None and wait:
             logger.warning(
                 "%s: the gradients of epoch %d were not averaged, it is tried again: %s",

@@ -125,6 +125,8 @@ class ProgressTracker:
         self._ledger = Ledger(self.target_batch_size, self._periods, steady_time())
         self._pauses = self._failures = 0
         self._left_alone = False
+        self._found_in_pause: tuple[Forecast, int, float] | None = None
+        """What the last look in a pause has found, after which number of epochs begun, and when."""
         self._deserted: Forecast | None = None
         """The last look, if it has found that all others are gone: that does not wait for the end of a pause."""
         self._ended = False
@@ -278,7 +280,7 @@ class ProgressTracker:
     def pause_updates(self) -> Iterator[None]:
         """While an epoch ends: the swarm's progress stands still, and time counts for nothing.
 
-        Looks go on, for :attr:`left_alone` only.
+        Looks go on, for :attr:`left_alone`. If no epoch has begun, what the last one has found counts from the end on.
         """
         with self._state:
             self._pauses += 1
@@ -288,6 +290,8 @@ class ProgressTracker:
         finally:
             with self._state:
                 self._pauses -= 1
+                if not self._pauses and self._found_in_pause is not None:
+                    self._take(*self._found_in_pause)
                 self._state.notify_all()
 
     def update_epoch(self, new_epoch: int | None = None) -> int:
@@ -308,7 +312,17 @@ class ProgressTracker:
     def _begin(self, epoch: int) -> None:
         self._ledger.begin(epoch, steady_time())
         self._left_alone = False
+        self._found_in_pause = None
         self.fetched_global_progress_this_epoch.clear()
+
+    def _take(self, found: Forecast, begun: int, at: float) -> bool:
+        """What a look at ``at`` has found counts, unless its epoch is gone."""
+        self._found_in_pause = None
+        if not self._ledger.found(found, begun, at):
+            return False
+        self._failures = 0
+        self.fetched_global_progress_this_epoch.set()
+        return True
 
     def _next_call(self) -> tuple[Callable[[], None] | None, float | None]:
         """What the thread does next outside of the lock, or for how many seconds it sleeps."""
@@ -347,13 +361,13 @@ class ProgressTracker:
                 is_behind = found.epoch > self._ledger.epoch and not found.companions
                 self._left_alone = is_behind or found.others_are_gone
             self._deserted = found if found.others_are_gone else None
+            now = steady_time()
             if self._pauses:
-                self._ledger.agenda.looked(steady_time(), found)
+                self._ledger.agenda.looked(now, found)
+                self._found_in_pause = found, begun, now
                 return
-            if not self._ledger.found(found, begun, steady_time()):
+            if not self._take(found, begun, now):
                 return
-            self._failures = 0
-            self.fetched_global_progress_this_epoch.set()
             self._state.notify_all()
         logger.log(self.status_loglevel, "%s: %s", self.prefix, found)
 
