@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator
 
 import pytest
+
+
+def pytest_configure() -> None:
+    gc.disable()  # until the tests are collected: what they are made of stays
 
 
 @pytest.hookimpl(trylast=True)
@@ -14,6 +19,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     grouped = [item for item in items if item.get_closest_marker("xdist_group")]
     if getattr(config.option, "loadgroup", False) and any("@" not in item.nodeid for item in grouped):
         raise pytest.UsageError(f"pytest {pytest.__version__} and pytest-xdist must group tests, and do not")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Thousands of tests and the modules that they import are there to the end: no collection looks at them again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

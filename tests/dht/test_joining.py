@@ -394,6 +394,7 @@ def test_halves_of_a_partition_become_one_again() -> None:
     simulate(story)
 
 
+@pytest.mark.sweep
 def test_a_machine_that_was_away_while_all_others_restarted_is_back_within_30_s() -> None:
     async def story(sim: SimulatedDHT) -> None:
         await sim.start_many(5)

@@ -66,6 +66,7 @@ def test_a_group_of_four_ends_with_the_exact_average_bit_for_bit_equal(swarm: Sw
     assert report.succeeded
 
 
+@pytest.mark.sweep
 def test_tensors_of_every_floating_type_average_together(swarm: Swarm):
     types = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
     tensors = [[torch.full((50, 3), float(seed + 1)).to(dtype) for dtype in types] for seed in range(2)]
@@ -511,6 +512,7 @@ def test_a_start_that_failed_is_not_alive(swarm: Swarm):
         second.step()
 
 
+@pytest.mark.sweep
 def test_the_garbage_collector_does_not_wait_for_the_end_of_an_averager(
     swarm: Swarm, caplog: pytest.LogCaptureFixture
 ):

@@ -34,7 +34,8 @@ print(float(tensors[0][0]))
 """
 
 
-@pytest.mark.parametrize("error", [90.0, pytest.param(-90.0, marks=pytest.mark.sweep)])
+@pytest.mark.sweep
+@pytest.mark.parametrize("error", [90.0, -90.0])
 def test_a_program_whose_clock_is_wrong_averages(swarm: Swarm, error: float) -> None:
     tensor = torch.zeros(4)
     here = swarm.peer([tensor], 2)

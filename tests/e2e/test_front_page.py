@@ -74,6 +74,7 @@ def session(block: str) -> tuple[list[str], str]:
     return arguments, output
 
 
+@pytest.mark.sweep
 def test_the_first_program_prints_what_the_front_page_shows(terminals: ExitStack, tmp_path: Path):
     """Only addresses differ from run to run: the second terminal is given the first one's."""
     first, second = (session(block) for block in blocks(README) if block.startswith("$ "))

@@ -112,6 +112,7 @@ def test_a_peer_that_is_ended_says_goodbye(peer: Peer, how: str):
     assert ending.peer_has_left
 
 
+@pytest.mark.sweep
 def test_a_peer_that_cannot_say_goodbye_is_missed_at_once(peer: Peer):
     """Its system closes the connection for it; no keep-alive is needed."""
     ending = asyncio.run(watch_the_end(peer, "the background process is killed"))

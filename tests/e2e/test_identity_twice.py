@@ -68,6 +68,7 @@ def test_a_restart_after_kill_9(tmp_path: Path) -> None:
         assert again.is_alive()
 
 
+@pytest.mark.sweep
 def test_a_suspended_one_loses_its_identity_and_is_told(
     tmp_path: Path,
 ) -> None:

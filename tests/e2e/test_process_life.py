@@ -115,6 +115,7 @@ def test_from_a_thread_that_ends():
         assert dht.get("k").value == 1
 
 
+@pytest.mark.sweep
 def test_after_torch_was_imported_the_process_imports_what_averagers_need_ahead(run):
     script = run(
         """
@@ -153,6 +154,7 @@ def test_signal_handlers_stay_as_they_are(run):
     assert script.end() == (0, "True\n", "")
 
 
+@pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore")  # of Jupyter's own packages
 def test_in_a_notebook(tmp_path):
     nbformat = pytest.importorskip("nbformat")
@@ -239,6 +241,7 @@ def test_ctrl_c_ends_everything_in_order(run, daemon):
     assert not is_running(pid)
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(sys.platform != "linux", reason="DataLoader workers are forked on Linux only")
 def test_kill_9_while_forked_dataloader_workers_live(run):
     script = run(
@@ -284,6 +287,7 @@ while True:
     assert all(name.startswith(("pymp-", "torch")) for name in left)  # multiprocessing's and torch's
 
 
+@pytest.mark.sweep
 def test_kill_9_while_its_event_loop_is_stuck(run):
     script = run(
         START
@@ -341,6 +345,7 @@ print("the script has ended", flush=True)
 """
 
 
+@pytest.mark.sweep
 def test_without_daemon_the_interpreter_waits_for_ctrl_c(run):
     script = run(DAEMON_FALSE.format(more=""))
     pid, address = script.line().split()

@@ -234,6 +234,7 @@ def test_ranks_and_a_plain_peer_take_the_mean_over_all_their_samples(ranks: Rank
     assert torch.allclose(model.weight.detach(), before - 0.05 * mean, atol=1e-5)
 
 
+@pytest.mark.sweep
 def test_each_rank_can_be_a_peer_of_its_own(swarm: Swarm, ranks: RankProcesses):
     """With a process group of itself alone."""
     told, _ = ranks.call("make_alone", run_id=swarm.prefix)
@@ -241,7 +242,8 @@ def test_each_rank_can_be_a_peer_of_its_own(swarm: Swarm, ranks: RankProcesses):
     assert told["report"]["local_samples"] == 4
 
 
-@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.sweep)])
+@pytest.mark.sweep
+@pytest.mark.parametrize("killed", [0, 1])
 def test_a_rank_that_is_killed_takes_its_peer_out_and_not_the_swarm(
     ranks: RankProcesses, swarm: Swarm, killed: int
 ):

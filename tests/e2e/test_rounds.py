@@ -52,6 +52,7 @@ def test_a_sender_whose_trigger_never_comes_is_excluded_and_the_others_average(s
     assert str(averagers[2].peer_id) in str(controls[0].report)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_client_that_dies_or_hangs_does_not_fail_the_round(swarm: Swarm, blow: signal.Signals):
     tensors = [[torch.full((1000,), float(value))] for value in (1, 2, 60)]

@@ -49,6 +49,7 @@ def test_buffers_average_with_copied_tensors_round_after_round(swarm: Swarm):
     assert not buffers.in_use
 
 
+@pytest.mark.sweep
 def test_buffers_outlive_their_averager_and_serve_another_one(swarm: Swarm):
     buffers = SharedBuffers(SPECS[:1])
     first = swarm.peer(buffers, 2)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).with_name("spec_page.py")
 LIMIT = 110.0
 
@@ -16,6 +18,7 @@ def begin(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.sweep
 def test_the_page_from_its_first_parameter_to_its_last_method():
     first = begin("0")
     peers = [first]

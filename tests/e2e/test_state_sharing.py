@@ -314,6 +314,7 @@ def test_64_mb_over_a_connection_that_breaks_are_resumed(swarm: Swarm, caplog: p
     assert "resuming the download" in caplog.text
 
 
+@pytest.mark.sweep
 def test_the_highest_priority_gives_and_switches_act_at_once(swarm: Swarm):
     donors = [swarm.donor((number, [])) for number in range(2)]
     joiner = swarm.joiner()
@@ -355,6 +356,7 @@ async def find_priorities(node: Any, prefix: str, priorities: list[float]) -> No
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.sweep
 def test_three_joiners_share_one_copy_while_the_donor_averages(swarm: Swarm):
     state = large(32)
     tensors = [torch.ones(1000)]
@@ -506,6 +508,7 @@ def test_a_donor_that_is_killed_is_replaced_by_the_next_one(swarm: Swarm):
     assert torch.equal(loaded, state)
 
 
+@pytest.mark.sweep
 def test_joiners_that_are_cancelled_shut_down_or_killed_free_their_slots(swarm: Swarm):
     donor = swarm.donor((None, [large(200)]))
     own_dht = swarm.own_dht()

@@ -16,6 +16,7 @@ def has_torch(averager: shoal.DecentralizedAverager) -> bool:
     return "libtorch" in Path(f"/proc/{averager.dht.background.pid}/maps").read_text()
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of what is in a process")
 def test_rounds_and_states_of_plain_tensors_do_without_and_halves_bring_it(
     swarm: Swarm, monkeypatch: pytest.MonkeyPatch

@@ -60,6 +60,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra(package: str, monkeyp
         importlib.import_module(module)
 
 
+@pytest.mark.sweep
 def test_shoal_alone_imports_no_framework():
     code = "import shoal, sys; shoal.Optimizer; print({'accelerate', 'transformers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

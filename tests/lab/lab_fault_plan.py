@@ -128,7 +128,7 @@ FAST = (
     Trial("kill", "background", "gathering", "leader", count=2),
     Trial("stop", "both", "voting", "owner", seconds=1.0),
 )
-"""Those of ``make test``: no wait in them is long."""
+"""No wait in them is long: ``make test`` takes some of them."""
 
 
 def rotating(trials: Sequence[Trial], count: int, seed: str) -> list[Trial]:

@@ -6,13 +6,14 @@ import pytest
 from lab_expectations import average_in_two_rounds, expect_client, expect_full
 from lab_internet import Internet
 from lab_peers import Swarm
+from tests.swept import rest_swept
 
 pytestmark = pytest.mark.xdist_group("lab")
 
 PORT = 31337
 
 
-@pytest.mark.parametrize("ip", ["0.0.0.0", "192.168.1.10"])
+@pytest.mark.parametrize("ip", rest_swept(["192.168.1.10", "0.0.0.0"]))
 def test_a_peer_behind_a_forwarded_port_is_a_full_one(swarm: Swarm, internet: Internet, ip: str):
     swarm.start(internet.machine("public"), size=3).wait_until_joined()
     site = internet.site("home", "cone", forward={PORT: PORT})
@@ -23,6 +24,7 @@ def test_a_peer_behind_a_forwarded_port_is_a_full_one(swarm: Swarm, internet: In
     expect_client(hidden)
 
 
+@pytest.mark.sweep
 def test_a_port_that_is_forwarded_from_another_number_is_used_when_it_is_announced(
     swarm: Swarm, internet: Internet
 ):

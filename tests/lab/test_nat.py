@@ -6,12 +6,13 @@ import pytest
 from lab_expectations import average_in_two_rounds, expect_client, expect_full
 from lab_internet import NATS, Internet
 from lab_peers import Swarm
+from tests.swept import rest_swept
 
 pytestmark = pytest.mark.xdist_group("lab")
 
 
-@pytest.mark.parametrize("public", [*(pytest.param(n, marks=pytest.mark.sweep) for n in (1, 2)), 3])
-@pytest.mark.parametrize("nat", NATS)
+@pytest.mark.parametrize("public", rest_swept((3, 1, 2)))
+@pytest.mark.parametrize("nat", rest_swept(sorted(NATS, reverse=True)))
 def test_peers_behind_translators_average(swarm: Swarm, internet: Internet, nat: str, public: int):
     """Two, each at a site of its own, and both at the same private address, as at home."""
     size = public + 2
@@ -69,6 +70,7 @@ def test_a_peer_whose_address_a_firewall_closes_averages(swarm: Swarm, internet:
     expect_client(swarm.peers[2])
 
 
+@pytest.mark.sweep
 def test_a_peer_whose_address_a_firewall_closes_later_averages_with_a_newcomer(
     swarm: Swarm, internet: Internet
 ):

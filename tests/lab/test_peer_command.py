@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from lab_internet import DOCKER_IP, Internet
 from lab_peers import Command, Swarm
+from tests.swept import rest_swept
 
 pytestmark = pytest.mark.xdist_group("lab")
 
@@ -17,7 +18,7 @@ def printed_addresses(command: Command) -> list[str]:
     return [line.strip() for line in command.wait_for_text(STARTED) if line.startswith("  /")]
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+@pytest.mark.parametrize("host", rest_swept(["0.0.0.0", "::"]))
 def test_a_peer_on_every_interface_prints_the_likely_addresses_first(
     swarm: Swarm, internet: Internet, host: str
 ):
@@ -69,6 +70,7 @@ def test_a_peer_behind_a_forwarded_port_prints_the_outer_address(swarm: Swarm, i
     swarm.start(internet.machine("newcomer"), join=addresses[:1]).wait_until_joined()
 
 
+@pytest.mark.sweep
 def test_a_first_peer_behind_a_forwarded_port_says_where_it_is_when_others_have_found_out(
     swarm: Swarm, internet: Internet
 ):
@@ -80,6 +82,7 @@ def test_a_first_peer_behind_a_forwarded_port_says_where_it_is_when_others_have_
     command.wait_for_text(f"/ip4/{site.ip}/tcp/{PORT}/p2p/")
 
 
+@pytest.mark.sweep
 def test_a_first_peer_learns_an_outer_port_of_another_number_from_those_that_joined_by_it(
     swarm: Swarm, internet: Internet
 ):

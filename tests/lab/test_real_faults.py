@@ -13,6 +13,7 @@ from lab_fault_plan import FAST, Trial, all_trials, rotating
 from lab_faulty_swarm import Laboratory, NotFired
 from lab_internet import Internet
 from lab_peers import Template
+from tests.swept import rest_swept
 
 pytestmark = pytest.mark.xdist_group("lab")
 
@@ -87,7 +88,7 @@ def link_faults(fault_template: Template, namespaces: None) -> Iterator[Faults]:
         yield made
 
 
-@pytest.mark.parametrize("trial", FAST, ids=lambda trial: trial.name)
+@pytest.mark.parametrize("trial", rest_swept(FAST, kept=8), ids=lambda trial: trial.name)
 def test_the_others_average_after_a_fault(faults: Faults, trial: Trial):
     faults.run(trial)
 

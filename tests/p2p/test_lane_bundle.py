@@ -171,6 +171,7 @@ def test_what_was_learned_of_a_path_is_kept_and_unused_lanes_are_closed(kernel: 
     run(main)
 
 
+@pytest.mark.sweep
 def test_all_paths_share_the_limit(kernel: Kernel):
     async def main() -> None:
         kernel.loss = 0.001

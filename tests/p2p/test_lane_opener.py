@@ -205,6 +205,7 @@ def test_a_lane_that_is_used_now_and_then_stays():
     run(main)
 
 
+@pytest.mark.sweep
 def test_lanes_leave_half_of_the_connections_to_others():
     async def main() -> None:
         async with Swarm() as swarm:

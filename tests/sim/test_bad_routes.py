@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from tests.swept import rest_swept
 
 from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
 from shoal.averaging.allreduce.rounds import Rounds
@@ -81,7 +82,7 @@ class Swarm:
         return result
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", rest_swept(range(8), kept=3))
 def test_a_round_finds_the_bad_route_and_everybody_averages_at_the_second_attempt(seed: int):
     swarm = Swarm(seed)
     pair = set(random.Random(f"bad route {seed}").sample(range(COUNT), 2))
@@ -141,7 +142,7 @@ def groups_beside_a_silent_leader(seed: int) -> list[GroupInfo | MatchmakingExce
     return groups
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", rest_swept(range(4), kept=2))
 def test_a_peer_whose_leader_cannot_be_dialed_finds_other_members(seed: int):
     for group in groups_beside_a_silent_leader(seed):
         assert isinstance(group, GroupInfo), group
@@ -190,7 +191,7 @@ class SwarmOfThree:
         return run(story)
 
 
-SEEDS = [3, *(pytest.param(seed, marks=pytest.mark.sweep) for seed in range(3))]
+SEEDS = rest_swept((3, 0, 1, 2))
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -6,6 +6,7 @@ import asyncio
 import random
 
 import pytest
+from tests.swept import rest_swept
 
 from shoal.averaging.group import GroupInfo, PeerMode
 from shoal.averaging.matchmaking_config import MatchmakingConfig
@@ -35,7 +36,7 @@ def results(seed: int, modes: list[PeerMode], target: int) -> list[GroupInfo | M
     return run(story)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", rest_swept(range(6), kept=2))
 def test_clients_are_never_dialed_and_every_group_has_a_full_peer(seed, monkeypatch):
     dialed: set[str] = set()
     connect = HostNetwork.connect
@@ -63,7 +64,7 @@ def test_an_auxiliary_counts_in_the_groups_size():
 
 
 @pytest.mark.parametrize("clients", [1, 2, 3])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", rest_swept(range(4), kept=2))
 def test_clients_and_auxiliaries_make_a_group_that_an_auxiliary_leads(clients: int, seed: int):
     """Trainers behind NAT and public helpers."""
     modes = [AUXILIARY, *random.Random(seed).sample([AUXILIARY] * (3 - clients) + [CLIENT] * clients, 3)]
@@ -74,7 +75,7 @@ def test_clients_and_auxiliaries_make_a_group_that_an_auxiliary_leads(clients: i
     assert groups[0].members[0].mode is AUXILIARY
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", rest_swept(range(6), kept=2))
 def test_helpers_that_come_first_keep_no_contributors_apart(seed: int):
     """Two full peers that a helper each could have had for itself average with each other."""
     groups = results(seed, [AUXILIARY, AUXILIARY, FULL, FULL], 2)
@@ -99,7 +100,7 @@ def test_who_cannot_average_at_all_makes_no_group_and_is_told_so_at_once(mode, w
     assert told <= sum(why in warning for warning in warnings) <= 3, "at most once at each peer"
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", rest_swept(range(4), kept=2))
 @pytest.mark.parametrize("changing", range(3))
 def test_a_peer_that_can_be_dialed_no_longer_goes_on_as_a_client(
     seed: int, changing: int, monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
+from tests.swept import rest_swept
 
 from shoal.averaging.group import GroupInfo, PeerMode
 from shoal.averaging.matchmaking_config import MatchmakingConfig
@@ -79,7 +80,7 @@ async def moved(swarm: Swarm) -> None:
     swarm.network.move(f"node{LOST}", "10.9.0.1")
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", rest_swept(range(3)))
 @pytest.mark.parametrize("lose", [cut_off, killed, without_power, moved])
 def test_a_lost_peer_is_back_in_a_group(lose: Callable[[Swarm], Awaitable[None]], seed: int) -> None:
     async def story() -> None:
@@ -147,6 +148,6 @@ def back_after(seed: int, count: int) -> float:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.sweep) for seed in range(1, 8))])
+@pytest.mark.parametrize("seed", rest_swept(range(8)))
 def test_a_leader_that_is_stopped_for_a_moment_is_soon_back(seed: int, count: int):
     assert back_after(seed, count) < BACK_SOON

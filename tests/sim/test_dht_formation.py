@@ -6,6 +6,7 @@ import asyncio
 import random
 
 import pytest
+from tests.swept import rest_swept
 
 from shoal.dht.config import DHTConfig
 from shoal.dht.node import DHTNode
@@ -109,9 +110,7 @@ def check(seeds: range, caplog: pytest.LogCaptureFixture) -> None:
         assert errors == [], f"seed {seed}"
 
 
-@pytest.mark.parametrize(
-    "first", [0, 10, *(pytest.param(first, marks=pytest.mark.sweep) for first in (20, 30, 40))]
-)
+@pytest.mark.parametrize("first", rest_swept(range(0, 50, 10)))
 def test_always_one_dht(first: int, caplog: pytest.LogCaptureFixture) -> None:
     check(range(first, first + 10), caplog)
 

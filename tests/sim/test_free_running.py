@@ -46,8 +46,9 @@ def free_run(seed: int, count: int, target: int, steps: int, spread: float) -> C
     return sizes
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.sweep) for seed in range(1, 6))])
-@pytest.mark.parametrize("spread", [pytest.param(0.1, marks=pytest.mark.sweep), 6.0])
+@pytest.mark.sweep
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("spread", [0.1, 6.0])
 def test_each_step_of_peers_that_run_free_finds_a_group_and_nearly_all_a_full_one(seed, spread):
     sizes = free_run(seed, count=16, target=4, steps=4, spread=spread)
     assert sum(sizes.values()) == 16 * 4

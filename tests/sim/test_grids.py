@@ -79,6 +79,7 @@ def test_a_swarm_makes_a_grid_that_newcomers_find_and_gives_it_up_when_it_shrink
     run(story)
 
 
+@pytest.mark.sweep
 def test_parts_of_a_swarm_with_different_layouts_find_each_other(monkeypatch):
     """As after a break of the network: the parts have other keys, and meet by their leaders' signposts alone."""
     monkeypatch.setattr(seats, "GATHER_BELOW", 4)

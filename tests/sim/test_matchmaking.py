@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from tests.swept import rest_swept
 
 from shoal.averaging.group import GroupInfo, PeerMode
 from shoal.averaging.matchmaking.declarations import DECLARATION_LIFETIME
@@ -139,16 +140,14 @@ def check(seeds: range, caplog: pytest.LogCaptureFixture) -> None:
         assert errors == [], f"seed {seed}: {story}"
 
 
-@pytest.mark.parametrize(
-    "first", [0, *(pytest.param(first, marks=pytest.mark.sweep) for first in (10, 20, 30, 40))]
-)
+@pytest.mark.sweep
+@pytest.mark.parametrize("first", range(0, 50, 10))
 def test_as_few_as_possible_are_left_over(first: int, caplog: pytest.LogCaptureFixture) -> None:
     check(range(first, first + 10), caplog)
 
 
-@pytest.mark.parametrize(
-    "first", [3000, *(pytest.param(first, marks=pytest.mark.sweep) for first in (3004, 3008))]
-)
+@pytest.mark.sweep
+@pytest.mark.parametrize("first", [3000, 3004, 3008])
 def test_a_request_timeout_above_min_matchmaking_time_keeps_nobody_from_a_group(first: int) -> None:
     for seed in range(first, first + 4):
         story = Story(seed)
@@ -173,6 +172,7 @@ def results(seed: int) -> Iterator[str]:
         yield f"{number} {result}"
 
 
+@pytest.mark.sweep
 def test_the_same_seed_gives_the_same_story() -> None:
     for seed in (3, 4, 5):
         assert list(results(seed)) == list(results(seed))
@@ -211,8 +211,8 @@ def test_no_survivor_of_a_death_is_left_alone(seed: int, late: float) -> None:
     assert groups[0] == groups[1] == groups[2]
 
 
-@pytest.mark.parametrize("count", [4, 8, 16])
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("count", rest_swept([4, 8, 16], kept=2))
+@pytest.mark.parametrize("seed", rest_swept(range(2)))
 def test_a_pair_that_cannot_reach_each_other_averages_at_the_second_attempt(seed: int, count: int) -> None:
     """One silent route between two peers: the others, and both of them, have groups without the other one."""
     sim = SimulatedMatchmaking(seed, MatchmakingConfig(4, min_matchmaking_time=3.0))

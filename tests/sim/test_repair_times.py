@@ -70,12 +70,14 @@ def check(moment: float, victims: tuple[int, ...], *, silently: bool = False) ->
     assert seconds <= BOUNDS[len(victims)] * undisturbed() + PAUSE + detection
 
 
+@pytest.mark.sweep
 def test_an_undisturbed_round_fills_the_links():
     """Each member sends its parts to 7 owners, and returns averages to 7 members, at the same time."""
     ideal = 2 * (SIZE - 1) / SIZE * 4 * ELEMENTS / LINK
     assert undisturbed() < 1.4 * ideal
 
 
+@pytest.mark.sweep
 def test_a_killed_leader_and_its_successor_cost_a_part_of_a_round():
     check(0.6, (0, 1))
 

@@ -851,9 +851,8 @@ def sweep(seeds: range) -> None:
     assert set(endings) >= {"committed", "committed without some"}, endings
 
 
-@pytest.mark.parametrize(
-    "block", [0, *(pytest.param(block, marks=pytest.mark.sweep) for block in range(1, 4))]
-)
+@pytest.mark.sweep
+@pytest.mark.parametrize("block", range(4))
 def test_whatever_happens_all_end_alike(block: int):
     sweep(range(block * 25, block * 25 + 25))
 

@@ -44,6 +44,7 @@ def finds(play: Callable[[int], object], seeds: Iterable[int]) -> bool:
 # safeguards
 
 
+@pytest.mark.sweep
 def test_without_a_check_for_finite_values_nan_spreads(monkeypatch: Patch):
     for module in (exchange, reduction):
         monkeypatch.setattr(module, "is_finite", lambda values: True)

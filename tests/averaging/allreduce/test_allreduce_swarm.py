@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 from tests.averaging.allreduce.swarm import MIXTURE, Swarm, run_seed, sweep
+from tests.swept import rest_swept
 
 from shoal.averaging.allreduce.events import Phase
 from shoal.testing.allreduce_cores import Violation
@@ -35,10 +36,15 @@ SWEEPS: dict[str, tuple[tuple[str, ...], int, set[str]]] = {
     "mixture": (MIXTURE, 250, COMMITTED | {"failed"}),
 }
 """For each kind of faults: how many seeds, and how rounds must have ended, or the sweep would show nothing."""
+IN_THE_MIXTURE = {"kill", "freeze", "cut", "isolate", "halves", "ends"}
+"""Kinds that take seconds by themselves; ``make test`` has them among the others."""
 SOAKED = 20_000
 
 
-@pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.sweep if name in IN_THE_MIXTURE else ()) for name in SWEEPS],
+)
 def test_whatever_happens_no_two_members_end_differently(name: str):
     kinds, count, endings = SWEEPS[name]
     seen = sweep(range(count), kinds)
@@ -114,6 +120,7 @@ def test_a_killed_leader_costs_a_second_or_two():
     assert {"repaired", "committed without some"} <= set(seen), seen
 
 
+@pytest.mark.sweep
 def test_leader_and_successor_killed_in_a_group_of_eight():
     def strike(swarm: Swarm) -> None:
         for member in (0, 1):
@@ -132,7 +139,7 @@ def test_one_frozen_member_fails_the_round_for_nobody_else():
     run_with(range(100), strike, all_commit(lambda swarm: (victims[swarm.seed],)), **EVERYBODY_SERVES)
 
 
-@pytest.mark.parametrize("one_way", [False, True], ids=["both ways", "one way"])
+@pytest.mark.parametrize("one_way", rest_swept([True, False]), ids=["one way", "both ways"])
 def test_two_followers_that_cannot_hear_each_other_both_commit(one_way: bool):
     def strike(swarm: Swarm) -> None:
         pair = swarm.rng.sample(range(1, swarm.size), 2)
@@ -152,6 +159,7 @@ def test_what_waits_for_a_late_leader_comes_in_its_order():
     run_with(range(20), strike, all_commit(), **few)
 
 
+@pytest.mark.sweep
 def test_a_group_in_halves_never_commits_in_both():
     """Founder and half of the others decide; the rest is excluded, or in doubt until it hears of it. While members have
     not joined yet, one of the founder's half may be excluded, too: it complains of several that the founder has not

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from tests.swept import rest_swept
 
 from shoal.averaging.grid import Grid, Layout
 from shoal.averaging.group import PeerMode
@@ -48,9 +49,7 @@ def test_a_group_stands_soon_and_costs_few_looks():
         assert one.polls < 4
 
 
-@pytest.mark.parametrize(
-    "seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.sweep) for seed in range(4, 30))]
-)
+@pytest.mark.parametrize("seed", rest_swept(range(30), kept=4))
 def test_peers_that_are_too_many_for_one_group_make_even_ones_before_their_start_time(seed):
     swarm = MixingSwarm(seed, 64, 16)
     swarm.round()
@@ -102,6 +101,7 @@ def test_a_grid_that_has_lost_its_peers_is_given_up():
     assert not any(one.alone for one in rounds)
 
 
+@pytest.mark.sweep
 def test_clients_and_auxiliaries_are_dealt_to_all_groups_of_a_grid():
     """Each group has peers that can lead, and as many that contribute as the others."""
     swarm = MixingSwarm(0, 128, 16, modes=(PeerMode.FULL, PeerMode.FULL, PeerMode.CLIENT, PeerMode.AUXILIARY))

@@ -446,6 +446,7 @@ def test_a_leader_that_never_answers():
 # ---- members that give up in every round
 
 
+@pytest.mark.sweep
 def test_a_member_that_gives_up_in_every_round_is_invited_less_and_less():
     """Asked for 40 s, as a step does that tries again; each round would have cost the others an attempt."""
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
+from tests.swept import rest_swept
 
 from shoal.averaging.lineage import NO_LINEAGE, after_round
 from shoal.averaging.matchmaking.group_keys import GroupKeys
@@ -68,7 +69,7 @@ def both(seed: int, count: int, target: int = TARGET) -> Sequence[Story]:
     return [Story(seed, count, target, knows_grids=knows) for knows in (True, False)]
 
 
-SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.sweep) for seed in range(1, 10))]
+SEEDS = rest_swept(range(10))
 
 
 @pytest.mark.parametrize("seed", SEEDS)

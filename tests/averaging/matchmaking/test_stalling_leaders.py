@@ -7,6 +7,7 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
+from tests.swept import rest_swept
 
 from shoal.averaging.group import GroupInfo, PeerMode, group_key
 from shoal.averaging.matchmaking.declarations import DECLARATION_LIFETIME, SEARCHES
@@ -146,7 +147,7 @@ def assert_found(groups: Sequence[GroupInfo | MatchmakingException], evil: Seque
     assert not set(members) & {leader.peer_id for leader in evil}
 
 
-@pytest.mark.parametrize("hold", [postpone_for_ever, say_nothing])
+@pytest.mark.parametrize("hold", rest_swept([postpone_for_ever, say_nothing]))
 @pytest.mark.parametrize(("target", "minimum"), [(HONEST, 2), (None, 2), (HONEST, HONEST), (HONEST + 1, 2)])
 def test_a_leader_that_never_begins_costs_one_wait(
     hold: Callable[[Stream], Awaitable[None]], target: int | None, minimum: int
@@ -207,7 +208,7 @@ def test_it_is_asked_again_when_that_is_forgotten():
     tell(postpone_for_ever, 1, story, minimum=HONEST)
 
 
-@pytest.mark.parametrize("hold", [postpone_for_ever, let_go_in_the_end])
+@pytest.mark.parametrize("hold", rest_swept([let_go_in_the_end, postpone_for_ever]))
 def test_many_such_leaders_cost_one_wait_and_a_little_more_each(hold: Callable[[Stream], Awaitable[None]]):
     async def story(sim: SimulatedMatchmaking, evil: Sequence[StallingLeader]) -> None:
         groups, seconds = await honest_groups(sim)
@@ -280,9 +281,7 @@ def check_swarms(seeds: range) -> int:
     return sum(check_swarm(seed) for seed in seeds)
 
 
-@pytest.mark.parametrize(
-    "first", [0, *(pytest.param(n, marks=pytest.mark.sweep) for n in range(50, 400, 50))]
-)
+@pytest.mark.parametrize("first", rest_swept(range(0, 400, 50)))
 def test_no_seed_strands_honest_peers_among_stalling_leaders(first: int):
     assert check_swarms(range(first, first + 50)) > 25
 

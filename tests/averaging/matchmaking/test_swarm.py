@@ -7,6 +7,7 @@ import random
 from collections import Counter
 
 import pytest
+from tests.swept import rest_swept
 
 from shoal.averaging.group import PeerMode
 from shoal.averaging.matchmaking.messages import Declaration
@@ -18,9 +19,7 @@ from shoal.testing.matchmaking_cores import Peer, SwarmOfCores, core_peer_id
 PEER_IDS = [core_peer_id(number) for number in range(16)]
 BLOCK = 50
 """Seeds in one test."""
-blocks = pytest.mark.parametrize(
-    "first", [0, BLOCK, *(pytest.param(first, marks=pytest.mark.sweep) for first in range(100, 300, BLOCK))]
-)
+blocks = pytest.mark.parametrize("first", rest_swept(range(0, 300, BLOCK), kept=2))
 
 
 def check_groups(swarm: SwarmOfCores) -> None:
@@ -176,10 +175,8 @@ def check_helpers(seed: int, *, jitter: bool) -> None:
         ), f"seed {seed}: {swarm.config}"
 
 
-@pytest.mark.parametrize("jitter", [False, True], ids=["one instant", "one after another"])
-@pytest.mark.parametrize(
-    "first", [0, *(pytest.param(first, marks=pytest.mark.sweep) for first in range(BLOCK, 300, BLOCK))]
-)
+@pytest.mark.parametrize("jitter", rest_swept([True, False]), ids=["one after another", "one instant"])
+@pytest.mark.parametrize("first", rest_swept(range(0, 300, BLOCK)))
 def test_swarms_with_helpers_leave_over_no_whole_group(first, jitter):
     for seed in range(first, first + BLOCK):
         check_helpers(seed, jitter=jitter)

@@ -65,6 +65,7 @@ def test_joining_where_no_demo_runs(start_command) -> None:
     assert "no demo runs at" in errors.splitlines()[-1]
 
 
+@pytest.mark.sweep
 def test_worker_ends_with_its_terminal() -> None:
     """A worker's standard input ends when its terminal is killed."""
     assignment = protocol.Assignment(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.swept import rest_swept
 
 from shoal.cli.demo.data import Digits, deal, load_samples
 from shoal.cli.demo.protocol import Part
@@ -44,7 +45,7 @@ def train_swarm(digits: Digits, settings: Settings) -> float:
     return trainers[0].accuracy(digits.held_out)
 
 
-@pytest.mark.parametrize("peers", [2, *(pytest.param(peers, marks=pytest.mark.sweep) for peers in (4, 8))])
+@pytest.mark.parametrize("peers", rest_swept((2, 4, 8)))
 def test_swarm_that_loses_a_peer_is_near_central_training(peers: int) -> None:
     settings = Settings(prefix="test", peers=peers)
     digits = deal(load_samples(), peers)
