@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shoal.averaging.group import PeerMode
-from shoal.averaging.matchmaking import group_bits, matchmaker
+from shoal.averaging.matchmaking import group_bits, scout
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.testing.averaging import SimulatedAveraging
 from shoal.testing.clock import run
@@ -20,7 +20,7 @@ PAUSE = 12.0
 
 @pytest.fixture(autouse=True)
 def _low_thresholds(monkeypatch):
-    for module in (group_bits, matchmaker):
+    for module in (group_bits, scout):
         monkeypatch.setattr(module, "SPLIT_ABOVE", 8)
         monkeypatch.setattr(module, "LONELY_BELOW", 3)
     monkeypatch.setattr(group_bits, "UNITE_UP_TO", 6)

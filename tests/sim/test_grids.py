@@ -9,7 +9,7 @@ import pytest
 
 from shoal.averaging.grid import Grid, Layout
 from shoal.averaging.group import GroupInfo, PeerMode
-from shoal.averaging.matchmaking import matchmaker, seats, spreading
+from shoal.averaging.matchmaking import scout, seats, spreading
 from shoal.averaging.matchmaking.seats import Seat
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.errors import MatchmakingException
@@ -83,7 +83,7 @@ def test_a_swarm_makes_a_grid_that_newcomers_find_and_gives_it_up_when_it_shrink
 def test_parts_of_a_swarm_with_different_layouts_find_each_other(monkeypatch):
     """As after a break of the network: the parts have other keys, and meet by their leaders' signposts alone."""
     monkeypatch.setattr(seats, "GATHER_BELOW", 4)
-    monkeypatch.setattr(matchmaker, "LOOK_SEATED_EVERY", 4.0)
+    monkeypatch.setattr(scout, "LOOK_SEATED_EVERY", 4.0)
 
     async def story() -> None:
         sim = SimulatedMatchmaking(5, MatchmakingConfig(4, min_matchmaking_time=3.0), latency=(0.001, 0.01))

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from shoal.averaging.group import GroupInfo, PeerMode
 from shoal.averaging.lineage import NO_LINEAGE, Lineage, after_round
 from shoal.averaging.matchmaking.group_keys import GroupKeys
-from shoal.averaging.matchmaking.matchmaker import EXPLORE_AFTER
+from shoal.averaging.matchmaking.scout import EXPLORE_AFTER
 from shoal.averaging.matchmaking.signposts import Signpost, leaves_signpost
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN
 from shoal.averaging.matchmaking_config import MatchmakingConfig

@@ -240,7 +240,7 @@ def test_after_a_group_that_was_scheduled_far_ahead_who_was_too_late_for_it_plan
         await settle()
         (late,) = (number for number, search in enumerate(searches) if not search.done())
         again = [number for number in range(4) if number != late][:2]
-        assert await sim.matchmakers[late]._census._population(KEY, sim.now()) == 3
+        assert await sim.matchmakers[late]._scout._census._population(KEY, sim.now()) == 3
         began = sim.now()
         groups = [await search for search in (*(sim.search(number) for number in again), searches[late])]
         assert groups == [groups[0]] * 3

@@ -10,45 +10,33 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from shoal.averaging.agreement import Agreement
-from shoal.averaging.grid import Grid
 from shoal.averaging.group import (
     MAX_GATHER_BYTES,
     SCHEMA_HASH_BYTES,
     GroupInfo,
     PeerMode,
     group_key,
-    seat_key,
     verify_member,
 )
 from shoal.averaging.lineage import NO_LINEAGE, after_round
 from shoal.averaging.matchmaking.apart import spared_routes
 from shoal.averaging.matchmaking.candidate import candidate_of
-from shoal.averaging.matchmaking.census import Census
 from shoal.averaging.matchmaking.events import Cancelled, Place
 from shoal.averaging.matchmaking.followers import WhenMemberGone
-from shoal.averaging.matchmaking.group_bits import LONELY_BELOW, SPLIT_ABOVE
 from shoal.averaging.matchmaking.group_keys import GroupKeys
 from shoal.averaging.matchmaking.memory import HELD_ITS_FOLLOWER, FailureMemory, Fault
 from shoal.averaging.matchmaking.messages import JOIN, JoinRequest, Rejected, RejectReason
-from shoal.averaging.matchmaking.missed import Missed
 from shoal.averaging.matchmaking.peer import LocalPeer
 from shoal.averaging.matchmaking.schemas import OtherSchemas
+from shoal.averaging.matchmaking.scout import Scout
 from shoal.averaging.matchmaking.search import Search
-from shoal.averaging.matchmaking.signposts import (
-    Signposts,
-    are_there,
-    choose_signpost,
-    find_other_grid,
-    leaves_signpost,
-)
 from shoal.averaging.matchmaking.view import NOTHING_KNOWN
 from shoal.averaging.matchmaking_config import MatchmakingConfig
 from shoal.averaging.router import Router
 from shoal.dht.node import DHTNode
-from shoal.errors import InvalidStateError, InvalidValueError, ProtocolViolation, ShoalError
+from shoal.errors import InvalidStateError, InvalidValueError, ProtocolViolation
 from shoal.p2p.identity import PeerID
 from shoal.p2p.rpc import Stream
-from shoal.utils import figures
 from shoal.utils.checks import check_number
 from shoal.utils.timed import DHTClock, dht_clock
 
@@ -56,18 +44,9 @@ logger = logging.getLogger(__name__)
 
 WITHDRAWAL_TIMEOUT = 1.0
 """Seconds that :meth:`Matchmaker.close` gives the DHT to learn that this peer looks for no group any more."""
-EXPLORE_AFTER = 1.0
-"""Seconds after which a new peer that has no group yet looks whether the swarm is under other keys, or makes a grid by
-now."""
 REGROUP = 2.0
 """Seconds for which a search that has left a leader for holding it waits for the others that it held, at most. They
 leave at about the same time, and each would begin with the first one that comes: the start time of all is over."""
-LOOK_EVERY = 20.0
-"""Seconds between looks whether others make a grid, of a peer that has no seat in one."""
-LOOK_SEATED_EVERY = 120.0
-"""Seconds, up to half of them more or less, between looks of one with a seat whether there is another grid, too."""
-COUNT_EVERY = 10.0
-"""Seconds between looks at the keys with a bit more and a bit less."""
 
 
 class Matchmaker:
@@ -103,15 +82,7 @@ class Matchmaker:
         self._peer = LocalPeer(node, prefix, schema_hash, config, mode, bandwidth, clock, rng, others)
         self._keys = GroupKeys(node.peer_id, initial_bits)
         self._bits = self._keys.bits
-        self._census = Census(self._peer, self._bits)
-        self._next_count = -math.inf
-        self._signposts = Signposts(self._peer)
-        self._next_look = -math.inf
-        self._left_grid_at = -math.inf
-        """When this peer gave up a grid."""
-        self._grid_of_others: Grid | None = None
-        """One of which this peer has learnt between two searches."""
-        self._next_seated_look = math.inf
+        self._scout = Scout(self._peer, self._keys, self._move)
         self._lineage = NO_LINEAGE
         self._router = router
         self._turn = asyncio.Lock()
@@ -143,7 +114,7 @@ class Matchmaker:
         """
         self._keys.set_bits(bits)
         if self._search is not None and not self._search.is_over:
-            self._search.move_to(self._place(self._search.place.start_time))
+            self._move(self._search, self._search.place.start_time)
 
     def reschedule(self, start_time: float) -> None:
         """The search that goes on, if any, shall begin at ``start_time`` instead: it begins anew, at its new place.
@@ -154,7 +125,7 @@ class Matchmaker:
         search = self._search
         if search is not None and not search.is_over:
             # The search may have begun by another time than the clock shows now.
-            search.move_to(self._place(start_time - self._peer.clock() + search.now()))
+            self._move(search, start_time - self._peer.clock() + search.now())
 
     def round_committed(self, group: GroupInfo, without: Collection[PeerID] = ()) -> None:
         """A round of ``group``, which this peer found, has been committed: choose the bits of the next one.
@@ -166,7 +137,7 @@ class Matchmaker:
             raise InvalidValueError(f"group {group.group_id.hex()}: this peer is no member of it")
         proven = set(group.peer_ids) - set(without) - self._untried(group)
         self._memory.forgive(proven, self._peer.clock())
-        self._choose_place(group)
+        self._scout.round_committed(group)
         if self._bits.are_given or self._bits.depth > 0 or self._keys.has_seat:
             self._last_group = ()  # they look under different keys now
         averaged = [
@@ -176,18 +147,6 @@ class Matchmaker:
         ]
         if averaged:
             self._lineage = after_round(group.group_id, averaged)
-
-    def _choose_place(self, group: GroupInfo) -> None:
-        config = self._peer.config
-        self._keys.round_committed(group, config.target_group_size, config.min_group_size)
-        news = self._keys.news
-        if news is None:
-            return
-        self._grid_of_others = None  # it is older than these news
-        if not self._keys.has_seat:
-            self._left_grid_at = self._peer.clock()
-        if leaves_signpost(group, self._peer.peer_id):
-            self._signposts.leave(news)
 
     def _untried(self, group: GroupInfo) -> set[PeerID]:
         """Members that this peer had nothing to do with in a round of ``group``: it shows nothing of the route."""
@@ -228,7 +187,7 @@ class Matchmaker:
                     start_time, search.soon(min(REGROUP, self._peer.config.min_matchmaking_time))
                 )
             if fault is not Fault.UNANSWERED:
-                search.move_to(self._place(start_time))
+                self._move(search, start_time)
 
     def watch_members(self, when_gone: WhenMemberGone) -> None:
         """If this peer leads the group that it found last, call ``when_gone`` for each member that leaves before it has
@@ -266,7 +225,7 @@ class Matchmaker:
         async with self._turn:
             if self._is_closed:
                 raise InvalidStateError("the matchmaker is closed")
-            self._take_seat()
+            self._scout.take_seat()
             place = self._place(start_time)
             search = self._search = Search(
                 self._peer,
@@ -275,21 +234,16 @@ class Matchmaker:
                 gather,
                 weight,
                 self._known,
-                when_too_few=self._found_too_few,
-                when_too_many=self._found_too_many,
-                when_missed=self._missed_rounds,
+                when_too_few=self._scout.found_too_few,
+                when_too_many=self._scout.found_too_many,
+                when_missed=self._scout.missed_rounds,
                 last_group=self._last_group,
                 when_mode_changed=self._mode_changed,
                 when_leader_failed=self._leader_failed,
                 is_first=self._search is None,
             )
             self._last_group = ()  # one search waits for them; if they do not come to it, they have gone elsewhere
-            if not self._known.start_times:
-                if not (self._bits.are_given or self._keys.has_seat):
-                    self._peer.tasks.start(self._arrive(search), "arrive")
-                self._peer.tasks.start(self._explore(search, EXPLORE_AFTER), "explore")
-            if self._may_look_for_other_grid():
-                self._peer.tasks.start(self._look_for_other_grid(search), "look for another grid")
+            self._scout.search_began(search, is_new=not self._known.start_times)
             try:
                 group = await search.run()
                 self._last_group = tuple(peer for peer in group.peer_ids if peer != self._peer.peer_id)
@@ -299,10 +253,8 @@ class Matchmaker:
                 known = search.known
                 times = {peer: self._peer.after_search(time) for peer, time in known.start_times.items()}
                 self._known = replace(known, start_times=times)
-                self._count_neighbours(search)
-                self._keys.search_ended()
-                if self._may_look_for_grid():
-                    self._peer.tasks.start(self._look_for_grid(), "look for a grid")
+                if not self._is_closed:
+                    self._scout.search_ended(search)
 
     def leave_search(self) -> None:
         """End a search that goes on: it raises, and frees followers and leader. A group that stands already is kept."""
@@ -339,151 +291,14 @@ class Matchmaker:
             keys.may_spread,
         )
 
+    def _move(self, search: Search, start_time: float) -> None:
+        """The search begins anew, where this peer looks now."""
+        search.move_to(self._place(start_time))
+
     def _mode_changed(self) -> None:
         """The search that goes on has declared another mode than this peer has now: it begins anew."""
         if self._search is not None:
-            self._search.move_to(self._place(self._search.place.start_time))
-
-    # ---- where no bits are given
-
-    def _found_too_few(self, seen: int) -> None:
-        search = self._search
-        if search is None or search.is_over or self._bits.are_given:
-            return
-        moves = self._keys.found_too_few(seen)
-        if moves:
-            self._restart(search)
-        if self._keys.has_seat or (seen == 1 and not moves):
-            self._peer.tasks.start(self._explore(search, 0.0), "explore")
-
-    def _found_too_many(self, seen: int, rank: int) -> None:
-        if self._search is not None:
-            self._peer.tasks.start(self._spread(self._search, seen, rank), "spread")
-
-    def _missed_rounds(self, missed: Missed) -> None:
-        search = self._search
-        if (
-            search is None
-            or search.is_over
-            or not self._keys.catch_up(missed, self._peer.rng.getrandbits(32))
-        ):
-            return
-        logger.info(
-            "%s: the others have gone on to round %d of the grid: looks where they left a place",
-            self._peer.prefix,
-            missed.round,
-        )
-        self._restart(search)
-
-    async def _spread(self, search: Search, seen: int, rank: int) -> None:
-        """Take part in the grid that there is, or make one with all the others that know of none."""
-        if await self._join_grid(search) or search.is_over:
-            return
-        config = self._peer.config
-        if self._keys.spread(seen, rank, config.target_group_size, config.min_group_size):
-            self._restart(search)
-
-    def _may_look_for_grid(self) -> bool:
-        """Whether it is time to look if others make a grid, of which this peer knows nothing."""
-        return not (self._bits.are_given or self._keys.has_seat) and self._peer.clock() >= self._next_look
-
-    async def _join_grid(self, search: Search) -> bool:
-        """Whether others make a grid, and this search moves to a seat there."""
-        grid = await self._read_signposts()
-        if grid is None or search.is_over or self._keys.is_seated:
-            return False
-        if not self._join(grid, self._peer.rng.getrandbits(32)):
-            return False
-        self._restart(search)
-        return True
-
-    async def _look_for_grid(self) -> None:
-        """After a search: beside one it would keep the DHT busy that the search needs, and a newcomer alone has to."""
-        self._grid_of_others = await self._read_signposts()
-
-    def _take_seat(self) -> None:
-        """Before a search: join the grid of which this peer has learnt since the last one."""
-        grid, self._grid_of_others = self._grid_of_others, None
-        if grid is not None and not self._keys.has_seat:
-            self._join(grid, self._peer.rng.getrandbits(32))
-
-    async def _read_signposts(self) -> Grid | None:
-        self._next_look = self._peer.clock() + LOOK_EVERY
-        signposts = await self._signposts.read()
-        return choose_signpost(signposts.values(), self._peer.clock(), after=self._left_grid_at)
-
-    def _join(self, grid: Grid, draw: int) -> bool:
-        """Whether this peer has a seat there now that it did not have before."""
-        if not self._keys.join_grid(grid, draw):
-            return False
-        groups = figures.count(grid.layout.groups, "group")
-        logger.info(
-            "%s: joins about %.0f peers that make %s in a round", self._peer.prefix, grid.swarm, groups
-        )
-        return True
-
-    async def _arrive(self, search: Search) -> None:
-        """A new peer joins the grid that there is at once: after :data:`EXPLORE_AFTER` its groups stand."""
-        grid = await self._read_signposts()
-        if grid is not None and not self._keys.has_seat:
-            await self._go_where_others_are(search, grid)
-
-    def _may_look_for_other_grid(self) -> bool:
-        """Whether it is time to look if the swarm has come apart into two grids; at different times for each peer."""
-        if not self._keys.has_seat:
-            self._next_seated_look = math.inf
-            return False
-        now, is_due = self._peer.clock(), self._peer.clock() >= self._next_seated_look
-        if is_due or self._next_seated_look == math.inf:
-            self._next_seated_look = now + LOOK_SEATED_EVERY * (0.5 * is_due + self._peer.rng.random())
-        return is_due
-
-    async def _look_for_other_grid(self, search: Search) -> None:
-        signposts, target = await self._signposts.read(), self._peer.config.target_group_size
-        grid = find_other_grid(self._keys.grid, signposts, self._peer.clock(), target)
-        if grid is not None and self._keys.has_seat:
-            await self._go_where_others_are(search, grid)
-
-    async def _go_where_others_are(self, search: Search, grid: Grid) -> None:
-        """Move to a seat of that grid, if others are there."""
-        draw, layout, before = self._peer.rng.getrandbits(32), grid.layout, self._keys.grid
-        key = seat_key(self._peer.prefix, layout.groups, draw % layout.groups)
-        try:
-            declared = await self._peer.declarations.read(key)
-        except ShoalError:
-            return
-        if not are_there((one for _, one in declared), layout.size) or search.is_over:
-            return
-        if self._keys.grid == before and not self._bits.are_given and self._join(grid, draw):
-            self._restart(search)
-
-    async def _explore(self, search: Search, delay: float) -> None:
-        """Look where others are, unless the search is over after ``delay`` seconds."""
-        is_alone = not self._known.start_times or delay == 0
-        await asyncio.sleep(delay)
-        if search.is_over or self._bits.are_given:
-            return
-        if self._keys.is_seated or await self._join_grid(search):
-            return
-        may_move = is_alone and not self._keys.has_seat
-        if may_move and await self._census.explore() and not search.is_over:
-            self._restart(search)
-
-    def _restart(self, search: Search) -> None:
-        start_time = search.now() + self._peer.config.min_matchmaking_time
-        search.move_to(self._place(max(start_time, search.place.start_time)))
-
-    def _count_neighbours(self, search: Search) -> None:
-        """Choose the number of bits for the next search, by what this one has seen; at a leisurely pace."""
-        now = self._peer.clock()
-        if self._is_closed or self._bits.are_given or not self._bits.is_at_home or now < self._next_count:
-            return
-        if self._keys.has_seat:
-            return
-        own = search.count_seen
-        self._next_count = now if own > SPLIT_ABOVE else now + COUNT_EVERY * (3 if own < LONELY_BELOW else 1)
-        work = self._census.count_neighbours(own, self._peer.after_search(search.place.order_time))
-        self._peer.tasks.start(work, "count neighbours")
+            self._move(self._search, self._search.place.start_time)
 
     async def _serve_join(self, stream: Stream, request: JoinRequest) -> None:
         info = verify_member(request.member, now=self._peer.clock())
