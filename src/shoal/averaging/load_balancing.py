@@ -91,7 +91,7 @@ def _check(
 
 
 def _speeds(bandwidths: Sequence[float | None], can_own: Sequence[bool]) -> list[Fraction]:
-    """Bandwidths as exact numbers (equal on every machine), 0 for whoever owns nothing."""
+    """Bandwidths as exact numbers (equal on every machine), 0 for a member that owns nothing."""
     given = [Fraction(bandwidth) for bandwidth in bandwidths if bandwidth is not None and bandwidth > 0]
     mean = sum(given, Fraction(0)) / len(given) if given else Fraction(1)
     speeds = [mean if bandwidth is None else Fraction(bandwidth) for bandwidth in bandwidths]

@@ -1,8 +1,8 @@
 """Which peers this node knows, and how it calls them: the asyncio side of the routing table.
 
-Every call of the DHT goes through :meth:`Neighbours.call`, so that whoever answers enters the table and whoever does
-not leaves it. Peers that left are tried again for a while, less and less often: after a partition, or when this machine
-slept, they are the way back.
+Every call of the DHT goes through :meth:`Neighbours.call`, so that a peer that answers enters the table, and one that
+does not leaves it. Peers that left are tried again for a while, less and less often: after a partition, or when this
+machine slept, they are the way back.
 """
 
 from __future__ import annotations

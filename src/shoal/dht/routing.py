@@ -2,8 +2,8 @@
 Pure.
 
 A node enters the table only after it answered a call of ours, at an address that was dialed or at which it
-was verified; nodes in client mode never do. Whoever calls these methods sees to that. Bucket ``i`` holds
-nodes whose distance has ``i + 1`` bits, at most ``bucket_size`` of them, least recently seen first. Whoever
+was verified; nodes in client mode never do. The caller of these methods sees to that. Bucket ``i`` holds
+nodes whose distance has ``i + 1`` bits, at most ``bucket_size`` of them, least recently seen first. A node that
 finds a full bucket waits in its replacement cache until a node of the bucket fails.
 """
 

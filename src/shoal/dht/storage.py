@@ -8,7 +8,7 @@ Of two entries for the same place the one that expires later wins; if they expir
 value is greater as bytes, so that all replicas agree. A plain entry and a dictionary displace each other by the same
 rule, the dictionary counting as its latest entry.
 
-Each change gets the next number of one sequence. Whoever polls a record says up to which number he knows it
+Each change gets the next number of one sequence. A reader that polls a record says up to which number it knows it
 already, and is given only what changed since (:meth:`Record.changes_since`).
 """
 

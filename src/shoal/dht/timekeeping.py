@@ -29,7 +29,7 @@ HURRIED = 1.0
 """Seconds until peers are asked again when one has come whose clock differs, or while this node knows no time but its
 own."""
 PAUSE = 5.0
-"""... but not sooner than this after the last time, whoever comes."""
+"""... but not sooner than this after the last time, whichever peer comes."""
 ANSWER_WITHIN = 2.0
 GRACE = 0.5
 """Seconds that others still have when more than half of those that were asked have answered: some may be dead, and the

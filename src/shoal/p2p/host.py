@@ -248,7 +248,7 @@ class Host:
     async def connect(self, peer_or_address: PeerID | Multiaddr, *, timeout: float) -> PeerID:
         """Make sure that there is a connection, and return who is at its other end.
 
-        An address without ``/p2p`` accepts whoever answers. :class:`PeerUnreachable` lists each address with the
+        An address without ``/p2p`` accepts any peer that answers. :class:`PeerUnreachable` lists each address with the
         reason (refused, timed out, other identity, other version, not a Shoal peer, this host itself);
         :class:`DeadlineExceeded`; :class:`InvalidValueError` for the host's own PeerID.
         """

@@ -22,7 +22,7 @@ _MAX_DESCRIPTORS = 64
 _ANCILLARY_SIZE = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
 _PATIENCE = 0.05
 """Seconds to wait for a thread that is sending. That takes microseconds, unless a signal handler has interrupted it,
-which may wait in turn for whoever waits here.
+which may wait in turn for the one that waits here.
 """
 _CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
@@ -35,7 +35,7 @@ class Kind(IntEnum):
     CREATE = 3  # a call that makes a service
     CLOSE = 4  # a call that closes a service
     CALL = 5  # a command for a service, or from a service to its handler in the user process
-    CANCEL = 6  # whoever made the call wants no result any more
+    CANCEL = 6  # the caller wants no result any more
     RESULT = 7
     ERROR = 8
     CANCELLED = 9  # the command ended by cancelling itself

@@ -68,8 +68,8 @@ class ServiceContext(Protocol):
         """Wait until the modules to be preloaded are imported; begins with that if need be."""
 
     def fail(self, error: ShoalError) -> None:
-        """End the process in order, because it can be of no more use: ``error`` is logged, and whoever waits for the
-        process gets a PeerProcessDied that shows it.
+        """End the process in order, because it can be of no more use: ``error`` is logged, and those that wait for the
+        process get a PeerProcessDied that shows it.
         """
 
     def when_ending(self, callback: Callable[[], None]) -> None:

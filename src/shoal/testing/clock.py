@@ -107,7 +107,7 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         future: asyncio.Future[T] = self.create_future()
         try:
             future.set_result(func(*args))
-        except Exception as error:  # noqa: BLE001 - belongs to whoever awaits the future, like an executor's
+        except Exception as error:  # noqa: BLE001 - belongs to the one that awaits the future, like an executor's
             future.set_exception(error)
         return future
 

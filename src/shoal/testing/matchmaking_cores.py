@@ -91,7 +91,7 @@ def core_peer_id(number: int) -> PeerID:
 
 
 class StallingCore:
-    """A liar: it declares itself like a search, accepts whoever asks it, and puts its group off for ever."""
+    """A liar: it declares itself like a search, accepts all that ask it, and puts its group off for ever."""
 
     EVERY = 2.0
     """Seconds between two words to each follower."""
@@ -217,7 +217,7 @@ class SwarmOfCores:
         return self._add(peer_id, mode, core, start_at, key, bits, keys)
 
     def stall(self, peer_id: PeerID, starts_in: float = 0.0) -> StallingCore:
-        """Let a peer hold whoever asks it, from its place in the order on."""
+        """Let a peer hold all that ask it, from its place in the order on."""
         start_at = self.now + starts_in
         core = StallingCore(peer_id, KEY, start_at + self.config.min_matchmaking_time)
         self._add(peer_id, PeerMode.FULL, core, start_at, KEY, None)

@@ -85,7 +85,7 @@ class Namespace:
         self.do(write)
 
     def socket(self, family: int = socket.AF_INET) -> socket.socket:
-        """A TCP socket that is inside for good, whoever uses it."""
+        """A TCP socket that is inside for good, whichever process uses it."""
         return self.do(lambda: socket.socket(family, socket.SOCK_STREAM))
 
     def start(self, arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:

@@ -6,7 +6,7 @@ same view gives the same plan at everybody: who leads, and whom the others ask. 
 are earlier than itself in this order, which does not change during a search, and leaders accept only later
 ones: no two peers wait for each other.
 
-Views differ, for a while. Therefore leaders accept whoever asks while there is room; a peer that finds an
+Views differ, for a while. Therefore leaders accept all that ask while there is room; a peer that finds an
 earlier leader joins it and sends its own followers there; a leader that turns out to have more followers than
 its slice of the plan dismisses some; and one that is full tells who its members are, so that the asker plans
 without them. A follower does not plan: its leader does, until the group begins, the leader dismisses it or

@@ -40,7 +40,7 @@ from shoal.p2p.rpc import Stream
 
 BEGIN_TIMEOUT = 10.0
 """Seconds for which a follower that hears the beginning of a group takes in its members: no longer than its round waits
-for whoever has not heard of it."""
+for members that have not heard of it."""
 
 
 class Asker(Protocol):

@@ -150,7 +150,7 @@ class Link:
             part()
         except CancelledError:
             self._fail(InvalidStateError(_SHUT_DOWN_EARLY))
-        except BaseException as e:  # noqa: BLE001 - whoever waits for the start gets it
+        except BaseException as e:  # noqa: BLE001 - those that wait for the start get it
             self._fail(e)
 
     def _fail(self, error: BaseException) -> None:

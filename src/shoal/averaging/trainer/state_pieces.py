@@ -1,4 +1,4 @@
-"""What a peer that downloads a state is sent, piece by piece, for whoever wants to look at it or carry it elsewhere."""
+"""What a peer that downloads a state is sent, piece by piece, for users that look at it or carry it elsewhere."""
 
 from __future__ import annotations
 

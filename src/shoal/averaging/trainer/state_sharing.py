@@ -286,7 +286,7 @@ class StateSharing:
             result = self._state_of(call.result(), download)
             if result is not None:
                 self.when_loaded()
-        except BaseException as e:  # noqa: BLE001 - whoever waits for the state gets it
+        except BaseException as e:  # noqa: BLE001 - those that wait for the state get it
             with contextlib.suppress(FutureIsDone):  # cancelled in the same moment
                 outer.set_exception(e)
         else:

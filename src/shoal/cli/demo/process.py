@@ -22,7 +22,7 @@ SECONDS_TO_TERMINATE = 1.0
 
 
 class WorkerProcess:
-    """One worker. Made by :meth:`start`; whoever made it calls :meth:`close` in the end.
+    """One worker. Made by :meth:`start`; its maker calls :meth:`close` in the end.
 
     The worker is in a process group of its own, so that Ctrl+C in the terminal reaches the supervisor alone, which then
     ends the workers in order. Its log goes to a file without a name, which vanishes with it.

@@ -13,7 +13,7 @@ from shoal.cli.demo.settings import Settings
 
 HIDDEN = 64
 FOUNDERS_SEED = 1
-"""Founders begin with the same weights; whoever comes later begins with others, and catches up by averaging."""
+"""Founders begin with the same weights; a later worker begins with others, and catches up by averaging."""
 
 
 class Trainer:

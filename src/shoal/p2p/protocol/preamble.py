@@ -3,7 +3,7 @@
 ``shoal/MAJOR MIN-MAX\\n``: the major version of the protocol and the range of its minor versions that the
 sender speaks, in decimal. Every version, past and to come, begins with such a line of at most 32 bytes, so
 that two programs of any age can tell each other why they do not understand each other. Both lines go into the
-prologue of the Noise handshake: whoever changes one on its way makes the handshake fail.
+prologue of the Noise handshake: one that is changed on its way makes the handshake fail.
 
 Pure.
 """

@@ -191,7 +191,7 @@ class StreamState:
             self.on_closed(self)
 
     def reset(self, code: str, message: str, failure: ShoalError) -> None:
-        """End the stream from this side: the peer gets RESET, whoever uses the stream here gets ``failure``."""
+        """End the stream from this side: the peer gets RESET, the user of the stream here gets ``failure``."""
         if not self.is_closed:
             self._send_frame(FrameKind.RESET, self.id, wire.encode_reset(code, message))
             self._give_back(sum(map(_held_for, self.received)))

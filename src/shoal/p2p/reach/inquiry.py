@@ -165,7 +165,7 @@ class Reach:
         self.on_news()
 
     def presume(self) -> None:
-        """There is nobody to ask, so nobody whom a mistake could hurt: whoever comes has dialed this host."""
+        """There is nobody to ask, so nobody whom a mistake could hurt: a peer that comes has dialed this host."""
         self._standing, self._evidence = Standing.FULL, Evidence.PRESUMED
 
     def note_connection(self, connection: Link) -> None:
