@@ -243,3 +243,12 @@ def test_shards_are_about_equal():
         counts[shard_of(peer, 3)] += 1
         assert own_key("run", peer, 3) in keys_of("run", 3)
     assert max(counts) < 600
+
+
+def test_one_that_has_ended_leads_nobody_to_its_epoch():
+    """Nobody can give its state: a peer that wanted to load it would drop its batches while the record stands."""
+    gone = Sighting(record(6, samples_before=600), 0.0, is_gone=True)
+    found = forecast(record(samples=100), [gone], target=TARGET, now=0.0, periods=Periods())
+    assert (found.epoch, found.others_samples) == (5, 600)
+    there = Sighting(record(6), 0.0)
+    assert forecast(record(), [gone, there], target=TARGET, now=0.0, periods=Periods()).epoch == 6

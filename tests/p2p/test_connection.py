@@ -20,6 +20,7 @@ from shoal.p2p.protocol.frames import FrameKind
 from shoal.p2p.protocol.rate_limit import RateLimit
 from shoal.p2p.protocol.session import FrameReceived, Role, Session
 from shoal.p2p.rpc import Lane, Method
+from shoal.p2p.turns import Turns
 from shoal.testing import clock
 from shoal.testing.peers import make_identity
 
@@ -32,7 +33,7 @@ class Owner:
     def __init__(self, config=HostConfig()):
         self.identity = make_identity("owner")
         self.config = config
-        self.upload_limit = self.download_limit = RateLimit(None)
+        self.upload_turns, self.download_limit = Turns(None), RateLimit(None)
         self.closed = []
         self.confirmed = []
 

@@ -225,3 +225,18 @@ def test_lanes_leave_half_of_the_connections_to_others():
                 task.cancel()
 
     run(main)
+
+
+def test_a_client_opens_no_more_lanes_than_its_own_limit_for_all_that_ask_together():
+    async def main() -> None:
+        async with Swarm() as swarm:
+            servers = [await swarm.host(f"server{number}") for number in range(4)]
+            client = await swarm.host("client", HostConfig(client_mode=True, max_lanes=6))
+            for server in servers:
+                await client.connect(server.listen_addresses[0], timeout=10)
+            for server in servers:
+                await server.call(client.peer_id, OPEN_LANE, OpenLane(4), timeout=5)
+            await asyncio.sleep(3.0)
+            assert [lanes(client, server) for server in servers] == [4, 2, 0, 0]
+
+    run(main)

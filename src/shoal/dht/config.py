@@ -12,6 +12,8 @@ from shoal.utils.checks import Count, Number
 from shoal.utils.options import check_options
 
 MAX_RECORD_SIZE = 768 * 1024
+LEAST_RATE = 0.2
+"""Mbit/s. At a lower one a step of a payload takes so long that peers would miss signs of life."""
 """A whole record travels in one message, which holds 1 MiB."""
 
 _ONE_MESSAGE = "one message holds no more"
@@ -71,9 +73,9 @@ class DHTConfig:
     max_lanes: Annotated[int, Count(1)] = MAX_LANES
     """How many connections may carry payloads at a time, to all peers together. How many do so follows what is measured
     on each path: one where it is short, more where packets are lost at random."""
-    max_upload_rate: Annotated[float | None, Number(above=0, unit="Mbit/s")] = None
+    max_upload_rate: Annotated[float | None, Number(minimum=LEAST_RATE, unit="Mbit/s")] = None
     """Of tensors that are sent to all peers together; None: no limit."""
-    max_download_rate: Annotated[float | None, Number(above=0, unit="Mbit/s")] = None
+    max_download_rate: Annotated[float | None, Number(minimum=LEAST_RATE, unit="Mbit/s")] = None
     """The same of what is received."""
     congestion_control: Annotated[str, CongestionControl] = CONGESTION_CONTROL
     """Of connections that carry payloads over long paths, where the system lets this process choose; empty: as the

@@ -375,7 +375,8 @@ class Optimizer(Assembly):
             if loaded and self.local_epoch == global_epoch - 1:
                 self.state_averager.local_epoch = global_epoch
                 self.state_averager.step()  # the scheduler follows, before other ranks take the state over
-            self._begin_anew()
+            if loaded:
+                self._begin_anew()
         logger.log(
             self.status_loglevel,  # the averager has said why not
             "%s: %s at epoch %d",

@@ -91,7 +91,7 @@ class Connection(asyncio.BufferedProtocol):
         self._session = Session(role, owner.identity, secrets.token_bytes(32), expected_peer=expected_peer)
         self._session.payload_sink = self._place_payload
         self._session.piece_sink = self._place_piece
-        self.outlet = Outlet(self._session, owner.upload_limit, self._peer_does_not_read)
+        self.outlet = Outlet(self._session, owner.upload_turns, self._peer_does_not_read)
         """What goes out."""
         self._pace = ReadingPace(owner.download_limit)
         self.vigil = Vigil(self, self.outlet, owner.config)
@@ -180,6 +180,11 @@ class Connection(asyncio.BufferedProtocol):
         self.vigil.begin_handshake(speaks_first=self.role is Role.INITIATOR, expire=self._expire_handshake)
         self._session.start()
         self.outlet.flush()
+
+    @property
+    def is_deaf(self) -> bool:
+        """Whether this side reads slowly, to stay within its rate."""
+        return self._pace.is_slow
 
     def get_buffer(self, sizehint: int) -> memoryview:
         buffer = self._session.get_buffer(sizehint)

@@ -13,6 +13,7 @@ from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.frames import Piece
 from shoal.p2p.protocol.rate_limit import RateLimit
 from shoal.p2p.protocol.streams import Multiplexer
+from shoal.p2p.turns import Turns
 
 ConnectionT_contra = TypeVar("ConnectionT_contra", contravariant=True)
 
@@ -22,7 +23,7 @@ class ConnectionOwner(Protocol[ConnectionT_contra]):
 
     identity: Identity
     config: HostConfig
-    upload_limit: RateLimit
+    upload_turns: Turns
     download_limit: RateLimit
 
     def make_hello(self, connection: ConnectionT_contra) -> wire.Hello:

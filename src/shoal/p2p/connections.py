@@ -46,6 +46,7 @@ from shoal.p2p.reach.routes import Route, routes
 from shoal.p2p.room import Room
 from shoal.p2p.rpc import Lane
 from shoal.p2p.tenancy import Tenancy
+from shoal.p2p.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class Connections:
         self.addresses = AddressBook(
             max_peers=config.max_known_peers, max_addresses=config.max_addresses_per_peer
         )
-        self.upload_limit = RateLimit(config.max_upload_rate)
+        self.upload_turns = Turns(config.max_upload_rate)
         self.download_limit = RateLimit(config.max_download_rate)
         self.incarnations = Incarnations(config.max_known_peers)
         self.find_served = find_served
@@ -116,6 +117,10 @@ class Connections:
     def to(self, peer: PeerID) -> PeerConnections | None:
         """The connections to ``peer``, if any."""
         return self._peers.get(peer)
+
+    def stripe_count(self) -> int:
+        """Lanes for pieces to all peers together, those that are being opened included."""
+        return sum(one.stripe_count + one.opening for one in self._peers.values())
 
     def connected(self) -> list[PeerID]:
         """Everybody to whom a connection stands."""

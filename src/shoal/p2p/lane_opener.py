@@ -17,9 +17,9 @@ from shoal.p2p.lanes.bundle import Bundle
 from shoal.p2p.lanes.memory import PathMemory
 from shoal.p2p.lanes.upload_rate import UploadRate
 from shoal.p2p.pool import PeerConnections
-from shoal.p2p.protocol.rate_limit import RateLimit
 from shoal.p2p.reach.routes import Route
 from shoal.p2p.rpc import Lane
+from shoal.p2p.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +34,13 @@ class LaneOwner(Protocol):
     """What an opener needs of the connections of its host."""
 
     config: HostConfig
-    upload_limit: RateLimit
+    upload_turns: Turns
 
     def entry(self, peer: PeerID) -> PeerConnections:
         """The connections to a peer, made if there are none."""
+
+    def stripe_count(self) -> int:
+        """Lanes for pieces to all peers together, those that are being opened included."""
 
     def routes_to(self, peer: PeerID) -> list[Route]:
         """The routes to a peer that may lead there."""
@@ -74,7 +77,7 @@ class StripeOpener:
                 lanes=lambda: connections.stripes(incarnation),
                 open_more=lambda count: self._open(peer, count),
                 limit=self._limit,
-                rate=self._owner.upload_limit,
+                turns=self._owner.upload_turns,
                 uplink=self.uplink,
                 fixed=self._owner.config.lanes_per_peer or None,
             )
@@ -111,10 +114,11 @@ class StripeOpener:
         """Begin to dial so many lanes for ``peer``, which asks for them; False if there may be none.
 
         The peer itself says where it can be dialed. So that it cannot turn many connections on another one, a
-        connection must stand that this host dialed; and however often it asks, all lanes to it are within the limit.
+        connection must stand that this host dialed; and however often it and others ask, all lanes together are within
+        the limit.
         """
         entry = self._owner.entry(peer)
-        room = min(count, self._most() - entry.opening - entry.stripe_count)
+        room = min(count, self._most() - self._owner.stripe_count())
         if room <= 0 or self._is_paused(peer) or not entry.was_dialed or not self._owner.routes_to(peer):
             return False
         self._dial_often(peer, room)

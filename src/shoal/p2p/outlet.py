@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 from shoal.p2p import tcp_info
 from shoal.p2p.config import KIB, MIB
-from shoal.p2p.protocol.frames import FrameKind, Piece
-from shoal.p2p.protocol.rate_limit import RateLimit
+from shoal.p2p.protocol.frames import CHUNK_BYTES, FrameKind, Piece
 from shoal.p2p.protocol.session import Session
 from shoal.p2p.protocol.stream_state import StreamState
 from shoal.p2p.sockets import unsent_bytes
+from shoal.p2p.turns import Turns
 
 WRITE_HIGH = 1 * MIB
 WRITE_LOW = 256 * KIB
@@ -44,15 +44,15 @@ def unsent_bound(rate: float) -> int:
 class Outlet:
     """See the module.
 
-    :param limit: of all payloads that the host sends
+    :param turns: to send payloads, of all connections of the host
     :param peer_does_not_read: called when too many answers are queued; it ends the connection
     """
 
-    def __init__(self, session: Session, limit: RateLimit, peer_does_not_read: Callable[[], None]) -> None:
+    def __init__(self, session: Session, turns: Turns, peer_does_not_read: Callable[[], None]) -> None:
         self.written = 0
         """Bytes handed to the transport so far."""
         self._session = session
-        self._limit = limit
+        self._turns = turns
         self._peer_does_not_read = peer_does_not_read
         self._transport: asyncio.Transport | None = None
         self._is_ended = False
@@ -192,15 +192,37 @@ class Outlet:
         Once it has begun, its frame is completed whatever happens, or else the connection would be of no use: when
         the stream fails or the caller is cancelled, the rest is queued at once.
         """
-        pieces = self._session.send_payload_pieces(state.id, tag, data, self._limit.quantum or PAYLOAD_CHUNK)
+        async with self._turns.payload():
+            paid = 0
+            try:
+                # The first turn before the frame begins: frames are not held back meanwhile, and if this is given up,
+                # there is nothing to complete.
+                if self._turns.is_limited:
+                    first = min(data.nbytes, CHUNK_BYTES)
+                    await self._turns.wait(first)
+                    paid = first
+                while self._payload_under_way and not self._is_ended:  # another one, which was first
+                    await self._wait_to_write()
+                if state.failure is None and not self._is_ended:
+                    first, paid = paid, 0
+                    await self._send_in_steps(state, tag, data, first)
+            finally:
+                self._turns.spend(-paid)
+
+    async def _send_in_steps(self, state: StreamState, tag: int, data: memoryview, paid: int) -> None:
+        """:param paid: bytes of the first step that are paid for"""
+        pieces = self._session.send_payload_pieces(state.id, tag, data, self._turns.quantum or PAYLOAD_CHUNK)
+        begin, left = self.written, paid
         self._payload_under_way = True
         try:
             for _ in pieces:
-                before = self.written  # an answer may flush what is queued while this waits
-                if self._limit.is_limited and state.failure is None:
-                    await self._wait_for_rate()
+                if self._turns.is_limited and state.failure is None:
+                    step = max(0, self._session.queued - left)
+                    left = 0
+                    if step > CHUNK_BYTES // 8:
+                        await self._turns.wait(step)
+                        paid += step
                 self.flush()
-                self._limit.spend(self.written - before, asyncio.get_running_loop().time())
                 if self._is_paused and state.failure is None:
                     await self._drained(state)
                 if self._is_ended:
@@ -209,16 +231,11 @@ class Outlet:
             if not self._is_ended:
                 for _ in pieces:
                     pass
+                self.flush()
+            self._turns.spend(self.written - begin - paid)  # also for what is queued at once, or never left
             self._payload_under_way = False
             self._send_held_frames()
             self._wake_writers()
-
-    async def _wait_for_rate(self) -> None:
-        loop = asyncio.get_running_loop()
-        wait = self._limit.wait(loop.time())
-        while wait > 0 and not self._is_ended:
-            await asyncio.sleep(wait)
-            wait = self._limit.wait(loop.time())
 
     def send_piece(self, piece: Piece, data: memoryview) -> None:
         """Send a piece of a striped payload; only while :attr:`is_writable`."""

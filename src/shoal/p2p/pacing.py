@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 from shoal.p2p.protocol.rate_limit import RateLimit
+
+LATELY = 5.0
+"""Seconds."""
 
 
 class ReadingPace:
@@ -17,6 +21,7 @@ class ReadingPace:
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._is_paused = False
+        self._waited_at = -math.inf
 
     def connect(self, transport: asyncio.Transport) -> None:
         """Read from ``transport`` from now on."""
@@ -26,6 +31,11 @@ class ReadingPace:
     def quantum(self) -> int | None:
         """The most that is to be read at once; None without a limit."""
         return self._limit.quantum
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether reading has waited for the rate lately."""
+        return self._is_paused or self._loop.time() - self._waited_at < LATELY
 
     def note(self, nbytes: int) -> None:
         """So much was read."""
@@ -46,5 +56,5 @@ class ReadingPace:
         if wait > 0:
             self._loop.call_later(wait, self._read_again)
             return
-        self._is_paused = False
+        self._is_paused, self._waited_at = False, self._loop.time()
         self._transport.resume_reading()

@@ -26,6 +26,10 @@ class Watched(Protocol):
     last_used: float
 
     @property
+    def is_deaf(self) -> bool:
+        """Whether this side reads slowly, to stay within its rate."""
+
+    @property
     def is_idle(self) -> bool:
         """Whether nothing goes on here."""
 
@@ -41,6 +45,10 @@ class Watched(Protocol):
 
     def fall_silent(self, silence: float) -> None:
         """The peer shows no sign of life: end the connection."""
+
+
+SIGN_EVERY = 3.0
+"""Seconds between signs of life to a peer that is heard late."""
 
 
 class Vigil:
@@ -151,7 +159,19 @@ class Vigil:
             connection.last_used = now
             self._keepalive.set_in_use(True, now)
         outlet = self._outlet
-        verdict, again = self._keepalive.check(now, outlet.unsent, outlet.written, connection.seen_elsewhere)
+        if connection.is_deaf:
+            # What the peer says is heard late, and its questions, too: it has to be told.
+            self._keepalive.receive_bytes(now)
+            self._outlet.send_frame(FrameKind.PING, 0, self._ping_count.to_bytes(wire.PING_BYTES))
+        verdict, again = self._keepalive.check(
+            now,
+            outlet.unsent,
+            outlet.written,
+            connection.seen_elsewhere,
+            is_held=not outlet.has_place_for_frame,
+        )
+        if connection.is_deaf:
+            again = min(again, now + SIGN_EVERY)
         if verdict is Verdict.DEAD:
             connection.fall_silent(now - self._keepalive.last_sign)
             return

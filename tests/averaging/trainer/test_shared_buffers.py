@@ -19,6 +19,7 @@ from user_side import AVERAGE, LIMIT, Peer
 from shoal.averaging import SharedBuffers
 from shoal.averaging.commands import ApplyAverage, AwaitEnd
 from shoal.averaging.report import DoubtOutcome
+from shoal.averaging.trainer.shared_buffers import check_outside
 from shoal.errors import (
     DeadlineExceeded,
     InDoubt,
@@ -374,3 +375,19 @@ def test_one_averager_has_them_at_a_time():
     first.give_back()
     assert not buffers.in_use
     second.claim("second")
+
+
+def test_no_averager_takes_the_tensors_without_the_buffers():
+    """It would write its average while a round of theirs reads them: a silent mixture."""
+    buffers = SharedBuffers.like([torch.zeros(3), torch.zeros(2)])
+    own = torch.zeros(3)
+    for tensor in (*buffers.tensors, buffers.tensors[1][1:], torch.nn.Parameter(buffers.tensors[0])):
+        with pytest.raises(
+            InvalidValueError, match=r"lies in SharedBuffers.*pass the SharedBuffers object itself"
+        ):
+            check_outside([own, tensor], ["own", "averaged_tensors[1]"])
+    check_outside([own, buffers.tensors[0].clone()], ["own", "other"])
+    tensors = list(buffers.tensors)
+    del buffers
+    gc.collect()
+    check_outside(tensors, ["a", "b"])

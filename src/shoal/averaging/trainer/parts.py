@@ -24,7 +24,7 @@ from shoal.averaging.trainer.late import LateAverage
 from shoal.averaging.trainer.link import Link
 from shoal.averaging.trainer.lost_updates import UpdateWatch
 from shoal.averaging.trainer.pending import WATCH_ADVICE, AverageWriter
-from shoal.averaging.trainer.shared_buffers import SharedBuffers
+from shoal.averaging.trainer.shared_buffers import SharedBuffers, check_outside
 from shoal.averaging.trainer.sources import NamedTensors, TensorSource, take_tensors, warn_of_frozen
 from shoal.averaging.trainer.state_sharing import HasState, StateSharing
 from shoal.averaging.trainer.steps import Steps
@@ -72,6 +72,8 @@ def make_parts(averager: HasState, averaged_tensors: Any, dht: Any, given: Mappi
     else:
         named, source = _take_buffers(buffers, own), None
     check_tensors(named.tensors, named.labels)
+    if buffers is None:
+        check_outside(named.tensors, named.labels)
     infos = check_infos(named.tensors, given["tensor_infos"])
     schema = TensorSchema.from_tensors(
         named.tensors, choose_codecs(named.tensors, given["compression"], infos)

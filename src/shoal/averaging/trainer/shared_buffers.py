@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -32,6 +33,8 @@ Spec: TypeAlias = tuple[Iterable[int] | int, torch.dtype]
 """Shape and dtype of a tensor."""
 
 _SIZE = Count(minimum=0)
+_MADE: weakref.WeakSet[SharedBuffers] = weakref.WeakSet()
+"""All that are still there."""
 
 
 class SharedBuffers:
@@ -58,14 +61,18 @@ class SharedBuffers:
     not written: its owner may have changed the tensors since, and no copy tells what the round began with.
 
     A write at the wrong time that torch counts (an operation in place on one of the ``tensors``) fails the step, and
-    the average is not written. With ``debug=True`` every other write is noticed, too.
+    the average is not written. With ``debug=True`` every other write is noticed, too, from the moment on in which the
+    round takes the tensors; one between the trigger and that moment only changes what is averaged.
+
+    As long as this object is there, no averager takes its tensors without it: that one would copy an average to them
+    while a round reads them.
 
     The tensors stay valid when the averager is shut down, and another one may take the buffers then. In a forked child
     they are the same memory. Each has a storage of its own, so that ``torch.save`` and ``deepcopy`` take it alone.
 
     :param specs: shape and dtype of each tensor, or these by name; dtypes as of an averager's tensors
-    :param debug: compare a digest (SHA-256) of each tensor, taken at the trigger, before the average is written. Costs
-      about 1.5 s for each GB of tensors and round.
+    :param debug: compare a digest (SHA-256) of each tensor, taken when the round takes them, before the average is
+      written. Costs about 1.5 s for each GB of tensors and round.
     :raises InvalidValueError: (a ValueError) no tensors, a negative size, far too many elements, or a name twice
     :raises InvalidTypeError: (a TypeError) no shapes and dtypes, or a dtype that can't be averaged
     :raises OSError: the system has no room for the memory
@@ -111,6 +118,7 @@ class SharedBuffers:
         self._memory = SharedMemory.create(max(1, 2 * self._layout.nbytes))
         self._tensors = HeldTensors(_tensors_in(self._memory, self._layout))
         self._occupancy = Occupancy()
+        _MADE.add(self)
 
     @property
     def debug(self) -> bool:
@@ -162,6 +170,25 @@ class SharedBuffers:
             "SharedBuffers can't be pickled or copied: their memory belongs to this process; pickle or copy their "
             "tensors, and make SharedBuffers where they are averaged"
         )
+
+
+def check_outside(tensors: Iterable[torch.Tensor], labels: Iterable[str]) -> None:
+    """Whether tensors of an averager that copies them lie outside of all buffers: it would write while a round of
+    another averager reads them.
+
+    :raises InvalidValueError: one does not
+    """
+    areas = [(buffers.tensors, buffers.nbytes) for buffers in list(_MADE)]
+    for label, tensor in zip(labels, tensors, strict=True):
+        if tensor.device.type != "cpu" or not tensor.numel():
+            continue
+        for held, nbytes in areas:
+            begin = min((one.data_ptr() for one in held if one.numel()), default=0)
+            if begin <= tensor.data_ptr() < begin + nbytes // 2:
+                raise InvalidValueError(
+                    f"{label} lies in SharedBuffers, which rounds read where they are: pass the SharedBuffers object "
+                    "itself, or tensors of your own"
+                )
 
 
 def _check_specs(specs: Any) -> tuple[list[Any], list[TensorSpec]]:

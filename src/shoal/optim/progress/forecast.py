@@ -127,7 +127,8 @@ def forecast(
         for sighting in others
         if max(sighting.record.samples, sighting.record.samples_before) <= MAX_SHARE * target
     ]
-    full = [sighting.record.epoch for sighting in plausible if not sighting.record.client_mode]
+    # What one that is gone had begun can be loaded from nobody, unless others are there, too.
+    full = [s.record.epoch for s in plausible if not (s.record.client_mode or s.is_gone)]
     epoch = global_epoch(own.epoch, full)
     near = [sighting for sighting in plausible if abs(sighting.record.epoch - epoch) <= 1]
     reported = sum(_samples_in(epoch, sighting.record) for sighting in near)

@@ -362,7 +362,7 @@ class ProgressTracker:
                 self._left_alone = is_behind or found.others_are_gone
             self._deserted = found if found.others_are_gone else None
             now = steady_time()
-            if self._pauses:
+            if self._pauses and begun == self._ledger.epochs_begun:
                 self._ledger.agenda.looked(now, found)
                 self._found_in_pause = found, begun, now
                 return
@@ -374,6 +374,7 @@ class ProgressTracker:
     def _failed(self, error: Exception, *, tell: bool) -> None:
         with self._state:
             self._ledger.agenda.failed(steady_time(), self._periods.default)
+            self._found_in_pause = None
             if tell:
                 self._ledger.agenda.report(urgent=False)
             self._ended = self._ended or not self.dht.is_alive()

@@ -21,8 +21,8 @@ from shoal.p2p.lanes.scheduler import Outgoing, Scheduler
 from shoal.p2p.lanes.upload_rate import UploadRate
 from shoal.p2p.outlet import Outlet
 from shoal.p2p.protocol.frames import CHUNK_BYTES
-from shoal.p2p.protocol.rate_limit import RateLimit
 from shoal.p2p.protocol.stream_state import StreamState
+from shoal.p2p.turns import Turns
 
 TICK = 0.05
 """Seconds between two looks at the lanes while data is under way."""
@@ -115,7 +115,7 @@ class Bundle:
     :param lanes: the lanes for pieces that are open, in the order in which they are used
     :param open_more: begins to open so many lanes
     :param limit: the most that there may be now
-    :param rate: of all payloads that the host sends
+    :param turns: to send payloads, of all connections of the host
     :param uplink: what all paths of the host take together
     :param fixed: how many there are, if that is not to be chosen
     """
@@ -128,7 +128,7 @@ class Bundle:
         lanes: Callable[[], Sequence[BulkLane]],
         open_more: Callable[[int], None],
         limit: Callable[[], int],
-        rate: RateLimit,
+        turns: Turns,
         uplink: UploadRate,
         fixed: int | None,
     ) -> None:
@@ -137,11 +137,11 @@ class Bundle:
         self._lanes = lanes
         self._open_more = open_more
         self._limit = limit
-        self._rate_limit = rate
+        self._turns = turns
         self._uplink = uplink
         self._key = object()
         """What the uplink knows this by: it remembers it for longer than this may live."""
-        self._waits_for_rate = False
+        self._waits_for_turn = self._has_turn = False
         self._fixed = fixed
         self._loop = asyncio.get_running_loop()
         self._scheduler = Scheduler()
@@ -295,7 +295,7 @@ class Bundle:
         if lane not in scheduler.lanes:
             outlet.stripe(lambda: self._refill(lane))
             self._note_progress(lane, now)
-        while outlet.is_writable and not self._must_wait(now):
+        while outlet.is_writable and not self._must_wait():
             if self._carrying.get(lane) and not (scheduler.is_starved or self._is_stuck):
                 return
             found = scheduler.next_piece(lane, now)
@@ -305,23 +305,27 @@ class Bundle:
             piece = payload.piece(offset)
             outlet.send_piece(piece, payload.data[offset : offset + piece.size])
             lane.last_piece = now
-            self._rate_limit.spend(piece.size, now)
+            self._has_turn = False
+            self._turns.spend(piece.size)
             scheduler.note_sent(lane, payload, offset, outlet.written, now)
             if payload.is_taken:
                 payload.on_taken()
 
-    def _must_wait(self, now: float) -> bool:
-        """Whether the host has sent as much as it may for now; then lanes are filled again later."""
-        wait = self._rate_limit.wait(now)
-        if wait > 0 and not self._waits_for_rate:
-            self._waits_for_rate = True
-            self._loop.call_later(wait, self._go_on)
-        return wait > 0
+    def _must_wait(self) -> bool:
+        """Whether the host has sent as much as it may for now, or others are first; then this has a turn later."""
+        if self._has_turn or not self._turns.is_limited or self._turns.is_free:
+            return False
+        if not self._waits_for_turn:
+            self._waits_for_turn = True
+            self._turns.ask(self._take_turn)
+        return True
 
-    def _go_on(self) -> None:
-        self._waits_for_rate = False
+    def _take_turn(self) -> None:
+        """Send one piece, if there is one and a lane that takes it."""
+        self._waits_for_turn, self._has_turn = False, True
         if not self._scheduler.is_idle:
             self.pump()
+        self._has_turn = False
 
     def _refill(self, lane: BulkLane) -> None:
         """The lane has room again."""

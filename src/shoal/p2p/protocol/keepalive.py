@@ -176,15 +176,16 @@ class KeepAlive:
         return self._probe_sent is not None
 
     def check(
-        self, now: float, unsent: int, written: int, seen_elsewhere: float = -math.inf
+        self, now: float, unsent: int, written: int, seen_elsewhere: float = -math.inf, is_held: bool = False
     ) -> tuple[Verdict, float]:
         """What to do now, and when to check again.
 
         ``unsent``: bytes of ours that the peer has not taken yet, of the ``written`` ones in all so far.
         ``seen_elsewhere``: when the peer last showed life on another connection.
+        ``is_held``: a PING waits for the end of a payload that is under way.
         """
         late = max(now - self._look_due, 0.0)
-        verdict, self._look_due = self._judge(now, late, unsent, written, seen_elsewhere)
+        verdict, self._look_due = self._judge(now, late, unsent, written, seen_elsewhere, is_held)
         return verdict, self._look_due
 
     def ask(self, now: float) -> bool:
@@ -199,11 +200,12 @@ class KeepAlive:
         return True
 
     def _judge(
-        self, now: float, late: float, unsent: int, written: int, seen_elsewhere: float
+        self, now: float, late: float, unsent: int, written: int, seen_elsewhere: float, is_held: bool
     ) -> tuple[Verdict, float]:
         taken = written - unsent
-        # Only what is taken of a backlog while an answer is awaited: then the last look was a moment ago.
-        if self._probe_sent is not None and self._unsent and taken > self._taken:
+        # Only what is taken of a backlog while an answer is awaited: then the last look was a moment ago. Where a rate
+        # is kept there is no backlog, and the PING has not left.
+        if self._probe_sent is not None and (self._unsent or is_held) and taken > self._taken:
             self.receive_bytes(now)
         self._unsent, self._taken = unsent, taken
         ask_after, answer_within = self.patience

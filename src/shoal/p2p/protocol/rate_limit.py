@@ -9,6 +9,9 @@ from __future__ import annotations
 BURST_SECONDS = 0.05
 """What may be spent at once after a pause, in seconds of the rate."""
 
+LEAST_QUANTUM = 1 << 10
+"""Bytes."""
+
 
 class RateLimit:
     """``rate``: bytes a second; None: no limit."""
@@ -26,7 +29,7 @@ class RateLimit:
     @property
     def quantum(self) -> int | None:
         """Bytes that are a good step between two looks; None without a limit."""
-        return None if self._rate is None else max(1 << 14, int(self._rate * BURST_SECONDS))
+        return None if self._rate is None else max(LEAST_QUANTUM, int(self._rate * BURST_SECONDS))
 
     def spend(self, nbytes: int, now: float) -> None:
         """So many bytes were moved."""
