@@ -186,3 +186,30 @@ def test_a_low_rate_is_no_death(side: str, count: int, rate: float, seconds: flo
             await asyncio.gather(*sending, return_exceptions=True)
 
     run(main)
+
+
+def test_peers_that_take_less_than_their_share_hold_up_nobody_else():
+    """So few payloads may be under way at this rate that those to slow peers could be all of them."""
+
+    async def main() -> None:
+        async with Swarm() as swarm:
+            sender = await swarm.host("sender", HostConfig(max_upload_rate=125_000.0))
+            received: list[int] = []
+            sending = []
+            for number in range(8):
+                rate = None if number == 7 else 4000.0
+                other = await swarm.host(f"other{number}", HostConfig(max_download_rate=rate))
+                taken = received if number == 7 else []
+                other.serve_stream(STREAM, lambda stream, taken=taken: take_all(stream, 1 << 21, taken))
+                sender.add_addresses(other.peer_id, other.listen_addresses)
+                sending.append(asyncio.ensure_future(send_without_end(sender, other, 1 << 21)))
+            await asyncio.sleep(150.0)
+            before = sum(received)
+            await asyncio.sleep(150.0)
+            assert not [task for task in sending if task.done()]
+            assert sum(received) - before > 0.5 * 150.0 * 125_000.0
+            for task in sending:
+                task.cancel()
+            await asyncio.gather(*sending, return_exceptions=True)
+
+    run(main)

@@ -59,6 +59,8 @@ class Outlet:
         self._is_paused = False
         self._is_batching = False
         self._payload_under_way = False
+        self._is_reserved = self._has_entered = False
+        """For a payload that is under way, or waits for its turn; which has entered among those that may be so."""
         self._held_frames: deque[tuple[FrameKind, int, bytes]] = deque()
         self._unread_answers = 0
         self._on_room: Callable[[], None] | None = None
@@ -155,6 +157,11 @@ class Outlet:
         """Whether the socket takes more now; true on a connection that has ended, where streams have failed."""
         return not (self._is_paused or self._payload_under_way) or self._is_ended
 
+    @property
+    def takes_payload(self) -> bool:
+        """Whether :meth:`send_payload` may be called now."""
+        return self.is_writable and not self._is_reserved
+
     def add_write_waiter(self, waiter: asyncio.Future[None]) -> None:
         """Resolve ``waiter`` when :attr:`is_writable` may have become true."""
         self._write_waiters[waiter] = None
@@ -187,27 +194,36 @@ class Outlet:
     # Payloads.
 
     async def send_payload(self, state: StreamState, tag: int, data: memoryview) -> None:
-        """Send a payload whole; one of several MB in pieces, so that little ciphertext is queued at a time.
+        """Send a payload whole; one of several MB in pieces, so that little ciphertext is queued at a time. Only while
+        :attr:`takes_payload`.
 
         Once it has begun, its frame is completed whatever happens, or else the connection would be of no use: when
         the stream fails or the caller is cancelled, the rest is queued at once.
         """
-        async with self._turns.payload():
-            paid = 0
-            try:
-                # The first turn before the frame begins: frames are not held back meanwhile, and if this is given up,
-                # there is nothing to complete.
-                if self._turns.is_limited:
-                    first = min(data.nbytes, CHUNK_BYTES)
-                    await self._turns.wait(first)
-                    paid = first
-                while self._payload_under_way and not self._is_ended:  # another one, which was first
-                    await self._wait_to_write()
-                if state.failure is None and not self._is_ended:
-                    first, paid = paid, 0
-                    await self._send_in_steps(state, tag, data, first)
-            finally:
-                self._turns.spend(-paid)
+        self._is_reserved, paid = True, 0
+        try:
+            await self._turns.enter()
+            self._has_entered = True
+            # The first turn before the frame begins: frames are not held back meanwhile, and if this is given up,
+            # there is nothing to complete.
+            if self._turns.is_limited:
+                first = min(data.nbytes, CHUNK_BYTES)
+                await self._turns.wait(first)
+                paid = first
+            if state.failure is None and not self._is_ended:
+                first, paid = paid, 0
+                await self._send_in_steps(state, tag, data, first)
+        finally:
+            self._turns.spend(-paid)
+            self._leave()
+            self._is_reserved = False
+            self._wake_writers()
+
+    def _leave(self) -> None:
+        """Let another payload begin, also if this one is under way but its peer takes less than it may get."""
+        if self._has_entered:
+            self._has_entered = False
+            self._turns.leave()
 
     async def _send_in_steps(self, state: StreamState, tag: int, data: memoryview, paid: int) -> None:
         """:param paid: bytes of the first step that are paid for"""
@@ -224,6 +240,7 @@ class Outlet:
                         paid += step
                 self.flush()
                 if self._is_paused and state.failure is None:
+                    self._leave()
                     await self._drained(state)
                 if self._is_ended:
                     return
@@ -235,7 +252,6 @@ class Outlet:
             self._turns.spend(self.written - begin - paid)  # also for what is queued at once, or never left
             self._payload_under_way = False
             self._send_held_frames()
-            self._wake_writers()
 
     def send_piece(self, piece: Piece, data: memoryview) -> None:
         """Send a piece of a striped payload; only while :attr:`is_writable`."""

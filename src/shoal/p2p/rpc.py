@@ -85,8 +85,12 @@ class StreamOutlet(Protocol):
     def is_writable(self) -> bool:
         """Whether the socket takes more now."""
 
+    @property
+    def takes_payload(self) -> bool:
+        """Whether it does, and no payload has begun or waits for its turn."""
+
     def add_write_waiter(self, waiter: asyncio.Future[None]) -> None:
-        """Resolve ``waiter`` when :attr:`is_writable` may have become true."""
+        """Resolve ``waiter`` when :attr:`is_writable` or :attr:`takes_payload` may have become true."""
 
     def remove_write_waiter(self, waiter: asyncio.Future[None]) -> None:
         """Nobody waits for ``waiter`` any more."""
@@ -95,7 +99,7 @@ class StreamOutlet(Protocol):
         """Wait until the socket takes more."""
 
     async def send_payload(self, state: StreamState, tag: int, data: memoryview) -> None:
-        """Send a payload whole; the credit for it has been taken."""
+        """Send a payload whole; the credit for it has been taken. Only while :attr:`takes_payload`."""
 
 
 class StripedPayload(Protocol):
@@ -186,7 +190,7 @@ class Stream:
             raise self._state.failure
 
     async def _send_whole(self, tag: int, view: memoryview) -> None:
-        while not (self._state.can_send_payload(len(view)) and self._connection.outlet.is_writable):
+        while not (self._state.can_send_payload(len(view)) and self._connection.outlet.takes_payload):
             self._check_sendable()
             await self._wait(for_writing=True)
         self._check_sendable()
@@ -319,7 +323,7 @@ class Stream:
     async def _wait(self, *, for_writing: bool = False) -> None:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
-        if for_writing and not self._connection.outlet.is_writable:
+        if for_writing and not self._connection.outlet.takes_payload:
             self._connection.outlet.add_write_waiter(waiter)
         try:
             await waiter

@@ -6,9 +6,8 @@ All connections share the limit. Were all woken when there is room, always the s
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 from shoal.p2p.protocol.frames import CHUNK_BYTES
 from shoal.p2p.protocol.rate_limit import RateLimit
@@ -75,23 +74,26 @@ class Turns:
                 self.spend(-nbytes)
             raise
 
-    @contextlib.asynccontextmanager
-    async def payload(self) -> AsyncIterator[None]:
-        """A payload that is sent in steps; with a limit, only so many are under way as have turns soon enough."""
-        if not self.is_limited:
-            yield
-            return
-        async with self._payloads:
-            yield
+    async def enter(self) -> None:
+        """Before a payload that is sent in steps. With a limit only so many are under way as have turns soon."""
+        if self.is_limited:
+            await self._payloads.acquire()
+
+    def leave(self) -> None:
+        """After :meth:`enter`, once."""
+        if self.is_limited:
+            self._payloads.release()
 
     def _serve(self) -> None:
         self._timer = None
-        while self._waiting:
-            wait = self._limit.wait(self._now())
-            if wait > 0:
-                self._timer = asyncio.get_running_loop().call_later(wait, self._serve)
-                return
-            self._waiting.popleft()()
+        try:
+            while self._waiting and self._limit.wait(self._now()) == 0:
+                self._waiting.popleft()()
+        finally:
+            if self._waiting and self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(
+                    self._limit.wait(self._now()), self._serve
+                )
 
     @staticmethod
     def _now() -> float:
