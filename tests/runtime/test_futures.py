@@ -7,10 +7,15 @@ import concurrent.futures
 import copy
 import os
 import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable
 
 import pytest
 
 from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidTypeError
+from shoal.runtime import futures
 from shoal.runtime.futures import MPFuture, chain
 
 
@@ -202,3 +207,30 @@ def test_a_future_in_a_forked_child_is_an_error_that_says_what_to_use(use):
     os.waitpid(child, 0)
     assert f"belongs to process {os.getpid()}" in outcome
     assert "multiprocessing.Queue" in outcome
+
+
+@pytest.mark.parametrize("ask", [MPFuture.result, MPFuture.exception])
+def test_a_signal_that_wakes_nobody_ends_a_wait_soon(ask: Callable[[MPFuture[int]], object]):
+    """As one does that comes in the moment when the wait begins. Here another thread gets it."""
+    thread = threading.Timer(0.2, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT))
+    thread.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        ask(MPFuture())
+    assert time.monotonic() - began < 30
+    thread.join()
+
+
+def test_waits_end_in_time_and_with_what_was_set_meanwhile(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(futures, "AWAKE", 0.01)
+    future: MPFuture[int] = MPFuture()
+    for ask in (future.result, future.exception):
+        with pytest.raises(TimeoutError):
+            ask(0.05)
+    threading.Timer(0.1, future.set_exception, [TimeoutError("of the call")]).start()
+    with pytest.raises(TimeoutError, match="of the call"):
+        future.result(20)
+    cancelled: MPFuture[int] = MPFuture()
+    threading.Timer(0.1, cancelled.cancel).start()
+    with pytest.raises(concurrent.futures.CancelledError):
+        cancelled.result()

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import os
 import threading
+import time
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
@@ -15,6 +16,11 @@ from shoal.errors import InvalidStateError
 
 S = TypeVar("S")
 T = TypeVar("T")
+
+AWAKE = 1.0
+"""Seconds after which a thread that waits looks up. Python runs the handlers of signals in the main thread. A signal
+that comes in the moment when that begins to wait does not wake it: Ctrl+C would be heard when the wait is over.
+"""
 
 _FINISHED = ("CANCELLED", "CANCELLED_AND_NOTIFIED", "FINISHED")
 
@@ -76,8 +82,9 @@ class MPFuture(concurrent.futures.Future[T]):
         return True
 
     def result(self, timeout: float | None = None) -> T:
+        self._outlast(timeout)
         try:
-            return super().result(timeout)
+            return super().result(None if timeout is None else 0)
         except TimeoutError:
             late = self.why_late()
             if late is None:
@@ -87,13 +94,24 @@ class MPFuture(concurrent.futures.Future[T]):
             del self  # as Future does: the error that it holds would refer to this frame, and thereby to it
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._outlast(timeout)
         try:
-            return super().exception(timeout)
+            return super().exception(None if timeout is None else 0)
         except TimeoutError:
             late = self.why_late()
             if late is None:
                 raise
             raise late from None
+
+    def _outlast(self, timeout: float | None) -> None:
+        """Wait until it is done, or so many seconds have passed."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self.done():
+            left = AWAKE if deadline is None else min(AWAKE, deadline - time.monotonic())
+            if left <= 0:
+                return
+            with contextlib.suppress(TimeoutError, concurrent.futures.CancelledError):
+                super().exception(left)
 
     def why_late(self) -> Exception | None:
         """The error of a wait that was too short, where the result will not come by itself: the process that has to
