@@ -1,9 +1,10 @@
-"""For every test: loggers as they were before it, since a level that a test or command sets belongs to it alone."""
+"""For every test: loggers and Ctrl+C as they were before it, since what a test or command sets belongs to it alone."""
 
 from __future__ import annotations
 
 import gc
 import logging
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -26,6 +27,19 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def _heeds_ctrl_c() -> Iterator[None]:
+    """Programs that a test starts and sends Ctrl+C inherit whether it is ignored. Shells have it ignored in what they
+    start in the background, and Lightning leaves it ignored when it was interrupted.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    if before is not None:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
