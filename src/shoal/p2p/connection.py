@@ -182,7 +182,7 @@ class Connection(asyncio.BufferedProtocol):
         self.outlet.flush()
 
     @property
-    def is_deaf(self) -> bool:
+    def hears_late(self) -> bool:
         """Whether this side reads slowly, to stay within its rate."""
         return self._pace.is_slow
 

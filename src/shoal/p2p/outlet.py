@@ -201,18 +201,19 @@ class Outlet:
         the stream fails or the caller is cancelled, the rest is queued at once.
         """
         self._is_reserved, paid = True, 0
+        step = max(1, (self._turns.quantum or PAYLOAD_CHUNK) // CHUNK_BYTES) * CHUNK_BYTES
         try:
             await self._turns.enter()
             self._has_entered = True
             # The first turn before the frame begins: frames are not held back meanwhile, and if this is given up,
             # there is nothing to complete.
             if self._turns.is_limited:
-                first = min(data.nbytes, CHUNK_BYTES)
+                first = min(step, data.nbytes)
                 await self._turns.wait(first)
                 paid = first
             if state.failure is None and not self._is_ended:
                 first, paid = paid, 0
-                await self._send_in_steps(state, tag, data, first)
+                await self._send_in_steps(state, tag, data, step, first)
         finally:
             self._turns.spend(-paid)
             self._leave()
@@ -225,19 +226,21 @@ class Outlet:
             self._has_entered = False
             self._turns.leave()
 
-    async def _send_in_steps(self, state: StreamState, tag: int, data: memoryview, paid: int) -> None:
-        """:param paid: bytes of the first step that are paid for"""
-        pieces = self._session.send_payload_pieces(state.id, tag, data, self._turns.quantum or PAYLOAD_CHUNK)
-        begin, left = self.written, paid
+    async def _send_in_steps(
+        self, state: StreamState, tag: int, data: memoryview, step: int, paid: int
+    ) -> None:
+        """:param step: bytes
+        :param paid: for the first step, that is; the rest has turns of its own
+        """
+        pieces = self._session.send_payload_pieces(state.id, tag, data, step)
+        begin = self.written
         self._payload_under_way = True
         try:
-            for _ in pieces:
-                if self._turns.is_limited and state.failure is None:
-                    step = max(0, self._session.queued - left)
-                    left = 0
-                    if step > CHUNK_BYTES // 8:
-                        await self._turns.wait(step)
-                        paid += step
+            for number, _ in enumerate(pieces):
+                if number and self._turns.is_limited and state.failure is None:
+                    price = min(step, data.nbytes - number * step)
+                    await self._turns.wait(price)
+                    paid += price
                 self.flush()
                 if self._is_paused and state.failure is None:
                     self._leave()
@@ -249,7 +252,8 @@ class Outlet:
                 for _ in pieces:
                     pass
                 self.flush()
-            self._turns.spend(self.written - begin - paid)  # also for what is queued at once, or never left
+            # What it really was: with headers and what is queued at once, without what never left.
+            self._turns.spend(self.written - begin - paid)
             self._payload_under_way = False
             self._send_held_frames()
 

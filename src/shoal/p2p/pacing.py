@@ -8,7 +8,7 @@ import math
 from shoal.p2p.protocol.rate_limit import RateLimit
 
 LATELY = 5.0
-"""Seconds."""
+"""Seconds for which a connection counts as slow after it has waited: it waits again after its next step."""
 
 
 class ReadingPace:

@@ -26,7 +26,7 @@ class Watched(Protocol):
     last_used: float
 
     @property
-    def is_deaf(self) -> bool:
+    def hears_late(self) -> bool:
         """Whether this side reads slowly, to stay within its rate."""
 
     @property
@@ -159,7 +159,7 @@ class Vigil:
             connection.last_used = now
             self._keepalive.set_in_use(True, now)
         outlet = self._outlet
-        if connection.is_deaf:
+        if connection.hears_late:
             # What the peer says is heard late, and its questions, too: it has to be told.
             self._keepalive.receive_bytes(now)
             self._outlet.send_frame(FrameKind.PING, 0, self._ping_count.to_bytes(wire.PING_BYTES))
@@ -170,7 +170,7 @@ class Vigil:
             connection.seen_elsewhere,
             is_held=not outlet.has_place_for_frame,
         )
-        if connection.is_deaf:
+        if connection.hears_late:
             again = min(again, now + SIGN_EVERY)
         if verdict is Verdict.DEAD:
             connection.fall_silent(now - self._keepalive.last_sign)

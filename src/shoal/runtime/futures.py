@@ -175,9 +175,8 @@ def chain(first: MPFuture[S], begin: Callable[[S], MPFuture[T]]) -> MPFuture[T]:
             _fail(outer, error)
             return
         calls.append(call)
-        if (
-            outer.cancelled()
-        ):  # a thread that cancels looks into the list afterwards: one of the two sees the other
+        # A thread that cancels looks into the list afterwards: one of the two sees the other.
+        if outer.cancelled():
             call.cancel()
         call.when_done(call_done)
 

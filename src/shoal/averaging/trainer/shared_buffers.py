@@ -64,8 +64,8 @@ class SharedBuffers:
     the average is not written. With ``debug=True`` every other write is noticed, too, from the moment on in which the
     round takes the tensors; one between the trigger and that moment only changes what is averaged.
 
-    As long as this object is there, no averager takes its tensors without it: that one would copy an average to them
-    while a round reads them.
+    As long as this object is there, no averager can be made of its tensors without it: that one would copy an average
+    to them while a round reads them.
 
     The tensors stay valid when the averager is shut down, and another one may take the buffers then. In a forked child
     they are the same memory. Each has a storage of its own, so that ``torch.save`` and ``deepcopy`` take it alone.
@@ -153,6 +153,12 @@ class SharedBuffers:
         self._check_process()
         self._occupancy.wait(timeout)
 
+    @property
+    def _place(self) -> tuple[int, int]:
+        """The address of the tensors, and their bytes."""
+        addresses = (tensor.data_ptr() for tensor in self._tensors if tensor.numel())
+        return min(addresses, default=0), self._layout.nbytes
+
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise InvalidStateError(
@@ -178,17 +184,14 @@ def check_outside(tensors: Iterable[torch.Tensor], labels: Iterable[str]) -> Non
 
     :raises InvalidValueError: one does not
     """
-    areas = [(buffers.tensors, buffers.nbytes) for buffers in list(_MADE)]
+    areas = [range(begin, begin + nbytes) for begin, nbytes in (buffers._place for buffers in list(_MADE))]
     for label, tensor in zip(labels, tensors, strict=True):
-        if tensor.device.type != "cpu" or not tensor.numel():
-            continue
-        for held, nbytes in areas:
-            begin = min((one.data_ptr() for one in held if one.numel()), default=0)
-            if begin <= tensor.data_ptr() < begin + nbytes // 2:
-                raise InvalidValueError(
-                    f"{label} lies in SharedBuffers, which rounds read where they are: pass the SharedBuffers object "
-                    "itself, or tensors of your own"
-                )
+        is_elsewhere = tensor.device.type != "cpu" or not tensor.numel()
+        if not is_elsewhere and any(tensor.data_ptr() in area for area in areas):
+            raise InvalidValueError(
+                f"{label} lies in SharedBuffers, which rounds read where they are: pass the SharedBuffers object "
+                "itself, or tensors of your own"
+            )
 
 
 def _check_specs(specs: Any) -> tuple[list[Any], list[TensorSpec]]:

@@ -125,8 +125,8 @@ class ProgressTracker:
         self._ledger = Ledger(self.target_batch_size, self._periods, steady_time())
         self._pauses = self._failures = 0
         self._left_alone = False
-        self._found_in_pause: tuple[Forecast, int, float] | None = None
-        """What the last look in a pause has found, after which number of epochs begun, and when."""
+        self._found_in_pause: tuple[Forecast, float] | None = None
+        """What the last look in a pause has found in this epoch, and when."""
         self._deserted: Forecast | None = None
         """The last look, if it has found that all others are gone: that does not wait for the end of a pause."""
         self._ended = False
@@ -291,7 +291,8 @@ class ProgressTracker:
             with self._state:
                 self._pauses -= 1
                 if not self._pauses and self._found_in_pause is not None:
-                    self._take(*self._found_in_pause)
+                    found, at = self._found_in_pause
+                    self._take(found, self._ledger.epochs_begun, at)
                 self._state.notify_all()
 
     def update_epoch(self, new_epoch: int | None = None) -> int:
@@ -364,7 +365,7 @@ class ProgressTracker:
             now = steady_time()
             if self._pauses and begun == self._ledger.epochs_begun:
                 self._ledger.agenda.looked(now, found)
-                self._found_in_pause = found, begun, now
+                self._found_in_pause = found, now
                 return
             if not self._take(found, begun, now):
                 return

@@ -10,7 +10,7 @@ BURST_SECONDS = 0.05
 """What may be spent at once after a pause, in seconds of the rate."""
 
 LEAST_QUANTUM = 1 << 10
-"""Bytes."""
+"""Bytes. At a low rate, larger steps of many connections would keep each one silent for long."""
 
 
 class RateLimit:

@@ -310,11 +310,6 @@ class Session:
         self._to_send.append(seal_message(sender, header))
         self._to_send.append(seal_chunks(sender, data))
 
-    @property
-    def queued(self) -> int:
-        """Bytes that :meth:`data_to_send` would give."""
-        return sum(map(len, self._to_send))
-
     def data_to_send(self) -> list[bytes | bytearray | memoryview]:
         """All that was queued since the last call, for ``transport.writelines``; the session keeps no hold on
         it.

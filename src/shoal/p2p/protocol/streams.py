@@ -78,7 +78,7 @@ class Multiplexer:
     def receive_open(self, stream_id: int, body: bytes) -> tuple[StreamState, wire.Open] | None:
         """The stream that the peer begins, or None if it was refused because there is too much already.
 
-        Its server calls :meth:`release` when done with it.
+        The handler that serves it calls :meth:`release` when done with it.
         """
         if stream_id <= self._last_peer_id:
             raise ProtocolViolation(f"OPEN with stream id {stream_id} after {self._last_peer_id}")
