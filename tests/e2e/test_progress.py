@@ -25,7 +25,7 @@ def dhts() -> Iterator[tuple[shoal.DHT, shoal.DHT]]:
         yield first, second
 
 
-def make(dht: shoal.DHT, run: str) -> ProgressTracker:
+def make(dht: shoal.DHT, run: str, start: bool = True) -> ProgressTracker:
     return ProgressTracker(
         dht,
         run,
@@ -33,7 +33,7 @@ def make(dht: shoal.DHT, run: str) -> ProgressTracker:
         min_refresh_period=0.05,
         default_refresh_period=0.1,
         max_refresh_period=0.5,
-        start=True,
+        start=start,
     )
 
 
@@ -109,6 +109,33 @@ def test_what_a_peer_found_in_a_pause_counts_after_it_if_no_epoch_has_begun(
     assert one.global_epoch == 2
     for tracker in (one, other):
         tracker.shutdown()
+
+
+def test_peers_found_in_a_pause_are_known_in_the_epoch_that_begins_in_it(
+    dhts: tuple[shoal.DHT, shoal.DHT],
+):
+    """A newcomer loads a state in a pause, which its first look falls into: it must not take itself to be alone."""
+    one = make(dhts[0], "newcomer")
+    with one.pause_updates():
+        one.update_epoch(3)
+    one.report_local_progress(3, 10)
+    with (other := make(dhts[1], "newcomer", start=False)).pause_updates():
+        other.run_in_background()
+        wait_until(lambda: other._found_in_pause is not None and other._found_in_pause[0].num_peers == 2)
+        with other._state:  # no later look comes between
+            other.update_epoch(3)
+            assert other.global_progress.num_peers == 2
+    for tracker in (one, other):
+        tracker.shutdown()
+
+
+def test_the_donor_of_a_state_is_known_before_the_first_look(dhts: tuple[shoal.DHT, shoal.DHT]):
+    newcomer = make(dhts[0], "donated", start=False)
+    assert newcomer.is_alone
+    with newcomer.pause_updates():
+        newcomer.update_epoch(3, others=1)
+    assert newcomer.global_progress.num_peers == 2
+    assert not newcomer.is_alone
 
 
 def test_before_the_first_report_nothing_is_known_and_nobody_waits(dhts: tuple[shoal.DHT, shoal.DHT]):

@@ -40,12 +40,12 @@ class TorchFace(torch.optim.Optimizer):
         """The epoch of this peer."""
         return self.state_averager.local_epoch
 
-    def _begin_anew(self) -> None:
-        """A state was loaded: what was accumulated belongs to another one."""
+    def _begin_anew(self, others: int = 0) -> None:
+        """A state was loaded, from as many other peers: what was accumulated belongs to another one."""
         if self.grad_averager is not None:
             self.grad_averager.reset_accumulated_grads_()
         self._samples = 0
-        self.tracker.update_epoch(self.local_epoch)
+        self.tracker.update_epoch(self.local_epoch, others=others)
         self._set_priority()
 
     def _set_priority(self) -> None:

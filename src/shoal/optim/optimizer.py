@@ -376,7 +376,7 @@ class Optimizer(Assembly):
                 self.state_averager.local_epoch = global_epoch
                 self.state_averager.step()  # the scheduler follows, before other ranks take the state over
             if loaded:
-                self._begin_anew()
+                self._begin_anew(others=1)
         logger.log(
             self.status_loglevel,  # the averager has said why not
             "%s: %s at epoch %d",

@@ -37,16 +37,20 @@ class Ledger:
         self.samples, self.rate, self.reported_at = samples, rate, now
         self.agenda.report(urgent=self.is_over() and not was_over)
 
-    def begin(self, epoch: int, now: float) -> None:
-        """Begin an epoch without samples. If it is the next one, those of the last one are told once more."""
+    def begin(self, epoch: int, now: float, known: Forecast | None = None, others: int = 0) -> None:
+        """Begin an epoch without samples. If it is the next one, those of the last one are told once more.
+
+        :param known: what a look has found that did not count yet; its peers are those of the new epoch, too
+        :param others: other peers that exist for certain, whatever looks have found
+        """
         self.samples_before = self.samples if epoch == self.epoch + 1 else 0
         self.epoch, self.samples, self.reported_at = epoch, 0, now
         self.epochs_begun += 1
         if epoch > self.forecast.epoch:
-            known = self.forecast
+            known = known or self.forecast
             eta = self.target / self.rate if self.rate else math.inf
             self.forecast = Forecast(
-                epoch, 0, known.num_peers, known.num_clients, eta, known.pace, known.pace
+                epoch, 0, max(known.num_peers, others + 1), known.num_clients, eta, known.pace, known.pace
             )
             self.forecast_at = now
         self.agenda.report(urgent=True)

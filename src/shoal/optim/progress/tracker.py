@@ -295,23 +295,26 @@ class ProgressTracker:
                     self._take(found, self._ledger.epochs_begun, at)
                 self._state.notify_all()
 
-    def update_epoch(self, new_epoch: int | None = None) -> int:
+    def update_epoch(self, new_epoch: int | None = None, *, others: int = 0) -> int:
         """Begin an epoch with no samples; returns it. Only inside :meth:`pause_updates`.
 
         :param new_epoch: None: the next one
+        :param others: other peers that exist for certain, such as one that has sent its state; a newcomer may have
+            it before its first look
         :raises InvalidStateError: it is not paused
         """
         with self._state:
             if not self._pauses:
                 raise InvalidStateError("update_epoch() must be called inside `with tracker.pause_updates()`")
             epoch = self._ledger.epoch + 1 if new_epoch is None else new_epoch
-            self._begin(Count(0, MAX_EPOCH).check("new_epoch", epoch))
+            self._begin(Count(0, MAX_EPOCH).check("new_epoch", epoch), others)
             return self._ledger.epoch
 
     # Inside; with the lock
 
-    def _begin(self, epoch: int) -> None:
-        self._ledger.begin(epoch, steady_time())
+    def _begin(self, epoch: int, others: int = 0) -> None:
+        known = self._found_in_pause and self._found_in_pause[0]
+        self._ledger.begin(epoch, steady_time(), known, others)
         self._left_alone = False
         self._found_in_pause = None
         self.fetched_global_progress_this_epoch.clear()

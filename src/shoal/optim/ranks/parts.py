@@ -128,7 +128,7 @@ class AtRankZero:
         """There are no updates here."""
         return nullcontext()
 
-    def update_epoch(self, epoch: int) -> None:
+    def update_epoch(self, epoch: int, *, others: int = 0) -> None:
         """Nobody is told."""
 
     def shutdown(self, timeout: float | None = None) -> None:
