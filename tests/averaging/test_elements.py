@@ -71,6 +71,16 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype: DType, coun
 
 
 @dtypes
+def test_values_whose_sum_overflows_are_finite_and_infinities_that_cancel_are_not(dtype: DType):
+    most = torch.finfo(dtype.torch_dtype).max
+    for values, expected in (([most] * 3, True), ([-most, -most], True), ([math.inf, -math.inf], False)):
+        found = is_finite(
+            elements_in(tensor_bytes(torch.tensor(values, dtype=dtype.torch_dtype)), dtype), dtype
+        )
+        assert found is expected
+
+
+@dtypes
 def test_plain_elements_travel_as_their_memory(dtype: DType):
     values = some_values(dtype)
     form = format_of(dtype, 0)

@@ -7,6 +7,7 @@ float16: both are arrays of their bits (uint16), which are *widened* before anyt
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -77,6 +78,8 @@ def is_finite(values: Elements, dtype: DType) -> bool:
     exponent = _EXPONENT_BITS.get(dtype)
     for start in range(0, len(values), _PIECE):
         piece = values[start : start + _PIECE]
+        if exponent is None and math.isfinite(np.einsum("i->", piece)):
+            continue  # a sum that is finite has only finite terms, and takes less time
         finite = np.isfinite(piece) if exponent is None else (piece & exponent) != exponent
         if not finite.all():
             return False
