@@ -120,6 +120,51 @@ def test_deadlines_are_kept_on_uvloop(delay):
     uvloop.run(main())
 
 
+def test_with_slack_the_deadline_is_asked_for_once_in_that_time_and_heard_so_much_late():
+    class Counting(Echo):
+        asked = 0
+
+        @property
+        def deadline(self):
+            self.asked += 1
+            return self._deadline
+
+        @deadline.setter
+        def deadline(self, value):
+            self._deadline = value
+
+    async def main() -> None:
+        loop, core = asyncio.get_running_loop(), Counting()
+        driver = Driver(core, lambda effect: None, name="echo", subject="one", slack=0.5)
+        began = loop.time()
+        driver.tell("part")
+        for _ in range(100):
+            driver.tell("part")
+        driver.tell(began + 0.2)
+        assert core.asked == 1
+        await asyncio.sleep(5)
+        # asked again when the slack was over, and told at once that the time had passed
+        assert core.heard[-1] == (TimePassed(0.0), pytest.approx(began + 0.5))
+        assert core.asked < 6
+        driver.tell(loop.time() + 2.0)
+        await asyncio.sleep(5)
+        assert core.heard[-1] == (TimePassed(0.0), pytest.approx(began + 7.0))
+
+    run(main)
+
+
+def test_a_driver_that_is_closed_asks_for_no_deadline_that_was_put_off():
+    async def main() -> None:
+        core, driver = make(slack=0.5)
+        driver.tell("part")
+        driver.tell(asyncio.get_running_loop().time() + 0.1)
+        driver.close()
+        await asyncio.sleep(5)
+        assert not any(isinstance(event, TimePassed) for event, _ in core.heard)
+
+    run(main)
+
+
 def test_a_watcher_sees_turns_before_and_after_their_effects():
     async def main() -> None:
         order = []

@@ -65,6 +65,8 @@ __all__ = ["Round", "RoundResult", "RoundTimeouts"]
 
 FAREWELL_TIMEOUT = 1.0
 """How long a member that gives up takes to tell the leader."""
+DEADLINE_SLACK = 0.01
+"""Seconds by which a deadline of the round may be noticed late while parts come and go."""
 JOIN_TIMEOUT = 15.0
 """Seconds, from the beginning of the round, within which each member has joined it at the leader; ``sender_timeout``
 if that is shorter.
@@ -121,6 +123,7 @@ class Round:
             self.core,
             self._carry_out,
             on_turn=self._note_bound,
+            slack=DEADLINE_SLACK,
             name="allreduce",
             subject=group.group_id.hex(),
         )

@@ -111,6 +111,8 @@ class Exchange:
         self._tasks: asyncio.TaskGroup | None = None
         self._is_contributing = self._core.roles.contributes[self._core.roles.me]
         self._progress = asyncio.Event()
+        self._held = 0
+        """Senders of which nothing is taken for now. Only they look again when an average has been returned."""
         self._serve_own(self._core.ledger.assignment.spans)  # others' streams may come before this round runs
 
     # from the round
@@ -414,13 +416,17 @@ class Exchange:
         takes no averages, it is not to blame for that time.
         """
         span, is_held = serving.span.id, False
-        while serving.is_ahead(member, index) and not self._is_closed(serving):
-            waits_for_others = index - serving.averaged > serving.max_held
-            if waits_for_others == is_held:
-                await self._progress.wait()
-                continue
-            is_held = waits_for_others
-            self._shared.feed(SenderHeld(span, member) if is_held else SenderAwaited(span, member))
+        self._held += 1
+        try:
+            while serving.is_ahead(member, index) and not self._is_closed(serving):
+                waits_for_others = index - serving.averaged > serving.max_held
+                if waits_for_others == is_held:
+                    await self._progress.wait()
+                    continue
+                is_held = waits_for_others
+                self._shared.feed(SenderHeld(span, member) if is_held else SenderAwaited(span, member))
+        finally:
+            self._held -= 1
         self._shared.feed(SenderAwaited(span, member))
 
     def _is_closed(self, serving: Serving) -> bool:
@@ -433,7 +439,8 @@ class Exchange:
             await stream.send_payload(index, self._encoded(partial(own.to_return, member), index))
             self.bytes_sent += own.parts[index].nbytes
             serving.returned[member] = index + 1
-            self.wake()
+            if self._held:
+                self.wake()
         await self._until(serving, lambda: serving.report is not None)
         assert serving.report is not None
         await stream.send(serving.report)
