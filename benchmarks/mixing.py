@@ -1,6 +1,6 @@
 """How fast large swarms mix, beside what is ideal and beside groups at random, in simulated time.
 
-    python -m benchmarks.mixing                           the whole table; more than half an hour on two cores
+    python -m benchmarks.mixing                           the whole table; a quarter of an hour on two cores
     python -m benchmarks.mixing --quick                   64 to 128 peers; half a minute
     python -m benchmarks.mixing --picture docs/images/mixing.png
 
