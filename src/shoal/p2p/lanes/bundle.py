@@ -17,6 +17,7 @@ from shoal.p2p import tcp_info
 from shoal.p2p.lanes.count import SHORT_RTT, Path, choose, first_choice
 from shoal.p2p.lanes.forecast import Flow
 from shoal.p2p.lanes.memory import PathMemory
+from shoal.p2p.lanes.pacing import fastest
 from shoal.p2p.lanes.scheduler import Outgoing, Scheduler
 from shoal.p2p.lanes.upload_rate import UploadRate
 from shoal.p2p.outlet import Outlet
@@ -115,6 +116,7 @@ class Bundle:
     :param lanes: the lanes for pieces that are open, in the order in which they are used
     :param open_more: begins to open so many lanes
     :param limit: the most that there may be now
+    :param paths: how many bundles of the host are busy
     :param turns: to send payloads, of all connections of the host
     :param uplink: what all paths of the host take together
     :param fixed: how many there are, if that is not to be chosen
@@ -128,6 +130,7 @@ class Bundle:
         lanes: Callable[[], Sequence[BulkLane]],
         open_more: Callable[[int], None],
         limit: Callable[[], int],
+        paths: Callable[[], int],
         turns: Turns,
         uplink: UploadRate,
         fixed: int | None,
@@ -137,6 +140,7 @@ class Bundle:
         self._lanes = lanes
         self._open_more = open_more
         self._limit = limit
+        self._paths = paths
         self._turns = turns
         self._uplink = uplink
         self._key = object()
@@ -153,6 +157,8 @@ class Bundle:
         """When data was last under way."""
         self._counted: _Count | None = None
         self._last: dict[BulkLane, tcp_info.TcpInfo] = {}
+        self._paces: dict[BulkLane, float | None] = {}
+        """Bytes a second that lanes may send, where that was ever limited."""
         self._totals = _Count(0.0)
         self._rate = 0.0
         self._resent = 0
@@ -208,10 +214,12 @@ class Bundle:
             self._last.clear()
             self._skip_pause()
             self._look_after(TICK)
+            self._pace()
 
     def lane_ended(self, lane: BulkLane) -> None:
         """A lane is gone: what it carried goes out on others."""
         self._last.pop(lane, None)
+        self._paces.pop(lane, None)
         self._carrying.pop(lane, None)
         self._scheduler.remove_lane(lane)
         self.pump()
@@ -360,6 +368,7 @@ class Bundle:
             self._skip_pause()
             return
         self._measure(carriers, now)
+        self._pace()
         for lane in dict.fromkeys([*self._lanes(), *carriers]):
             if lane not in carriers:
                 self._last.pop(lane, None)  # it is read no more
@@ -372,6 +381,21 @@ class Bundle:
         self._scheduler.look_for_late(now)
         self._open_missing()
         self.pump()
+
+    def _pace(self) -> None:
+        """Have the lanes send no faster than their share of the uplink, once that is known."""
+        lanes = self._carriers() if self._is_long else []
+        if not lanes:
+            return
+        uplink = self._uplink.peak(self._loop.time())
+        control = tcp_info.congestion_control(lanes[0].outlet.transport)
+        pace = fastest(uplink, self._paths(), self._rate, len(lanes), control)
+        self._paces = {lane: known for lane, known in self._paces.items() if lane.is_open}
+        for lane in lanes:
+            before = self._paces.get(lane)
+            if (pace is None) != (before is None) or (pace and before and not 0.9 < pace / before < 1.1):
+                self._paces[lane] = pace
+                tcp_info.limit_pace(lane.outlet.transport, pace)
 
     def _skip_pause(self) -> None:
         """What lanes did until now says nothing of their rates: nothing moved."""
