@@ -55,7 +55,7 @@ class Trainer:
 
 
 class Averager(shoal.DecentralizedAverager):
-    """Averages the trainer's parameters, and gives its whole state to whoever asks."""
+    """Averages the trainer's parameters, and gives its whole state to peers that ask."""
 
     def __init__(self, trainer: Trainer, *args: Any, **options: Any) -> None:
         self._trainer = trainer

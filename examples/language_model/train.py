@@ -234,7 +234,7 @@ def run(peer: Peer, record: Record, save_every: int) -> None:
         losses.append(peer.train_step())
         event = peer.advance()
         if event is None:
-            if time.monotonic() - told_at > PROGRESS_SECONDS:  # for whoever watches the log
+            if time.monotonic() - told_at > PROGRESS_SECONDS:  # for readers of the log
                 told_at = time.monotonic()
                 record.write("progress", step=trainer.step, tokens=trainer.tokens)
             continue

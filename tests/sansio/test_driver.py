@@ -31,6 +31,21 @@ class Echo:
         return [event]
 
 
+class Counting(Echo):
+    """How often is it asked for its deadline?"""
+
+    asked = 0
+
+    @property
+    def deadline(self):
+        self.asked += 1
+        return self._deadline
+
+    @deadline.setter
+    def deadline(self, value):
+        self._deadline = value
+
+
 def make(carry_out=lambda effect: None, **options):
     core = Echo()
     return core, Driver(core, carry_out, name="echo", subject="one", **options)
@@ -121,18 +136,6 @@ def test_deadlines_are_kept_on_uvloop(delay):
 
 
 def test_with_slack_the_deadline_is_asked_for_once_in_that_time_and_heard_so_much_late():
-    class Counting(Echo):
-        asked = 0
-
-        @property
-        def deadline(self):
-            self.asked += 1
-            return self._deadline
-
-        @deadline.setter
-        def deadline(self, value):
-            self._deadline = value
-
     async def main() -> None:
         loop, core = asyncio.get_running_loop(), Counting()
         driver = Driver(core, lambda effect: None, name="echo", subject="one", slack=0.5)
@@ -155,11 +158,13 @@ def test_with_slack_the_deadline_is_asked_for_once_in_that_time_and_heard_so_muc
 
 def test_a_driver_that_is_closed_asks_for_no_deadline_that_was_put_off():
     async def main() -> None:
-        core, driver = make(slack=0.5)
+        core = Counting()
+        driver = Driver(core, lambda effect: None, name="echo", subject="one", slack=0.5)
         driver.tell("part")
         driver.tell(asyncio.get_running_loop().time() + 0.1)
         driver.close()
         await asyncio.sleep(5)
+        assert core.asked == 1
         assert not any(isinstance(event, TimePassed) for event, _ in core.heard)
 
     run(main)

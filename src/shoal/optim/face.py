@@ -41,7 +41,10 @@ class TorchFace(torch.optim.Optimizer):
         return self.state_averager.local_epoch
 
     def _begin_anew(self, others: int = 0) -> None:
-        """A state was loaded, from as many other peers: what was accumulated belongs to another one."""
+        """A state was loaded: what was accumulated belongs to another one.
+
+        :param others: peers that it came from
+        """
         if self.grad_averager is not None:
             self.grad_averager.reset_accumulated_grads_()
         self._samples = 0

@@ -157,8 +157,6 @@ class Bundle:
         """When data was last under way."""
         self._counted: _Count | None = None
         self._last: dict[BulkLane, tcp_info.TcpInfo] = {}
-        self._paces: dict[BulkLane, float | None] = {}
-        """Bytes a second that lanes may send, where that was ever limited."""
         self._totals = _Count(0.0)
         self._rate = 0.0
         self._resent = 0
@@ -219,7 +217,6 @@ class Bundle:
     def lane_ended(self, lane: BulkLane) -> None:
         """A lane is gone: what it carried goes out on others."""
         self._last.pop(lane, None)
-        self._paces.pop(lane, None)
         self._carrying.pop(lane, None)
         self._scheduler.remove_lane(lane)
         self.pump()
@@ -390,12 +387,8 @@ class Bundle:
         uplink = self._uplink.peak(self._loop.time())
         control = tcp_info.congestion_control(lanes[0].outlet.transport)
         pace = fastest(uplink, self._paths(), self._rate, len(lanes), control)
-        self._paces = {lane: known for lane, known in self._paces.items() if lane.is_open}
         for lane in lanes:
-            before = self._paces.get(lane)
-            if (pace is None) != (before is None) or (pace and before and not 0.9 < pace / before < 1.1):
-                self._paces[lane] = pace
-                tcp_info.limit_pace(lane.outlet.transport, pace)
+            lane.outlet.limit_pace(pace)
 
     def _skip_pause(self) -> None:
         """What lanes did until now says nothing of their rates: nothing moved."""
