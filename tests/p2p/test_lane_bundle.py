@@ -13,7 +13,6 @@ from shoal.p2p import outlet, tcp_info
 from shoal.p2p.config import HostConfig
 from shoal.p2p.host import Host
 from shoal.p2p.lanes import bundle
-from shoal.p2p.lanes.pacing import GAIN
 from shoal.p2p.outlet import Outlet
 from shoal.p2p.rpc import Lane, Stream
 from shoal.p2p.tcp_info import TcpInfo
@@ -32,7 +31,6 @@ class Kernel:
         self.algorithm = "cubic"
         self.asked_for: list[str] = []
         self.bounds: list[int] = []
-        self.paces: dict[Any, float | None] = {}
         self.capacity = 1000
         """More lanes carry less than so many."""
         self._read: dict[Any, float] = {}
@@ -72,9 +70,6 @@ class Kernel:
     def keep_little_unsent(self, transport: Any, nbytes: int) -> None:
         self.bounds.append(nbytes)
 
-    def limit_pace(self, transport: Any, rate: float | None) -> None:
-        self.paces[transport] = rate
-
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
@@ -83,7 +78,6 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(tcp_info, "congestion_control", made.congestion_control)
     monkeypatch.setattr(tcp_info, "choose_congestion_control", made.choose)
     monkeypatch.setattr(tcp_info, "keep_little_unsent", made.keep_little_unsent)
-    monkeypatch.setattr(tcp_info, "limit_pace", made.limit_pace)
     return made
 
 
@@ -112,28 +106,6 @@ def lanes(one: Host, other: Host) -> int:
     report = one.lane_report(other.peer_id)
     assert report is not None
     return report.lanes
-
-
-def test_a_few_lanes_are_paced_by_the_uplink_and_many_are_not(kernel: Kernel):
-    async def main() -> None:
-        async with Swarm() as swarm:
-            _, b, task = await sending(swarm, HostConfig(max_lanes=24))
-            await asyncio.sleep(0.2)
-            assert not kernel.paces, "what the uplink takes is not known yet"
-            await asyncio.sleep(3.0)
-            assert b.upload_rate
-            paced = [rate for rate in kernel.paces.values() if rate]
-            assert len(paced) == 4
-            assert sum(paced) == pytest.approx(GAIN * b.upload_rate, rel=0.2)
-            kernel.loss = 0.001
-            await asyncio.sleep(8.0)
-            assert not any(kernel.paces.values()), "the limits are taken back"
-            kernel.loss, kernel.algorithm = 0.0, "bbr"
-            await asyncio.sleep(8.0)
-            assert not any(kernel.paces.values())
-            task.cancel()
-
-    run(main)
 
 
 def test_lanes_follow_loss_without_a_queue_and_leave_when_it_is_full(kernel: Kernel):

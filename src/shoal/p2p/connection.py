@@ -22,6 +22,7 @@ from shoal.p2p.identity import PeerID
 from shoal.p2p.lanes.scheduler import Outgoing
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.outlet import Outlet
+from shoal.p2p.pacing import ReadingPace
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.claims import UNKNOWN
 from shoal.p2p.protocol.frames import FrameKind, Piece, discard_piece
@@ -36,7 +37,6 @@ from shoal.p2p.protocol.session import (
 from shoal.p2p.protocol.stream_state import StreamState
 from shoal.p2p.protocol.streams import Multiplexer
 from shoal.p2p.protocol.violations import Ending, EndKind, TurnedAway
-from shoal.p2p.reading_pace import ReadingPace
 from shoal.p2p.rpc import Lane
 from shoal.p2p.sockets import ip_of, origin_of
 from shoal.p2p.vigil import Vigil

@@ -77,7 +77,6 @@ class StripeOpener:
                 lanes=lambda: connections.stripes(incarnation),
                 open_more=lambda count: self._open(peer, count),
                 limit=self._limit,
-                paths=self._busy,
                 turns=self._owner.upload_turns,
                 uplink=self.uplink,
                 fixed=self._owner.config.lanes_per_peer or None,
@@ -86,12 +85,10 @@ class StripeOpener:
             self._bundles.add(bundle)
         return bundle
 
-    def _busy(self) -> int:
-        return sum(bundle.is_busy for bundle in self._bundles)
-
     def _limit(self) -> int:
         """What one bundle may have now."""
-        return max(1, min(self._most(), MAX_STRIPES) // max(1, self._busy()))
+        busy = sum(bundle.is_busy for bundle in self._bundles)
+        return max(1, min(self._most(), MAX_STRIPES) // max(1, busy))
 
     def _most(self) -> int:
         return min(self._owner.config.max_lanes, open_files_limit() // FILES_FOR_LANES)

@@ -65,7 +65,6 @@ class Outlet:
         self._unread_answers = 0
         self._on_room: Callable[[], None] | None = None
         self._may_hold = 0
-        self._pace: float | None = None
         self._write_waiters: dict[asyncio.Future[None], None] = {}  # ordered, as a set is not
 
     def connect(self, transport: asyncio.Transport) -> None:
@@ -91,14 +90,6 @@ class Outlet:
         if self._transport is not None and not nbytes // 2 < self._may_hold < nbytes * 2:
             self._may_hold = nbytes
             tcp_info.keep_little_unsent(self._transport, nbytes)
-
-    def limit_pace(self, rate: float | None) -> None:
-        """Send no more than about so many bytes a second; None: as many as the congestion control lets it."""
-        before = self._pace
-        if rate == before or (rate and before and 0.9 < rate / before < 1.1):
-            return  # the kernel knows
-        self._pace = rate
-        tcp_info.limit_pace(self._transport, rate)
 
     def end(self) -> None:
         """Take nothing more; what was written is still sent. Those that wait look again."""

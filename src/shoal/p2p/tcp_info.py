@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 _TCP_INFO = 11
 _TCP_CONGESTION = 13
 _TCP_NOTSENT_LOWAT = 25
-_SO_MAX_PACING_RATE = 47
-_UNLIMITED = 2**64 - 1
 _BACKOFF = 4
 """Its place among the first eight bytes."""
 _RTO, _MSS, _LAST_ACK, _RTT, _SSTHRESH, _CWND, _TOTAL_RETRANS = 0, 2, 12, 15, 17, 18, 23
@@ -95,17 +93,11 @@ def keep_little_unsent(transport: Any, nbytes: int) -> None:
     _set(transport, _TCP_NOTSENT_LOWAT, nbytes)
 
 
-def limit_pace(transport: Any, rate: float | None) -> None:
-    """Send no more than so many bytes a second; None: as many as the congestion control lets it."""
-    pace = _UNLIMITED if rate is None else max(1, int(rate))
-    _set(transport, _SO_MAX_PACING_RATE, pace.to_bytes(8, sys.byteorder), level=socket.SOL_SOCKET)
-
-
-def _set(transport: Any, option: int, value: int | bytes, level: int = socket.IPPROTO_TCP) -> None:
+def _set(transport: Any, option: int, value: int | bytes) -> None:
     sock = _socket_of(transport)
     if sock is not None:
         try:
-            sock.setsockopt(level, option, value)
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
         except OSError:
             return  # not allowed, or not there: it stays as it is
 

@@ -17,7 +17,6 @@ from shoal.p2p import tcp_info
 from shoal.p2p.lanes.count import SHORT_RTT, Path, choose, first_choice
 from shoal.p2p.lanes.forecast import Flow
 from shoal.p2p.lanes.memory import PathMemory
-from shoal.p2p.lanes.pacing import fastest
 from shoal.p2p.lanes.scheduler import Outgoing, Scheduler
 from shoal.p2p.lanes.upload_rate import UploadRate
 from shoal.p2p.outlet import Outlet
@@ -116,7 +115,6 @@ class Bundle:
     :param lanes: the lanes for pieces that are open, in the order in which they are used
     :param open_more: begins to open so many lanes
     :param limit: the most that there may be now
-    :param paths: how many bundles of the host are busy
     :param turns: to send payloads, of all connections of the host
     :param uplink: what all paths of the host take together
     :param fixed: how many there are, if that is not to be chosen
@@ -130,7 +128,6 @@ class Bundle:
         lanes: Callable[[], Sequence[BulkLane]],
         open_more: Callable[[int], None],
         limit: Callable[[], int],
-        paths: Callable[[], int],
         turns: Turns,
         uplink: UploadRate,
         fixed: int | None,
@@ -140,7 +137,6 @@ class Bundle:
         self._lanes = lanes
         self._open_more = open_more
         self._limit = limit
-        self._paths = paths
         self._turns = turns
         self._uplink = uplink
         self._key = object()
@@ -212,7 +208,6 @@ class Bundle:
             self._last.clear()
             self._skip_pause()
             self._look_after(TICK)
-            self._pace()
 
     def lane_ended(self, lane: BulkLane) -> None:
         """A lane is gone: what it carried goes out on others."""
@@ -365,7 +360,6 @@ class Bundle:
             self._skip_pause()
             return
         self._measure(carriers, now)
-        self._pace()
         for lane in dict.fromkeys([*self._lanes(), *carriers]):
             if lane not in carriers:
                 self._last.pop(lane, None)  # it is read no more
@@ -378,17 +372,6 @@ class Bundle:
         self._scheduler.look_for_late(now)
         self._open_missing()
         self.pump()
-
-    def _pace(self) -> None:
-        """Have the lanes send no faster than their share of the uplink, once that is known."""
-        lanes = self._carriers() if self._is_long else []
-        if not lanes:
-            return
-        uplink = self._uplink.peak(self._loop.time())
-        control = tcp_info.congestion_control(lanes[0].outlet.transport)
-        pace = fastest(uplink, self._paths(), self._rate, len(lanes), control)
-        for lane in lanes:
-            lane.outlet.limit_pace(pace)
 
     def _skip_pause(self) -> None:
         """What lanes did until now says nothing of their rates: nothing moved."""
