@@ -9,7 +9,7 @@ import pytest
 
 from shoal.errors import InvalidStateError, InvalidValueError
 from shoal.runtime import memory as memory_module
-from shoal.runtime.memory import SharedMemory
+from shoal.runtime.memory import SharedMemory, populate
 
 
 def test_both_mappings_are_the_same_memory():
@@ -92,3 +92,28 @@ def test_trim_gives_freed_pages_back():
 def resident() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_pages_come_without_a_change_of_what_is_in_them():
+    with SharedMemory.create(1 << 20) as memory:
+        memory.buffer[5000] = 7
+        if not populate(memory.buffer[4097:]):
+            pytest.skip("the system does not populate memory")
+        assert os.fstat(memory.fd).st_blocks * 512 == (1 << 20) - 4096
+        assert memory.buffer[5000] == 7
+        assert populate(memory.buffer[:0])
+
+
+def test_memory_that_is_closed_while_it_gets_its_pages_stays_until_it_has_them():
+    memory = SharedMemory.create(1 << 20)
+    part = memory.buffer[:4096]
+    memory.close()
+    populate(part)
+    part[0] = 1
+    assert part[0] == 1
+
+
+def test_a_system_that_cannot_populate_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory_module.sys, "platform", "darwin")
+    with SharedMemory.create(4096) as memory:
+        assert not populate(memory.buffer)

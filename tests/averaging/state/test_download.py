@@ -16,6 +16,7 @@ import torch
 from shoal.averaging import formats
 from shoal.averaging.router import Router
 from shoal.averaging.state.capture import Capture, capture_state
+from shoal.averaging.state.digest import KEY_BYTES
 from shoal.averaging.state.donor import YIELD_CHUNKS, CopyUnavailable, StateDonor
 from shoal.averaging.state.download import Downloaded, Progress, StateDownload
 from shoal.averaging.state.manifest import MAX_TENSORS, Manifest, metadata_entry
@@ -483,10 +484,11 @@ def test_a_joiner_that_reads_nothing_loses_its_slot():
 BODY = b"\1\2\3" + bytes(CHUNK) * 2
 ENTRIES = (metadata_entry(3), TensorEntry("int8", (2 * CHUNK,), 0))
 ID = bytes(STATE_ID_BYTES)
+KEY = bytes(range(KEY_BYTES))
 
 
 async def _offer(stream: Stream, entries: tuple[TensorEntry, ...] = ENTRIES, nbytes: int = len(BODY)) -> None:
-    await stream.send(Offer(ID, len(entries), nbytes))
+    await stream.send(Offer(ID, len(entries), nbytes, KEY))
     await stream.send(ManifestPage(entries))
 
 
@@ -505,9 +507,10 @@ async def wrong_hash(stream: Stream) -> None:
 async def hash_of_other_shape(stream: Stream) -> None:
     await _offer(stream)
     await _chunks(stream)
-    other = Manifest((metadata_entry(3), TensorEntry("int8", (2, CHUNK), 0))).new_digest()
-    other.update(BODY)
-    await stream.send(Digest(other.digest()))
+    other = Manifest((metadata_entry(3), TensorEntry("int8", (2, CHUNK), 0))).new_digest(KEY)
+    for begin, end in ((0, 3), (3, 3 + CHUNK), (3 + CHUNK, len(BODY))):
+        other.update(BODY[begin:end])
+    await stream.send(Digest(other.value()))
 
 
 async def short_hash(stream: Stream) -> None:
@@ -553,7 +556,7 @@ async def other_size_than_offered(stream: Stream) -> None:
 
 
 async def huge_offer(stream: Stream) -> None:
-    await stream.send(Offer(ID, 1 << 40, 1 << 62))
+    await stream.send(Offer(ID, 1 << 40, 1 << 62, KEY))
 
 
 async def huge_tensor(stream: Stream) -> None:
@@ -570,7 +573,7 @@ async def bad_codec(stream: Stream) -> None:
 
 
 async def more_entries_than_offered(stream: Stream) -> None:
-    await stream.send(Offer(ID, 1, 3))
+    await stream.send(Offer(ID, 1, 3, KEY))
     await stream.send(ManifestPage(ENTRIES))
 
 
@@ -579,7 +582,7 @@ async def too_many_dimensions(stream: Stream) -> None:
 
 
 async def endless_dimensions(stream: Stream) -> None:
-    await stream.send(Offer(ID, MAX_TENSORS, 3))
+    await stream.send(Offer(ID, MAX_TENSORS, 3, KEY))
     await stream.send(ManifestPage((metadata_entry(3),)))
     for _ in range(MAX_TENSORS // PAGE_ENTRIES):
         await stream.send(ManifestPage((TensorEntry("int8", (0,) * MAX_DIMENSIONS, 0),) * PAGE_ENTRIES))
@@ -598,7 +601,11 @@ async def resumes_nothing(stream: Stream) -> None:
 
 
 async def short_id(stream: Stream) -> None:
-    await stream.send(Offer(b"x", 1, 3))
+    await stream.send(Offer(b"x", 1, 3, KEY))
+
+
+async def short_key(stream: Stream) -> None:
+    await stream.send(Offer(ID, 1, 3, KEY[1:]))
 
 
 async def message_instead_of_chunk(stream: Stream) -> None:
@@ -617,7 +624,7 @@ async def never_begins(stream: Stream) -> None:
 
 
 async def stops_in_the_manifest(stream: Stream) -> None:
-    await stream.send(Offer(ID, 2, len(BODY)))
+    await stream.send(Offer(ID, 2, len(BODY), KEY))
     await stream.send(ManifestPage(ENTRIES[:1]))
     await asyncio.sleep(1000.0)
 
@@ -632,8 +639,8 @@ async def raises(stream: Stream) -> None:
 
 
 REASONS = {
-    wrong_hash: "the SHA-256 of what it sent is not the one that it gave",
-    hash_of_other_shape: "the SHA-256 of what it sent is not the one that it gave",
+    wrong_hash: "the digest of what it sent is not the one that it gave",
+    hash_of_other_shape: "the digest of what it sent is not the one that it gave",
     short_hash: "sent no digest at the end",
     no_hash: "ended before the state did",
     short_data: "ended before the state did",
@@ -653,6 +660,7 @@ REASONS = {
     too_much_metadata: "metadata of 16777217 bytes",
     resumes_nothing: "resumed what had not begun",
     short_id: "a state id of 1 bytes",
+    short_key: "Expected `bytes` of length >= 32",
     refuses_in_a_new_way: "to another town [moved_away]",
     message_instead_of_chunk: "sent Waiting instead of a chunk",
     stalls: "did not send the next chunk within 5 s",
@@ -867,9 +875,10 @@ def test_bools_that_are_neither_0_nor_1_are_made_bools():
             await _offer(stream, entries, len(body))
             await stream.send_payload(0, body[:1])
             await stream.send_payload(1, body[1:])
-            digest = Manifest(entries).new_digest()
-            digest.update(body)
-            await stream.send(Digest(digest.digest()))
+            digest = Manifest(entries).new_digest(KEY)
+            digest.update(body[:1])
+            digest.update(body[1:])
+            await stream.send(Digest(digest.value()))
             await stream.receive()
 
         async with Swarm(21) as swarm:

@@ -8,6 +8,7 @@ import pytest
 
 from shoal.averaging.codes import AveragingCode
 from shoal.averaging.state.queue import (
+    ALLOWANCE,
     DEFAULT_MAX_AGE,
     HOLD_OFF_SECONDS,
     KEEP_SECONDS,
@@ -140,13 +141,13 @@ def test_a_joiner_that_does_not_come_back_is_waited_for_a_moment_only():
     assert kinds(queue.handle(TimePassed(), 1.0 + RESUME_SECONDS)) == [DropCopy, TakeCopy, TellPosition]
 
 
-@pytest.mark.parametrize("seconds", [0.5, 100.0])
-def test_joiners_that_ask_all_the_time_wait_for_the_same_next_copy(seconds: float):
+@pytest.mark.parametrize(("seconds", "rest"), [(ALLOWANCE + 0.5, 0.5 * REST_FACTOR), (100.0, MAX_REST)])
+def test_joiners_that_ask_all_the_time_wait_for_the_same_next_copy(seconds: float, rest: float):
     queue = UploadQueue()
     queue.handle(arrive(0), 0.0)
     queue.handle(CopyTaken(b"first"), seconds)
     queue.handle(RequestEnded(0, complete=True), seconds)
-    rested = seconds + min(REST_FACTOR * seconds, MAX_REST)
+    rested = seconds + rest
     assert queue.handle(arrive(1), seconds + 0.1) == [TellPosition(1, 1)]
     assert queue.handle(arrive(2), seconds + 0.2) == [TellPosition(2, 2)]
     assert queue.deadline == rested
@@ -156,6 +157,35 @@ def test_joiners_that_ask_all_the_time_wait_for_the_same_next_copy(seconds: floa
         TellPosition(1, 0),
         TellPosition(2, 0),
     ]
+
+
+def copy_for_one(queue: UploadQueue, request: int, now: float, seconds: float) -> bool:
+    """Whether a joiner that comes at ``now`` gets a copy of its own at once, and has downloaded it when it is there."""
+    if TakeCopy() not in queue.handle(arrive(request), now):
+        return False
+    queue.handle(CopyTaken(b"copy"), now + seconds)
+    queue.handle(RequestEnded(request, complete=True), now + seconds)
+    return True
+
+
+def test_a_donor_of_quick_copies_rests_after_many_of_them_alone():
+    queue, now, seconds = UploadQueue(), 0.0, 0.25
+    free = round(ALLOWANCE / seconds)
+    for request in range(free + 1):
+        assert copy_for_one(queue, request, now, seconds)
+        now += seconds
+    assert not copy_for_one(queue, free + 1, now, seconds)
+    # The last one went beyond the allowance; while it was made, and all others, the donor did not rest.
+    assert queue.deadline == pytest.approx(now + REST_FACTOR * seconds)
+
+
+def test_an_allowance_comes_back_with_time():
+    queue = UploadQueue()
+    assert copy_for_one(queue, 0, 0.0, 100.0)
+    quiet = 100.0 + REST_FACTOR * ALLOWANCE + MAX_REST
+    assert copy_for_one(queue, 1, quiet, ALLOWANCE)
+    assert copy_for_one(queue, 2, quiet + ALLOWANCE, 1.0)
+    assert not copy_for_one(queue, 3, quiet + ALLOWANCE + 1.0, 1.0)
 
 
 def test_a_place_is_kept_while_the_copy_is_shared_and_then_waits_for_a_new_one():

@@ -31,7 +31,7 @@ from shoal.compression.base import UINT8 as BYTES
 from shoal.compression.base import CompressionBase, CompressionInfo, NoCompression, tensor_array
 from shoal.compression.registry import CODECS
 from shoal.errors import InvalidTypeError, InvalidValueError, ProtocolViolation
-from shoal.runtime.memory import SharedMemory
+from shoal.runtime.memory import SharedMemory, populate
 from shoal.utils.dtypes import DTYPES, UINT8, dtype_of, name_of
 
 MAX_UNREADY = 1 << 26
@@ -100,7 +100,8 @@ def capture_state(
 def _ready_memory(nbytes: int) -> SharedMemory:
     """Memory that has its pages already: getting them takes several times as long as filling them."""
     memory = SharedMemory.create(max(1, nbytes))
-    np.frombuffer(memory.buffer, dtype=np.uint8).fill(0)
+    if not populate(memory.buffer):
+        np.frombuffer(memory.buffer, dtype=np.uint8).fill(0)
     return memory
 
 

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from shoal.averaging.codes import AveragingCode
 from shoal.averaging.router import Router
+from shoal.averaging.state.digest import KEY_BYTES
 from shoal.averaging.state.encoding import Capture, encode_in_place
 from shoal.averaging.state.messages import (
     PAGE_ENTRIES,
@@ -89,10 +90,12 @@ class HeldState:
     def __init__(self, capture: Capture, taken_at: float) -> None:
         self.taken_at = taken_at
         self.state_id = secrets.token_bytes(STATE_ID_BYTES)
+        self.key = secrets.token_bytes(KEY_BYTES)
+        """Of its digest."""
         self.layout = capture.layout()
         self.manifest = self.layout.manifest
         self.digest: asyncio.Task[bytes] | None = None
-        """The SHA-256 of manifest and chunks; computed once, beside the first uploads."""
+        """Of manifest and chunks; computed once, beside the first uploads."""
         self._memory = capture.memory
         self._buffer: memoryview | None = capture.memory.buffer[:]
 
@@ -103,10 +106,10 @@ class HeldState:
 
     def compute_digest(self) -> bytes:
         """Goes through all of the state; for a thread. Ends early, with an error, when the state is freed."""
-        digest = self.manifest.new_digest()
+        digest = self.manifest.new_digest(self.key)
         for index in range(self.manifest.chunk_count):
             digest.update(self.chunk(index))
-        return digest.digest()
+        return digest.value()
 
     def chunk(self, index: int) -> memoryview:
         """An encoded chunk, where it lies."""
@@ -327,7 +330,7 @@ class StateDonor:
 
 async def _send_offer(stream: Stream, held: HeldState, age: float) -> None:
     entries = held.manifest.entries
-    await stream.send(Offer(held.state_id, len(entries), held.manifest.nbytes, age))
+    await stream.send(Offer(held.state_id, len(entries), held.manifest.nbytes, held.key, age))
     for first in range(0, len(entries), PAGE_ENTRIES):
         await stream.send(ManifestPage(entries[first : first + PAGE_ENTRIES]))
         await asyncio.sleep(0)

@@ -35,10 +35,10 @@ from shoal.averaging.state.choice import (
     StateReceived,
     StateWanted,
 )
+from shoal.averaging.state.digest import DIGEST_BYTES
 from shoal.averaging.state.donor import YIELD_CHUNKS
 from shoal.averaging.state.manifest import Manifest, ManifestReader
 from shoal.averaging.state.messages import (
-    SHA256_BYTES,
     STATE,
     STATE_ID_BYTES,
     Digest,
@@ -358,14 +358,15 @@ class StateDownload:
             await asyncio.sleep(0)
         manifest = await asyncio.to_thread(reader.manifest)
         memory = await self._allocate(manifest.decoded_nbytes)
-        return PartialState(stream.remote, offer.state_id, manifest, memory, copied_at)
+        digest = manifest.new_digest(offer.key)
+        return PartialState(stream.remote, offer.state_id, digest, manifest, memory, copied_at)
 
     async def _check_digest(self, stream: Stream, partial: PartialState) -> None:
         answer = await self._receive(stream, self._next_chunk_timeout, "the digest")
-        if not isinstance(answer, Digest) or len(answer.sha256) != SHA256_BYTES:
+        if not isinstance(answer, Digest) or len(answer.value) != DIGEST_BYTES:
             raise ProtocolViolation("sent no digest at the end")
-        if await partial.digest() != answer.sha256:
-            raise ProtocolViolation("the SHA-256 of what it sent is not the one that it gave")
+        if await partial.digest() != answer.value:
+            raise ProtocolViolation("the digest of what it sent is not the one that it gave")
 
     async def _receive(self, stream: Stream, limit: float | None, awaited: str) -> DonorMessage | Payload:
         try:

@@ -11,7 +11,6 @@ here.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import operator
 from bisect import bisect_right
@@ -21,6 +20,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from shoal.averaging.formats import PLAIN_ID, Format, PlainFormat, format_of
+from shoal.averaging.state.digest import StateDigest
 from shoal.averaging.state.messages import MAX_DIMENSIONS, TensorEntry, pack_entries
 from shoal.errors import ProtocolViolation
 from shoal.utils.dtypes import BOOL, DTYPES, UINT8, DType, dtype_of
@@ -110,9 +110,9 @@ class Manifest:
         """What the digest of a state begins with, so that it covers dtypes and shapes too."""
         return pack_entries(self.entries)
 
-    def new_digest(self) -> hashlib._Hash:
-        """A SHA-256 that waits for the encoded chunks, in order."""
-        return hashlib.sha256(self.fingerprint())
+    def new_digest(self, key: bytes) -> StateDigest:
+        """A digest under this key that waits for the encoded chunks, in order."""
+        return StateDigest(key, self.fingerprint())
 
 
 class ManifestReader:

@@ -13,6 +13,7 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
+from shoal.averaging.state.digest import KEY_BYTES
 from shoal.errors import InvalidValueError, ProtocolViolation
 from shoal.p2p.config import MAX_ANNOUNCED
 from shoal.p2p.multiaddr import Multiaddr
@@ -20,7 +21,6 @@ from shoal.p2p.rpc import Method
 from shoal.utils.structs import CompactStruct, Message, NamedStruct
 
 STATE_ID_BYTES = 16
-SHA256_BYTES = 32
 MAX_DTYPE_LENGTH = 32
 MAX_DIMENSIONS = 64
 MAX_AGE = 1e9
@@ -69,12 +69,13 @@ class Waiting(Message, frozen=True):
 
 class Offer(Message, frozen=True):
     """A state of ``tensors`` tensors, metadata included, and ``nbytes`` encoded bytes; its manifest follows. It was
-    copied ``age`` seconds ago, or later.
+    copied ``age`` seconds ago, or later. ``key`` is that of its :class:`~.digest.StateDigest`.
     """
 
     state_id: Annotated[bytes, msgspec.Meta(max_length=STATE_ID_BYTES)]
     tensors: int
     nbytes: int
+    key: Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
     age: Annotated[float, msgspec.Meta(ge=0, le=MAX_AGE)] = 0.0
 
 
@@ -89,9 +90,9 @@ class Resumed(Message, frozen=True):
 
 
 class Digest(Message, frozen=True):
-    """The SHA-256 of manifest and chunks: all has been sent."""
+    """The :class:`~.digest.StateDigest` of manifest and chunks: all has been sent."""
 
-    sha256: bytes
+    value: bytes
 
 
 DonorMessage: TypeAlias = Waiting | Offer | ManifestPage | Resumed | Digest

@@ -7,6 +7,7 @@ import asyncio
 import numpy as np
 
 from shoal.averaging.elements import elements_in
+from shoal.averaging.state.digest import StateDigest
 from shoal.averaging.state.manifest import Chunk, Manifest
 from shoal.errors import ProtocolViolation
 from shoal.p2p.identity import PeerID
@@ -21,7 +22,13 @@ class PartialState:
     """What has come of one donor's state."""
 
     def __init__(
-        self, donor: PeerID, state_id: bytes, manifest: Manifest, memory: memoryview, copied_at: float = 0.0
+        self,
+        donor: PeerID,
+        state_id: bytes,
+        digest: StateDigest,
+        manifest: Manifest,
+        memory: memoryview,
+        copied_at: float = 0.0,
     ) -> None:
         """``copied_at``: by the clock of this side's loop."""
         self.donor = donor
@@ -33,7 +40,7 @@ class PartialState:
         self._placed: set[int] = set()
         """Chunks that have a place, and are not taken yet."""
         self._memory = memory[:]  # a slice keeps the mapping
-        self._digest = manifest.new_digest()
+        self._digest = digest
         self._unverified: list[tuple[Chunk, memoryview]] = []
         self._unverified_nbytes = 0
         self._verifying: asyncio.Future[None] | None = None
@@ -78,7 +85,7 @@ class PartialState:
             if self._verifying is None:
                 self._verify()
             await self._verified()
-        return self._digest.digest()
+        return self._digest.value()
 
     async def free(self) -> None:
         """Let go of the memory. Not by being forgotten alone: the stream still refers to :meth:`place`."""

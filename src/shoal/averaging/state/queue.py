@@ -10,8 +10,9 @@ A copy is in use while joiners download it, and for ``RESUME_SECONDS`` after one
 come back resume, and go to the front of the queue. A copy that nobody uses is kept for ``KEEP_SECONDS``, in case one
 comes back later than that and nobody else has asked.
 
-Copies take the averager's lock. After each the donor rests for ``REST_FACTOR`` times as long as it took: joiners that
-ask all the time wait for the same next copy.
+Copies take the averager's lock, and time of its cores. So a donor makes copies for one second in ``REST_FACTOR``, on
+average, and for ``ALLOWANCE`` seconds at once after a quiet time. Then it *rests*: joiners that ask all the time wait
+for the same next copy. A single joiner never waits for that.
 
 :meth:`UploadQueue.handle` is the one entry point: events and ``now`` in, effects out. Whether the request that is next
 gets a slot is decided by :func:`decide_next`, which changes nothing.
@@ -43,6 +44,9 @@ RESUME_SECONDS = 15.0
 MAX_PATIENCE = 120.0
 """For how long a newcomer waits for a copy that is too old, and in use, to be free."""
 REST_FACTOR = 10.0
+"""A donor rests so many seconds for each second of copying that goes beyond its allowance."""
+ALLOWANCE = 3.0
+"""Seconds of copying for which a donor that has rested long enough need not rest."""
 MAX_REST = 30.0
 """Seconds for which a donor rests after a copy, at most."""
 HOLD_OFF_SECONDS = 5.0
@@ -252,6 +256,10 @@ class UploadQueue:
         """When the copy was asked for: what is in it is not older."""
         self._used_at = 0.0
         self._rests_until = -math.inf
+        self._unrested = 0.0
+        """Seconds of copying for which the donor had not rested when the latest copy was there,"""
+        self._copied_at = -math.inf
+        """which was then."""
         self._hold_off_until = -math.inf
         self._failure = ""
 
@@ -353,7 +361,11 @@ class UploadQueue:
     def _take(self, state_id: bytes, now: float) -> list[Effect]:
         self._machine.move(Copy.HELD)
         self._state_id, self._used_at = state_id, now
-        self._rests_until = now + min(REST_FACTOR * (now - self._asked_at), MAX_REST)
+        took, rested = now - self._asked_at, self._asked_at - self._copied_at
+        unrested = max(0.0, self._unrested - rested / REST_FACTOR) + took
+        self._unrested = min(unrested, ALLOWANCE + MAX_REST / REST_FACTOR)
+        self._copied_at = now
+        self._rests_until = now + REST_FACTOR * max(0.0, self._unrested - ALLOWANCE)
         return [Serve(request) for request in self._admitted]
 
     def _fail(self, reason: str, now: float) -> Iterator[Effect]:

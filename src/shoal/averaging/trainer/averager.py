@@ -270,7 +270,7 @@ class DecentralizedAverager(AveragerBase):
           ask. The metadata (16 MiB at most) are decoded after that.
         :param progress: show a progress bar on stderr
         :returns: metadata and tensors as the donor's :meth:`get_current_state` returned them, on the CPU, verified by
-          their SHA-256; or None, after a warning that says whom was asked and what each answered. It is not older than
+          a digest; or None, after a warning that says whom was asked and what each answered. It is not older than
           this call, unless others were still downloading it; see :attr:`last_loaded_state`
         :raises InvalidValueError: ``timeout`` out of range
         :raises InvalidStateError: not started, shut down (meanwhile), or ``wait=True`` inside :meth:`get_tensors`
