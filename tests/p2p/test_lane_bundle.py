@@ -31,6 +31,8 @@ class Kernel:
         self.algorithm = "cubic"
         self.asked_for: list[str] = []
         self.bounds: list[int] = []
+        self.spread: list[Any] = []
+        """Connections that send without bursts."""
         self.capacity = 1000
         """More lanes carry less than so many."""
         self._read: dict[Any, float] = {}
@@ -67,6 +69,9 @@ class Kernel:
     def choose(self, transport: Any, name: str) -> None:
         self.asked_for.append(name)
 
+    def spread_out(self, transport: Any) -> None:
+        self.spread.append(transport)
+
     def keep_little_unsent(self, transport: Any, nbytes: int) -> None:
         self.bounds.append(nbytes)
 
@@ -78,6 +83,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(tcp_info, "congestion_control", made.congestion_control)
     monkeypatch.setattr(tcp_info, "choose_congestion_control", made.choose)
     monkeypatch.setattr(tcp_info, "keep_little_unsent", made.keep_little_unsent)
+    monkeypatch.setattr(tcp_info, "spread_out", made.spread_out)
     return made
 
 
@@ -138,6 +144,38 @@ def test_lanes_follow_loss_without_a_queue_and_leave_when_it_is_full(kernel: Ker
     run(main)
 
 
+def test_losses_of_a_queue_that_was_full_bring_no_lanes(kernel: Kernel):
+    """Each slow start ends in a full queue, whose losses are counted when it is empty again."""
+
+    async def main() -> None:
+        async with Swarm() as swarm:
+            a, b, task = await sending(swarm)
+            for _ in range(4):
+                await asyncio.sleep(2.0)
+                kernel.rtt = 0.3
+                await asyncio.sleep(0.1)
+                kernel.rtt, kernel.loss = 0.1, 0.05
+                await asyncio.sleep(0.5)
+                kernel.loss = 0.0
+                assert lanes(b, a) <= 4
+            task.cancel()
+
+    run(main)
+
+
+def test_a_few_lanes_of_a_long_path_send_without_bursts(kernel: Kernel):
+    async def main() -> None:
+        kernel.loss = 0.001
+        async with Swarm() as swarm:
+            a, b, task = await sending(swarm, HostConfig(max_lanes=12))
+            await asyncio.sleep(8.0)
+            assert lanes(b, a) == 12
+            assert len(set(kernel.spread)) == 2 * 4  # at both ends
+            task.cancel()
+
+    run(main)
+
+
 def test_a_short_path_has_one_lane(kernel: Kernel):
     async def main() -> None:
         kernel.rtt = 0.0005
@@ -146,6 +184,7 @@ def test_a_short_path_has_one_lane(kernel: Kernel):
             await asyncio.sleep(3.0)
             assert b.count_connections(a.peer_id)[Lane.STRIPE] == 0
             assert kernel.asked_for == []
+            assert kernel.spread == []
             assert b.upload_rate is None
             task.cancel()
 

@@ -18,8 +18,9 @@ def path(
     rate: float = 1 * MB,
     full: bool = True,
     control: str = "cubic",
+    highest: float = 0.0,
 ) -> Path:
-    return Path(least, rtt, 1000, lost, rate, full, control)
+    return Path(least, rtt, max(rtt, highest), 1000, lost, rate, full, control)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,24 @@ def test_lanes_that_were_taken_away_come_back_if_they_carried_more(
     measured: Path, best: tuple[int, float], expected: int, why: str
 ):
     choice = choose(1, measured, 16, best=best)
+    assert choice.count == expected
+    assert why in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("measured", "best", "expected", "why"),
+    [
+        (path(lost=30, highest=0.2), None, 4, "the queue was full a moment ago"),
+        (path(lost=30, highest=0.2), (4, 1 * MB), 4, "the queue was full a moment ago"),
+        (path(lost=30, highest=0.2), (16, 1.1 * MB), 8, "lost without a queue"),
+        (path(lost=30, highest=0.12), (4, 1 * MB), 8, "lost without a queue"),
+        (path(highest=0.2), (4, 1 * MB), 4, "nothing was lost"),
+    ],
+)
+def test_what_a_full_queue_has_lost_is_no_reason_for_more_lanes_than_carried_most(
+    measured: Path, best: tuple[int, float] | None, expected: int, why: str
+):
+    choice = choose(4, measured, 64, best=best)
     assert choice.count == expected
     assert why in choice.reason
 

@@ -6,7 +6,11 @@ import socket
 import sys
 from typing import Any
 
+import pytest
+
 from shoal.p2p import tcp_info
+
+MAX_PACING_RATE = 47
 
 
 class Transport:
@@ -43,3 +47,16 @@ def test_its_figures_are_where_they_are_looked_for():
     assert 0.1 < info.timeout < 10
     assert info.timeouts == 0
     assert 0 <= info.silence < 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not pace")
+def test_a_connection_is_told_to_send_without_bursts():
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as one,
+    ):
+        before = one.getsockopt(socket.SOL_SOCKET, MAX_PACING_RATE, 8)
+        tcp_info.spread_out(Transport(one))
+        after = one.getsockopt(socket.SOL_SOCKET, MAX_PACING_RATE, 8)
+    assert before == b"\xff" * 8  # without a limit the kernel does not pace
+    assert 2**30 < int.from_bytes(after, sys.byteorder) < 2**32

@@ -31,6 +31,7 @@ from shoal.p2p.dialing import Dialer
 from shoal.p2p.identity import Identity, PeerID
 from shoal.p2p.lane_opener import StripeOpener
 from shoal.p2p.lanes.bundle import Bundle, tune
+from shoal.p2p.lanes.count import FEW
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Network
 from shoal.p2p.pool import PeerConnections
@@ -324,7 +325,9 @@ class Connections:
         self._lane_failures.pop(peer, None)
         self.incarnations.note(peer, connection.incarnation)
         if connection.lane is not Lane.CONTROL:
-            tune(connection.outlet.transport, self.config.congestion_control)
+            before = self.entry(peer).stripes(connection.incarnation)
+            is_one_of_few = connection.lane is Lane.STRIPE and len(before) < FEW
+            tune(connection.outlet.transport, self.config.congestion_control, is_spread=is_one_of_few)
         self.entry(peer).add(connection)
         if connection.lane is Lane.STRIPE:
             self.bundle_of(connection).pump()

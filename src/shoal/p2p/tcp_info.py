@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 _TCP_INFO = 11
 _TCP_CONGESTION = 13
 _TCP_NOTSENT_LOWAT = 25
+_SO_MAX_PACING_RATE = 47
+_HIGHEST_PACE = 2**32 - 2
+"""Bytes a second, in 32 bits, which older kernels read, too. One more would mean: without pacing."""
 _BACKOFF = 4
 """Its place among the first eight bytes."""
 _RTO, _MSS, _LAST_ACK, _RTT, _SSTHRESH, _CWND, _TOTAL_RETRANS = 0, 2, 12, 15, 17, 18, 23
@@ -93,11 +96,19 @@ def keep_little_unsent(transport: Any, nbytes: int) -> None:
     _set(transport, _TCP_NOTSENT_LOWAT, nbytes)
 
 
-def _set(transport: Any, option: int, value: int | bytes) -> None:
+def spread_out(transport: Any) -> None:
+    """Send what the window allows spread over the round-trip time, from now on. Congestion controls that do not pace
+    themselves send it in bursts else.
+    """
+    pace = _HIGHEST_PACE.to_bytes(4, sys.byteorder)
+    _set(transport, _SO_MAX_PACING_RATE, pace, level=socket.SOL_SOCKET)
+
+
+def _set(transport: Any, option: int, value: int | bytes, *, level: int = socket.IPPROTO_TCP) -> None:
     sock = _socket_of(transport)
     if sock is not None:
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+            sock.setsockopt(level, option, value)
         except OSError:
             return  # not allowed, or not there: it stays as it is
 

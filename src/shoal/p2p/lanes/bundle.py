@@ -97,15 +97,22 @@ class _Count:
     sent: int = 0
     retransmitted: int = 0
     delivered: int = 0
+    highest_rtt: float = 0.0
+    """Of the lanes' medians, in seconds."""
     looks: int = 0
     full: int = 0
 
 
-def tune(transport: object, congestion_control: str) -> None:
-    """Choose how a connection that carries bulk data avoids congestion; one over a short path stays as it is."""
+def tune(transport: object, congestion_control: str, *, is_spread: bool) -> None:
+    """Choose how a connection that carries bulk data avoids congestion; one over a short path stays as it is.
+
+    :param is_spread: have it send without bursts. It is worth its timers on a few lanes
+    """
     info = tcp_info.read(transport)
     if info is not None and info.rtt >= SHORT_RTT:
         tcp_info.choose_congestion_control(transport, congestion_control)
+        if is_spread:
+            tcp_info.spread_out(transport)
 
 
 class Bundle:
@@ -152,6 +159,8 @@ class Bundle:
         self._moved_at = 0.0
         """When data was last under way."""
         self._counted: _Count | None = None
+        self._highest_rtt = 0.0
+        """Of the lanes' medians, between the last choice of their number and the one before."""
         self._last: dict[BulkLane, tcp_info.TcpInfo] = {}
         self._totals = _Count(0.0)
         self._rate = 0.0
@@ -204,7 +213,8 @@ class Bundle:
             self._memory.choice = first_choice(info and (info.min_rtt or info.rtt), self._limit())
         self._open_missing()
         if self._timer is None and (info is not None or self._fixed):
-            self._counted, self._totals, self._resent = None, _Count(0.0), self._scheduler.resent
+            self._totals, self._resent = _Count(0.0), self._scheduler.resent
+            self._count_anew()
             self._last.clear()
             self._skip_pause()
             self._look_after(TICK)
@@ -356,7 +366,7 @@ class Bundle:
         is_short = self._memory.min_rtt < SHORT_RTT and self._fixed is None
         self._look_after(QUIET_TICK if is_quiet else SHORT_PATH_TICK if is_short else TICK)
         if is_quiet:
-            self._counted = None  # what is counted is of the time in which data moves
+            self._count_anew()  # what is counted is of the time in which data moves
             self._skip_pause()
             return
         self._measure(carriers, now)
@@ -372,6 +382,9 @@ class Bundle:
         self._scheduler.look_for_late(now)
         self._open_missing()
         self.pump()
+
+    def _count_anew(self) -> None:
+        self._counted, self._highest_rtt = None, 0.0
 
     def _skip_pause(self) -> None:
         """What lanes did until now says nothing of their rates: nothing moved."""
@@ -414,6 +427,8 @@ class Bundle:
                 rtts.append(info.rtt)
                 smallest = min(smallest, info.min_rtt)
         self._memory.min_rtt = smallest
+        if rtts:
+            counted.highest_rtt = max(counted.highest_rtt, statistics.median(rtts))
         counted.looks += 1
         counted.full += not self._scheduler.is_starved or any(lane.outlet.unsent for lane in lanes)
         seconds = now - counted.at
@@ -426,6 +441,7 @@ class Bundle:
         self._memory.seconds += seconds
         self._memory.tried_for += seconds
         self._choose(lanes, statistics.median(rtts), counted)
+        self._highest_rtt = counted.highest_rtt
 
     def _choose(self, lanes: list[BulkLane], rtt: float, counted: _Count) -> None:
         memory = self._memory
@@ -440,6 +456,7 @@ class Bundle:
         path = Path(
             min_rtt=memory.min_rtt,
             rtt=rtt,
+            highest_rtt=max(counted.highest_rtt, self._highest_rtt),
             sent=counted.sent,
             retransmitted=counted.retransmitted,
             rate=peak,

@@ -4,7 +4,8 @@ One connection fills a path that loses nothing. Where packets are lost at random
 connection (Reno, Cubic) takes each loss for a full queue, and gets no more than about ``mss / (rtt * sqrt(loss))``:
 several share the path's loss among them. BBR does not mind such a loss: one lane fills the path, and four carry a tenth
 less. Where the queue is really full, the round-trip time shows it, and more connections would only push others off the
-line: then there are fewer.
+line: then there are fewer. A queue that overflows loses packets, which are counted when it is empty again. So for a
+while after a full queue a loss is no reason for more lanes.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Path:
     """Seconds; the least that was ever seen."""
     rtt: float
     """Seconds; smoothed by the kernel, the median of the lanes."""
+    highest_rtt: float
+    """The highest of these since the choice before the last one."""
     sent: int
     """Segments."""
     retransmitted: int
@@ -86,7 +89,8 @@ def choose(
     if path.min_rtt < SHORT_RTT:
         return Choice(1, "the path is short")
     loss = path.retransmitted / path.sent if path.sent else 0.0
-    if path.rtt > QUEUEING * path.min_rtt + QUEUEING_SECONDS:
+    full = QUEUEING * path.min_rtt + QUEUEING_SECONDS
+    if path.rtt > full:
         fewer = max(1, 3 * count // 4)
         return Choice(
             min(fewer, limit), f"the queue is full: {1e3 * path.rtt:.0f} ms of {1e3 * path.min_rtt:.0f} ms"
@@ -103,6 +107,8 @@ def choose(
         return Choice(min(best[0], limit), f"{best[0]} lanes carried more, and the queue is empty again")
     if path.retransmitted == 0:
         return Choice(count, "nothing was lost")
+    if path.highest_rtt > full and (best is None or count >= best[0]):
+        return Choice(count, "the queue was full a moment ago: it lost packets")
     if enough is not None and count >= enough:
         return Choice(count, TRIED)
     return Choice(
