@@ -291,7 +291,7 @@ def test_a_step_begins_when_it_was_scheduled(swarm: Swarm):
 
 
 def test_a_report_reads_well_and_is_made_of_plain_values(swarm: Swarm):
-    averagers = [swarm.peer([torch.full((1000,), float(i))], size=2) for i in range(2)]
+    averagers = [swarm.peer([torch.full((1_000_000,), float(i))], size=2) for i in range(2)]
     controls = [averager.step(wait=False, timeout=STEP_TIMEOUT) for averager in averagers]
     assert controls[0].report is None
     for control in controls:

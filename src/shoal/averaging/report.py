@@ -18,7 +18,7 @@ MEASURABLE_BYTES = 100_000
 
 @dataclass(frozen=True)
 class Phases:
-    """Seconds that a step spent in each phase; 0 for those that it did not reach.
+    """Seconds that a step spent in each phase, to a millisecond; 0 for those that it did not reach.
 
     ``search``: finding a group, tries that failed included; ``trigger``: waiting for ``allow_allreduce()``;
     ``snapshot``: copying the user's tensors; ``allreduce``: from the snapshot to the decision; ``apply``:
