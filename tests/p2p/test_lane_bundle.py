@@ -33,6 +33,8 @@ class Kernel:
         self.bounds: list[int] = []
         self.spread: list[Any] = []
         """Connections that send without bursts."""
+        self.is_still = False
+        """Whether nothing is sent or confirmed."""
         self.capacity = 1000
         """More lanes carry less than so many."""
         self._read: dict[Any, float] = {}
@@ -43,6 +45,7 @@ class Kernel:
     def read(self, transport: Any) -> TcpInfo:
         counts = self._counts[transport]
         sent = 100 * bundle.TICK / 0.05 * min(1.0, (self.capacity / max(1, len(self._read))) ** 1.3)
+        sent *= not self.is_still
         now = asyncio.get_running_loop().time()
         self._read = {one: at for one, at in self._read.items() if now - at < 0.1} | {transport: now}
         counts[0] += sent
@@ -159,6 +162,33 @@ def test_losses_of_a_queue_that_was_full_bring_no_lanes(kernel: Kernel):
                 kernel.loss = 0.0
                 assert lanes(b, a) <= 4
             task.cancel()
+
+    run(main)
+
+
+def test_what_lanes_said_before_a_pause_is_no_full_queue(kernel: Kernel):
+    async def main() -> None:
+        async with Swarm() as swarm:
+            a, b, task = await sending(swarm)
+            await asyncio.sleep(2.0)
+            task.cancel()
+            kernel.rtt, kernel.is_still = 0.3, True  # the kernel's figures stay as they were
+            await asyncio.sleep(5.0)
+            async with b.open_stream(a.peer_id, STREAM, lane=Lane.BULK) as stream:
+                await stream.receive()
+
+                async def send() -> None:
+                    while True:
+                        await stream.send_payload(0, bytes(SIZE))
+
+                task = asyncio.ensure_future(send())
+                await asyncio.sleep(0.2)
+                kernel.rtt, kernel.is_still, kernel.loss = 0.1, False, 0.01
+                await asyncio.sleep(0.4)
+                report = b.lane_report(a.peer_id)
+                assert report is not None
+                assert "lost without a queue" in report.reason
+                task.cancel()
 
     run(main)
 

@@ -70,19 +70,21 @@ def test_lanes_that_were_taken_away_come_back_if_they_carried_more(
 
 
 @pytest.mark.parametrize(
-    ("measured", "best", "expected", "why"),
+    ("count", "measured", "best", "expected", "why"),
     [
-        (path(lost=30, highest=0.2), None, 4, "the queue was full a moment ago"),
-        (path(lost=30, highest=0.2), (4, 1 * MB), 4, "the queue was full a moment ago"),
-        (path(lost=30, highest=0.2), (16, 1.1 * MB), 8, "lost without a queue"),
-        (path(lost=30, highest=0.12), (4, 1 * MB), 8, "lost without a queue"),
-        (path(highest=0.2), (4, 1 * MB), 4, "nothing was lost"),
+        (4, path(lost=30, highest=0.2), None, 4, "the queue was full a moment ago"),
+        (4, path(lost=30, highest=0.2), (4, 1 * MB), 4, "the queue was full a moment ago"),
+        (3, path(lost=30, highest=0.2), (4, 1 * MB), 4, "lost without a queue"),
+        (4, path(lost=30, highest=0.2), (16, 1.1 * MB), 8, "lost without a queue"),
+        (12, path(lost=30, highest=0.2), (16, 1.1 * MB), 16, "lost without a queue"),
+        (4, path(lost=30, highest=0.12), (4, 1 * MB), 8, "lost without a queue"),
+        (4, path(highest=0.2), (4, 1 * MB), 4, "nothing was lost"),
     ],
 )
-def test_what_a_full_queue_has_lost_is_no_reason_for_more_lanes_than_carried_most(
-    measured: Path, best: tuple[int, float] | None, expected: int, why: str
+def test_losses_after_a_full_queue_bring_no_more_than_carried_most(
+    count: int, measured: Path, best: tuple[int, float] | None, expected: int, why: str
 ):
-    choice = choose(4, measured, 64, best=best)
+    choice = choose(count, measured, 64, best=best)
     assert choice.count == expected
     assert why in choice.reason
 

@@ -97,8 +97,8 @@ def keep_little_unsent(transport: Any, nbytes: int) -> None:
 
 
 def spread_out(transport: Any) -> None:
-    """Send what the window allows spread over the round-trip time, from now on. Congestion controls that do not pace
-    themselves send it in bursts else.
+    """From now on send what the window allows piece by piece, in at most a round-trip time. Congestion controls that do
+    not pace themselves send it in bursts else.
     """
     pace = _HIGHEST_PACE.to_bytes(4, sys.byteorder)
     _set(transport, _SO_MAX_PACING_RATE, pace, level=socket.SOL_SOCKET)

@@ -179,6 +179,14 @@ def test_a_donor_of_quick_copies_rests_after_many_of_them_alone():
     assert queue.deadline == pytest.approx(now + REST_FACTOR * seconds)
 
 
+def test_a_copy_that_failed_costs_as_much_as_one_that_was_made():
+    queue = UploadQueue()
+    queue.handle(arrive(0), 0.0)
+    queue.handle(CopyFailed("no lock"), ALLOWANCE + 1.0)
+    assert not copy_for_one(queue, 1, ALLOWANCE + 1.0 + HOLD_OFF_SECONDS, 1.0)
+    assert queue.deadline == pytest.approx(ALLOWANCE + 1.0 + REST_FACTOR)
+
+
 def test_an_allowance_comes_back_with_time():
     queue = UploadQueue()
     assert copy_for_one(queue, 0, 0.0, 100.0)

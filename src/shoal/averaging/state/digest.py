@@ -3,8 +3,8 @@
 The connection proves that each chunk comes from the donor. The digest proves that they are one state: all chunks of one
 copy, each at its place, also after a download was resumed. It is keyed: each chunk is authenticated with AES-256-GMAC
 (NIST SP 800-38D) under a key that the donor drew for this copy, and SHA-256 binds the tags together. That takes a sixth
-of the time of a SHA-256 of everything. Nobody but the donor may choose what is hashed, and the donor is believed
-anyway, so that the digest need not withstand those that know its key.
+of the time of a SHA-256 of everything. The donor alone chooses what is hashed, and is believed anyway: the digest need
+not withstand peers that know its key.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ A copy is in use while joiners download it, and for ``RESUME_SECONDS`` after one
 come back resume, and go to the front of the queue. A copy that nobody uses is kept for ``KEEP_SECONDS``, in case one
 comes back later than that and nobody else has asked.
 
-Copies take the averager's lock, and time of its cores. So a donor makes copies for one second in ``REST_FACTOR``, on
-average, and for ``ALLOWANCE`` seconds at once after a quiet time. Then it *rests*: joiners that ask all the time wait
-for the same next copy. A single joiner never waits for that.
+Copies take the averager's lock, and time of its cores. So after a copy the donor *rests* for ``REST_FACTOR`` times as
+long, up to ``MAX_REST``: joiners that ask all the time wait for the same next copy. The first ``ALLOWANCE`` seconds of
+copying after a quiet time need no rest.
 
 :meth:`UploadQueue.handle` is the one entry point: events and ``now`` in, effects out. Whether the request that is next
 gets a slot is decided by :func:`decide_next`, which changes nothing.
@@ -257,7 +257,7 @@ class UploadQueue:
         self._used_at = 0.0
         self._rests_until = -math.inf
         self._unrested = 0.0
-        """Seconds of copying for which the donor had not rested when the latest copy was there,"""
+        """Seconds of copying for which the donor had not rested when the latest copy was made, or had failed,"""
         self._copied_at = -math.inf
         """which was then."""
         self._hold_off_until = -math.inf
@@ -361,15 +361,19 @@ class UploadQueue:
     def _take(self, state_id: bytes, now: float) -> list[Effect]:
         self._machine.move(Copy.HELD)
         self._state_id, self._used_at = state_id, now
+        self._rest_after_copy(now)
+        return [Serve(request) for request in self._admitted]
+
+    def _rest_after_copy(self, now: float) -> None:
         took, rested = now - self._asked_at, self._asked_at - self._copied_at
         unrested = max(0.0, self._unrested - rested / REST_FACTOR) + took
         self._unrested = min(unrested, ALLOWANCE + MAX_REST / REST_FACTOR)
         self._copied_at = now
         self._rests_until = now + REST_FACTOR * max(0.0, self._unrested - ALLOWANCE)
-        return [Serve(request) for request in self._admitted]
 
     def _fail(self, reason: str, now: float) -> Iterator[Effect]:
         self._machine.move(Copy.ABSENT)
+        self._rest_after_copy(now)
         self._hold_off_until, self._failure = now + HOLD_OFF_SECONDS, reason
         for request in list(self._admitted):
             del self._admitted[request]

@@ -413,6 +413,7 @@ class Bundle:
         if self._counted is None:
             self._counted = _Count(now)
         counted, rtts, smallest = self._counted, [], self._memory.min_rtt
+        moving = []  # the figure of a lane that stands still is an old one
         for lane in lanes:
             info = tcp_info.read(lane.outlet.transport)
             if info is None:
@@ -423,12 +424,14 @@ class Bundle:
                 counted.sent += info.segments_sent - last.segments_sent
                 counted.retransmitted += info.retransmitted - last.retransmitted
                 counted.delivered += info.delivered - last.delivered
+                if info.delivered > last.delivered:
+                    moving.append(info.rtt)
             if info.segments_sent and info.min_rtt:
                 rtts.append(info.rtt)
                 smallest = min(smallest, info.min_rtt)
         self._memory.min_rtt = smallest
-        if rtts:
-            counted.highest_rtt = max(counted.highest_rtt, statistics.median(rtts))
+        if moving:
+            counted.highest_rtt = max(counted.highest_rtt, statistics.median(moving))
         counted.looks += 1
         counted.full += not self._scheduler.is_starved or any(lane.outlet.unsent for lane in lanes)
         seconds = now - counted.at

@@ -107,10 +107,11 @@ def choose(
         return Choice(min(best[0], limit), f"{best[0]} lanes carried more, and the queue is empty again")
     if path.retransmitted == 0:
         return Choice(count, "nothing was lost")
-    if path.highest_rtt > full and (best is None or count >= best[0]):
-        return Choice(count, "the queue was full a moment ago: it lost packets")
     if enough is not None and count >= enough:
         return Choice(count, TRIED)
-    return Choice(
-        min(2 * count, limit, enough or limit), f"{100 * loss:.2g} % of the packets were lost without a queue"
-    )
+    most = min(2 * count, limit, enough or limit)
+    if path.highest_rtt > full:
+        most = min(most, best[0] if best is not None else count)
+        if most <= count:
+            return Choice(count, "the queue was full a moment ago: it lost packets")
+    return Choice(most, f"{100 * loss:.2g} % of the packets were lost without a queue")
