@@ -5,7 +5,7 @@ connection (Reno, Cubic) takes each loss for a full queue, and gets no more than
 several share the path's loss among them. BBR does not mind such a loss: one lane fills the path, and four carry a tenth
 less. Where the queue is really full, the round-trip time shows it, and more connections would only push others off the
 line: then there are fewer. A queue that overflows loses packets, which are counted when it is empty again. So for a
-while after a full queue a loss is no reason for more lanes.
+while after a full queue a loss brings no more lanes than have carried most.
 """
 
 from __future__ import annotations
