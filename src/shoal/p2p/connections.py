@@ -31,7 +31,6 @@ from shoal.p2p.dialing import Dialer
 from shoal.p2p.identity import Identity, PeerID
 from shoal.p2p.lane_opener import StripeOpener
 from shoal.p2p.lanes.bundle import Bundle, tune
-from shoal.p2p.lanes.count import FEW
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Network
 from shoal.p2p.pool import PeerConnections
@@ -325,9 +324,9 @@ class Connections:
         self._lane_failures.pop(peer, None)
         self.incarnations.note(peer, connection.incarnation)
         if connection.lane is not Lane.CONTROL:
-            before = self.entry(peer).stripes(connection.incarnation)
-            is_one_of_few = connection.lane is Lane.STRIPE and len(before) < FEW
-            tune(connection.outlet.transport, self.config.congestion_control, is_spread=is_one_of_few)
+            is_stripe = connection.lane is Lane.STRIPE
+            others = len(self.entry(peer).stripes(connection.incarnation)) if is_stripe else None
+            tune(connection.outlet.transport, self.config.congestion_control, others)
         self.entry(peer).add(connection)
         if connection.lane is Lane.STRIPE:
             self.bundle_of(connection).pump()

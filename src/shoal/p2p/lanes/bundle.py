@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from shoal.p2p import tcp_info
-from shoal.p2p.lanes.count import SHORT_RTT, Path, choose, first_choice
+from shoal.p2p.lanes.count import FEW, SHORT_RTT, Path, choose, first_choice
 from shoal.p2p.lanes.forecast import Flow
 from shoal.p2p.lanes.memory import PathMemory
 from shoal.p2p.lanes.scheduler import Outgoing, Scheduler
@@ -103,15 +103,16 @@ class _Count:
     full: int = 0
 
 
-def tune(transport: object, congestion_control: str, *, is_spread: bool) -> None:
-    """Choose how a connection that carries bulk data avoids congestion; one over a short path stays as it is.
+def tune(transport: object, congestion_control: str, others: int | None) -> None:
+    """Choose how a connection that carries bulk data avoids congestion; one over a short path stays as it is. A few
+    lanes send without bursts; on more of them that is not worth its timers.
 
-    :param is_spread: have it send without bursts. It is worth its timers on a few lanes
+    :param others: lanes for pieces to the same process that are open already; None: this one is a home
     """
     info = tcp_info.read(transport)
     if info is not None and info.rtt >= SHORT_RTT:
         tcp_info.choose_congestion_control(transport, congestion_control)
-        if is_spread:
+        if others is not None and others < FEW:
             tcp_info.spread_out(transport)
 
 
