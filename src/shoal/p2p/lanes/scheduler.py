@@ -316,10 +316,15 @@ class Scheduler:
         for index, (seconds, holder, sent) in enumerate(self._late):
             if seconds <= needs:
                 break
-            if holder is not lane and not sent.payload.is_done:
+            if holder is not lane and not sent.payload.is_done and not self._holds(lane, sent):
                 del self._late[index]
                 return sent.payload, sent.offset
         return None
+
+    def _holds(self, lane: object, piece: _Sent) -> bool:
+        """Whether the lane carries a copy of the piece: one more behind it would come later, and count as a copy."""
+        flying = self.lanes[lane].flying
+        return any(sent.payload is piece.payload and sent.offset == piece.offset for sent in flying)
 
     def _forget_unwanted(self) -> None:
         gone = [key for key, payload in self._unconfirmed.items() if payload.is_done]
