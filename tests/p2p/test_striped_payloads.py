@@ -19,7 +19,7 @@ from shoal.p2p.protocol.frames import CHUNK_BYTES, DEFAULT_LIMITS, FrameKind, Pi
 from shoal.p2p.protocol.pieces import Assembly, Numbers
 from shoal.p2p.protocol.stream_state import ITEM_COST, Payload, StreamState
 from shoal.p2p.protocol.streams import Multiplexer
-from shoal.p2p.rpc import Lane, Stream
+from shoal.p2p.rpc import DELIVERY_TIMEOUT, EndOfStream, Lane, Stream
 from shoal.testing.clock import run
 from shoal.testing.conformance.world import STREAM, Number
 
@@ -584,6 +584,65 @@ def test_a_stream_is_left_at_its_deadline_whatever_is_unconfirmed(monkeypatch: p
                 await stream.send_payload(0, DATA)
             assert loop.time() - began == pytest.approx(5.0)
             assert isinstance(stream.failure, DeadlineExceeded)
+
+    run(main)
+
+
+class Withheld:
+    """Keeps back the confirmations of a stream's receiver."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._state = stream._state
+        self._send_frame = self._state._send_frame
+        self.confirmations: list[bytes] = []
+        self._state._send_frame = self._send
+
+    def _send(self, kind: FrameKind, stream_id: int, body: bytes) -> None:
+        if kind is FrameKind.RECEIVED:
+            self.confirmations.append(body)
+        else:
+            self._send_frame(kind, stream_id, body)
+
+    def confirm_one(self) -> None:
+        self._send_frame(FrameKind.RECEIVED, self._state.id, self.confirmations.pop(0))
+
+    def give_credit(self) -> None:
+        self._send_frame(FrameKind.CREDIT, self._state.id, wire.encode_credit(1))
+
+
+@pytest.mark.parametrize("confirms", [True, False], ids=["confirmations", "credit alone"])
+def test_only_confirmations_keep_a_stream_that_was_left(confirms: bool):
+    """Else credit now and then would hold the sender's memory for ever."""
+
+    async def main() -> None:
+        async with Swarm() as swarm:
+            a, b = await swarm.pair(HostConfig(lanes_per_peer=2))
+            pause = DELIVERY_TIMEOUT - 10
+
+            async def receive(stream: Stream) -> None:
+                withheld = Withheld(stream)
+                stream.accept_payloads(None, 4 * SIZE)
+                await stream.send(Number(0))
+                for _ in range(3):
+                    await stream.receive()
+                for _ in range(3):
+                    await asyncio.sleep(pause)
+                    (withheld.confirm_one if confirms else withheld.give_credit)()
+                with contextlib.suppress(EndOfStream):
+                    await stream.receive()
+
+            a.serve_stream(STREAM, receive)
+            loop = asyncio.get_running_loop()
+            async with b.open_stream(a.peer_id, STREAM, lane=Lane.BULK) as stream:
+                await stream.receive()
+                await asyncio.sleep(0.5)  # the lanes are open
+                for index in range(3):
+                    await stream.send_payload(index, bytes(SIZE))
+                left_at = loop.time()
+                await stream.delivered()
+                waited, failure = loop.time() - left_at, stream.failure
+            assert waited == pytest.approx(3 * pause if confirms else DELIVERY_TIMEOUT, abs=1)
+            assert (failure is None) == confirms
 
     run(main)
 

@@ -32,7 +32,7 @@ Buffer = bytes | bytearray | memoryview
 
 
 DELIVERY_TIMEOUT = 60.0
-"""A stream that is left waits so long for its peer to have one more of the payloads that were sent."""
+"""A stream that is left waits so long for its peer to confirm one more of the payloads that were sent."""
 
 
 class Lane(enum.IntEnum):
@@ -212,12 +212,14 @@ class Stream:
         """Wait until the other side has all striped payloads: what ends the stream would overtake them, and until then
         their memory must stay as it is.
 
-        If it confirms none for :data:`DELIVERY_TIMEOUT` seconds the stream is reset.
+        If it confirms none for :data:`DELIVERY_TIMEOUT` seconds the stream is reset. Nothing else that it sends counts:
+        credit alone would let it hold that memory for ever.
         """
         try:
-            while self._state.unconfirmed and self._state.failure is None:
+            while (missing := len(self._state.unconfirmed)) and self._state.failure is None:
                 async with asyncio.timeout(DELIVERY_TIMEOUT):
-                    await self._wait()
+                    while len(self._state.unconfirmed) >= missing and self._state.failure is None:
+                        await self._wait()
         except TimeoutError:
             logger.debug("%s does not confirm what was sent", self.remote)
             self.reset(ResetCode.CANCELLED, "what was sent is not confirmed")

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import logging
 import random
+import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -18,7 +19,11 @@ from shoal.averaging.router import Router
 from shoal.averaging.state.capture import Capture, capture_state
 from shoal.averaging.state.digest import KEY_BYTES
 from shoal.averaging.state.donor import YIELD_CHUNKS, CopyUnavailable, StateDonor
-from shoal.averaging.state.download import Downloaded, Progress, StateDownload
+from shoal.averaging.state.download import (
+    Downloaded,
+    Progress,
+    StateDownload,
+)
 from shoal.averaging.state.manifest import MAX_TENSORS, Manifest, metadata_entry
 from shoal.averaging.state.messages import (
     MAX_DIMENSIONS,
@@ -40,8 +45,11 @@ from shoal.averaging.trainer.state_sharing import tensors_in
 from shoal.compression import CompressionBase, Float16Compression, NoCompression
 from shoal.compression.registry import CODECS
 from shoal.errors import InvalidValueError, RemoteError
+from shoal.p2p.config import HostConfig
 from shoal.p2p.host import Host
-from shoal.p2p.rpc import Stream
+from shoal.p2p.protocol import wire
+from shoal.p2p.protocol.frames import FrameKind
+from shoal.p2p.rpc import DELIVERY_TIMEOUT, Lane, Stream
 from shoal.testing.clock import run
 from shoal.testing.network import SimulatedNetwork
 from shoal.testing.peers import make_host
@@ -55,8 +63,10 @@ CHUNK = 1 << 18
 class Swarm:
     """Donors with different states, and joiners, on one network."""
 
-    def __init__(self, seed: int, *, bandwidth: float | None = 2e6) -> None:
-        self.network = SimulatedNetwork(random.Random(seed), latency=(0.005, 0.05), bandwidth=bandwidth)
+    def __init__(
+        self, seed: int, *, bandwidth: float | None = 2e6, latency: tuple[float, float] = (0.005, 0.05)
+    ) -> None:
+        self.network = SimulatedNetwork(random.Random(seed), latency=latency, bandwidth=bandwidth)
         self.hosts: dict[str, Host] = {}
         self.donors: dict[str, StateDonor] = {}
         self.states: dict[str, list[torch.Tensor]] = {}
@@ -475,6 +485,48 @@ def test_a_joiner_that_reads_nothing_loses_its_slot():
                 assert donor.uploads == 1
                 await asyncio.sleep(60.0)
                 assert donor.uploads == 0
+
+    run(main)
+
+
+def test_a_joiner_that_confirms_no_last_chunk_keeps_its_slot_until_the_copy_is_let_go():
+    """So many copies are in memory as there are slots at most, whatever joiners do."""
+
+    async def main() -> None:
+        async with Swarm(18) as swarm:
+            for name in ("a", "j"):
+                swarm.hosts[name] = await make_host(swarm.network, name, HostConfig(lanes_per_peer=2))
+            donor = await swarm.donor("a", queue=UploadQueue(max_uploads=1))
+            joiner, giver = swarm.hosts["j"], swarm.hosts["a"]
+            joiner.add_addresses(giver.peer_id, giver.announced_addresses)
+            async with joiner.open_stream(giver.peer_id, STATE, lane=Lane.BULK) as stream:
+                await stream.send(RequestState(PREFIX))
+                while not isinstance(await stream.receive(), ManifestPage):
+                    pass
+                state = stream._state
+                send_frame = state._send_frame
+
+                def withhold(kind: FrameKind, stream_id: int, body: bytes) -> None:
+                    if kind is not FrameKind.RECEIVED:
+                        send_frame(kind, stream_id, body)
+
+                state._send_frame = withhold
+                await asyncio.sleep(1.0)  # the lanes are open
+                stream.accept_payloads(None, 8 * CHUNK)
+                while not isinstance(await stream.receive(), Digest):
+                    pass
+                await stream.finish()
+                (memory,) = (weakref.ref(one.buffer) for one in swarm.memories)
+                for _ in range(5):
+                    await asyncio.sleep(DELIVERY_TIMEOUT / 6)
+                    send_frame(FrameKind.CREDIT, state.id, wire.encode_credit(1))
+                    assert donor.uploads == 1
+                await asyncio.sleep(DELIVERY_TIMEOUT / 6 + 1)
+                assert donor.uploads == 0
+                assert isinstance(stream.failure, RemoteError)
+            assert memory() is not None
+            await asyncio.sleep(KEEP_SECONDS)
+            assert memory() is None
 
     run(main)
 

@@ -326,6 +326,8 @@ class StateDonor:
             await _promptly(stream.receive())
         except EndOfStream:
             logger.info("%s: %s has downloaded this peer's state", self._prefix, stream.remote)
+        # Until all chunks are confirmed the connection may read the copy. An honest joiner has confirmed them by now.
+        await stream.delivered()
 
 
 async def _send_offer(stream: Stream, held: HeldState, age: float) -> None:

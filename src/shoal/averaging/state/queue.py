@@ -8,7 +8,8 @@ that one slow joiner does not keep them for ever.
 
 A copy is in use while joiners download it, and for ``RESUME_SECONDS`` after one has lost its connection: joiners that
 come back resume, and go to the front of the queue. A copy that nobody uses is kept for ``KEEP_SECONDS``, in case one
-comes back later than that and nobody else has asked.
+comes back later than that and nobody else has asked. A request keeps its slot until its connection reads the copy no
+more. Else copies could stay in memory that this queue takes for dropped.
 
 Copies take the averager's lock, and time of its cores. So after a copy the donor *rests* for ``REST_FACTOR`` times as
 long, up to ``MAX_REST``: joiners that ask all the time wait for the same next copy. The first ``ALLOWANCE`` seconds of
