@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from shoal.averaging.allreduce.flow_window import FlowWindow, first_size
+from shoal.averaging.flow_window import FlowWindow, first_size
 from shoal.p2p.lanes.bundle import TICK
 from shoal.p2p.lanes.forecast import Flow
 from shoal.p2p.lanes.scheduler import Outgoing, Scheduler

@@ -20,6 +20,8 @@ from shoal.averaging.state.capture import Capture, capture_state
 from shoal.averaging.state.digest import KEY_BYTES
 from shoal.averaging.state.donor import YIELD_CHUNKS, CopyUnavailable, StateDonor
 from shoal.averaging.state.download import (
+    MAX_WINDOW_BYTES,
+    WINDOW_BYTES,
     Downloaded,
     Progress,
     StateDownload,
@@ -50,6 +52,7 @@ from shoal.p2p.host import Host
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.frames import FrameKind
 from shoal.p2p.rpc import DELIVERY_TIMEOUT, Lane, Stream
+from shoal.testing import transport
 from shoal.testing.clock import run
 from shoal.testing.network import SimulatedNetwork
 from shoal.testing.peers import make_host
@@ -487,6 +490,34 @@ def test_a_joiner_that_reads_nothing_loses_its_slot():
                 assert donor.uploads == 0
 
     run(main)
+
+
+def test_over_a_long_path_the_window_grows_to_what_the_path_holds(monkeypatch: pytest.MonkeyPatch):
+    """With a round trip of 200 ms, 16 MiB would let pass 84 MB/s at most."""
+    windows: list[int] = []
+    accept_payloads = Stream.accept_payloads
+
+    def noted(stream: Stream, sink: Any, window: int) -> None:
+        windows.append(window)
+        accept_payloads(stream, sink, window)
+
+    monkeypatch.setattr(transport, "RECEIVE_WINDOW", 1 << 30)  # the kernel's is as large as the path needs
+    monkeypatch.setattr(Stream, "accept_payloads", noted)
+
+    async def main() -> None:
+        async with Swarm(19, bandwidth=200e6, latency=(0.1, 0.1)) as swarm:
+            await swarm.donor("a", chunks=400)
+            seen: list[tuple[float, int]] = []
+
+            def on_progress(progress: Progress) -> None:
+                seen.append((asyncio.get_running_loop().time(), progress.received))
+
+            swarm.check(await swarm.load("j", [swarm.known("a")], on_progress=on_progress), "a")
+            (began, first), (ended, last) = seen[0], seen[-1]
+            assert (last - first) / (ended - began) > 120e6
+
+    run(main)
+    assert WINDOW_BYTES < windows[0] < windows[-1] == MAX_WINDOW_BYTES
 
 
 def test_a_joiner_that_confirms_no_last_chunk_keeps_its_slot_until_the_copy_is_let_go():

@@ -32,7 +32,6 @@ from shoal.averaging.allreduce.exchange import (
     NotFiniteError,
     OwnSpan,
 )
-from shoal.averaging.allreduce.flow_window import FlowWindow, first_size
 from shoal.averaging.allreduce.message_checks import check_span_averaged, check_span_id
 from shoal.averaging.allreduce.messages import (
     EXCHANGE,
@@ -45,6 +44,7 @@ from shoal.averaging.allreduce.messages import (
 from shoal.averaging.allreduce.pace import Wait
 from shoal.averaging.allreduce.participants import RoundCore
 from shoal.averaging.codes import AveragingCode
+from shoal.averaging.flow_window import FlowWindow, first_size
 from shoal.averaging.formats import Bytes
 from shoal.averaging.partition import Partition
 from shoal.errors import AllreduceException, PeerUnreachable, ProtocolViolation, RemoteError, ShoalError

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from shoal.averaging import formats
 from shoal.averaging.codes import AveragingCode
+from shoal.averaging.flow_window import FlowWindow, first_size
 from shoal.averaging.state.choice import (
     MAX_RESUMPTIONS,
     AllChunksReceived,
@@ -74,7 +75,13 @@ from shoal.utils.tracebacks import drop_tracebacks
 logger = logging.getLogger(__name__)
 
 WINDOW_BYTES = 16 << 20
-"""Credit of the stream; it takes no memory beyond that of the state, unless a codec has to be decoded."""
+"""Credit of the stream at least. More on a long path. It takes no memory beyond that of the state, unless a codec has
+to be decoded.
+"""
+MAX_WINDOW_BYTES = 64 << 20
+"""The same at most, where the path holds as much: 1 Gbit/s with a round trip of 200 ms needs 50 MB. Chunks that
+are to be decoded hold so much memory at most until they are taken.
+"""
 LEAST_FIRST_TIMEOUT = 5.0
 """A donor that has not begun to send gives signs of life every second, whatever ``next_chunk_timeout`` is."""
 FAREWELL_TIMEOUT = 1.0
@@ -285,11 +292,12 @@ class StateDownload:
         async with self._host.open_stream(donor.peer, STATE, lane=Lane.BULK) as stream:
             await stream.send(RequestState(self._prefix, resume))
             partial = await self._receive_offer(stream, donor)
-            stream.accept_payloads(partial.place, WINDOW_BYTES)
+            took = self._accept_chunks(stream, partial)
             for _ in range(partial.next_chunk, partial.manifest.chunk_count):
                 payload = await self._receive(stream, self._next_chunk_timeout, "the next chunk")
                 if not isinstance(payload, Payload):
                     raise ProtocolViolation(f"sent {type(payload).__name__} instead of a chunk")
+                took(len(payload.data))
                 await partial.take(payload)
                 if partial.next_chunk % YIELD_CHUNKS == 0:
                     await asyncio.sleep(0)
@@ -360,6 +368,21 @@ class StateDownload:
         memory = await self._allocate(manifest.decoded_nbytes)
         digest = manifest.new_digest(offer.key)
         return PartialState(stream.remote, offer.state_id, digest, manifest, memory, copied_at)
+
+    def _accept_chunks(self, stream: Stream, partial: PartialState) -> Callable[[int], None]:
+        """Let chunks pass. What is returned is to be called with the bytes of each that was taken: it fits the window
+        to the path.
+        """
+        host, loop = self._host, asyncio.get_running_loop()
+        first = first_size(host.least_rtt(stream.remote) or 0.0, WINDOW_BYTES, MAX_WINDOW_BYTES)
+        window = FlowWindow(first, WINDOW_BYTES, MAX_WINDOW_BYTES)
+        stream.accept_payloads(partial.place, window.size)
+
+        def took(nbytes: int) -> None:
+            if window.receive(nbytes, loop.time(), host.rtt(stream.remote) or 0.0) and stream.failure is None:
+                stream.accept_payloads(partial.place, window.size)
+
+        return took
 
     async def _check_digest(self, stream: Stream, partial: PartialState) -> None:
         answer = await self._receive(stream, self._next_chunk_timeout, "the digest")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shoal.averaging.allreduce.flow_window import FlowWindow, first_size
+from shoal.averaging.flow_window import FlowWindow, first_size
 
 MIB = 1 << 20
 

@@ -1,4 +1,4 @@
-"""How many bytes of payloads a sender may have on the way to this member: as many as the path holds. Pure.
+"""How many bytes of payloads a sender may have on the way to this peer: as many as the path holds. Pure.
 
 A window must be twice what arrives in one round trip: credit for what was taken is a round trip old when it is used.
 It doubles while as much as half of it comes in a round trip, and halves when it is far larger than what comes.
