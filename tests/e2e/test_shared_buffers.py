@@ -147,12 +147,20 @@ def gradient(inputs: torch.Tensor) -> torch.Tensor:
     return inputs.mean(dim=0, keepdim=True)
 
 
+def with_frozen_parameters() -> torch.nn.Sequential:
+    """A model whose first layer is frozen, and gives what it gets."""
+    frozen = torch.nn.Linear(3, 3).requires_grad_(False)
+    torch.nn.init.eye_(frozen.weight)
+    torch.nn.init.zeros_(frozen.bias)
+    return torch.nn.Sequential(frozen, torch.nn.Linear(3, 1))
+
+
 @pytest.mark.parametrize("program", [0, 1], ids=["gradients", "differences"])
 def test_the_programs_of_the_page_keep_two_models_alike(program: int, swarm: Swarm):
     rounds = 2
-    models = [torch.nn.Linear(3, 1) for _ in range(2)]
+    models = [with_frozen_parameters() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    start = models[0].weight.detach().clone()
+    start = models[0][1].weight.detach().clone()
     inputs = torch.randn(2, rounds, 4, 3)
     failures: list[BaseException] = []
 
@@ -177,4 +185,4 @@ def test_the_programs_of_the_page_keep_two_models_alike(program: int, swarm: Swa
     assert not failures, failures
     moved = sum(gradient(inputs[:, number].flatten(0, 1)) for number in range(rounds))
     for model in models:
-        torch.testing.assert_close(model.weight.detach(), start - moved)
+        torch.testing.assert_close(model[1].weight.detach(), start - moved)
