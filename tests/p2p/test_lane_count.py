@@ -38,7 +38,7 @@ def path(
         (4, path(lost=3, full=False), 64, None, 4, "less was sent"),
         (8, path(lost=3, rate=1.02 * MB), 64, (4, 1 * MB), 4, "carried no more"),
         (8, path(lost=3, rate=1.5 * MB), 64, (4, 1 * MB), 16, "lost without a queue"),
-        (16, path(lost=3), 6, None, 6, "there may be 6"),
+        (16, path(lost=3), 6, None, 6, "no more than 6"),
         (1, path(lost=3, control="bbr"), 64, None, 1, "bbr"),
         (8, path(0.3, lost=3, control="bbr"), 64, None, 6, "queue is full"),
     ],
@@ -105,7 +105,7 @@ def test_what_was_carried_best_is_forgotten_in_time():
         (32, path(lost=3), 64, 32, 32, "carried no more"),  # it was tried, and is not tried again for a while
         (8, path(lost=3), 64, 32, 16, "lost without a queue"),
         (24, path(lost=3), 64, 32, 32, "lost without a queue"),
-        (32, path(lost=3), 16, 32, 16, "there may be 16"),
+        (32, path(lost=3), 16, 32, 16, "no more than 16"),
         (32, path(0.2, lost=3), 64, 32, 24, "queue is full"),
         (32, path(lost=3), 64, None, 64, "lost without a queue"),
     ],

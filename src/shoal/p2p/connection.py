@@ -297,7 +297,7 @@ class Connection(asyncio.BufferedProtocol):
                 raise ProtocolViolation(f"HELLO for an unknown kind of lane: {hello.lane}")
             self.lane = Lane(hello.lane)
         self.hello = hello
-        self.last_used = self._loop.time()
+        self.last_used = self.last_piece = self._loop.time()
         contest = self._owner.contest(self)
         if contest is None:
             self._admit()
@@ -368,6 +368,15 @@ class Connection(asyncio.BufferedProtocol):
     def seen_elsewhere(self) -> float:
         """When the peer last showed life on another connection, in seconds of the loop; -inf: on none."""
         return self._owner.seen_elsewhere(self)
+
+    @property
+    def last_sign(self) -> float:
+        """When the peer last showed life here, in seconds of the loop."""
+        return self.vigil.last_sign
+
+    def ask_for_sign(self) -> None:
+        """Ask the peer for a sign of life here."""
+        self.vigil.ask()
 
     def note_use(self) -> None:
         """A stream was opened, by either side: from now on somebody waits for this peer."""

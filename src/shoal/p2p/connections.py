@@ -118,9 +118,13 @@ class Connections:
         """The connections to ``peer``, if any."""
         return self._peers.get(peer)
 
-    def stripe_count(self) -> int:
-        """Lanes for pieces to all peers together, those that are being opened included."""
-        return sum(one.stripe_count + one.opening for one in self._peers.values())
+    def dialed_stripes(self) -> list[Connection]:
+        """See :class:`~shoal.p2p.lane_opener.LaneOwner`."""
+        return [stripe for one in self._peers.values() for stripe in one.dialed_stripes]
+
+    def opening_stripes(self) -> int:
+        """See :class:`~shoal.p2p.lane_opener.LaneOwner`."""
+        return sum(one.opening for one in self._peers.values())
 
     def connected(self) -> list[PeerID]:
         """Everybody to whom a connection stands."""
@@ -329,7 +333,8 @@ class Connections:
             tune(connection.outlet.transport, self.config.congestion_control, others)
         self.entry(peer).add(connection)
         if connection.lane is Lane.STRIPE:
-            self.bundle_of(connection).pump()
+            # Soon: HELLO, with which the dialing side lets this one in, has to be the first thing on it.
+            asyncio.get_running_loop().call_soon(self.bundle_of(connection).pump)
         self._peer_met(connection)
         logger.debug("connected to %s (%s, %s lane)", peer, hello.agent, connection.lane.name.lower())
         return None

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import resource
 import weakref
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from shoal.errors import PeerUnreachable, ShoalError
+from shoal.errors import ShoalError
 from shoal.p2p.config import MAX_STRIPES, HostConfig
+from shoal.p2p.connection import Connection
 from shoal.p2p.dialing import Dialer
 from shoal.p2p.identity import PeerID
 from shoal.p2p.lanes.bundle import Bundle
-from shoal.p2p.lanes.memory import PathMemory
+from shoal.p2p.lanes.memory import Ends, PathMemory
 from shoal.p2p.lanes.upload_rate import UploadRate
 from shoal.p2p.pool import PeerConnections
-from shoal.p2p.reach.routes import Route
+from shoal.p2p.protocol.violations import EndKind
+from shoal.p2p.room import files_for_lanes
 from shoal.p2p.rpc import Lane
 from shoal.p2p.turns import Turns
 
 logger = logging.getLogger(__name__)
 
-FILES_FOR_LANES = 4
-"""Lanes take at most one open file of so many that the process may have."""
+AT_ONCE = 16
+"""So many lanes to one peer are opened at once. Several peers may share an address, and each host lets only so many
+connections of one address prove at once who they are."""
 RETRY_PAUSE = 5.0
 """Seconds after a lane could not be opened until more are."""
 MAX_PATHS = 4096
@@ -39,11 +41,11 @@ class LaneOwner(Protocol):
     def entry(self, peer: PeerID) -> PeerConnections:
         """The connections to a peer, made if there are none."""
 
-    def stripe_count(self) -> int:
-        """Lanes for pieces to all peers together, those that are being opened included."""
+    def dialed_stripes(self) -> list[Connection]:
+        """Lanes for pieces, to all peers, that stand and that this host dialed."""
 
-    def routes_to(self, peer: PeerID) -> list[Route]:
-        """The routes to a peer that may lead there."""
+    def opening_stripes(self) -> int:
+        """How many lanes for pieces are being opened, to all peers together."""
 
     def forget_arrival(self, peer: PeerID, lane: Lane, arrival: asyncio.Future[None]) -> None:
         """Nobody waits for ``arrival`` any more."""
@@ -58,7 +60,7 @@ class StripeOpener:
     def __init__(self, owner: LaneOwner, dialer: Dialer) -> None:
         self._owner = owner
         self._dialer = dialer
-        self._paths: dict[PeerID, PathMemory] = {}
+        self._paths: dict[tuple[PeerID, Ends], PathMemory] = {}
         self._pauses: dict[PeerID, float] = {}
         self._bundles: weakref.WeakSet[Bundle] = weakref.WeakSet()
         self.uplink = UploadRate()
@@ -72,7 +74,7 @@ class StripeOpener:
         bundle = connections.bundles.get(incarnation)
         if bundle is None:
             bundle = Bundle(
-                self._path(peer),
+                memory_of=lambda ends: self._path(peer, ends),
                 homes=lambda: connections.bulk(incarnation),
                 lanes=lambda: connections.stripes(incarnation),
                 open_more=lambda count: self._open(peer, count),
@@ -91,44 +93,57 @@ class StripeOpener:
         return max(1, min(self._most(), MAX_STRIPES) // max(1, busy))
 
     def _most(self) -> int:
-        return min(self._owner.config.max_lanes, open_files_limit() // FILES_FOR_LANES)
+        return min(self._owner.config.max_lanes, files_for_lanes())
 
-    def _path(self, peer: PeerID) -> PathMemory:
-        path = self._paths.pop(peer, None) or PathMemory()
-        self._paths[peer] = path
+    def _path(self, peer: PeerID, ends: Ends) -> PathMemory:
+        path = self._paths.pop((peer, ends), None) or PathMemory()
+        self._paths[peer, ends] = path
         while len(self._paths) > MAX_PATHS:
             del self._paths[next(iter(self._paths))]
         return path
 
     def _open(self, peer: PeerID, count: int) -> None:
-        """Open lanes to ``peer``, as far as they are not being opened."""
-        missing = count - self._owner.entry(peer).opening
+        """Open lanes to ``peer``, as far as they are not being opened, and some of them now."""
+        opening = self._owner.entry(peer).opening
+        missing = min(count, AT_ONCE) - opening
         if missing <= 0 or self._is_paused(peer):
             return
-        if self._owner.routes_to(peer):
-            self._dial_often(peer, missing)
-        else:
+        if self._owner.entry(peer).dialed_address is not None:
+            self._dial_often(peer, self._make_room(peer, missing))
+        else:  # it has dialed this host, and may be where it cannot be dialed
             self._begin(peer, missing, lambda: self._ask(peer, missing))
 
     def open_for(self, peer: PeerID, count: int) -> bool:
-        """Begin to dial so many lanes for ``peer``, which asks for them; False if there may be none.
+        """Begin to dial so many lanes for ``peer``, which asks for them, those counted that are being dialed; False if
+        there may be none.
 
-        The peer itself says where it can be dialed. So that it cannot turn many connections on another one, a
-        connection must stand that this host dialed; and however often it and others ask, all lanes together are within
-        the limit.
+        The peer itself says where it can be dialed. So that it cannot turn connections on another one, only the address
+        of a connection is dialed that stands, and that this host dialed. However often it and others ask, all lanes
+        together are within the limit.
         """
-        entry = self._owner.entry(peer)
-        room = min(count, self._most() - self._owner.stripe_count())
-        if room <= 0 or self._is_paused(peer) or not entry.was_dialed or not self._owner.routes_to(peer):
+        if self._is_paused(peer) or self._owner.entry(peer).dialed_address is None:
             return False
+        opening = self._owner.entry(peer).opening
+        room = self._make_room(peer, min(count, AT_ONCE) - opening)
         self._dial_often(peer, room)
-        return True
+        return opening + room > 0
+
+    def _make_room(self, peer: PeerID, count: int) -> int:
+        """How many of so many more lanes to ``peer`` may be dialed. Idle ones to others are closed for them."""
+        dialed = self._owner.dialed_stripes()
+        room = self._most() - len(dialed) - self._owner.opening_stripes()
+        idle = [lane for lane in dialed if lane.is_idle and lane.peer != peer]
+        idle.sort(key=lambda lane: lane.last_piece)
+        for lane in idle[: max(0, count - room)]:
+            lane.close("a lane to another peer takes its place", EndKind.NO_ROOM)
+            room += 1
+        return max(0, min(count, room))
 
     def _is_paused(self, peer: PeerID) -> bool:
         return asyncio.get_running_loop().time() < self._pauses.get(peer, 0.0)
 
     def _dial_often(self, peer: PeerID, count: int) -> None:
-        for _ in range(min(count, self._most())):
+        for _ in range(count):
             self._begin(peer, 1, lambda: self._dial(peer))
 
     def _begin(self, peer: PeerID, count: int, work: Callable[[], Awaitable[bool]]) -> None:
@@ -142,7 +157,7 @@ class StripeOpener:
             except ShoalError as error:
                 logger.debug("%s opens no lanes: %s", peer, error)
                 is_open = False
-            if not is_open:
+            if not is_open and entry.opening <= count:  # else others may still come
                 self._pauses = {one: when for one, when in self._pauses.items() if when > loop.time()}
                 self._pauses[peer] = loop.time() + RETRY_PAUSE
 
@@ -156,8 +171,10 @@ class StripeOpener:
         task.add_done_callback(done)
 
     async def _dial(self, peer: PeerID) -> bool:
-        outcome = await self._dialer.dial(self._owner.routes_to(peer), peer, Lane.STRIPE)
-        return not isinstance(outcome, PeerUnreachable)
+        address = self._owner.entry(peer).dialed_address
+        return address is not None and isinstance(
+            await self._dialer.dial_one(address, peer, Lane.STRIPE), Connection
+        )
 
     async def _ask(self, peer: PeerID, count: int) -> bool:
         """Ask for lanes, and wait until all of them have come, or it is too late."""
@@ -174,9 +191,3 @@ class StripeOpener:
         finally:
             self._owner.forget_arrival(peer, Lane.STRIPE, arrival)
         return entry.stripe_count > before
-
-
-def open_files_limit() -> int:
-    """How many files this process may have open."""
-    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 1 << 20 if soft == resource.RLIM_INFINITY else soft

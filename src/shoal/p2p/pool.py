@@ -8,6 +8,7 @@ import math
 from shoal.p2p.connection import Connection
 from shoal.p2p.identity import PeerID
 from shoal.p2p.lanes.bundle import Bundle, LaneReport
+from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.protocol.session import Role
 from shoal.p2p.protocol.streams import Multiplexer
 from shoal.p2p.rpc import Lane
@@ -45,9 +46,15 @@ class PeerConnections:
         return sum(lane.is_open for lane in self._lanes[Lane.STRIPE])
 
     @property
-    def was_dialed(self) -> bool:
-        """Whether a connection stands that this host dialed: the peer really is at one of its addresses."""
-        return any(one.is_open and one.role is Role.INITIATOR for one in self.all())
+    def dialed_address(self) -> Multiaddr | None:
+        """Where the peer has proven to be: the other end of a connection that stands, and that this host dialed."""
+        ends = (one.remote_address for one in self.all() if one.is_open and one.role is Role.INITIATOR)
+        return next((end for end in ends if end is not None), None)
+
+    @property
+    def dialed_stripes(self) -> list[Connection]:
+        """The lanes for pieces that stand, and that this host dialed, to whichever process of the peer."""
+        return [one for one in self._lanes[Lane.STRIPE] if one.is_open and one.role is Role.INITIATOR]
 
     @property
     def last_sign(self) -> float:

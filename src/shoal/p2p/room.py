@@ -5,6 +5,7 @@ Limits of one peer and of one address are kept among its own connections, so tha
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Iterable
 
 from shoal.p2p.config import HostConfig
@@ -15,6 +16,8 @@ from shoal.p2p.protocol.violations import EndKind
 from shoal.p2p.rpc import Lane
 
 NO_ROOM = "too many connections"
+FILES_FOR_LANES = 4
+"""Lanes for pieces take at most one open file of so many that the process may have."""
 
 
 class Room:
@@ -50,11 +53,13 @@ class Room:
         """Close one that can be spared if there are too many with ``new``; why it is refused if there is none."""
         config = self._config
         opened = [connection for connection in self._connections if connection.is_open]
-        if (
-            new.lane is Lane.STRIPE
-            and sum(one.lane is Lane.STRIPE for one in opened) > config.max_connections // 2
-        ):
-            return _no_room("too many lanes")  # what carries calls and streams has the other half
+        if new.lane is Lane.STRIPE:
+            stripes = [connection for connection in opened if connection.lane is Lane.STRIPE]
+            # What carries calls and streams has the other half.
+            most = min(config.max_connections // 2, files_for_lanes())
+            if len(stripes) > most and not _close_oldest(stripes, new):
+                return _no_room("too many lanes")
+            opened = [connection for connection in opened if connection.is_open]
         of_peer = [connection for connection in opened if connection.remote == new.remote]
         if len(of_peer) > config.max_connections_per_peer and not _close_oldest(of_peer, new):
             return _no_room(f"{NO_ROOM} to one peer")
@@ -82,6 +87,12 @@ class Room:
         ]
 
 
+def files_for_lanes() -> int:
+    """How many open files of this process may be lanes for pieces."""
+    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (1 << 20 if soft == resource.RLIM_INFINITY else soft) // FILES_FOR_LANES
+
+
 def _no_room(reason: str) -> wire.Refusal:
     return wire.Refusal(reason, kind=EndKind.NO_ROOM)
 
@@ -93,6 +104,6 @@ def _close_oldest(connections: Iterable[Connection], new: Connection) -> bool:
         # The other kinds are of more use than one lane more.
         idle = [one for one in idle if one.lane is Lane.STRIPE]
     if idle:
-        oldest = min(idle, key=lambda one: (one.lane is not Lane.STRIPE, one.last_used))
+        oldest = min(idle, key=lambda one: (one.lane is not Lane.STRIPE, max(one.last_used, one.last_piece)))
         oldest.close(NO_ROOM, EndKind.NO_ROOM)
     return bool(idle)

@@ -8,15 +8,16 @@ messages. While bulk streams are open, the path is measured, the number of lanes
 from __future__ import annotations
 
 import asyncio
+import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from shoal.p2p import tcp_info
 from shoal.p2p.lanes.count import FEW, SHORT_RTT, Path, choose, first_choice
 from shoal.p2p.lanes.forecast import Flow
-from shoal.p2p.lanes.memory import PathMemory
+from shoal.p2p.lanes.memory import Ends, PathMemory
+from shoal.p2p.lanes.meter import Interval, Meter
 from shoal.p2p.lanes.scheduler import Outgoing, Scheduler
 from shoal.p2p.lanes.upload_rate import UploadRate
 from shoal.p2p.outlet import Outlet
@@ -51,6 +52,13 @@ class BulkLane(Protocol):
     remote_ip: str | None
     last_piece: float
     """When it last carried a piece, in seconds of the loop."""
+
+    @property
+    def last_sign(self) -> float:
+        """When the peer last showed life on it, in seconds of the loop."""
+
+    def ask_for_sign(self) -> None:
+        """Ask the peer for a sign of life on it."""
 
     @property
     def outlet(self) -> Outlet:
@@ -89,20 +97,6 @@ class LaneReport(NamedTuple):
     """Bytes that were sent again on another lane."""
 
 
-@dataclass
-class _Count:
-    """What the lanes had counted when the number of lanes was last chosen."""
-
-    at: float
-    sent: int = 0
-    retransmitted: int = 0
-    delivered: int = 0
-    highest_rtt: float = 0.0
-    """Of the lanes' medians, in seconds."""
-    looks: int = 0
-    full: int = 0
-
-
 def tune(transport: object, congestion_control: str, others: int | None) -> None:
     """Choose how a connection that carries bulk data avoids congestion; one over a short path stays as it is. A few
     lanes send without bursts; on more of them that is not worth its timers.
@@ -119,6 +113,7 @@ def tune(transport: object, congestion_control: str, others: int | None) -> None
 class Bundle:
     """See the module.
 
+    :param memory_of: what was learnt of the path between two addresses
     :param homes: the connections on which bulk streams live
     :param lanes: the lanes for pieces that are open, in the order in which they are used
     :param open_more: begins to open so many lanes
@@ -130,8 +125,8 @@ class Bundle:
 
     def __init__(
         self,
-        memory: PathMemory,
         *,
+        memory_of: Callable[[Ends], PathMemory],
         homes: Callable[[], Sequence[BulkLane]],
         lanes: Callable[[], Sequence[BulkLane]],
         open_more: Callable[[int], None],
@@ -140,7 +135,10 @@ class Bundle:
         uplink: UploadRate,
         fixed: int | None,
     ) -> None:
-        self._memory = memory
+        self._memory_of = memory_of
+        self._ends: Ends | None = None
+        """Between which addresses the path is of which something was learnt."""
+        self._memory = PathMemory()
         self._homes = homes
         self._lanes = lanes
         self._open_more = open_more
@@ -159,11 +157,11 @@ class Bundle:
         """What the carriers had written at the last look."""
         self._moved_at = 0.0
         """When data was last under way."""
-        self._counted: _Count | None = None
+        self._meter = Meter()
         self._highest_rtt = 0.0
         """Of the lanes' medians, between the last choice of their number and the one before."""
-        self._last: dict[BulkLane, tcp_info.TcpInfo] = {}
-        self._totals = _Count(0.0)
+        self._infos: dict[BulkLane, tcp_info.TcpInfo] = {}
+        """Of the lanes that carry data, as of the last look."""
         self._rate = 0.0
         self._resent = 0
         """What had been sent again when streams were opened after a pause."""
@@ -172,32 +170,28 @@ class Bundle:
         """The lanes that carry pieces, as of the last look, and whether each is a spare one."""
         self._is_stuck = False
         """Whether those that are not spare waited for time-outs."""
+        self.wanted = fixed or 1
+        """How many lanes are to carry data."""
 
     @property
     def is_busy(self) -> bool:
         """Whether bulk streams are open."""
         return self._timer is not None
 
-    @property
-    def wanted(self) -> int:
-        """How many lanes are to carry data."""
-        choice = self._memory.choice
-        if self._fixed or choice is None or choice.count <= 1:
-            return self._fixed or 1
-        return max(1, min(choice.count, self._limit()))
-
     def report(self) -> LaneReport:
         """What it has come to."""
         choice, lanes = self._memory.choice, self._carriers()
         rtt = self._memory.min_rtt
+        if self.is_busy:
+            self._read(lanes)
         return LaneReport(
             lanes=len(self._active()) or 1,
             reason="it was set" if self._fixed else ("" if choice is None else choice.reason),
             congestion_control=tcp_info.congestion_control(lanes[0].outlet.transport) if lanes else "",
             rtt=None if rtt == float("inf") else rtt,
             rate=self._rate,
-            segments_sent=self._totals.sent,
-            retransmitted=self._totals.retransmitted,
+            segments_sent=self._meter.total.sent,
+            retransmitted=self._meter.total.retransmitted,
             resent=self._scheduler.resent - self._resent,
         )
 
@@ -205,24 +199,25 @@ class Bundle:
 
     def prepare(self) -> None:
         """Bulk data is about to be sent: open what lanes are missing, and watch the path."""
+        self._remember()
         home = next(iter(self._homes()), None)
-        if home is not None and self._memory.ends != (ends := (home.local_ip, home.remote_ip)):
-            vars(self._memory).update(vars(PathMemory(ends=ends)))
         # The kernel's own figures: what this process measures is long where it is busy.
         info = None if home is None else tcp_info.read(home.outlet.transport)
         if self._memory.choice is None and home is not None:
             self._memory.choice = first_choice(info and (info.min_rtt or info.rtt), self._limit())
+        if info is not None and self._memory.min_rtt == math.inf:
+            self._memory.note_rtt(info.min_rtt or info.rtt, self._loop.time())
+        self._want()
         self._open_missing()
         if self._timer is None and (info is not None or self._fixed):
-            self._totals, self._resent = _Count(0.0), self._scheduler.resent
-            self._count_anew()
-            self._last.clear()
+            self._begin_count()
             self._skip_pause()
             self._look_after(TICK)
 
     def lane_ended(self, lane: BulkLane) -> None:
         """A lane is gone: what it carried goes out on others."""
-        self._last.pop(lane, None)
+        self._infos.pop(lane, None)
+        self._meter.forget(lane)
         self._carrying.pop(lane, None)
         self._scheduler.remove_lane(lane)
         self.pump()
@@ -273,6 +268,13 @@ class Bundle:
             self._is_pumping = False
 
     # Inside.
+
+    def _want(self) -> None:
+        """Find out how many lanes are to carry data: other paths may have begun to take their share of the limit."""
+        choice = self._memory.choice
+        if self._fixed is None:
+            chosen = 1 if choice is None else choice.count
+            self.wanted = max(1, min(chosen, self._limit())) if chosen > 1 else 1
 
     def _active(self) -> list[BulkLane]:
         """The lanes over which a payload is striped that begins now: none, or several. One if the path is long, and
@@ -344,7 +346,7 @@ class Bundle:
             self._fill(lane, self._loop.time())
 
     def _note_progress(self, lane: BulkLane, now: float) -> None:
-        outlet, info = lane.outlet, self._last.get(lane)
+        outlet, info = lane.outlet, self._infos.get(lane)
         flow, silence = None, 0.0
         if info is not None and info.window:
             flow = Flow(info.rtt, info.window, info.threshold, info.timeout, info.timeouts)
@@ -353,39 +355,66 @@ class Bundle:
         self._scheduler.note_progress(lane, rtt or 0.0, outlet.written, acknowledged, now, flow, silence)
         outlet.fit_to(self._scheduler.lanes[lane].rate)
 
+    def _remember(self) -> None:
+        """Go on from what was learnt of this path. While one home is where it was, it is the same path."""
+        homes = [(home.local_ip, home.remote_ip) for home in self._homes()]
+        if homes and self._ends not in homes:
+            self._ends = homes[0]
+            self._memory = self._memory_of(self._ends)
+
     def _look(self) -> None:
         now = self._loop.time()
         is_used = any(not home.is_idle for home in self._homes()) or not self._scheduler.is_idle
         self._timer = None
-        if not is_used:
-            return
         carriers = self._carriers()
+        if not is_used:
+            self._read(carriers)
+            return
+        unsent = {lane: lane.outlet.unsent for lane in carriers}
         written = sum(lane.outlet.written for lane in carriers)
-        if written != self._written or any(lane.outlet.unsent for lane in carriers):
+        if written != self._written or any(unsent.values()):
             self._written, self._moved_at = written, now
         is_quiet = self._scheduler.is_idle and now - self._moved_at >= QUIET_TICK
         is_short = self._memory.min_rtt < SHORT_RTT and self._fixed is None
         self._look_after(QUIET_TICK if is_quiet else SHORT_PATH_TICK if is_short else TICK)
+        self._want()
         if is_quiet:
-            self._count_anew()  # what is counted is of the time in which data moves
+            self._read(carriers)
+            self._meter.interval, self._highest_rtt = (
+                None,
+                0.0,
+            )  # what is chosen by is of the time in which data moves
             self._skip_pause()
             return
-        self._measure(carriers, now)
+        self._measure(carriers, is_waiting=not self._scheduler.is_starved or any(unsent.values()), now=now)
         for lane in dict.fromkeys([*self._lanes(), *carriers]):
             if lane not in carriers:
-                self._last.pop(lane, None)  # it is read no more
+                self._infos.pop(lane, None)  # it is read no more
             if lane in self._scheduler.lanes:
                 self._note_progress(lane, now)
-        dead = self._scheduler.dead_lanes(now)
-        for lane in self._lanes():
-            if lane in dead:  # a home is never ended here: streams live on it
-                lane.abort("its packets vanish, and those of other lanes do not")
+        self._end_dead(now)
         self._scheduler.look_for_late(now)
         self._open_missing()
         self.pump()
 
-    def _count_anew(self) -> None:
-        self._counted, self._highest_rtt = None, 0.0
+    def _end_dead(self, now: float) -> None:
+        """End the lanes of which all packets vanish, though the peer's machine is heard of elsewhere."""
+        homes = [home for home in self._homes() if home.is_open]
+        heard = max((home.last_sign for home in homes), default=-math.inf)
+        dead = self._scheduler.dead_lanes(now, heard)
+        for lane in self._lanes():
+            if lane in dead:  # a home is never ended here: streams live on it
+                lane.abort("its packets vanish, and those of other connections do not")
+        if not dead and self._scheduler.has_silent_lane:
+            for home in homes:
+                home.ask_for_sign()
+
+    def _begin_count(self) -> None:
+        self._infos.clear()
+        self._resent, self._highest_rtt = self._scheduler.resent, 0.0
+        lanes = dict.fromkeys([*self._lanes(), *self._homes()])
+        infos = [(lane, tcp_info.read(lane.outlet.transport)) for lane in lanes]
+        self._meter.begin((lane, info) for lane, info in infos if info is not None)
 
     def _skip_pause(self) -> None:
         """What lanes did until now says nothing of their rates: nothing moved."""
@@ -409,49 +438,51 @@ class Bundle:
         if missing > 0 and wanted > 1:
             self._open_more(missing)
 
-    def _measure(self, lanes: list[BulkLane], now: float) -> None:
-        """Read the kernel's counts, and choose the number of lanes if it is time."""
-        if self._counted is None:
-            self._counted = _Count(now)
-        counted, rtts, smallest = self._counted, [], self._memory.min_rtt
-        moving = []  # the figure of a lane that stands still is an old one
+    def _measure(self, lanes: list[BulkLane], *, is_waiting: bool, now: float) -> None:
+        """Read the kernel's counts, and choose the number of lanes if it is time.
+
+        :param is_waiting: whether there is more to send than the kernel took
+        """
+        if self._meter.interval is None:
+            self._meter.interval = Interval(now)
+        interval, memory = self._meter.interval, self._memory
+        moving = self._read(lanes)
+        if moving:
+            memory.note_rtt(min(info.min_rtt or info.rtt for info in moving), now)
+            interval.highest_rtt = max(interval.highest_rtt, statistics.median(info.rtt for info in moving))
+        interval.looks += 1
+        interval.busy_looks += is_waiting
+        rtts = [
+            info.rtt
+            for lane in lanes
+            if (info := self._infos.get(lane)) and info.segments_sent and info.min_rtt
+        ]
+        seconds, delivered = now - interval.began_at, interval.counts.delivered
+        if not rtts or seconds < max(CHOICE_SECONDS, CHOICE_ROUND_TRIPS * memory.min_rtt) or not delivered:
+            return
+        self._rate = delivered / seconds
+        self._meter.interval = Interval(now)
+        memory.seconds += seconds
+        memory.tried_for += seconds
+        self._choose(lanes, statistics.median(rtts), interval)
+        self._highest_rtt = interval.highest_rtt
+
+    def _read(self, lanes: list[BulkLane]) -> list[tcp_info.TcpInfo]:
+        """Read the kernel's counts of these lanes; those of the lanes that move."""
+        moving = []  # the round-trip time of a lane that stands still is an old one
         for lane in lanes:
             info = tcp_info.read(lane.outlet.transport)
-            if info is None:
-                continue
-            last = self._last.get(lane)
-            self._last[lane] = info
-            if last is not None:
-                counted.sent += info.segments_sent - last.segments_sent
-                counted.retransmitted += info.retransmitted - last.retransmitted
-                counted.delivered += info.delivered - last.delivered
-                if info.delivered > last.delivered:
-                    moving.append(info.rtt)
-            if info.segments_sent and info.min_rtt:
-                rtts.append(info.rtt)
-                smallest = min(smallest, info.min_rtt)
-        self._memory.min_rtt = smallest
-        if moving:
-            counted.highest_rtt = max(counted.highest_rtt, statistics.median(moving))
-        counted.looks += 1
-        counted.full += not self._scheduler.is_starved or any(lane.outlet.unsent for lane in lanes)
-        seconds = now - counted.at
-        if not rtts or seconds < max(CHOICE_SECONDS, CHOICE_ROUND_TRIPS * smallest) or not counted.delivered:
-            return
-        self._rate = counted.delivered / seconds
-        self._totals.sent += counted.sent
-        self._totals.retransmitted += counted.retransmitted
-        self._counted = _Count(now)
-        self._memory.seconds += seconds
-        self._memory.tried_for += seconds
-        self._choose(lanes, statistics.median(rtts), counted)
-        self._highest_rtt = counted.highest_rtt
+            if info is not None:
+                self._infos[lane] = info
+                if self._meter.read(lane, info):
+                    moving.append(info)
+        return moving
 
-    def _choose(self, lanes: list[BulkLane], rtt: float, counted: _Count) -> None:
+    def _choose(self, lanes: list[BulkLane], rtt: float, interval: Interval) -> None:
         memory = self._memory
         count = len(lanes) if self._active() else 1
         is_growing = count < self.wanted
-        is_full = counted.full >= MOSTLY * counted.looks
+        is_full = interval.busy_looks >= MOSTLY * interval.looks
         peak = max(self._rate, memory.peaks.get(count, 0.0) * PEAK_DECAY)
         if not is_growing:
             memory.peaks[count] = peak
@@ -460,9 +491,9 @@ class Bundle:
         path = Path(
             min_rtt=memory.min_rtt,
             rtt=rtt,
-            highest_rtt=max(counted.highest_rtt, self._highest_rtt),
-            sent=counted.sent,
-            retransmitted=counted.retransmitted,
+            highest_rtt=max(interval.highest_rtt, self._highest_rtt),
+            sent=interval.counts.sent,
+            retransmitted=interval.counts.retransmitted,
             rate=peak,
             is_full=is_full,
             congestion_control=tcp_info.congestion_control(lanes[0].outlet.transport),
@@ -481,3 +512,4 @@ class Bundle:
         if choice.count != count:
             memory.seconds = 0.0
         memory.choice = choice
+        self._want()

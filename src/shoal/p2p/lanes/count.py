@@ -33,7 +33,7 @@ class Path:
     """What was measured of a path since the number of lanes was last chosen."""
 
     min_rtt: float
-    """Seconds; the least that was ever seen."""
+    """Seconds; the least of the last minutes."""
     rtt: float
     """Seconds; smoothed by the kernel, the median of the lanes."""
     highest_rtt: float
@@ -43,7 +43,7 @@ class Path:
     retransmitted: int
     """Segments."""
     rate: float
-    """Bytes a second that the peer's machine took."""
+    """Bytes a second that the peer's machine took: the highest rate of late of so many lanes."""
     is_full: bool
     """Whether there was always more to send."""
     congestion_control: str
@@ -98,7 +98,7 @@ def choose(
     if path.congestion_control in BBR:
         return Choice(1, f"{path.congestion_control} fills the path with one lane")
     if count > limit:
-        return Choice(limit, f"there may be {limit}")
+        return Choice(limit, f"there may be no more than {limit}")
     if not path.is_full:
         return Choice(count, "less was sent than the path takes")
     if before is not None and count > before[0] and path.rate < GAIN * before[1]:
@@ -109,9 +109,31 @@ def choose(
         return Choice(count, "nothing was lost")
     if enough is not None and count >= enough:
         return Choice(count, TRIED)
-    most = min(2 * count, limit, enough or limit)
-    if path.highest_rtt > full:
-        most = min(most, best[0] if best is not None else count)
-        if most <= count:
-            return Choice(count, "the queue was full a moment ago: it lost packets")
-    return Choice(most, f"{100 * loss:.2g} % of the packets were lost without a queue")
+    carried_most = count if best is None else best[0]
+    return _more(
+        count,
+        min(2 * count, limit, enough or limit),
+        loss,
+        limit,
+        carried_most if path.highest_rtt > full else None,
+    )
+
+
+def _more(count: int, most: int, loss: float, limit: int, after_full_queue: int | None) -> Choice:
+    """After losses, how many more.
+
+    :param most: what there may be by all but the last condition
+    :param after_full_queue: so many at most, since the queue was full a moment ago; None: it was not
+    """
+    if after_full_queue is not None and min(most, after_full_queue) <= count:
+        return Choice(count, "the queue was full a moment ago: it lost packets")
+    if most <= count:
+        return Choice(
+            count, f"{_percent(loss)} of the packets were lost, but there may be no more than {limit}"
+        )
+    more = most if after_full_queue is None else min(most, after_full_queue)
+    return Choice(more, f"{_percent(loss)} of the packets were lost without a queue")
+
+
+def _percent(part: float) -> str:
+    return f"{100 * part:.2g} %"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from shoal.p2p.lanes.count import Choice
@@ -11,13 +12,20 @@ TRIED_SECONDS = 30.0
 TRIED_RATE = 0.8
 """and as soon as those that are left carry less than this part of it."""
 
+RTT_SECONDS = 30.0
+"""The smallest round-trip time is that of one or two periods of this length: routes change. The kernel's own figures,
+from which it is taken, are of five minutes."""
 BEST_DECAY = 0.98
 """What is left of the highest rate of all when a rate is next measured: a path may have become slower."""
 
 
+Ends = tuple[str | None, str | None]
+"""The addresses of this host and of the peer."""
+
+
 @dataclass
 class PathMemory:
-    """What was learnt of the path to a peer, for the next round too."""
+    """What was learnt of the path between two addresses, for the next round too."""
 
     choice: Choice | None = None
     fewer: int | None = None
@@ -34,9 +42,24 @@ class PathMemory:
     """The highest rate that was measured with so many lanes: slow starts and the end of a round say little."""
     seconds: float = 0.0
     """For how long data was under way since the number of lanes last changed."""
-    min_rtt: float = field(default=float("inf"))
-    ends: tuple[str | None, str | None] = (None, None)
-    """The addresses of this host and the peer: a path between others is another one."""
+    rtt_now: float = math.inf
+    """The smallest round-trip time in this period, in seconds,"""
+    rtt_before: float = math.inf
+    """and in the one before."""
+    period_began: float = -math.inf
+
+    @property
+    def min_rtt(self) -> float:
+        """The smallest round-trip time of late, in seconds; infinite until it was measured."""
+        return min(self.rtt_now, self.rtt_before)
+
+    def note_rtt(self, rtt: float, now: float) -> None:
+        """So long, in seconds, is the smallest round-trip time of a lane that moves."""
+        age = now - self.period_began
+        if age >= RTT_SECONDS:
+            self.rtt_before = self.rtt_now if age < 2 * RTT_SECONDS else math.inf
+            self.rtt_now, self.period_began = math.inf, now
+        self.rtt_now = min(self.rtt_now, rtt)
 
     def note_rate(self, count: int, rate: float) -> None:
         """So many lanes have carried so much, in bytes a second."""

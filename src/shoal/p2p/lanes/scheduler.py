@@ -9,11 +9,12 @@ carried is sent again, unless its payload is known to have arrived whole.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from shoal.p2p.lanes.forecast import Flow, is_dead, is_stalled, seconds_to_land
+from shoal.p2p.lanes.forecast import DEAD_TIMEOUTS, Flow, is_dead, is_stalled, seconds_to_land
 from shoal.p2p.protocol.frames import CHUNK_BYTES, Piece
 
 MAX_COPIES = 4
@@ -273,16 +274,29 @@ class Scheduler:
                 payload.landed.discard(offset)
                 self._again.append((payload, offset))
 
-    def dead_lanes(self, now: float) -> list[object]:
-        """Lanes of which all packets vanish while others move."""
-        if len(self.lanes) < 2:
-            return []
-        latest, second = sorted((book.moved_at for book in self.lanes.values()), reverse=True)[:2]
+    @property
+    def has_silent_lane(self) -> bool:
+        """Whether a lane has sent again and again what nobody confirms."""
+        return any(
+            book.flow is not None and book.flow.timeouts >= DEAD_TIMEOUTS for book in self.lanes.values()
+        )
+
+    def dead_lanes(self, now: float, heard_elsewhere: float = -math.inf) -> list[object]:
+        """Lanes of which all packets vanish while others move.
+
+        :param heard_elsewhere: when the peer was last heard of on a connection that is no lane
+        """
+        moved = sorted((book.moved_at for book in self.lanes.values()), reverse=True)
+        latest, second = [*moved, -math.inf, -math.inf][:2]
         return [
             lane
             for lane, book in self.lanes.items()
             if book.flow is not None
-            and is_dead(book.flow, book.silence, now - (second if book.moved_at == latest else latest))
+            and is_dead(
+                book.flow,
+                book.silence,
+                now - max(heard_elsewhere, second if book.moved_at == latest else latest),
+            )
         ]
 
     def look_for_late(self, now: float) -> None:
