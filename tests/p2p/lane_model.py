@@ -372,7 +372,7 @@ class Sender:
         if index not in self.scheduler.lanes:
             self.note(index, lane)
         while lane.is_writable:
-            found = self.scheduler.next_piece(index, self.world.now)
+            found = self.scheduler.next_piece(index)
             if found is None:
                 return
             payload, offset = found

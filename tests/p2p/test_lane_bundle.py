@@ -34,8 +34,8 @@ class Kernel:
         self.algorithm = "cubic"
         self.asked_for: list[str] = []
         self.bounds: list[int] = []
-        self.spread: list[Any] = []
-        """Connections that send without bursts."""
+        self.paced: list[Any] = []
+        """Connections that are paced."""
         self.is_still = False
         """Whether nothing is sent or confirmed."""
         self.capacity = 1000
@@ -80,8 +80,8 @@ class Kernel:
     def choose(self, transport: Any, name: str) -> None:
         self.asked_for.append(name)
 
-    def spread_out(self, transport: Any) -> None:
-        self.spread.append(transport)
+    def enable_pacing(self, transport: Any) -> None:
+        self.paced.append(transport)
 
     def keep_little_unsent(self, transport: Any, nbytes: int) -> None:
         self.bounds.append(nbytes)
@@ -94,7 +94,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(tcp_info, "congestion_control", made.congestion_control)
     monkeypatch.setattr(tcp_info, "choose_congestion_control", made.choose)
     monkeypatch.setattr(tcp_info, "keep_little_unsent", made.keep_little_unsent)
-    monkeypatch.setattr(tcp_info, "spread_out", made.spread_out)
+    monkeypatch.setattr(tcp_info, "enable_pacing", made.enable_pacing)
     return made
 
 
@@ -208,7 +208,7 @@ def test_a_few_lanes_of_a_long_path_send_without_bursts(kernel: Kernel):
             a, b, task = await sending(swarm, HostConfig(max_lanes=12))
             await asyncio.sleep(8.0)
             assert lanes(b, a) == 12
-            assert len(set(kernel.spread)) == 2 * 4  # at both ends
+            assert len(set(kernel.paced)) == 2 * 4  # at both ends
             task.cancel()
 
     run(main)
@@ -222,7 +222,7 @@ def test_a_short_path_has_one_lane(kernel: Kernel):
             await asyncio.sleep(3.0)
             assert b.count_connections(a.peer_id)[Lane.STRIPE] == 0
             assert kernel.asked_for == []
-            assert kernel.spread == []
+            assert kernel.paced == []
             assert b.upload_rate is None
             task.cancel()
 

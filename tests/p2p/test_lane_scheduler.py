@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import random
-from collections import deque
+from collections import Counter, deque
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from shoal.errors import ProtocolViolation
 from shoal.p2p.lanes.forecast import Flow
 from shoal.p2p.lanes.scheduler import MAX_COPIES, Outgoing, Scheduler
 from shoal.p2p.protocol.frames import CHUNK_BYTES
@@ -28,7 +29,7 @@ class Wire:
         self.written = 0
         self.acknowledged = 0.0
         self.queue: deque[tuple[int, Outgoing, int]] = deque()
-        self.is_dead = False
+        self.given: list[tuple[Outgoing, int]] = []
 
     def pass_time(self, seconds: float) -> list[tuple[Outgoing, int]]:
         self.acknowledged = min(self.written, self.acknowledged + self.rate * seconds)
@@ -66,17 +67,27 @@ class Story:
         self.scheduler.look_for_late(self.now)
         for key, wire in self.wires.items():
             while len(wire.queue) < 2:
-                found = self.scheduler.next_piece(key, self.now)
+                found = self.scheduler.next_piece(key)
                 if found is None:
                     break
                 one, offset = found
                 wire.written += one.piece(offset).size
                 wire.queue.append((wire.written, one, offset))
+                wire.given.append((one, offset))
                 self.scheduler.note_sent(key, one, offset, wire.written, self.now)
 
     def kill(self, key: int) -> None:
         del self.wires[key]
         self.scheduler.remove_lane(key)
+
+    def check_copies(self) -> None:
+        """The scheduler knows how often each piece is on a lane that lives, or was brought by one."""
+        copies = Counter(piece for wire in self.wires.values() for piece in wire.given)
+        for one in self.arrived:
+            if not one.is_done:
+                known = {offset: count for offset, count in one.copies.items() if count}
+                assert known == {offset: count for (sent, offset), count in copies.items() if sent is one}
+                assert all(count <= MAX_COPIES for count in known.values())
 
     def run(self, limit: float = 100.0) -> float:
         while not self.scheduler.is_idle:
@@ -126,13 +137,13 @@ def test_what_a_dead_lane_carried_is_sent_again_unless_it_is_known_to_have_come(
     scheduler.add(second)
     scheduler.note_progress("a", 0.05, 0, 0, 0.0)
     for index in range(4):
-        found = scheduler.next_piece("a", 0.0)
+        found = scheduler.next_piece("a")
         assert found is not None
         scheduler.note_sent("a", *found, (index + 1) * CHUNK_BYTES, 0.0)
     scheduler.receive_confirmation(1, 1, 0)
     scheduler.remove_lane("a")
     scheduler.note_progress("b", 0.05, 0, 0, 0.0)
-    again = [scheduler.next_piece("b", 0.0) for _ in range(3)]
+    again = [scheduler.next_piece("b") for _ in range(3)]
     assert sorted(again[:2], key=str) == sorted([(second, 0), (second, CHUNK_BYTES)], key=str)
     assert again[2] is None
 
@@ -143,10 +154,14 @@ def test_a_payload_whose_stream_has_failed_is_forgotten():
     scheduler = Scheduler()
     scheduler.add(one)
     scheduler.note_progress("a", 0.05, 0, 0, 0.0)
-    assert scheduler.next_piece("a", 0.0) == (one, 0)
+    assert scheduler.next_piece("a") == (one, 0)
     is_wanted = False
-    assert scheduler.next_piece("a", 0.0) is None
+    assert scheduler.next_piece("a") is None
     assert scheduler.is_idle
+    assert len(one.data) == 3 * CHUNK_BYTES, "to ask changes nothing"
+    scheduler.forget_done()
+    assert scheduler.is_idle
+    assert len(one.data) == 0
 
 
 @pytest.mark.parametrize("ends", ["received", "failed"])
@@ -162,8 +177,10 @@ def test_nothing_is_kept_of_payloads_that_are_done(ends: str):
     else:
         is_wanted = False
         assert story.scheduler.is_idle
+        story.scheduler.forget_done()
     for wire in story.wires.values():
         wire.queue.clear()
+        wire.given.clear()
     del one
     story.arrived.clear()
     gc.collect()
@@ -195,12 +212,12 @@ def test_a_lane_that_stalls_is_not_given_its_own_pieces_again():
     for lane in ("a", "b"):
         scheduler.note_progress(lane, 0.05, 0, 0, 0.0)
     for index in range(4):
-        found = scheduler.next_piece("a", 0.0)
+        found = scheduler.next_piece("a")
         assert found is not None
         scheduler.note_sent("a", *found, (index + 1) * CHUNK_BYTES, 0.0)
     scheduler.look_for_late(2.0)
-    assert scheduler.next_piece("a", 2.0) is None
-    assert scheduler.next_piece("b", 2.0) is not None
+    assert scheduler.next_piece("a") is None
+    assert scheduler.next_piece("b") is not None
 
 
 def test_a_piece_has_few_copies():
@@ -226,6 +243,7 @@ def test_everything_arrives_whatever_the_lanes_do(seed: int):
     story = Story([rng.choice([2e5, 1e6, 5e6]) for _ in range(rng.randint(2, 6))], payloads)
     for _ in range(rng.randint(1, 30)):
         story.step()
+        story.check_copies()
         key = rng.choice(list(story.wires))
         what = rng.random()
         if what < 0.1 and len(story.wires) > 1:
@@ -240,6 +258,7 @@ def test_everything_arrives_whatever_the_lanes_do(seed: int):
     if len(stalled) >= MAX_COPIES:  # they may hold all copies of a piece, until they are ended as dead
         for key in stalled:
             story.kill(key)
+    story.check_copies()
     story.run()
     assert all(len(offsets) * CHUNK_BYTES >= len(one.data) for one, offsets in story.arrived.items())
 
@@ -259,7 +278,7 @@ def test_a_lane_that_opens_late_is_used(lanes: int):
 def sent_by(scheduler: Scheduler, lane: str, pieces: int, written: int = 0) -> int:
     """Give a lane so many pieces; returns what it has written."""
     for _ in range(pieces):
-        found = scheduler.next_piece(lane, 0.0)
+        found = scheduler.next_piece(lane)
         assert found is not None
         written += found[0].piece(found[1]).size
         scheduler.note_sent(lane, *found, written, 0.0)
@@ -279,18 +298,89 @@ def test_a_piece_that_one_lane_has_brought_is_not_sent_again_for_another_that_ha
     scheduler.note_progress("a", 0.05, held, 0, 1.0, STALLED, 1.0)
     scheduler.note_progress("b", 0.05, written, written, 1.0, FAST)
     scheduler.look_for_late(1.0)
-    found = scheduler.next_piece("b", 1.0)
+    found = scheduler.next_piece("b")
     assert found is not None
     assert found[1] == 0
     written += CHUNK_BYTES
     scheduler.note_sent("b", *found, written, 1.0)
     scheduler.note_progress("b", 0.05, written, written, 3.0, FAST)
     scheduler.look_for_late(3.0)
-    assert scheduler.next_piece("b", 3.0) is None  # until the peer says that it has all, or the lane dies
+    assert scheduler.next_piece("b") is None  # until the peer says that it has all, or the lane dies
     scheduler.remove_lane("b")
     scheduler.note_progress("c", 0.05, 0, 0, 3.0, FAST)
-    again = [scheduler.next_piece("c", 3.0) for _ in range(5)]
-    assert sorted(one[1] // CHUNK_BYTES for one in again if one is not None) == [0, 1, 2, 3]
+    again = [scheduler.next_piece("c") for _ in range(4)]
+    assert sorted(one[1] // CHUNK_BYTES for one in again if one is not None) == [1, 2, 3]
+    scheduler.look_for_late(3.0)
+    found = scheduler.next_piece("c")
+    assert found is not None
+    assert found[1] == 0  # the other lane has it still, and stalls
+
+
+@pytest.mark.parametrize("landed_on", ["", "b", "ab"])
+def test_what_a_dead_lane_shared_with_another_is_not_sent_again(landed_on: str):
+    one = payload(0, 2)
+    scheduler = Scheduler()
+    scheduler.add(one)
+    for lane in ("a", "b", "c"):
+        scheduler.note_progress(lane, 0.05, 0, 0, 0.0, FAST)
+    held = sent_by(scheduler, "a", 2)
+    scheduler.note_progress("a", 0.05, held, 0, 1.0, STALLED, 1.0)
+    scheduler.look_for_late(1.0)
+    written = sent_by(scheduler, "b", 2)
+    scheduler.note_progress("b", 0.05, written, written if "b" in landed_on else 0, 1.1, FAST)
+    scheduler.note_progress("a", 0.05, held, held if "a" in landed_on else 0, 1.1, STALLED)
+    scheduler.look_for_late(1.1)
+    scheduler.remove_lane("a")
+    assert one.copies == {0: 1, CHUNK_BYTES: 1}
+    assert one.landed == ({0, CHUNK_BYTES} if landed_on else set())
+    assert scheduler.next_piece("c") is None
+    scheduler.remove_lane("b")
+    assert sorted(found[1] for _ in range(2) if (found := scheduler.next_piece("c"))) == [0, CHUNK_BYTES]
+    assert one.landed == set()
+
+
+def test_what_was_late_on_a_lane_that_died_is_sent_again_once():
+    scheduler = Scheduler()
+    scheduler.add(payload(0, 1))
+    for lane in ("a", "b", "c"):
+        scheduler.note_progress(lane, 0.05, 0, 0, 0.0, FAST)
+    held = sent_by(scheduler, "a", 1)
+    scheduler.note_progress("a", 0.05, held, 0, 1.0, STALLED, 1.0)
+    scheduler.look_for_late(1.0)
+    scheduler.remove_lane("a")
+    sent_by(scheduler, "b", 1)
+    assert scheduler.next_piece("c") is None
+
+
+def test_a_payload_is_confirmed_when_all_of_it_was_sent():
+    """A peer that confirms what it cannot have would keep the sender waiting for ever."""
+    first, second = payload(0, 2), payload(1, 2)
+    scheduler = Scheduler()
+    for one in (first, second):
+        scheduler.add(one)
+    for lane in ("a", "b"):
+        scheduler.note_progress(lane, 0.05, 0, 0, 0.0, FAST)
+    held = sent_by(scheduler, "a", 3)
+    assert (first.is_taken, second.is_taken) == (True, False)
+    with pytest.raises(ProtocolViolation, match="of which"):
+        scheduler.receive_confirmation(1, 1, 1)
+    sent_by(scheduler, "a", 1, held)
+    scheduler.note_progress("a", 0.05, held, 0, 1.0, STALLED, 1.0)
+    scheduler.look_for_late(1.0)
+    sent_by(scheduler, "b", 1)  # a copy is still on its way when the confirmation comes
+    for number in (0, 1, 1):
+        scheduler.receive_confirmation(1, 1, number)
+    assert scheduler.is_idle
+
+
+def test_a_confirmation_that_comes_after_its_stream_has_failed_is_no_violation():
+    is_wanted = True
+    one = Outgoing(1, 1, 0, 0, memoryview(bytes(3 * CHUNK_BYTES)), lambda: is_wanted, lambda: None)
+    scheduler = Scheduler()
+    scheduler.add(one)
+    is_wanted = False
+    scheduler.receive_confirmation(1, 1, 0)
+    assert scheduler.is_idle
 
 
 def test_a_slow_start_is_no_reason_to_send_a_piece_twice():
@@ -304,7 +394,7 @@ def test_a_slow_start_is_no_reason_to_send_a_piece_twice():
     scheduler.note_progress("a", 0.1, held, 10 * 1448, 0.25, slow)
     scheduler.note_progress("b", 0.1, 0, 0, 0.25, slow)
     scheduler.look_for_late(0.25)
-    assert scheduler.next_piece("b", 0.25) is None
+    assert scheduler.next_piece("b") is None
 
 
 @pytest.mark.parametrize("others_move", [True, False])

@@ -38,7 +38,9 @@ class Receiver:
             send_frame=lambda *frame: self.sent.append(frame),
             max_inbound=4,
             max_unread=2 * INITIAL_WINDOW,
+            violate=self.violate,
         )
+        self.violations: list[ProtocolViolation] = []
         self.sender = Multiplexer(
             is_initiator=True, send_frame=self.deliver, max_inbound=4, max_unread=2 * INITIAL_WINDOW
         )
@@ -48,6 +50,9 @@ class Receiver:
         self.near = self.sender.open("m", None, None, final=False)
         self.stream.accept_payloads(self.place, WINDOW)
         self.give_back()
+
+    def violate(self, violation: ProtocolViolation) -> None:
+        self.violations.append(violation)
 
     def deliver(self, kind: FrameKind, stream_id: int, body: bytes) -> None:
         if self.held is not None:
@@ -72,6 +77,11 @@ class Receiver:
         assert self.near.may_stripe
         return self.near.begin_striped(tag, TOTAL)
 
+    def announced_late(self, tag: int) -> int:
+        """A payload whose pieces come first."""
+        self.held = []
+        return self.announce(tag)
+
     def bring(self, number: int, tag: int, index: int, data: bytes = DATA) -> bool:
         """A piece arrives; returns whether it was written."""
         piece = Piece(9, self.near.id, number, tag, TOTAL, index * CHUNK_BYTES)
@@ -80,6 +90,13 @@ class Receiver:
             memory[:] = data[piece.offset : piece.offset + piece.size]
         self.streams.receive_piece(piece)
         return memory is not None
+
+    def refuses(self, piece: Piece, reason: str) -> bool:
+        """Whether a piece has no place, and ends the connection of its stream for that reason."""
+        before = len(self.violations)
+        place = self.streams.piece_memory(piece)
+        found = [str(violation) for violation in self.violations[before:]]
+        return place is None and len(found) == 1 and reason in found[0]
 
     def confirmed(self) -> list[int]:
         return [int.from_bytes(body) for kind, _, body in self.sent if kind is FrameKind.RECEIVED]
@@ -136,9 +153,7 @@ def test_a_payload_of_one_piece_is_not_striped(what: str, total: int):
         with pytest.raises(ProtocolViolation, match="one piece"):
             receiver.streams.receive_frame(*frame)
     else:
-        piece = Piece(9, receiver.near.id, 0, 5, total, 0)
-        with pytest.raises(ProtocolViolation, match="one piece"):
-            receiver.streams.piece_memory(piece)
+        assert receiver.refuses(Piece(9, receiver.near.id, 0, 5, total, 0), "one piece")
 
 
 def test_a_place_is_written_once():
@@ -300,16 +315,61 @@ def test_nothing_is_striped_when_all_numbers_are_used():
 def test_pieces_that_no_honest_peer_sends(piece: Piece, reason: str):
     receiver = Receiver()
     receiver.announce(5)
-    with pytest.raises(ProtocolViolation, match=reason):
-        receiver.streams.piece_memory(piece)
+    assert receiver.refuses(piece, reason)
+
+
+def test_a_refused_payload_takes_no_credit():
+    """Its pieces may come again, and with each another one would be refused."""
+    receiver = Receiver()
+
+    def refuse(tag: int, length: int) -> memoryview:
+        raise ProtocolViolation("no such payload")
+
+    receiver.stream.accept_payloads(refuse, WINDOW)
+    before = receiver.stream._receive_credit
+    number = receiver.announced_late(5)
+    for index in range(4):
+        assert receiver.refuses(
+            Piece(9, receiver.near.id, number, 5, TOTAL, index * CHUNK_BYTES), "no such payload"
+        )
+    assert receiver.stream._receive_credit == before
+
+
+def test_only_a_payload_that_was_begun_is_confirmed_and_only_once():
+    receiver = Receiver()
+    number = receiver.announce(5)
+    for index in range(4):
+        receiver.bring(number, 5, index)
+    confirmation = FrameKind.RECEIVED, receiver.near.id, wire.encode_received(number)
+    with pytest.raises(ProtocolViolation, match="no such payload"):
+        receiver.sender.receive_frame(*confirmation[:2], wire.encode_received(number + 1))
+    receiver.give_back()
+    assert not receiver.near.unconfirmed
+    with pytest.raises(ProtocolViolation, match="no such payload"):
+        receiver.sender.receive_frame(*confirmation)
+
+
+@pytest.mark.parametrize("end", ["reset", "failed"])
+def test_a_confirmation_for_a_stream_that_was_left_is_late_at_most(end: str):
+    receiver = Receiver()
+    number = receiver.announce(5)
+    for index in range(4):
+        receiver.bring(number, 5, index)
+    failure = RemoteError("cancelled", "")
+    if end == "reset":
+        receiver.near.reset("cancelled", "", failure)
+    else:
+        receiver.near.fail(failure)
+    receiver.give_back()
+    assert receiver.confirmed() == []
+    assert receiver.near.failure is failure
 
 
 def test_striped_payloads_of_a_stream_that_gave_no_window_are_a_violation():
     receiver = Receiver()
     other = receiver.sender.open("m", None, None, final=False)
     assert not other.may_stripe
-    with pytest.raises(ProtocolViolation, match="where there can be none"):
-        receiver.streams.piece_memory(Piece(9, other.id, 0, 5, 1000, 0))
+    assert receiver.refuses(Piece(9, other.id, 0, 5, 1000, 0), "where there can be none")
 
 
 def test_frames_of_striped_payloads_are_checked():
@@ -385,6 +445,8 @@ class Attacked:
     def bring(self, number: int, tag: int, total: int, index: int) -> None:
         piece = Piece(9, 1, number, tag, total, index * CHUNK_BYTES)
         memory = self.receiver.streams.piece_memory(piece) if piece.offset < piece.total else None
+        if self.receiver.violations:
+            raise self.receiver.violations[0]
         if memory is not None:
             assert not any(memory), "a place was written twice"
             memory[:] = b"\1" * len(memory)
@@ -504,6 +566,33 @@ def test_memory_is_its_senders_again_when_the_stream_was_left():
                     lane.abort("cut")
             await asyncio.wait_for(done.wait(), 30)
             assert got == data
+
+    run(main)
+
+
+def test_memory_is_let_go_of_when_a_stream_fails_and_nothing_else_is_sent():
+    """The lanes are not looked at any more then."""
+
+    async def main() -> None:
+        async with Swarm() as swarm:
+            a, b = await swarm.pair(HostConfig(lanes_per_peer=4))
+            swarm.network.set_bandwidth("a", "b", 1e5)
+
+            async def receive(stream: Stream) -> None:
+                stream.accept_payloads(None, 4 * SIZE)
+                await stream.send(Number(0))
+                await stream.receive()
+
+            a.serve_stream(STREAM, receive)
+            memory = bytearray(SIZE)
+            async with b.open_stream(a.peer_id, STREAM, lane=Lane.BULK) as stream:
+                await stream.receive()
+                await asyncio.sleep(0.5)  # the lanes are open
+                await stream.send_payload(0, memory)
+                assert not stream.is_delivered
+                stream.reset()
+            await asyncio.sleep(1.0)
+            memory.append(0)  # BufferError while anything refers to it
 
     run(main)
 
@@ -643,6 +732,68 @@ def test_only_confirmations_keep_a_stream_that_was_left(confirms: bool):
                 waited, failure = loop.time() - left_at, stream.failure
             assert waited == pytest.approx(3 * pause if confirms else DELIVERY_TIMEOUT, abs=1)
             assert (failure is None) == confirms
+
+    run(main)
+
+
+def test_a_sink_that_refuses_a_piece_ends_the_home_and_no_lane():
+    """The piece comes before the home has said where it belongs."""
+
+    async def main() -> None:
+        async with Swarm() as swarm:
+            a, b = await swarm.pair(HostConfig(lanes_per_peer=4))
+            asked: list[int] = []
+
+            def refuse(tag: int, length: int) -> memoryview:
+                asked.append(tag)
+                raise ProtocolViolation("no such payload")
+
+            async def receive(stream: Stream) -> None:
+                stream.accept_payloads(refuse, 4 * SIZE)
+                await stream.send(Number(0))
+                await stream.receive()
+
+            a.serve_stream(STREAM, receive)
+            async with b.open_stream(a.peer_id, STREAM, lane=Lane.BULK) as stream:
+                await stream.receive()
+                await asyncio.sleep(0.5)  # the lanes are open
+                connections = a._connections.to(b.peer_id)
+                assert connections is not None
+                (home,), lanes = connections.bulk(), [*connections.all()]
+                send_frame, loop = stream._state._send_frame, asyncio.get_running_loop()
+                stream._state._send_frame = lambda *frame: loop.call_later(1.0, send_frame, *frame)
+                await stream.send_payload(5, bytes(SIZE))
+                with pytest.raises(ConnectionLost, match="no such payload"):
+                    await stream.receive()
+            assert asked == [5]
+            assert "no such payload" in str(home.close_reason)
+            await asyncio.sleep(5.0)
+            assert [lane for lane in lanes if not lane.is_open] == [home]
+
+    run(main)
+
+
+def test_a_confirmation_of_what_was_not_sent_ends_the_connection():
+    """Else the sender would wait for ever: no piece of it is sent any more."""
+
+    async def main() -> None:
+        async with Swarm() as swarm:
+            a, b = await swarm.pair(HostConfig(lanes_per_peer=2))
+            swarm.network.set_bandwidth("a", "b", 1e5)
+
+            async def receive(stream: Stream) -> None:
+                stream.accept_payloads(None, 8 * SIZE)
+                await stream.send(Number(0))
+                await asyncio.sleep(3.0)
+                stream._state._send_frame(FrameKind.RECEIVED, stream._state.id, wire.encode_received(0))
+                await stream.receive()
+
+            a.serve_stream(STREAM, receive)
+            async with b.open_stream(a.peer_id, STREAM, lane=Lane.BULK) as stream:
+                await stream.receive()
+                await asyncio.sleep(0.5)  # the lanes are open
+                with pytest.raises(ProtocolViolation, match=f"of {8 * SIZE - 100} bytes were sent"):
+                    await stream.send_payload(0, bytes(8 * SIZE - 100))
 
     run(main)
 

@@ -56,7 +56,7 @@ def test_a_connection_is_told_to_send_without_bursts():
         socket.create_connection(server.getsockname()) as one,
     ):
         before = one.getsockopt(socket.SOL_SOCKET, MAX_PACING_RATE, 8)
-        tcp_info.spread_out(Transport(one))
+        tcp_info.enable_pacing(Transport(one))
         after = one.getsockopt(socket.SOL_SOCKET, MAX_PACING_RATE, 8)
     assert before == b"\xff" * 8  # without a limit the kernel does not pace
     assert 2**30 < int.from_bytes(after, sys.byteorder) < 2**32

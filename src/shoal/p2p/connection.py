@@ -77,7 +77,7 @@ class Connection(asyncio.BufferedProtocol):
         """How it ended; None while it stands."""
         self.last_used = 0.0
         self.last_piece = 0.0
-        """When it last carried a piece of a striped payload."""
+        """When it last carried a piece of a striped payload, or was opened."""
         self._loop = asyncio.get_running_loop()
         self.opened: asyncio.Future[None] = self._loop.create_future()
         """Done when HELLO has arrived; fails with :class:`ProtocolViolation`, :class:`ConnectionLost` or
@@ -103,6 +103,7 @@ class Connection(asyncio.BufferedProtocol):
             max_unread=owner.config.max_unread,
             discard_payload=self._session.discard_payload,
             striped_received=self._striped_received,
+            violate=self.violate,
         )
         self.calls = Calls(self, self.streams, owner.find_served, owner.config.max_stream_timeout)
         """Opens streams on this connection, and serves those of the peer."""

@@ -96,7 +96,7 @@ def keep_little_unsent(transport: Any, nbytes: int) -> None:
     _set(transport, _TCP_NOTSENT_LOWAT, nbytes)
 
 
-def spread_out(transport: Any) -> None:
+def enable_pacing(transport: Any) -> None:
     """From now on send what the window allows piece by piece, in at most a round-trip time. Congestion controls that do
     not pace themselves send it in bursts else.
     """

@@ -99,7 +99,7 @@ class LaneReport(NamedTuple):
 
 def tune(transport: object, congestion_control: str, others: int | None) -> None:
     """Choose how a connection that carries bulk data avoids congestion; one over a short path stays as it is. A few
-    lanes send without bursts; on more of them that is not worth its timers.
+    lanes are paced; on more of them that is not worth its timers.
 
     :param others: lanes for pieces to the same process that are open already; None: this one is a home
     """
@@ -107,7 +107,7 @@ def tune(transport: object, congestion_control: str, others: int | None) -> None
     if info is not None and info.rtt >= SHORT_RTT:
         tcp_info.choose_congestion_control(transport, congestion_control)
         if others is not None and others < FEW:
-            tcp_info.spread_out(transport)
+            tcp_info.enable_pacing(transport)
 
 
 class Bundle:
@@ -311,7 +311,7 @@ class Bundle:
         while outlet.is_writable and not self._must_wait():
             if self._carrying.get(lane) and not (scheduler.is_starved or self._is_stuck):
                 return
-            found = scheduler.next_piece(lane, now)
+            found = scheduler.next_piece(lane)
             if found is None:
                 return
             payload, offset = found
@@ -364,6 +364,7 @@ class Bundle:
 
     def _look(self) -> None:
         now = self._loop.time()
+        self._scheduler.forget_done()
         is_used = any(not home.is_idle for home in self._homes()) or not self._scheduler.is_idle
         self._timer = None
         carriers = self._carriers()

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from shoal.errors import ProtocolViolation
 from shoal.p2p.lanes.forecast import DEAD_TIMEOUTS, Flow, is_dead, is_stalled, seconds_to_land
 from shoal.p2p.protocol.frames import CHUNK_BYTES, Piece
 
@@ -177,11 +178,8 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is under way."""
-        if not all(payload.is_done for payload in self._unconfirmed.values()):
-            return False  # as a rule the first one says so
-        if self._unconfirmed:
-            self._forget_unwanted()
-        return True
+        # As a rule the first payload says that it is.
+        return all(payload.is_done for payload in self._unconfirmed.values())
 
     @property
     def is_starved(self) -> bool:
@@ -198,12 +196,22 @@ class Scheduler:
         self._unconfirmed[payload.home, payload.stream_id, payload.number] = payload
 
     def receive_confirmation(self, home: int, stream_id: int, number: int) -> None:
-        """The peer has all of a payload."""
-        payload = self._unconfirmed.pop((home, stream_id, number), None)
-        if payload is not None:
-            payload.is_received = True
-            self._let_go(payload)
-            self._forget_if_idle()
+        """The peer has all of a payload. Copies of its pieces may still be on their way.
+
+        :raises ProtocolViolation: it cannot have all, since not every piece was sent
+        """
+        payload = self._unconfirmed.get((home, stream_id, number))
+        if payload is None:
+            return  # its stream has failed, and it is forgotten
+        if not payload.is_taken and payload.is_wanted():
+            raise ProtocolViolation(
+                f"RECEIVED for payload {number} of stream {stream_id}, of which {payload.next_offset} of "
+                f"{payload.total} bytes were sent"
+            )
+        del self._unconfirmed[home, stream_id, number]
+        payload.is_received = True
+        self._let_go(payload)
+        self._forget_if_idle()
 
     def note_progress(
         self,
@@ -226,12 +234,19 @@ class Scheduler:
         book.note_progress(written, acknowledged, now)
         book.silence = min(silence, now - book.moved_at)
 
+    def forget_done(self) -> None:
+        """Keep nothing of payloads whose streams have failed: their memory is their senders' again."""
+        gone = [key for key, payload in self._unconfirmed.items() if payload.is_done]
+        for key in gone:
+            self._let_go(self._unconfirmed.pop(key))
+        self._forget_if_idle()
+
     def resume(self, lane: object, written: int, acknowledged: int, now: float) -> None:
         """The lane was not looked at for a while: what it did meanwhile says nothing of its rate."""
         book = self.lanes[lane]
         book.written, book.acknowledged, book.noted_at, book.moved_at = written, acknowledged, now, now
 
-    def next_piece(self, lane: object, now: float) -> tuple[Outgoing, int] | None:
+    def next_piece(self, lane: object) -> tuple[Outgoing, int] | None:
         """What this lane, which has room, sends next: a payload, and the first byte of the piece."""
         while self._again:
             payload, offset = self._again.popleft()
@@ -266,13 +281,24 @@ class Scheduler:
         book = self.lanes.pop(lane, None)
         if book is None:
             return
-        flying = [(sent.payload, sent.offset) for sent in book.flying]
-        landed = [(payload, offset) for payload, offsets in book.landed.items() for offset in offsets]
-        for payload, offset in landed + flying:
+        self._late = [late for late in self._late if late[1] is not lane]
+        for payload, offsets in book.landed.items():
             if not payload.is_done:
-                payload.copies.pop(offset, None)
-                payload.landed.discard(offset)
-                self._again.append((payload, offset))
+                elsewhere = {at for other in self.lanes.values() for at in other.landed.get(payload, ())}
+                payload.landed.difference_update(set(offsets) - elsewhere)
+                for offset in offsets:
+                    self._lose_copy(payload, offset)
+        for sent in book.flying:
+            if not sent.payload.is_done:
+                self._lose_copy(sent.payload, sent.offset)
+
+    def _lose_copy(self, payload: Outgoing, offset: int) -> None:
+        """A lane that is gone has carried the piece: it is sent again, unless another lane carries it or has brought
+        it to the peer's machine.
+        """
+        payload.copies[offset] -= 1
+        if not payload.copies[offset]:
+            self._again.append((payload, offset))
 
     @property
     def has_silent_lane(self) -> bool:
@@ -301,7 +327,7 @@ class Scheduler:
 
     def look_for_late(self, now: float) -> None:
         """Find the pieces that would take longest where they are soonest, if there is nothing else to send."""
-        self._forget_unwanted()
+        self.forget_done()
         self._late.clear()
         if not self.is_starved:
             return
@@ -339,12 +365,6 @@ class Scheduler:
         """Whether the lane carries a copy of the piece: one more behind it would come later, and count as a copy."""
         flying = self.lanes[lane].flying
         return any(sent.payload is piece.payload and sent.offset == piece.offset for sent in flying)
-
-    def _forget_unwanted(self) -> None:
-        gone = [key for key, payload in self._unconfirmed.items() if payload.is_done]
-        for key in gone:
-            self._let_go(self._unconfirmed.pop(key))
-        self._forget_if_idle()
 
     def _let_go(self, payload: Outgoing) -> None:
         payload.let_go()

@@ -285,10 +285,9 @@ class StreamState:
             raise ProtocolViolation(
                 f"payload of {length} bytes on stream {self.id}, which has credit for {self._receive_credit}"
             )
-        self._receive_credit -= cost
-        if self._sink is None:
-            return memoryview(bytearray(length))
-        return self._sink(tag, length)
+        memory = memoryview(bytearray(length)) if self._sink is None else self._sink(tag, length)
+        self._receive_credit -= cost  # only now: a sink that refuses has taken nothing
+        return memory
 
     def receive_payload(self, tag: int, data: memoryview, placed: bool) -> None:
         """A payload has arrived whole; ``placed`` if in memory that a sink gave."""
@@ -381,6 +380,11 @@ class StreamState:
         self.remote_finished = True
         self._close_if_over()
         self.on_change()
+
+    def check_confirmation(self, number: int) -> None:
+        """:class:`ProtocolViolation` unless this striped payload was begun, and is confirmed for the first time."""
+        if number not in self.unconfirmed:
+            raise ProtocolViolation(f"RECEIVED with number {number} on stream {self.id}: no such payload")
 
     def receive_confirmation(self, number: int) -> None:
         """The peer has all of a striped payload."""

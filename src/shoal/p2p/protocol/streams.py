@@ -26,12 +26,18 @@ def _stripe_nothing(_stream_id: int, _number: int) -> None:
     """Stands for a sender that stripes no payloads."""
 
 
+def _raise(violation: ProtocolViolation) -> None:
+    """Stands for a connection that ends itself."""
+    raise violation
+
+
 class Multiplexer:
     """All streams of one connection.
 
     ``send_frame`` puts a frame on its way; it is called in the frames' order. ``discard_payload`` makes the rest of
     the payload that is arriving go elsewhere than into the memory that was given for it. ``striped_received`` hears
-    that the peer has all of a striped payload, by stream and number.
+    that the peer has all of a striped payload, by stream and number. ``violate`` ends the connection; it is called
+    where the peer broke the protocol by what came on another one.
     """
 
     def __init__(
@@ -43,9 +49,11 @@ class Multiplexer:
         max_unread: int,
         discard_payload: Callable[[], None] = _keep_payload,
         striped_received: Callable[[int, int], None] = _stripe_nothing,
+        violate: Callable[[ProtocolViolation], None] = _raise,
     ) -> None:
         self._send_frame = send_frame
         self._striped_received = striped_received
+        self._violate = violate
         self._discard_payload = discard_payload
         self._is_initiator = is_initiator
         self._next_id = 1 if is_initiator else 2
@@ -118,6 +126,8 @@ class Multiplexer:
                 state.fail(RemoteError(reset.code, reset.message or "the peer reset the stream"))
         elif kind is FrameKind.RECEIVED:
             number = wire.decode_received(body)
+            if state is not None:  # else it was left meanwhile, and what it had sent does not matter
+                state.check_confirmation(number)
             self._striped_received(stream_id, number)
             if state is not None:
                 state.receive_confirmation(number)
@@ -142,22 +152,34 @@ class Multiplexer:
         return memory
 
     def receive_payload(self, stream_id: int, tag: int, data: memoryview) -> None:
-        """The payload has arrived whole."""
+        """The payload has arrived whole for which :meth:`payload_memory` was asked last."""
         state, placed = self._payload
+        assert state is None or state.id == stream_id
         self._payload = (None, False)
         if state is not None and not state.is_closed:
             state.receive_payload(tag, data, placed)
 
     def piece_memory(self, piece: Piece) -> memoryview | None:
-        """Where a piece belongs that has arrived, on whichever connection; None: nowhere."""
-        state = self._find("PIECE", piece.stream_id)
-        return None if state is None else state.piece_memory(piece)
+        """Where a piece belongs that has arrived, on whichever connection; None: nowhere.
+
+        A piece that breaks the protocol, or is refused by the application, ends the connection of its stream, and not
+        the one that has brought it: there it would come again, on another lane.
+        """
+        try:
+            state = self._find("PIECE", piece.stream_id)
+            return None if state is None else state.piece_memory(piece)
+        except ProtocolViolation as violation:
+            self._violate(violation)
+            return None
 
     def receive_piece(self, piece: Piece) -> None:
         """A piece was verified, and is where :meth:`piece_memory` said."""
         state = self._streams.get(piece.stream_id)
-        if state is not None:
-            state.receive_piece(piece)
+        try:
+            if state is not None:
+                state.receive_piece(piece)
+        except ProtocolViolation as violation:
+            self._violate(violation)
 
     def fail_all(self, failure: Callable[[], ShoalError]) -> None:
         """The connection has ended: every stream fails, each with an error of its own."""
