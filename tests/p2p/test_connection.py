@@ -15,9 +15,9 @@ from shoal.errors import ProtocolViolation
 from shoal.p2p.calls import Served
 from shoal.p2p.config import HostConfig
 from shoal.p2p.connection import Connection
+from shoal.p2p.pacing import ReadingTurns
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.frames import FrameKind
-from shoal.p2p.protocol.rate_limit import RateLimit
 from shoal.p2p.protocol.session import FrameReceived, Role, Session
 from shoal.p2p.rpc import Lane, Method
 from shoal.p2p.turns import Turns
@@ -33,7 +33,7 @@ class Owner:
     def __init__(self, config=HostConfig()):
         self.identity = make_identity("owner")
         self.config = config
-        self.upload_turns, self.download_limit = Turns(None), RateLimit(None)
+        self.upload_turns, self.download_turns = Turns(None), ReadingTurns(None)
         self.closed = []
         self.confirmed = []
 

@@ -93,7 +93,7 @@ class Connection(asyncio.BufferedProtocol):
         self._session.piece_sink = self._place_piece
         self.outlet = Outlet(self._session, owner.upload_turns, self._peer_does_not_read)
         """What goes out."""
-        self._pace = ReadingPace(owner.download_limit)
+        self._pace = ReadingPace(owner.download_turns)
         self.vigil = Vigil(self, self.outlet, owner.config)
         """Its time, and the peer's signs of life."""
         self.streams = Multiplexer(
@@ -189,12 +189,23 @@ class Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         buffer = self._session.get_buffer(sizehint)
-        return buffer if self.lane is Lane.CONTROL else buffer[: self._pace.quantum]
+        return buffer[: self._pace.most] if self._reads_payload else buffer
+
+    @property
+    def _reads_payload(self) -> bool:
+        """Whether what comes next is bulk data, as far as is known: only its reading has a rate."""
+        return self._is_bulk or self._session.payload_under_way
+
+    @property
+    def _is_bulk(self) -> bool:
+        """Whether all that comes counts as bulk data; else payloads alone do, which any connection may carry."""
+        return self.lane is not Lane.CONTROL and self.is_admitted
 
     def buffer_updated(self, nbytes: int) -> None:
         if self.ending is not None:
             return
         self.vigil.receive_bytes()
+        is_bulk, payload_bytes = self._is_bulk, self._session.payload_bytes
         self.outlet.hold()  # what is answered leaves in one write
         try:
             for event in self._session.buffer_updated(nbytes):
@@ -203,8 +214,9 @@ class Connection(asyncio.BufferedProtocol):
             self.violate(error)
         finally:
             self.outlet.let_go()
-        if self.lane is not Lane.CONTROL and self.ending is None:
-            self._pace.note(nbytes)
+        counted = nbytes if is_bulk else self._session.payload_bytes - payload_bytes
+        if counted and self.ending is None:
+            self._pace.note(counted)
 
     def eof_received(self) -> bool:
         if self.ending is None:
@@ -220,6 +232,7 @@ class Connection(asyncio.BufferedProtocol):
         reason = f"lost: {exc}" if exc is not None else "closed by the peer"
         self._end(Ending(EndKind.LOST, reason), ConnectionLost(self._where(reason)))
         self.vigil.stop()
+        self._pace.disconnect()
         self._session.release()  # connections are cycles, which are collected late
         if not self.closed.done():
             self.closed.set_result(None)

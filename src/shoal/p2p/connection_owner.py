@@ -9,9 +9,9 @@ from shoal.p2p.calls import Served
 from shoal.p2p.config import HostConfig
 from shoal.p2p.identity import Identity
 from shoal.p2p.lanes.bundle import Bundle
+from shoal.p2p.pacing import ReadingTurns
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.frames import Piece
-from shoal.p2p.protocol.rate_limit import RateLimit
 from shoal.p2p.protocol.streams import Multiplexer
 from shoal.p2p.turns import Turns
 
@@ -24,7 +24,7 @@ class ConnectionOwner(Protocol[ConnectionT_contra]):
     identity: Identity
     config: HostConfig
     upload_turns: Turns
-    download_limit: RateLimit
+    download_turns: ReadingTurns
 
     def make_hello(self, connection: ConnectionT_contra) -> wire.Hello:
         """What this host says of itself."""

@@ -33,10 +33,10 @@ from shoal.p2p.lane_opener import StripeOpener
 from shoal.p2p.lanes.bundle import Bundle, tune
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Network
+from shoal.p2p.pacing import ReadingTurns
 from shoal.p2p.pool import PeerConnections
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.frames import Piece
-from shoal.p2p.protocol.rate_limit import RateLimit
 from shoal.p2p.protocol.session import Role
 from shoal.p2p.protocol.streams import Multiplexer
 from shoal.p2p.protocol.violations import Ending, EndKind
@@ -85,7 +85,7 @@ class Connections:
             max_peers=config.max_known_peers, max_addresses=config.max_addresses_per_peer
         )
         self.upload_turns = Turns(config.max_upload_rate)
-        self.download_limit = RateLimit(config.max_download_rate)
+        self.download_turns = ReadingTurns(config.max_download_rate)
         self.incarnations = Incarnations(config.max_known_peers)
         self.find_served = find_served
         self.make_hello = make_hello

@@ -1,14 +1,83 @@
-"""Reading at the rate that the host may receive."""
+"""Reading at the rate that the host may receive: one connection after the other.
+
+All connections share the limit. Were all resumed when there is room, each would read a step before the first one has
+paid. With 64 connections that is a burst of seconds.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
+from collections import deque
 
-from shoal.p2p.protocol.rate_limit import RateLimit
+from shoal.p2p.protocol.rate_limit import BURST_SECONDS, LEAST_QUANTUM, RateLimit
 
 LATELY = 5.0
 """Seconds for which a connection counts as slow after it has waited: it waits again after its next step."""
+
+ROUND_STEPS = 5
+"""The more connections wait, the less each reads in its turn: a round has no more than so many full steps.
+Else one of 64 connections would take seconds, and each would seem to its sender to stall.
+"""
+
+
+class ReadingTurns:
+    """The connections of one host that wait until they may read."""
+
+    def __init__(self, rate: float | None) -> None:
+        """:param rate: bytes a second; None: no limit, and nobody waits"""
+        self._limit = RateLimit(rate)
+        self._waiting: deque[ReadingPace] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether there is a limit."""
+        return self._limit.is_limited
+
+    @property
+    def wait(self) -> float:
+        """Seconds until more may be read; 0: now."""
+        return self._limit.wait(asyncio.get_running_loop().time())
+
+    @property
+    def is_free(self) -> bool:
+        """Whether something may be read now, and no connection waits for that."""
+        return not self._waiting and self.wait == 0
+
+    @property
+    def quantum(self) -> int | None:
+        """Bytes that one connection reads in its turn; None without a limit."""
+        step = self._limit.quantum
+        return step and max(LEAST_QUANTUM, step * ROUND_STEPS // max(ROUND_STEPS, len(self._waiting)))
+
+    def spend(self, nbytes: int) -> None:
+        """So many bytes were read, or are about to be; negative: so many were paid for, and not read."""
+        self._limit.spend(nbytes, asyncio.get_running_loop().time())
+        if nbytes < 0:
+            self._look_again()  # there is room earlier
+
+    def ask(self, pace: ReadingPace) -> None:
+        """Let ``pace`` read when it is its turn."""
+        self._waiting.append(pace)
+        self._look_again()
+
+    def withdraw(self, pace: ReadingPace) -> None:
+        """``pace`` reads no more."""
+        if pace in self._waiting:
+            self._waiting.remove(pace)
+
+    def _look_again(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._waiting:
+            self._timer = asyncio.get_running_loop().call_later(self.wait, self._serve)
+
+    def _serve(self) -> None:
+        while self._waiting and self.wait == 0:
+            self._waiting.popleft().begin_turn()
+        self._look_again()
 
 
 class ReadingPace:
@@ -16,21 +85,35 @@ class ReadingPace:
     sender: TCP tells it so.
     """
 
-    def __init__(self, limit: RateLimit) -> None:
-        self._limit = limit
+    def __init__(self, turns: ReadingTurns) -> None:
+        """:param turns: of all connections of the host"""
+        self._turns = turns
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._is_paused = False
         self._waited_at = -math.inf
+        self._paid = 0
+        """Bytes that are paid for, and not read: this connection has its turn."""
+        self._turn_end: asyncio.TimerHandle | None = None
 
     def connect(self, transport: asyncio.Transport) -> None:
         """Read from ``transport`` from now on."""
         self._transport = transport
 
+    def disconnect(self) -> None:
+        """Nothing more is read; others have the turn."""
+        self._transport = None
+        self._turns.withdraw(self)
+        self._end_turn()
+
     @property
-    def quantum(self) -> int | None:
-        """The most that is to be read at once; None without a limit."""
-        return self._limit.quantum
+    def most(self) -> int | None:
+        """So many bytes are to be read at once; None without a limit."""
+        if self._paid:
+            return self._paid
+        if not self._turns.is_limited or self._is_paused or self._turns.is_free:
+            return self._turns.quantum
+        return 1  # it is not its turn. A transport must read something; then this waits
 
     @property
     def is_slow(self) -> bool:
@@ -39,22 +122,32 @@ class ReadingPace:
 
     def note(self, nbytes: int) -> None:
         """So much was read."""
-        if not self._limit.is_limited:
+        if not self._turns.is_limited:
             return
-        now = self._loop.time()
-        self._limit.spend(nbytes, now)
-        wait = self._limit.wait(now)
-        if wait > 0 and not self._is_paused and self._transport is not None:
+        self._turns.spend(nbytes)
+        self._end_turn()
+        if not self._is_paused and self._transport is not None and not self._turns.is_free:
             self._is_paused = True
             self._transport.pause_reading()
-            self._loop.call_later(wait, self._read_again)
+            self._turns.ask(self)
 
-    def _read_again(self) -> None:
-        if self._transport is None or self._transport.is_closing():
+    def begin_turn(self) -> None:
+        """Read one step, which is paid for now: else the next one would have its turn before it is."""
+        quantum = self._turns.quantum
+        if self._transport is None or self._transport.is_closing() or quantum is None:
             return
-        wait = self._limit.wait(self._loop.time())  # other connections have read meanwhile
-        if wait > 0:
-            self._loop.call_later(wait, self._read_again)
-            return
-        self._is_paused, self._waited_at = False, self._loop.time()
+        now = self._loop.time()
+        self._is_paused, self._waited_at, self._paid = False, now, quantum
+        self._turns.spend(quantum)
+        # A peer that has sent nothing does not keep its turn.
+        self._turn_end = self._loop.call_later(max(BURST_SECONDS, self._turns.wait), self._end_turn)
         self._transport.resume_reading()
+
+    def _end_turn(self) -> None:
+        """Give back what was paid for."""
+        if self._turn_end is not None:
+            self._turn_end.cancel()
+            self._turn_end = None
+        paid, self._paid = self._paid, 0
+        if paid:
+            self._turns.spend(-paid)

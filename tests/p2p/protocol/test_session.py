@@ -172,6 +172,26 @@ def test_a_payload_is_put_into_the_very_memory_of_the_sink(size: int) -> None:
     assert asked == [(5, 2**40, size)]
 
 
+@pytest.mark.parametrize("read", [1, 700, 1 << 20])
+def test_bytes_of_payloads_are_counted_and_those_of_messages_are_not(read: int) -> None:
+    """However they come: a rate bounds payloads alone."""
+    alice, bob = connected_pair()
+    sizes = [10, CHUNK_BYTES // 2, CHUNK_BYTES + 1, 3 * CHUNK_BYTES]
+    for number, size in enumerate(sizes):
+        alice.send_frame(FrameKind.MESSAGE, 1, bytes(100))
+        deliver(bob, take(alice))
+        before = bob.payload_bytes
+        alice.send_payload(1, number, bytes(size))
+        alice.send_frame(FrameKind.MESSAGE, 1, bytes(2 * CHUNK_BYTES))
+        wire, counts = take(alice), [before]
+        for begin in range(0, len(wire), max(read, len(wire) // 100)):
+            deliver(bob, wire[begin : begin + max(read, len(wire) // 100)])
+            counts.append(bob.payload_bytes)
+        assert counts == sorted(counts)
+        assert size <= counts[-1] - before <= size + 100 * (1 + size // CHUNK_BYTES)
+        assert not bob.payload_under_way
+
+
 def test_long_payloads_are_sent_in_few_pieces_of_wire_bytes() -> None:
     initiator, _ = connected_pair()
     initiator.send_payload(1, 0, bytes(512 * 1024))

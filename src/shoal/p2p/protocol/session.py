@@ -107,6 +107,7 @@ class Session:
             limits, allocate_payload, remote_is_initiator=role.other is Role.INITIATOR
         )
         self._buffer = ReceiveBuffer(limits.max_receive_buffer)
+        self._payload_bytes = 0
         self._to_send: list[bytes | bytearray | memoryview] = []
         self._frame_unfinished = False
         self._failure: BaseException | None = None
@@ -130,6 +131,18 @@ class Session:
     def bytes_held(self) -> int:
         """Memory taken for what the other side sends: never more than ``limits.max_bytes_held``."""
         return self._buffer.capacity + self._decoder.bytes_held
+
+    @property
+    def payload_under_way(self) -> bool:
+        """Whether what comes next is a part of a payload."""
+        return self._decoder.awaits_data
+
+    @property
+    def payload_bytes(self) -> int:
+        """How many of the bytes received so far were those of payloads. They are known to be, at the latest, when their
+        message is complete.
+        """
+        return self._payload_bytes + (self._buffer.size if self._decoder.awaits_data else 0)
 
     @property
     def payload_sink(self) -> PayloadSink:
@@ -262,8 +275,11 @@ class Session:
             if decoder.awaits_data:
                 receiver.decrypt_into(message, decoder.next_chunk(size - TAG_BYTES))
                 event = decoder.chunk_received(size - TAG_BYTES)
+                self._payload_bytes += end
             else:
                 event = decoder.receive_message(receiver.decrypt(message))
+                if isinstance(event, PayloadReceived):
+                    self._payload_bytes += end
             buffer.consume(end)
             if event is not None:
                 return event
