@@ -384,6 +384,15 @@ class Connection(asyncio.BufferedProtocol):
         return self._owner.seen_elsewhere(self)
 
     @property
+    def congestion_control(self) -> str:
+        """How the system avoids congestion on it; empty if it does not tell."""
+        return tcp_info.congestion_control(self._transport)
+
+    def measure(self) -> tcp_info.TcpInfo | None:
+        """What the system knows of it now; None if it does not tell."""
+        return tcp_info.read(self._transport)
+
+    @property
     def last_sign(self) -> float:
         """When the peer last showed life here, in seconds of the loop."""
         return self.vigil.last_sign

@@ -30,7 +30,8 @@ from shoal.p2p.connection import Connection
 from shoal.p2p.dialing import Dialer
 from shoal.p2p.identity import Identity, PeerID
 from shoal.p2p.lane_opener import StripeOpener
-from shoal.p2p.lanes.bundle import Bundle, tune
+from shoal.p2p.lanes.bundle import Bundle
+from shoal.p2p.lanes.lane import tune
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Network
 from shoal.p2p.pacing import ReadingTurns

@@ -24,7 +24,7 @@ from shoal.p2p.connection import Connection
 from shoal.p2p.connections import Connections
 from shoal.p2p.identity import Identity, PeerID
 from shoal.p2p.lane_requests import OPEN_LANE, LaneRequests
-from shoal.p2p.lanes.bundle import LaneReport
+from shoal.p2p.lanes.lane import LaneReport
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.network import Listener, Network
 from shoal.p2p.opening import OpenedStream

@@ -7,7 +7,8 @@ import math
 
 from shoal.p2p.connection import Connection
 from shoal.p2p.identity import PeerID
-from shoal.p2p.lanes.bundle import Bundle, LaneReport
+from shoal.p2p.lanes.bundle import Bundle
+from shoal.p2p.lanes.lane import LaneReport
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.protocol.session import Role
 from shoal.p2p.protocol.streams import Multiplexer

@@ -11,18 +11,17 @@ import asyncio
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
 
-from shoal.p2p import tcp_info
-from shoal.p2p.lanes.count import FEW, SHORT_RTT, Path, choose, first_choice
+from shoal.p2p.lanes.count import SHORT_RTT, Path, choose, first_choice
 from shoal.p2p.lanes.forecast import Flow
+from shoal.p2p.lanes.lane import BulkLane, LaneReport
 from shoal.p2p.lanes.memory import Ends, PathMemory
 from shoal.p2p.lanes.meter import Interval, Meter
 from shoal.p2p.lanes.scheduler import Outgoing, Scheduler
 from shoal.p2p.lanes.upload_rate import UploadRate
-from shoal.p2p.outlet import Outlet
 from shoal.p2p.protocol.frames import CHUNK_BYTES
 from shoal.p2p.protocol.stream_state import StreamState
+from shoal.p2p.tcp_info import TcpInfo
 from shoal.p2p.turns import Turns
 
 TICK = 0.05
@@ -43,71 +42,6 @@ WITH_SPARES = 2
 """A long path has so many lanes open at least. Those that are too many for the path carry only what is late."""
 MOSTLY = 0.6
 """A path is full if in this part of the looks data waited."""
-
-
-class BulkLane(Protocol):
-    """What a bundle needs of a connection."""
-
-    local_ip: str | None
-    remote_ip: str | None
-    last_piece: float
-    """When it last carried a piece, in seconds of the loop."""
-
-    @property
-    def last_sign(self) -> float:
-        """When the peer last showed life on it, in seconds of the loop."""
-
-    def ask_for_sign(self) -> None:
-        """Ask the peer for a sign of life on it."""
-
-    @property
-    def outlet(self) -> Outlet:
-        """What goes out."""
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it carries anything."""
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no stream lives on it."""
-
-    @property
-    def rtt(self) -> float | None:
-        """Smoothed round-trip time in seconds, once measured."""
-
-    def abort(self, reason: str) -> None:
-        """Close it at once; what is queued is lost."""
-
-
-class LaneReport(NamedTuple):
-    """How payloads went to one peer. What is counted is of the time since streams were last opened after a pause."""
-
-    lanes: int
-    reason: str
-    congestion_control: str
-    rtt: float | None
-    """Seconds."""
-    rate: float
-    """Bytes a second, in the last measured while."""
-    segments_sent: int
-    retransmitted: int
-    """Segments."""
-    resent: int
-    """Bytes that were sent again on another lane."""
-
-
-def tune(transport: object, congestion_control: str, others: int | None) -> None:
-    """Choose how a connection that carries bulk data avoids congestion; one over a short path stays as it is. A few
-    lanes are paced; on more of them that is not worth its timers.
-
-    :param others: lanes for pieces to the same process that are open already; None: this one is a home
-    """
-    info = tcp_info.read(transport)
-    if info is not None and info.rtt >= SHORT_RTT:
-        tcp_info.choose_congestion_control(transport, congestion_control)
-        if others is not None and others < FEW:
-            tcp_info.enable_pacing(transport)
 
 
 class Bundle:
@@ -160,7 +94,7 @@ class Bundle:
         self._meter = Meter()
         self._highest_rtt = 0.0
         """Of the lanes' medians, between the last choice of their number and the one before."""
-        self._infos: dict[BulkLane, tcp_info.TcpInfo] = {}
+        self._infos: dict[BulkLane, TcpInfo] = {}
         """Of the lanes that carry data, as of the last look."""
         self._rate = 0.0
         self._resent = 0
@@ -187,7 +121,7 @@ class Bundle:
         return LaneReport(
             lanes=len(self._active()) or 1,
             reason="it was set" if self._fixed else ("" if choice is None else choice.reason),
-            congestion_control=tcp_info.congestion_control(lanes[0].outlet.transport) if lanes else "",
+            congestion_control=lanes[0].congestion_control if lanes else "",
             rtt=None if rtt == float("inf") else rtt,
             rate=self._rate,
             segments_sent=self._meter.total.sent,
@@ -202,7 +136,7 @@ class Bundle:
         self._remember()
         home = next(iter(self._homes()), None)
         # The kernel's own figures: what this process measures is long where it is busy.
-        info = None if home is None else tcp_info.read(home.outlet.transport)
+        info = None if home is None else home.measure()
         if self._memory.choice is None and home is not None:
             self._memory.choice = first_choice(info and (info.min_rtt or info.rtt), self._limit())
         if info is not None and self._memory.min_rtt == math.inf:
@@ -414,7 +348,7 @@ class Bundle:
         self._infos.clear()
         self._resent, self._highest_rtt = self._scheduler.resent, 0.0
         lanes = dict.fromkeys([*self._lanes(), *self._homes()])
-        infos = [(lane, tcp_info.read(lane.outlet.transport)) for lane in lanes]
+        infos = [(lane, lane.measure()) for lane in lanes]
         self._meter.begin((lane, info) for lane, info in infos if info is not None)
 
     def _skip_pause(self) -> None:
@@ -468,11 +402,11 @@ class Bundle:
         self._choose(lanes, statistics.median(rtts), interval)
         self._highest_rtt = interval.highest_rtt
 
-    def _read(self, lanes: list[BulkLane]) -> list[tcp_info.TcpInfo]:
+    def _read(self, lanes: list[BulkLane]) -> list[TcpInfo]:
         """Read the kernel's counts of these lanes; those of the lanes that move."""
         moving = []  # the round-trip time of a lane that stands still is an old one
         for lane in lanes:
-            info = tcp_info.read(lane.outlet.transport)
+            info = lane.measure()
             if info is not None:
                 self._infos[lane] = info
                 if self._meter.read(lane, info):
@@ -497,7 +431,7 @@ class Bundle:
             retransmitted=interval.counts.retransmitted,
             rate=peak,
             is_full=is_full,
-            congestion_control=tcp_info.congestion_control(lanes[0].outlet.transport),
+            congestion_control=lanes[0].congestion_control,
         )
         before = None
         if memory.fewer is not None and memory.seconds >= SETTLED_SECONDS:
