@@ -568,10 +568,10 @@ def test_what_was_learned_lasts_while_one_home_is_where_it_was(kernel: Kernel):
     run(main)
 
 
-@pytest.mark.parametrize(("payloads", "part"), [(4, 0.1), (40, 0.8)])
-def test_a_report_counts_all_that_was_sent(kernel: Kernel, payloads: int, part: float):
-    """The kernel of this test counts anew at each look, also those at which a connection is made: they are a large part
-    of a short round.
+@pytest.mark.parametrize("payloads", [4, 40])
+def test_a_report_counts_all_that_was_sent(kernel: Kernel, payloads: int):
+    """The kernel of this test counts on whenever it is asked. So the first look of a round at each connection is
+    missing, and when one is made it is looked at, too.
     """
 
     async def main() -> None:
@@ -595,8 +595,8 @@ def test_a_report_counts_all_that_was_sent(kernel: Kernel, payloads: int, part: 
                         await stream.send_payload(0, bytes(SIZE))
                 report = b.lane_report(a.peer_id)
                 assert report is not None
-                assert part * (kernel.total_of(b) - before) < report.segments_sent
-                assert report.segments_sent <= kernel.total_of(b) - before
+                missing = kernel.total_of(b) - before - report.segments_sent
+                assert 0 <= missing <= 100 * (2 + len(b._connections._connections))
                 assert report.retransmitted == pytest.approx(report.segments_sent / 2, rel=0.02)
                 await asyncio.sleep(5.0)
 

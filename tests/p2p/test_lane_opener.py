@@ -394,3 +394,111 @@ def test_several_peers_behind_one_router_open_their_lanes_at_once():
                 task.cancel()
 
     run(main)
+
+
+def test_a_peer_that_refuses_lanes_is_asked_again_after_a_pause():
+    """Several refusals may come in one moment."""
+
+    async def main() -> None:
+        async with Swarm() as swarm:
+            server = await swarm.host("server", HostConfig(max_connections=8))
+            client = await swarm.host("client", HostConfig(lanes_per_peer=16))
+            client.add_addresses(server.peer_id, server.listen_addresses)
+            server.serve_stream(STREAM, take_all)
+            dials = 0
+            dial = client._connections._dialer.dial_one
+
+            async def count(address: Multiaddr, expected: PeerID | None, lane: Lane) -> Any:
+                nonlocal dials
+                dials += lane is Lane.STRIPE
+                return await dial(address, expected, lane)
+
+            client._connections._dialer.dial_one = count  # type: ignore[method-assign]
+            task = asyncio.ensure_future(send_without_end(client, server))
+            await asyncio.sleep(4.0)
+            assert lanes(client, server) == 4
+            assert dials == AT_ONCE
+            await asyncio.sleep(26.0)
+            assert dials <= AT_ONCE + 6 * 12
+            task.cancel()
+
+    run(main)
+
+
+def test_nobody_takes_all_lanes_of_a_host():
+    """A peer that asks again and again, and uses all that it gets."""
+
+    async def main() -> None:
+        async with Swarm() as swarm:
+            greedy, *others = [await swarm.host(f"p{number}") for number in range(4)]
+            host = await swarm.host("host", HostConfig(max_lanes=12, lanes_per_peer=3))
+            for peer in (greedy, *others):
+                peer.serve_stream(STREAM, take_all)
+                host.add_addresses(peer.peer_id, peer.listen_addresses)
+                await host.connect(peer.peer_id, timeout=10)
+
+            async def ask() -> None:
+                while True:
+                    await greedy.call(host.peer_id, OPEN_LANE, OpenLane(64), timeout=5)
+                    for lane in entry(host, greedy).dialed_stripes:
+                        lane.last_piece = asyncio.get_running_loop().time()
+                    await asyncio.sleep(0.5)
+
+            tasks = [asyncio.ensure_future(ask())]
+            await asyncio.sleep(3.0)
+            assert lanes(host, greedy) == 12
+            tasks += [asyncio.ensure_future(send_without_end(host, other)) for other in others]
+            await asyncio.sleep(5.0)
+            assert [lanes(host, peer) for peer in (greedy, *others)] == [3, 3, 3, 3]
+            assert not any(task.done() for task in tasks)
+            for task in tasks:
+                task.cancel()
+
+    run(main)
+
+
+def test_lanes_that_were_promised_do_not_count_as_dialed(monkeypatch: pytest.MonkeyPatch):
+    async def main() -> None:
+        async with Swarm() as swarm:
+            host = await swarm.host("host", HostConfig(max_lanes=8, lanes_per_peer=8))
+            client = await swarm.host("client", HostConfig(client_mode=True))
+            other = await swarm.host("other")
+            await client.connect(host.listen_addresses[0], timeout=10)
+            monkeypatch.setattr(client._connections._stripes, "open_for", lambda peer, count: True)
+            host.add_addresses(other.peer_id, other.listen_addresses)
+            tasks = []
+            for peer in (client, other):
+                peer.serve_stream(STREAM, take_all)
+                tasks.append(asyncio.ensure_future(send_without_end(host, peer)))
+                await asyncio.sleep(1.0)
+            assert entry(host, client).asked_for == 8
+            assert lanes(host, other) == 8
+            for task in tasks:
+                task.cancel()
+
+    run(main)
+
+
+def test_lanes_of_streams_that_go_on_are_not_closed_for_others():
+    """At a low rate each lane carries a piece now and then."""
+
+    async def main() -> None:
+        async with Swarm() as swarm:
+            sender = await swarm.host(
+                "sender", HostConfig(lanes_per_peer=3, max_lanes=6, max_upload_rate=60_000)
+            )
+            others = [await swarm.host(f"o{number}") for number in range(3)]
+            tasks = []
+            for other in others:
+                other.serve_stream(STREAM, take_all)
+                sender.add_addresses(other.peer_id, other.listen_addresses)
+                tasks.append(asyncio.ensure_future(send_without_end(sender, other)))
+            await asyncio.sleep(10.0)
+            before = sender._connections.dialed_stripes()
+            assert len(before) == 6
+            await asyncio.sleep(15.0)
+            assert sender._connections.dialed_stripes() == before
+            for task in tasks:
+                task.cancel()
+
+    run(main)

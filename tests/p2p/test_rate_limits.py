@@ -13,7 +13,8 @@ from tests.p2p.test_host import ECHO, Swarm
 from shoal.p2p.config import HostConfig
 from shoal.p2p.host import Host
 from shoal.p2p.identity import PeerID
-from shoal.p2p.pacing import ReadingPace, ReadingTurns
+from shoal.p2p.pacing import MAX_HELD_CREDITS, CreditPace, ReadingPace, ReadingTurns
+from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.rate_limit import BURST_SECONDS, RateLimit
 from shoal.p2p.rpc import Lane, Stream
 from shoal.testing.clock import run
@@ -252,18 +253,54 @@ def test_payloads_on_a_control_connection_keep_the_rate(size: int, monkeypatch: 
             for _ in range(20):
                 await other.call(receiver.peer_id, ECHO, Number(1), timeout=10)
             assert asyncio.get_running_loop().time() - began < 20 * 0.05 + 0.2
-            slow = {
-                one.remote: one.hears_late for one in receiver._connections._connections if one.is_admitted
-            }
-            assert slow == {sender.peer_id: True, other.peer_id: False}
+            admitted = [one for one in receiver._connections._connections if one.is_admitted]
+            assert {one.remote for one in admitted} == {sender.peer_id, other.peer_id}
+            assert not any(one.hears_late for one in admitted)
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
 
     run(main)
 
 
-def test_control_connections_that_are_read_slowly_are_not_dead(monkeypatch: pytest.MonkeyPatch):
-    """Both sides hear each other late, and there is no other connection that shows life."""
+def test_calls_do_not_wait_for_payloads_on_the_same_control_connection(monkeypatch: pytest.MonkeyPatch):
+    """Votes and look-ups travel there."""
+
+    async def main() -> None:
+        async with Swarm() as swarm:
+            rate, size, loop = 125_000.0, 1 << 19, asyncio.get_running_loop()
+            receiver = await swarm.host("receiver", HostConfig(max_download_rate=rate))
+            sender = await swarm.host("sender")
+            swarm.network.set_bandwidth("sender", "receiver", 10e6)
+            sender.add_addresses(receiver.peer_id, receiver.listen_addresses)
+            only_control(sender, monkeypatch)
+            received: list[int] = []
+            receiver.serve_stream(STREAM, lambda stream: take_all(stream, size, received))
+            sending = asyncio.ensure_future(send_without_end(sender, receiver, size))
+            await asyncio.sleep(10.0)
+            took = []
+            while loop.time() < 200.0:
+                for one, other in ((sender, receiver), (receiver, sender)):
+                    began = loop.time()
+                    await one.call(other.peer_id, ECHO, Number(1), timeout=60)
+                    took.append(loop.time() - began)
+                await asyncio.sleep(0.7)
+            assert max(took) < 1.0
+            assert len(sender._connections._all_to(receiver.peer_id)) == 1
+            # The first window has come at once.
+            assert 0.95 < sum(received) / (loop.time() * rate) < 1.05 + 4 * size / (loop.time() * rate)
+            turns = receiver._connections.download_turns
+            assert turns._waiting
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+            await sender.close()
+            await asyncio.sleep(1.0)
+            assert not turns._waiting, "the connection has ended"
+
+    run(main)
+
+
+def test_control_connections_whose_payloads_wait_are_not_dead(monkeypatch: pytest.MonkeyPatch):
+    """Little goes on there for long, and there is no other connection that shows life."""
 
     async def main() -> None:
         async with Swarm() as swarm:
@@ -369,5 +406,150 @@ def test_a_connection_that_ends_leaves_its_turn_to_others():
                     socket.pace.disconnect()
             await asyncio.sleep(0.002)
         assert left.taken > 0.95 * 9.0 * RATE
+
+    run(main)
+
+
+def test_an_event_loop_that_looks_seldom_has_its_turns():
+    """At a low rate a step is paid for longer than a burst lasts: so long it may take to read it."""
+
+    async def main() -> None:
+        rate, loop = 4000.0, asyncio.get_running_loop()
+        turns = ReadingTurns(rate)
+        sockets = [Socket(turns, float("inf")) for _ in range(4)]
+        while loop.time() < 60.0:
+            for socket in sockets:
+                socket.read()
+            await asyncio.sleep(0.1)
+        assert 0.9 < sum(socket.taken for socket in sockets) / (60.0 * rate) < 1.05
+
+    run(main)
+
+
+class Receiver:
+    """Of payloads on a connection for calls, whose peer sends at once what it has credit for."""
+
+    def __init__(self, turns: ReadingTurns, window: int) -> None:
+        self.taken = 0
+        self.given: list[float] = []
+        """When it gave credit."""
+        self.pace = CreditPace(turns, self._give)
+        self._window = window
+
+    def _give(self, stream_id: int, body: bytes) -> None:
+        self.given.append(asyncio.get_running_loop().time())
+        asyncio.get_running_loop().call_later(0.05, self.receive)
+
+    def receive(self) -> None:
+        """A window comes, is taken, and there is to be credit for another."""
+        self.taken += self._window
+        self.pace.note(self._window)
+        self.pace.send(1, wire.encode_credit(self._window))
+
+
+def test_credit_is_held_back_while_more_was_read_than_may_be():
+    async def main() -> None:
+        given: list[tuple[int, bytes]] = []
+        turns = ReadingTurns(RATE)
+        pace = CreditPace(turns, lambda stream_id, body: given.append((stream_id, body)))
+        first, *others = [(number, wire.encode_credit(1000 + number)) for number in (1, 5, 3, 5)]
+        pace.send(*first)
+        assert given == [first]
+        pace.note(1_000_000)
+        for one in others:
+            pace.send(*one)
+        await asyncio.sleep(0.5)
+        turns.spend(1_000_000)  # another connection was read meanwhile
+        await asyncio.sleep(1.2)
+        assert given == [first]
+        await asyncio.sleep(2.0)
+        assert given == [first, *others]
+
+    run(main)
+
+
+def test_a_connection_that_ends_gives_no_credit():
+    async def main() -> None:
+        given: list[int] = []
+        turns = ReadingTurns(RATE)
+        pace = CreditPace(turns, lambda stream_id, body: given.append(stream_id))
+        turns.spend(1_000_000)
+        pace.send(1, wire.encode_credit(1000))
+        pace.disconnect()
+        assert turns._timer is None
+        await asyncio.sleep(2.0)
+        assert not given
+        assert turns.is_free
+
+    run(main)
+
+
+def test_credit_that_is_not_used_is_paid_for_once():
+    """It may be for messages, which do not count."""
+
+    async def main() -> None:
+        given: list[int] = []
+        turns = ReadingTurns(RATE)
+        pace = CreditPace(turns, lambda stream_id, body: given.append(stream_id))
+        turns.spend(100_000)
+        for number in range(20):
+            pace.send(number, wire.encode_credit(1_000_000))
+        await asyncio.sleep(0.5)
+        assert given == list(range(20))
+        turns.spend(1_000_000)
+        before = turns.wait
+        pace.send(20, wire.encode_credit(1_000_000))
+        pace.disconnect()
+        assert turns.wait == pytest.approx(before - 0.25), (
+            "what was paid for, and has not come, is given back"
+        )
+
+    run(main)
+
+
+def test_credit_for_streams_without_end_is_not_held_without_end():
+    async def main() -> None:
+        given: list[int] = []
+        turns = ReadingTurns(RATE)
+        pace = CreditPace(turns, lambda stream_id, body: given.append(stream_id))
+        turns.spend(1_000_000)
+        for number in range(MAX_HELD_CREDITS + 2):
+            pace.send(number, wire.encode_credit(1000))
+        assert given == [0, 1]
+
+    run(main)
+
+
+def test_connections_do_not_give_credit_at_the_same_time():
+    """Each for a window that is several seconds of the rate: together they would overdraw it for minutes."""
+
+    async def main() -> None:
+        turns, window = ReadingTurns(RATE), 4_000_000
+        receivers = [Receiver(turns, window) for _ in range(16)]
+        for one in receivers:
+            one.receive()  # the first windows
+        await asyncio.sleep(500.0)
+        given = sorted(itertools.chain.from_iterable(one.given for one in receivers))
+        assert all(later - earlier > 2.0 for earlier, later in itertools.pairwise(given))
+        taken = [one.taken for one in receivers]
+        assert 0.95 < sum(taken) / (500.0 * RATE) < 1.05
+        assert max(taken) - min(taken) <= window
+
+    run(main)
+
+
+def test_large_windows_do_not_take_the_turns_of_connections_that_are_read_in_steps():
+    async def main() -> None:
+        turns, loop = ReadingTurns(RATE), asyncio.get_running_loop()
+        sockets = [Socket(turns, float("inf")) for _ in range(3)]
+        receiver = Receiver(turns, 1_000_000)
+        receiver.receive()
+        while loop.time() < 100.0:
+            for socket in sockets:
+                socket.read()
+            await asyncio.sleep(0.002)
+        shares = [one.taken / (100.0 * RATE) for one in (*sockets, receiver)]
+        assert 0.95 < sum(shares) < 1.05
+        assert max(shares) < 1.2 * min(shares), shares
 
     run(main)

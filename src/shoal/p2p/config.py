@@ -81,10 +81,10 @@ class HostConfig:
     bulk_lanes: Limit = 1
     """How many connections for the streams of bulk data are opened to one peer."""
     max_lanes: Limit = MAX_LANES
-    """How many lanes for pieces of payloads there may be, to all peers together that are sent to at the same time. How
-    many there are follows what was measured on each path."""
+    """How many lanes for pieces of payloads this host dials, to all peers together. How many there are follows what was
+    measured on each path."""
     lanes_per_peer: Annotated[int, Count(0)] = 0
-    """So many to each peer, whatever was measured; 0: as many as each path needs."""
+    """So many to each peer, whatever was measured, as far as ``max_lanes`` allows; 0: as many as each path needs."""
     max_connections: Limit = 512
     """Of both directions. Incoming ones over this are refused, unless one that is not used, and whose peer can be
     dialed again, can be closed in their favour. For what the host dials itself, any unused one is closed. Half of

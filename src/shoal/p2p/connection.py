@@ -22,7 +22,7 @@ from shoal.p2p.identity import PeerID
 from shoal.p2p.lanes.scheduler import Outgoing
 from shoal.p2p.multiaddr import Multiaddr
 from shoal.p2p.outlet import Outlet
-from shoal.p2p.pacing import ReadingPace
+from shoal.p2p.pacing import CreditPace, ReadingPace
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.claims import UNKNOWN
 from shoal.p2p.protocol.frames import FrameKind, Piece, discard_piece
@@ -94,11 +94,12 @@ class Connection(asyncio.BufferedProtocol):
         self.outlet = Outlet(self._session, owner.upload_turns, self._peer_does_not_read)
         """What goes out."""
         self._pace = ReadingPace(owner.download_turns)
+        self._credit_pace = CreditPace(owner.download_turns, self._send_credit)
         self.vigil = Vigil(self, self.outlet, owner.config)
         """Its time, and the peer's signs of life."""
         self.streams = Multiplexer(
             is_initiator=role is Role.INITIATOR,
-            send_frame=self.outlet.send_frame,
+            send_frame=self._send_frame,
             max_inbound=owner.config.max_inbound_streams,
             max_unread=owner.config.max_unread,
             discard_payload=self._session.discard_payload,
@@ -189,16 +190,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         buffer = self._session.get_buffer(sizehint)
-        return buffer[: self._pace.most] if self._reads_payload else buffer
-
-    @property
-    def _reads_payload(self) -> bool:
-        """Whether what comes next is bulk data, as far as is known: only its reading has a rate."""
-        return self._is_bulk or self._session.payload_under_way
+        return buffer[: self._pace.most] if self._is_bulk else buffer
 
     @property
     def _is_bulk(self) -> bool:
-        """Whether all that comes counts as bulk data; else payloads alone do, which any connection may carry."""
+        """Whether all that comes is bulk data, whose reading has a rate. Any connection may carry payloads, but on one
+        for calls these must not hold up calls: there the credit for them waits.
+        """
         return self.lane is not Lane.CONTROL and self.is_admitted
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -214,9 +212,11 @@ class Connection(asyncio.BufferedProtocol):
             self.violate(error)
         finally:
             self.outlet.let_go()
-        counted = nbytes if is_bulk else self._session.payload_bytes - payload_bytes
-        if counted and self.ending is None:
-            self._pace.note(counted)
+        if self.ending is None:
+            if is_bulk:
+                self._pace.note(nbytes)
+            else:
+                self._credit_pace.note(self._session.payload_bytes - payload_bytes)
 
     def eof_received(self) -> bool:
         if self.ending is None:
@@ -233,6 +233,7 @@ class Connection(asyncio.BufferedProtocol):
         self._end(Ending(EndKind.LOST, reason), ConnectionLost(self._where(reason)))
         self.vigil.stop()
         self._pace.disconnect()
+        self._credit_pace.disconnect()
         self._session.release()  # connections are cycles, which are collected late
         if not self.closed.done():
             self.closed.set_result(None)
@@ -246,6 +247,16 @@ class Connection(asyncio.BufferedProtocol):
 
     # Frames.
 
+    def _send_frame(self, kind: FrameKind, stream_id: int, body: bytes) -> None:
+        """Send a frame of a stream."""
+        if kind is FrameKind.CREDIT and self.lane is Lane.CONTROL:
+            self._credit_pace.send(stream_id, body)
+        else:
+            self.outlet.send_frame(kind, stream_id, body)
+
+    def _send_credit(self, stream_id: int, body: bytes) -> None:
+        self.outlet.send_frame(FrameKind.CREDIT, stream_id, body)
+
     def _receive_event(self, event: object) -> None:
         if self.ending is not None:
             return
@@ -254,9 +265,9 @@ class Connection(asyncio.BufferedProtocol):
         elif isinstance(event, PayloadReceived):
             self.streams.receive_payload(event.stream_id, event.tag, event.data)
         elif isinstance(event, PieceReceived):
-            self.last_piece = self._loop.time()
             home = self._owner.home_of(self, event.piece)
             if home is not None:
+                self.last_piece = self._loop.time()
                 home.receive_piece(event.piece)
         elif isinstance(event, HandshakeCompleted):
             self.remote = event.remote
@@ -393,13 +404,9 @@ class Connection(asyncio.BufferedProtocol):
         return tcp_info.read(self._transport)
 
     @property
-    def last_sign(self) -> float:
-        """When the peer last showed life here, in seconds of the loop."""
-        return self.vigil.last_sign
-
-    def ask_for_sign(self) -> None:
-        """Ask the peer for a sign of life here."""
-        self.vigil.ask()
+    def heard_at(self) -> float:
+        """When something last arrived, in seconds of the loop."""
+        return self.vigil.heard_at
 
     def note_use(self) -> None:
         """A stream was opened, by either side: from now on somebody waits for this peer."""

@@ -52,6 +52,8 @@ from shoal.p2p.turns import Turns
 logger = logging.getLogger(__name__)
 
 REDUNDANT_TIMEOUT = 10.0
+PASSED_OVER = 20.0
+"""A lane without a piece for so many seconds counts as unused, though there are streams: others carry their data."""
 LANE_RETRY_PAUSE = 30.0
 
 
@@ -110,7 +112,7 @@ class Connections:
         self._dials: dict[tuple[PeerID, Lane], asyncio.Task[Connection | PeerUnreachable]] = {}
         self._lane_failures: dict[PeerID, float] = {}
         self._stripes = StripeOpener(self, self._dialer)
-        self._room = Room(self._connections, config, self._can_be_had_again)
+        self._room = Room(self._connections, config, self._can_be_had_again, self.is_unused)
         self._is_closing = False
 
     # What is there.
@@ -123,9 +125,18 @@ class Connections:
         """See :class:`~shoal.p2p.lane_opener.LaneOwner`."""
         return [stripe for one in self._peers.values() for stripe in one.dialed_stripes]
 
-    def opening_stripes(self) -> int:
+    def dialing_stripes(self) -> int:
         """See :class:`~shoal.p2p.lane_opener.LaneOwner`."""
-        return sum(one.opening for one in self._peers.values())
+        return sum(one.dialing for one in self._peers.values())
+
+    def is_unused(self, connection: Connection) -> bool:
+        """Whether nothing goes on on a connection. A lane for pieces is in use while there are streams whose payloads
+        may come on it, unless it has been passed over for long.
+        """
+        if connection.lane is not Lane.STRIPE or not connection.is_idle:
+            return connection.is_idle
+        silence = asyncio.get_running_loop().time() - connection.last_piece
+        return silence > PASSED_OVER or not self.entry(connection.peer).has_streams
 
     def connected(self) -> list[PeerID]:
         """Everybody to whom a connection stands."""

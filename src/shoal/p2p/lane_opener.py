@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import weakref
-from collections.abc import Awaitable, Callable
-from typing import Protocol
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol
 
 from shoal.errors import ShoalError
 from shoal.p2p.config import MAX_STRIPES, HostConfig
@@ -44,8 +46,11 @@ class LaneOwner(Protocol):
     def dialed_stripes(self) -> list[Connection]:
         """Lanes for pieces, to all peers, that stand and that this host dialed."""
 
-    def opening_stripes(self) -> int:
-        """How many lanes for pieces are being opened, to all peers together."""
+    def dialing_stripes(self) -> int:
+        """How many lanes for pieces this host dials now, to all peers together."""
+
+    def is_unused(self, connection: Connection) -> bool:
+        """Whether nothing goes on on a connection."""
 
     def forget_arrival(self, peer: PeerID, lane: Lane, arrival: asyncio.Future[None]) -> None:
         """Nobody waits for ``arrival`` any more."""
@@ -62,10 +67,12 @@ class StripeOpener:
         self._dialer = dialer
         self._paths: dict[tuple[PeerID, Ends], PathMemory] = {}
         self._pauses: dict[PeerID, float] = {}
+        self._refused: set[PeerID] = set()
+        """Peers of whose lanes that are being opened one has failed."""
         self._bundles: weakref.WeakSet[Bundle] = weakref.WeakSet()
         self.uplink = UploadRate()
         """What the host's uplink takes."""
-        self.dials: dict[asyncio.Task[None], None] = {}
+        self.dials: dict[asyncio.Task[bool], None] = {}
         """What is being dialed or asked for."""
 
     def bundle(self, peer: PeerID, incarnation: int) -> Bundle:
@@ -111,7 +118,7 @@ class StripeOpener:
         if self._owner.entry(peer).dialed_address is not None:
             self._dial_often(peer, self._make_room(peer, missing))
         else:  # it has dialed this host, and may be where it cannot be dialed
-            self._begin(peer, missing, lambda: self._ask(peer, missing))
+            self._ask_for(peer, missing)
 
     def open_for(self, peer: PeerID, count: int) -> bool:
         """Begin to dial so many lanes for ``peer``, which asks for them, those counted that are being dialed; False if
@@ -123,50 +130,70 @@ class StripeOpener:
         """
         if self._is_paused(peer) or self._owner.entry(peer).dialed_address is None:
             return False
-        opening = self._owner.entry(peer).opening
-        room = self._make_room(peer, min(count, AT_ONCE) - opening)
+        dialing = self._owner.entry(peer).dialing
+        room = self._make_room(peer, min(count, AT_ONCE) - dialing)
         self._dial_often(peer, room)
-        return opening + room > 0
+        return dialing + room > 0
 
     def _make_room(self, peer: PeerID, count: int) -> int:
-        """How many of so many more lanes to ``peer`` may be dialed. Idle ones to others are closed for them."""
-        dialed = self._owner.dialed_stripes()
-        room = self._most() - len(dialed) - self._owner.opening_stripes()
-        idle = [lane for lane in dialed if lane.is_idle and lane.peer != peer]
-        idle.sort(key=lambda lane: lane.last_piece)
-        for lane in idle[: max(0, count - room)]:
-            lane.close("a lane to another peer takes its place", EndKind.NO_ROOM)
-            room += 1
+        """How many of so many more lanes to ``peer`` may be dialed. Unused ones to others are closed for them, and some
+        of peers that have more than their share, up to the share of this one.
+        """
+        most, dialed = self._most(), self._owner.dialed_stripes()
+        room = most - len(dialed) - self._owner.dialing_stripes()
+        if (
+            room >= count or room < 0
+        ):  # for a moment one that has just opened is among those that are dialed, too
+            return max(0, min(count, room))
+        counts = Counter(lane.peer for lane in dialed)
+        own = counts.pop(peer, 0) + self._owner.entry(peer).dialing
+        share = most // (1 + len(counts))
+        others = sorted((lane for lane in dialed if lane.peer != peer), key=lambda lane: lane.last_piece)
+        for lane in others:
+            is_surplus = own + room < share < counts[lane.peer]
+            if room < count and (is_surplus or self._owner.is_unused(lane)):
+                counts[lane.peer] -= 1
+                lane.close("a lane to another peer takes its place", EndKind.NO_ROOM)
+                room += 1
         return max(0, min(count, room))
 
     def _is_paused(self, peer: PeerID) -> bool:
         return asyncio.get_running_loop().time() < self._pauses.get(peer, 0.0)
 
     def _dial_often(self, peer: PeerID, count: int) -> None:
-        for _ in range(count):
-            self._begin(peer, 1, lambda: self._dial(peer))
-
-    def _begin(self, peer: PeerID, count: int, work: Callable[[], Awaitable[bool]]) -> None:
-        """Work in a task of its own, while so many lanes count as being opened."""
         entry = self._owner.entry(peer)
-        entry.opening += count
+        for _ in range(count):
+            entry.dialing += 1
+            self._begin(peer, self._dial(peer), functools.partial(self._dialed, entry))
 
-        async def run() -> None:
-            try:
-                is_open = await work()
-            except ShoalError as error:
-                logger.debug("%s opens no lanes: %s", peer, error)
-                is_open = False
-            if not is_open and entry.opening <= count:  # else others may still come
+    def _ask_for(self, peer: PeerID, count: int) -> None:
+        entry = self._owner.entry(peer)
+        entry.asked_for += count
+        self._begin(peer, self._ask(peer, count), functools.partial(self._asked, entry, count))
+
+    @staticmethod
+    def _dialed(entry: PeerConnections) -> None:
+        entry.dialing -= 1
+
+    @staticmethod
+    def _asked(entry: PeerConnections, count: int) -> None:
+        entry.asked_for -= count
+
+    def _begin(self, peer: PeerID, work: Coroutine[Any, Any, bool], ended: Callable[[], None]) -> None:
+        """Work in a task of its own. When the last one for a peer has ended, and any has failed, there is a pause."""
+        loop, entry = asyncio.get_running_loop(), self._owner.entry(peer)
+
+        def done(task: asyncio.Task[bool]) -> None:
+            ended()
+            self.dials.pop(task, None)
+            if task.cancelled() or not _succeeded(task, peer):
+                self._refused.add(peer)
+            if entry.opening == 0 and peer in self._refused:
+                self._refused.discard(peer)
                 self._pauses = {one: when for one, when in self._pauses.items() if when > loop.time()}
                 self._pauses[peer] = loop.time() + RETRY_PAUSE
 
-        def done(task: asyncio.Task[None]) -> None:
-            entry.opening -= count
-            self.dials.pop(task, None)
-
-        loop = asyncio.get_running_loop()
-        task = loop.create_task(run())
+        task = loop.create_task(work)
         self.dials[task] = None
         task.add_done_callback(done)
 
@@ -191,3 +218,12 @@ class StripeOpener:
         finally:
             self._owner.forget_arrival(peer, Lane.STRIPE, arrival)
         return entry.stripe_count > before
+
+
+def _succeeded(task: asyncio.Task[bool], peer: PeerID) -> bool:
+    error = task.exception()
+    if isinstance(error, ShoalError):
+        logger.debug("%s opens no lanes: %s", peer, error)
+    elif error is not None:  # a mistake of ours
+        logger.error("opening a lane to %s failed", peer, exc_info=error)
+    return error is None and task.result()

@@ -2,6 +2,9 @@
 
 All connections share the limit. Were all resumed when there is room, each would read a step before the first one has
 paid. With 64 connections that is a burst of seconds.
+
+Connections for calls are always read, else calls would wait behind a payload. Where a payload comes on such a one, the
+credit for the next ones waits for its turn instead.
 """
 
 from __future__ import annotations
@@ -9,7 +12,10 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
+from collections.abc import Callable
+from typing import Protocol
 
+from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.rate_limit import BURST_SECONDS, LEAST_QUANTUM, RateLimit
 
 LATELY = 5.0
@@ -21,13 +27,30 @@ Else one of 64 connections would take seconds, and each would seem to its sender
 """
 
 
+MAX_HELD_CREDITS = 4096
+"""Of one connection. More than that are of streams that ended meanwhile, which a peer can open without end."""
+
+CREDIT_STEPS = 5
+"""Full steps that are paid for, at most, before a connection gives credit: as much as comes within a round trip."""
+
+MOST_OWED = 100
+"""Turns that a connection leaves to others at most, whatever has come there."""
+
+
+class Waiting(Protocol):
+    """Something that waits for its turn."""
+
+    def begin_turn(self) -> None:
+        """It is its turn now. Who needs another one asks again."""
+
+
 class ReadingTurns:
-    """The connections of one host that wait until they may read."""
+    """The connections of one host that wait until they may read, or give credit."""
 
     def __init__(self, rate: float | None) -> None:
         """:param rate: bytes a second; None: no limit, and nobody waits"""
         self._limit = RateLimit(rate)
-        self._waiting: deque[ReadingPace] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -51,21 +74,27 @@ class ReadingTurns:
         step = self._limit.quantum
         return step and max(LEAST_QUANTUM, step * ROUND_STEPS // max(ROUND_STEPS, len(self._waiting)))
 
+    @property
+    def credit_price(self) -> int:
+        """Bytes that one connection pays for, at most, before it gives credit; 0 without a limit."""
+        return CREDIT_STEPS * (self._limit.quantum or 0)
+
     def spend(self, nbytes: int) -> None:
         """So many bytes were read, or are about to be; negative: so many were paid for, and not read."""
         self._limit.spend(nbytes, asyncio.get_running_loop().time())
         if nbytes < 0:
             self._look_again()  # there is room earlier
 
-    def ask(self, pace: ReadingPace) -> None:
-        """Let ``pace`` read when it is its turn."""
+    def ask(self, pace: Waiting) -> None:
+        """Let ``pace`` know when it is its turn."""
         self._waiting.append(pace)
         self._look_again()
 
-    def withdraw(self, pace: ReadingPace) -> None:
-        """``pace`` reads no more."""
+    def withdraw(self, pace: Waiting) -> None:
+        """``pace`` waits no more."""
         if pace in self._waiting:
             self._waiting.remove(pace)
+            self._look_again()
 
     def _look_again(self) -> None:
         if self._timer is not None:
@@ -148,6 +177,72 @@ class ReadingPace:
         if self._turn_end is not None:
             self._turn_end.cancel()
             self._turn_end = None
+        paid, self._paid = self._paid, 0
+        if paid:
+            self._turns.spend(-paid)
+
+
+class CreditPace:
+    """Holds back the credit that one connection gives while all of the host have read more than they may. So a sender
+    waits with its next payload, and all else on that connection goes on.
+
+    Payloads for which there was credit come at once. They may be many turns long: then others have as many turns before
+    this gives credit again.
+    """
+
+    def __init__(self, turns: ReadingTurns, send: Callable[[int, bytes], None]) -> None:
+        """:param turns: of all connections of the host
+        :param send: puts a CREDIT on its way, given its stream and its body
+        """
+        self._turns = turns
+        self._send = send
+        self._held: deque[tuple[int, bytes]] = deque()
+        self._paid = 0
+        """Bytes that are paid for, and have not come."""
+        self._owed = 0
+        """Bytes that have come, and for which others have not had their turns."""
+
+    def send(self, stream_id: int, body: bytes) -> None:
+        """Send a CREDIT, after those that wait."""
+        if not self._held and self._turns.is_free:
+            self._owed = 0  # nobody waits
+            self._send(stream_id, body)
+            return
+        if not self._held:
+            self._turns.ask(self)
+        self._held.append((stream_id, body))
+        if len(self._held) > MAX_HELD_CREDITS:
+            self._send(*self._held.popleft())
+
+    def note(self, nbytes: int) -> None:
+        """So many bytes of payloads have come."""
+        paid = min(nbytes, self._paid)
+        self._paid -= paid
+        self._owed += nbytes
+        if nbytes > paid:
+            self._turns.spend(nbytes - paid)
+
+    def begin_turn(self) -> None:
+        """Give credit once. What comes for it is not known before a round trip. So a part is paid for now, else all
+        connections would give credit at the same time. What does not come stays paid for, and is not paid for again.
+        """
+        quantum = self._turns.quantum
+        assert quantum is not None, "without a limit nobody waits"
+        self._owed = max(0, min(self._owed, MOST_OWED * quantum) - quantum)
+        if not self._owed:
+            stream_id, body = self._held.popleft()
+            unpaid = min(self._turns.credit_price, wire.decode_credit(body)) - self._paid
+            if unpaid > 0:
+                self._paid += unpaid
+                self._turns.spend(unpaid)
+            self._send(stream_id, body)
+        if self._held:
+            self._turns.ask(self)
+
+    def disconnect(self) -> None:
+        """No credit is given any more; others have the turn."""
+        self._turns.withdraw(self)
+        self._held.clear()
         paid, self._paid = self._paid, 0
         if paid:
             self._turns.spend(-paid)

@@ -28,8 +28,20 @@ class PeerConnections:
         self._arrivals: dict[Lane, list[asyncio.Future[None]]] = {lane: [] for lane in KEPT}
         self.bundles: dict[int, Bundle] = {}
         """The lanes to each process of the peer, by its incarnation."""
-        self.opening = 0
-        """Lanes that are being opened."""
+        self.dialing = 0
+        """Lanes for pieces that this host dials,"""
+        self.asked_for = 0
+        """and those that it has asked the peer to dial."""
+
+    @property
+    def opening(self) -> int:
+        """Lanes for pieces that are to come."""
+        return self.dialing + self.asked_for
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether streams of bulk data are open, of either side: their lanes may be used at any time."""
+        return any(not one.is_idle for one in self._lanes[Lane.BULK] if one.is_open)
 
     @property
     def is_empty(self) -> bool:

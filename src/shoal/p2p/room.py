@@ -24,7 +24,7 @@ class Room:
     """The limits of :class:`~shoal.p2p.config.HostConfig`, kept.
 
     ``connections`` are all that there are, in whatever state; a live view. ``can_be_had_again`` tells whether a
-    connection can be spared, since it could be opened once more.
+    connection can be spared, since it could be opened once more, and ``is_unused`` whether nothing goes on on it.
     """
 
     def __init__(
@@ -32,10 +32,12 @@ class Room:
         connections: dict[Connection, None],
         config: HostConfig,
         can_be_had_again: Callable[[Connection], bool],
+        is_unused: Callable[[Connection], bool],
     ) -> None:
         self._connections = connections
         self._config = config
         self._can_be_had_again = can_be_had_again
+        self._is_unused = is_unused
 
     def refuse_dialer(self, connection: Connection) -> wire.Refusal | None:
         """Why a connection may not begin its handshake, if it may not."""
@@ -57,11 +59,11 @@ class Room:
             stripes = [connection for connection in opened if connection.lane is Lane.STRIPE]
             # What carries calls and streams has the other half.
             most = min(config.max_connections // 2, files_for_lanes())
-            if len(stripes) > most and not _close_oldest(stripes, new):
+            if len(stripes) > most and not self._close_oldest(stripes, new):
                 return _no_room("too many lanes")
             opened = [connection for connection in opened if connection.is_open]
         of_peer = [connection for connection in opened if connection.remote == new.remote]
-        if len(of_peer) > config.max_connections_per_peer and not _close_oldest(of_peer, new):
+        if len(of_peer) > config.max_connections_per_peer and not self._close_oldest(of_peer, new):
             return _no_room(f"{NO_ROOM} to one peer")
         if new.role is Role.RESPONDER:
             of_ip = [connection for connection in self._from(new.origin) if connection.is_open]
@@ -71,12 +73,25 @@ class Room:
         if len(opened) <= config.max_connections or self._close_spare(opened, new):
             return None
         # What this side dials, it needs: else strangers that cannot be dialed could cut it off from everybody.
-        if new.role is Role.INITIATOR and _close_oldest(opened, new):
+        if new.role is Role.INITIATOR and self._close_oldest(opened, new):
             return None
         return _no_room(NO_ROOM)
 
     def _close_spare(self, connections: Iterable[Connection], new: Connection) -> bool:
-        return _close_oldest([one for one in connections if self._can_be_had_again(one)], new)
+        return self._close_oldest([one for one in connections if self._can_be_had_again(one)], new)
+
+    def _close_oldest(self, connections: Iterable[Connection], new: Connection) -> bool:
+        """Close the one that was not used for longest, a lane for pieces before any other; False if all are in use."""
+        unused = [one for one in connections if one is not new and self._is_unused(one)]
+        if new.lane is Lane.STRIPE:
+            # The other kinds are of more use than one lane more.
+            unused = [one for one in unused if one.lane is Lane.STRIPE]
+        if unused:
+            oldest = min(
+                unused, key=lambda one: (one.lane is not Lane.STRIPE, max(one.last_used, one.last_piece))
+            )
+            oldest.close(NO_ROOM, EndKind.NO_ROOM)
+        return bool(unused)
 
     def _from(self, origin: str | None) -> list[Connection]:
         """The incoming connections from elsewhere that limits per address count together."""
@@ -95,15 +110,3 @@ def files_for_lanes() -> int:
 
 def _no_room(reason: str) -> wire.Refusal:
     return wire.Refusal(reason, kind=EndKind.NO_ROOM)
-
-
-def _close_oldest(connections: Iterable[Connection], new: Connection) -> bool:
-    """Close the one that was not used for longest, a lane for pieces before any other; False if all are in use."""
-    idle = [one for one in connections if one.is_idle and one is not new]
-    if new.lane is Lane.STRIPE:
-        # The other kinds are of more use than one lane more.
-        idle = [one for one in idle if one.lane is Lane.STRIPE]
-    if idle:
-        oldest = min(idle, key=lambda one: (one.lane is not Lane.STRIPE, max(one.last_used, one.last_piece)))
-        oldest.close(NO_ROOM, EndKind.NO_ROOM)
-    return bool(idle)

@@ -13,8 +13,10 @@ _TCP_NOTSENT_LOWAT = 25
 _SO_MAX_PACING_RATE = 47
 _HIGHEST_PACE = 2**32 - 2
 """Bytes a second, in 32 bits, which older kernels read, too. One more would mean: without pacing."""
-_BACKOFF = 4
-"""Its place among the first eight bytes."""
+_RETRANSMITS = 2
+"""Its place among the first eight bytes: time-outs in a row. The back-off beside it counts questions to a peer that has
+closed its window, too, which answers them.
+"""
 _RTO, _MSS, _LAST_ACK, _RTT, _SSTHRESH, _CWND, _TOTAL_RETRANS = 0, 2, 12, 15, 17, 18, 23
 """Places among the 32-bit numbers behind them."""
 _UNKNOWN = 2**32 - 1
@@ -68,7 +70,7 @@ def read(transport: Any) -> TcpInfo | None:
         window=words[_CWND] * words[_MSS],
         threshold=words[_SSTHRESH] * words[_MSS],
         timeout=words[_RTO] / 1e6,
-        timeouts=raw[_BACKOFF],
+        timeouts=raw[_RETRANSMITS],
         silence=words[_LAST_ACK] / 1e3,
     )
 

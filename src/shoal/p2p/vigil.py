@@ -7,6 +7,7 @@ One timer per connection. When to ask and when to give up is decided by
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -64,6 +65,8 @@ class Vigil:
         self._timer_at = 0.0
         self._ping_count = 0
         self._began: float | None = None
+        self.heard_at = -math.inf
+        """When something last arrived, in seconds of the loop. A peer that is read slowly may show life unheard."""
 
     @property
     def last_sign(self) -> float:
@@ -110,7 +113,7 @@ class Vigil:
 
     def receive_bytes(self) -> None:
         """Something has arrived."""
-        now = self._loop.time()
+        now = self.heard_at = self._loop.time()
         self._keepalive.receive_bytes(now)
         if self._began is None:
             self._began = now

@@ -118,6 +118,7 @@ class Bundle:
         rtt = self._memory.min_rtt
         if self.is_busy:
             self._read(lanes)
+            self._count_others(lanes)
         return LaneReport(
             lanes=len(self._active()) or 1,
             reason="it was set" if self._fixed else ("" if choice is None else choice.reason),
@@ -150,6 +151,8 @@ class Bundle:
 
     def lane_ended(self, lane: BulkLane) -> None:
         """A lane is gone: what it carried goes out on others."""
+        if self.is_busy and (info := lane.measure()) is not None:
+            self._meter.count(lane, info)
         self._infos.pop(lane, None)
         self._meter.forget(lane)
         self._carrying.pop(lane, None)
@@ -206,9 +209,8 @@ class Bundle:
     def _want(self) -> None:
         """Find out how many lanes are to carry data: other paths may have begun to take their share of the limit."""
         choice = self._memory.choice
-        if self._fixed is None:
-            chosen = 1 if choice is None else choice.count
-            self.wanted = max(1, min(chosen, self._limit())) if chosen > 1 else 1
+        chosen = self._fixed or (1 if choice is None else choice.count)
+        self.wanted = max(1, min(chosen, self._limit())) if chosen > 1 else 1
 
     def _active(self) -> list[BulkLane]:
         """The lanes over which a payload is striped that begins now: none, or several. One if the path is long, and
@@ -304,6 +306,7 @@ class Bundle:
         carriers = self._carriers()
         if not is_used:
             self._read(carriers)
+            self._count_others(carriers)
             return
         unsent = {lane: lane.outlet.unsent for lane in carriers}
         written = sum(lane.outlet.written for lane in carriers)
@@ -334,22 +337,17 @@ class Bundle:
 
     def _end_dead(self, now: float) -> None:
         """End the lanes of which all packets vanish, though the peer's machine is heard of elsewhere."""
-        homes = [home for home in self._homes() if home.is_open]
-        heard = max((home.last_sign for home in homes), default=-math.inf)
+        heard = max((home.heard_at for home in self._homes() if home.is_open), default=-math.inf)
         dead = self._scheduler.dead_lanes(now, heard)
         for lane in self._lanes():
             if lane in dead:  # a home is never ended here: streams live on it
                 lane.abort("its packets vanish, and those of other connections do not")
-        if not dead and self._scheduler.has_silent_lane:
-            for home in homes:
-                home.ask_for_sign()
 
     def _begin_count(self) -> None:
         self._infos.clear()
         self._resent, self._highest_rtt = self._scheduler.resent, 0.0
         lanes = dict.fromkeys([*self._lanes(), *self._homes()])
-        infos = [(lane, lane.measure()) for lane in lanes]
-        self._meter.begin((lane, info) for lane, info in infos if info is not None)
+        self._meter.begin({lane: info for lane in lanes if (info := lane.measure()) is not None})
 
     def _skip_pause(self) -> None:
         """What lanes did until now says nothing of their rates: nothing moved."""
@@ -404,14 +402,15 @@ class Bundle:
 
     def _read(self, lanes: list[BulkLane]) -> list[TcpInfo]:
         """Read the kernel's counts of these lanes; those of the lanes that move."""
-        moving = []  # the round-trip time of a lane that stands still is an old one
-        for lane in lanes:
-            info = lane.measure()
-            if info is not None:
-                self._infos[lane] = info
-                if self._meter.read(lane, info):
-                    moving.append(info)
-        return moving
+        read = {lane: info for lane in lanes if (info := lane.measure()) is not None}
+        self._infos |= read
+        return self._meter.read(read)  # the round-trip time of a lane that stands still is an old one
+
+    def _count_others(self, lanes: list[BulkLane]) -> None:
+        """Count what others than these have sent: the home, and lanes that carry only what is late, or no more."""
+        for lane in dict.fromkeys([*self._lanes(), *self._homes()]):
+            if lane not in lanes and (info := lane.measure()) is not None:
+                self._meter.count(lane, info)
 
     def _choose(self, lanes: list[BulkLane], rtt: float, interval: Interval) -> None:
         memory = self._memory

@@ -21,8 +21,8 @@ class BulkLane(Protocol):
     """When it last carried a piece, in seconds of the loop."""
 
     @property
-    def last_sign(self) -> float:
-        """When the peer last showed life on it, in seconds of the loop."""
+    def heard_at(self) -> float:
+        """When something last arrived on it, in seconds of the loop."""
 
     @property
     def congestion_control(self) -> str:
@@ -30,9 +30,6 @@ class BulkLane(Protocol):
 
     def measure(self) -> tcp_info.TcpInfo | None:
         """What the system knows of it now; None if it does not tell."""
-
-    def ask_for_sign(self) -> None:
-        """Ask the peer for a sign of life on it."""
 
     @property
     def outlet(self) -> Outlet:

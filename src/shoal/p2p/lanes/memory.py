@@ -13,8 +13,10 @@ TRIED_RATE = 0.8
 """and as soon as those that are left carry less than this part of it."""
 
 RTT_SECONDS = 30.0
-"""The smallest round-trip time is that of one or two periods of this length: routes change. The kernel's own figures,
-from which it is taken, are of five minutes."""
+"""The smallest round-trip time is that of one or two periods, each with data under way for so long: routes change. The
+kernel's own figures, from which it is taken, are of five minutes."""
+LOOK_SECONDS = 1.0
+"""More between two looks is a pause."""
 BEST_DECAY = 0.98
 """What is left of the highest rate of all when a rate is next measured: a path may have become slower."""
 
@@ -46,7 +48,9 @@ class PathMemory:
     """The smallest round-trip time in this period, in seconds,"""
     rtt_before: float = math.inf
     """and in the one before."""
-    period_began: float = -math.inf
+    period: float = 0.0
+    """Seconds with data under way in this period."""
+    noted_at: float = -math.inf
 
     @property
     def min_rtt(self) -> float:
@@ -54,11 +58,13 @@ class PathMemory:
         return min(self.rtt_now, self.rtt_before)
 
     def note_rtt(self, rtt: float, now: float) -> None:
-        """So long, in seconds, is the smallest round-trip time of a lane that moves."""
-        age = now - self.period_began
-        if age >= RTT_SECONDS:
-            self.rtt_before = self.rtt_now if age < 2 * RTT_SECONDS else math.inf
-            self.rtt_now, self.period_began = math.inf, now
+        """So long, in seconds, is the smallest round-trip time of a lane that moves. Pauses do not count: what was
+        learnt before them would be forgotten.
+        """
+        self.period += min(now - self.noted_at, LOOK_SECONDS)
+        self.noted_at = now
+        if self.period >= RTT_SECONDS:
+            self.rtt_before, self.rtt_now, self.period = self.rtt_now, math.inf, 0.0
         self.rtt_now = min(self.rtt_now, rtt)
 
     def note_rate(self, count: int, rate: float) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from shoal.p2p.tcp_info import TcpInfo
 
@@ -48,24 +49,42 @@ class Meter:
         self.interval: Interval | None = None
         """None: nothing was counted since data last stood still."""
         self._read: dict[object, TcpInfo] = {}
+        self._carrying: set[object] = set()
+        """The lanes that carried data when they were last read."""
 
-    def begin(self, infos: Iterable[tuple[object, TcpInfo]]) -> None:
+    def begin(self, infos: Mapping[Any, TcpInfo]) -> None:
         """Count anew, from what these lanes had counted when nothing was under way."""
         self.total, self.interval = Counts(), None
-        self._read = dict(infos)
+        self._read, self._carrying = dict(infos), set(infos)
 
-    def read(self, lane: object, info: TcpInfo) -> bool:
-        """Add what a lane has counted since it was last read, or was opened; whether anything was delivered."""
+    def read(self, infos: Mapping[Any, TcpInfo]) -> list[TcpInfo]:
+        """Add what the lanes that carry data have counted since they were last read, or were opened; those of which
+        something was delivered.
+
+        What a lane did while it did not carry data says nothing of the interval in which it does again.
+        """
+        moving = []
+        for lane, info in infos.items():
+            has_carried = lane in self._carrying or lane not in self._read
+            counts = self.count(lane, info)
+            if has_carried and self.interval is not None:
+                self.interval.counts.add(counts)
+            if has_carried and counts.delivered > 0:
+                moving.append(info)
+        self._carrying = set(infos)
+        return moving
+
+    def count(self, lane: object, info: TcpInfo) -> Counts:
+        """Add to the total what a lane has counted since it was last read."""
         last = self._read.get(lane)
         self._read[lane] = info
         counts = Counts(info.segments_sent, info.retransmitted, info.delivered)
         if last is not None:
             counts.add(Counts(-last.segments_sent, -last.retransmitted, -last.delivered))
         self.total.add(counts)
-        if self.interval is not None:
-            self.interval.counts.add(counts)
-        return counts.delivered > 0
+        return counts
 
     def forget(self, lane: object) -> None:
         """The lane is gone."""
         self._read.pop(lane, None)
+        self._carrying.discard(lane)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from shoal.errors import ProtocolViolation
-from shoal.p2p.lanes.forecast import DEAD_TIMEOUTS, Flow, is_dead, is_stalled, seconds_to_land
+from shoal.p2p.lanes.forecast import Flow, is_dead, is_stalled, seconds_to_land
 from shoal.p2p.protocol.frames import CHUNK_BYTES, Piece
 
 MAX_COPIES = 4
@@ -299,13 +299,6 @@ class Scheduler:
         payload.copies[offset] -= 1
         if not payload.copies[offset]:
             self._again.append((payload, offset))
-
-    @property
-    def has_silent_lane(self) -> bool:
-        """Whether a lane has sent again and again what nobody confirms."""
-        return any(
-            book.flow is not None and book.flow.timeouts >= DEAD_TIMEOUTS for book in self.lanes.values()
-        )
 
     def dead_lanes(self, now: float, heard_elsewhere: float = -math.inf) -> list[object]:
         """Lanes of which all packets vanish while others move.

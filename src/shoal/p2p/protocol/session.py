@@ -133,11 +133,6 @@ class Session:
         return self._buffer.capacity + self._decoder.bytes_held
 
     @property
-    def payload_under_way(self) -> bool:
-        """Whether what comes next is a part of a payload."""
-        return self._decoder.awaits_data
-
-    @property
     def payload_bytes(self) -> int:
         """How many of the bytes received so far were those of payloads. They are known to be, at the latest, when their
         message is complete.
