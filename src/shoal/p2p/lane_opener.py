@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Coroutine
 from typing import Any, Protocol
 
 from shoal.errors import ShoalError
@@ -118,7 +117,7 @@ class StripeOpener:
         if self._owner.entry(peer).dialed_address is not None:
             self._dial_often(peer, self._make_room(peer, missing))
         else:  # it has dialed this host, and may be where it cannot be dialed
-            self._ask_for(peer, missing)
+            self._begin(peer, self._ask(peer, missing), asked_for=missing)
 
     def open_for(self, peer: PeerID, count: int) -> bool:
         """Begin to dial so many lanes for ``peer``, which asks for them, those counted that are being dialed; False if
@@ -141,9 +140,8 @@ class StripeOpener:
         """
         most, dialed = self._most(), self._owner.dialed_stripes()
         room = most - len(dialed) - self._owner.dialing_stripes()
-        if (
-            room >= count or room < 0
-        ):  # for a moment one that has just opened is among those that are dialed, too
+        # Below 0 for a moment: a lane that has just opened still counts as being dialed, too.
+        if room >= count or room < 0:
             return max(0, min(count, room))
         counts = Counter(lane.peer for lane in dialed)
         own = counts.pop(peer, 0) + self._owner.entry(peer).dialing
@@ -161,30 +159,22 @@ class StripeOpener:
         return asyncio.get_running_loop().time() < self._pauses.get(peer, 0.0)
 
     def _dial_often(self, peer: PeerID, count: int) -> None:
-        entry = self._owner.entry(peer)
         for _ in range(count):
-            entry.dialing += 1
-            self._begin(peer, self._dial(peer), functools.partial(self._dialed, entry))
+            self._begin(peer, self._dial(peer), dialing=1)
 
-    def _ask_for(self, peer: PeerID, count: int) -> None:
-        entry = self._owner.entry(peer)
-        entry.asked_for += count
-        self._begin(peer, self._ask(peer, count), functools.partial(self._asked, entry, count))
-
-    @staticmethod
-    def _dialed(entry: PeerConnections) -> None:
-        entry.dialing -= 1
-
-    @staticmethod
-    def _asked(entry: PeerConnections, count: int) -> None:
-        entry.asked_for -= count
-
-    def _begin(self, peer: PeerID, work: Coroutine[Any, Any, bool], ended: Callable[[], None]) -> None:
-        """Work in a task of its own. When the last one for a peer has ended, and any has failed, there is a pause."""
+    def _begin(
+        self, peer: PeerID, work: Coroutine[Any, Any, bool], *, dialing: int = 0, asked_for: int = 0
+    ) -> None:
+        """Work in a task of its own, while so many lanes count as being dialed or asked for. When the last task for a
+        peer has ended, and any has failed, there is a pause.
+        """
         loop, entry = asyncio.get_running_loop(), self._owner.entry(peer)
+        entry.dialing += dialing
+        entry.asked_for += asked_for
 
         def done(task: asyncio.Task[bool]) -> None:
-            ended()
+            entry.dialing -= dialing
+            entry.asked_for -= asked_for
             self.dials.pop(task, None)
             if task.cancelled() or not _succeeded(task, peer):
                 self._refused.add(peer)
@@ -209,7 +199,7 @@ class StripeOpener:
         deadline, before = loop.time() + self._owner.config.dial_timeout, entry.stripe_count
         arrival = entry.next_arrival(Lane.STRIPE)  # the first one may come before the answer
         try:
-            if not await self._owner.ask_for_stripes(peer, deadline, min(count, MAX_STRIPES)):
+            if not await self._owner.ask_for_stripes(peer, deadline, count):
                 return False
             while entry.stripe_count < before + count and loop.time() < deadline:
                 await asyncio.wait((arrival,), timeout=deadline - loop.time())

@@ -318,10 +318,8 @@ class Bundle:
         self._want()
         if is_quiet:
             self._read(carriers)
-            self._meter.interval, self._highest_rtt = (
-                None,
-                0.0,
-            )  # what is chosen by is of the time in which data moves
+            # The number of lanes is chosen by what happens while data moves.
+            self._meter.interval, self._highest_rtt = None, 0.0
             self._skip_pause()
             return
         self._measure(carriers, is_waiting=not self._scheduler.is_starved or any(unsent.values()), now=now)
