@@ -356,15 +356,12 @@ def tensor_array(tensor: torch.Tensor, dtype: np.dtype[Any]) -> npt.NDArray[Any]
 
     :param dtype: of the array: one whose size divides that of the memory
     """
-    memory = _Memory()
-    memory.owner = tensor
-    memory.__array_interface__ = {
-        "data": (tensor.data_ptr(), False),
-        "shape": (tensor.nbytes // dtype.itemsize,),
-        "typestr": dtype.str,
-        "version": 3,
-    }
-    return np.asarray(memory)
+    return np.asarray(_Memory(tensor, dtype, tensor))
+
+
+def borrowed_array(tensor: torch.Tensor, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """As :func:`tensor_array`, but without keeping the memory alive: to be used only while the tensor has it."""
+    return np.asarray(_Memory(tensor, dtype, None))
 
 
 class _Memory:
@@ -372,8 +369,14 @@ class _Memory:
 
     __slots__ = ("__array_interface__", "owner")
 
-    owner: torch.Tensor
-    __array_interface__: dict[str, Any]
+    def __init__(self, tensor: torch.Tensor, dtype: np.dtype[Any], owner: torch.Tensor | None) -> None:
+        self.owner = owner
+        self.__array_interface__ = {
+            "data": (tensor.data_ptr(), False),
+            "shape": (tensor.nbytes // dtype.itemsize,),
+            "typestr": dtype.str,
+            "version": 3,
+        }
 
 
 def decode_raw(data: memoryview, dtype: torch.dtype, count: int, out: torch.Tensor | None) -> torch.Tensor:

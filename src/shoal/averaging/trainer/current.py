@@ -27,8 +27,10 @@ class Unchanged(NamedTuple):
     tensors: HeldTensors
     data: list[torch.Tensor]
     """The same, outside of autograd."""
+    places: object
+    """Another object whenever one of them lies elsewhere, or otherwise, than at the last look."""
     moved: bool
-    """Whether they lie elsewhere than at the last look."""
+    """Whether that is so now."""
     temporary: bool
     """Whether a function of the user's has made them just now, and nothing else has them."""
 
@@ -114,10 +116,10 @@ class CurrentTensors:
         held = self.tensors
         temporary = bool(self._found) and are_temporary(held)  # now: each .data is one more reference
         tensors = [tensor.data for tensor in held]
-        seen: list[tuple[object, ...] | None] = [_place(tensor) for tensor in tensors]
-        if seen == self._seen:
-            return Unchanged(held, tensors, False, temporary)
-        changed = [index for index, place in enumerate(seen) if place != self._seen[index]]
+        # One at a time: thousands of tuples that live at once would start a full garbage collection.
+        changed = [index for index, tensor in enumerate(tensors) if _place(tensor) != self._seen[index]]
+        if not changed:
+            return Unchanged(held, tensors, self._seen, False, temporary)
         for index in changed:
             self._check_unchanged(index, tensors[index])
         self._check_writable(tensors, changed, InvalidStateError)
@@ -125,8 +127,8 @@ class CurrentTensors:
         sharing = shared_memory(tensors, self._labels)
         if sharing is not None:
             raise InvalidStateError(f"{sharing} now; give it storage of its own")
-        self._seen = seen
-        return Unchanged(held, tensors, True, temporary)
+        self._seen = list(map(_place, tensors))
+        return Unchanged(held, tensors, self._seen, True, temporary)
 
     def _check_unchanged(self, index: int, tensor: torch.Tensor) -> None:
         slot = self._layout.slots[index]
@@ -170,11 +172,11 @@ def _appearance(tensor: object) -> tuple[object, ...] | None:
     assert isinstance(tensor, torch.Tensor)
     if tensor.is_nested:
         return None
-    return *_place(tensor), tensor.grad_fn is None, tensor.is_inference(), tensor.is_neg()
+    return *_place(tensor), tensor.grad_fn is None, tensor.is_inference()
 
 
 def _place(tensor: torch.Tensor) -> tuple[object, ...]:
-    """All that the checks of :meth:`CurrentTensors.unchanged` depend on."""
+    """All that the checks of :meth:`CurrentTensors.unchanged` depend on, and how elements lie in memory."""
     if tensor.layout != torch.strided:
         return (tensor.layout,)
     return (
@@ -185,4 +187,5 @@ def _place(tensor: torch.Tensor) -> tuple[object, ...]:
         tensor.device,
         tensor.storage_offset(),
         tensor.untyped_storage().nbytes(),
+        tensor.is_neg(),
     )

@@ -67,12 +67,12 @@ class InPlaceTransfer:
                 self._check_places()
                 self._check_unwritten()
                 merge = Merge(alpha)
-                for bits, new, slot in zip(self._bits(0), self._bits(1), self._layout.slots, strict=True):
+                for bits, new, section in zip(self._bits(0), self._bits(1), self._layout.sections, strict=True):
                     if alpha == 1:
                         for piece in slices(len(bits), CHUNK_NBYTES // bits.itemsize):
                             np.copyto(bits[piece], new[piece])
                     else:
-                        merge(bits, bits, new, slot.dtype.torch_dtype)
+                        merge(bits, bits, new, section.dtype.torch_dtype)
         finally:
             if self._step is not None:
                 self._occupancy.end(self._step)
@@ -120,11 +120,11 @@ class InPlaceTransfer:
         ]
 
     def _bits(self, number: int) -> list[Bits]:
-        """The elements of each tensor in one area."""
+        """The elements of each section in one area: of tensors without gaps between them."""
         memory = np.frombuffer(self._memory(number), dtype=np.uint8)
         return [
-            memory[slot.offset : slot.offset + slot.nbytes].view(BITS[slot.dtype.itemsize])
-            for slot in self._layout.slots
+            memory[section.offset : section.offset + section.nbytes].view(BITS[section.dtype.itemsize])
+            for section in self._layout.sections
         ]
 
     def _area(self, number: int) -> torch.Tensor:

@@ -46,7 +46,7 @@ class UpdateWatch:
         self._name = name
         self._labels = labels
         self._advice = advice
-        self._compares = compares
+        self.compares = compares
         self.checks_copies = compares and not updates_while_copying
         self._written: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         self._has_warned = False
@@ -73,7 +73,7 @@ class UpdateWatch:
         """As ``move(tensor)``, which changes a tensor in place. ``tensor`` has a count of updates of its own, as
         ``tensor.data`` has.
         """
-        if tensor.is_cuda or not self._compares:
+        if tensor.is_cuda or not self.compares:
             move(tensor)
             return
         before = tensor.clone(memory_format=torch.contiguous_format)

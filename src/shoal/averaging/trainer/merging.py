@@ -35,16 +35,24 @@ class Merge:
         self._scratch = {size: np.empty(MERGE_ELEMENTS, dtype=f"f{size}") for size in (4, 8)}
 
     def __call__(self, bits: Bits, old: Bits, new: Bits, dtype: torch.dtype) -> None:
+        """Change ``bits`` in place."""
         for chunk in slices(len(bits), CHUNK_NBYTES // bits.itemsize):
-            if self.alpha == 1 and _equal(bits[chunk], old[chunk]):
-                np.copyto(bits[chunk], new[chunk])
-                continue
-            for piece in slices(chunk.stop, MERGE_ELEMENTS, chunk.start):
-                if bits.itemsize == 2:
-                    current, before, after = (elements(array[piece], dtype) for array in (bits, old, new))
-                    merge(current, before, after, self.alpha)
-                else:
-                    self._merge_wide(bits[piece], old[piece], new[piece])
+            current = bits[chunk]
+            result = self.result(current, old[chunk], new[chunk], dtype)
+            if result is not current:
+                np.copyto(current, result)
+
+    def result(self, bits: Bits, old: Bits, new: Bits, dtype: torch.dtype) -> Bits:
+        """``new`` where that is the result; otherwise ``bits``, which are changed in place."""
+        if self.alpha == 1 and _equal(bits, old):
+            return new
+        for piece in slices(len(bits), MERGE_ELEMENTS):
+            if bits.itemsize == 2:
+                current, before, after = (elements(array[piece], dtype) for array in (bits, old, new))
+                merge(current, before, after, self.alpha)
+            else:
+                self._merge_wide(bits[piece], old[piece], new[piece])
+        return bits
 
     def _merge_wide(self, bits: Bits, old_bits: Bits, new_bits: Bits) -> None:
         """For float32 and float64, where numpy takes half the time."""

@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shoal.averaging.partition import Layout
+from shoal.averaging.partition import Layout, TensorSlot
+from shoal.averaging.trainer.batches import BATCH_NBYTES, Batches, Located, gather, is_plain, scatter
 from shoal.averaging.trainer.current import CurrentTensors, Unchanged
 from shoal.averaging.trainer.finite_scan import FiniteScan
 from shoal.averaging.trainer.locks import MemoryGuard
@@ -37,7 +38,8 @@ logger = logging.getLogger(__name__)
 Area: TypeAlias = torch.Tensor | memoryview | bytearray
 """An arena of ``layout.nbytes`` bytes: a one-dimensional uint8 CPU tensor, or writable memory."""
 
-_CPU = torch.device("cpu")
+Memory: TypeAlias = npt.NDArray[np.uint8]
+"""The bytes of an arena."""
 
 
 class TensorStore:
@@ -69,6 +71,8 @@ class TensorStore:
         self._watch = UpdateWatch(name, labels=self.labels) if watch is None else watch
         self._name = name
         self._has_warned_of_temporary = False
+        self._batches = Batches(layout)
+        self._gathered = np.empty(BATCH_NBYTES, dtype=np.uint8)
         self._cuda: dict[torch.device, CudaCopier] = {}
         for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
             self._cuda_copier(device)
@@ -144,20 +148,34 @@ class TensorStore:
         :returns: the index of the first tensor that has any, if they are looked for
         """
         # Before the lock: others wait for it only while tensors are copied, and looked at in the cache.
-        targets = self._slots(area)
+        memory = self._memory(area)
         scan = FiniteScan(self.layout, self._area(area)) if checks_finite else None
-        watch = self._watch
         with self._hold_unchanged(timeout, abandoned) as now:
             self._guard.begin_round()
-            for index, (tensor, target) in enumerate(zip(now.data, targets, strict=True)):
-                self._copy(tensor, target, self.layout.slots[index].offset, scan)
-                if watch.checks_copies:
-                    watch.check_copy(index, tensor, elements(target, tensor.dtype))
+            for located in self._batches.locate(now.data, now.places):
+                self._copy_batch(located, now.data, memory, scan)
         return None if scan is None else scan.finish()
+
+    def _copy_batch(
+        self, located: Located, tensors: list[torch.Tensor], memory: Memory, scan: FiniteScan | None
+    ) -> None:
+        batch, flats = located
+        members = [tensors[index] for index in batch.indices]
+        if flats:
+            target = _bits(memory, batch.whole)
+            gather(flats, elements(target, flats[0].dtype))
+            if scan is not None:
+                scan.follow(batch.whole.offset + target.nbytes)
+        else:
+            for tensor, slot in zip(members, batch.slots, strict=True):
+                self._copy(tensor, _bits(memory, slot), slot.offset, scan)
+        if self._watch.checks_copies:
+            for index, tensor, slot in zip(batch.indices, members, batch.slots, strict=True):
+                self._watch.check_copy(index, tensor, elements(_bits(memory, slot), tensor.dtype))
 
     def _copy(self, tensor: torch.Tensor, target: Bits, offset: int, scan: FiniteScan | None) -> None:
         """Copy one tensor to where it lies in the arena, ``offset`` bytes from its beginning."""
-        if _is_plain(tensor):
+        if is_plain(tensor):
             source = tensor_array(tensor, target.dtype)
             for piece in slices(len(target), CHUNK_NBYTES // target.itemsize):
                 np.copyto(target[piece], source[piece])
@@ -189,16 +207,15 @@ class TensorStore:
         :meth:`snapshot` does, but for the time, before anything was written.
         """
         merge = Merge(alpha)
-        before, after = self._slots(snapshot), self._slots(average)
-        watch = self._watch
+        before, after = self._memory(snapshot), self._memory(average)
         # The trainer's own infinities are not ours to report.
         with self._hold_unchanged(None, abandoned) as now, np.errstate(all="ignore"):
             self._guard.end_round()
             if now.temporary:
                 self._warn_of_temporary()
-            with watch.writing(now.tensors):
-                for index, (tensor, old, new) in enumerate(zip(now.data, before, after, strict=True)):
-                    watch.write(index, tensor, partial(self._move, old=old, new=new, merge=merge))
+            with self._watch.writing(now.tensors):
+                for located in self._batches.locate(now.data, now.places):
+                    self._move_batch(located, now.data, before, after, merge)
 
     def _warn_of_temporary(self) -> None:
         if not self._has_warned_of_temporary:
@@ -210,9 +227,24 @@ class TensorStore:
                 self._name,
             )
 
+    def _move_batch(
+        self, located: Located, tensors: list[torch.Tensor], before: Memory, after: Memory, merge: Merge
+    ) -> None:
+        batch, flats = located
+        if flats and not self._watch.compares:
+            dtype = flats[0].dtype
+            old, new = _bits(before, batch.whole), _bits(after, batch.whole)
+            current = self._gathered[: old.nbytes].view(old.dtype)
+            gather(flats, elements(current, dtype))
+            scatter(elements(merge.result(current, old, new, dtype), dtype), flats, batch.counts)
+            return
+        for index, slot in zip(batch.indices, batch.slots, strict=True):
+            old, new = _bits(before, slot), _bits(after, slot)
+            self._watch.write(index, tensors[index], partial(self._move, old=old, new=new, merge=merge))
+
     def _move(self, tensor: torch.Tensor, old: Bits, new: Bits, merge: Merge) -> None:
         """Apply an average to one tensor."""
-        if _is_plain(tensor):
+        if is_plain(tensor):
             merge(tensor_array(tensor, old.dtype), old, new, tensor.dtype)
         elif tensor.is_cuda:
             old_elements, new_elements = elements(old, tensor.dtype), elements(new, tensor.dtype)
@@ -235,13 +267,8 @@ class TensorStore:
                     yield now
                     return
 
-    def _slots(self, area: Area) -> list[Bits]:
-        """Where in an arena each tensor's elements lie."""
-        memory = tensor_array(self._area(area), UINT8)
-        return [
-            memory[slot.offset : slot.offset + slot.nbytes].view(BITS[slot.dtype.itemsize])
-            for slot in self.layout.slots
-        ]
+    def _memory(self, area: Area) -> Memory:
+        return tensor_array(self._area(area), UINT8)
 
     def _area(self, area: Area) -> torch.Tensor:
         tensor = area if isinstance(area, torch.Tensor) else _as_tensor(area)
@@ -331,9 +358,8 @@ class CudaCopier:
             np.copyto(_bytes(goal), _bytes(staged))
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's memory is its elements in order, readable by the CPU."""
-    return tensor.device == _CPU and tensor.is_contiguous() and not tensor.is_neg()
+def _bits(memory: Memory, slot: TensorSlot) -> Bits:
+    return memory[slot.offset : slot.offset + slot.nbytes].view(BITS[slot.dtype.itemsize])
 
 
 def _as_tensor(area: memoryview | bytearray) -> torch.Tensor:
