@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shoal.averaging.flow_window import FlowWindow, first_size
+from shoal.p2p.connection_writer import unsent_bound
 from shoal.p2p.lanes.bundle import TICK
 from shoal.p2p.lanes.forecast import Flow
 from shoal.p2p.lanes.scheduler import Outgoing, Scheduler
-from shoal.p2p.outlet import unsent_bound
 
 SEGMENT = 1448
 PART = 512 << 10

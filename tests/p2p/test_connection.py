@@ -20,7 +20,7 @@ from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.frames import FrameKind
 from shoal.p2p.protocol.session import FrameReceived, Role, Session
 from shoal.p2p.rpc import Lane, Method
-from shoal.p2p.turns import Turns
+from shoal.p2p.turns import SendingTurns
 from shoal.testing import clock
 from shoal.testing.peers import make_identity
 
@@ -33,7 +33,7 @@ class Owner:
     def __init__(self, config=HostConfig()):
         self.identity = make_identity("owner")
         self.config = config
-        self.upload_turns, self.download_turns = Turns(None), ReadingTurns(None)
+        self.upload_turns, self.download_turns = SendingTurns(None), ReadingTurns(None)
         self.closed = []
         self.confirmed = []
 
@@ -251,10 +251,10 @@ def test_credit_without_reading_takes_no_memory():
                 stranger.session.send_frame(FrameKind.CREDIT, 2, wire.encode_credit(1))
                 stranger.give(b"".join(stranger.session.data_to_send()))
             assert not sending.done()
-            assert len(connection.outlet._write_waiters) <= 2
+            assert len(connection.writer._write_waiters) <= 2
             sending.cancel()
             await asyncio.wait([sending])
-            assert not connection.outlet._write_waiters
+            assert not connection.writer._write_waiters
 
         return flood()
 

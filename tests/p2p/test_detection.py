@@ -262,13 +262,13 @@ def test_a_machine_that_stood_still_gives_nobody_up(run):
             await one.connect(other.listen_addresses[0], timeout=10)
             (connection,) = one._connections_to(other.peer_id)
             asks = asyncio.Event()
-            send_ping = connection.vigil._send_ping
+            send_ping = connection.liveness._send_ping
 
             def note_ping():
                 send_ping()
                 asks.set()
 
-            connection.vigil._send_ping = note_ping
+            connection.liveness._send_ping = note_ping
             async with one.open_stream(other.peer_id, STREAM), asyncio.timeout(10):
                 await asks.wait()
                 time.sleep(1.0)  # noqa: ASYNC251 - the loop of both stands still

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from tests.p2p.test_host import Swarm
 
-from shoal.p2p import outlet, tcp_info
+from shoal.p2p import tcp_info
 from shoal.p2p.config import HostConfig
+from shoal.p2p.connection_writer import LEAST_UNSENT, ConnectionWriter
 from shoal.p2p.host import Host
 from shoal.p2p.lanes import bundle
-from shoal.p2p.outlet import Outlet
 from shoal.p2p.protocol.session import Role
 from shoal.p2p.rpc import Lane, Stream
 from shoal.p2p.tcp_info import TcpInfo
@@ -68,7 +68,7 @@ class Kernel:
 
     def total_of(self, host: Host) -> float:
         """Segments that the connections of a host have sent."""
-        transports = [one.outlet.transport for one in host._connections._connections]
+        transports = [one.writer.transport for one in host._connections._connections]
         return sum(counts[0] for one, counts in self._counts.items() if one in transports)
 
     def unsent(self, transport: asyncio.Transport, written: int) -> int:
@@ -399,8 +399,8 @@ def test_a_lane_holds_unsent_what_it_sends_soon(kernel: Kernel, bandwidth: float
             swarm.network.set_bandwidth("a", "b", bandwidth)
             await asyncio.sleep(6.0)
             assert lanes(b, a) == 4
-            assert min(kernel.bounds) == outlet.LEAST_UNSENT
-            assert least <= max(kernel.bounds) / outlet.LEAST_UNSENT <= most
+            assert min(kernel.bounds) == LEAST_UNSENT
+            assert least <= max(kernel.bounds) / LEAST_UNSENT <= most
             task.cancel()
 
     run(main)
@@ -419,14 +419,14 @@ def test_a_lane_whose_packets_vanish_is_replaced_within_seconds(
             assert incarnation is not None
             before = connections.stripes(incarnation)
             assert len(before) == 4
-            unsent = Outlet.unsent.fget  # type: ignore[attr-defined]
+            unsent = ConnectionWriter.unsent.fget  # type: ignore[attr-defined]
             monkeypatch.setattr(
-                Outlet,
+                ConnectionWriter,
                 "unsent",
                 property(lambda one: kernel.unsent(one.transport, one.written) or unsent(one)),
             )
             lost = before[1]
-            kernel.vanishing[lost.outlet.transport] = lost.outlet.written
+            kernel.vanishing[lost.writer.transport] = lost.writer.written
             await asyncio.sleep(5.0)
             assert lost.ending is not None
             assert "vanish" in lost.ending.reason
@@ -454,14 +454,14 @@ def test_a_spare_lane_carries_what_the_only_one_holds_up_and_nothing_else(
             loop = asyncio.get_running_loop()
             assert loop.time() - used.last_piece < 1.0
             assert loop.time() - spare.last_piece > 10.0
-            unsent = Outlet.unsent.fget  # type: ignore[attr-defined]
+            unsent = ConnectionWriter.unsent.fget  # type: ignore[attr-defined]
             monkeypatch.setattr(
-                Outlet,
+                ConnectionWriter,
                 "unsent",
                 property(lambda one: kernel.unsent(one.transport, one.written) or unsent(one)),
             )
             now = loop.time()
-            kernel.vanishing[used.outlet.transport] = used.outlet.written
+            kernel.vanishing[used.writer.transport] = used.writer.written
             await asyncio.sleep(1.5)
             assert spare.last_piece > now
             task.cancel()
@@ -612,9 +612,9 @@ def test_lanes_are_replaced_that_all_vanish_while_their_home_lives(
         async with Swarm() as swarm:
             a, b, task = await sending(swarm)
             await asyncio.sleep(5.0)
-            unsent = Outlet.unsent.fget  # type: ignore[attr-defined]
+            unsent = ConnectionWriter.unsent.fget  # type: ignore[attr-defined]
             monkeypatch.setattr(
-                Outlet,
+                ConnectionWriter,
                 "unsent",
                 property(lambda one: kernel.unsent(one.transport, one.written) or unsent(one)),
             )
@@ -624,9 +624,9 @@ def test_lanes_are_replaced_that_all_vanish_while_their_home_lives(
                     if connection.lane is Lane.STRIPE:
                         lost.append(connection)
                         monkeypatch.setattr(connection, "buffer_updated", lambda nbytes: None)
-                        connection.outlet.transport.pause_reading()
+                        connection.writer.transport.pause_reading()
                         if host is b:
-                            kernel.vanishing[connection.outlet.transport] = connection.outlet.written - 10
+                            kernel.vanishing[connection.writer.transport] = connection.writer.written - 10
             assert len(lost) == 8
             await asyncio.sleep(5.0)
             connections, incarnation = b._connections.to(a.peer_id), b.incarnation(a.peer_id)

@@ -164,7 +164,7 @@ def test_a_receiver_that_gives_up_again_and_again_does_not_exceed_the_rate():
                     await asyncio.sleep(0.1)
                 await asyncio.sleep(0.1)
             connections = sender._connections._all_to(receiver.peer_id)
-            assert 5e6 < sum(one.outlet.written for one in connections) < 12.5e6
+            assert 5e6 < sum(one.writer.written for one in connections) < 12.5e6
 
     run(main)
 

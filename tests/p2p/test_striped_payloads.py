@@ -828,7 +828,7 @@ def test_a_piece_that_names_the_stream_of_another_peer_is_thrown_away():
                 assert homes is not None
                 assert lies is not None
                 forged = Piece(homes.bulk()[0].channel_id, 1, 0, 5, TOTAL, 0)
-                lies.bulk()[0].outlet.send_piece(forged, memoryview(bytes(CHUNK_BYTES)))
+                lies.bulk()[0].writer.send_piece(forged, memoryview(bytes(CHUNK_BYTES)))
                 await asyncio.sleep(1.0)
                 assert asked == []
                 await honest.send_payload(5, DATA)

@@ -201,8 +201,8 @@ class Calls:
         """The answer's bytes, made only when the socket takes them: a peer that asks often, but does not read, must
         not make us hold a long answer for each of its calls.
         """
-        if not self._connection.outlet.is_writable:
-            await self._connection.outlet.writable()
+        if not self._connection.writer.is_writable:
+            await self._connection.writer.writable()
         body = wire.encode(answer)
         wire.check_message_size(body, self._connection.max_message)
         return body

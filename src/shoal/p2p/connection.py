@@ -1,9 +1,9 @@
 """One authenticated connection: the asyncio shell around :class:`~shoal.p2p.protocol.session.Session` and the streams.
 
 It hands the transport's bytes to the session, and frames to the streams and to the handlers of what the peer calls. It
-knows how a connection is opened and how it ends. Its :class:`~.outlet.Outlet` sends, its :class:`~.vigil.Vigil` keeps
-the time. Which connections exist, and to whom, is decided by their ``owner``:
-:class:`~shoal.p2p.connections.Connections`.
+knows how a connection is opened and how it ends. Its :class:`~.connection_writer.ConnectionWriter` sends, its
+:class:`~.liveness.LivenessMonitor` keeps the time. Which connections exist, and to whom, is decided by their
+``owner``: :class:`~shoal.p2p.connections.Connections`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from shoal.p2p import tcp_info
 from shoal.p2p.calls import Calls
 from shoal.p2p.config import KIB
 from shoal.p2p.connection_owner import ConnectionOwner
+from shoal.p2p.connection_writer import ConnectionWriter
 from shoal.p2p.identity import PeerID
 from shoal.p2p.lanes.scheduler import Outgoing
+from shoal.p2p.liveness import LivenessMonitor
 from shoal.p2p.multiaddr import Multiaddr
-from shoal.p2p.outlet import Outlet
 from shoal.p2p.pacing import CreditPace, ReadingPace
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.claims import UNKNOWN
@@ -39,7 +40,6 @@ from shoal.p2p.protocol.streams import Multiplexer
 from shoal.p2p.protocol.violations import Ending, EndKind, TurnedAway
 from shoal.p2p.rpc import Lane
 from shoal.p2p.sockets import ip_of, origin_of
-from shoal.p2p.vigil import Vigil
 from shoal.utils import figures
 
 logger = logging.getLogger(__name__)
@@ -91,11 +91,11 @@ class Connection(asyncio.BufferedProtocol):
         self._session = Session(role, owner.identity, secrets.token_bytes(32), expected_peer=expected_peer)
         self._session.payload_sink = self._place_payload
         self._session.piece_sink = self._place_piece
-        self.outlet = Outlet(self._session, owner.upload_turns, self._peer_does_not_read)
+        self.writer = ConnectionWriter(self._session, owner.upload_turns, self._peer_does_not_read)
         """What goes out."""
         self._pace = ReadingPace(owner.download_turns)
         self._credit_pace = CreditPace(owner.download_turns, self._send_credit)
-        self.vigil = Vigil(self, self.outlet, owner.config)
+        self.liveness = LivenessMonitor(self, self.writer, owner.config)
         """Its time, and the peer's signs of life."""
         self.streams = Multiplexer(
             is_initiator=role is Role.INITIATOR,
@@ -141,7 +141,7 @@ class Connection(asyncio.BufferedProtocol):
     @property
     def rtt(self) -> float | None:
         """Smoothed round-trip time in seconds, once measured."""
-        return self.vigil.rtt
+        return self.liveness.rtt
 
     @property
     def load(self) -> int:
@@ -164,7 +164,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
-        self.outlet.connect(self._transport)
+        self.writer.connect(self._transport)
         self._pace.connect(self._transport)
         peername = transport.get_extra_info("peername")
         self.remote_ip = ip_of(peername)
@@ -179,9 +179,9 @@ class Connection(asyncio.BufferedProtocol):
         if self.ending is not None:
             self._transport.abort()
             return
-        self.vigil.begin_handshake(speaks_first=self.role is Role.INITIATOR, expire=self._expire_handshake)
+        self.liveness.begin_handshake(speaks_first=self.role is Role.INITIATOR, expire=self._expire_handshake)
         self._session.start()
-        self.outlet.flush()
+        self.writer.flush()
 
     @property
     def hears_late(self) -> bool:
@@ -202,16 +202,16 @@ class Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         if self.ending is not None:
             return
-        self.vigil.receive_bytes()
+        self.liveness.receive_bytes()
         is_bulk, payload_bytes = self._is_bulk, self._session.payload_bytes
-        self.outlet.hold()  # what is answered leaves in one write
+        self.writer.hold()  # what is answered leaves in one write
         try:
             for event in self._session.buffer_updated(nbytes):
                 self._receive_event(event)
         except ProtocolViolation as error:
             self.violate(error)
         finally:
-            self.outlet.let_go()
+            self.writer.let_go()
         if self.ending is None:
             if is_bulk:
                 self._pace.note(nbytes)
@@ -231,7 +231,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         reason = f"lost: {exc}" if exc is not None else "closed by the peer"
         self._end(Ending(EndKind.LOST, reason), ConnectionLost(self._where(reason)))
-        self.vigil.stop()
+        self.liveness.stop()
         self._pace.disconnect()
         self._credit_pace.disconnect()
         self._session.release()  # connections are cycles, which are collected late
@@ -240,10 +240,10 @@ class Connection(asyncio.BufferedProtocol):
         self._owner.connection_closed(self)
 
     def pause_writing(self) -> None:
-        self.outlet.pause()
+        self.writer.pause()
 
     def resume_writing(self) -> None:
-        self.outlet.resume()
+        self.writer.resume()
 
     # Frames.
 
@@ -252,10 +252,10 @@ class Connection(asyncio.BufferedProtocol):
         if kind is FrameKind.CREDIT and self.lane is Lane.CONTROL:
             self._credit_pace.send(stream_id, body)
         else:
-            self.outlet.send_frame(kind, stream_id, body)
+            self.writer.send_frame(kind, stream_id, body)
 
     def _send_credit(self, stream_id: int, body: bytes) -> None:
-        self.outlet.send_frame(FrameKind.CREDIT, stream_id, body)
+        self.writer.send_frame(FrameKind.CREDIT, stream_id, body)
 
     def _receive_event(self, event: object) -> None:
         if self.ending is not None:
@@ -272,7 +272,7 @@ class Connection(asyncio.BufferedProtocol):
         elif isinstance(event, HandshakeCompleted):
             self.remote = event.remote
             info = tcp_info.read(self._transport)
-            self.vigil.end_handshake(None if info is None else info.rtt)
+            self.liveness.end_handshake(None if info is None else info.rtt)
             if self.role is Role.INITIATOR:
                 self._send_hello()
 
@@ -300,9 +300,9 @@ class Connection(asyncio.BufferedProtocol):
         elif len(body) != wire.PING_BYTES:
             raise ProtocolViolation(f"{kind.name} with a body of {len(body)} bytes")
         elif kind is FrameKind.PING:
-            self.outlet.send_frame(FrameKind.PONG, 0, body)
+            self.writer.send_frame(FrameKind.PONG, 0, body)
         else:
-            self.vigil.receive_pong(body)
+            self.liveness.receive_pong(body)
 
     def _receive_goodbye(self, goodbye: wire.Refusal) -> None:
         ending = Ending(goodbye.kind, f"the peer said goodbye: {goodbye.reason}", by_peer=True)
@@ -359,11 +359,11 @@ class Connection(asyncio.BufferedProtocol):
             self._send_hello()
         if not self.opened.done():
             self.opened.set_result(None)
-        self.vigil.begin_watch()
+        self.liveness.begin_watch()
 
     def _send_hello(self) -> None:
         self.hello_sent = self._owner.make_hello(self)
-        self.outlet.send_frame(FrameKind.HELLO, 0, wire.encode(self.hello_sent))
+        self.writer.send_frame(FrameKind.HELLO, 0, wire.encode(self.hello_sent))
 
     def _place_payload(self, stream_id: int, tag: int, length: int) -> memoryview:
         if not self.is_admitted:
@@ -387,7 +387,7 @@ class Connection(asyncio.BufferedProtocol):
             return None
         return self._owner.bundle_of(self).stripe(self.channel_id, state, tag, data)
 
-    # What the vigil sees.
+    # What the liveness monitor sees.
 
     @property
     def seen_elsewhere(self) -> float:
@@ -406,11 +406,11 @@ class Connection(asyncio.BufferedProtocol):
     @property
     def heard_at(self) -> float:
         """When something last arrived, in seconds of the loop."""
-        return self.vigil.heard_at
+        return self.liveness.heard_at
 
     def note_use(self) -> None:
         """A stream was opened, by either side: from now on somebody waits for this peer."""
-        self.vigil.note_use()
+        self.liveness.note_use()
 
     def close_if_spare(self) -> bool:
         """Close a connection that is not used and can be spared; False if it stays."""
@@ -476,9 +476,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def _say_goodbye(self, refusal: wire.Refusal) -> None:
         # In the middle of a payload there is no place for a frame, before the end of the handshake no key for it.
-        if self.remote is not None and self.outlet.has_place_for_frame:
-            self.outlet.send_frame(FrameKind.GOODBYE, 0, wire.encode_goodbye(refusal))
-            self.outlet.flush()
+        if self.remote is not None and self.writer.has_place_for_frame:
+            self.writer.send_frame(FrameKind.GOODBYE, 0, wire.encode_goodbye(refusal))
+            self.writer.flush()
 
     def _end(self, ending: Ending, failure: ShoalError) -> None:
         if self.ending is not None:
@@ -486,14 +486,14 @@ class Connection(asyncio.BufferedProtocol):
         self.ending = ending
         # Now, and not when the transport is closed: that may still have to hand over what is queued.
         self._loop.call_soon(self._owner.connection_ended, self)
-        self.outlet.end()
+        self.writer.end()
         if not self.opened.done():
             self.opened.set_exception(failure)
         self.streams.fail_all(lambda: type(failure)(str(failure)))
         self.calls.cancel_handlers()
         if self._transport is not None:
             self._transport.close()
-            self.vigil.begin_end(self._transport.abort)
+            self.liveness.begin_end(self._transport.abort)
 
     def _where(self, what: str) -> str:
         who = str(self.remote) if self.remote is not None else f"unknown peer at {self.remote_ip}"

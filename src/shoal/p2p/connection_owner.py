@@ -13,7 +13,7 @@ from shoal.p2p.pacing import ReadingTurns
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.frames import Piece
 from shoal.p2p.protocol.streams import Multiplexer
-from shoal.p2p.turns import Turns
+from shoal.p2p.turns import SendingTurns
 
 ConnectionT_contra = TypeVar("ConnectionT_contra", contravariant=True)
 
@@ -23,7 +23,7 @@ class ConnectionOwner(Protocol[ConnectionT_contra]):
 
     identity: Identity
     config: HostConfig
-    upload_turns: Turns
+    upload_turns: SendingTurns
     download_turns: ReadingTurns
 
     def make_hello(self, connection: ConnectionT_contra) -> wire.Hello:

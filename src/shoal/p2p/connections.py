@@ -47,7 +47,7 @@ from shoal.p2p.reach.routes import Route, routes
 from shoal.p2p.room import Room
 from shoal.p2p.rpc import Lane
 from shoal.p2p.tenancy import Tenancy
-from shoal.p2p.turns import Turns
+from shoal.p2p.turns import SendingTurns
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Connections:
         self.addresses = AddressBook(
             max_peers=config.max_known_peers, max_addresses=config.max_addresses_per_peer
         )
-        self.upload_turns = Turns(config.max_upload_rate)
+        self.upload_turns = SendingTurns(config.max_upload_rate)
         self.download_turns = ReadingTurns(config.max_download_rate)
         self.incarnations = Incarnations(config.max_known_peers)
         self.find_served = find_served
@@ -342,7 +342,7 @@ class Connections:
         if connection.lane is not Lane.CONTROL:
             is_stripe = connection.lane is Lane.STRIPE
             others = len(self.entry(peer).stripes(connection.incarnation)) if is_stripe else None
-            tune(connection.outlet.transport, self.config.congestion_control, others)
+            tune(connection.writer.transport, self.config.congestion_control, others)
         self.entry(peer).add(connection)
         if connection.lane is Lane.STRIPE:
             # Soon: HELLO, with which the dialing side lets this one in, has to be the first thing on it.
@@ -406,11 +406,11 @@ class Connections:
         """See :class:`~shoal.p2p.connection_owner.ConnectionOwner`."""
         for other in self._all_to(connection.peer):
             if other is not connection and other.is_open:
-                other.vigil.ask()
+                other.liveness.ask()
 
     def seen_elsewhere(self, connection: Connection) -> float:
         others = (other for other in self._all_to(connection.peer) if other is not connection)
-        return max((other.vigil.last_sign for other in others), default=-math.inf)
+        return max((other.liveness.last_sign for other in others), default=-math.inf)
 
     def _can_be_had_again(self, connection: Connection) -> bool:
         # A peer that cannot be dialed could not be called any more, and neither could this host by that peer.

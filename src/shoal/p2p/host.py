@@ -319,7 +319,7 @@ class Host:
         """
         connections = self._connections.to(peer)
         connection = None if connections is None else connections.control()
-        info = None if connection is None else tcp_info.read(connection.outlet.transport)
+        info = None if connection is None else tcp_info.read(connection.writer.transport)
         return (info and info.min_rtt) or self.rtt(peer)
 
     def serve(

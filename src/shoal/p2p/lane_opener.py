@@ -21,7 +21,7 @@ from shoal.p2p.pool import PeerConnections
 from shoal.p2p.protocol.violations import EndKind
 from shoal.p2p.room import files_for_lanes
 from shoal.p2p.rpc import Lane
-from shoal.p2p.turns import Turns
+from shoal.p2p.turns import SendingTurns
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class LaneOwner(Protocol):
     """What an opener needs of the connections of its host."""
 
     config: HostConfig
-    upload_turns: Turns
+    upload_turns: SendingTurns
 
     def entry(self, peer: PeerID) -> PeerConnections:
         """The connections to a peer, made if there are none."""

@@ -73,7 +73,8 @@ class PeerConnections:
     def last_sign(self) -> float:
         """When the peer last showed life on a connection that stands, in seconds of the loop; -inf: none stands."""
         return max(
-            (connection.vigil.last_sign for connection in self.all() if connection.is_open), default=-math.inf
+            (connection.liveness.last_sign for connection in self.all() if connection.is_open),
+            default=-math.inf,
         )
 
     def all(self) -> list[Connection]:

@@ -78,7 +78,7 @@ class EndOfStream(ShoalError, EOFError):
     """The other side has finished sending."""
 
 
-class StreamOutlet(Protocol):
+class FrameWriter(Protocol):
     """What a stream needs to send: room, and a way for payloads."""
 
     @property
@@ -114,7 +114,7 @@ class StreamConnection(Protocol):
     """What a stream needs of the connection that carries it."""
 
     @property
-    def outlet(self) -> StreamOutlet:
+    def writer(self) -> FrameWriter:
         """Where what the stream sends goes out."""
 
     @property
@@ -162,7 +162,7 @@ class Stream:
         """Send a message; waits for credit and for the socket. At most 1 MiB when encoded."""
         body = wire.encode(message)
         wire.check_message_size(body, self._connection.max_message)
-        while not (self._state.can_send_message() and self._connection.outlet.is_writable):
+        while not (self._state.can_send_message() and self._connection.writer.is_writable):
             self._check_sendable()
             await self._wait(for_writing=True)
         self._check_sendable()
@@ -190,12 +190,12 @@ class Stream:
             raise self._state.failure
 
     async def _send_whole(self, tag: int, view: memoryview) -> None:
-        while not (self._state.can_send_payload(len(view)) and self._connection.outlet.takes_payload):
+        while not (self._state.can_send_payload(len(view)) and self._connection.writer.takes_payload):
             self._check_sendable()
             await self._wait(for_writing=True)
         self._check_sendable()
         self._state.charge(len(view))
-        await self._connection.outlet.send_payload(self._state, tag, view)
+        await self._connection.writer.send_payload(self._state, tag, view)
 
     async def finish(self) -> None:
         """Tell the other side that nothing more will be sent (half close). Idempotent."""
@@ -325,15 +325,15 @@ class Stream:
     async def _wait(self, *, for_writing: bool = False) -> None:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
-        if for_writing and not self._connection.outlet.takes_payload:
-            self._connection.outlet.add_write_waiter(waiter)
+        if for_writing and not self._connection.writer.takes_payload:
+            self._connection.writer.add_write_waiter(waiter)
         try:
             await waiter
         finally:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
             if for_writing:
-                self._connection.outlet.remove_write_waiter(waiter)
+                self._connection.writer.remove_write_waiter(waiter)
 
     def _wake(self) -> None:
         waiters, self._waiters = self._waiters, []

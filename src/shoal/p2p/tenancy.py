@@ -151,7 +151,7 @@ class Tenancy:
     async def _judge(self, peer: PeerID, newcomer: Claim, newcomer_where: str) -> wire.Refusal | None:
         deadline = self._now() + SILENCE
         while holders := self._holders(peer, newcomer.incarnation):
-            holder = max(holders, key=lambda one: one.vigil.last_sign)
+            holder = max(holders, key=lambda one: one.liveness.last_sign)
             reason = where(holder)
             answer = await self._ask(holder, newcomer.incarnation, deadline)
             if isinstance(answer, SignedClaim) and answer.claim.outranks(newcomer):

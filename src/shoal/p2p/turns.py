@@ -17,7 +17,7 @@ STEP_SECONDS = 3.0
 either, and the peer would take it for dead."""
 
 
-class Turns:
+class SendingTurns:
     """Of one host. Without a limit, nobody waits."""
 
     def __init__(self, rate: float | None) -> None:

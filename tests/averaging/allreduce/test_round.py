@@ -20,7 +20,7 @@ from shoal.averaging.allreduce.round import Round, RoundResult, RoundTimeouts
 from shoal.averaging.allreduce.rounds import MAX_WAITING_STREAMS_PER_PEER
 from shoal.averaging.group import GROUP_ID_BYTES
 from shoal.errors import AllreduceException, ProtocolViolation, RemoteError
-from shoal.p2p.outlet import Outlet
+from shoal.p2p.connection_writer import ConnectionWriter
 from shoal.p2p.protocol.frames import FrameKind
 from shoal.p2p.protocol.wire import decode, encode
 from shoal.testing.clock import run
@@ -491,14 +491,14 @@ def test_a_round_that_is_over_keeps_nothing_for_a_member_that_confirms_nothing(
         async with SimulatedGroup(
             seed=3, size=3, clients=1, shapes=[(200_000,)], lanes=3, part_bytes=1 << 17
         ) as group:
-            send_frame = Outlet.send_frame
+            send_frame = ConnectionWriter.send_frame
 
-            def withhold(outlet: Outlet, kind: FrameKind, stream_id: int, body: bytes) -> None:
-                is_silent = any(one.outlet is outlet for one in group.hosts[2]._connections._connections)
+            def withhold(writer: ConnectionWriter, kind: FrameKind, stream_id: int, body: bytes) -> None:
+                is_silent = any(one.writer is writer for one in group.hosts[2]._connections._connections)
                 if kind is not FrameKind.RECEIVED or not is_silent:
-                    send_frame(outlet, kind, stream_id, body)
+                    send_frame(writer, kind, stream_id, body)
 
-            monkeypatch.setattr(Outlet, "send_frame", withhold)
+            monkeypatch.setattr(ConnectionWriter, "send_frame", withhold)
             rounds = [
                 group.round(member, timeouts=RoundTimeouts(sender=4.0, reducer=4.0)) for member in range(3)
             ]

@@ -67,7 +67,9 @@ class InPlaceTransfer:
                 self._check_places()
                 self._check_unwritten()
                 merge = Merge(alpha)
-                for bits, new, section in zip(self._bits(0), self._bits(1), self._layout.sections, strict=True):
+                for bits, new, section in zip(
+                    self._bits(0), self._bits(1), self._layout.sections, strict=True
+                ):
                     if alpha == 1:
                         for piece in slices(len(bits), CHUNK_NBYTES // bits.itemsize):
                             np.copyto(bits[piece], new[piece])

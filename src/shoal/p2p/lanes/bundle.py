@@ -22,7 +22,7 @@ from shoal.p2p.lanes.upload_rate import UploadRate
 from shoal.p2p.protocol.frames import CHUNK_BYTES
 from shoal.p2p.protocol.stream_state import StreamState
 from shoal.p2p.tcp_info import TcpInfo
-from shoal.p2p.turns import Turns
+from shoal.p2p.turns import SendingTurns
 
 TICK = 0.05
 """Seconds between two looks at the lanes while data is under way."""
@@ -65,7 +65,7 @@ class Bundle:
         lanes: Callable[[], Sequence[BulkLane]],
         open_more: Callable[[int], None],
         limit: Callable[[], int],
-        turns: Turns,
+        turns: SendingTurns,
         uplink: UploadRate,
         fixed: int | None,
     ) -> None:
@@ -240,11 +240,11 @@ class Bundle:
         return spare[: max(0, WITH_SPARES - len(active))] if active else []
 
     def _fill(self, lane: BulkLane, now: float) -> None:
-        outlet, scheduler = lane.outlet, self._scheduler
+        writer, scheduler = lane.writer, self._scheduler
         if lane not in scheduler.lanes:
-            outlet.stripe(lambda: self._refill(lane))
+            writer.stripe(lambda: self._refill(lane))
             self._note_progress(lane, now)
-        while outlet.is_writable and not self._must_wait():
+        while writer.is_writable and not self._must_wait():
             if self._carrying.get(lane) and not (scheduler.is_starved or self._is_stuck):
                 return
             found = scheduler.next_piece(lane)
@@ -252,11 +252,11 @@ class Bundle:
                 return
             payload, offset = found
             piece = payload.piece(offset)
-            outlet.send_piece(piece, payload.data[offset : offset + piece.size])
+            writer.send_piece(piece, payload.data[offset : offset + piece.size])
             lane.last_piece = now
             self._has_turn = False
             self._turns.spend(piece.size)
-            scheduler.note_sent(lane, payload, offset, outlet.written, now)
+            scheduler.note_sent(lane, payload, offset, writer.written, now)
             if payload.is_taken:
                 payload.on_taken()
 
@@ -282,14 +282,14 @@ class Bundle:
             self._fill(lane, self._loop.time())
 
     def _note_progress(self, lane: BulkLane, now: float) -> None:
-        outlet, info = lane.outlet, self._infos.get(lane)
+        writer, info = lane.writer, self._infos.get(lane)
         flow, silence = None, 0.0
         if info is not None and info.window:
             flow = Flow(info.rtt, info.window, info.threshold, info.timeout, info.timeouts)
             silence = info.silence
-        rtt, acknowledged = lane.rtt if info is None else info.rtt, outlet.written - outlet.unsent
-        self._scheduler.note_progress(lane, rtt or 0.0, outlet.written, acknowledged, now, flow, silence)
-        outlet.fit_to(self._scheduler.lanes[lane].rate)
+        rtt, acknowledged = lane.rtt if info is None else info.rtt, writer.written - writer.unsent
+        self._scheduler.note_progress(lane, rtt or 0.0, writer.written, acknowledged, now, flow, silence)
+        writer.fit_to(self._scheduler.lanes[lane].rate)
 
     def _remember(self) -> None:
         """Go on from what was learnt of this path. While one home is where it was, it is the same path."""
@@ -308,8 +308,8 @@ class Bundle:
             self._read(carriers)
             self._count_others(carriers)
             return
-        unsent = {lane: lane.outlet.unsent for lane in carriers}
-        written = sum(lane.outlet.written for lane in carriers)
+        unsent = {lane: lane.writer.unsent for lane in carriers}
+        written = sum(lane.writer.written for lane in carriers)
         if written != self._written or any(unsent.values()):
             self._written, self._moved_at = written, now
         is_quiet = self._scheduler.is_idle and now - self._moved_at >= QUIET_TICK
@@ -352,8 +352,8 @@ class Bundle:
         now = self._loop.time()
         for lane in self._lanes():
             if lane in self._scheduler.lanes:
-                outlet = lane.outlet
-                self._scheduler.resume(lane, outlet.written, outlet.written - outlet.unsent, now)
+                writer = lane.writer
+                self._scheduler.resume(lane, writer.written, writer.written - writer.unsent, now)
 
     def _look_after(self, seconds: float) -> None:
         if self._timer is not None:

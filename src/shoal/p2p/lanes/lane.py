@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from shoal.p2p import tcp_info
+from shoal.p2p.connection_writer import ConnectionWriter
 from shoal.p2p.lanes.count import FEW, SHORT_RTT
-from shoal.p2p.outlet import Outlet
 
 
 class BulkLane(Protocol):
@@ -32,7 +32,7 @@ class BulkLane(Protocol):
         """What the system knows of it now; None if it does not tell."""
 
     @property
-    def outlet(self) -> Outlet:
+    def writer(self) -> ConnectionWriter:
         """What goes out."""
 
     @property

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from shoal.p2p.config import HostConfig
-from shoal.p2p.outlet import Outlet
+from shoal.p2p.connection_writer import ConnectionWriter
 from shoal.p2p.protocol import wire
 from shoal.p2p.protocol.frames import FrameKind
 from shoal.p2p.protocol.keepalive import LOOK_EVERY, KeepAlive, Verdict
@@ -22,7 +22,7 @@ LEAST_PAUSE = 0.01
 
 
 class Watched(Protocol):
-    """What a vigil needs of its connection."""
+    """What a monitor needs of its connection."""
 
     last_used: float
 
@@ -52,12 +52,12 @@ SIGN_EVERY = 3.0
 """Seconds between signs of life to a peer that is heard late."""
 
 
-class Vigil:
+class LivenessMonitor:
     """See the module."""
 
-    def __init__(self, connection: Watched, outlet: Outlet, config: HostConfig) -> None:
+    def __init__(self, connection: Watched, writer: ConnectionWriter, config: HostConfig) -> None:
         self._connection = connection
-        self._outlet = outlet
+        self._writer = writer
         self._config = config
         self._loop = asyncio.get_running_loop()
         self._keepalive = KeepAlive(config, self._loop.time())
@@ -161,17 +161,17 @@ class Vigil:
         else:
             connection.last_used = now
             self._keepalive.set_in_use(True, now)
-        outlet = self._outlet
+        writer = self._writer
         if connection.hears_late:
             # What the peer says is heard late, and its questions, too: it has to be told.
             self._keepalive.receive_bytes(now)
-            self._outlet.send_frame(FrameKind.PING, 0, self._ping_count.to_bytes(wire.PING_BYTES))
+            self._writer.send_frame(FrameKind.PING, 0, self._ping_count.to_bytes(wire.PING_BYTES))
         verdict, again = self._keepalive.check(
             now,
-            outlet.unsent,
-            outlet.written,
+            writer.unsent,
+            writer.written,
             connection.seen_elsewhere,
-            is_held=not outlet.has_place_for_frame,
+            is_held=not writer.has_place_for_frame,
         )
         if connection.hears_late:
             again = min(again, now + SIGN_EVERY)
@@ -185,4 +185,4 @@ class Vigil:
 
     def _send_ping(self) -> None:
         self._ping_count += 1
-        self._outlet.send_frame(FrameKind.PING, 0, self._ping_count.to_bytes(wire.PING_BYTES))
+        self._writer.send_frame(FrameKind.PING, 0, self._ping_count.to_bytes(wire.PING_BYTES))

@@ -16,7 +16,7 @@ from shoal.p2p.protocol.frames import CHUNK_BYTES, FrameKind, Piece
 from shoal.p2p.protocol.session import Session
 from shoal.p2p.protocol.stream_state import StreamState
 from shoal.p2p.sockets import unsent_bytes
-from shoal.p2p.turns import Turns
+from shoal.p2p.turns import SendingTurns
 
 WRITE_HIGH = 1 * MIB
 WRITE_LOW = 256 * KIB
@@ -41,14 +41,14 @@ def unsent_bound(rate: float) -> int:
     return max(LEAST_UNSENT, min(int(rate * UNSENT_SECONDS), MOST_UNSENT))
 
 
-class Outlet:
+class ConnectionWriter:
     """See the module.
 
     :param turns: to send payloads, of all connections of the host
     :param peer_does_not_read: called when too many answers are queued; it ends the connection
     """
 
-    def __init__(self, session: Session, turns: Turns, peer_does_not_read: Callable[[], None]) -> None:
+    def __init__(self, session: Session, turns: SendingTurns, peer_does_not_read: Callable[[], None]) -> None:
         self.written = 0
         """Bytes handed to the transport so far."""
         self._session = session
