@@ -9,7 +9,7 @@ import torch
 
 from shoal.averaging.partition import Layout
 from shoal.averaging.trainer import finite_scan
-from shoal.averaging.trainer.finite_scan import BLOCK_NBYTES, SINGLE_THREADED_ELEMENTS, FiniteScan
+from shoal.averaging.trainer.finite_scan import BLOCK_NBYTES, MOST_NBYTES, FiniteScan
 from shoal.averaging.trainer.tensors import TensorStore
 from shoal.compression.base import FLOATING_DTYPES
 
@@ -42,7 +42,7 @@ def test_small_tensors_that_share_a_block_are_told_apart():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_one_element_is_found_at_the_borders_of_blocks(dtype: torch.dtype, value: float):
     block = BLOCK_NBYTES // dtype.itemsize
-    for place in (0, SINGLE_THREADED_ELEMENTS, block - 1, block, 2 * block, 2 * block + 4):
+    for place in (0, block - 1, block, 2 * block, 2 * block + 4):
         tensor = torch.ones(2 * block + 5, dtype=dtype)
         tensor[place] = value
         assert scan(torch.ones(3, dtype=dtype), tensor) == 1
@@ -69,16 +69,31 @@ def test_nothing_is_said_of_it_unless_asked():
     assert store.snapshot(bytearray(store.layout.nbytes)) is None
 
 
-def test_each_block_is_looked_at_once_and_as_soon_as_it_is_filled(monkeypatch: pytest.MonkeyPatch):
+@dtypes
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_the_end_of_a_large_area_is_looked_at(dtype: torch.dtype, value: float):
+    tensor = torch.ones(2 * MOST_NBYTES // dtype.itemsize + 5, dtype=dtype)
+    assert scan(tensor) is None
+    tensor[-1] = value
+    assert scan(tensor) == 0
+
+
+def test_all_is_looked_at_once_and_as_soon_as_a_block_is_filled(monkeypatch: pytest.MonkeyPatch):
     looks: list[int] = []
-    tensor = torch.zeros(3 * BLOCK_NBYTES // 2, dtype=torch.bfloat16)
-    monkeypatch.setattr(finite_scan, "is_finite", lambda values: looks.append(len(values)) or True)
+    tensor = torch.zeros((4 * BLOCK_NBYTES + MOST_NBYTES) // 2, dtype=torch.bfloat16)
+    monkeypatch.setattr(finite_scan, "_is_finite", lambda values, dtype: looks.append(values.nbytes) or True)
     following = FiniteScan(Layout.from_tensors([tensor]), tensor.view(torch.uint8))
     seen = []
-    for stop in (BLOCK_NBYTES - 1, BLOCK_NBYTES, 2 * BLOCK_NBYTES + 1, 3 * BLOCK_NBYTES):
+    for stop in (
+        BLOCK_NBYTES - 1,
+        BLOCK_NBYTES,
+        2 * BLOCK_NBYTES + 1,
+        3 * BLOCK_NBYTES,
+        4 * BLOCK_NBYTES + MOST_NBYTES,
+    ):
         following.follow(stop)
-        seen.append(2 * sum(looks))
+        seen.append(sum(looks))
     assert following.finish() is None
-    assert seen == [0, BLOCK_NBYTES, 2 * BLOCK_NBYTES, 3 * BLOCK_NBYTES]
-    assert sum(looks) == len(tensor)
-    assert max(looks) <= SINGLE_THREADED_ELEMENTS  # more would wake torch's thread pool
+    assert seen == [0, BLOCK_NBYTES, 2 * BLOCK_NBYTES, 3 * BLOCK_NBYTES, 4 * BLOCK_NBYTES + MOST_NBYTES]
+    assert sum(looks) == tensor.nbytes
+    assert max(looks) <= MOST_NBYTES

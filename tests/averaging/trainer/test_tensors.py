@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shoal.averaging.partition import Layout
 from shoal.averaging.trainer import merging
-from shoal.averaging.trainer.merging import CHUNK_NBYTES
+from shoal.averaging.trainer.chunk_size import READ_NBYTES
 from shoal.averaging.trainer.tensors import TensorStore
 from shoal.compression.base import FLOATING_DTYPES, tensor_bytes
 from shoal.errors import DeadlineExceeded, InvalidStateError, InvalidValueError
@@ -54,7 +54,7 @@ def zoo(dtype, device):
     """Tensors of every admissible kind, one larger than a chunk."""
     torch.manual_seed(0)
     return [
-        torch.randn(CHUNK_NBYTES // dtype.itemsize + 1001).to(dtype).to(device),
+        torch.randn(READ_NBYTES // dtype.itemsize + 1001).to(dtype).to(device),
         torch.nn.Parameter(torch.randn(5, 7).to(dtype).to(device)),
         torch.randn(6, 4).to(dtype).to(device).t(),
         torch.randn(8, 6).to(dtype).to(device)[::2, 1:3],
@@ -104,6 +104,18 @@ def test_what_the_trainer_changed_is_kept(dtype, alpha, device):
     tolerance = {2: 2**-8, 4: 1e-6, 8: 1e-14}[dtype.itemsize]
     for tensor, goal in zip(tensors, expected, strict=True):
         torch.testing.assert_close(tensor.detach().cpu().double(), goal, rtol=tolerance, atol=2 * tolerance)
+
+
+@dtypes
+def test_untouched_tensors_move_by_alpha(dtype, device):
+    tensors = zoo(dtype, device)
+    store = store_of(*tensors)
+    before, after = snapshot_of(store), area_of(store)
+    fill(store, after, 3.0)
+    expected = [(tensor.detach().double() + 3.0) / 2 for tensor in tensors]
+    store.apply(before, after, 0.5)
+    for tensor, goal in zip(tensors, expected, strict=True):
+        torch.testing.assert_close(tensor.detach().double(), goal, rtol=2**-7, atol=2**-7)
 
 
 @dtypes

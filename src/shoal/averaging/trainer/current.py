@@ -25,8 +25,6 @@ class Unchanged(NamedTuple):
     """Tensors that can still be averaged."""
 
     tensors: HeldTensors
-    data: list[torch.Tensor]
-    """The same, outside of autograd."""
     places: object
     """Another object whenever one of them lies elsewhere, or otherwise, than at the last look."""
     moved: bool
@@ -73,16 +71,22 @@ class CurrentTensors:
         if source is None:
             raise InvalidStateError("the averager is gone, and with it the source of its tensors")
         found = source.find().tensors
-        known = list(map(_appearance, found))
-        new = [index for index, one in enumerate(known) if one is None or one != self._known[index]]
+        # One at a time, as of unchanged().
+        new = [index for index, tensor in enumerate(found) if not self._is_known(index, tensor)]
         for index in new:
             check_tensor(self._labels[index], found[index])
             self._check_unchanged(index, found[index])
         self._check_writable(found, new, InvalidStateError)
-        self._known = known
+        for index in new:
+            self._known[index] = _appearance(found[index])
         if source.runs_users_code:
             self._found = list(map(_recall, found))
         return found
+
+    def _is_known(self, index: int, tensor: torch.Tensor) -> bool:
+        """Whether it is as it was when it was checked last."""
+        appearance = _appearance(tensor)
+        return appearance is not None and appearance == self._known[index]
 
     def _check_writable(
         self, tensors: Sequence[torch.Tensor], indices: Sequence[int], error: type[UsageError]
@@ -114,12 +118,12 @@ class CurrentTensors:
         lay are not looked at again.
         """
         held = self.tensors
-        temporary = bool(self._found) and are_temporary(held)  # now: each .data is one more reference
-        tensors = [tensor.data for tensor in held]
-        # One at a time: thousands of tuples that live at once would start a full garbage collection.
-        changed = [index for index, tensor in enumerate(tensors) if _place(tensor) != self._seen[index]]
+        temporary = bool(self._found) and are_temporary(held)  # now: before there are more references
+        # One at a time: thousands of objects that live at once would start a full garbage collection.
+        changed = [index for index, tensor in enumerate(held) if _place(tensor) != self._seen[index]]
         if not changed:
-            return Unchanged(held, tensors, self._seen, False, temporary)
+            return Unchanged(held, self._seen, False, temporary)
+        tensors = [tensor.data for tensor in held]
         for index in changed:
             self._check_unchanged(index, tensors[index])
         self._check_writable(tensors, changed, InvalidStateError)
@@ -128,7 +132,7 @@ class CurrentTensors:
         if sharing is not None:
             raise InvalidStateError(f"{sharing} now; give it storage of its own")
         self._seen = list(map(_place, tensors))
-        return Unchanged(held, tensors, self._seen, True, temporary)
+        return Unchanged(held, self._seen, True, temporary)
 
     def _check_unchanged(self, index: int, tensor: torch.Tensor) -> None:
         slot = self._layout.slots[index]

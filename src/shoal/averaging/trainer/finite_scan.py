@@ -8,30 +8,24 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from shoal.averaging.partition import Layout, Section
-from shoal.compression.base import tensor_array
-from shoal.compression.finite import is_finite
+from shoal.compression.base import UINT8, tensor_array
 
 BLOCK_NBYTES = 1 << 19
-"""What is looked at in one go: it fits the cache, and tensors may be far smaller."""
-SINGLE_THREADED_ELEMENTS = 1 << 15
-"""The most elements for which torch does not wake its intra-op threads."""
+"""The least that is looked at in one go, except for the end of a section: tensors may be far smaller."""
+MOST_NBYTES = 1 << 22
+"""The most: looking at halves takes as much memory besides."""
 
-_NUMPY: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype("f4"), torch.float64: np.dtype("f8")}
-
-
-class _Block(NamedTuple):
-    """A stretch of the area, in bytes, within one section."""
-
-    section: Section
-    start: int
-    stop: int
+_WIDE: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype("f4"), torch.float64: np.dtype("f8")}
+_INFINITY = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
+"""Its bits; those of NaN are greater. The highest bit is the sign."""
+_WITHOUT_SIGN = np.uint16(0x7FFF)
 
 
 class FiniteScan:
@@ -42,45 +36,51 @@ class FiniteScan:
 
     def __init__(self, layout: Layout, area: torch.Tensor) -> None:
         self._layout = layout
-        self._area = area
-        self._blocks = _blocks(layout)
-        self._next = next(self._blocks, None)
+        self._memory = tensor_array(area, UINT8)
+        self._sections = iter(layout.sections)
+        self._section = next(self._sections, None)
+        self._start = 0
+        """What lies before was looked at."""
         self._found: int | None = None
 
     def follow(self, stop: int) -> None:
         """The first ``stop`` bytes are filled."""
-        while self._next is not None and self._next.stop <= stop:
-            if not self._is_finite(self._next):
-                self._found, self._next = self._locate(self._next), None
+        while self._section is not None:
+            section, start = self._section, max(self._start, self._section.offset)
+            end = min(stop, start + MOST_NBYTES, section.offset + section.nbytes)
+            is_whole = end == section.offset + section.nbytes
+            if end - start < BLOCK_NBYTES and not is_whole:
                 return
-            self._next = next(self._blocks, None)
+            values = self._values(section, start, end)
+            if not _is_finite(values, section.dtype.torch_dtype):
+                self._found, self._section = self._locate(section, start, end), None
+                return
+            self._start = start + values.nbytes
+            if is_whole:
+                self._section = next(self._sections, None)
 
     def finish(self) -> int | None:
         """All is filled: the index of the first tensor that has NaN or infinite elements, or None."""
         self.follow(self._layout.nbytes)
         return self._found
 
-    def _is_finite(self, block: _Block) -> bool:
-        values = self._values(block)
-        numpy_type = _NUMPY.get(values.dtype)
-        if numpy_type is None:
-            size = SINGLE_THREADED_ELEMENTS
-            return all(is_finite(values[start : start + size]) for start in range(0, len(values), size))
-        array = tensor_array(values, numpy_type)
-        # A sum that is finite has only finite terms. np.sum takes three times as long.
-        return math.isfinite(np.einsum("i->", array)) or bool(np.isfinite(array).all())
-
-    def _locate(self, block: _Block) -> int:
-        element = int(self._values(block).isfinite().logical_not().nonzero()[0])
-        place = block.start + element * block.section.dtype.itemsize
+    def _locate(self, section: Section, start: int, end: int) -> int:
+        values = torch.from_numpy(self._values(section, start, end))
+        element = int(values.view(section.dtype.torch_dtype).isfinite().logical_not().nonzero()[0])
+        place = start + element * section.dtype.itemsize
         return bisect_right(self._layout.slots, place, key=lambda slot: slot.offset) - 1
 
-    def _values(self, block: _Block) -> torch.Tensor:
-        return self._area[block.start : block.stop].view(block.section.dtype.torch_dtype)
+    def _values(self, section: Section, start: int, end: int) -> npt.NDArray[Any]:
+        """The whole elements between two bytes; of two bytes each as integers."""
+        dtype = _WIDE.get(section.dtype.torch_dtype, np.dtype("u2"))
+        end -= (end - start) % dtype.itemsize
+        return self._memory[start:end].view(dtype)
 
 
-def _blocks(layout: Layout) -> Iterator[_Block]:
-    for section in layout.sections:
-        end = section.offset + section.nbytes
-        for start in range(section.offset, end, BLOCK_NBYTES):
-            yield _Block(section, start, min(start + BLOCK_NBYTES, end))
+def _is_finite(values: npt.NDArray[Any], dtype: torch.dtype) -> bool:
+    if len(values) == 0:
+        return True
+    if dtype in _WIDE:
+        # A sum that is finite has only finite terms. np.sum takes three times as long.
+        return math.isfinite(np.einsum("i->", values)) or bool(np.isfinite(values).all())
+    return bool((values & _WITHOUT_SIGN).max() < _INFINITY[dtype])

@@ -13,8 +13,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from shoal.averaging.trainer.chunk_size import WRITE_NBYTES, ChunkSize
 from shoal.averaging.trainer.finite_scan import FiniteScan
-from shoal.averaging.trainer.merging import BITS, CHUNK_NBYTES, Bits, Merge, slices
+from shoal.averaging.trainer.merging import BITS, Bits, Merge
 from shoal.averaging.trainer.shared_buffers import SharedBuffers
 from shoal.averaging.trainer.tensors import TensorStore
 from shoal.errors import InvalidStateError
@@ -66,15 +67,13 @@ class InPlaceTransfer:
             with self._store.lock(None, abandoned), np.errstate(all="ignore"):
                 self._check_places()
                 self._check_unwritten()
-                merge = Merge(alpha)
+                merge, size = Merge(alpha), ChunkSize(WRITE_NBYTES)
                 for bits, new, section in zip(
                     self._bits(0), self._bits(1), self._layout.sections, strict=True
                 ):
-                    if alpha == 1:
-                        for piece in slices(len(bits), CHUNK_NBYTES // bits.itemsize):
-                            np.copyto(bits[piece], new[piece])
-                    else:
-                        merge(bits, bits, new, section.dtype.torch_dtype)
+                    for chunk in size.slices(len(bits), bits.itemsize):
+                        current = bits[chunk]
+                        merge(current, current, new[chunk], section.dtype.torch_dtype)
         finally:
             if self._step is not None:
                 self._occupancy.end(self._step)

@@ -30,7 +30,7 @@ class UpdateWatch:
     :param name: of the averager
     :param advice: what the user should do
     :param labels: of the tensors; default: by number
-    :param compares: compare all elements, instead of torch's counts alone
+    :param compares: compare all elements, instead of torch's counts alone; then each tensor is written by :meth:`write`
     :param updates_while_copying: the trainer may update the tensors while they are copied for a round
     """
 
@@ -58,14 +58,14 @@ class UpdateWatch:
 
     @contextmanager
     def writing(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Averages are written to ``tensors``, under the lock, by :meth:`write` alone."""
+        """Averages are written to ``tensors``, under the lock; if it compares, by :meth:`write` alone."""
         self._written.clear()  # of a write that has failed
-        counts = _counts_of_updates(tensors)
+        counts = counts_of_updates(tensors)
         yield
         for index, tensor, moved in self._written:
             self._compare(index, tensor, moved, "was averaged")
         self._written.clear()
-        for index, (before, after) in enumerate(zip(counts, _counts_of_updates(tensors), strict=True)):
+        for index, (before, after) in enumerate(zip(counts, counts_of_updates(tensors), strict=True)):
             if before != after:
                 self._warn(index, "was averaged")
 
@@ -105,6 +105,6 @@ class UpdateWatch:
         )
 
 
-def _counts_of_updates(tensors: Sequence[torch.Tensor]) -> list[int]:
+def counts_of_updates(tensors: Sequence[torch.Tensor]) -> list[int]:
     """How often each tensor has been changed in place; 0 where torch does not count, or an update can't get lost."""
     return [0 if tensor.is_cuda or tensor.is_inference() else tensor._version for tensor in tensors]

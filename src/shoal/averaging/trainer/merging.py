@@ -13,12 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shoal.averaging.trainer.finite_scan import SINGLE_THREADED_ELEMENTS
-
-CHUNK_NBYTES = 1 << 18
-"""What is copied at a time, so that what follows on a look at it finds it in the cache."""
-MERGE_ELEMENTS = SINGLE_THREADED_ELEMENTS
-"""What is computed on at a time."""
+MERGE_ELEMENTS = 1 << 15
+"""What is computed on at a time: the most elements for which torch does not wake its intra-op threads."""
+MOST_PIECES = 8
+"""Of one chunk, where there is no such limit: each costs a few calls (:mod:`.chunk_size`)."""
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 BITS = {size: np.dtype(f"i{size}") for size in _INTEGERS}
@@ -28,36 +26,35 @@ Bits: TypeAlias = npt.NDArray[Any]
 
 
 class Merge:
-    """:func:`merge` on the CPU, in chunks; those that the trainer did not touch are only copied."""
+    """:func:`merge` on the CPU, for one chunk after the other; one that the trainer did not touch is only copied."""
 
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
-        self._scratch = {size: np.empty(MERGE_ELEMENTS, dtype=f"f{size}") for size in (4, 8)}
+        self._scratch = np.empty(0, dtype=np.uint8)
 
     def __call__(self, bits: Bits, old: Bits, new: Bits, dtype: torch.dtype) -> None:
         """Change ``bits`` in place."""
-        for chunk in slices(len(bits), CHUNK_NBYTES // bits.itemsize):
-            current = bits[chunk]
-            result = self.result(current, old[chunk], new[chunk], dtype)
-            if result is not current:
-                np.copyto(current, result)
-
-    def result(self, bits: Bits, old: Bits, new: Bits, dtype: torch.dtype) -> Bits:
-        """``new`` where that is the result; otherwise ``bits``, which are changed in place."""
-        if self.alpha == 1 and _equal(bits, old):
-            return new
-        for piece in slices(len(bits), MERGE_ELEMENTS):
-            if bits.itemsize == 2:
+        if self.is_untouched(bits, old):
+            np.copyto(bits, new)
+        elif bits.itemsize == 2:
+            for piece in slices(len(bits), MERGE_ELEMENTS):
                 current, before, after = (elements(array[piece], dtype) for array in (bits, old, new))
                 merge(current, before, after, self.alpha)
-            else:
+        else:
+            for piece in slices(len(bits), max(MERGE_ELEMENTS, len(bits) // MOST_PIECES)):
                 self._merge_wide(bits[piece], old[piece], new[piece])
-        return bits
+
+    def is_untouched(self, bits: Bits, old: Bits) -> bool:
+        """Whether the average itself is the result."""
+        return self.alpha == 1 and (bits is old or _equal(bits, old))
 
     def _merge_wide(self, bits: Bits, old_bits: Bits, new_bits: Bits) -> None:
         """For float32 and float64, where numpy takes half the time."""
-        alpha, moved = self.alpha, self._scratch[bits.itemsize][: len(bits)]
-        current, old, new = (array.view(moved.dtype) for array in (bits, old_bits, new_bits))
+        alpha, wide = self.alpha, np.dtype(f"f{bits.itemsize}")
+        current, old, new = (array.view(wide) for array in (bits, old_bits, new_bits))
+        if self._scratch.nbytes < bits.nbytes:
+            self._scratch = np.empty(bits.nbytes, dtype=np.uint8)
+        moved = self._scratch[: bits.nbytes].view(wide)
         np.subtract(new, old, out=moved)
         if alpha != 1:
             np.multiply(moved, alpha, out=moved)
@@ -77,7 +74,7 @@ def _equal(first: Bits, second: Bits) -> bool:
     head = 256  # an optimizer's step changes nearly every element: seldom is more than this looked at in vain
     if first[:head].tobytes() != second[:head].tobytes():
         return False
-    return len(first) <= head or np.array_equal(first, second)
+    return len(first) <= head or bool((first == second).all())
 
 
 def merge(current: torch.Tensor, old: torch.Tensor, new: torch.Tensor, alpha: float) -> None:

@@ -1,13 +1,13 @@
-"""The user's tensors and the lock around them: the only file that reads and writes their values.
+"""The user's tensors and the lock around them. With :mod:`.batches`, the only file that reads and writes their values.
 
 A round takes a *snapshot* of the tensors into an arena (:class:`~.partition.Layout`), and, when it commits,
 *applies* the average that came of it. Both run in the user process, under the lock, for as long as copying
 takes. Between them the trainer may change the tensors; what it adds is kept.
 
-Neither uses torch's intra-op thread pool for tensors on the CPU (numpy's copies, and pieces too small for the
-pool), so that the trainer keeps its cores. Writes go through ``tensor.data``, which has a version counter of
-its own: autograd does not see them, and a round may land between forward and backward. (:mod:`.pending` has averages
-written when the user calls, and tells autograd.)
+Neither uses torch's intra-op thread pool for tensors on the CPU (numpy's copies, and tensors or pieces too small for
+the pool), so that the trainer keeps its cores. Writes go through ``tensor.data`` or other views of its memory, which
+have version counters of their own: autograd does not see them, and a round may land between forward and backward.
+(:mod:`.pending` has averages written when the user calls, and tells autograd.)
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from shoal.averaging.partition import Layout, TensorSlot
-from shoal.averaging.trainer.batches import BATCH_NBYTES, Batches, Located, gather, is_plain, scatter
+from shoal.averaging.trainer.batches import Batch, Located, Runs, is_plain
+from shoal.averaging.trainer.chunk_size import READ_NBYTES, WRITE_NBYTES, ChunkSize
 from shoal.averaging.trainer.current import CurrentTensors, Unchanged
 from shoal.averaging.trainer.finite_scan import FiniteScan
 from shoal.averaging.trainer.locks import MemoryGuard
 from shoal.averaging.trainer.lost_updates import UpdateWatch
-from shoal.averaging.trainer.merging import BITS, CHUNK_NBYTES, Bits, Merge, elements, merge, pieces, slices
+from shoal.averaging.trainer.merging import BITS, Bits, Merge, elements, merge, pieces
 from shoal.averaging.trainer.sources import HeldTensors, TensorSource
 from shoal.compression.base import UINT8, tensor_array
 from shoal.errors import InvalidStateError, InvalidValueError
@@ -71,8 +72,7 @@ class TensorStore:
         self._watch = UpdateWatch(name, labels=self.labels) if watch is None else watch
         self._name = name
         self._has_warned_of_temporary = False
-        self._batches = Batches(layout)
-        self._gathered = np.empty(BATCH_NBYTES, dtype=np.uint8)
+        self._runs = Runs(layout)
         self._cuda: dict[torch.device, CudaCopier] = {}
         for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
             self._cuda_copier(device)
@@ -152,35 +152,56 @@ class TensorStore:
         scan = FiniteScan(self.layout, self._area(area)) if checks_finite else None
         with self._hold_unchanged(timeout, abandoned) as now:
             self._guard.begin_round()
-            for located in self._batches.locate(now.data, now.places):
-                self._copy_batch(located, now.data, memory, scan)
+            size = ChunkSize(READ_NBYTES)
+            for located in self._runs.locate(now.tensors, now.places):
+                self._copy_run(located, now.tensors, memory, scan, size)
         return None if scan is None else scan.finish()
 
-    def _copy_batch(
-        self, located: Located, tensors: list[torch.Tensor], memory: Memory, scan: FiniteScan | None
+    def _copy_run(
+        self,
+        located: Located,
+        tensors: HeldTensors,
+        memory: Memory,
+        scan: FiniteScan | None,
+        size: ChunkSize,
     ) -> None:
-        batch, flats = located
-        members = [tensors[index] for index in batch.indices]
-        if flats:
-            target = _bits(memory, batch.whole)
-            gather(flats, elements(target, flats[0].dtype))
-            if scan is not None:
-                scan.follow(batch.whole.offset + target.nbytes)
-        else:
-            for tensor, slot in zip(members, batch.slots, strict=True):
-                self._copy(tensor, _bits(memory, slot), slot.offset, scan)
+        run = located.run
+        for batch in located.batches(tensors, size):
+            if batch.is_there():
+                batch.gather(_bits(memory, batch.offset, batch.nbytes, run.itemsize))
+                if scan is not None:
+                    scan.follow(batch.offset + batch.nbytes)
+            else:
+                self._copy_each(batch.indices, tensors, memory, scan, size)
+        if not located.flats:
+            self._copy_each(run.indices, tensors, memory, scan, size)
         if self._watch.checks_copies:
-            for index, tensor, slot in zip(batch.indices, members, batch.slots, strict=True):
-                self._watch.check_copy(index, tensor, elements(_bits(memory, slot), tensor.dtype))
+            for index, slot in zip(run.indices, run.slots, strict=True):
+                tensor = tensors[index].data
+                self._watch.check_copy(index, tensor, elements(_bits_of(memory, slot), tensor.dtype))
 
-    def _copy(self, tensor: torch.Tensor, target: Bits, offset: int, scan: FiniteScan | None) -> None:
+    def _copy_each(
+        self,
+        indices: range,
+        tensors: HeldTensors,
+        memory: Memory,
+        scan: FiniteScan | None,
+        size: ChunkSize,
+    ) -> None:
+        for index in indices:
+            slot = self.layout.slots[index]
+            self._copy(tensors[index].data, _bits_of(memory, slot), slot.offset, scan, size)
+
+    def _copy(
+        self, tensor: torch.Tensor, target: Bits, offset: int, scan: FiniteScan | None, size: ChunkSize
+    ) -> None:
         """Copy one tensor to where it lies in the arena, ``offset`` bytes from its beginning."""
         if is_plain(tensor):
             source = tensor_array(tensor, target.dtype)
-            for piece in slices(len(target), CHUNK_NBYTES // target.itemsize):
-                np.copyto(target[piece], source[piece])
+            for chunk in size.slices(len(target), target.itemsize):
+                np.copyto(target[chunk], source[chunk])
                 if scan is not None:
-                    scan.follow(offset + piece.stop * target.itemsize)
+                    scan.follow(offset + chunk.stop * target.itemsize)
             return
         if tensor.is_cuda:
             self._cuda_copier(tensor.device).read(tensor, elements(target, tensor.dtype))
@@ -206,7 +227,6 @@ class TensorStore:
         itself is written, unless the trainer has put a finite value there since, which stays. Raises as
         :meth:`snapshot` does, but for the time, before anything was written.
         """
-        merge = Merge(alpha)
         before, after = self._memory(snapshot), self._memory(average)
         # The trainer's own infinities are not ours to report.
         with self._hold_unchanged(None, abandoned) as now, np.errstate(all="ignore"):
@@ -214,8 +234,9 @@ class TensorStore:
             if now.temporary:
                 self._warn_of_temporary()
             with self._watch.writing(now.tensors):
-                for located in self._batches.locate(now.data, now.places):
-                    self._move_batch(located, now.data, before, after, merge)
+                movement = _Movement(before, after, Merge(alpha), ChunkSize(WRITE_NBYTES))
+                for located in self._runs.locate(now.tensors, now.places):
+                    self._move_run(located, now.tensors, movement)
 
     def _warn_of_temporary(self) -> None:
         if not self._has_warned_of_temporary:
@@ -227,31 +248,35 @@ class TensorStore:
                 self._name,
             )
 
-    def _move_batch(
-        self, located: Located, tensors: list[torch.Tensor], before: Memory, after: Memory, merge: Merge
-    ) -> None:
-        batch, flats = located
-        if flats and not self._watch.compares:
-            dtype = flats[0].dtype
-            old, new = _bits(before, batch.whole), _bits(after, batch.whole)
-            current = self._gathered[: old.nbytes].view(old.dtype)
-            gather(flats, elements(current, dtype))
-            scatter(elements(merge.result(current, old, new, dtype), dtype), flats, batch.counts)
+    def _move_run(self, located: Located, tensors: HeldTensors, movement: _Movement) -> None:
+        if not located.flats or self._watch.compares:
+            self._move_each(located.run.indices, tensors, movement)
             return
-        for index, slot in zip(batch.indices, batch.slots, strict=True):
-            old, new = _bits(before, slot), _bits(after, slot)
-            self._watch.write(index, tensors[index], partial(self._move, old=old, new=new, merge=merge))
+        for batch in located.batches(tensors, movement.size):
+            counts = batch.counts_of_updates()
+            result = movement.result(batch) if batch.is_there() else None
+            # What was updated meanwhile, without the lock, is read once more.
+            if result is not None and batch.is_there() and batch.counts_of_updates() == counts:
+                batch.scatter(result)
+            else:
+                self._move_each(batch.indices, tensors, movement)
 
-    def _move(self, tensor: torch.Tensor, old: Bits, new: Bits, merge: Merge) -> None:
+    def _move_each(self, indices: range, tensors: HeldTensors, movement: _Movement) -> None:
+        for index in indices:
+            move = partial(self._move, slot=self.layout.slots[index], movement=movement)
+            self._watch.write(index, tensors[index].data, move)
+
+    def _move(self, tensor: torch.Tensor, slot: TensorSlot, movement: _Movement) -> None:
         """Apply an average to one tensor."""
+        old, new = (_bits_of(area, slot) for area in movement.areas)
         if is_plain(tensor):
-            merge(tensor_array(tensor, old.dtype), old, new, tensor.dtype)
+            movement.merge_all(tensor_array(tensor, old.dtype), old, new, tensor.dtype)
         elif tensor.is_cuda:
             old_elements, new_elements = elements(old, tensor.dtype), elements(new, tensor.dtype)
-            self._cuda_copier(tensor.device).merge(tensor, old_elements, new_elements, merge.alpha)
+            self._cuda_copier(tensor.device).merge(tensor, old_elements, new_elements, movement.merge.alpha)
         else:
             flat = tensor.to("cpu", copy=True).reshape(-1).contiguous()
-            merge(tensor_array(flat, old.dtype), old, new, tensor.dtype)
+            movement.merge_all(tensor_array(flat, old.dtype), old, new, tensor.dtype)
             tensor.copy_(flat.view(tensor.shape))
 
     @contextmanager
@@ -282,6 +307,36 @@ class TensorStore:
         if device not in self._cuda:
             self._cuda[device] = CudaCopier(device)
         return self._cuda[device]
+
+
+class _Movement(NamedTuple):
+    """What :meth:`TensorStore.apply` does to all tensors alike."""
+
+    before: Memory
+    after: Memory
+    merge: Merge
+    size: ChunkSize
+
+    @property
+    def areas(self) -> tuple[Memory, Memory]:
+        return self.before, self.after
+
+    def merge_all(self, bits: Bits, old: Bits, new: Bits, dtype: torch.dtype) -> None:
+        """Change ``bits``, of any number, in place."""
+        for chunk in self.size.slices(len(bits), bits.itemsize):
+            self.merge(bits[chunk], old[chunk], new[chunk], dtype)
+
+    def result(self, batch: Batch) -> Bits:
+        """What the tensors of a batch become."""
+        dtype = batch.slots[0].dtype
+        old, new = (_bits(area, batch.offset, batch.nbytes, dtype.itemsize) for area in self.areas)
+        current = np.empty_like(old)
+        batch.gather(current)
+        if self.merge.is_untouched(current, old):
+            return new
+        for one in batch.slices():  # most of them may be
+            self.merge(current[one], old[one], new[one], dtype.torch_dtype)
+        return current
 
 
 class CudaCopier:
@@ -358,8 +413,12 @@ class CudaCopier:
             np.copyto(_bytes(goal), _bytes(staged))
 
 
-def _bits(memory: Memory, slot: TensorSlot) -> Bits:
-    return memory[slot.offset : slot.offset + slot.nbytes].view(BITS[slot.dtype.itemsize])
+def _bits_of(memory: Memory, slot: TensorSlot) -> Bits:
+    return _bits(memory, slot.offset, slot.nbytes, slot.dtype.itemsize)
+
+
+def _bits(memory: Memory, offset: int, nbytes: int, itemsize: int) -> Bits:
+    return memory[offset : offset + nbytes].view(BITS[itemsize])
 
 
 def _as_tensor(area: memoryview | bytearray) -> torch.Tensor:
