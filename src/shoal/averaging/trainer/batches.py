@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
@@ -50,11 +50,6 @@ class Run:
         start = indices[0] - self.first
         return Run(indices[0], self.slots[start : start + len(indices)])
 
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an element."""
-        return self.slots[0].dtype.itemsize
-
     @cached_property
     def ends(self) -> list[int]:
         """Where each tensor ends in the arena, in bytes."""
@@ -74,7 +69,8 @@ def _go_together(last: TensorSlot, new: TensorSlot) -> bool:
     return max(last.nbytes, new.nbytes) <= SMALL_NBYTES and new.dtype == last.dtype
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """Tensors that are copied in one go; ``first`` is the index of the first one."""
 
     first: int
@@ -89,15 +85,11 @@ class Batch(NamedTuple):
     def indices(self) -> range:
         return range(self.first, self.first + len(self.slots))
 
-    @property
-    def offset(self) -> int:
-        """Where the first one lies in the arena, in bytes."""
-        return self.slots[0].offset
-
-    @property
-    def nbytes(self) -> int:
-        last = self.slots[-1]
-        return last.offset + last.nbytes - self.offset
+    @cached_property
+    def whole(self) -> TensorSlot:
+        """Where all of them lie in the arena, as if they were one flat tensor."""
+        count = sum(slot.count for slot in self.slots)
+        return replace(self.slots[0], shape=(count,), count=count)
 
     def is_there(self) -> bool:
         """Whether the tensors lie there still. A storage may move at any time: ``share_memory_()``, for a queue."""

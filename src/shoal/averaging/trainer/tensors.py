@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +25,12 @@ import torch
 from shoal.averaging.partition import Layout, TensorSlot
 from shoal.averaging.trainer.batches import Batch, Located, Runs, is_plain
 from shoal.averaging.trainer.chunk_size import READ_NBYTES, WRITE_NBYTES, ChunkSize
+from shoal.averaging.trainer.cuda_copies import CudaCopier
 from shoal.averaging.trainer.current import CurrentTensors, Unchanged
 from shoal.averaging.trainer.finite_scan import FiniteScan
 from shoal.averaging.trainer.locks import MemoryGuard
 from shoal.averaging.trainer.lost_updates import UpdateWatch
-from shoal.averaging.trainer.merging import BITS, Bits, Merge, elements, merge, pieces
+from shoal.averaging.trainer.merging import BITS, Bits, Merge, elements
 from shoal.averaging.trainer.sources import HeldTensors, TensorSource
 from shoal.compression.base import UINT8, tensor_array
 from shoal.errors import InvalidStateError, InvalidValueError
@@ -152,63 +153,43 @@ class TensorStore:
         scan = FiniteScan(self.layout, self._area(area)) if checks_finite else None
         with self._hold_unchanged(timeout, abandoned) as now:
             self._guard.begin_round()
-            size = ChunkSize(READ_NBYTES)
+            copying = _Copying(memory, scan, ChunkSize(READ_NBYTES))
             for located in self._runs.locate(now.tensors, now.places):
-                self._copy_run(located, now.tensors, memory, scan, size)
+                self._copy_run(located, now.tensors, copying)
         return None if scan is None else scan.finish()
 
-    def _copy_run(
-        self,
-        located: Located,
-        tensors: HeldTensors,
-        memory: Memory,
-        scan: FiniteScan | None,
-        size: ChunkSize,
-    ) -> None:
-        run = located.run
-        for batch in located.batches(tensors, size):
+    def _copy_run(self, located: Located, tensors: HeldTensors, copying: _Copying) -> None:
+        for batch in located.batches(tensors, copying.size):
             if batch.is_there():
-                batch.gather(_bits(memory, batch.offset, batch.nbytes, run.itemsize))
-                if scan is not None:
-                    scan.follow(batch.offset + batch.nbytes)
+                batch.gather(_bits(copying.memory, batch.whole))
+                copying.follow(batch.whole.offset + batch.whole.nbytes)
             else:
-                self._copy_each(batch.indices, tensors, memory, scan, size)
+                self._copy_each(batch.indices, tensors, copying)
         if not located.flats:
-            self._copy_each(run.indices, tensors, memory, scan, size)
+            self._copy_each(located.run.indices, tensors, copying)
         if self._watch.checks_copies:
-            for index, slot in zip(run.indices, run.slots, strict=True):
-                tensor = tensors[index].data
-                self._watch.check_copy(index, tensor, elements(_bits_of(memory, slot), tensor.dtype))
+            for index in located.run.indices:
+                tensor, copy = tensors[index].data, _bits(copying.memory, self.layout.slots[index])
+                self._watch.check_copy(index, tensor, elements(copy, tensor.dtype))
 
-    def _copy_each(
-        self,
-        indices: range,
-        tensors: HeldTensors,
-        memory: Memory,
-        scan: FiniteScan | None,
-        size: ChunkSize,
-    ) -> None:
+    def _copy_each(self, indices: range, tensors: HeldTensors, copying: _Copying) -> None:
         for index in indices:
             slot = self.layout.slots[index]
-            self._copy(tensors[index].data, _bits_of(memory, slot), slot.offset, scan, size)
+            self._copy(tensors[index].data, slot, copying)
 
-    def _copy(
-        self, tensor: torch.Tensor, target: Bits, offset: int, scan: FiniteScan | None, size: ChunkSize
-    ) -> None:
-        """Copy one tensor to where it lies in the arena, ``offset`` bytes from its beginning."""
+    def _copy(self, tensor: torch.Tensor, slot: TensorSlot, copying: _Copying) -> None:
+        """Copy one tensor to where it lies in the arena."""
+        target = _bits(copying.memory, slot)
         if is_plain(tensor):
             source = tensor_array(tensor, target.dtype)
-            for chunk in size.slices(len(target), target.itemsize):
+            for chunk in copying.size.slices(len(target), target.itemsize):
                 np.copyto(target[chunk], source[chunk])
-                if scan is not None:
-                    scan.follow(offset + chunk.stop * target.itemsize)
-            return
-        if tensor.is_cuda:
+                copying.follow(slot.offset + chunk.stop * target.itemsize)
+        elif tensor.is_cuda:
             self._cuda_copier(tensor.device).read(tensor, elements(target, tensor.dtype))
         else:
             elements(target, tensor.dtype).view(tensor.shape).copy_(tensor)
-        if scan is not None:
-            scan.follow(offset + target.nbytes)
+        copying.follow(slot.offset + slot.nbytes)
 
     def apply(
         self,
@@ -268,7 +249,7 @@ class TensorStore:
 
     def _move(self, tensor: torch.Tensor, slot: TensorSlot, movement: _Movement) -> None:
         """Apply an average to one tensor."""
-        old, new = (_bits_of(area, slot) for area in movement.areas)
+        old, new = (_bits(area, slot) for area in movement.areas)
         if is_plain(tensor):
             movement.merge_all(tensor_array(tensor, old.dtype), old, new, tensor.dtype)
         elif tensor.is_cuda:
@@ -309,6 +290,19 @@ class TensorStore:
         return self._cuda[device]
 
 
+class _Copying(NamedTuple):
+    """What :meth:`TensorStore.snapshot` does to all tensors alike."""
+
+    memory: Memory
+    scan: FiniteScan | None
+    size: ChunkSize
+
+    def follow(self, stop: int) -> None:
+        """The first ``stop`` bytes of the arena are filled."""
+        if self.scan is not None:
+            self.scan.follow(stop)
+
+
 class _Movement(NamedTuple):
     """What :meth:`TensorStore.apply` does to all tensors alike."""
 
@@ -328,103 +322,20 @@ class _Movement(NamedTuple):
 
     def result(self, batch: Batch) -> Bits:
         """What the tensors of a batch become."""
-        dtype = batch.slots[0].dtype
-        old, new = (_bits(area, batch.offset, batch.nbytes, dtype.itemsize) for area in self.areas)
+        old, new = (_bits(area, batch.whole) for area in self.areas)
         current = np.empty_like(old)
         batch.gather(current)
         if self.merge.is_untouched(current, old):
             return new
         for one in batch.slices():  # most of them may be
-            self.merge(current[one], old[one], new[one], dtype.torch_dtype)
+            self.merge(current[one], old[one], new[one], batch.whole.dtype.torch_dtype)
         return current
 
 
-class CudaCopier:
-    """Copies between the tensors of one CUDA device and arenas, through pinned memory, in chunks."""
-
-    CHUNK_NBYTES = 4 << 20
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._trainer_stream: torch.cuda.Stream = torch.cuda.default_stream(device)
-        self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pinned: list[torch.Tensor] = []
-
-    def mark_stream(self) -> None:
-        self._trainer_stream = torch.cuda.current_stream(self._device)
-
-    def read(self, tensor: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy a tensor to flat CPU memory; back when it is there."""
-        # A stream of our own, so that the trainer's next kernels need not wait for the bus. It waits for an event
-        # that is recorded on the trainer's stream now.
-        self._copy_stream.wait_stream(self._trainer_stream)
-        with torch.cuda.device(self._device), torch.cuda.stream(self._copy_stream):
-            source = tensor.contiguous().view(-1)
-            arrived: tuple[torch.cuda.Event, torch.Tensor, torch.Tensor] | None = None
-            for number, (piece, goal) in enumerate(
-                zip(self._split(source), self._split(target), strict=True)
-            ):
-                staged = self._staging(number % 2, piece)
-                staged.copy_(piece, non_blocking=True)
-                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                event.record(self._copy_stream)
-                self._unload(arrived)
-                arrived = (event, staged, goal)
-            self._unload(arrived)
-
-    def merge(self, tensor: torch.Tensor, old: torch.Tensor, new: torch.Tensor, alpha: float) -> None:
-        """As :func:`.merging.merge` for the whole tensor; back when it is done."""
-        # On the trainer's own stream: each element is read and written between two of the trainer's kernels.
-        stream = self._trainer_stream
-        used: list[torch.cuda.Event | None] = [None, None]
-        with torch.cuda.device(self._device), torch.cuda.stream(stream):
-            flat = tensor.contiguous().view(-1)
-            triples = zip(self._split(flat), self._split(old), self._split(new), strict=True)
-            for number, (piece, old_piece, new_piece) in enumerate(triples):
-                turn = number % 2
-                previous = used[turn]
-                if previous is not None:
-                    previous.synchronize()
-                moved = []
-                for slot, source in ((turn, old_piece), (2 + turn, new_piece)):
-                    staged = self._staging(slot, source)
-                    np.copyto(_bytes(staged), _bytes(source))
-                    moved.append(staged.to(self._device, non_blocking=True))
-                event = used[turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                event.record(stream)
-                merge(piece, moved[0], moved[1], alpha)
-            if flat.data_ptr() != tensor.data_ptr():
-                tensor.copy_(flat.view(tensor.shape))
-            stream.synchronize()
-
-    def _split(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
-        return pieces(flat, self.CHUNK_NBYTES // flat.itemsize)
-
-    def _staging(self, slot: int, like: torch.Tensor) -> torch.Tensor:
-        while len(self._pinned) <= slot:
-            self._pinned.append(torch.empty(self.CHUNK_NBYTES, dtype=torch.uint8, pin_memory=True))
-        return self._pinned[slot][: like.numel() * like.itemsize].view(like.dtype)
-
-    @staticmethod
-    def _unload(arrived: tuple[torch.cuda.Event, torch.Tensor, torch.Tensor] | None) -> None:
-        if arrived is not None:
-            event, staged, goal = arrived
-            event.synchronize()
-            np.copyto(_bytes(goal), _bytes(staged))
-
-
-def _bits_of(memory: Memory, slot: TensorSlot) -> Bits:
-    return _bits(memory, slot.offset, slot.nbytes, slot.dtype.itemsize)
-
-
-def _bits(memory: Memory, offset: int, nbytes: int, itemsize: int) -> Bits:
-    return memory[offset : offset + nbytes].view(BITS[itemsize])
+def _bits(memory: Memory, slot: TensorSlot) -> Bits:
+    return memory[slot.offset : slot.offset + slot.nbytes].view(BITS[slot.dtype.itemsize])
 
 
 def _as_tensor(area: memoryview | bytearray) -> torch.Tensor:
     view = memoryview(area)
     return torch.frombuffer(view, dtype=torch.uint8) if len(view) else torch.empty(0, dtype=torch.uint8)
-
-
-def _bytes(flat: torch.Tensor) -> npt.NDArray[Any]:
-    return flat.view(torch.uint8).numpy()
