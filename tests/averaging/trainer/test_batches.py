@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from shoal.averaging.partition import Layout
 from shoal.averaging.trainer import chunk_size
@@ -241,6 +242,28 @@ def test_a_round_inside_inference_mode(where):
         if where == "both":
             a_round(tensors, 1.0, nothing, stored=store)
     a_round(tensors, 0.5, nothing, stored=store)
+
+
+def in_make_fx(call):
+    make_fx(lambda x: (call(), x + 1)[1])(torch.ones(1))
+
+
+def in_grad(call):
+    torch.func.grad(lambda x: (call(), x.sum())[1])(torch.ones(2))
+
+
+@pytest.mark.parametrize("inside", [in_make_fx, in_grad])
+def test_an_average_is_written_inside_modes_that_trace(inside):
+    """apply_average() runs on the user's thread, whatever is active there."""
+    tensors = [tensor for tensor in small_tensors(torch.float32) if tensor.is_contiguous()]
+    store = TensorStore(tensors, Layout.from_tensors(tensors))
+    before, after = bytearray(store.layout.nbytes), bytearray(store.layout.nbytes)
+    store.snapshot(before)
+    tensors[7].data = tensors[7].data.clone()  # so that it is looked for inside
+    inside(lambda: store.apply(before, after))
+    assert not any(bool(tensor.any()) for tensor in tensors)
+    a_round(tensors, 1.0, nothing, stored=store)
+    assert all(bool(tensor.any()) for tensor in tensors if tensor.numel())
 
 
 def test_inference_tensors():

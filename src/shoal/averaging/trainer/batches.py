@@ -12,6 +12,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from shoal.averaging.partition import Layout, TensorSlot
@@ -147,10 +148,13 @@ class Runs:
         self._places: object = None
 
     def locate(self, tensors: Sequence[torch.Tensor], places: object) -> list[Located]:
-        """Where the bits of the tensors are. A run comes in parts where some have to be copied by themselves.
+        """Where the bits of the tensors are. A run comes in parts where some have to be copied by themselves; all of
+        them where torch does not reach memory.
 
         :param places: another object whenever a tensor lies elsewhere, or otherwise, than at the last call
         """
+        if not _reaches_memory():
+            return [Located(run, []) for run in self._runs]
         if self._places is not places:
             known, self._flats = self._flats, {}
             # Also inside inference_mode(), whose tensors could not be written outside of it.
@@ -177,6 +181,20 @@ def _flat(tensor: torch.Tensor, known: torch.Tensor | None) -> torch.Tensor:
     if known is not None and _address(known) == _address(tensor):
         return known
     return torch.from_numpy(borrowed_array(tensor, BITS[tensor.itemsize]))
+
+
+def _reaches_memory() -> bool:
+    """Whether torch's calls on this thread read and write memory now. Where functions are traced or transformed, they
+    may do something else: ``make_fx()``, ``torch.func.grad()``, ``functionalize()``.
+    """
+    source, target = np.ones(1, dtype=np.int32), np.zeros(1, dtype=np.int32)
+    try:
+        goal = torch.from_numpy(target)
+        is_there = goal.data_ptr() == target.ctypes.data
+        torch._foreach_copy_([goal], [torch.cat([torch.from_numpy(source)])])
+    except Exception:  # noqa: BLE001 - of whatever stands between
+        return False
+    return is_there and bool(target[0] == 1)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

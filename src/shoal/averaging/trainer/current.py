@@ -120,7 +120,7 @@ class CurrentTensors:
         held = self.tensors
         temporary = bool(self._found) and are_temporary(held)  # now: before there are more references
         # One at a time: thousands of objects that live at once would start a full garbage collection.
-        changed = [index for index, tensor in enumerate(held) if _place(tensor) != self._seen[index]]
+        changed = [index for index, tensor in enumerate(held) if _place(tensor.data) != self._seen[index]]
         if not changed:
             return Unchanged(held, self._seen, False, temporary)
         tensors = [tensor.data for tensor in held]
