@@ -73,11 +73,11 @@ def narrow(values: Elements, dtype: DType, out: Elements) -> None:
         halves.narrow(values, dtype, out)
 
 
-def is_finite(values: Elements, dtype: DType) -> bool:
-    """Whether there is neither NaN nor an infinity."""
+def is_finite(values: Elements, dtype: DType, at_once: int = _PIECE) -> bool:
+    """Whether there is neither NaN nor an infinity. So many elements are looked at in one go."""
     exponent = _EXPONENT_BITS.get(dtype)
-    for start in range(0, len(values), _PIECE):
-        piece = values[start : start + _PIECE]
+    for start in range(0, len(values), at_once):
+        piece = values[start : start + at_once]
         if exponent is None and math.isfinite(np.einsum("i->", piece)):
             continue  # a sum that is finite has only finite terms, and takes less time
         finite = np.isfinite(piece) if exponent is None else (piece & exponent) != exponent

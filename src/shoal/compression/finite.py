@@ -35,15 +35,3 @@ def finite_and_sum(part: torch.Tensor, codec: object) -> tuple[torch.Tensor, flo
     limit = min(torch.finfo(part.dtype).max, FLOAT32_MAX)
     values = values.clamp(-limit, limit)
     return values, values.sum(dtype=torch.float64).item()
-
-
-def is_finite(part: torch.Tensor) -> bool:
-    """Whether a tensor has neither NaN nor infinities.
-
-    One cheap pass as a rule: a sum that is finite has only finite terms. A sum that is not may have
-    overflowed, and only then each element is looked at.
-    """
-    wide = torch.float64 if part.dtype == torch.float64 else torch.float32
-    if math.isfinite(part.sum(dtype=wide).item()):
-        return True
-    return bool(torch.isfinite(part).all())

@@ -2,8 +2,8 @@
 
 It hands the transport's bytes to the session, and frames to the streams and to the handlers of what the peer calls. It
 knows how a connection is opened and how it ends. Its :class:`~.connection_writer.ConnectionWriter` sends, its
-:class:`~.liveness.LivenessMonitor` keeps the time. Which connections exist, and to whom, is decided by their
-``owner``: :class:`~shoal.p2p.connections.Connections`.
+:class:`~.liveness.LivenessMonitor` keeps the time. Which connections exist, and to which peers, is decided by
+their ``owner``: :class:`~shoal.p2p.connections.Connections`.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ class Connections:
         return silence > PASSED_OVER or not self.entry(connection.peer).has_streams
 
     def connected(self) -> list[PeerID]:
-        """Everybody to whom a connection stands."""
+        """All peers to which a connection stands."""
         return [peer for peer, connections in self._peers.items() if connections.is_connected]
 
     def is_client(self, peer: PeerID) -> bool:

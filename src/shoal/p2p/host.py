@@ -286,7 +286,7 @@ class Host:
         return self._connections.incarnations.of(peer)
 
     def connected_peers(self) -> list[PeerID]:
-        """Everybody to whom a connection stands, in the order in which they came."""
+        """All peers to which a connection stands, in the order in which they came."""
         return self._connections.connected()
 
     def count_connections(self, peer: PeerID) -> dict[Lane, int]:

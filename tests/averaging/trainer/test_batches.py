@@ -63,9 +63,9 @@ def test_batches_are_as_large_as_asked_and_hold_at_least_one_tensor():
     ]
     end = 0
     for batch in batches:
-        assert batch.whole.offset == end
-        assert batch.whole.nbytes == sum(slot.nbytes for slot in batch.slots)
-        end += batch.whole.nbytes
+        assert batch.run.whole.offset == end
+        assert batch.run.whole.nbytes == sum(slot.nbytes for slot in batch.run.slots)
+        end += batch.run.whole.nbytes
     assert end == 400_000
 
 

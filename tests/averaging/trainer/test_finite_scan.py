@@ -81,7 +81,9 @@ def test_the_end_of_a_large_area_is_looked_at(dtype: torch.dtype, value: float):
 def test_all_is_looked_at_once_and_as_soon_as_a_block_is_filled(monkeypatch: pytest.MonkeyPatch):
     looks: list[int] = []
     tensor = torch.zeros((4 * BLOCK_NBYTES + MOST_NBYTES) // 2, dtype=torch.bfloat16)
-    monkeypatch.setattr(finite_scan, "_is_finite", lambda values, dtype: looks.append(values.nbytes) or True)
+    monkeypatch.setattr(
+        finite_scan, "is_finite", lambda values, dtype, at_once: looks.append(values.nbytes) or True
+    )
     following = FiniteScan(Layout.from_tensors([tensor]), tensor.view(torch.uint8))
     seen = []
     for stop in (

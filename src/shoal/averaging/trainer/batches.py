@@ -46,10 +46,15 @@ class Run:
     def indices(self) -> range:
         return range(self.first, self.first + len(self.slots))
 
-    def part(self, indices: Sequence[int]) -> Run:
-        """Some of its tensors, consecutive ones."""
-        start = indices[0] - self.first
-        return Run(indices[0], self.slots[start : start + len(indices)])
+    def part(self, start: int, stop: int) -> Run:
+        """Some of its tensors, counted from its own first one."""
+        return Run(self.first + start, self.slots[start:stop])
+
+    @cached_property
+    def whole(self) -> TensorSlot:
+        """Where all of them lie in the arena, as if they were one flat tensor."""
+        count = sum(slot.count for slot in self.slots)
+        return replace(self.slots[0], shape=(count,), count=count)
 
     @cached_property
     def ends(self) -> list[int]:
@@ -72,25 +77,14 @@ def _go_together(last: TensorSlot, new: TensorSlot) -> bool:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors that are copied in one go; ``first`` is the index of the first one."""
+    """Tensors that are copied in one go: a part of a run."""
 
-    first: int
-    slots: tuple[TensorSlot, ...]
+    run: Run
     tensors: Sequence[torch.Tensor]
     flats: list[torch.Tensor]
     """The bits of each, flat, in its own memory, which they do not keep alive."""
     memory: list[torch.Tensor]
     """This does, whatever others make of ``tensor.data`` meanwhile."""
-
-    @property
-    def indices(self) -> range:
-        return range(self.first, self.first + len(self.slots))
-
-    @cached_property
-    def whole(self) -> TensorSlot:
-        """Where all of them lie in the arena, as if they were one flat tensor."""
-        count = sum(slot.count for slot in self.slots)
-        return replace(self.slots[0], shape=(count,), count=count)
 
     def is_there(self) -> bool:
         """Whether the tensors lie there still. A storage may move at any time: ``share_memory_()``, for a queue."""
@@ -106,13 +100,13 @@ class Batch:
 
     def scatter(self, source: Bits) -> None:
         """The way back."""
-        counts = [slot.count for slot in self.slots]
+        counts = [slot.count for slot in self.run.slots]
         torch._foreach_copy_(self.flats, torch.split_with_sizes(torch.from_numpy(source), counts))
 
     def slices(self) -> Iterator[slice]:
         """The elements of each tensor, among those of all."""
         start = 0
-        for slot in self.slots:
+        for slot in self.run.slots:
             yield slice(start, start + slot.count)
             start += slot.count
 
@@ -134,7 +128,7 @@ class Located(NamedTuple):
             stop = max(start + 1, bisect_right(run.ends, run.slots[start].offset + nbytes))
             members = tensors[run.first + start : run.first + stop]
             memory = [tensor.data for tensor in members]
-            yield Batch(run.first + start, run.slots[start:stop], members, self.flats[start:stop], memory)
+            yield Batch(run.part(start, stop), members, self.flats[start:stop], memory)
             start = stop
 
 
@@ -169,8 +163,10 @@ class Runs:
         if len(run.slots) == 1:
             yield Located(run, [])
             return
+        start = 0
         for are_plain, indices in groupby(run.indices, lambda index: is_plain(tensors[index])):
-            part = run.part(list(indices))
+            part = run.part(start, start + len(list(indices)))
+            start += len(part.slots)
             flats = {index: _flat(tensors[index], known.get(index)) for index in part.indices if are_plain}
             self._flats |= flats
             yield Located(part, list(flats.values()))

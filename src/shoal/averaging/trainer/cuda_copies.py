@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shoal.averaging.trainer.merging import merge, pieces
+from shoal.averaging.trainer.merging import merge, slices
 
 
 class CudaCopier:
@@ -71,7 +71,7 @@ class CudaCopier:
             stream.synchronize()
 
     def _split(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
-        return pieces(flat, self.CHUNK_NBYTES // flat.itemsize)
+        return (flat[piece] for piece in slices(flat.numel(), self.CHUNK_NBYTES // flat.itemsize))
 
     def _staging(self, slot: int, like: torch.Tensor) -> torch.Tensor:
         while len(self._pinned) <= slot:

@@ -95,12 +95,8 @@ def merge(current: torch.Tensor, old: torch.Tensor, new: torch.Tensor, alpha: fl
     current.copy_(torch.where(untouched, new, moved.to(current.dtype)))
 
 
-def slices(stop: int, step: int, start: int = 0) -> Iterator[slice]:
-    return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
-
-
-def pieces(flat: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
-    return (flat[piece] for piece in slices(flat.numel(), size))
+def slices(stop: int, step: int) -> Iterator[slice]:
+    return (slice(first, min(first + step, stop)) for first in range(0, stop, step))
 
 
 def elements(bits: Bits, dtype: torch.dtype) -> torch.Tensor:

@@ -161,10 +161,11 @@ class TensorStore:
     def _copy_run(self, located: Located, tensors: HeldTensors, copying: _Copying) -> None:
         for batch in located.batches(tensors, copying.size):
             if batch.is_there():
-                batch.gather(_bits(copying.memory, batch.whole))
-                copying.follow(batch.whole.offset + batch.whole.nbytes)
+                whole = batch.run.whole
+                batch.gather(_bits(copying.memory, whole))
+                copying.follow(whole.offset + whole.nbytes)
             else:
-                self._copy_each(batch.indices, tensors, copying)
+                self._copy_each(batch.run.indices, tensors, copying)
         if not located.flats:
             self._copy_each(located.run.indices, tensors, copying)
         if self._watch.checks_copies:
@@ -240,7 +241,7 @@ class TensorStore:
             if result is not None and batch.is_there() and batch.counts_of_updates() == counts:
                 batch.scatter(result)
             else:
-                self._move_each(batch.indices, tensors, movement)
+                self._move_each(batch.run.indices, tensors, movement)
 
     def _move_each(self, indices: range, tensors: HeldTensors, movement: _Movement) -> None:
         for index in indices:
@@ -322,13 +323,13 @@ class _Movement(NamedTuple):
 
     def result(self, batch: Batch) -> Bits:
         """What the tensors of a batch become."""
-        old, new = (_bits(area, batch.whole) for area in self.areas)
+        old, new = (_bits(area, batch.run.whole) for area in self.areas)
         current = np.empty_like(old)
         batch.gather(current)
         if self.merge.is_untouched(current, old):
             return new
         for one in batch.slices():  # most of them may be
-            self.merge(current[one], old[one], new[one], batch.whole.dtype.torch_dtype)
+            self.merge(current[one], old[one], new[one], batch.run.whole.dtype.torch_dtype)
         return current
 
 
